@@ -1,0 +1,228 @@
+"""What watches a run: the record with its selection and checkpoints, the progress, the guard against NaN."""
+
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.utils import get_total_norm
+
+from odcheap.checkpoint import epoch_path, prune, step_path
+from odcheap.errors import Failure
+from odcheap.files import write_text
+from odcheap.module import DistillationModule
+
+ASK_EVERY = 10  # batches between looks at the clock: with several processes each look is an exchange
+
+
+class Record(pl.Callback):
+    """Keeps an epoch's figures, chooses student and epoch, saves. Its state is all that selection needs.
+
+    `select`: "val" or "test" choose the best top-1 on those images (ties: the earlier epoch, then the lower student);
+    "last" is student 0 of the last epoch. `every` is in minutes, None saves at the ends of epochs only.
+    """
+
+    def __init__(self, job_dir: Path, select: str, every: float | None, keep: int):
+        self.job_dir, self.select, self.every, self.keep = job_dir, select, every, keep
+        self.selected: dict[str, Any] = {"student": 0, "epoch": 0, "score": -1.0}
+        self.history: list[dict[str, Any]] = []
+        self.before = 0.0  # seconds spent by the processes that this one continues
+        self.began = self.epoch_began = self.saved = time.perf_counter()
+        self.train_ended: float | None = None
+        self.images = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"selected": self.selected, "history": self.history, "seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.selected, self.history, self.before = state["selected"], state["history"], state["seconds"]
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def on_train_start(self, *_: Any) -> None:
+        self.began = self.epoch_began = self.saved = time.perf_counter()
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.epoch_began, self.train_ended, self.images = time.perf_counter(), None, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images += len(batch.target) * trainer.world_size
+        within = batch_idx + 1 < trainer.num_training_batches
+        if self.every is not None and within and (batch_idx + 1) % ASK_EVERY == 0:
+            due = time.perf_counter() - self.saved > 60 * self.every
+            if trainer.strategy.broadcast(due):
+                self.save(trainer, step_path(self.job_dir, trainer.current_epoch, batch_idx + 1))
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.train_ended = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DistillationModule) -> None:
+        row = self.row(trainer, module)
+        self.history.append(row)
+        self.choose(trainer.current_epoch, module)
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=row["step"])
+        if trainer.is_global_zero:
+            write_text(self.job_dir / "metrics.csv", as_csv(self.history))
+        self.save(trainer, epoch_path(self.job_dir, trainer.current_epoch))
+
+    def row(self, trainer: pl.Trainer, module: DistillationModule) -> dict[str, Any]:
+        spent = (self.train_ended or time.perf_counter()) - self.epoch_began
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": self.images / spent,
+            "seconds": self.seconds(),
+        }
+        row |= {f"train/{name}": value.item() for name, value in module.terms.compute().items()}
+        stages = {"train": module.finish("train")}
+        if "val" in module.figures:
+            stages["test" if self.select == "test" else "val"] = module.figures["val"]
+        for stage, figures in stages.items():
+            for name, values in figures.items():
+                row |= {f"{stage}/{member}/{name}": v for member, v in zip(module.members, values, strict=True)}
+        return row
+
+    def choose(self, epoch: int, module: DistillationModule) -> None:
+        if self.select == "last":
+            self.selected = {"student": 0, "epoch": epoch, "score": -1.0}
+            return
+        for student in range(len(module.method.students)):
+            score = module.figures["val"]["top1"][student]
+            if score > self.selected["score"]:
+                self.selected = {"student": student, "epoch": epoch, "score": score}
+
+    def save(self, trainer: pl.Trainer, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        self.saved = time.perf_counter()
+        if trainer.is_global_zero:
+            prune(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+class Guard(pl.Callback):
+    """Acts on a loss or gradient that is not finite: stops the run, or skips the step up to `limit` times in all.
+
+    The gradients, which all processes share, decide; the local loss terms only say where it began.
+    """
+
+    def __init__(self, skip: bool, limit: int):
+        self.skip, self.limit, self.skipped = skip, limit, 0
+        self.buffers: list[torch.Tensor] = []
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped = state["skipped"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: DistillationModule, *_: Any) -> None:
+        if self.skip:  # a bad batch has passed through batch norm's statistics before its loss is seen
+            self.buffers = [buffer.clone() for buffer in module.method.buffers()]
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: DistillationModule, optimizer: Any) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if torch.isfinite(get_total_norm(gradients)):
+            return
+        terms = [name for name, term in module.latest[0].items() if name != "loss" and not torch.isfinite(term)]
+        where = f"epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(terms) or 'a gradient'}"
+        self.skipped += 1
+        if not self.skip or self.skipped > self.limit:
+            what = f"on_nonfinite={'skip' if self.skip else 'stop'}: {where} is not finite"
+            more = f" (more than max_skipped={self.limit} times)" if self.skip else ""
+            raise Failure(f"{what}{more}; the last checkpoint is kept; try a lower optimizer.lr")
+        print(f"skipped {where} is not finite ({self.skipped} of {self.limit})", flush=True)
+        optimizer.zero_grad(set_to_none=True)  # parameters without gradients are left alone, momentum too
+        for buffer, before in zip(module.method.buffers(), self.buffers, strict=True):
+            buffer.copy_(before)
+        module.latest = None
+
+
+class Narrator(pl.Callback):
+    """Tells the user how it goes: a live bar on a terminal, a line an epoch everywhere, the expected total time."""
+
+    def __init__(self, record: Record, console: Console, shorter: str):
+        self.record, self.console, self.shorter = record, console, shorter
+        self.steps, self.began, self.told = 0, 0.0, 0.0
+        self.bar: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.steps = 0
+        if self.console.is_terminal and trainer.is_global_zero:
+            text = TextColumn("{task.description}")
+            self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console)
+            total = trainer.num_training_batches * trainer.max_epochs
+            self.task = self.bar.add_task("training", total=total, completed=trainer.global_step)
+            self.bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.steps += 1
+        now = time.perf_counter()
+        if self.steps == 5:  # the first steps allocate and warm up
+            self.began = self.told = now
+        if self.steps == 25:
+            self.expect(trainer, module, (now - self.began) / 20)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=trainer.global_step, description=self.latest(trainer))
+        elif self.steps > 5 and now - self.told > 30:
+            self.told = now
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self.console.print(f"  epoch {trainer.current_epoch} batch {done}/{trainer.num_training_batches}")
+
+    def expect(self, trainer: pl.Trainer, module: Any, seconds_a_step: float) -> None:
+        steps = trainer.num_training_batches * trainer.max_epochs - trainer.global_step
+        left = seconds_a_step * steps
+        hint = f"; shorter: {self.shorter}" if left > 3600 and module.device.type == "cpu" else ""
+        self.console.print(f"  about {spoken(left)} to go for {trainer.max_epochs} epochs{hint}", highlight=False)
+
+    def latest(self, trainer: pl.Trainer) -> str:
+        line = self.line(self.record.history[-1]) if self.record.history else "training"
+        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}"
+
+    def line(self, row: dict[str, Any]) -> str:
+        stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
+        students = {k: v for k, v in row.items() if k.startswith(f"{stage}/student_") and k.endswith("/top1")}
+        best = max(students, key=students.get)
+        teacher = row.get(f"{stage}/teacher/top1")
+        also = f"  teacher {teacher:.4f}" if teacher is not None else ""
+        name = best.split("/")[1].replace("_", " ")
+        return f"{row['images_per_second']:,.0f} images/s  {stage} top-1: best {name} {students[best]:.4f}{also}"
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            row = self.record.history[-1]
+            text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
+            self.console.print(f"{text}  loss {row['train/loss']:.4f}  {self.line(row)}", highlight=False)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def spoken(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

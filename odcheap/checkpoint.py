@@ -1,0 +1,67 @@
+"""Checkpoints: atomic to write, safe to read, bounded in number."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins import CheckpointIO
+
+from odcheap.errors import OptionError
+from odcheap.files import read_torch, write_atomic
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's reading and writing, made safe: a crash while saving leaves the older files whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_run(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def read_run(path: str | Path, option: str = "resume") -> dict[str, Any]:
+    """A whole checkpoint of an odcheap run; `OptionError` for anything else."""
+    content = read_torch(path, option)
+    if "odcheap" not in content or "loops" not in content:
+        raise OptionError(option, path, "not a checkpoint of an odcheap run; weights= takes weights from other files")
+    return content
+
+
+def epoch_path(job_dir: Path, epoch: int) -> Path:
+    """Where the weights lie as they were when this epoch (from 0) had ended."""
+    return job_dir / "checkpoints" / f"epoch-{epoch:04d}.ckpt"
+
+
+def step_path(job_dir: Path, epoch: int, step: int) -> Path:
+    """The same in the middle of an epoch, after `step` of its batches; sorts before the epoch's own file."""
+    return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
+
+
+def all_paths(job_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((job_dir / "checkpoints").glob("epoch-*.ckpt"))
+
+
+def prune(job_dir: Path, keep: int, selected: Path | None) -> None:
+    """Leaves the newest `keep` files and the selected one."""
+    for path in all_paths(job_dir)[:-keep]:
+        if path != selected:
+            path.unlink(missing_ok=True)
+
+
+def newest_usable(job_dir: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its content; tells what was passed over and why."""
+    for path in reversed(all_paths(job_dir)):
+        try:
+            return path, read_run(path)
+        except OptionError as error:
+            say(f"passed over: {error}")
+    return None

@@ -1,0 +1,177 @@
+"""The Lightning data module: splits and loaders over images that lie in memory on the training device."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from odcheap.errors import OptionError
+from odcheap.images import Augmentation, Normalisation
+from odcheap.seeds import generator
+from odcheap.sources import Images
+from odcheap.split import Split, pixel_digests, stratified
+
+TOO_FEW = 2  # images a process: batch norm needs two
+
+
+class Batch(NamedTuple):
+    """Images (n, C, H, W), labels (n,), and `share`: n times the processes over the images of the global batch.
+
+    Each process multiplies its mean loss by its share, so that gradients averaged over processes are exactly those of
+    the global batch's mean, also where the last batch divides unevenly.
+    """
+
+    images: Tensor
+    target: Tensor
+    share: float
+
+
+class BatchOrder:
+    """Which images make the batches of an epoch, on this process: a function of (seed, epoch).
+
+    A last batch with fewer than two images a process is left out.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        if not isinstance(batch_size, int) or batch_size < TOO_FEW * world:
+            allowed = f"must be a whole number and give each of {world} processes {TOO_FEW} images or more"
+            raise OptionError("data.batch_size", batch_size, allowed)
+        if count < TOO_FEW * world:
+            raise OptionError("data.val_size", "?", f"leaves {count} images to train on: too few")
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (rest >= TOO_FEW * self.world)
+
+    def batches(self) -> list[tuple[Tensor, float]]:
+        """For each batch this process's sample numbers and its share."""
+        order = torch.randperm(self.count, generator=generator(self.seed, "order", self.epoch))
+        together = order.split(self.batch_size)[: len(self)]
+        mine = [batch[self.rank :: self.world] for batch in together]
+        return [(part, len(part) * self.world / len(batch)) for part, batch in zip(mine, together, strict=True)]
+
+
+class TrainBatches:
+    """Augmented, normalised batches; its place within the epoch is state, so that a resumed run goes on there."""
+
+    def __init__(self, images: Tensor, target: Tensor, order: BatchOrder, augment: Augmentation, norm: Normalisation):
+        self.images, self.target, self.augment, self.norm = images, target, augment, norm
+        self.sampler = order  # the name under which Lightning looks for `set_epoch`
+        self.done = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self.start = self.start, 0
+        epoch, device = self.sampler.epoch, self.images.device
+        drawn = self.augment.draw(len(self.images), self.sampler.seed, epoch).to(device)
+        for self.done, (index, share) in enumerate(self.sampler.batches(), start=1):
+            if self.done > start:
+                index = index.to(device)
+                images = self.augment.apply(self.images[index], drawn[index])
+                yield Batch(self.norm.apply(images), self.target[index], share)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["done"] % len(self)
+
+
+class EvalBatches:
+    """Every image once over all processes, normalised only."""
+
+    def __init__(self, images: Tensor, target: Tensor, batch_size: int, norm: Normalisation, rank: int, world: int):
+        self.images, self.target = images[rank::world], target[rank::world]
+        self.batch_size, self.norm = batch_size, norm
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        parts = zip(self.images.split(self.batch_size), self.target.split(self.batch_size), strict=True)
+        for images, target in parts:
+            yield Batch(self.norm.apply(images), target, 1.0)
+
+
+class InMemoryData(pl.LightningDataModule):
+    """A set that fits in memory. `load()` gives its images; the split, the order and the augmentation are made here.
+
+    `batch_size` is global: the processes divide it. `select="test"` watches the test images during training, as the
+    2019 code does. Raises `OptionError`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Images],
+        name: str,
+        seed: int,
+        select: str,
+        batch_size: int,
+        eval_batch_size: int,
+        val_size: float,
+        split_seed: int,
+        flip: bool,
+        crop_padding: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        super().__init__()
+        self.load, self.name, self.seed, self.select = load, name, seed, select
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_size, self.split_seed = val_size, split_seed
+        self.augment, self.norm = Augmentation(flip, crop_padding), Normalisation(tuple(mean), tuple(std))
+        self.images: Images | None = None
+
+    def read(self) -> None:
+        """Loads the images and makes the split, once."""
+        if self.images is None:
+            self.images = self.load()
+            digests = pixel_digests(self.images.train, self.split_seed)
+            self.split = stratified(digests, self.images.train_target, self.val_size)
+            if self.select == "val" and not len(self.split.val):
+                allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
+                raise OptionError("data.val_size", self.val_size, allowed)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.images.classes
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        return tuple(self.images.train.shape[1:])
+
+    def train_dataloader(self) -> TrainBatches:
+        t, index = self.trainer, torch.from_numpy(self.split.train)
+        order = BatchOrder(len(index), self.batch_size, self.seed, t.global_rank, t.world_size)
+        images, target = self.on_device(self.images.train, self.images.train_target, index)
+        return TrainBatches(images, target, order, self.augment, self.norm)
+
+    def val_dataloader(self) -> EvalBatches | list:
+        if self.select == "test":
+            return self.test_dataloader()
+        index = torch.from_numpy(self.split.val)
+        return self.eval_batches(*self.on_device(self.images.train, self.images.train_target, index))
+
+    def test_dataloader(self) -> EvalBatches:
+        return self.eval_batches(*self.on_device(self.images.test, self.images.test_target, slice(None)))
+
+    def on_device(self, images: Tensor, target: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        device = self.trainer.strategy.root_device
+        return images[index].to(device), target[index].to(device)
+
+    def eval_batches(self, images: Tensor, target: Tensor) -> EvalBatches | list:
+        """An empty list, which Lightning skips, where there are no images."""
+        t = self.trainer
+        if not len(images):
+            return []
+        return EvalBatches(images, target, self.eval_batch_size, self.norm, t.global_rank, t.world_size)

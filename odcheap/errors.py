@@ -1,0 +1,21 @@
+"""Failures that one line explains: `train.py` prints the line, without a traceback, and exits non-zero."""
+
+
+class Failure(Exception):
+    """Something that went wrong in a way the user can act on; its text is one line."""
+
+
+class OptionError(Failure, ValueError):
+    """Names the option, its value and what is allowed."""
+
+    def __init__(self, option: str, value: object, allowed: str):
+        super().__init__(f"{option}={value}: {allowed}")
+
+    def __reduce__(self):  # the default would call __init__ with the finished line when a worker sends the error home
+        return _restore, self.args
+
+
+def _restore(line: str) -> OptionError:
+    error = OptionError.__new__(OptionError)
+    error.args = (line,)
+    return error

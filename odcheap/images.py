@@ -1,0 +1,48 @@
+"""Images as one uint8 tensor: crop, flip and normalisation for a whole batch on the device where it lies."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from odcheap.seeds import generator
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Zero padding, then a random crop of the old size, then a horizontal flip for every second image."""
+
+    flip: bool
+    crop_padding: int
+
+    def draw(self, count: int, seed: int, epoch: int) -> Tensor:
+        """(count, 3) integers: top, left, flipped for each sample, a function of (seed, epoch, sample) alone."""
+        random = generator(seed, "augment", epoch)
+        corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=random)
+        flipped = torch.randint(2, (count, 1), generator=random) * self.flip
+        return torch.cat([corner, flipped], dim=1)
+
+    def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 and the (N, 3) drawn for them -> (N, C, H, W) uint8, channels last in memory."""
+        n, _, height, width = images.shape
+        pad = self.crop_padding
+        padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+        across = torch.arange(width, device=images.device)
+        columns = torch.where(drawn[:, 2:] == 1, across.flip(0), across) + drawn[:, 1:2]
+        rows = torch.arange(height, device=images.device) + drawn[:, :1]
+        which = torch.arange(n, device=images.device)[:, None, None]
+        return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(x / 255 - mean) / std, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 -> float32, channels last in memory."""
+        mean = 255 * torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = 255 * torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)

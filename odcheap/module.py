@@ -1,0 +1,151 @@
+"""The LightningModule: a method with its recipe, its steps and its figures."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from odcheap.data import Batch
+from odcheap.metrics import Scores, Terms
+from odcheap.optim import SGD
+from odcheap.seeds import derive
+
+Figures = dict[str, list]
+
+
+class DistillationModule(pl.LightningModule):
+    """Trains `method` by `recipe`.
+
+    `about` is kept in every checkpoint. `figures` holds the latest result of each stage ("train", "val", "test"): a
+    dict of lists over the members: the students, the teacher where there is one, the students' ensemble.
+    """
+
+    def __init__(self, method: nn.Module, recipe: SGD, seed: int, classes: int, about: dict[str, Any]):
+        super().__init__()
+        self.method = method.to(memory_format=torch.channels_last)
+        self.recipe, self.seed, self.about = recipe, seed, about
+        self.members = [f"student_{k}" for k in range(len(method.students))]
+        self.members += ["teacher"] * (method.teacher_kind is not None) + ["ensemble"]
+        self.scores = nn.ModuleDict({f"{stage}_": Scores(len(self.members), classes) for stage in self.stages})
+        self.terms: Terms | None = None
+        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
+        self.chosen = 0
+        self.figures: dict[str, Figures] = {}
+        self.latest: tuple[dict[str, Tensor], dict[str, Tensor], Tensor] | None = None
+
+    stages = ("train", "val", "test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer, schedule = self.recipe.build(self.method, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # Whatever a network draws (dropout) depends on its place in the run alone, so that a resumed run draws it too.
+        torch.manual_seed(derive(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        outputs = single_precision(self.method(batch.images))
+        terms = self.method.loss(outputs, batch.target)
+        self.latest = (terms, outputs, batch.target)
+        return terms["loss"] * batch.share
+
+    def on_train_epoch_start(self) -> None:
+        self.scores["train_"].reset()
+        if self.terms is not None:
+            self.terms.reset()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.latest is None:  # the step was skipped
+            return
+        terms, outputs, target = self.latest
+        if self.terms is None:
+            self.terms = Terms(list(terms)).to(self.device)
+        self.terms.update(terms, len(target))
+        self.scores["train_"].update(self.member_logits(outputs), target)
+        self.latest = None
+
+    def on_validation_epoch_start(self) -> None:
+        self.share_buffers()
+
+    def on_test_epoch_start(self) -> None:
+        self.share_buffers()
+        self.confusion.reset()
+
+    def share_buffers(self) -> None:
+        """Batch norm's statistics differ between processes; rank 0's are the saved ones, so all evaluate with them."""
+        if self.trainer.world_size > 1:
+            for buffer in self.method.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.scores["val_"].update(self.evaluate(batch), batch.target)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self.evaluate(batch)
+        self.scores["test_"].update(logits, batch.target)
+        self.confusion.update(logits[self.chosen], batch.target)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        return self.member_logits(single_precision(self.method(batch.images)))
+
+    def on_validation_epoch_end(self) -> None:
+        self.finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.finish("test")
+
+    def finish(self, stage: str) -> Figures:
+        """Computes the stage's figures over all processes and starts the next count."""
+        scores = self.scores[f"{stage}_"]
+        computed = scores.compute()
+        recall = computed["recall"]
+        few = recall.shape[1] <= 5
+        self.figures[stage] = {
+            "top1": computed["top1"].tolist(),
+            "top5": [None] * len(self.members) if few else computed["top5"].tolist(),
+            "balanced_accuracy": recall.nanmean(1).tolist(),
+        }
+        scores.reset()
+        return self.figures[stage]
+
+    def member_logits(self, outputs: dict[str, Tensor]) -> Tensor:
+        """(M, N, K) in the order of `members`; the ensemble's are the log of the students' mean softmax."""
+        students, teacher = outputs["student_logits"].detach(), outputs["teacher_logits"]
+        ensemble = students.softmax(-1).mean(0).log()
+        return torch.cat([students, *([] if teacher is None else [teacher.detach()[None]]), ensemble[None]])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the run is, and the running metrics, summed over the processes."""
+        checkpoint["odcheap"] = self.about
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
+        running = {"scores": self.scores["train_"]} | ({"terms": self.terms} if self.terms is not None else {})
+        checkpoint["metrics"] = {name: summed(metric) for name, metric in running.items()}
+        checkpoint["metrics"]["names"] = self.terms.names if self.terms is not None else []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("metrics", {})
+        if saved.get("names"):
+            self.terms = Terms(saved["names"]).to(self.device)
+        for name, metric in (("scores", self.scores["train_"]), ("terms", self.terms)):
+            if name in saved and self.global_rank == 0:  # they are sums: one process takes them on
+                for state, value in saved[name].items():
+                    setattr(metric, state, value.to(self.device))
+                metric._update_count = 1
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Checkpoints hold the method only; the metrics beside it have no weights."""
+        own = {name.removeprefix("method."): tensor for name, tensor in state_dict.items()}
+        return self.method.load_state_dict(own, strict=strict, assign=assign)
+
+
+def summed(metric: Any) -> dict[str, Tensor]:
+    """A metric's states, summed over the processes, on the CPU."""
+    if metric.update_count == 0:
+        metric._update_count = 1  # a count of nothing is what is meant here, not a mistake to be warned of
+    with metric.sync_context():
+        return {name: getattr(metric, name).detach().cpu().clone() for name in metric._defaults}
+
+
+def single_precision(outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Losses and figures are computed in float32 where the network ran in bfloat16."""
+    return {name: t.float() if t is not None and t.dtype == torch.bfloat16 else t for name, t in outputs.items()}

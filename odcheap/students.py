@@ -1,0 +1,44 @@
+"""The S students of one architecture and how they run together."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from odcheap.errors import OptionError
+from odcheap.seeds import seeded
+
+
+class Students(nn.Module):
+    """`num_stu` networks made by `build()`; student k's first weights depend on (seed, k) alone.
+
+    Raises `OptionError` where `num_stu` is below 1.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], num_stu: int, seed: int):
+        super().__init__()
+        if num_stu < 1:
+            raise OptionError("num_stu", num_stu, "must be 1 or more")
+        members = []
+        for k in range(num_stu):
+            with seeded(seed, "student", k):
+                members.append(build())
+        self.members = nn.ModuleList(members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of one student's last feature map."""
+        return self.members[0].num_features
+
+    @property
+    def num_classes(self) -> int:
+        return self.members[0].get_submodule(self.members[0].classifier).out_features
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(N, C, H, W), or (S, N, C, H, W) with a view for each -> S last feature maps, logits (S, N, K)."""
+        views = images if images.ndim == 5 else [images] * len(self)
+        features = [student.features(view) for student, view in zip(self.members, views, strict=True)]
+        return features, torch.stack([student.head(f) for student, f in zip(self.members, features, strict=True)])

@@ -1,0 +1,142 @@
+"""A finished run in one dictionary, `summary.json`, and in one table."""
+
+import csv
+import io
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torchmetrics
+import torchvision
+from rich.table import Table
+from safetensors.torch import save
+from torch import nn
+
+from odcheap import __version__, cost
+from odcheap.callbacks import Record
+from odcheap.files import write_atomic, write_text
+from odcheap.module import DistillationModule, Figures
+
+
+def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> dict[str, Any]:
+    """`students`, `teacher` and `ensemble` at one epoch: val figures from its record, test figures just computed."""
+
+    def of(k: int, name: str) -> dict[str, Any]:
+        val = row.get(f"val/{name}/top1")
+        return {"val_top1": val, "test_top1": test["top1"][k], "test_top5": test["top5"][k]}
+
+    named = {name: of(k, name) for k, name in enumerate(module.members)}
+    teacher = named.get("teacher")
+    return {
+        "students": [value for name, value in named.items() if name.startswith("student_")],
+        "teacher": teacher and teacher | {"kind": module.method.teacher_kind},
+        "ensemble": named["ensemble"],
+    }
+
+
+def selected(record: Record, at_selected: dict[str, Any], test: Figures) -> dict[str, Any]:
+    student = record.selected["student"]
+    return {
+        "student": student,
+        "epoch": record.selected["epoch"],
+        "selected_on": record.select,
+        **at_selected["students"][student],
+        "balanced_accuracy": test["balanced_accuracy"][student],
+    }
+
+
+def costs(
+    module: DistillationModule, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int
+) -> dict[str, Any]:
+    """Of one student and of the standard network; `training_macs` counts a backward pass as two forward passes."""
+    student = module.method.students.members[0]
+    return {
+        "params": cost.params(student),
+        "macs": cost.macs(student, image_size),
+        "standard": {"params": cost.params(standard), "macs": cost.macs(standard, image_size)},
+        "training_macs": 3 * cost.macs(module.method, image_size) * images_trained,
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "odcheap": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pytorch_lightning": pl.__version__,
+        "torchmetrics": torchmetrics.__version__,
+    }
+
+
+def write_confusion(path: Path, counts: list[list[int]], classes: list[str]) -> None:
+    """Rows are the true classes, columns the predicted ones."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *classes])
+    writer.writerows([name, *row] for name, row in zip(classes, counts, strict=True))
+    write_text(path, text.getvalue())
+
+
+def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
+    """The network's plain weights with the settings that rebuild it."""
+    tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    content = save(tensors, metadata={"odcheap": json.dumps(settings)})
+    write_atomic(path, lambda file: file.write(content))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def table(summary: dict[str, Any], title: str) -> Table:
+    """Every member at the selected epoch; the chosen student is marked."""
+    choice = summary["selected"]
+    made = Table(title=title, caption=caption(summary), caption_justify="left", title_justify="left")
+    for column in ("", "val top-1", "test top-1", "test top-5"):
+        made.add_column(column, justify="left" if not column else "right")
+    members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
+    if summary["teacher"]:
+        members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
+    for name, value in [*members, ("ensemble of the students", summary["ensemble"])]:
+        chosen = name == f"student {choice['student']}"
+        figures = [shown(value[figure]) for figure in ("val_top1", "test_top1", "test_top5")]
+        made.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
+    return made
+
+
+def caption(summary: dict[str, Any]) -> str:
+    choice, spent = summary["selected"], summary.get("cost")
+    on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
+    text = f"student {choice['student']} of epoch {choice['epoch']}, selected on {on[choice['selected_on']]}"
+    if spent:
+        standard = spent["standard"]
+        text += f"\n{spent['params']:,} parameters (standard network {standard['params']:,}), "
+        text += f"{spent['macs'] / 1e6:.2f} M MACs (standard {standard['macs'] / 1e6:.2f} M)"
+    return text
+
+
+def sweep_table(outcomes: list[dict[str, Any]]) -> Table:
+    made = Table(title="sweep", title_justify="left")
+    for column in ("run", "outcome", "val top-1", "test top-1", "teacher test", "parameters", "MACs"):
+        made.add_column(column, justify="left" if column in ("run", "outcome") else "right", overflow="fold")
+    for outcome in outcomes:
+        summary = outcome["summary"]
+        if summary is None:
+            made.add_row(outcome["name"], outcome["outcome"], *["-"] * 5)
+            continue
+        teacher = (summary["teacher"] or {}).get("test_top1")
+        figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
+        spent = summary["cost"]
+        costs_ = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"]
+        made.add_row(outcome["name"], outcome["outcome"], *figures, shown(teacher), *costs_)
+    return made
+
+
