@@ -12,6 +12,7 @@ import torch
 import torchmetrics
 import torchvision
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
@@ -123,20 +124,18 @@ def caption(summary: dict[str, Any]) -> str:
     return text
 
 
-def sweep_table(outcomes: list[dict[str, Any]]) -> Table:
+def sweep_table(outcomes: list[tuple[str, str, dict[str, Any] | None]]) -> Table:
+    """A row a run: its name, how it ended, its summary where it has one."""
     made = Table(title="sweep", title_justify="left")
     for column in ("run", "outcome", "val top-1", "test top-1", "teacher test", "parameters", "MACs"):
         made.add_column(column, justify="left" if column in ("run", "outcome") else "right", overflow="fold")
-    for outcome in outcomes:
-        summary = outcome["summary"]
+    for name, outcome, summary in outcomes:
         if summary is None:
-            made.add_row(outcome["name"], outcome["outcome"], *["-"] * 5)
+            made.add_row(Text(name), Text(outcome), *["-"] * 5)
             continue
         teacher = (summary["teacher"] or {}).get("test_top1")
         figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
         spent = summary["cost"]
-        costs_ = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"]
-        made.add_row(outcome["name"], outcome["outcome"], *figures, shown(teacher), *costs_)
+        price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"]
+        made.add_row(Text(name), Text(outcome), *figures, shown(teacher), *price)
     return made
-
-

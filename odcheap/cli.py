@@ -1,0 +1,126 @@
+"""The command line around Hydra: one line for what the user can mend, one table for a sweep."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from odcheap import folder
+from odcheap.errors import Failure
+from odcheap.files import first_line
+from odcheap.launch import quoted
+from odcheap.summary import sweep_table
+
+PATHS = ("job_dir", "resume", "weights", "data_dir")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; `summary` where it has one."""
+
+    job_dir: Path | None
+    text: str
+    summary: dict[str, Any] | None
+
+
+outcomes: list[Outcome] = []  # of this process's sweep, in the order of its runs
+
+
+def say(text: str) -> None:
+    """A line for the user, from one process only."""
+    if rank_zero_only.rank in (0, None):
+        print(text, flush=True)
+
+
+def start(main: Callable[[], None]) -> int:
+    """Runs Hydra's main and returns the exit status."""
+    sys.argv[1:] = [quoted(arg) if arg.partition("=")[0] in PATHS else arg for arg in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
+    try:
+        main()
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return failed(f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}")
+    except (HydraException, OmegaConfBaseException) as error:
+        return failed(f"{first_line(error)} (python train.py --help shows every option)")
+    if outcomes:
+        Console(markup=False).print(sweep_table([(name_of(o), o.text, o.summary) for o in outcomes]))
+    return int(any(outcome.summary is None for outcome in outcomes))
+
+
+def name_of(outcome: Outcome) -> str:
+    return outcome.job_dir.name if outcome.job_dir else "?"
+
+
+def failed(line: str) -> int:
+    if rank_zero_only.rank in (0, None):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return 1
+
+
+def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
+    """Runs the job. A failure ends a single run with one line, and in a sweep lets the others go on."""
+    try:
+        outcome = job()
+    except (Failure, InstantiationException, MisconfigurationException) as error:
+        line = explained(error)
+        if not in_sweep:
+            sys.exit(failed(line))
+        failed(line)
+        outcome = Outcome(Path(HydraConfig.get().sweep.subdir), f"failed: {line}", None)
+    except Exception as error:
+        if not in_sweep:
+            raise
+        traceback.print_exc()
+        text = f"failed: {type(error).__name__}: {first_line(error)}"
+        outcome = Outcome(Path(HydraConfig.get().sweep.subdir), text, None)
+    if in_sweep:
+        outcomes.append(outcome)
+    return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
+
+
+def explained(error: BaseException) -> str:
+    """The line of the failure that lies under what Hydra wraps around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Failure):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, InstantiationException):
+        where = str(error).rpartition("full_key: ")[2].strip() or "config"
+        return f"{where}: {first_line(error.__cause__ or error)}"
+    return f"trainer: {first_line(error)}"
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The config of these overrides; inside a run of Hydra's only."""
+    return hydra.compose("config", overrides=[quoted(o) for o in overrides])
+
+
+def job_dir() -> str:
+    """`job_dir`'s default: a folder of the data's, or of the sweep's, named by the overrides."""
+    config = HydraConfig.get()
+    if config.mode == RunMode.MULTIRUN:
+        return str(Path(config.sweep.dir) / config.sweep.subdir)
+    return str(Path("runs") / config.runtime.choices.data / run_name())
+
+
+def run_name() -> str:
+    return folder.run_name(list(HydraConfig.get().overrides.task))
+
+
+OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -1,0 +1,171 @@
+"""One run from its parts to its folder: fit, test, write."""
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import nn
+
+from odcheap import summary
+from odcheap.callbacks import Guard, Narrator, Record
+from odcheap.checkpoint import AtomicCheckpointIO, epoch_path, read_run
+from odcheap.cli import say
+from odcheap.data import InMemoryData
+from odcheap.errors import OptionError
+from odcheap.files import write_text
+from odcheap.folder import Start, prepare
+from odcheap.module import DistillationModule
+from odcheap.optim import SGD
+from odcheap.weights import load_weights, read_weights
+
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
+
+
+def start_weights(start: Start, method: nn.Module, data: InMemoryData) -> None:
+    """Loads `weights` into a new run; warns where they were selected under another split of the data."""
+    cfg = start.cfg
+    if cfg.weights_head not in ("keep", "new"):
+        raise OptionError("weights_head", cfg.weights_head, "must be keep or new")
+    if cfg.weights is None or start.checkpoint is not None:
+        return
+    weights = read_weights(cfg.weights)
+    say(load_weights(method, weights, new_head=cfg.weights_head == "new"))
+    if weights.split not in (None, data.split.fingerprint):
+        say("warning: the weights were selected under another split; held-out images may have been trained on")
+
+
+class Run:
+    """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
+
+    def __init__(self, start: Start, data: InMemoryData, method: nn.Module, recipe: SGD):
+        self.start, self.cfg, self.data = start, start.cfg, data
+        self.check()
+        about = {
+            "overrides": start.overrides,
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "split": data.split.fingerprint,
+            "classes": data.classes,
+        }
+        self.module = DistillationModule(method, recipe, self.cfg.seed, len(data.classes), about)
+        self.record = Record(start.job_dir, self.cfg.select, self.cfg.checkpoint_every, self.cfg.checkpoint_keep)
+        self.console = Console(markup=False)
+
+    def check(self) -> None:
+        cfg = self.cfg
+        if cfg.select not in ("val", "last", "test"):
+            raise OptionError("select", cfg.select, "must be val, last or test")
+        if cfg.on_nonfinite not in ("stop", "skip"):
+            raise OptionError("on_nonfinite", cfg.on_nonfinite, "must be stop or skip")
+        if not isinstance(cfg.trainer.max_epochs, int) or cfg.trainer.max_epochs < 1:
+            raise OptionError("trainer.max_epochs", cfg.trainer.max_epochs, "must be a whole number, 1 or more")
+        if not isinstance(cfg.checkpoint_keep, int) or cfg.checkpoint_keep < 1:
+            raise OptionError("checkpoint_keep", cfg.checkpoint_keep, "must be a whole number, 1 or more")
+
+    def trainer(self, loggers: bool) -> pl.Trainer:
+        narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
+        return instantiate(
+            self.cfg.trainer,
+            callbacks=[self.record, Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), narrator],
+            logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
+            plugins=[AtomicCheckpointIO()],
+        )
+
+    def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
+        """Trains, tests the selected epoch and the last one, writes the folder, returns the summary."""
+        trainer = self.trainer(loggers=True)
+        if trainer.is_global_zero:
+            prepare(self.start)
+            write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+        self.introduce(trainer)
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        last = self.tested(trainer, self.record.history[-1])
+        at_selected = self.tested(trainer, self.back_to_selected())
+        self.record.before, self.record.began = self.record.history[-1]["seconds"], self.record.began
+        result = self.summarise(at_selected, last, standard)
+        if trainer.is_global_zero:
+            self.write(result)
+            self.console.print(summary.table(result, f"{self.start.job_dir}: finished"))
+        return result
+
+    def introduce(self, trainer: pl.Trainer) -> None:
+        cfg, data = self.cfg, self.data
+        counts = f"{len(data.split.train):,} training, {len(data.split.val):,} held-out, {len(data.images.test):,} test"
+        where = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
+        say(f"{data.name}: {counts} images; {cfg.num_stu} students; {where}; {self.start.job_dir}")
+        if self.start.checkpoint:
+            say(f"continuing from {self.start.checkpoint}")
+        if cfg.select == "test":
+            say("warning: select=test picks student and epoch on the test images; its accuracy is no honest estimate")
+
+    def back_to_selected(self) -> dict[str, Any]:
+        """Loads the selected epoch's weights and returns that epoch's record."""
+        epoch = self.record.selected["epoch"]
+        if epoch != self.record.history[-1]["epoch"]:
+            path = epoch_path(self.start.job_dir, epoch)
+            self.module.load_state_dict(read_run(path, "job_dir")["state_dict"])
+        self.module.chosen = self.record.selected["student"]
+        return next(row for row in self.record.history if row["epoch"] == epoch)
+
+    def tested(self, trainer: pl.Trainer, row: dict[str, Any]) -> dict[str, Any]:
+        trainer.test(self.module, datamodule=self.data, verbose=False)
+        return summary.results(self.module, row, self.module.figures["test"])
+
+    def summarise(self, at_selected: dict[str, Any], last: dict[str, Any], standard: nn.Module) -> dict[str, Any]:
+        history, size = self.record.history, self.data.image_size
+        images = len(self.data.split.train) * len(history)
+        return {
+            "selected": summary.selected(self.record, at_selected, self.module.figures["test"]),
+            **at_selected,
+            "last": last,
+            "cost": summary.costs(self.module, standard, size, images),
+            "images_per_second": sum(row["images_per_second"] for row in history) / len(history),
+            "train_seconds": history[-1]["seconds"],
+            "epochs": len(history),
+            "seed": self.cfg.seed,
+            "data": self.data.name,
+            "num_stu": self.cfg.num_stu,
+            "split": self.data.split.fingerprint,
+            "versions": summary.versions(),
+            "finished": True,
+        }
+
+    def write(self, result: dict[str, Any]) -> None:
+        """`summary.json` comes last: where it is, everything is."""
+        job_dir, about = self.start.job_dir, self.module.about
+        counts = self.module.confusion.compute().tolist()
+        summary.write_confusion(job_dir / "confusion.csv", counts, self.data.classes)
+        settings = {key: about["config"][key] for key in ("backbone", "block_type")}
+        settings |= {"classes": self.data.classes, "split": about["split"], "image_size": list(self.data.image_size)}
+        settings |= {"mean": list(self.data.norm.mean), "std": list(self.data.norm.std)}
+        student = self.module.method.students.members[self.module.chosen]
+        summary.write_student(job_dir / "student.safetensors", student, settings)
+        summary.write_json(job_dir / "summary.json", result)
+
+    def test_only(self) -> dict[str, Any]:
+        """Evaluates a checkpoint or given weights, writes `test.json` and nothing else."""
+        if self.start.content is not None:
+            self.module.load_state_dict(self.start.content["state_dict"])
+            self.record.selected = {"student": 0, "epoch": self.start.content["epoch"], "score": -1.0}
+        trainer = self.trainer(loggers=False)
+        self.introduce(trainer)
+        row = {}
+        if len(self.data.split.val) or self.cfg.select == "test":
+            trainer.validate(self.module, datamodule=self.data, verbose=False)
+            self.record.choose(self.record.selected["epoch"], self.module)
+        if self.cfg.select != "test" and "val" in self.module.figures:
+            top1 = self.module.figures["val"]["top1"]
+            row = {f"val/{name}/top1": value for name, value in zip(self.module.members, top1, strict=True)}
+        self.module.chosen = self.record.selected["student"]
+        found = self.tested(trainer, row)
+        result = {"selected": summary.selected(self.record, found, self.module.figures["test"]), **found}
+        result |= {"split": self.data.split.fingerprint, "versions": summary.versions()}
+        if trainer.is_global_zero:
+            prepare(self.start)
+            summary.write_json(self.start.job_dir / "test.json", result)
+            self.console.print(summary.table(result, f"{self.start.job_dir}: test only"))
+        return result

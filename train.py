@@ -1,0 +1,52 @@
+"""Trains cheap students and their online teacher: `python train.py block_type=DW num_stu=4` (README.md has the rest)."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from odcheap import cli, folder, launch, run
+from odcheap.convs import Standard
+from odcheap.seeds import seeded
+from odcheap.students import Students
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """One run; in a sweep, one of its runs. Returns the chosen student's held-out accuracy."""
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    overrides = list(HydraConfig.get().overrides.task)
+    return cli.guarded(lambda: train(cfg, overrides, in_sweep), in_sweep)
+
+
+def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
+    start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default="auto" if in_sweep else None)
+    if start.finished:
+        cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
+        return cli.Outcome(start.job_dir, "was finished", folder.summary_of(start.job_dir))
+    cfg = start.cfg
+    data = instantiate(cfg.data)
+    data.read()
+    backbone = instantiate(cfg.backbone)
+    students = Students(
+        lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)), cfg.num_stu, cfg.seed
+    )
+    with seeded(cfg.seed, "method"):
+        method = instantiate(cfg.method)(students=students)
+    run.start_weights(start, method, data)
+    if launch.needs_processes(cfg):
+        launch.start_processes(Path(__file__), start)
+        return cli.Outcome(start.job_dir, "finished", folder.summary_of(start.job_dir))
+    with seeded(cfg.seed, "standard"):
+        standard = backbone(conv=Standard(), num_classes=len(data.classes))
+    trial = run.Run(start, data, method, instantiate(cfg.optimizer))
+    summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
+    return cli.Outcome(start.job_dir, "finished", summary)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.start(main))
