@@ -151,10 +151,13 @@ class InMemoryData(pl.LightningDataModule):
         return tuple(self.images.train.shape[1:])
 
     def train_dataloader(self) -> TrainBatches:
-        t, index = self.trainer, torch.from_numpy(self.split.train)
-        order = BatchOrder(len(index), self.batch_size, self.seed, t.global_rank, t.world_size)
+        index = torch.from_numpy(self.split.train)
         images, target = self.on_device(self.images.train, self.images.train_target, index)
-        return TrainBatches(images, target, order, self.augment, self.norm)
+        return TrainBatches(images, target, self.order(), self.augment, self.norm)
+
+    def order(self) -> BatchOrder:
+        t = self.trainer
+        return BatchOrder(len(self.split.train), self.batch_size, self.seed, t.global_rank, t.world_size)
 
     def val_dataloader(self) -> EvalBatches | list:
         if self.select == "test":

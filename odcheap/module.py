@@ -38,7 +38,9 @@ class DistillationModule(pl.LightningModule):
     stages = ("train", "val", "test")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer, schedule = self.recipe.build(self.method, int(self.trainer.estimated_stepping_batches))
+        # Not `estimated_stepping_batches`: it makes the loaders before their place in the epoch can be restored.
+        steps = len(self.trainer.datamodule.order()) * self.trainer.max_epochs
+        optimizer, schedule = self.recipe.build(self.method, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -54,10 +56,13 @@ class DistillationModule(pl.LightningModule):
         if self.terms is not None:
             self.terms.reset()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.latest is None:  # the step was skipped
-            return
-        terms, outputs, target = self.latest
+    def optimizer_step(self, *args: Any) -> None:
+        """Counts a step once it is taken: before any callback saves a checkpoint, and not where it was skipped."""
+        super().optimizer_step(*args)
+        if self.latest is not None:
+            self.count(*self.latest)
+
+    def count(self, terms: dict[str, Tensor], outputs: dict[str, Tensor], target: Tensor) -> None:
         if self.terms is None:
             self.terms = Terms(list(terms)).to(self.device)
         self.terms.update(terms, len(target))

@@ -51,7 +51,7 @@ class Run:
         }
         self.module = DistillationModule(method, recipe, self.cfg.seed, len(data.classes), about)
         self.record = Record(start.job_dir, self.cfg.select, self.cfg.checkpoint_every, self.cfg.checkpoint_keep)
-        self.console = Console(markup=False)
+        self.console = Console(markup=False, soft_wrap=False)
 
     def check(self) -> None:
         cfg = self.cfg
