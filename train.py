@@ -1,4 +1,4 @@
-"""Trains cheap students and their online teacher: `python train.py block_type=DW num_stu=4` (README.md has the rest)."""
+"""Trains cheap students and their online teacher: `python train.py block_type=DW num_stu=4` (see README.md)."""
 
 import sys
 from pathlib import Path

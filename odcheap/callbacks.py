@@ -189,7 +189,7 @@ class Narrator(pl.Callback):
         steps = trainer.num_training_batches * trainer.max_epochs - trainer.global_step
         left = seconds_a_step * steps
         hint = f"; shorter: {self.shorter}" if left > 3600 and module.device.type == "cpu" else ""
-        self.console.print(f"  about {spoken(left)} to go for {trainer.max_epochs} epochs{hint}", highlight=False, soft_wrap=True)
+        self.console.print(f"  about {spoken(left)} to go for {trainer.max_epochs} epochs{hint}", soft_wrap=True)
 
     def latest(self, trainer: pl.Trainer) -> str:
         line = self.line(self.record.history[-1]) if self.record.history else "training"
@@ -208,7 +208,7 @@ class Narrator(pl.Callback):
         if trainer.is_global_zero:
             row = self.record.history[-1]
             text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
-            self.console.print(f"{text}  loss {row['train/loss']:.4f}  {self.line(row)}", highlight=False, soft_wrap=True)
+            self.console.print(f"{text}  loss {row['train/loss']:.4f}  {self.line(row)}", soft_wrap=True)
 
     def on_train_end(self, *_: Any) -> None:
         self.stop()

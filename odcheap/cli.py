@@ -31,7 +31,7 @@ PATHS = ("job_dir", "resume", "weights", "data_dir")
 class Outcome:
     """How a run ended; `summary` where it has one."""
 
-    job_dir: Path | None
+    job_dir: Path
     text: str
     summary: dict[str, Any] | None
 
@@ -48,6 +48,7 @@ def say(text: str) -> None:
 def start(main: Callable[[], None]) -> int:
     """Runs Hydra's main and returns the exit status."""
     sys.argv[1:] = [quoted(arg) if arg.partition("=")[0] in PATHS else arg for arg in sys.argv[1:]]
+    outcomes.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
         main()
@@ -57,12 +58,25 @@ def start(main: Callable[[], None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return failed(f"{first_line(error)} (python train.py --help shows every option)")
     if outcomes:
-        Console(markup=False).print(sweep_table([(name_of(o), o.text, o.summary) for o in outcomes]))
+        names = short_names([outcome.job_dir.name for outcome in outcomes])
+        rows = [(name, o.text, o.summary) for name, o in zip(names, outcomes, strict=True)]
+        console().print(sweep_table(rows))
     return int(any(outcome.summary is None for outcome in outcomes))
 
 
-def name_of(outcome: Outcome) -> str:
-    return outcome.job_dir.name if outcome.job_dir else "?"
+def short_names(names: list[str]) -> list[str]:
+    """Without the overrides that all runs share."""
+    parts = [name.split(",") for name in names]
+    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    return [
+        ",".join(part for part in mine if part not in shared) or name for mine, name in zip(parts, names, strict=True)
+    ]
+
+
+def console() -> Console:
+    """Wide enough for a table where nobody's terminal says how wide it is; text is printed as it is, not as markup."""
+    made = Console(markup=False, highlight=False)
+    return made if made.is_terminal else Console(markup=False, highlight=False, width=120)
 
 
 def failed(line: str) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from odcheap.errors import OptionError
 from odcheap.images import Augmentation, Normalisation
 from odcheap.seeds import generator
 from odcheap.sources import Images
-from odcheap.split import Split, pixel_digests, stratified
+from odcheap.split import pixel_digests, stratified
 
 TOO_FEW = 2  # images a process: batch norm needs two
 
@@ -74,11 +73,12 @@ class TrainBatches:
         start, self.start = self.start, 0
         epoch, device = self.sampler.epoch, self.images.device
         drawn = self.augment.draw(len(self.images), self.sampler.seed, epoch).to(device)
-        for self.done, (index, share) in enumerate(self.sampler.batches(), start=1):
-            if self.done > start:
-                index = index.to(device)
-                images = self.augment.apply(self.images[index], drawn[index])
-                yield Batch(self.norm.apply(images), self.target[index], share)
+        batches = self.sampler.batches()
+        for k in range(start, len(batches)):
+            index, share = batches[k][0].to(device), batches[k][1]
+            images = self.augment.apply(self.images[index], drawn[index])
+            self.done = k + 1
+            yield Batch(self.norm.apply(images), self.target[index], share)
 
     def state_dict(self) -> dict[str, int]:
         return {"done": self.done}

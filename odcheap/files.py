@@ -29,7 +29,8 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
     require_file(path, option)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise OptionError(option, path, f"not a whole safetensors file ({first_line(error)})") from error
 

@@ -109,7 +109,11 @@ def reapply(
     cfg = compose(merged)
     before, now = flat(about["config"]), flat(OmegaConf.to_container(cfg, resolve=True))
     for name in sorted(before.keys() | now.keys()):
-        if not name.startswith(tuple(f"{free}." for free in FREE)) and name not in FREE and before.get(name) != now.get(name):
+        if (
+            not name.startswith(tuple(f"{free}." for free in FREE))
+            and name not in FREE
+            and before.get(name) != now.get(name)
+        ):
             allowed = f"would change the experiment that is resumed; it has {name}={before.get(name)}"
             raise OptionError(name, now.get(name), allowed)
     return cfg, merged

@@ -1,4 +1,4 @@
-"""Starts the processes of a distributed run: torchrun with this run's own overrides, so that a sweep's job starts alone."""
+"""Starts the processes of a distributed run: torchrun with this run's own overrides, never those of a whole sweep."""
 
 import os
 import subprocess

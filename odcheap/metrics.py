@@ -31,7 +31,7 @@ class Scores(Metric):
             self.hits5 += (logits.topk(5, dim=-1).indices == target[:, None]).any(-1).sum(-1)
 
     def compute(self) -> dict[str, Tensor]:
-        """`top1` and `top5` (M,) (`top5` means nothing with 5 classes or fewer), `recall` (M, K), NaN without images."""
+        """`top1` and `top5` (M,) (nothing with 5 classes or fewer), `recall` (M, K), NaN without images."""
         total = self.seen.sum().double()
         return {
             "top1": self.hits.sum(1).double() / total,

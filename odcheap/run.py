@@ -6,13 +6,12 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from rich.console import Console
 from torch import nn
 
 from odcheap import summary
 from odcheap.callbacks import Guard, Narrator, Record
 from odcheap.checkpoint import AtomicCheckpointIO, epoch_path, read_run
-from odcheap.cli import say
+from odcheap.cli import console, say
 from odcheap.data import InMemoryData
 from odcheap.errors import OptionError
 from odcheap.files import write_text
@@ -51,7 +50,7 @@ class Run:
         }
         self.module = DistillationModule(method, recipe, self.cfg.seed, len(data.classes), about)
         self.record = Record(start.job_dir, self.cfg.select, self.cfg.checkpoint_every, self.cfg.checkpoint_keep)
-        self.console = Console(markup=False, soft_wrap=False)
+        self.console = console()
 
     def check(self) -> None:
         cfg = self.cfg

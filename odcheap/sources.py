@@ -40,7 +40,7 @@ def digits() -> Images:
 
 
 def cifar(name: str, data_dir: str, train_images: int, test_images: int, download: bool) -> Images:
-    """CIFAR-10 or -100 from the official files, a folder tree `<data_dir>/<name>/{train,test}/<class>/*`, or a download.
+    """CIFAR-10 or -100 from the official files, a tree `<data_dir>/<name>/{train,test}/<class>/*`, or a download.
 
     Raises `OptionError` where none of these is there and whole.
     """
@@ -57,7 +57,7 @@ def cifar(name: str, data_dir: str, train_images: int, test_images: int, downloa
     if (root / name).is_dir():
         return from_tree(root / name, train_images, test_images)
     if not download:
-        raise missing(data_dir, name, "and data.download is false")
+        raise missing(data_dir, name, "and data.load.download is false")
     print(f"downloading {name} to {data_dir}", flush=True)
     return from_download(official, data_dir, name)
 
@@ -98,7 +98,7 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
     for part, expected in (("train", train_images), ("test", test_images)):
         found = sum(len(files) for files in parts[part].values())
         if found != expected:
-            allowed = f"half unpacked? data.{part}_images={expected} images are expected, {found} are there"
+            allowed = f"half unpacked? data.load.{part}_images={expected} images are expected, {found} are there"
             raise OptionError("data_dir", tree / part, allowed)
     train, train_target = decode(parts["train"])
     test, test_target = decode(parts["test"])

@@ -45,7 +45,7 @@ def stratified(digests: list[bytes], target: Tensor, val_size: float, name: str 
 
 def held_out_count(val_size: float, available: int, name: str) -> int:
     count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
-    if val_size < 0 or count != val_size and val_size >= 1:
+    if val_size < 0 or (count != val_size and val_size >= 1):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
     if count >= available:
         raise OptionError(name, val_size, f"must leave images to train on: there are {available}")

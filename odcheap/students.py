@@ -17,8 +17,8 @@ class Students(nn.Module):
 
     def __init__(self, build: Callable[[], nn.Module], num_stu: int, seed: int):
         super().__init__()
-        if num_stu < 1:
-            raise OptionError("num_stu", num_stu, "must be 1 or more")
+        if not isinstance(num_stu, int) or num_stu < 1:
+            raise OptionError("num_stu", num_stu, "must be a whole number, 1 or more")
         members = []
         for k in range(num_stu):
             with seeded(seed, "student", k):

@@ -1,0 +1,52 @@
+"""What several rooms' tests share: a tiny run, and the command line called as a user would."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import train
+from odcheap import cli
+
+SHARED = Path(__file__).parents[2] / "shared"
+TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
+TINY += ["trainer.max_epochs=2", "logger=csv"]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two test processes share two cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """`command("num_stu=2", ...)` is `python train.py num_stu=2 ...` in an empty folder, without a new process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        capsys.readouterr()
+        try:
+            status = cli.start(train.main)
+        except SystemExit as stop:
+            status = stop.code
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def golden():
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the golden files of ../shared are not here")
+    return folder

@@ -1,0 +1,77 @@
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from odcheap.errors import OptionError
+from odcheap.files import read_safetensors, read_torch, write_atomic
+
+
+class Bomb:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, zipped):
+    file, mark = tmp_path / "bomb.pt", tmp_path / "ran"
+    torch.save({"state_dict": Bomb(mark)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(OptionError, match=r"weights=.*bomb.pt: not a whole, plain checkpoint"):
+        read_torch(file, "weights")
+    file.write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(OptionError, match="not a whole, plain checkpoint"):
+        read_torch(file, "weights")
+    assert not mark.exists()
+
+
+def test_truncated_files_at_every_tenth_are_refused(tmp_path):
+    file = tmp_path / "whole.pt"
+    torch.save({"state_dict": {"a": torch.randn(100)}}, file)
+    whole = file.read_bytes()
+    for tenth in range(10):
+        file.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(OptionError, match="not a"):
+            read_torch(file)
+    file.write_bytes(whole)
+    assert read_torch(file)["state_dict"]["a"].shape == (100,)
+
+
+def test_missing_foreign_and_other_content_is_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"resume=.*nothing.ckpt: no such file"):
+        read_torch(tmp_path / "nothing.ckpt", "resume")
+    (tmp_path / "text").write_text("hello, this is no checkpoint at all")
+    with pytest.raises(OptionError, match="not a whole, plain checkpoint"):
+        read_torch(tmp_path / "text")
+    torch.save([1, 2], tmp_path / "list")
+    with pytest.raises(OptionError, match="it holds a list, not a dict"):
+        read_torch(tmp_path / "list")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    file = tmp_path / "student.safetensors"
+    save_file({"a": torch.ones(3)}, file, metadata={"odcheap": "{}"})
+    assert read_safetensors(file)[1] == {"odcheap": "{}"}
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(OptionError, match="not a whole safetensors file"):
+        read_safetensors(file)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "kept"
+    file.write_bytes(b"old")
+
+    def fail(out):
+        out.write(b"half of the n")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(file, fail)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+    write_atomic(file, lambda out: out.write(b"new"))
+    assert file.read_bytes() == b"new"
