@@ -14,8 +14,10 @@ from odcheap.convs import Standard
 from odcheap.seeds import seeded
 from odcheap.students import Students
 
+CONF = Path(__file__).parent / "conf"
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """One run; in a sweep, one of its runs. Returns the chosen student's held-out accuracy."""
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -49,4 +51,4 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.start(main))
+    sys.exit(cli.start(main, CONF))

@@ -21,6 +21,7 @@ class CifarResNet(nn.Module):
 
     num_features = 64
     classifier = "fc"
+    standard_note = "the standard network has He et al.'s block: it differs in more than the convolution"
 
     def __init__(self, depth: int, conv: Conv, num_classes: int):
         super().__init__()

@@ -35,6 +35,7 @@ class Record(pl.Callback):
         self.began = self.epoch_began = self.saved = time.perf_counter()
         self.train_ended: float | None = None
         self.images = 0
+        self.rate = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"selected": self.selected, "history": self.history, "seconds": self.seconds()}
@@ -50,6 +51,9 @@ class Record(pl.Callback):
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.epoch_began, self.train_ended, self.images = time.perf_counter(), None, 0
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        self.rate = optimizer.param_groups[0]["lr"]  # at the epoch's end the schedule has already moved on
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(batch.target) * trainer.world_size
@@ -77,7 +81,7 @@ class Record(pl.Callback):
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self.rate,
             "images_per_second": self.images / spent,
             "seconds": self.seconds(),
         }

@@ -1,6 +1,8 @@
 """The command line around Hydra: one line for what the user can mend, one table for a sweep."""
 
+import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -45,8 +47,8 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def start(main: Callable[[], None]) -> int:
-    """Runs Hydra's main and returns the exit status."""
+def start(main: Callable[[], None], conf: Path) -> int:
+    """Runs Hydra's main, whose config lies in `conf`, and returns the exit status."""
     sys.argv[1:] = [quoted(arg) if arg.partition("=")[0] in PATHS else arg for arg in sys.argv[1:]]
     outcomes.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
@@ -56,12 +58,24 @@ def start(main: Callable[[], None]) -> int:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return failed(f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}")
     except (HydraException, OmegaConfBaseException) as error:
-        return failed(f"{first_line(error)} (python train.py --help shows every option)")
+        return failed(f"{first_line(error)}{nearest(error, conf)} (python train.py --help shows every option)")
     if outcomes:
         names = short_names([outcome.job_dir.name for outcome in outcomes])
         rows = [(name, o.text, o.summary) for name, o in zip(names, outcomes, strict=True)]
         console().print(sweep_table(rows))
     return int(any(outcome.summary is None for outcome in outcomes))
+
+
+def nearest(error: Exception, conf: Path) -> str:
+    """The known options most like the unknown one that the error speaks of."""
+    unknown = re.search(r"Could not override '([\w./]+)'", str(error))
+    if unknown is None:
+        return ""
+    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        known = folder.flat(OmegaConf.to_container(hydra.compose("config"), resolve=False))
+    names = {".".join(name.split(".")[:depth]) for name in known for depth in (1, 2)}
+    close = difflib.get_close_matches(unknown[1], sorted(names), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -138,9 +138,15 @@ class InMemoryData(pl.LightningDataModule):
             self.images = self.load()
             digests = pixel_digests(self.images.train, self.split_seed)
             self.split = stratified(digests, self.images.train_target, self.val_size)
+            BatchOrder(len(self.split.train), self.batch_size, self.seed)  # refuses what cannot be divided into batches
             if self.select == "val" and not len(self.split.val):
                 allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
                 raise OptionError("data.val_size", self.val_size, allowed)
+
+    @property
+    def watched(self) -> int:
+        """How many images are evaluated after each epoch."""
+        return len(self.images.test) if self.select == "test" else len(self.split.val)
 
     @property
     def classes(self) -> list[str]:
@@ -159,7 +165,7 @@ class InMemoryData(pl.LightningDataModule):
         t = self.trainer
         return BatchOrder(len(self.split.train), self.batch_size, self.seed, t.global_rank, t.world_size)
 
-    def val_dataloader(self) -> EvalBatches | list:
+    def val_dataloader(self) -> EvalBatches:
         if self.select == "test":
             return self.test_dataloader()
         index = torch.from_numpy(self.split.val)
@@ -172,9 +178,6 @@ class InMemoryData(pl.LightningDataModule):
         device = self.trainer.strategy.root_device
         return images[index].to(device), target[index].to(device)
 
-    def eval_batches(self, images: Tensor, target: Tensor) -> EvalBatches | list:
-        """An empty list, which Lightning skips, where there are no images."""
+    def eval_batches(self, images: Tensor, target: Tensor) -> EvalBatches:
         t = self.trainer
-        if not len(images):
-            return []
         return EvalBatches(images, target, self.eval_batch_size, self.norm, t.global_rank, t.world_size)

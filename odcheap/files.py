@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,9 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
     """A dict of tensors and plain containers written by `torch.save`; `OptionError` for anything else."""
     require_file(path, option)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # its guess about a strange pickle, which is then refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(option, path, f"not a whole, plain checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict):

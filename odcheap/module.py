@@ -31,6 +31,7 @@ class DistillationModule(pl.LightningModule):
         self.scores = nn.ModuleDict({f"{stage}_": Scores(len(self.members), classes) for stage in self.stages})
         self.terms: Terms | None = None
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
+        self.confused: list[list[int]] = []
         self.chosen = 0
         self.figures: dict[str, Figures] = {}
         self.latest: tuple[dict[str, Tensor], dict[str, Tensor], Tensor] | None = None
@@ -98,6 +99,7 @@ class DistillationModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.finish("test")
+        self.confused = self.confusion.compute().tolist()  # here, where every process takes part in the sum
 
     def finish(self, stage: str) -> Figures:
         """Computes the stage's figures over all processes and starts the next count."""

@@ -70,6 +70,7 @@ class Run:
             callbacks=[self.record, Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), narrator],
             logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
             plugins=[AtomicCheckpointIO()],
+            limit_val_batches=1.0 if self.data.watched else 0,
         )
 
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class Run:
         result = self.summarise(at_selected, last, standard)
         if trainer.is_global_zero:
             self.write(result)
-            self.console.print(summary.table(result, f"{self.start.job_dir}: finished"))
+            summary.show(self.console, result, f"{self.start.job_dir}: finished")
         return result
 
     def introduce(self, trainer: pl.Trainer) -> None:
@@ -136,8 +137,7 @@ class Run:
     def write(self, result: dict[str, Any]) -> None:
         """`summary.json` comes last: where it is, everything is."""
         job_dir, about = self.start.job_dir, self.module.about
-        counts = self.module.confusion.compute().tolist()
-        summary.write_confusion(job_dir / "confusion.csv", counts, self.data.classes)
+        summary.write_confusion(job_dir / "confusion.csv", self.module.confused, self.data.classes)
         settings = {key: about["config"][key] for key in ("backbone", "block_type")}
         settings |= {"classes": self.data.classes, "split": about["split"], "image_size": list(self.data.image_size)}
         settings |= {"mean": list(self.data.norm.mean), "std": list(self.data.norm.std)}
@@ -153,7 +153,7 @@ class Run:
         trainer = self.trainer(loggers=False)
         self.introduce(trainer)
         row = {}
-        if len(self.data.split.val) or self.cfg.select == "test":
+        if self.data.watched:
             trainer.validate(self.module, datamodule=self.data, verbose=False)
             self.record.choose(self.record.selected["epoch"], self.module)
         if self.cfg.select != "test" and "val" in self.module.figures:
@@ -166,5 +166,5 @@ class Run:
         if trainer.is_global_zero:
             prepare(self.start)
             summary.write_json(self.start.job_dir / "test.json", result)
-            self.console.print(summary.table(result, f"{self.start.job_dir}: test only"))
+            summary.show(self.console, result, f"{self.start.job_dir}: test only")
         return result

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torchmetrics
 import torchvision
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save
@@ -57,7 +58,11 @@ def costs(
     return {
         "params": cost.params(student),
         "macs": cost.macs(student, image_size),
-        "standard": {"params": cost.params(standard), "macs": cost.macs(standard, image_size)},
+        "standard": {
+            "params": cost.params(standard),
+            "macs": cost.macs(standard, image_size),
+            "note": getattr(standard, "standard_note", None),
+        },
         "training_macs": 3 * cost.macs(module.method, image_size) * images_trained,
     }
 
@@ -97,10 +102,17 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def table(summary: dict[str, Any], title: str) -> Table:
+def show(console: Console, summary: dict[str, Any], title: str) -> None:
+    """What became of a run, as a title, a table and a few words below it."""
+    console.print(title, soft_wrap=True)
+    console.print(table(summary))
+    console.print(caption(summary), soft_wrap=True)
+
+
+def table(summary: dict[str, Any]) -> Table:
     """Every member at the selected epoch; the chosen student is marked."""
     choice = summary["selected"]
-    made = Table(title=title, caption=caption(summary), caption_justify="left", title_justify="left")
+    made = Table()
     for column in ("", "val top-1", "test top-1", "test top-5"):
         made.add_column(column, justify="left" if not column else "right")
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
@@ -121,6 +133,7 @@ def caption(summary: dict[str, Any]) -> str:
         standard = spent["standard"]
         text += f"\n{spent['params']:,} parameters (standard network {standard['params']:,}), "
         text += f"{spent['macs'] / 1e6:.2f} M MACs (standard {standard['macs'] / 1e6:.2f} M)"
+        text += f"\n{standard['note']}" if standard.get("note") else ""
     return text
 
 

@@ -36,7 +36,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         capsys.readouterr()
         try:
-            status = cli.start(train.main)
+            status = cli.start(train.main, train.CONF)
         except SystemExit as stop:
             status = stop.code
         return Result(status, *capsys.readouterr())

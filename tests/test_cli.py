@@ -1,0 +1,22 @@
+from odcheap.cli import explained, short_names
+from odcheap.errors import OptionError
+
+
+def test_sweep_rows_show_what_differs():
+    names = ["a=1,seed=0,x=y", "a=1,seed=1,x=y", "a=2,seed=1,x=y"]
+    assert short_names(names) == ["a=1,seed=0", "a=1,seed=1", "a=2,seed=1"]
+    assert short_names(["a=1"]) == ["a=1"]
+
+
+def test_the_reason_under_a_wrapped_error_is_told():
+    error = RuntimeError("outer\nmore")
+    error.__cause__ = OptionError("num_stu", 0, "must be 1 or more")
+    assert explained(error) == "num_stu=0: must be 1 or more"
+
+
+def test_unknown_options_get_the_nearest_names(command):
+    result = command("num_sut=3")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.count("\n") == 1
+    assert "'num_sut'" in result.err
+    assert "did you mean num_stu" in result.err

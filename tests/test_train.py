@@ -1,0 +1,353 @@
+"""Whole runs, once per promise of the README."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+import train
+from odcheap.backbones import CifarResNet
+from odcheap.convs import DW
+from odcheap.sources import digits
+
+
+def summary(job_dir):
+    return json.loads((job_dir / "summary.json").read_text())
+
+
+def metrics(job_dir):
+    with open(job_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def hashes(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(command, tmp_path):
+    job_dir = tmp_path / "run"
+    result = command(*TINY, f"job_dir={job_dir}")
+    assert result.status == 0, result.err
+    assert "<- chosen" in result.out
+    return job_dir
+
+
+def accuracy(network, name="test", mean=0.305, std=0.376):
+    images = digits()
+    with torch.no_grad():
+        logits = network.eval()((images.test / 255 - mean) / std)
+    return (logits.argmax(1) == images.test_target).double().mean().item()
+
+
+def test_a_run_s_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "checkpoints", "config.yaml", "metrics.csv", "summary.json", "confusion.csv", "student.safetensors",
+    }  # fmt: skip
+    found = summary(finished)
+    chosen = found["students"][found["selected"]["student"]]
+    assert {name: found["selected"][name] for name in chosen} == chosen
+    assert found["selected"]["selected_on"] == "val"
+    assert (found["teacher"]["kind"], len(found["students"]), len(found["last"]["students"])) == ("head", 2, 2)
+    assert (found["epochs"], found["seed"], found["finished"]) == (2, 0, True)
+    assert found["cost"]["params"] == sum(p.numel() for p in CifarResNet(8, DW(), 10).parameters())
+    student_macs = found["cost"]["macs"]
+    teacher_head = 2 * 64 * 10
+    assert found["cost"]["training_macs"] == 3 * (2 * student_macs + teacher_head) * 2 * 437
+    assert all(
+        path.suffix == ".ckpt" and "state_dict" in checkpoint(path) for path in (finished / "checkpoints").iterdir()
+    )
+
+
+def test_the_chosen_student_is_the_one_that_was_exported_and_tested(finished):
+    network = CifarResNet(8, DW(), 10)
+    network.load_state_dict(load_file(finished / "student.safetensors"))
+    found = summary(finished)
+    assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
+    with open(finished / "confusion.csv", newline="") as file:
+        rows = [[int(n) for n in row[1:]] for row in list(csv.reader(file))[1:]]
+    assert sum(rows[k][k] for k in range(10)) / sum(map(sum, rows)) == pytest.approx(found["selected"]["test_top1"])
+    assert found["selected"]["balanced_accuracy"] == pytest.approx(sum(r[k] / sum(r) for k, r in enumerate(rows)) / 10)
+
+
+def test_selection_is_on_held_out_images(finished):
+    best = max(
+        (float(row[f"val/student_{k}/top1"]), -int(row["epoch"]), -k) for row in metrics(finished) for k in range(2)
+    )
+    selected = summary(finished)["selected"]
+    assert (selected["val_top1"], -selected["epoch"], -selected["student"]) == pytest.approx(best)
+
+
+def test_every_term_is_logged_by_name_and_what_is_summed_is_logged(finished):
+    for row in metrics(finished):
+        terms = {name: float(v) for name, v in row.items() if name.startswith(("train/ce_", "train/kl_"))}
+        assert set(terms) == {
+            f"train/{t}" for t in ("ce_teacher", "ce_student_0", "kl_student_0", "ce_student_1", "kl_student_1")
+        }
+        assert sum(terms.values()) == pytest.approx(float(row["train/loss"]), rel=1e-5)
+
+
+def test_test_only_reproduces_the_summary_and_touches_nothing_else(finished, command):
+    before = hashes(finished)
+    assert command("test_only=true", f"resume={finished}").status == 0
+    found, expected = json.loads((finished / "test.json").read_text()), summary(finished)
+    for part in ("selected", "students", "teacher", "ensemble"):
+        assert found[part] == expected[part]
+    after = hashes(finished)
+    del after[finished / "test.json"]
+    assert after == before
+
+
+CLOCK = ("seconds", "images_per_second", "train_seconds")  # what no second run can repeat
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k not in CLOCK)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        (("block_type=DW", "data.flip=true"), ("epoch-0000-step-0000010", "epoch-0001")),
+        (("block_type=Shift", "trainer.precision=bf16-mixed"), ("epoch-0001-step-0000010",)),
+        (("block_type=Group", "select=last", "data.val_size=0.5"), ("epoch-0000", "epoch-0001-step-0000010")),
+    ],
+)
+def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, options, places):
+    often = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
+    straight = tmp_path / "straight"
+    assert command(*TINY, *often, *options, f"job_dir={straight}").status == 0
+    for place in places:
+        again = tmp_path / place
+        assert command(f"resume={straight}/checkpoints/{place}.ckpt", f"job_dir={again}").status == 0
+        one, two = (checkpoint(job / "checkpoints" / "epoch-0002.ckpt") for job in (straight, again))
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "metrics", "loops"):
+            assert equal(one[part], two[part]), part
+        assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
+        assert equal(summary(straight), summary(again))
+
+
+def test_resume_auto_starts_continues_and_ends(command, tmp_path):
+    job_dir = tmp_path / "run"
+    arguments = [*TINY, f"job_dir={job_dir}", "resume=auto"]
+    assert command(*arguments).status == 0
+    whole = summary(job_dir)
+    result = command(*arguments)
+    assert result.status == 0
+    assert "nothing to do" in result.out
+    (job_dir / "summary.json").unlink()
+    newest = job_dir / "checkpoints" / "epoch-0001.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    result = command(*arguments)
+    assert result.status == 0
+    assert f"passed over: resume={newest}" in result.out
+    assert "continuing from" in result.out
+    assert equal(summary(job_dir), whole)
+
+
+def test_a_run_can_be_moved_and_resumed_and_resume_applies_its_overrides(finished, command, tmp_path):
+    moved = tmp_path / "elsewhere" / "block_type=DW,num_stu=2"
+    moved.parent.mkdir()
+    finished.rename(moved)
+    (moved / "summary.json").unlink()
+    (moved / "checkpoints" / "epoch-0001.ckpt").unlink()
+    assert command(f"resume={moved}").status == 0
+    assert summary(moved)["epochs"] == 2
+    assert not finished.exists()
+
+
+def test_resume_refuses_another_experiment_by_name_and_lets_the_trainer_change(finished, command):
+    for changed in ("num_stu=3", "method.temperature=2", "block_type=Shift", "data.val_size=900", "seed=1"):
+        result = command(f"resume={finished}", changed)
+        assert result.status == 1
+        assert result.err.startswith(f"error: {changed.split('=')[0]}")
+        assert "would change the experiment that is resumed" in result.err
+    assert command(f"resume={finished}", "trainer.max_epochs=3", "logger=tensorboard").status == 0
+    assert summary(finished)["epochs"] == 3
+
+
+def test_a_finished_run_is_refused_or_overwritten(finished, command):
+    before = hashes(finished)
+    result = command(*TINY, f"job_dir={finished}")
+    assert result.status == 1
+    assert "holds a finished run; resume=auto continues it, overwrite=true starts anew" in result.err
+    assert hashes(finished) == before
+    assert command(*TINY, "seed=1", f"job_dir={finished}", "overwrite=true").status == 0
+    assert summary(finished)["seed"] == 1
+
+
+def test_fine_tuning_from_an_exported_student_and_from_a_checkpoint(finished, command, tmp_path):
+    student = finished / "student.safetensors"
+    result = command(*TINY, f"weights={student}", "test_only=true", f"job_dir={tmp_path}/a", "data.split_seed=1")
+    assert result.status == 0
+    assert "1 of 2 students" in result.out
+    assert "warning: the weights were selected under another split" in result.out
+    tested = json.loads((tmp_path / "a" / "test.json").read_text())
+    assert tested["students"][0]["test_top1"] == summary(finished)["selected"]["test_top1"]
+    last = finished / "checkpoints" / "epoch-0001.ckpt"
+    result = command(*TINY, f"weights={last}", "test_only=true", f"job_dir={tmp_path}/b")
+    assert json.loads((tmp_path / "b" / "test.json").read_text())["students"] == summary(finished)["last"]["students"]
+    assert "warning" not in result.out
+    result = command(*TINY, f"weights={last}", "weights_head=new", "trainer.max_epochs=1", f"job_dir={tmp_path}/c")
+    assert result.status == 0
+    assert "classifiers are new" in result.out
+
+
+def test_weights_of_the_2019_code(golden, command, tmp_path):
+    from odcheap.reference import load_checkpoint
+
+    model = load_checkpoint(golden / "reference_dw_resnet8.pt")
+    arguments = [*TINY, f"weights={golden}/reference_dw_resnet8.pt", "test_only=true", f"job_dir={tmp_path}/run"]
+    assert command(*arguments, "num_stu=4").status == 0
+    found = json.loads((tmp_path / "run" / "test.json").read_text())
+    expected = [accuracy(student) for student in model.method.students.members]
+    assert [student["test_top1"] for student in found["students"]] == pytest.approx(expected)
+    result = command(*arguments, "num_stu=4", "block_type=Shift")
+    assert result.status == 1
+    assert "another architecture" in result.err
+
+
+def test_select_last_uses_all_images_and_reports_no_val_figure(command, tmp_path):
+    assert command(*TINY, "select=last", "data.val_size=0", f"job_dir={tmp_path}/run").status == 0
+    found = summary(tmp_path / "run")
+    assert (found["selected"]["student"], found["selected"]["epoch"]) == (0, 1)
+    assert found["selected"]["selected_on"] == "last"
+    everybody = [found["selected"], *found["students"], found["teacher"], found["ensemble"]]
+    assert {member["val_top1"] for member in everybody} == {None}
+    assert found["students"] == found["last"]["students"]
+
+
+def test_select_test_is_labelled_and_its_figure_is_never_called_val(command, tmp_path):
+    result = command(*TINY, "select=test", "data.val_size=0", f"job_dir={tmp_path}/run")
+    assert result.status == 0
+    assert "select=test picks student and epoch on the test images" in result.out
+    found = summary(tmp_path / "run")
+    assert found["selected"]["selected_on"] == "test"
+    assert found["selected"]["val_top1"] is None
+    row = metrics(tmp_path / "run")[found["selected"]["epoch"]]
+    assert not any(name.startswith("val/") for name in row)
+    watched = float(row[f"test/student_{found['selected']['student']}/top1"])
+    assert watched == pytest.approx(found["selected"]["test_top1"])
+
+
+def test_a_sweep_makes_a_folder_a_run_skips_what_is_done_and_survives_a_failure(command, tmp_path):
+    arguments = ["-m", *TINY, "trainer.max_epochs=1", "num_stu=0,1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
+    result = command(*arguments)
+    assert result.status == 1
+    assert "failed: num_stu=0" in result.out
+    folders = {path.name.split("num_stu=")[1][0]: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
+    assert not list(folders["0"].iterdir())
+    assert len(summary(folders["2"])["students"]) == 2
+    before = hashes(folders["1"]) | hashes(folders["2"])
+    result = command(*arguments)
+    assert result.out.count("was finished") == 2
+    assert hashes(folders["1"]) | hashes(folders["2"]) == before
+
+
+def test_two_processes(tmp_path):
+    """gloo on the CPU: a refused option stays one line; the figures are exact, the rate is not scaled."""
+    script = [
+        sys.executable,
+        train.__file__,
+        *TINY,
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        f"job_dir={tmp_path}/run",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<- chosen") == 1
+    found, rows = summary(tmp_path / "run"), metrics(tmp_path / "run")
+    with open(tmp_path / "run" / "confusion.csv", newline="") as file:
+        counts = [int(n) for row in list(csv.reader(file))[1:] for n in row[1:]]
+    assert sum(counts) == 360
+    assert float(rows[0]["lr"]) == 0.1
+    network = CifarResNet(8, DW(), 10)
+    network.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"))
+    assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(command, tmp_path):
+    bad = [*TINY, "optimizer.lr=1e30"]
+    result = command(*bad, f"job_dir={tmp_path}/a")
+    assert result.status == 1
+    assert "on_nonfinite=stop: epoch 0, step 1: ce_teacher" in result.err
+    result = command(*bad, f"job_dir={tmp_path}/b", "on_nonfinite=skip", "max_skipped=3")
+    assert result.out.count("skipped epoch 0, step") == 3
+    assert "more than max_skipped=3 times" in result.err
+
+
+CKPT = "{tmp}/broken.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["block_type=Foo"], "block_type=Foo: unknown; must be one of DW, Group, Shift, Standard"),
+        (["backbone=resnet57"], "backbone=resnet57: unknown; must be one of resnet110, resnet20"),
+        (["data=nope"], "data=nope: unknown; must be one of cifar10, cifar100, digits"),
+        (["num_stu=0"], "num_stu=0: must be a whole number, 1 or more"),
+        (["block_type=Group", "block_type.groups=5"], "block_type.groups=5: must divide the layer's 16 channels"),
+        (["data=cifar10", "data_dir={tmp}/none", "data.load.download=false"], "data_dir={tmp}/none: must hold"),
+        (["resume={tmp}/none.ckpt"], "resume={tmp}/none.ckpt: no such file"),
+        (["resume=" + CKPT], "resume=" + CKPT + ": not a whole, plain checkpoint"),
+        (["weights=" + CKPT], "weights=" + CKPT + ": not a whole, plain checkpoint"),
+        (["weights={tmp}/none.safetensors"], "weights={tmp}/none.safetensors: no such file"),
+        (["job_dir={tmp}/broken.ckpt/run"], "job_dir={tmp}/broken.ckpt/run: cannot be written"),
+        (["test_only=true"], "test_only=true: needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE"),
+        (["data.val_size=1437"], "data.val_size=1437: must leave images to train on: there are 1437"),
+        (["method.temperature=0"], "method.temperature=0: must be above 0"),
+        (["method.kl_reduction=sum"], "method.kl_reduction=sum: must be one of batchmean, mean"),
+        (["select=best"], "select=best: must be val, last or test"),
+        (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be stop or skip"),
+        (["weights_head=old"], "weights_head=old: must be keep or new"),
+        (["data.batch_size=1"], "data.batch_size=1: must be a whole number"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),
+        (["trainer.precision=7"], "trainer: "),
+        (["num_stu="], "num_stu=: must be a whole number"),
+        (["num_stu=[1"], ""),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback_and_nothing_is_lost(command, tmp_path, arguments, line):
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 half a checkpoint")
+    before = hashes(tmp_path)
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    result = command(*TINY, *given)
+    assert result.status == 1
+    assert result.err.startswith("error: " + line.replace("{tmp}", str(tmp_path)))
+    assert result.err.count("\n") == 1
+    assert "Traceback" not in result.err + result.out
+    assert hashes(tmp_path) == before
+
+
+def test_another_class_count_is_refused_by_name(finished, command, tmp_path):
+    last = finished / "checkpoints" / "epoch-0001.ckpt"
+    content = checkpoint(last)
+    for name, tensor in content["state_dict"].items():
+        if name.endswith("fc.weight") or name.endswith("fc.bias"):
+            content["state_dict"][name] = tensor[:7]
+    torch.save(content, tmp_path / "seven.ckpt")
+    result = command(*TINY, f"weights={tmp_path}/seven.ckpt", f"job_dir={tmp_path}/new")
+    assert result.status == 1
+    assert "has 7 classes, the data 10; weights_head=new keeps the bodies only" in result.err
+    result = command(*TINY, f"weights={last}", "block_type=Group", f"job_dir={tmp_path}/new")
+    assert "another architecture" in result.err
