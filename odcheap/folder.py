@@ -103,20 +103,27 @@ def refuse_occupied(job_dir: Path, overwrite: bool) -> None:
 def reapply(
     about: dict[str, Any], overrides: list[str], compose: Callable[[list[str]], DictConfig]
 ) -> tuple[DictConfig, list[str]]:
-    given = {key_of(o): o for o in overrides}
-    kept = [o for o in about["overrides"] if key_of(o) not in given and key_of(o) not in ("job_dir", "resume")]
+    given = {key_of(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
+    kept = [o for o in about["overrides"] if key_of(o) not in given]
     merged = kept + overrides
     cfg = compose(merged)
     before, now = flat(about["config"]), flat(OmegaConf.to_container(cfg, resolve=True))
-    for name in sorted(before.keys() | now.keys()):
-        if (
-            not name.startswith(tuple(f"{free}." for free in FREE))
-            and name not in FREE
-            and before.get(name) != now.get(name)
-        ):
+    for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
+        free = any(name == option or name.startswith(f"{option}.") for option in FREE)
+        if not free and before.get(name) != now.get(name):
             allowed = f"would change the experiment that is resumed; it has {name}={before.get(name)}"
-            raise OptionError(name, now.get(name), allowed)
+            option, value = as_given(name, overrides) or (name, now.get(name))
+            raise OptionError(option, value, allowed)
     return cfg, merged
+
+
+def as_given(name: str, overrides: list[str]) -> tuple[str, str] | None:
+    """The override that set this entry of the config: `block_type=Shift` sets block_type._target_."""
+    for override in overrides:
+        key = key_of(override)
+        if name == key or name.startswith(f"{key}."):
+            return key, override.partition("=")[2]
+    return None
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
