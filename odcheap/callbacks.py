@@ -167,8 +167,8 @@ class Narrator(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.steps = 0
         if self.console.is_terminal and trainer.is_global_zero:
-            text = TextColumn("{task.description}")
-            self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console)
+            columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, expand=True)
             total = trainer.num_training_batches * trainer.max_epochs
             self.task = self.bar.add_task("training", total=total, completed=trainer.global_step)
             self.bar.start()
@@ -196,23 +196,20 @@ class Narrator(pl.Callback):
         self.console.print(f"  about {spoken(left)} to go for {trainer.max_epochs} epochs{hint}", soft_wrap=True)
 
     def latest(self, trainer: pl.Trainer) -> str:
-        line = self.line(self.record.history[-1]) if self.record.history else "training"
-        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}"
-
-    def line(self, row: dict[str, Any]) -> str:
-        stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
-        students = {k: v for k, v in row.items() if k.startswith(f"{stage}/student_") and k.endswith("/top1")}
-        best = max(students, key=students.get)
-        teacher = row.get(f"{stage}/teacher/top1")
-        also = f"  teacher {teacher:.4f}" if teacher is not None else ""
-        name = best.split("/")[1].replace("_", " ")
-        return f"{row['images_per_second']:,.0f} images/s  {stage} top-1: best {name} {students[best]:.4f}{also}"
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if not self.record.history:
+            return epoch
+        row = self.record.history[-1]
+        _, _, accuracy, teacher = best_of(row)
+        return f"{epoch}  {row['images_per_second']:,.0f} images/s  best {accuracy:.4f}{teacher}"
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             row = self.record.history[-1]
+            stage, student, accuracy, teacher = best_of(row)
             text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
-            self.console.print(f"{text}  loss {row['train/loss']:.4f}  {self.line(row)}", soft_wrap=True)
+            text += f"  loss {row['train/loss']:.4f}  {row['images_per_second']:,.0f} images/s"
+            self.console.print(f"{text}  {stage} top-1: best {student} {accuracy:.4f}{teacher}", soft_wrap=True)
 
     def on_train_end(self, *_: Any) -> None:
         self.stop()
@@ -224,6 +221,16 @@ class Narrator(pl.Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def best_of(row: dict[str, Any]) -> tuple[str, str, float, str]:
+    """Which images were watched, the best student on them, its accuracy, and the teacher's as a piece of text."""
+    stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
+    students = {k: v for k, v in row.items() if k.startswith(f"{stage}/student_") and k.endswith("/top1")}
+    best = max(students, key=students.get)
+    teacher = row.get(f"{stage}/teacher/top1")
+    also = "" if teacher is None else f"  teacher {teacher:.4f}"
+    return stage, best.split("/")[1].replace("_", " "), students[best], also
 
 
 def spoken(seconds: float) -> str:

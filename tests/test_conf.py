@@ -108,5 +108,10 @@ def test_reference_is_the_2019_code_to_the_letter(composed):
     assert (cfg.trainer.max_epochs, cfg.backbone.depth, cfg.num_stu) == (300, 56, 4)
 
 
+def test_augmentation_belongs_to_the_data_set(composed):
+    cfg = composed("data=digits", "backbone=resnet56")
+    assert (cfg.data.flip, cfg.data.crop_padding) == (False, 1)
+
+
 def test_the_default_run_fits_one_screen():
     assert len((CONF / "config.yaml").read_text().splitlines()) <= 50

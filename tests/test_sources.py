@@ -8,6 +8,7 @@ from PIL import Image
 
 from odcheap.errors import OptionError
 from odcheap.sources import cifar, digits
+from odcheap.split import pixel_digests, stratified
 
 
 def grow_tree(root, train=3, test=2, classes=("cat", "dog"), suffix="png"):
@@ -36,6 +37,19 @@ def test_a_tree_is_read_in_alphabetical_order(tmp_path, suffix):
     assert images.train[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert images.train_target.tolist() == [0, 0, 0, 1, 1, 1]
     assert images.test[:, 2, 0, 0].tolist() == [255 - shade for shade in (7, 8, 9, 10)]
+
+
+def test_every_source_of_the_same_images_gives_the_same_split(tmp_path):
+    one, two = read(grow_tree(tmp_path / "a")), read(grow_tree(tmp_path / "b", suffix="bmp"))
+    for file in sorted((tmp_path / "b" / "cifar10" / "train" / "cat").iterdir()):
+        file.rename(file.with_name(f"{9 - int(file.stem)}.bmp"))
+    renamed = read(tmp_path / "b")
+    assert not torch.equal(one.train, renamed.train)
+    splits = [stratified(pixel_digests(i.train, 0), i.train_target, 2) for i in (one, two, renamed)]
+    assert len({split.fingerprint for split in splits}) == 1
+    for images, split in zip((two, renamed), splits[1:], strict=True):
+        assert torch.equal(one.train[splits[0].val], images.train[split.val])
+        assert torch.equal(one.train[splits[0].train], images.train[split.train])
 
 
 def test_digits_have_a_fixed_test_split():

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
@@ -66,9 +67,11 @@ def test_a_run_s_folder(finished):
     student_macs = found["cost"]["macs"]
     teacher_head = 2 * 64 * 10
     assert found["cost"]["training_macs"] == 3 * (2 * student_macs + teacher_head) * 2 * 437
-    assert all(
-        path.suffix == ".ckpt" and "state_dict" in checkpoint(path) for path in (finished / "checkpoints").iterdir()
-    )
+    files = list((finished / "checkpoints").iterdir())
+    assert all(path.suffix == ".ckpt" and "state_dict" in checkpoint(path) for path in files)
+    with safe_open(finished / "student.safetensors", framework="pt") as file:
+        exported = json.loads(file.metadata()["odcheap"])
+    assert found["split"] == exported["split"] == checkpoint(files[0])["odcheap"]["split"]
 
 
 def test_the_chosen_student_is_the_one_that_was_exported_and_tested(finished):

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from odcheap.backbones import CifarResNet
+from odcheap.convs import DW
+from odcheap.methods.od import OnlineDistillation
+from odcheap.module import DistillationModule, single_precision
+from odcheap.optim import SGD
+from odcheap.students import Students
+
+RECIPE = SGD(0.1, 0.9, False, 2e-4, True, (0.5,), 0.1)
+
+
+def made(classes):
+    method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), classes), 2, seed=0))
+    return DistillationModule(method, RECIPE, seed=0, classes=classes, about={})
+
+
+def logits(classes, images=30):
+    random = torch.Generator().manual_seed(0)
+    return {
+        "student_logits": torch.randn(2, images, classes, generator=random),
+        "teacher_logits": torch.randn(images, classes, generator=random),
+    }
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_null_with_five_classes_or_fewer(classes):
+    module = made(classes)
+    module.scores["val_"].update(module.member_logits(logits(classes)), torch.arange(30) % classes)
+    figures = module.finish("val")
+    assert all((value is None) == (classes == 5) for value in figures["top5"])
+    assert all(0 <= value <= 1 for value in figures["top1"] + figures["balanced_accuracy"])
+
+
+def test_the_ensemble_is_the_mean_softmax_of_the_students():
+    outputs = logits(7)
+    module = made(7)
+    assert module.members == ["student_0", "student_1", "teacher", "ensemble"]
+    members = module.member_logits(outputs)
+    probabilities = outputs["student_logits"].softmax(-1)
+    torch.testing.assert_close(members[3].softmax(-1), (probabilities[0] + probabilities[1]) / 2)
+    assert torch.equal(members[2], outputs["teacher_logits"])
+
+
+def test_losses_are_computed_in_float32_where_the_network_ran_in_bfloat16():
+    outputs = single_precision({"student_logits": torch.ones(1, dtype=torch.bfloat16), "teacher_logits": None})
+    assert outputs["student_logits"].dtype == torch.float32
+    assert outputs["teacher_logits"] is None
+    assert single_precision({"a": torch.ones(1, dtype=torch.double)})["a"].dtype == torch.double
+
+
+def test_only_the_method_s_weights_are_in_a_checkpoint():
+    module = made(5)
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    assert content["state_dict"].keys() == {f"method.{name}" for name in module.method.state_dict()}
+    other = made(5)
+    other.load_state_dict(content["state_dict"])
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
