@@ -65,13 +65,16 @@ class Run:
 
     def trainer(self, loggers: bool) -> pl.Trainer:
         narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
-        return instantiate(
+        made = instantiate(
             self.cfg.trainer,
             callbacks=[self.record, Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), narrator],
             logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
             plugins=[AtomicCheckpointIO()],
             limit_val_batches=1.0 if self.data.watched else 0,
         )
+        if self.cfg.trainer.sync_batchnorm and made.strategy.root_device.type == "cpu":
+            raise OptionError("trainer.sync_batchnorm", "true", "must be false on CPUs: PyTorch has it for GPUs only")
+        return made
 
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
         """Trains, tests the selected epoch and the last one, writes the folder, returns the summary."""

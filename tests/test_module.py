@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -48,6 +50,16 @@ def test_losses_are_computed_in_float32_where_the_network_ran_in_bfloat16():
     assert outputs["student_logits"].dtype == torch.float32
     assert outputs["teacher_logits"] is None
     assert single_precision({"a": torch.ones(1, dtype=torch.double)})["a"].dtype == torch.double
+
+
+def test_every_process_evaluates_with_the_first_one_s_statistics(monkeypatch):
+    module, sent = made(5), []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, src: sent.append((id(buffer), src)))
+    module._trainer = SimpleNamespace(world_size=2)
+    for start in (module.on_validation_epoch_start, module.on_test_epoch_start):
+        sent.clear()
+        start()
+        assert sent == [(id(buffer), 0) for buffer in module.method.buffers()]
 
 
 def test_only_the_method_s_weights_are_in_a_checkpoint():

@@ -17,6 +17,7 @@ import train
 from odcheap.backbones import CifarResNet
 from odcheap.convs import DW
 from odcheap.sources import digits
+from odcheap.split import pixel_digests, stratified
 
 
 def summary(job_dir):
@@ -45,11 +46,17 @@ def finished(command, tmp_path):
     return job_dir
 
 
-def accuracy(network, name="test", mean=0.305, std=0.376):
+def accuracy(network, held_out=None):
+    """On the test images, or on the training images of these numbers."""
     images = digits()
+    x, target = (
+        (images.test, images.test_target)
+        if held_out is None
+        else (images.train[held_out], images.train_target[held_out])
+    )
     with torch.no_grad():
-        logits = network.eval()((images.test / 255 - mean) / std)
-    return (logits.argmax(1) == images.test_target).double().mean().item()
+        logits = network.eval()((x / 255 - 0.305) / 0.376)
+    return (logits.argmax(1) == target).double().mean().item()
 
 
 def test_a_run_s_folder(finished):
@@ -79,6 +86,8 @@ def test_the_chosen_student_is_the_one_that_was_exported_and_tested(finished):
     network.load_state_dict(load_file(finished / "student.safetensors"))
     found = summary(finished)
     assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
+    split = stratified(pixel_digests(digits().train, 0), digits().train_target, 1000)
+    assert accuracy(network, split.val) == pytest.approx(found["selected"]["val_top1"], abs=1e-9)
     with open(finished / "confusion.csv", newline="") as file:
         rows = [[int(n) for n in row[1:]] for row in list(csv.reader(file))[1:]]
     assert sum(rows[k][k] for k in range(10)) / sum(map(sum, rows)) == pytest.approx(found["selected"]["test_top1"])
@@ -326,6 +335,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["data.batch_size=1"], "data.batch_size=1: must be a whole number"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),
         (["trainer.precision=7"], "trainer: "),
+        (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm=true: must be false on CPUs"),
         (["num_stu="], "num_stu=: must be a whole number"),
         (["num_stu=[1"], ""),
     ],
