@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from odcheap.checkpoint import all_paths, newest_usable, read_run
+from odcheap.checkpoint import all_paths, epoch_path, newest_usable, read_run
 from odcheap.errors import OptionError
+from odcheap.files import write_atomic
 
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
 FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every", "weights")
@@ -67,10 +68,10 @@ def plan(
     job_dir = Path(cfg.job_dir) if resume == "auto" else Path(resume)
     if job_dir.is_dir() or resume == "auto":
         found = selected_checkpoint(job_dir) if cfg.test_only else newest_usable(job_dir, say)
-        if found is None and resume == "auto":
+        if found is None and resume == "auto" and not cfg.test_only:
             return start_anew(cfg, overrides)
         if found is None:
-            raise OptionError("resume", resume, "holds no usable checkpoint in checkpoints/")
+            raise OptionError("resume", resume, f"{job_dir} holds no usable checkpoint in checkpoints/")
         checkpoint, content = found
     else:
         checkpoint, content = job_dir, read_run(job_dir)
@@ -163,7 +164,23 @@ def prepare(start: Start) -> None:
         raise OptionError("job_dir", start.job_dir, f"cannot be written ({error.strerror})") from error
     if not os.access(start.job_dir, os.W_OK):
         raise OptionError("job_dir", start.job_dir, "cannot be written")
+    bring_selected(start)
     if start.checkpoint is None and start.cfg.overwrite:
         old = [start.job_dir / name for name in OUTPUTS] + all_paths(start.job_dir)
         for path in old + list((start.job_dir / "tensorboard").rglob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
+
+
+def bring_selected(start: Start) -> None:
+    """A run that goes on in another folder takes the checkpoint along that it may have to come back to."""
+    path, home = start.checkpoint, start.job_dir.resolve()
+    if path is None or start.cfg.test_only or path.resolve().is_relative_to(home):
+        return
+    record = start.content["callbacks"]["Record"]
+    if not record["history"]:
+        return
+    source = path.with_name(epoch_path(start.job_dir, record["selected"]["epoch"]).name)
+    if not source.is_file():
+        raise OptionError("resume", path, f"the selected epoch's {source.name} must lie beside it")
+    content = source.read_bytes()
+    write_atomic(epoch_path(start.job_dir, record["selected"]["epoch"]), lambda file: file.write(content))

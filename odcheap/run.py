@@ -83,17 +83,21 @@ class Run:
             prepare(self.start)
             write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
         self.introduce(trainer)
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        self.fit(trainer)
         last = self.tested(trainer, self.record.history[-1])
         at_selected = self.tested(trainer, self.back_to_selected())
-        self.record.before, self.record.began = self.record.history[-1]["seconds"], self.record.began
         result = self.summarise(at_selected, last, standard)
         if trainer.is_global_zero:
             self.write(result)
             summary.show(self.console, result, f"{self.start.job_dir}: finished")
         return result
+
+    def fit(self, trainer: pl.Trainer) -> None:
+        try:
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
+        except SystemExit:  # Lightning's way to end after Ctrl-C
+            say(f"interrupted; resume={self.start.job_dir} continues from the last checkpoint")
+            raise SystemExit(130) from None
 
     def introduce(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data

@@ -157,6 +157,34 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, op
         assert equal(summary(straight), summary(again))
 
 
+def test_a_run_that_goes_on_elsewhere_takes_the_selected_epoch_along(command, tmp_path):
+    """After the first epoch the rate turns negative, so that epoch 0 stays the best."""
+    first = tmp_path / "first"
+    options = ["optimizer.milestones=[0.3]", "optimizer.gamma=-1", "checkpoint_keep=9"]
+    assert command(*TINY, *options, "trainer.max_epochs=3", f"job_dir={first}").status == 0
+    assert summary(first)["selected"]["epoch"] == 0
+    place = f"resume={first}/checkpoints/epoch-0001.ckpt"
+    assert command(place, f"job_dir={tmp_path}/second").status == 0
+    assert equal(summary(tmp_path / "second"), summary(first))
+    (first / "checkpoints" / "epoch-0000.ckpt").unlink()
+    result = command(place, f"job_dir={tmp_path}/third")
+    assert result.status == 1
+    assert "the selected epoch's epoch-0000.ckpt must lie beside it" in result.err
+
+
+def test_a_run_that_ended_before_its_summary_was_written_is_completed(finished, command):
+    before = summary(finished)
+    (finished / "summary.json").unlink()
+    assert command(f"resume={finished}").status == 0
+    assert equal(summary(finished), before)
+
+
+def test_test_only_without_a_run_is_refused(command, tmp_path):
+    result = command(*TINY, "test_only=true", "resume=auto", f"job_dir={tmp_path}/none")
+    assert result.status == 1
+    assert "none holds no usable checkpoint" in result.err
+
+
 def test_resume_auto_starts_continues_and_ends(command, tmp_path):
     job_dir = tmp_path / "run"
     arguments = [*TINY, f"job_dir={job_dir}", "resume=auto"]
