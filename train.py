@@ -31,6 +31,8 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
         return cli.Outcome(start.job_dir, "was finished", folder.summary_of(start.job_dir))
     cfg = start.cfg
+    cli.check_types(cfg, start.overrides)
+    run.check(cfg)
     data = instantiate(cfg.data)
     data.read()
     backbone = instantiate(cfg.backbone)
@@ -40,9 +42,10 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
     with seeded(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)
     run.start_weights(start, method, data)
+    folder.make_folder(start.job_dir)
     if launch.needs_processes(cfg):
         launch.start_processes(Path(__file__), start)
-        return cli.Outcome(start.job_dir, "finished", folder.summary_of(start.job_dir))
+        return cli.Outcome(start.job_dir, "finished", folder.result_of(start))
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
     trial = run.Run(start, data, method, instantiate(cfg.optimizer))

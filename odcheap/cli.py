@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from odcheap import folder
-from odcheap.errors import Failure
+from odcheap.errors import Failure, OptionError
 from odcheap.files import first_line
 from odcheap.launch import quoted
 from odcheap.summary import sweep_table
@@ -136,6 +136,18 @@ def explained(error: BaseException) -> str:
 def compose(overrides: list[str]) -> DictConfig:
     """The config of these overrides; inside a run of Hydra's only."""
     return hydra.compose("config", overrides=[quoted(o) for o in overrides])
+
+
+def check_types(cfg: DictConfig, overrides: list[str]) -> None:
+    """Refuses a word for a number or for a switch: an option is of its default's kind."""
+    groups = set(HydraConfig.get().runtime.choices)
+    default = compose([o for o in overrides if folder.key_of(o) in groups])
+    for key in [folder.key_of(o) for o in overrides if folder.key_of(o) not in groups]:
+        kind, value = type(OmegaConf.select(default, key)), OmegaConf.select(cfg, key)
+        if kind is bool and not isinstance(value, bool):
+            raise OptionError(key, value, "must be true or false")
+        if kind in (int, float) and type(value) not in (int, float, type(None)):
+            raise OptionError(key, value, "must be a number")
 
 
 def job_dir() -> str:

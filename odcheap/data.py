@@ -38,8 +38,6 @@ class BatchOrder:
         if not isinstance(batch_size, int) or batch_size < TOO_FEW * world:
             allowed = f"must be a whole number and give each of {world} processes {TOO_FEW} images or more"
             raise OptionError("data.batch_size", batch_size, allowed)
-        if count < TOO_FEW * world:
-            raise OptionError("data.val_size", "?", f"leaves {count} images to train on: too few")
         self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
         self.epoch = 0
 
@@ -138,6 +136,10 @@ class InMemoryData(pl.LightningDataModule):
             self.images = self.load()
             digests = pixel_digests(self.images.train, self.split_seed)
             self.split = stratified(digests, self.images.train_target, self.val_size)
+            if len(self.split.train) < TOO_FEW:
+                raise OptionError("data.val_size", self.val_size, f"must leave {TOO_FEW} images or more to train on")
+            if not isinstance(self.eval_batch_size, int) or self.eval_batch_size < 1:
+                raise OptionError("data.eval_batch_size", self.eval_batch_size, "must be a whole number, 1 or more")
             BatchOrder(len(self.split.train), self.batch_size, self.seed)  # refuses what cannot be divided into batches
             if self.select == "val" and not len(self.split.val):
                 allowed = "select=val needs held-out images; select=last picks nothing and uses all images"

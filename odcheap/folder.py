@@ -16,8 +16,8 @@ from odcheap.errors import OptionError
 from odcheap.files import write_atomic
 
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
-FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every", "weights")
-FREE += ("checkpoint_keep", "on_nonfinite", "weights_head", "max_skipped", "data.load.data_dir", "experiment")
+FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")
+FREE += ("checkpoint_keep", "on_nonfinite", "max_skipped", "data.load.data_dir", "experiment")
 UNNAMED = ("job_dir", "data_dir", "resume", "overwrite", "test_only", "checkpoint_every", "checkpoint_keep", "logger")
 OUTPUTS = ("config.yaml", "metrics.csv", "summary.json", "test.json", "confusion.csv", "student.safetensors")
 THREE_WAYS = "resume=auto continues it, overwrite=true starts anew, another job_dir leaves it"
@@ -25,13 +25,17 @@ THREE_WAYS = "resume=auto continues it, overwrite=true starts anew, another job_
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: its config and folder, the checkpoint it continues from, and whether it is already done."""
+    """How a run begins: its config and folder, the checkpoint it continues from and its content.
+
+    `at_home`: the checkpoint lies in this very folder. `finished`: there is nothing left to do.
+    """
 
     cfg: DictConfig
     overrides: list[str]
     job_dir: Path
     checkpoint: Path | None = None
     content: dict[str, Any] | None = None
+    at_home: bool = False
     finished: bool = False
 
 
@@ -60,29 +64,49 @@ def plan(
     With `resume` the overrides the run was started with are applied again; one given anew that would change the
     experiment raises `OptionError`, as do a missing checkpoint and a folder that holds another run.
     """
-    resume = cfg.resume or by_default
+    resume = cfg.resume or (None if cfg.overwrite else by_default)
     if cfg.test_only and not (cfg.resume or cfg.weights):
         raise OptionError("test_only", "true", "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
     if not resume or (cfg.test_only and not cfg.resume):
         return start_anew(cfg, overrides)
+    found = locate(cfg, resume, say)
+    if found is None:
+        return start_anew(cfg, overrides)
+    own, checkpoint, content = found
+    given = resume != "auto" and any(key_of(o) == "job_dir" for o in overrides)
+    job_dir = Path(cfg.job_dir) if given else own
+    if job_dir is None:
+        raise OptionError("resume", resume, "lies in no run's checkpoints folder: say where to go on with job_dir=")
+    at_home = own is not None and job_dir.resolve() == own.resolve()
+    again, merged = reapply(content["odcheap"], overrides, job_dir, compose)
+    done = at_home and content["epoch"] + 1 >= again.trainer.max_epochs and summary_of(job_dir) is not None
+    if not cfg.test_only and not at_home:
+        refuse_occupied(job_dir, cfg.overwrite)
+    if not cfg.test_only and at_home and Path(resume).is_file():
+        refuse_later(checkpoint, cfg.overwrite)
+    return Start(again, merged, job_dir, checkpoint, content, at_home, done and not cfg.test_only)
+
+
+def locate(cfg: DictConfig, resume: str, say: Callable[[str], None]) -> tuple[Path | None, Path, dict[str, Any]] | None:
+    """The run's own folder (None for a checkpoint that lies in none), the checkpoint and its content.
+
+    None where `resume=auto` finds nothing to continue.
+    """
+    if resume != "auto" and not Path(resume).is_dir():
+        checkpoint, content = Path(resume), read_run(resume)
+        inside = checkpoint.resolve().parent
+        return (inside.parent if inside.name == "checkpoints" else None), checkpoint, content
     job_dir = Path(cfg.job_dir) if resume == "auto" else Path(resume)
-    if job_dir.is_dir() or resume == "auto":
-        found = selected_checkpoint(job_dir) if cfg.test_only else newest_usable(job_dir, say)
-        if found is None and resume == "auto" and not cfg.test_only:
-            return start_anew(cfg, overrides)
-        if found is None:
-            raise OptionError("resume", resume, f"{job_dir} holds no usable checkpoint in checkpoints/")
-        checkpoint, content = found
-    else:
-        checkpoint, content = job_dir, read_run(job_dir)
-        job_dir = checkpoint.resolve().parent.parent
-    again, merged = reapply(content["odcheap"], overrides, compose)
-    elsewhere = resume != "auto" and any(key_of(o) == "job_dir" for o in overrides)
-    if elsewhere and Path(cfg.job_dir).resolve() != job_dir.resolve() and not cfg.test_only:
-        refuse_occupied(Path(cfg.job_dir), cfg.overwrite)
-    job_dir = Path(cfg.job_dir) if elsewhere else job_dir
-    done = not cfg.test_only and content["epoch"] + 1 >= again.trainer.max_epochs and summary_of(job_dir) is not None
-    return Start(again, merged, job_dir, checkpoint, content, done)
+    found = selected_checkpoint(job_dir, say) if cfg.test_only else newest_usable(job_dir, say)
+    if found is None and (resume != "auto" or cfg.test_only):
+        raise OptionError("resume", resume, f"{job_dir} holds no usable checkpoint in checkpoints/")
+    return found and (job_dir, *found)
+
+
+def refuse_later(checkpoint: Path, overwrite: bool) -> None:
+    if not overwrite and checkpoint.name != all_paths(checkpoint.parent.parent)[-1].name:
+        ways = "overwrite=true throws the later ones away, another job_dir keeps them"
+        raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")
 
 
 def start_anew(cfg: DictConfig, overrides: list[str]) -> Start:
@@ -102,11 +126,11 @@ def refuse_occupied(job_dir: Path, overwrite: bool) -> None:
 
 
 def reapply(
-    about: dict[str, Any], overrides: list[str], compose: Callable[[list[str]], DictConfig]
+    about: dict[str, Any], overrides: list[str], job_dir: Path, compose: Callable[[list[str]], DictConfig]
 ) -> tuple[DictConfig, list[str]]:
     given = {key_of(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
     kept = [o for o in about["overrides"] if key_of(o) not in given]
-    merged = kept + overrides
+    merged = [*kept, *(o for o in overrides if key_of(o) != "job_dir"), f"job_dir={job_dir}"]
     cfg = compose(merged)
     before, now = flat(about["config"]), flat(OmegaConf.to_container(cfg, resolve=True))
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
@@ -134,15 +158,13 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: v for key, branch in tree.items() for name, v in flat(branch, f"{prefix}.{key}".strip(".")).items()}
 
 
-def selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+def selected_checkpoint(job_dir: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint whose student the run chose."""
-    paths = all_paths(job_dir)
-    if not paths:
+    newest = newest_usable(job_dir, say)
+    if newest is None:
         return None
-    content = read_run(paths[-1])
-    epoch = content["callbacks"]["Record"]["selected"]["epoch"]
-    chosen = [path for path in paths if path.name == f"epoch-{epoch:04d}.ckpt"]
-    return (chosen[0], read_run(chosen[0])) if chosen else None
+    path = epoch_path(job_dir, newest[1]["callbacks"]["Record"]["selected"]["epoch"])
+    return newest if path == newest[0] else (path, read_run(path))
 
 
 def summary_of(job_dir: Path) -> dict[str, Any] | None:
@@ -156,25 +178,39 @@ def summary_of(job_dir: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) and summary.get("finished") else None
 
 
-def prepare(start: Start) -> None:
-    """Makes the folder and, where a run starts anew, clears it of an older run's files. Raises `OptionError`."""
+def result_of(start: Start) -> dict[str, Any] | None:
+    """What another process wrote at the end of this run or test."""
+    if not start.cfg.test_only:
+        return summary_of(start.job_dir)
+    return json.loads((start.job_dir / "test.json").read_text())
+
+
+def make_folder(job_dir: Path) -> None:
     try:
-        (start.job_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        job_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError("job_dir", start.job_dir, f"cannot be written ({error.strerror})") from error
-    if not os.access(start.job_dir, os.W_OK):
-        raise OptionError("job_dir", start.job_dir, "cannot be written")
-    bring_selected(start)
-    if start.checkpoint is None and start.cfg.overwrite:
-        old = [start.job_dir / name for name in OUTPUTS] + all_paths(start.job_dir)
-        for path in old + list((start.job_dir / "tensorboard").rglob("events.out.tfevents.*")):
+        raise OptionError("job_dir", job_dir, f"cannot be written ({error.strerror})") from error
+    if not os.access(job_dir, os.W_OK):
+        raise OptionError("job_dir", job_dir, "cannot be written")
+
+
+def prepare(start: Start) -> None:
+    """Makes the folder of a training run; with `overwrite` clears what an older run, or a later part of it, left."""
+    make_folder(start.job_dir)
+    (start.job_dir / "checkpoints").mkdir(exist_ok=True)
+    if start.cfg.overwrite:
+        old = all_paths(start.job_dir) + list((start.job_dir / "tensorboard").rglob("events.out.tfevents.*"))
+        if start.at_home:
+            old = [path for path in all_paths(start.job_dir) if path.name > start.checkpoint.name]
+        for path in old + [start.job_dir / name for name in OUTPUTS]:
             path.unlink(missing_ok=True)
+    bring_selected(start)
 
 
 def bring_selected(start: Start) -> None:
     """A run that goes on in another folder takes the checkpoint along that it may have to come back to."""
-    path, home = start.checkpoint, start.job_dir.resolve()
-    if path is None or start.cfg.test_only or path.resolve().is_relative_to(home):
+    path = start.checkpoint
+    if path is None or start.at_home:
         return
     record = start.content["callbacks"]["Record"]
     if not record["history"]:

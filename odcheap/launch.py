@@ -22,7 +22,8 @@ def quoted(override: str) -> str:
 def needs_processes(cfg: DictConfig) -> bool:
     """Several processes on one machine, and nobody has started them yet."""
     several = isinstance(cfg.trainer.devices, int) and cfg.trainer.devices > 1
-    return several and cfg.trainer.num_nodes == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    started = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return several and cfg.trainer.num_nodes == 1 and not started
 
 
 def start_processes(script: Path, start: Start) -> None:

@@ -46,13 +46,13 @@ def translate(content: dict[str, Any], path: str | Path, option: str = "path") -
         first = students[0]
         blocks = len({name.split(".")[1] for name in first if name.startswith("layer1.")})
         spatial = first.get("layer1.0.conv1.spatial.weight")
-        in_group = 0 if spatial is None else spatial.shape[1]
+        spatial_names = {name.split(".")[-2] for name in state if name.endswith(("dw1.weight", "group1.weight"))}
         return ReferenceWeights(
             students=students,
             head={name: tensor for name, tensor in state.items() if name.startswith(("norm.", "fc."))},
-            block_type={0: "Shift", 1: "DW"}.get(in_group, "Group"),
+            block_type="Group" if "group1" in spatial_names else "DW" if "dw1" in spatial_names else "Shift",
             depth=6 * blocks + 2,
-            groups=spatial.shape[0] // in_group if in_group > 1 else 1,
+            groups=spatial.shape[0] // spatial.shape[1] if "group1" in spatial_names else 1,
             num_classes=first["fc.weight"].shape[0],
         )
     except (KeyError, IndexError, AttributeError) as error:

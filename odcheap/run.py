@@ -5,17 +5,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from odcheap import summary
 from odcheap.callbacks import Guard, Narrator, Record
-from odcheap.checkpoint import AtomicCheckpointIO, epoch_path, read_run
+from odcheap.checkpoint import AtomicCheckpointIO, all_paths, epoch_path, read_run
 from odcheap.cli import console, say
 from odcheap.data import InMemoryData
 from odcheap.errors import OptionError
 from odcheap.files import write_text
-from odcheap.folder import Start, prepare
+from odcheap.folder import Start, make_folder, prepare
 from odcheap.module import DistillationModule
 from odcheap.optim import SGD
 from odcheap.weights import load_weights, read_weights
@@ -23,11 +23,29 @@ from odcheap.weights import load_weights, read_weights
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
 
 
+CHOICES = {"select": ("val", "last", "test"), "on_nonfinite": ("stop", "skip"), "weights_head": ("keep", "new")}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what no part would refuse before the training has begun."""
+    for name, allowed in CHOICES.items():
+        if cfg[name] not in allowed:
+            raise OptionError(name, cfg[name], f"must be one of {', '.join(allowed)}")
+    counts = {"trainer.max_epochs": cfg.trainer.max_epochs, "checkpoint_keep": cfg.checkpoint_keep}
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(name, value, "must be a whole number, 1 or more")
+
+
 def start_weights(start: Start, method: nn.Module, data: InMemoryData) -> None:
     """Loads `weights` into a new run; warns where they were selected under another split of the data."""
     cfg = start.cfg
-    if cfg.weights_head not in ("keep", "new"):
-        raise OptionError("weights_head", cfg.weights_head, "must be keep or new")
+    if start.content is not None and start.content["odcheap"]["split"] != data.split.fingerprint:
+        if not cfg.test_only:
+            raise OptionError(
+                "data_dir", cfg.data_dir, "holds other images than the run that is resumed was started with"
+            )
+        say("warning: other images, or another split of them, than the checkpoint was trained with")
     if cfg.weights is None or start.checkpoint is not None:
         return
     weights = read_weights(cfg.weights)
@@ -41,7 +59,6 @@ class Run:
 
     def __init__(self, start: Start, data: InMemoryData, method: nn.Module, recipe: SGD):
         self.start, self.cfg, self.data = start, start.cfg, data
-        self.check()
         about = {
             "overrides": start.overrides,
             "config": OmegaConf.to_container(self.cfg, resolve=True),
@@ -51,17 +68,6 @@ class Run:
         self.module = DistillationModule(method, recipe, self.cfg.seed, len(data.classes), about)
         self.record = Record(start.job_dir, self.cfg.select, self.cfg.checkpoint_every, self.cfg.checkpoint_keep)
         self.console = console()
-
-    def check(self) -> None:
-        cfg = self.cfg
-        if cfg.select not in ("val", "last", "test"):
-            raise OptionError("select", cfg.select, "must be val, last or test")
-        if cfg.on_nonfinite not in ("stop", "skip"):
-            raise OptionError("on_nonfinite", cfg.on_nonfinite, "must be stop or skip")
-        if not isinstance(cfg.trainer.max_epochs, int) or cfg.trainer.max_epochs < 1:
-            raise OptionError("trainer.max_epochs", cfg.trainer.max_epochs, "must be a whole number, 1 or more")
-        if not isinstance(cfg.checkpoint_keep, int) or cfg.checkpoint_keep < 1:
-            raise OptionError("checkpoint_keep", cfg.checkpoint_keep, "must be a whole number, 1 or more")
 
     def trainer(self, loggers: bool) -> pl.Trainer:
         narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
@@ -95,8 +101,14 @@ class Run:
     def fit(self, trainer: pl.Trainer) -> None:
         try:
             trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
-        except SystemExit:  # Lightning's way to end after Ctrl-C
-            say(f"interrupted; resume={self.start.job_dir} continues from the last checkpoint")
+        except SystemExit:  # Lightning's way to end after a signal
+            job_dir = self.start.job_dir
+            way = (
+                f"resume={job_dir} continues from the last checkpoint"
+                if all_paths(job_dir)
+                else "nothing was saved yet"
+            )
+            say(f"interrupted; {way}")
             raise SystemExit(130) from None
 
     def introduce(self, trainer: pl.Trainer) -> None:
@@ -171,7 +183,7 @@ class Run:
         result = {"selected": summary.selected(self.record, found, self.module.figures["test"]), **found}
         result |= {"split": self.data.split.fingerprint, "versions": summary.versions()}
         if trainer.is_global_zero:
-            prepare(self.start)
+            make_folder(self.start.job_dir)
             summary.write_json(self.start.job_dir / "test.json", result)
             summary.show(self.console, result, f"{self.start.job_dir}: test only")
         return result

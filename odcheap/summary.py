@@ -148,7 +148,7 @@ def sweep_table(outcomes: list[tuple[str, str, dict[str, Any] | None]]) -> Table
             continue
         teacher = (summary["teacher"] or {}).get("test_top1")
         figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
-        spent = summary["cost"]
-        price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"]
+        spent = summary.get("cost")  # a test alone has none
+        price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"] if spent else ["-", "-"]
         made.add_row(Text(name), Text(outcome), *figures, shown(teacher), *price)
     return made

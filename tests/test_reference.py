@@ -47,7 +47,8 @@ def write_like_2019(path, conv, kind, depth, num_stu, prefix="", zipped=False):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(
-    ("conv", "kind", "groups"), [(Shift(), "dw", 1), (DW(), "dw", 1), (Group(2), "group", 2), (Group(8), "group", 8)]
+    ("conv", "kind", "groups"),
+    [(Shift(), "dw", 1), (DW(), "dw", 1)] + [(Group(g), "group", g) for g in (1, 2, 8, 16)],
 )
 def test_block_type_depth_groups_and_students_are_read_from_the_file(tmp_path, conv, kind, groups, prefix):
     method = write_like_2019(tmp_path / "old.pt", conv, kind, depth=14, num_stu=3, prefix=prefix)

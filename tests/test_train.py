@@ -185,6 +185,69 @@ def test_test_only_without_a_run_is_refused(command, tmp_path):
     assert "none holds no usable checkpoint" in result.err
 
 
+def test_test_only_never_clears_a_folder(finished, command):
+    before = hashes(finished)
+    weights = finished / "student.safetensors"
+    assert command(*TINY, "test_only=true", f"weights={weights}", "overwrite=true", f"job_dir={finished}").status == 0
+    after = hashes(finished)
+    del after[finished / "test.json"]
+    assert after == before
+
+
+def test_going_back_within_a_run_is_refused_or_throws_the_later_part_away(finished, command):
+    before = hashes(finished)
+    place = f"resume={finished}/checkpoints/epoch-0000.ckpt"
+    result = command(place)
+    assert result.status == 1
+    assert "is not its run's newest checkpoint; overwrite=true throws the later ones away" in result.err
+    assert hashes(finished) == before
+    straight = summary(finished)
+    assert command(place, "overwrite=true").status == 0
+    assert equal(summary(finished), straight)
+
+
+def test_another_finished_run_is_no_place_to_go_on_in(finished, command, tmp_path):
+    other = tmp_path / "other"
+    assert command(*TINY, "seed=1", f"job_dir={other}").status == 0
+    place = f"resume={finished}/checkpoints/epoch-0000.ckpt"
+    result = command(place, f"job_dir={other}")
+    assert result.status == 1
+    assert "holds a finished run" in result.err
+    assert command(place, f"job_dir={other}", "overwrite=true").status == 0
+    assert equal(summary(other), summary(finished))
+
+
+def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished, command, tmp_path):
+    alone = tmp_path / "alone.ckpt"
+    newest = finished / "checkpoints" / "epoch-0000.ckpt"
+    content = checkpoint(newest)
+    torch.save(content, alone)
+    result = command(f"resume={alone}")
+    assert result.status == 1
+    assert "lies in no run's checkpoints folder: say where to go on with job_dir=" in result.err
+    content["odcheap"]["split"] = "of other images"
+    torch.save(content, alone)
+    result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
+    assert result.status == 1
+    assert "data_dir=data: holds other images than the resumed run was started with" in result.err
+
+
+def test_test_only_passes_over_a_broken_newest_checkpoint(finished, command):
+    newest = finished / "checkpoints" / "epoch-0001.ckpt"
+    newest.write_bytes(newest.read_bytes()[:99])
+    result = command("test_only=true", f"resume={finished}")
+    assert f"passed over: resume={newest}" in result.out
+    assert result.status == 0 or "epoch-0001.ckpt" in result.err  # where the broken one is itself the chosen one
+
+
+def test_a_sweep_of_tests_ends_with_a_table(finished, command, tmp_path):
+    weights = finished / "student.safetensors"
+    arguments = ["test_only=true", f"weights={weights}", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"]
+    result = command("-m", *TINY, *arguments)
+    assert result.status == 0, result.err
+    assert result.out.count("│ finished") == 2
+
+
 def test_resume_auto_starts_continues_and_ends(command, tmp_path):
     job_dir = tmp_path / "run"
     arguments = [*TINY, f"job_dir={job_dir}", "resume=auto"]
@@ -212,10 +275,13 @@ def test_a_run_can_be_moved_and_resumed_and_resume_applies_its_overrides(finishe
     assert command(f"resume={moved}").status == 0
     assert summary(moved)["epochs"] == 2
     assert not finished.exists()
+    assert f"job_dir: {moved}" in (moved / "config.yaml").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere"}
 
 
 def test_resume_refuses_another_experiment_by_name_and_lets_the_trainer_change(finished, command):
-    for changed in ("num_stu=3", "method.temperature=2", "block_type=Shift", "data.val_size=900", "seed=1"):
+    changes = ("num_stu=3", "method.temperature=2", "block_type=Shift", "data.val_size=900", "seed=1", "weights=/none")
+    for changed in changes:
         result = command(f"resume={finished}", changed)
         assert result.status == 1
         assert result.err.startswith(f"error: {changed.split('=')[0]}")
@@ -357,14 +423,21 @@ CKPT = "{tmp}/broken.ckpt"
         (["data.val_size=1437"], "data.val_size=1437: must leave images to train on: there are 1437"),
         (["method.temperature=0"], "method.temperature=0: must be above 0"),
         (["method.kl_reduction=sum"], "method.kl_reduction=sum: must be one of batchmean, mean"),
-        (["select=best"], "select=best: must be val, last or test"),
-        (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be stop or skip"),
-        (["weights_head=old"], "weights_head=old: must be keep or new"),
+        (["select=best"], "select=best: must be one of val, last, test"),
+        (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be one of stop, skip"),
+        (["weights_head=old"], "weights_head=old: must be one of keep, new"),
         (["data.batch_size=1"], "data.batch_size=1: must be a whole number"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),
         (["trainer.precision=7"], "trainer: "),
         (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm=true: must be false on CPUs"),
-        (["num_stu="], "num_stu=: must be a whole number"),
+        (["num_stu=1.5"], "num_stu=1.5: must be a whole number, 1 or more"),
+        (["num_stu=two"], "num_stu=two: must be a number"),
+        (["data.val_size=abc"], "data.val_size=abc: must be a number"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
+        (["seed=abc"], "seed=abc: must be a number"),
+        (["data.flip=abc"], "data.flip=abc: must be true or false"),
+        (["data.eval_batch_size=0"], "data.eval_batch_size=0: must be a whole number, 1 or more"),
+        (["data.val_size=1436"], "data.val_size=1436: must leave 2 images or more to train on"),
         (["num_stu=[1"], ""),
     ],
 )
