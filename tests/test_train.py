@@ -229,7 +229,7 @@ def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished,
     torch.save(content, alone)
     result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
     assert result.status == 1
-    assert "data_dir=data: holds other images than the resumed run was started with" in result.err
+    assert "data_dir=data: holds other images than the run that is resumed" in result.err
 
 
 def test_test_only_passes_over_a_broken_newest_checkpoint(finished, command):
