@@ -93,8 +93,8 @@ def locate(cfg: DictConfig, resume: str, say: Callable[[str], None]) -> tuple[Pa
     None where `resume=auto` finds nothing to continue.
     """
     if resume != "auto" and not Path(resume).is_dir():
-        checkpoint, content = Path(resume), read_run(resume)
-        inside = checkpoint.resolve().parent
+        content, checkpoint = read_run(resume), Path(resume).resolve()
+        inside = checkpoint.parent
         return (inside.parent if inside.name == "checkpoints" else None), checkpoint, content
     job_dir = Path(cfg.job_dir) if resume == "auto" else Path(resume)
     found = selected_checkpoint(job_dir, say) if cfg.test_only else newest_usable(job_dir, say)

@@ -1,3 +1,4 @@
+import pickle
 import urllib.error
 import urllib.request
 
@@ -122,3 +123,23 @@ def test_pictures_of_several_sizes_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "cifar10" / "train" / "dog" / "1.png")
     with pytest.raises(OptionError, match="dog/1.png: all images must have one size"):
         read(tmp_path)
+
+
+def test_official_files_come_first_and_give_the_tree_s_images(tmp_path, monkeypatch):
+    """The layout of torchvision's files, made small; their md5 check is switched off for it."""
+    tree = read(grow_tree(tmp_path / "a", train=5), train_images=10)
+    folder = tmp_path / "b" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    parts = [(f"data_batch_{k + 1}", tree.train[k::5], tree.train_target[k::5]) for k in range(5)]
+    for name, images, target in [*parts, ("test_batch", tree.test, tree.test_target)]:
+        content = {"data": images.flatten(1).numpy(), "labels": target.tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog"]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    (tmp_path / "b" / "cifar10").mkdir()  # an empty tree, which is not looked at
+    official = read(tmp_path / "b")
+    assert official.classes == tree.classes
+    assert torch.equal(official.test, tree.test)
+    splits = [stratified(pixel_digests(i.train, 0), i.train_target, 4) for i in (tree, official)]
+    assert splits[0].fingerprint == splits[1].fingerprint
+    assert torch.equal(tree.train[splits[0].train], official.train[splits[1].train])
