@@ -100,6 +100,7 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
         if found != expected:
             allowed = f"half unpacked? data.load.{part}_images={expected} images are expected, {found} are there"
             raise OptionError("data_dir", tree / part, allowed)
+    print(f"reading {train_images + test_images:,} pictures below {tree}", flush=True)  # CIFAR's take 20 s
     train, train_target = decode(parts["train"])
     test, test_target = decode(parts["test"])
     return Images(train, train_target, test, test_target, list(parts["train"]))
