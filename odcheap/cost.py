@@ -18,14 +18,25 @@ def macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
     Half of what PyTorch's own FLOP counter sees (a multiply-accumulate is two FLOPs), less its reading of Shift, which
     moves data and computes nothing but runs as a convolution.
     """
+    return macs_by_module(network, image_size)[""]
+
+
+def macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
+    """The same for each module that computes anything, by name; the network itself is ""."""
     was_training = network.training
     network.eval()
-    shifts = {f"{type(network).__name__}.{name}" for name, m in network.named_modules() if isinstance(m, Shift2d)}
     parameter = next(network.parameters())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         network(torch.zeros(1, *image_size, dtype=parameter.dtype, device=parameter.device))
     network.train(was_training)
-    counts = counter.get_flop_counts()
-    moved = sum(sum(ops.values()) for name, ops in counts.items() if name in shifts)
-    return (counter.get_total_flops() - moved) // 2
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(network).__name__
+    found = {"": counts["Global"]}
+    found |= {name.removeprefix(f"{root}."): count for name, count in counts.items() if name.startswith(f"{root}.")}
+    shifts = [name for name, m in network.named_modules() if isinstance(m, Shift2d)]
+    for shift in shifts:
+        moved = found.pop(shift, 0)
+        for name in {"", *(shift[:k] for k, sign in enumerate(shift) if sign == ".")} & found.keys():
+            found[name] -= moved
+    return {name: count // 2 for name, count in found.items()}
