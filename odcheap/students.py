@@ -35,7 +35,7 @@ class Students(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return self.members[0].get_submodule(self.members[0].classifier).out_features
+        return self.members[0].num_classes
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """(N, C, H, W), or (S, N, C, H, W) with a view for each -> S last feature maps, logits (S, N, K)."""

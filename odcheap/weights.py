@@ -81,11 +81,13 @@ def check_own(method: nn.Module, weights: Weights) -> None:
     refuse_difference(own, weights.own, weights.path, "another method; weights_head=new keeps the students' bodies")
 
 
-def refuse_difference(own: dict[str, Tensor], given: dict[str, Tensor], path: str, what: str) -> None:
+def refuse_difference(
+    own: dict[str, Tensor], given: dict[str, Tensor], path: str, what: str, option: str = "weights"
+) -> None:
     for name in sorted(own.keys() | given.keys()):
         mine, theirs = (tuple(s[name].shape) if name in s else "none" for s in (own, given))
         if mine != theirs:
-            raise OptionError("weights", path, f"{what}: {name} is {theirs} in the file, {mine} in the network")
+            raise OptionError(option, path, f"{what}: {name} is {theirs} in the file, {mine} in the network")
 
 
 def body(student: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
