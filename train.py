@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from odcheap import cli, folder, launch, run
+from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
 from odcheap.seeds import seeded
 from odcheap.students import Students
@@ -41,6 +42,7 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
     )
     with seeded(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)
+    check_image_size(students.members[0], data.image_size, HydraConfig.get().runtime.choices.backbone)
     run.start_weights(start, method, data)
     folder.make_folder(start.job_dir)
     if launch.needs_processes(cfg):

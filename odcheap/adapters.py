@@ -49,7 +49,7 @@ def mobilenetv2(conv: Conv, num_classes: int) -> nn.Module:
                 for p in spatial.parameters():
                     nn.init.kaiming_normal_(p, mode="fan_out")  # as torchvision does
                 setattr(block, name, spatial)
-    made = Torchvision(network, num_classes)
+    made = checked(Torchvision(network, num_classes), "mobilenetv2")
     made.made_for = 32
     return made
 
@@ -217,14 +217,19 @@ def check_image_size(backbone: nn.Module, image_size: tuple[int, int, int], name
     if backbone.made_for <= LARGEST_FOR_SMALL < max(height, width):
         allowed = f"is made for {backbone.made_for} x {backbone.made_for} pictures, and these have {height} x {width}"
         raise OptionError("backbone", name, f"{allowed}; resnet18 and its like are made for larger ones")
-    copied = copy.deepcopy(backbone).to("meta").eval()
-    side = 8 * max(backbone.made_for, 32)
-    stride = side // copied.features(torch.empty(1, 3, side, side, device="meta")).shape[-1]
+    stride = stride_of(backbone)
     fits = min(height, width) >= stride
     if fits:
         try:
-            copied.features(torch.empty(1, 3, height, width, device="meta"))
-        except RuntimeError:
+            copy.deepcopy(backbone).to("meta").eval().features(torch.empty(1, 3, height, width, device="meta"))
+        except RuntimeError:  # a convolution or pool without padding has nothing left to work on
             fits = False
     if not fits:
         raise OptionError("backbone", name, f"pictures of {height} x {width} are too small: its stride is {stride}")
+
+
+def stride_of(backbone: nn.Module) -> int:
+    """How many pixels of the image's side one of the last feature map's stands for; nothing is computed."""
+    side = 1024
+    copied = copy.deepcopy(backbone).to("meta").eval()
+    return side // copied.features(torch.empty(1, 3, side, side, device="meta")).shape[-1]

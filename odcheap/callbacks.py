@@ -24,11 +24,12 @@ class Record(pl.Callback):
     """Keeps an epoch's figures, chooses student and epoch, saves. Its state is all that selection needs.
 
     `select`: "val" or "test" choose the best top-1 on those images (ties: the earlier epoch, then the lower student);
-    "last" is student 0 of the last epoch. `every` is in minutes, None saves at the ends of epochs only.
+    "last" is student 0 of the last epoch. `figure` is the one that decides ("top1", "balanced_accuracy"). `every` is in
+    minutes, None saves at the ends of epochs only.
     """
 
-    def __init__(self, job_dir: Path, select: str, every: float | None, keep: int):
-        self.job_dir, self.select, self.every, self.keep = job_dir, select, every, keep
+    def __init__(self, job_dir: Path, select: str, figure: str, every: float | None, keep: int):
+        self.job_dir, self.select, self.figure, self.every, self.keep = job_dir, select, figure, every, keep
         self.selected: dict[str, Any] = {"student": 0, "epoch": 0, "score": -1.0}
         self.history: list[dict[str, Any]] = []
         self.before = 0.0  # seconds spent by the processes that this one continues
@@ -99,7 +100,7 @@ class Record(pl.Callback):
             self.selected = {"student": 0, "epoch": epoch, "score": -1.0}
             return
         for student in range(len(module.method.students)):
-            score = module.figures["val"]["top1"][student]
+            score = module.figures["val"][self.figure][student]
             if score > self.selected["score"]:
                 self.selected = {"student": student, "epoch": epoch, "score": score}
 

@@ -22,8 +22,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from odcheap import folder
-from odcheap.errors import Failure, OptionError
-from odcheap.files import first_line
+from odcheap.errors import Failure, OptionError, first_line
 from odcheap.launch import quoted
 from odcheap.summary import sweep_table
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -101,6 +102,29 @@ class EvalBatches:
             yield Batch(self.norm.apply(images), target, 1.0)
 
 
+SELECT_BY = {"top1": "top1", "balanced": "balanced_accuracy"}  # option -> figure
+
+
+def watched(data: pl.LightningDataModule) -> int:
+    """How many images are evaluated after each epoch."""
+    return len(data.labels["test" if data.select == "test" else "val"])
+
+
+def check_batches(data: pl.LightningDataModule) -> None:
+    """`OptionError` where the images cannot be divided as the options say."""
+    labels = data.labels
+    if len(labels["train"]) < TOO_FEW:
+        raise OptionError("data.val_size", data.val_size, f"must leave {TOO_FEW} images or more to train on")
+    if not isinstance(data.eval_batch_size, int) or data.eval_batch_size < 1:
+        raise OptionError("data.eval_batch_size", data.eval_batch_size, "must be a whole number, 1 or more")
+    if data.select_by not in SELECT_BY:
+        raise OptionError("data.select_by", data.select_by, f"must be one of {', '.join(SELECT_BY)}")
+    BatchOrder(len(labels["train"]), data.batch_size, data.seed)  # refuses what cannot be divided into batches
+    if data.select == "val" and not len(labels["val"]):
+        allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
+        raise OptionError("data.val_size", data.val_size, allowed)
+
+
 class InMemoryData(pl.LightningDataModule):
     """A set that fits in memory. `load()` gives its images; the split, the order and the augmentation are made here.
 
@@ -114,6 +138,7 @@ class InMemoryData(pl.LightningDataModule):
         name: str,
         seed: int,
         select: str,
+        select_by: str,
         batch_size: int,
         eval_batch_size: int,
         val_size: float,
@@ -124,7 +149,8 @@ class InMemoryData(pl.LightningDataModule):
         std: tuple[float, ...],
     ):
         super().__init__()
-        self.load, self.name, self.seed, self.select = load, name, seed, select
+        self.load, self.name, self.seed = load, name, seed
+        self.select, self.select_by = select, select_by
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_size, self.split_seed = val_size, split_seed
         self.augment, self.norm = Augmentation(flip, crop_padding), Normalisation(tuple(mean), tuple(std))
@@ -136,19 +162,19 @@ class InMemoryData(pl.LightningDataModule):
             self.images = self.load()
             digests = pixel_digests(self.images.train, self.split_seed)
             self.split = stratified(digests, self.images.train_target, self.val_size)
-            if len(self.split.train) < TOO_FEW:
-                raise OptionError("data.val_size", self.val_size, f"must leave {TOO_FEW} images or more to train on")
-            if not isinstance(self.eval_batch_size, int) or self.eval_batch_size < 1:
-                raise OptionError("data.eval_batch_size", self.eval_batch_size, "must be a whole number, 1 or more")
-            BatchOrder(len(self.split.train), self.batch_size, self.seed)  # refuses what cannot be divided into batches
-            if self.select == "val" and not len(self.split.val):
-                allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
-                raise OptionError("data.val_size", self.val_size, allowed)
+            self.fingerprint = self.split.fingerprint
+            check_batches(self)
 
     @property
-    def watched(self) -> int:
-        """How many images are evaluated after each epoch."""
-        return len(self.images.test) if self.select == "test" else len(self.split.val)
+    def labels(self) -> dict[str, np.ndarray]:
+        """The labels of the images to train on ("train"), held out ("val") and to test on ("test")."""
+        target = self.images.train_target.numpy()
+        parts = {"train": target[self.split.train], "val": target[self.split.val]}
+        return parts | {"test": self.images.test_target.numpy()}
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """File, class and part of each image: none, for these images are not files of their own."""
+        yield from ()
 
     @property
     def classes(self) -> list[str]:

@@ -19,3 +19,7 @@ def _restore(line: str) -> OptionError:
     error = OptionError.__new__(OptionError)
     error.args = (line,)
     return error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from odcheap.errors import OptionError
+from odcheap.errors import OptionError, first_line
 
 
 def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
@@ -64,7 +64,3 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__

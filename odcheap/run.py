@@ -12,7 +12,7 @@ from odcheap import summary
 from odcheap.callbacks import Guard, Narrator, Record
 from odcheap.checkpoint import AtomicCheckpointIO, all_paths, epoch_path, read_run
 from odcheap.cli import console, say
-from odcheap.data import InMemoryData
+from odcheap.data import SELECT_BY, watched
 from odcheap.errors import OptionError
 from odcheap.files import write_text
 from odcheap.folder import Start, make_folder, prepare
@@ -37,10 +37,10 @@ def check(cfg: DictConfig) -> None:
             raise OptionError(name, value, "must be a whole number, 1 or more")
 
 
-def start_weights(start: Start, method: nn.Module, data: InMemoryData) -> None:
+def start_weights(start: Start, method: nn.Module, data: pl.LightningDataModule) -> None:
     """Loads `weights` into a new run; warns where they were selected under another split of the data."""
     cfg = start.cfg
-    if start.content is not None and start.content["odcheap"]["split"] != data.split.fingerprint:
+    if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
         if not cfg.test_only:
             raise OptionError(
                 "data_dir", cfg.data_dir, "holds other images than the run that is resumed was started with"
@@ -50,23 +50,24 @@ def start_weights(start: Start, method: nn.Module, data: InMemoryData) -> None:
         return
     weights = read_weights(cfg.weights)
     say(load_weights(method, weights, new_head=cfg.weights_head == "new"))
-    if weights.split not in (None, data.split.fingerprint):
+    if weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")
 
 
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
-    def __init__(self, start: Start, data: InMemoryData, method: nn.Module, recipe: SGD):
+    def __init__(self, start: Start, data: pl.LightningDataModule, method: nn.Module, recipe: SGD):
         self.start, self.cfg, self.data = start, start.cfg, data
         about = {
             "overrides": start.overrides,
             "config": OmegaConf.to_container(self.cfg, resolve=True),
-            "split": data.split.fingerprint,
+            "split": data.fingerprint,
             "classes": data.classes,
         }
         self.module = DistillationModule(method, recipe, self.cfg.seed, len(data.classes), about)
-        self.record = Record(start.job_dir, self.cfg.select, self.cfg.checkpoint_every, self.cfg.checkpoint_keep)
+        cfg, figure = self.cfg, SELECT_BY[data.select_by]
+        self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
         self.console = console()
 
     def trainer(self, loggers: bool) -> pl.Trainer:
@@ -76,7 +77,7 @@ class Run:
             callbacks=[self.record, Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), narrator],
             logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
             plugins=[AtomicCheckpointIO()],
-            limit_val_batches=1.0 if self.data.watched else 0,
+            limit_val_batches=1.0 if watched(self.data) else 0,
         )
         if self.cfg.trainer.sync_batchnorm and made.strategy.root_device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", "true", "must be false on CPUs: PyTorch has it for GPUs only")
@@ -113,7 +114,8 @@ class Run:
 
     def introduce(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data
-        counts = f"{len(data.split.train):,} training, {len(data.split.val):,} held-out, {len(data.images.test):,} test"
+        train, val, test = (len(data.labels[part]) for part in ("train", "val", "test"))
+        counts = f"{train:,} training, {val:,} held-out, {test:,} test"
         where = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
         say(f"{data.name}: {counts} images; {cfg.num_stu} students; {where}; {self.start.job_dir}")
         if self.start.checkpoint:
@@ -134,11 +136,14 @@ class Run:
         trainer.test(self.module, datamodule=self.data, verbose=False)
         return summary.results(self.module, row, self.module.figures["test"])
 
+    def chosen(self, found: dict[str, Any]) -> dict[str, Any]:
+        return summary.selected(self.record, found, self.module.confused, self.data.classes)
+
     def summarise(self, at_selected: dict[str, Any], last: dict[str, Any], standard: nn.Module) -> dict[str, Any]:
         history, size = self.record.history, self.data.image_size
-        images = len(self.data.split.train) * len(history)
+        images = len(self.data.labels["train"]) * len(history)
         return {
-            "selected": summary.selected(self.record, at_selected, self.module.figures["test"]),
+            "selected": self.chosen(at_selected),
             **at_selected,
             "last": last,
             "cost": summary.costs(self.module, standard, size, images),
@@ -147,8 +152,9 @@ class Run:
             "epochs": len(history),
             "seed": self.cfg.seed,
             "data": self.data.name,
+            **summary.counted(self.data.labels, self.data.classes),
             "num_stu": self.cfg.num_stu,
-            "split": self.data.split.fingerprint,
+            "split": self.data.fingerprint,
             "versions": summary.versions(),
             "finished": True,
         }
@@ -157,6 +163,7 @@ class Run:
         """`summary.json` comes last: where it is, everything is."""
         job_dir, about = self.start.job_dir, self.module.about
         summary.write_confusion(job_dir / "confusion.csv", self.module.confused, self.data.classes)
+        summary.write_split(job_dir / "split.csv", self.data.rows())
         settings = {key: about["config"][key] for key in ("backbone", "block_type")}
         settings |= {"classes": self.data.classes, "split": about["split"], "image_size": list(self.data.image_size)}
         settings |= {"mean": list(self.data.norm.mean), "std": list(self.data.norm.std)}
@@ -172,16 +179,16 @@ class Run:
         trainer = self.trainer(loggers=False)
         self.introduce(trainer)
         row = {}
-        if self.data.watched:
+        if watched(self.data):
             trainer.validate(self.module, datamodule=self.data, verbose=False)
             self.record.choose(self.record.selected["epoch"], self.module)
         if self.cfg.select != "test" and "val" in self.module.figures:
-            top1 = self.module.figures["val"]["top1"]
-            row = {f"val/{name}/top1": value for name, value in zip(self.module.members, top1, strict=True)}
+            figures = self.module.figures["val"]
+            row = {f"val/{name}/{f}": figures[f][k] for f in figures for k, name in enumerate(self.module.members)}
         self.module.chosen = self.record.selected["student"]
         found = self.tested(trainer, row)
-        result = {"selected": summary.selected(self.record, found, self.module.figures["test"]), **found}
-        result |= {"split": self.data.split.fingerprint, "versions": summary.versions()}
+        result = {"selected": self.chosen(found), **found}
+        result |= {"split": self.data.fingerprint, "versions": summary.versions()}
         if trainer.is_global_zero:
             make_folder(self.start.job_dir)
             summary.write_json(self.start.job_dir / "test.json", result)

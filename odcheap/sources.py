@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from odcheap import pictures
 from odcheap.errors import OptionError
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 NETWORK_TIMEOUT = 60  # seconds without a byte
 
 
@@ -111,7 +110,7 @@ def listing(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise OptionError("data_dir", folder, "no such folder; train/<class>/* and test/<class>/* are expected")
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    files = {c.name: sorted(f for f in c.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) for c in classes}
+    files = {c.name: sorted(f for f in c.iterdir() if pictures.is_named_so(f.name)) for c in classes}
     empty = [name for name, found in files.items() if not found]
     if empty or not files:
         raise OptionError("data_dir", folder, f"no images in {', '.join(empty) or 'it'}")
@@ -132,7 +131,6 @@ def decode(files: dict[str, list[Path]]) -> tuple[Tensor, Tensor]:
 def decode_one(path: Path) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise OptionError("data_dir", path, f"cannot be read as an image ({error})") from error
+        return np.asarray(pictures.decode(path))
+    except pictures.BrokenPicture as error:
+        raise OptionError("data_dir", path, str(error).removeprefix(f"{path} ")) from error

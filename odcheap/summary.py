@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torchmetrics
@@ -27,8 +29,13 @@ def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> d
     """`students`, `teacher` and `ensemble` at one epoch: val figures from its record, test figures just computed."""
 
     def of(k: int, name: str) -> dict[str, Any]:
-        val = row.get(f"val/{name}/top1")
-        return {"val_top1": val, "test_top1": test["top1"][k], "test_top5": test["top5"][k]}
+        return {
+            "val_top1": row.get(f"val/{name}/top1"),
+            "val_balanced_accuracy": row.get(f"val/{name}/balanced_accuracy"),
+            "test_top1": test["top1"][k],
+            "test_top5": test["top5"][k],
+            "test_balanced_accuracy": test["balanced_accuracy"][k],
+        }
 
     named = {name: of(k, name) for k, name in enumerate(module.members)}
     teacher = named.get("teacher")
@@ -39,14 +46,29 @@ def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> d
     }
 
 
-def selected(record: Record, at_selected: dict[str, Any], test: Figures) -> dict[str, Any]:
-    student = record.selected["student"]
+def selected(
+    record: Record, at_selected: dict[str, Any], confused: list[list[int]], classes: list[str]
+) -> dict[str, Any]:
+    """The chosen student; `recall` by class on the test images, None for a class that has none there."""
+    chosen = at_selected["students"][record.selected["student"]]
+    recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in enumerate(confused)]
     return {
-        "student": student,
+        "student": record.selected["student"],
         "epoch": record.selected["epoch"],
         "selected_on": record.select,
-        **at_selected["students"][student],
-        "balanced_accuracy": test["balanced_accuracy"][student],
+        "selected_by": record.figure,
+        **chosen,
+        "balanced_accuracy": chosen["test_balanced_accuracy"],
+        "recall": dict(zip(classes, recall, strict=True)),
+    }
+
+
+def counted(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
+    """Images of each part: in all, and by class."""
+    by_class = {part: np.bincount(target, minlength=len(classes)).tolist() for part, target in labels.items()}
+    return {
+        "images": {part: len(target) for part, target in labels.items()},
+        "classes": {name: {part: counts[k] for part, counts in by_class.items()} for k, name in enumerate(classes)},
     }
 
 
@@ -87,6 +109,17 @@ def write_confusion(path: Path, counts: list[list[int]], classes: list[str]) -> 
     write_text(path, text.getvalue())
 
 
+def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Which file is in which part of the data; nothing where the images are no files."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "class", "part"])
+    head = text.tell()
+    writer.writerows(rows)
+    if text.tell() > head:
+        write_text(path, text.getvalue())
+
+
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
     """The network's plain weights with the settings that rebuild it."""
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
@@ -113,14 +146,14 @@ def table(summary: dict[str, Any]) -> Table:
     """Every member at the selected epoch; the chosen student is marked."""
     choice = summary["selected"]
     made = Table()
-    for column in ("", "val top-1", "test top-1", "test top-5"):
+    for column in ("", "val top-1", "test top-1", "test top-5", "test balanced"):
         made.add_column(column, justify="left" if not column else "right")
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
     if summary["teacher"]:
         members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
     for name, value in [*members, ("ensemble of the students", summary["ensemble"])]:
         chosen = name == f"student {choice['student']}"
-        figures = [shown(value[figure]) for figure in ("val_top1", "test_top1", "test_top5")]
+        figures = [shown(value[figure]) for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")]
         made.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
     return made
 

@@ -7,7 +7,7 @@ from odcheap.callbacks import Narrator, Record, spoken
 
 
 def record(tmp_path, select="val"):
-    return Record(tmp_path, select, every=None, keep=2)
+    return Record(tmp_path, select, "top1", every=None, keep=2)
 
 
 def module(*top1):

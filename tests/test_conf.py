@@ -10,9 +10,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import odcheap.cli  # noqa: F401  the config's resolvers
+from odcheap.adapters import stride_of
+from odcheap.convs import CheapConv
 from odcheap.students import Students
 
 CONF = Path(__file__).parents[1] / "conf"
+
+
+NAMED = {"torchvision": ["backbone.name=densenet121"], "timm": ["backbone.name=resnet10t"]}
 
 
 def options(group: str) -> list[str]:
@@ -35,10 +40,22 @@ def test_block_types_build(composed, block_type):
 @pytest.mark.parametrize("block_type", options("block_type"))
 @pytest.mark.parametrize("backbone", options("backbone"))
 def test_every_backbone_with_every_block_type_learns(composed, backbone, block_type):
-    cfg = composed(f"backbone={backbone}", f"block_type={block_type}")
+    cfg = composed(f"backbone={backbone}", f"block_type={block_type}", *NAMED.get(backbone, []))
+    if backbone == "timm":
+        pytest.importorskip("timm")
     network = instantiate(cfg.backbone)(conv=instantiate(cfg.block_type), num_classes=3)
-    network(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    side = stride_of(network)
+    maps = network.features(torch.randn(4, 3, side, side))
+    assert maps.shape == (4, network.num_features, 1, 1)
+    logits = network.head(maps)
+    assert logits.shape == (4, network.num_classes) == (4, 3)
+    logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert (count_pairs(network) > 0) == (block_type != "Standard") or backbone == "mobilenetv2"
+
+
+def count_pairs(network):
+    return sum(isinstance(m, CheapConv) for m in network.modules())
 
 
 @pytest.mark.parametrize("method", options("method"))

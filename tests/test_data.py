@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odcheap.data import BatchOrder, EvalBatches, InMemoryData, TrainBatches
+from odcheap.data import BatchOrder, EvalBatches, InMemoryData, TrainBatches, watched
 from odcheap.errors import OptionError
 from odcheap.images import Augmentation, Normalisation
 from odcheap.sources import digits
@@ -94,7 +94,15 @@ def test_too_small_a_global_batch_is_refused(batch_size, world):
 
 
 def digits_data(**changed):
-    options = {"seed": 0, "select": "val", "batch_size": 64, "eval_batch_size": 100, "val_size": 237, "split_seed": 0}
+    options = {
+        "seed": 0,
+        "select": "val",
+        "select_by": "top1",
+        "batch_size": 64,
+        "eval_batch_size": 100,
+        "val_size": 237,
+        "split_seed": 0,
+    }
     options |= {"flip": False, "crop_padding": 1, "mean": (0.3,) * 3, "std": (0.4,) * 3} | changed
     data = InMemoryData(load=digits, name="digits", **options)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -114,7 +122,7 @@ def test_the_split_ignores_the_seed_and_the_batch_size_is_global():
 
 def test_selection_on_test_watches_the_test_images_and_none_without_held_out_ones():
     assert len(digits_data(select="test", val_size=0).val_dataloader().target) == 360
-    assert digits_data(select="last", val_size=0).watched == 0
+    assert watched(digits_data(select="last", val_size=0)) == 0
     assert len(digits_data().val_dataloader().target) == 237
     with pytest.raises(OptionError, match="data.val_size=0: select=val needs held-out images"):
         digits_data(val_size=0)

@@ -1,0 +1,134 @@
+"""Pictures from files, one by one: decoding, augmentation, and what stands in for those that cannot be read."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from odcheap.errors import Failure, first_line
+from odcheap.seeds import seeded
+
+TRIES = 20  # successive pictures that may be broken before that is the end
+SLIMMEST = 100  # a picture's longer side over its shorter one
+NO_TARGET = -1
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+class BrokenPicture(Failure):
+    """A file that is no picture, or only a part of one."""
+
+
+class Files(NamedTuple):
+    """`names` below `root`, as bytes (a million Python strings would be copied into every worker), and labels."""
+
+    root: str
+    names: np.ndarray
+    target: np.ndarray
+
+    def path(self, index: int) -> Path:
+        return Path(self.root, os.fsdecode(self.names[index]))
+
+    def subset(self, index: np.ndarray) -> "Files":
+        return Files(self.root, self.names[index], self.target[index])
+
+
+class Sample(NamedTuple):
+    """One picture (C, H, W) uint8 or a batch of them, its label, and what could not be read instead, with reasons."""
+
+    image: Tensor
+    target: Tensor
+    broken: list[tuple[str, str]]
+
+
+def is_named_so(name: str) -> bool:
+    """Whether a file is a picture by its name; hidden ones are not."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The picture in RGB, upright as its EXIF data say; `BrokenPicture` where it cannot be read as a whole."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow's remarks about odd EXIF data and very many pixels; what matters is an error.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = to_rgb(image)
+    except (Exception, MemoryError) as error:  # on damaged files Pillow's many readers raise errors of every kind
+        raise BrokenPicture(f"{path} cannot be read as a picture ({first_line(error)})") from error
+    if max(rgb.size) > SLIMMEST * min(rgb.size):
+        raise BrokenPicture(f"{path} has {rgb.width} x {rgb.height} pixels: too slim to be made square")
+    return rgb
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Grey repeated, CMYK and palettes translated, alpha left out; 16-bit grey divided by 256: Pillow would clip it."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
+    """A random part of at least `min_scale` of the area, at `size` x `size`; flipped every second time."""
+    steps = [v2.RandomResizedCrop(size, scale=(min_scale, 1.0))]
+    return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
+
+
+def evaluation_transform(size: int, crop_ratio: float) -> v2.Transform:
+    """The shorter side at `size` / `crop_ratio`, then the `size` x `size` in the middle."""
+    return v2.Compose([v2.Resize(round(size / crop_ratio)), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+class TrainingPictures(Dataset):
+    """Asked for (epoch, index): what is random about a picture is a function of (seed, epoch, index).
+
+    The next readable picture takes a broken one's place; `Failure` where 20 in a row are broken.
+    """
+
+    def __init__(self, files: Files, transform: v2.Transform, seed: int):
+        self.files, self.transform, self.seed = files, transform, seed
+
+    def __getitem__(self, where: tuple[int, int]) -> Sample:
+        epoch, index = where
+        broken = []
+        for k in range(min(TRIES, len(self.files.names))):
+            i = (index + k) % len(self.files.names)
+            try:
+                picture = decode(self.files.path(i))
+            except BrokenPicture as error:
+                broken.append((str(self.files.path(i)), str(error)))
+                continue
+            with seeded(self.seed, "augment", epoch, index):
+                return Sample(self.transform(picture), torch.tensor(self.files.target[i]), broken)
+        raise Failure(f"{broken[-1][1]}, nor can the {len(broken) - 1} before it: are these pictures?")
+
+
+class EvaluationPictures(Dataset):
+    """Asked for an index. A broken picture comes black, with the label -1: evaluation leaves it out."""
+
+    def __init__(self, files: Files, transform: v2.Transform, size: int):
+        self.files, self.transform, self.size = files, transform, size
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            picture = decode(self.files.path(index))
+        except BrokenPicture as error:
+            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            return Sample(black, torch.tensor(NO_TARGET), [(str(self.files.path(index)), str(error))])
+        return Sample(self.transform(picture), torch.tensor(self.files.target[index]), [])
+
+
+def collate(samples: list[Sample]) -> Sample:
+    """A batch, channels last in memory."""
+    images = torch.stack([sample.image for sample in samples]).contiguous(memory_format=torch.channels_last)
+    broken = [entry for sample in samples for entry in sample.broken]
+    return Sample(images, torch.stack([sample.target for sample in samples]), broken)

@@ -1,0 +1,215 @@
+"""The Lightning data module for pictures that lie in files: decoded by workers, normalised on the training device."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from odcheap.data import Batch, BatchOrder, check_batches
+from odcheap.errors import OptionError
+from odcheap.images import Normalisation
+from odcheap.pictures import (
+    NO_TARGET,
+    EvaluationPictures,
+    Files,
+    TrainingPictures,
+    collate,
+    evaluation_transform,
+    training_transform,
+)
+from odcheap.split import fingerprint, stratified
+from odcheap.trees import Tree, digests
+
+
+class Broken:
+    """Names each unreadable file once; `Failure` where there are more than `limit`."""
+
+    def __init__(self, limit: int):
+        self.limit, self.seen = limit, set()
+
+    def report(self, found: list[tuple[str, str]]) -> None:
+        for path, reason in found:
+            if path in self.seen:
+                continue
+            self.seen.add(path)
+            print(f"warning: {reason}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
+            if len(self.seen) > self.limit:
+                allowed = f"more pictures cannot be read, the last one {path}; the last checkpoint is kept"
+                raise OptionError("data.max_broken", self.limit, allowed)
+
+
+class Stream:
+    """Pictures as batches on the device, in the order of `plan`, which is set anew before each pass."""
+
+    def __init__(self, pictures: Dataset, norm: Normalisation, device: torch.device, workers: int, broken: Broken):
+        self.norm, self.device, self.broken = norm, device, broken
+        self.plan: list[list] = []
+        self.loader = DataLoader(
+            pictures,
+            batch_sampler=self.plan,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def batches(self, plan: list[list]) -> Iterator[Batch]:
+        self.plan[:] = plan
+        for sample in self.loader:
+            self.broken.report(sample.broken)
+            images, target = (t.to(self.device, non_blocking=True) for t in sample[:2])
+            yield Batch(self.norm.apply(images), target, 1.0)
+
+
+class TrainStream:
+    """Training batches; their place within the epoch is state, so that a resumed run goes on there."""
+
+    def __init__(self, stream: Stream, order: BatchOrder):
+        self.stream, self.sampler = stream, order  # the name under which Lightning looks for `set_epoch`
+        self.done = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self.start = self.start, 0
+        planned = self.sampler.batches()[start:]
+        plan = [[(self.sampler.epoch, i) for i in index.tolist()] for index, _ in planned]
+        for k, batch in enumerate(self.stream.batches(plan)):
+            self.done = start + k + 1
+            yield batch._replace(share=planned[k][1])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["done"] % len(self)
+
+
+class EvalStream:
+    """Every readable picture once over all processes."""
+
+    def __init__(self, stream: Stream, count: int, batch_size: int, rank: int, world: int):
+        self.stream = stream
+        mine = list(range(rank, count, world))
+        self.plan = [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.stream.batches(self.plan):
+            readable = batch.target != NO_TARGET
+            if readable.any():
+                yield Batch(batch.images[readable], batch.target[readable], 1.0)
+
+
+class StreamedData(pl.LightningDataModule):
+    """Pictures in folders of classes, decoded anew each epoch; `load()` lists them.
+
+    `batch_size` is global: the processes divide it. `workers` are a process's own; None gives each core one. Without
+    `val` pictures of their own `val_size` are held out of the training ones, stratified, by their files' contents.
+    Raises `OptionError`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Tree],
+        name: str,
+        seed: int,
+        select: str,
+        select_by: str,
+        batch_size: int,
+        eval_batch_size: int,
+        val_size: float,
+        split_seed: int,
+        image_size: int,
+        crop_ratio: float,
+        min_scale: float,
+        flip: bool,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        workers: int | None,
+        max_broken: int,
+    ):
+        super().__init__()
+        self.load, self.name, self.seed = load, name, seed
+        self.select, self.select_by = select, select_by
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_size, self.split_seed = val_size, split_seed
+        self.pixels, self.norm, self.workers = image_size, Normalisation(tuple(mean), tuple(std)), workers
+        for option, value in (("crop_ratio", crop_ratio), ("min_scale", min_scale)):
+            if not 0 < value <= 1:
+                raise OptionError(f"data.{option}", value, "must be above 0 and at most 1")
+        if not isinstance(image_size, int) or image_size < 1:
+            raise OptionError("data.image_size", image_size, "must be a whole number, 1 or more")
+        self.augment = training_transform(image_size, min_scale, flip)
+        self.centre = evaluation_transform(image_size, crop_ratio)
+        self.broken = Broken(max_broken)
+        self.parts: dict[str, Files] = {}
+
+    def read(self) -> None:
+        """Lists the pictures and makes the split, once."""
+        if self.parts:
+            return
+        tree = self.load()
+        if tree.passed_over:
+            count, first = len(tree.passed_over), tree.passed_over[0]
+            print(f"passed over {count:,} files that are no pictures by their names, {first} among them", flush=True)
+        self.classes = tree.classes
+        found = digests(tree.train, self.split_seed)
+        if tree.val is None:
+            split = stratified(found, torch.from_numpy(tree.train.target), self.val_size)
+            self.fingerprint = split.fingerprint
+            self.parts = {"train": tree.train.subset(split.train), "val": tree.train.subset(split.val)}
+        else:
+            order = np.array(sorted(range(len(found)), key=found.__getitem__))
+            both = found + digests(tree.val, self.split_seed)
+            target = np.concatenate([tree.train.target, tree.val.target])
+            self.fingerprint = fingerprint(both, target, np.arange(len(found), len(both)))
+            self.parts = {"train": tree.train.subset(order), "val": tree.val}
+        self.parts["test"] = tree.test
+        check_batches(self)
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """The labels of the pictures to train on ("train"), held out ("val") and to test on ("test")."""
+        return {part: files.target for part, files in self.parts.items()}
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """File, class and part of each picture."""
+        for part, files in self.parts.items():
+            for name, label in zip(files.names, files.target, strict=True):
+                yield os.fsdecode(name), self.classes[label], part
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        return 3, self.pixels, self.pixels
+
+    def order(self) -> BatchOrder:
+        t = self.trainer
+        return BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, t.global_rank, t.world_size)
+
+    def train_dataloader(self) -> TrainStream:
+        return TrainStream(self.stream(TrainingPictures(self.parts["train"], self.augment, self.seed)), self.order())
+
+    def val_dataloader(self) -> EvalStream:
+        return self.evaluation("test" if self.select == "test" else "val")
+
+    def test_dataloader(self) -> EvalStream:
+        return self.evaluation("test")
+
+    def evaluation(self, part: str) -> EvalStream:
+        files, t = self.parts[part], self.trainer
+        stream = self.stream(EvaluationPictures(files, self.centre, self.pixels))
+        return EvalStream(stream, len(files.names), self.eval_batch_size, t.global_rank, t.world_size)
+
+    def stream(self, pictures: Dataset) -> Stream:
+        workers = self.workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            workers = max(1, cores // self.trainer.num_devices)
+        return Stream(pictures, self.norm, self.trainer.strategy.root_device, workers, self.broken)

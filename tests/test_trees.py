@@ -1,0 +1,178 @@
+"""The layouts of class folders, and what is wrong with some of them."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import scipy.io
+from torchvision.datasets import imagenet as archives
+from torchvision.datasets.utils import calculate_md5
+
+from odcheap import trees
+from odcheap.errors import OptionError
+
+
+def grow(base, **counts):
+    """`grow(base, train={"cat": 3})` makes the files; the part "root" is the base itself."""
+    for part, classes in counts.items():
+        for name, count in classes.items():
+            folder = base / part.replace("root", ".") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for k in range(count):
+                (folder / f"{k}.jpg").write_bytes(f"{part} {name} {k}".encode())
+    return str(base)
+
+
+TWO = {"cat": 20, "dog": 10}
+
+
+@pytest.mark.parametrize(
+    ("parts", "train", "val", "test"),
+    [
+        (("root",), 27, None, 3),
+        (("train",), 27, None, 3),
+        (("train", "val"), 30, None, 30),
+        (("train", "test"), 30, None, 30),
+        (("train", "val", "test"), 30, 30, 30),
+    ],
+)
+def test_the_layouts(tmp_path, parts, train, val, test):
+    tree = trees.folders(grow(tmp_path, **dict.fromkeys(parts, TWO)), test_size=0.1, split_seed=0)
+    assert tree.classes == ["cat", "dog"]
+    assert (len(tree.train.names), tree.val and len(tree.val.names), len(tree.test.names)) == (train, val, test)
+    for part in (tree.train, tree.val, tree.test):
+        for k in range(len(part.names) if part else 0):
+            assert part.path(k).is_file()
+            assert part.path(k).parent.name == tree.classes[part.target[k]]
+
+
+def test_a_lone_val_is_the_test_and_beside_a_test_it_is_not(tmp_path):
+    lone = trees.folders(grow(tmp_path / "a", train=TWO, val=TWO), 0.1, 0)
+    assert {name.split(b"/")[0] for name in lone.test.names} == {b"val"}
+    both = trees.folders(grow(tmp_path / "b", train=TWO, val=TWO, test=TWO), 0.1, 0)
+    assert {name.split(b"/")[0] for name in both.test.names} == {b"test"}
+    assert {name.split(b"/")[0] for name in both.val.names} == {b"val"}
+
+
+def test_what_is_split_off_is_stratified_and_depends_on_the_seed_and_the_contents_alone(tmp_path):
+    grow(tmp_path, root={"cat": 40, "dog": 10})
+
+    def contents(seed):
+        test = trees.folders(str(tmp_path), 0.2, seed).test
+        return sorted(test.path(k).read_text() for k in range(len(test.names)))
+
+    before = contents(0)
+    assert sum("dog" in text for text in before) == 2
+    assert len(before) == 10
+    assert contents(1) != before
+    for k, file in enumerate(sorted((tmp_path / "cat").iterdir())):
+        file.rename(tmp_path / "cat" / f"renamed{99 - k}.jpg")
+    assert contents(0) == before
+
+
+def test_folders_within_a_class_belong_to_it_and_other_files_are_passed_over(tmp_path):
+    grow(tmp_path, train=TWO, test=TWO)
+    (tmp_path / "train/cat/more/deep").mkdir(parents=True)
+    (tmp_path / "train/cat/more/deep/x.png").write_bytes(b"x")
+    (tmp_path / "train/cat/notes.txt").write_text("")
+    (tmp_path / "train/cat/.DS_Store").write_text("")
+    (tmp_path / "train/.cache").mkdir()
+    tree = trees.folders(str(tmp_path), 0.1, 0)
+    assert len(tree.train.names) == 31
+    assert tree.passed_over == ["train/cat/notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (
+            {"train": TWO, "test": {"cat": 1, "bird": 1}},
+            "must have the same classes: bird is only in test",
+        ),
+        ({"train": TWO, "test": {"cat": 1}}, "dog is only in train"),
+        ({"root": {"cat": 3, "dog": 0}}, "dog: this class has no pictures"),
+        ({"root": {"cat": 3}}, "needs two classes or more"),
+        ({"val": TWO, "test": TWO}, "has val and test but no train"),
+        ({"train": TWO, "valid": TWO}, "valid: beside train the folders are called val and test"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, counts, message):
+    with pytest.raises(OptionError, match=f"data_dir=.*{message}"):
+        trees.folders(grow(tmp_path, **counts), 0.1, 0)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(OptionError, match=r"data_dir=.*nowhere: no such folder"):
+        trees.folders(str(tmp_path / "nowhere"), 0.1, 0)
+    with pytest.raises(OptionError, match="needs two classes or more"):
+        trees.folders(str(tmp_path), 0.1, 0)
+    with pytest.raises(OptionError, match=r"must hold train/<wnid>.*ILSVRC2012_img_train.tar"):
+        trees.imagenet(str(tmp_path))
+    with pytest.raises(OptionError, match=r"data.load.test_size=0: there is no test folder"):
+        trees.folders(grow(tmp_path, root=TWO), 0, 0)
+
+
+def test_digests_tell_files_apart_at_either_end(tmp_path):
+    for k, content in enumerate([b"a" + b"x" * 20000, b"x" * 20000 + b"a", b"x" * 20001, b"x" * 20001]):
+        (tmp_path / str(k)).write_bytes(content)
+    found = trees.digests(trees.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0)
+    assert len(set(found)) == 4
+    assert found[2] == found[3]
+
+
+def archive(path, members):
+    """A tar file of (name, content); content may be a list of members: a tar within."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for file in members:
+            tar.add(file, arcname=str(file.relative_to(path.parent / "raw")))
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """ImageNet's three archives in the small: two classes, their own checksums."""
+    raw = tmp_path / "raw"
+    wnids = ["n01", "n02"]
+    for wnid in wnids:
+        grow(raw / "pictures", root={wnid: 3})
+        inner = tmp_path / "raw" / f"{wnid}.tar"
+        with tarfile.open(inner, "w") as tar:
+            for file in sorted((raw / "pictures" / wnid).iterdir()):
+                tar.add(file, arcname=file.name)
+    archive(tmp_path / "ILSVRC2012_img_train.tar", [raw / f"{wnid}.tar" for wnid in wnids])
+    for k in range(4):
+        (raw / f"ILSVRC2012_val_{k:08d}.JPEG").write_bytes(f"val {k}".encode())
+    archive(tmp_path / "ILSVRC2012_img_val.tar", sorted(raw.glob("*.JPEG")))
+    kit = raw / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    synsets = np.array(
+        [(1, "n01", "cat, house cat", "", 0), (2, "n02", "dog", "", 0)],
+        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")],
+    )
+    scipy.io.savemat(kit / "meta.mat", {"synsets": synsets})
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n1\n2\n")
+    archive(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", [kit.parent])
+    meta = {part: (name, calculate_md5(tmp_path / name)) for part, (name, _) in archives.ARCHIVE_META.items()}
+    monkeypatch.setattr(archives, "ARCHIVE_META", meta)
+    return tmp_path
+
+
+def test_the_official_archives_are_unpacked_once(official, capsys):
+    for _ in range(2):
+        tree = trees.imagenet(str(official))
+        assert tree.classes == ["n01", "n02"]
+        assert (len(tree.train.names), len(tree.test.names)) == (6, 4)
+        assert sorted(tree.test.path(k).read_text() for k in range(4) if tree.test.target[k] == 0) == ["val 1", "val 2"]
+    assert capsys.readouterr().out.count("unpacking") == 1
+    assert not (official / trees.UNPACKING).exists()
+
+
+def test_damaged_and_half_unpacked_archives_are_refused(official):
+    (official / trees.UNPACKING).mkdir()
+    with pytest.raises(OptionError, match="another process unpacks here, or one was interrupted"):
+        trees.imagenet(str(official))
+    (official / trees.UNPACKING).rmdir()
+    (official / "ILSVRC2012_img_val.tar").write_bytes(b"?")
+    with pytest.raises(OptionError, match="an archive is missing or damaged"):
+        trees.imagenet(str(official))
+    assert not (official / "train").exists()
