@@ -11,6 +11,8 @@ from odcheap.errors import OptionError
 from odcheap.files import read_safetensors, read_torch
 from odcheap.weights import refuse_difference
 
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra classifiers, used in training only
+
 
 def disturb(network: nn.Module, noise: float) -> None:
     """Adds Gaussian noise of `noise` times each weight's own spread to the converted layers.
@@ -34,7 +36,8 @@ def load_pretrained(network: nn.Module, path: str, num_classes: int) -> None:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    state = {renamed(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    tensors = {renamed(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    state = {name: t for name, t in tensors.items() if not name.startswith(AUXILIARY)}
     own = network.state_dict()
     last = f"{last_layer(network, num_classes)}."
     if any(name in own and state[name].shape != own[name].shape for name in state if name.startswith(last)):
