@@ -76,8 +76,9 @@ def torchvision_backbone(
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if with_auxiliary:
         network.transform_input = pretrained is not None  # the published weights expect TensorFlow's normalisation
-    made = prepared(network, conv, num_classes, Source(name, pretrained, keep, init, noise))
-    return checked(Torchvision(made, num_classes), name)
+    made = checked(Torchvision(network, num_classes), name)
+    made.network = prepared(network, conv, num_classes, Weights(pretrained, keep, init, noise))
+    return made
 
 
 def timm_backbone(
@@ -96,8 +97,9 @@ def timm_backbone(
 
     refuse_unknown(name, timm.list_models(), "timm")
     network = timm.create_model(name, pretrained=False, num_classes=num_classes)
-    made = prepared(network, conv, num_classes, Source(name, pretrained, keep, init, noise))
-    return checked(Timm(made, num_classes), name)
+    made = checked(Timm(network, num_classes), name)
+    made.network = prepared(network, conv, num_classes, Weights(pretrained, keep, init, noise))
+    return made
 
 
 def refuse_unknown(name: str, known: list[str], library: str) -> None:
@@ -107,25 +109,24 @@ def refuse_unknown(name: str, known: list[str], library: str) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class Weights:
     """Where a network's weights come from and how they go through the conversion."""
 
-    name: str
     pretrained: str | None
     keep: Iterable[str] | None
     init: str
     noise: float
 
 
-def prepared(network: nn.Module, conv: Conv, num_classes: int, source: Source) -> nn.Module:
+def prepared(network: nn.Module, conv: Conv, num_classes: int, weights: Weights) -> nn.Module:
     """Weights from the file, then the conversion, then the noise."""
-    if source.pretrained is not None:
-        load_pretrained(network, source.pretrained, num_classes)
+    if weights.pretrained is not None:
+        load_pretrained(network, weights.pretrained, num_classes)
     if not isinstance(conv, Standard):
-        init = source.init if source.init != "auto" else ("fit" if source.pretrained is not None else "kaiming")
-        network = replace(network, conv, source.keep, init)
-    if source.pretrained is not None:
-        disturb(network, source.noise)
+        init = weights.init if weights.init != "auto" else ("fit" if weights.pretrained is not None else "kaiming")
+        network = replace(network, conv, weights.keep, init)
+    if weights.pretrained is not None:
+        disturb(network, weights.noise)
     return network
 
 

@@ -56,16 +56,21 @@ def start(main: Callable[[], None], conf: Path) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
         main()
-    except MissingConfigException as error:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return failed(f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}")
     except (HydraException, OmegaConfBaseException) as error:
-        return failed(f"{first_line(error)}{nearest(error, conf)} (python train.py --help shows every option)")
+        return failed(hydra_line(error, conf))
     if outcomes:
         names = short_names([outcome.job_dir.name for outcome in outcomes])
         rows = [(name, o.text, o.summary) for name, o in zip(names, outcomes, strict=True)]
         console().print(sweep_table(rows))
     return int(any(outcome.summary is None for outcome in outcomes))
+
+
+def hydra_line(error: Exception, conf: Path) -> str:
+    """What Hydra could not make of the options, in one line with what is known."""
+    if isinstance(error, MissingConfigException):
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}"
+    return f"{first_line(error)}{nearest(error, conf)} (python train.py --help shows every option)"
 
 
 def nearest(error: Exception, conf: Path) -> str:

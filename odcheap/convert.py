@@ -56,7 +56,9 @@ def replace(model: nn.Module, block_type: Cheap, keep: Iterable[str] | None = No
     pairs = {convs[name]: paired(convs[name], block_type, fitted) for name in convs if name not in reasons}
     if not pairs:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
-        raise OptionError("block_type", type(block_type).__name__, f"nothing to replace in this network ({why})")
+        raise OptionError(
+            "block_type", type(block_type).__name__, f"nothing to replace in {type(model).__name__} ({why})"
+        )
     if after in pairs:
         return pairs[after]
     for parent in after.modules():

@@ -28,6 +28,8 @@ CHOICES = {"select": ("val", "last", "test"), "on_nonfinite": ("stop", "skip"), 
 
 def check(cfg: DictConfig) -> None:
     """Refuses what no part would refuse before the training has begun."""
+    for name in sorted(OmegaConf.missing_keys(cfg)):
+        raise OptionError(name, "???", "must be given")
     for name, allowed in CHOICES.items():
         if cfg[name] not in allowed:
             raise OptionError(name, cfg[name], f"must be one of {', '.join(allowed)}")

@@ -167,6 +167,8 @@ def caption(summary: dict[str, Any]) -> str:
         text += f"\n{spent['params']:,} parameters (standard network {standard['params']:,}), "
         text += f"{spent['macs'] / 1e6:.2f} M MACs (standard {standard['macs'] / 1e6:.2f} M)"
         text += f"\n{standard['note']}" if standard.get("note") else ""
+        dearer = spent["macs"] > standard["macs"] or spent["params"] > standard["params"]
+        text += "\nwarning: this student is dearer than the standard network" if dearer else ""
     return text
 
 
