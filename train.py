@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from odcheap import cli, folder, launch, run
 from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
+from odcheap.data import check_batches
 from odcheap.seeds import seeded
 from odcheap.students import Students
 
@@ -36,7 +37,10 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
     run.check(cfg)
     data = instantiate(cfg.data)
     data.read()
-    backbone = instantiate(cfg.backbone)
+    check_batches(data, launch.processes(cfg))
+    # A checkpoint holds the weights that a pretrained file began with, which may be gone by now.
+    begun = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
+    backbone = instantiate(cfg.backbone, **begun)
     students = Students(
         lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)), cfg.num_stu, cfg.seed
     )

@@ -26,9 +26,17 @@ def converted(
 ) -> nn.Module:
     """One of our standard networks, its 3 x 3 convolutions but the stem's replaced by the block type's pairs."""
     standard = network(num_classes=num_classes)
-    made = standard if isinstance(conv, Standard) else replace(standard, conv, keep, "kaiming")
+    made = standard if isinstance(conv, Standard) else replaced(standard, conv, keep, "kaiming")
     made.standard_note = None
     return made
+
+
+def replaced(network: nn.Module, conv: Conv, keep: Iterable[str] | None, init: str) -> nn.Module:
+    """`convert.replace`, whose errors then name the options as they are called in `conf/`."""
+    try:
+        return replace(network, conv, keep, init)
+    except OptionError as error:
+        raise error if str(error).startswith("block_type") else error.within("backbone") from None
 
 
 def mobilenetv2(conv: Conv, num_classes: int) -> nn.Module:
@@ -75,7 +83,7 @@ def torchvision_backbone(
     options = {"aux_logits": False, "init_weights": pretrained is None} if with_auxiliary else {}
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if with_auxiliary:
-        network.transform_input = pretrained is not None  # the published weights expect TensorFlow's normalisation
+        network.transform_input = True  # the published weights expect TensorFlow's normalisation
     made = checked(Torchvision(network, num_classes), name)
     made.network = prepared(network, conv, num_classes, Weights(pretrained, keep, init, noise))
     return made
@@ -124,7 +132,7 @@ def prepared(network: nn.Module, conv: Conv, num_classes: int, weights: Weights)
         load_pretrained(network, weights.pretrained, num_classes)
     if not isinstance(conv, Standard):
         init = weights.init if weights.init != "auto" else ("fit" if weights.pretrained is not None else "kaiming")
-        network = replace(network, conv, weights.keep, init)
+        network = replaced(network, conv, weights.keep, init)
     if weights.pretrained is not None:
         disturb(network, weights.noise)
     return network

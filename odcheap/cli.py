@@ -26,7 +26,7 @@ from odcheap.errors import Failure, OptionError, first_line
 from odcheap.launch import quoted
 from odcheap.summary import sweep_table
 
-PATHS = ("job_dir", "resume", "weights", "data_dir")
+PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def hydra_line(error: Exception, conf: Path) -> str:
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}"
+    if "Could not override" in str(error) and any(arg.startswith("resume=") for arg in sys.argv):
+        return f"{first_line(error)}; beside resume name the choice that has this option too, such as data=imagefolder"
     return f"{first_line(error)}{nearest(error, conf)} (python train.py --help shows every option)"
 
 

@@ -45,8 +45,6 @@ def replace(model: nn.Module, block_type: Cheap, keep: Iterable[str] | None = No
     """`cheapen` with the block type itself. A layer that is kept says why in its attribute `kept`."""
     if init not in INITS:
         raise OptionError("init", init, f"must be one of {', '.join(INITS)}")
-    if isinstance(block_type, Group) and (not isinstance(block_type.groups, int) or block_type.groups < 1):
-        raise OptionError("groups", block_type.groups, "must be a whole number, 1 or more")
     fitted = init == "fit" or (init == "auto" and was_trained(model))
     after = copy.deepcopy(model)
     reasons = why_kept(after, block_type, keep)
@@ -100,8 +98,9 @@ def first_conv(model: nn.Module) -> set[str]:
 
 def chosen(names: list[str], keep: Iterable[str]) -> set[str]:
     """The names that `keep` means; `OptionError` where one of its entries means none."""
-    if isinstance(keep, str):
-        keep = [keep]
+    keep = [keep] if isinstance(keep, str) else keep
+    if not isinstance(keep, Iterable) or not all(isinstance(entry, str) for entry in keep):
+        raise OptionError("keep", keep, "must be a list of names or patterns")
     found = set()
     for entry in keep:
         meant = {name for name in names if fnmatchcase(name, entry) or name.startswith(f"{entry}.")}
@@ -115,16 +114,14 @@ def chosen(names: list[str], keep: Iterable[str]) -> set[str]:
 def was_trained(model: nn.Module) -> bool:
     """Whether normalisation has moved from where it starts.
 
-    A network without normalisation counts as trained where a convolution's weights have left the range of PyTorch's
-    default initialisation and its biases are not those of a fresh layer (zero).
+    A network without normalisation that could tell counts as trained where a convolution's weights have left the range
+    of PyTorch's default initialisation and its biases are not those of a fresh layer (zero).
     """
-    norms = [m for m in model.modules() if isinstance(m, NORMS)]
-    for norm in norms:
-        mean, bias = getattr(norm, "running_mean", None), getattr(norm, "bias", None)
-        if any(t is not None and bool(t.any()) for t in (mean, bias)):
-            return True
-    if norms:
-        return False
+    norms = [m for m in model.modules() if isinstance(m, NORMS) or hasattr(m, "running_mean")]
+    telling = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]
+    telling = [t for t in telling if t is not None]
+    if telling:
+        return any(bool(t.any()) for t in telling)
     for conv in spatial_convs(model).values():
         bound = 1.0001 * conv.weight[0].numel() ** -0.5
         if conv.bias is not None and bool(conv.bias.any()) and conv.weight.abs().max() > bound:

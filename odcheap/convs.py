@@ -84,12 +84,12 @@ class Shift2d(nn.Module):
             x = F.pad(x, self.border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
             padding = (0, 0)
         kernels = self.one_hot_kernels(x)
-        return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, groups=x.shape[1])
+        return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, groups=len(kernels))
 
     def one_hot_kernels(self, x: Tensor) -> Tensor:
         """(C, 1, kh, kw): a single one where each channel reads from."""
         rows, columns = self.kernel_size
-        taps = shift_taps(x.shape[1], self.kernel_size, x.device)
+        taps = shift_taps(x.shape[-3], self.kernel_size, x.device)
         return F.one_hot(taps, rows * columns).to(x.dtype).view(-1, 1, rows, columns)
 
     def extra_repr(self) -> str:
@@ -162,8 +162,12 @@ class Group:
 
     groups: int = 4
 
+    def __post_init__(self):
+        if not isinstance(self.groups, int) or self.groups < 1:
+            raise OptionError("block_type.groups", self.groups, "must be a whole number, 1 or more")
+
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-        if self.groups < 1 or in_channels % self.groups:
+        if in_channels % self.groups:
             raise OptionError("block_type.groups", self.groups, f"must divide the layer's {in_channels} channels")
         return CheapConv(self.spatial(in_channels, Window()), in_channels, out_channels, stride)
 

@@ -23,13 +23,14 @@ def macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
 
 def macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
     """The same for each module that computes anything, by name; the network itself is ""."""
-    was_training = network.training
+    training = {module: module.training for module in network.modules()}
     network.eval()
     parameter = next(network.parameters())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         network(torch.zeros(1, *image_size, dtype=parameter.dtype, device=parameter.device))
-    network.train(was_training)
+    for module, mode in training.items():
+        module.training = mode
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(network).__name__
     found = {"": counts["Global"]}

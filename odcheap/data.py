@@ -110,16 +110,22 @@ def watched(data: pl.LightningDataModule) -> int:
     return len(data.labels["test" if data.select == "test" else "val"])
 
 
-def check_batches(data: pl.LightningDataModule) -> None:
-    """`OptionError` where the images cannot be divided as the options say."""
+def check_batches(data: pl.LightningDataModule, world: int = 1) -> None:
+    """`OptionError` where the images cannot be divided among batches and processes as the options say."""
     labels = data.labels
-    if len(labels["train"]) < TOO_FEW:
-        raise OptionError("data.val_size", data.val_size, f"must leave {TOO_FEW} images or more to train on")
+    if len(labels["train"]) < TOO_FEW * world:
+        allowed = f"must leave {TOO_FEW * world} images or more to train on ({TOO_FEW} a process)"
+        raise OptionError("data.val_size", data.val_size, allowed)
+    few = [part for part in ("val", "test") if 0 < len(labels[part]) < world]
+    if few:
+        allowed = f"each process needs an image to evaluate; there are {len(labels[few[0]])} ({few[0]})"
+        raise OptionError("trainer.devices", world, allowed)
     if not isinstance(data.eval_batch_size, int) or data.eval_batch_size < 1:
         raise OptionError("data.eval_batch_size", data.eval_batch_size, "must be a whole number, 1 or more")
     if data.select_by not in SELECT_BY:
         raise OptionError("data.select_by", data.select_by, f"must be one of {', '.join(SELECT_BY)}")
-    BatchOrder(len(labels["train"]), data.batch_size, data.seed)  # refuses what cannot be divided into batches
+    # Refuses what cannot be divided into batches.
+    BatchOrder(len(labels["train"]), data.batch_size, data.seed, 0, world)
     if data.select == "val" and not len(labels["val"]):
         allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
         raise OptionError("data.val_size", data.val_size, allowed)
@@ -171,6 +177,10 @@ class InMemoryData(pl.LightningDataModule):
         target = self.images.train_target.numpy()
         parts = {"train": target[self.split.train], "val": target[self.split.val]}
         return parts | {"test": self.images.test_target.numpy()}
+
+    def unreadable(self) -> list[str]:
+        """Images that could not be read: none, or there would be no run."""
+        return []
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """File, class and part of each image: none, for these images are not files of their own."""

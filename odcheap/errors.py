@@ -11,6 +11,10 @@ class OptionError(Failure, ValueError):
     def __init__(self, option: str, value: object, allowed: str):
         super().__init__(f"{option}={value}: {allowed}")
 
+    def within(self, group: str) -> "OptionError":
+        """The same of the option as it is called in this group of `conf/`."""
+        return _restore(f"{group}.{self}")
+
     def __reduce__(self):  # the default would call __init__ with the finished line when a worker sends the error home
         return _restore, self.args
 

@@ -63,4 +63,5 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """UTF-8; names of files that are not are written as they are on the disk."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))

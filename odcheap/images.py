@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from odcheap.errors import OptionError
 from odcheap.seeds import generator
 
 
@@ -40,6 +41,11 @@ class Normalisation:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self):
+        for option, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or (option == "std" and min(values) <= 0):
+                raise OptionError(f"data.{option}", list(values), "must be three numbers, and std's above zero")
 
     def apply(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 -> float32, channels last in memory."""

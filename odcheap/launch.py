@@ -19,6 +19,12 @@ def quoted(override: str) -> str:
     return f'{key}="{value}"'
 
 
+def processes(cfg: DictConfig) -> int:
+    """How many processes the run has in all; 1 where only Lightning will know."""
+    devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
+    return max(1, devices * nodes) if isinstance(devices, int) and isinstance(nodes, int) else 1
+
+
 def needs_processes(cfg: DictConfig) -> bool:
     """Several processes on one machine, and nobody has started them yet."""
     several = isinstance(cfg.trainer.devices, int) and cfg.trainer.devices > 1

@@ -70,8 +70,10 @@ def decode(path: str | Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Grey repeated, CMYK and palettes translated, alpha left out; 16-bit grey divided by 256: Pillow would clip it."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BrokenPicture(f"32-bit pixels ({image.mode}), whose range nobody tells")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -91,11 +93,11 @@ def evaluation_transform(size: int, crop_ratio: float) -> v2.Transform:
 class TrainingPictures(Dataset):
     """Asked for (epoch, index): what is random about a picture is a function of (seed, epoch, index).
 
-    The next readable picture takes a broken one's place; `Failure` where 20 in a row are broken.
+    The next readable picture takes a broken one's place. Where 20 in a row are broken the sample has the label -1.
     """
 
-    def __init__(self, files: Files, transform: v2.Transform, seed: int):
-        self.files, self.transform, self.seed = files, transform, seed
+    def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int):
+        self.files, self.transform, self.seed, self.size = files, transform, seed, size
 
     def __getitem__(self, where: tuple[int, int]) -> Sample:
         epoch, index = where
@@ -109,7 +111,7 @@ class TrainingPictures(Dataset):
                 continue
             with seeded(self.seed, "augment", epoch, index):
                 return Sample(self.transform(picture), torch.tensor(self.files.target[i]), broken)
-        raise Failure(f"{broken[-1][1]}, nor can the {len(broken) - 1} before it: are these pictures?")
+        return without_picture(self.size, broken)
 
 
 class EvaluationPictures(Dataset):
@@ -122,9 +124,12 @@ class EvaluationPictures(Dataset):
         try:
             picture = decode(self.files.path(index))
         except BrokenPicture as error:
-            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-            return Sample(black, torch.tensor(NO_TARGET), [(str(self.files.path(index)), str(error))])
+            return without_picture(self.size, [(str(self.files.path(index)), str(error))])
         return Sample(self.transform(picture), torch.tensor(self.files.target[index]), [])
+
+
+def without_picture(size: int, broken: list[tuple[str, str]]) -> Sample:
+    return Sample(torch.zeros(3, size, size, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
 
 
 def collate(samples: list[Sample]) -> Sample:

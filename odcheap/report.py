@@ -88,7 +88,10 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            console().print(table(list(costs(given.overrides))))
+            rows = list(costs(given.overrides))
+        if all(row.refused for row in rows):
+            return failed(rows[0].refused)
+        console().print(table(rows))
     except Failure as error:
         return failed(str(error))
     except (HydraException, OmegaConfBaseException) as error:

@@ -155,6 +155,7 @@ class Run:
             "seed": self.cfg.seed,
             "data": self.data.name,
             **summary.counted(self.data.labels, self.data.classes),
+            "unreadable": self.data.unreadable(),
             "num_stu": self.cfg.num_stu,
             "split": self.data.fingerprint,
             "versions": summary.versions(),

@@ -44,6 +44,8 @@ def stratified(digests: list[bytes], target: Tensor, val_size: float, name: str 
 
 
 def held_out_count(val_size: float, available: int, name: str) -> int:
+    if not isinstance(val_size, int | float):
+        raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
     count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
     if val_size < 0 or (count != val_size and val_size >= 1):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
@@ -53,11 +55,15 @@ def held_out_count(val_size: float, available: int, name: str) -> int:
 
 
 def shares(counts: np.ndarray, total: int) -> np.ndarray:
-    """`total` divided in proportion to `counts`, rounded by largest remainder (ties to the lower class)."""
+    """`total` divided in proportion to `counts`, rounded by largest remainder (ties to the lower class).
+
+    Each class keeps one image at least, as far as that is possible.
+    """
     exact = counts * total / counts.sum()
-    quota = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(-(exact - quota), kind="stable")
-    quota[by_remainder[: total - quota.sum()]] += 1
+    most = np.maximum(counts - 1, 0) if total <= np.maximum(counts - 1, 0).sum() else counts
+    quota = np.minimum(np.floor(exact).astype(np.int64), most)
+    for _ in range(total - quota.sum()):
+        quota[np.argmax(np.where(quota < most, exact - quota, -np.inf))] += 1
     return quota
 
 

@@ -9,10 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from odcheap.data import Batch, BatchOrder, check_batches
-from odcheap.errors import OptionError
+from odcheap.errors import Failure, OptionError
 from odcheap.images import Normalisation
 from odcheap.pictures import (
     NO_TARGET,
+    TRIES,
     EvaluationPictures,
     Files,
     TrainingPictures,
@@ -28,21 +29,33 @@ class Broken:
     """Names each unreadable file once; `Failure` where there are more than `limit`."""
 
     def __init__(self, limit: int):
-        self.limit, self.seen = limit, set()
+        self.limit, self.seen, self.last = limit, set(), ""
 
     def report(self, found: list[tuple[str, str]]) -> None:
         for path, reason in found:
             if path in self.seen:
                 continue
             self.seen.add(path)
+            self.last = path
             print(f"warning: {reason}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
             if len(self.seen) > self.limit:
                 allowed = f"more pictures cannot be read, the last one {path}; the last checkpoint is kept"
                 raise OptionError("data.max_broken", self.limit, allowed)
 
+    def everywhere(self) -> list[str]:
+        """What all processes together could not read; each of them must ask."""
+        seen = [sorted(self.seen)]
+        if torch.distributed.is_initialized():
+            seen *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(seen, sorted(self.seen))
+        return sorted(set().union(*seen))
+
 
 class Stream:
-    """Pictures as batches on the device, in the order of `plan`, which is set anew before each pass."""
+    """Pictures as batches on the device, in the order of `plan`, which is set anew before each pass.
+
+    Unreadable ones are left out; `Failure` where that leaves nothing.
+    """
 
     def __init__(self, pictures: Dataset, norm: Normalisation, device: torch.device, workers: int, broken: Broken):
         self.norm, self.device, self.broken = norm, device, broken
@@ -60,7 +73,11 @@ class Stream:
         self.plan[:] = plan
         for sample in self.loader:
             self.broken.report(sample.broken)
-            images, target = (t.to(self.device, non_blocking=True) for t in sample[:2])
+            images, target = sample.image, sample.target
+            readable = target != NO_TARGET  # asked on the CPU: the device need not be waited for
+            if not readable.all():
+                images, target = images[readable], target[readable]
+            images, target = (t.to(self.device, non_blocking=True) for t in (images, target))
             yield Batch(self.norm.apply(images), target, 1.0)
 
 
@@ -79,6 +96,8 @@ class TrainStream:
         planned = self.sampler.batches()[start:]
         plan = [[(self.sampler.epoch, i) for i in index.tolist()] for index, _ in planned]
         for k, batch in enumerate(self.stream.batches(plan)):
+            if len(batch.target) < len(plan[k]):
+                raise Failure(f"data_dir: no picture in {TRIES} can be read; the last one {self.stream.broken.last}")
             self.done = start + k + 1
             yield batch._replace(share=planned[k][1])
 
@@ -93,7 +112,7 @@ class EvalStream:
     """Every readable picture once over all processes."""
 
     def __init__(self, stream: Stream, count: int, batch_size: int, rank: int, world: int):
-        self.stream = stream
+        self.stream, self.count = stream, count
         mine = list(range(rank, count, world))
         self.plan = [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
 
@@ -101,10 +120,13 @@ class EvalStream:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
+        readable = 0
         for batch in self.stream.batches(self.plan):
-            readable = batch.target != NO_TARGET
-            if readable.any():
-                yield Batch(batch.images[readable], batch.target[readable], 1.0)
+            readable += len(batch.target)
+            if len(batch.target):
+                yield batch
+        if not readable:
+            raise Failure(f"data_dir: none of {self.count} pictures to evaluate can be read: {self.stream.broken.last}")
 
 
 class StreamedData(pl.LightningDataModule):
@@ -144,8 +166,9 @@ class StreamedData(pl.LightningDataModule):
         for option, value in (("crop_ratio", crop_ratio), ("min_scale", min_scale)):
             if not 0 < value <= 1:
                 raise OptionError(f"data.{option}", value, "must be above 0 and at most 1")
-        if not isinstance(image_size, int) or image_size < 1:
-            raise OptionError("data.image_size", image_size, "must be a whole number, 1 or more")
+        for option, value, least in (("image_size", image_size, 1), ("workers", workers or 0, 0)):
+            if not isinstance(value, int) or value < least:
+                raise OptionError(f"data.{option}", value, f"must be a whole number, {least} or more")
         self.augment = training_transform(image_size, min_scale, flip)
         self.centre = evaluation_transform(image_size, crop_ratio)
         self.broken = Broken(max_broken)
@@ -179,6 +202,10 @@ class StreamedData(pl.LightningDataModule):
         """The labels of the pictures to train on ("train"), held out ("val") and to test on ("test")."""
         return {part: files.target for part, files in self.parts.items()}
 
+    def unreadable(self) -> list[str]:
+        """Files that no process could read so far; all processes must ask together."""
+        return self.broken.everywhere()
+
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """File, class and part of each picture."""
         for part, files in self.parts.items():
@@ -194,7 +221,8 @@ class StreamedData(pl.LightningDataModule):
         return BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, t.global_rank, t.world_size)
 
     def train_dataloader(self) -> TrainStream:
-        return TrainStream(self.stream(TrainingPictures(self.parts["train"], self.augment, self.seed)), self.order())
+        pictures = TrainingPictures(self.parts["train"], self.augment, self.seed, self.pixels)
+        return TrainStream(self.stream(pictures), self.order())
 
     def val_dataloader(self) -> EvalStream:
         return self.evaluation("test" if self.select == "test" else "val")

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from odcheap.split import stratified
 PARTS = ("train", "val", "test")
 LAYOUTS = "<class>/*, or train/<class>/* with val/, test/ or both beside it"
 UNPACKING = ".unpacking"
-READ = 4096  # bytes at each end of a file that tell it from others
+READ = 4096  # bytes at each end of a file that tell most files from others
 MANY = 50_000  # files that are worth a line before the silence
 READERS = 16  # threads: the disk answers several at once
 
@@ -73,13 +75,17 @@ def folders(data_dir: str, test_size: float, split_seed: int) -> Tree:
 
 
 def refuse_near_names(root: Path, there: list[str]) -> None:
-    """A folder "valid" beside "train" would silently not be used."""
+    """A folder "valid" beside "train" would silently not be used, and a "Train" would be taken for a class."""
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
-    for entry in root.iterdir() if there else ():
-        near = entry.is_dir() and entry.name not in PARTS and entry.name.lower().startswith(("val", "test", "dev"))
-        if near:
-            raise OptionError("data_dir", entry, "beside train the folders are called val and test: rename it")
+    for entry in sorted(root.iterdir()):
+        holds_folders = entry.is_dir() and any(inner.is_dir() for inner in entry.iterdir())
+        if entry.name in there and not holds_folders:
+            allowed = f"is taken for pictures to {entry.name}, not for a class, and holds no class folders; {LAYOUTS}"
+            raise OptionError("data_dir", entry, f"{allowed} is expected")
+        near = entry.name not in PARTS and entry.name.lower().startswith(("train", "val", "test", "dev"))
+        if near and holds_folders:
+            raise OptionError("data_dir", entry, "folders of classes are called train, val and test: rename it")
 
 
 def listed(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
@@ -117,9 +123,10 @@ def by_class(root: Path, part: str, passed_over: list[str]) -> dict[str, list[st
 
 def pictures_below(root: Path, folder: str, passed_over: list[str]) -> list[str]:
     found = []
-    for where, inner, names in os.walk(root / folder, followlinks=True):
-        inner[:] = sorted(name for name in inner if name[0] != ".")
+    for where, inner, names in os.walk(root / folder):  # a link to a folder may lead round in a circle
         below = os.path.relpath(where, root)
+        passed_over += [os.path.join(below, name) for name in inner if os.path.islink(os.path.join(where, name))]
+        inner[:] = [name for name in inner if name[0] != "."]
         for name in names:
             if is_named_so(name):
                 found.append(os.path.join(below, name))
@@ -129,7 +136,7 @@ def pictures_below(root: Path, folder: str, passed_over: list[str]) -> list[str]
 
 
 def digests(files: Files, split_seed: int) -> list[bytes]:
-    """A keyed 16-byte hash of each file's length and ends: pictures are told apart without reading them all."""
+    """A keyed 16-byte hash of each file: of its length and its ends, and of all of it where those are not its own."""
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:
@@ -146,13 +153,25 @@ def digests(files: Files, split_seed: int) -> list[bytes]:
 
     if len(files.names) > MANY:
         print(f"looking into {len(files.names):,} files below {files.root}", flush=True)
+
+    def whole_digest(index: int) -> bytes:
+        with open(files.path(index), "rb") as file:
+            return hashlib.blake2b(hashlib.file_digest(file, "blake2b").digest(), digest_size=16, key=key).digest()
+
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(digest, range(len(files.names)), chunksize=256))
+        found = list(pool.map(digest, range(len(files.names))))
+        times = Counter(found)
+        tied = [index for index, value in enumerate(found) if times[value] > 1]
+        for index, value in zip(tied, pool.map(whole_digest, tied), strict=True):
+            found[index] = value
+    return found
 
 
 def unpack(root: Path) -> None:
     """Torchvision's ImageNet archives into `train` and `val`, which appear when they are whole."""
     beside = root / UNPACKING
+    if (root / "val").exists():
+        raise OptionError("data_dir", root / "val", "is there and train is not: remove it to have both unpacked")
     try:
         beside.mkdir()
     except FileExistsError:
@@ -163,9 +182,10 @@ def unpack(root: Path) -> None:
         archives.parse_devkit_archive(root)
         archives.parse_train_archive(root, folder=f"{UNPACKING}/train")
         archives.parse_val_archive(root, folder=f"{UNPACKING}/val")
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
         shutil.rmtree(beside)
-        raise OptionError("data_dir", root, f"an archive is missing or damaged ({error})") from error
+        allowed = f"an archive is missing or damaged, or cannot be unpacked ({error})"
+        raise OptionError("data_dir", root, allowed) from error
     for part in ("val", "train"):
         (beside / part).rename(root / part)
     beside.rmdir()

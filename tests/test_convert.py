@@ -236,6 +236,32 @@ def test_auto_fits_what_was_trained_and_starts_the_rest_anew():
     assert weights_equal(cheapen(plain, "Shift"), cheapen(plain, "Shift", init="fit"))
 
 
+def test_networks_whose_normalisation_tells_nothing_are_judged_by_their_weights():
+    for norm, trained in ((nn.InstanceNorm2d, False), (torchvision.ops.FrozenBatchNorm2d, True)):
+        network = nn.Sequential(nn.Conv2d(3, 18, 3), norm(18), nn.Conv2d(18, 6, 3))
+        assert weights_equal(cheapen(network, "Shift"), cheapen(network, "Shift", init="fit")) is False
+        if trained:
+            network[1].running_mean.fill_(0.5)
+        else:
+            nn.init.normal_(network[2].weight)
+        assert weights_equal(cheapen(network, "Shift"), cheapen(network, "Shift", init="fit"))
+
+
+def test_the_table_leaves_the_modes_as_they_are():
+    before = build("resnet18").train()
+    before.bn1.eval()
+    table(before, cheapen(before, "DW"), (3, 32, 32))
+    assert before.training
+    assert before.layer1.training
+    assert not before.bn1.training
+
+
+def test_a_converted_shift_takes_a_single_image_too():
+    after = cheapen(small(), "Shift")
+    image = torch.randn(3, 9, 9)
+    torch.testing.assert_close(after(image), after(image[None])[0])
+
+
 def weights_equal(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -313,7 +339,8 @@ def test_convolutions_of_another_kind_are_kept_and_listed():
     ("block_type", "options", "message"),
     [
         ("Dw", {}, "block_type=Dw: must be one of Shift, DW, Group"),
-        ("Group", {"groups": 0}, "groups=0: must be a whole number"),
+        ("Group", {"groups": 0}, "block_type.groups=0: must be a whole number"),
+        ("DW", {"keep": 5}, "keep=5: must be a list of names"),
         ("DW", {"init": "svd"}, "init=svd: must be one of auto, fit, kaiming"),
     ],
 )

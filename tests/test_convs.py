@@ -92,5 +92,6 @@ def test_block_types_are_drop_ins(block_type, weights, stride):
 
 @pytest.mark.parametrize("groups", [0, -1, 3, 32])
 def test_groups_that_do_not_divide_are_refused(groups):
-    with pytest.raises(OptionError, match=rf"block_type.groups={groups}: must divide the layer's 16 channels"):
+    reason = "must divide the layer's 16 channels" if groups > 0 else "must be a whole number, 1 or more"
+    with pytest.raises(OptionError, match=rf"block_type.groups={groups}: {reason}"):
         Group(groups)(16, 32, 1)

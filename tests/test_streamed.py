@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from odcheap.data import watched
@@ -246,14 +248,97 @@ def test_networks_and_pictures_that_do_not_go_together_are_refused_by_name(comma
         (["backbone=torchvision", "backbone.name=mobilenet_v2"], "nothing to replace"),
         (["backbone=torchvision", "backbone.name=vit_b_16"], "vit_b_16: has no 4-D last feature map"),
         (["backbone=torchvision"], "backbone.name=???: must be given"),
-        (["backbone=resnet18", "backbone.keep=[layer9]"], "keep=layer9: no K x K convolution is called so"),
+        (["backbone=resnet18", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K convolution is called so"),
         (["backbone=resnet18", "backbone.pretrained=none.pth"], "backbone.pretrained=none.pth: no such file"),
-        (["backbone=resnet18", "backbone.init=svd"], "init=svd: must be one of auto, fit, kaiming"),
+        (["backbone=resnet18", "backbone.init=svd"], "backbone.init=svd: must be one of auto, fit, kaiming"),
         (["backbone=densenet40", "backbone.network.depth=41"], "backbone.network.depth=41: must be 3n + 4"),
     ],
 )
 def test_bad_networks_are_one_line(command, tmp_path, options, message):
     result = command("data=digits", "trainer=cpu", *options, f"job_dir={tmp_path}/run")
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert message in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def tiny(command, base, job_dir, *options):
+    return command(*SMALL, f"data_dir={base}", f"job_dir={job_dir}", "trainer.max_epochs=1", *options)
+
+
+def test_names_that_are_not_utf8_lose_nothing(command, tmp_path):
+    base = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}})
+    (base / "red" / "0.png").rename(base / "red" / os.fsdecode(b"\xe9t\xe9.png"))
+    (base / "blue").rename(base / os.fsdecode(b"bl\xe9"))
+    result = tiny(command, base, tmp_path / "run")
+    assert result.status == 0, result.err
+    assert b"red/\xe9t\xe9.png,red," in (tmp_path / "run" / "split.csv").read_bytes()
+    assert os.fsdecode(b"bl\xe9") in json.loads((tmp_path / "run" / "summary.json").read_text())["classes"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_picture_is_one_line(command, tmp_path, workers):
+    base = plant(tmp_path / "mine", {"train": {"red": 20, "blue": 20}, "test": {"red": 3, "blue": 3}})
+    for file in (base / "train").rglob("*.png"):
+        file.write_text("version https://git-lfs.github.com/spec/v1")
+    result = tiny(command, base, tmp_path / "run", f"data.workers={workers}")
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert "no picture in 20 can be read" in result.err
+
+
+def test_a_test_that_cannot_be_read_is_no_result(command, tmp_path):
+    base = plant(tmp_path / "mine", {"train": {"red": 20, "blue": 20}, "test": {"red": 3, "blue": 3}})
+    for file in (base / "test").rglob("*.png"):
+        file.write_bytes(b"?")
+    result = tiny(command, base, tmp_path / "run")
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert "none of 6 pictures to evaluate can be read" in result.err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_summary_names_what_could_not_be_read(command, tmp_path):
+    base = plant(tmp_path / "mine", LAYOUTS["train and test"])
+    for part in ("train", "test"):
+        (base / part / "red" / "3.png").write_bytes(b"?")
+    assert tiny(command, base, tmp_path / "run", "trainer.max_epochs=3").status == 0
+    unreadable = json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable"]
+    assert str(base / "test/red/3.png") in unreadable
+
+
+def test_too_few_pictures_for_the_processes_are_refused_before_they_start(command, tmp_path):
+    base = plant(tmp_path / "mine", {"": {"red": 5, "blue": 5}})
+    distributed = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    result = tiny(command, base, tmp_path / "run", *distributed)
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert "trainer.devices=2: each process needs an image to evaluate; there are 1 (val)" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_pretrained_weights_goes_on_without_their_file(command, tmp_path):
+    base, file = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}}), tmp_path / "resnet (18).pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    options = ["backbone=resnet18", "data=imagefolder", "data.image_size=32", "data.workers=0"]
+    options += ["data.batch_size=8", "num_stu=2", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
+    result = command(*options, f"data_dir={base}", f"job_dir={tmp_path}/run", f"backbone.pretrained={file}")
+    assert result.status == 0, result.err
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    file.unlink()
+    result = command("test_only=true", f"resume={tmp_path}/run")
+    assert result.status == 0, result.err
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["selected"] == before["selected"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("data.workers=-1", "data.workers=-1: must be a whole number, 0 or more"),
+        ("data.load.test_size=null", "data.load.test_size=None: must be a count of images, or a fraction below 1"),
+        ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be three numbers"),
+        ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, and std's above zero"),
+        ("data.max_broken=many", "data.max_broken=many: must be a number"),
+    ],
+)
+def test_bad_numbers_are_one_line(command, tmp_path, option, message):
+    result = tiny(command, plant(tmp_path / "mine", LAYOUTS["flat"]), tmp_path / "run", option)
     assert (result.status, result.err.count("\n")) == (1, 1), result.err
     assert message in result.err
     assert not (tmp_path / "run").exists()

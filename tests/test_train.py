@@ -409,7 +409,10 @@ CKPT = "{tmp}/broken.ckpt"
     ("arguments", "line"),
     [
         (["block_type=Foo"], "block_type=Foo: unknown; must be one of DW, Group, Shift, Standard"),
-        (["backbone=resnet57"], "backbone=resnet57: unknown; must be one of densenet40, mobilenetv2, resnet110, resnet18"),
+        (
+            ["backbone=resnet57"],
+            "backbone=resnet57: unknown; must be one of densenet40, mobilenetv2, resnet110, resnet18",
+        ),
         (["data=nope"], "data=nope: unknown; must be one of cifar10, cifar100, digits"),
         (["num_stu=0"], "num_stu=0: must be a whole number, 1 or more"),
         (["block_type=Group", "block_type.groups=5"], "block_type.groups=5: must divide the layer's 16 channels"),

@@ -77,9 +77,20 @@ def test_folders_within_a_class_belong_to_it_and_other_files_are_passed_over(tmp
     (tmp_path / "train/cat/notes.txt").write_text("")
     (tmp_path / "train/cat/.DS_Store").write_text("")
     (tmp_path / "train/.cache").mkdir()
+    for link, target in (("back", ".."), ("self", ".")):
+        (tmp_path / "train/cat" / link).symlink_to(target)
     tree = trees.folders(str(tmp_path), 0.1, 0)
     assert len(tree.train.names) == 31
-    assert tree.passed_over == ["train/cat/notes.txt"]
+    assert sorted(tree.passed_over) == ["train/cat/back", "train/cat/notes.txt", "train/cat/self"]
+
+
+def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):
+    grow(tmp_path / "far", root={"bird": 1, "fish": 1})
+    grow(tmp_path / "near", root={"cat": 8})
+    for name in ("bird", "fish"):
+        (tmp_path / "near" / name).symlink_to(tmp_path / "far" / name)
+    tree = trees.folders(str(tmp_path / "near"), 0.3, 0)
+    assert np.bincount(tree.train.target).tolist() == [1, 5, 1]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,10 @@ def test_folders_within_a_class_belong_to_it_and_other_files_are_passed_over(tmp
         ({"root": {"cat": 3, "dog": 0}}, "dog: this class has no pictures"),
         ({"root": {"cat": 3}}, "needs two classes or more"),
         ({"val": TWO, "test": TWO}, "has val and test but no train"),
-        ({"train": TWO, "valid": TWO}, "valid: beside train the folders are called val and test"),
+        ({"train": TWO, "valid": TWO}, "valid: folders of classes are called train, val and test: rename it"),
+        ({"Train": TWO, "Test": TWO}, "Test: folders of classes are called train, val and test"),
+        ({"training": TWO, "validation": TWO}, "training: folders of classes are called"),
+        ({"root": {"bus": 3, "car": 3, "train": 3}}, "train: is taken for pictures to train, not for a class"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, counts, message):
@@ -118,6 +132,16 @@ def test_digests_tell_files_apart_at_either_end(tmp_path):
     found = trees.digests(trees.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0)
     assert len(set(found)) == 4
     assert found[2] == found[3]
+
+
+def test_files_that_differ_in_the_middle_only_are_told_apart(tmp_path):
+    """Scans with white margins."""
+    for k in range(5):
+        content = bytearray(b"\xff" * 20_000)
+        content[10_000] = k
+        (tmp_path / str(k)).write_bytes(content)
+    files = trees.Files(str(tmp_path), np.array([str(k).encode() for k in range(5)]), np.zeros(5))
+    assert len(set(trees.digests(files, 0))) == 5
 
 
 def archive(path, members):
