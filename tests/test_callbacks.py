@@ -29,6 +29,14 @@ def test_the_teacher_is_never_selected(tmp_path):
     assert watched.selected["student"] == 1
 
 
+def test_the_figure_that_decides_is_the_one_asked_for(tmp_path):
+    watched = Record(tmp_path, "val", "balanced_accuracy", every=None, keep=2)
+    students = module(0.9, 0.1)
+    students.figures["val"]["balanced_accuracy"] = [0.3, 0.4, 0.5]
+    watched.choose(0, students)
+    assert watched.selected == {"student": 1, "epoch": 0, "score": 0.4}
+
+
 def test_last_picks_nothing(tmp_path):
     watched = record(tmp_path, "last")
     for epoch, top1 in enumerate([(0.1, 0.9), (0.2, 0.3)]):

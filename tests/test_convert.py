@@ -180,6 +180,17 @@ def test_any_window_keeps_the_shape_for_any_image(block_type, data, kernel, mode
         assert after(x).shape == conv(x).shape
 
 
+@pytest.mark.parametrize("block_type", ["DW", "Group"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_the_border_is_that_of_the_replaced_convolution(block_type, mode):
+    conv = nn.Conv2d(8, 6, 3, padding=2, padding_mode=mode, dilation=2)
+    after = cheapen(nn.Sequential(conv), block_type, keep=())[0]
+    x = torch.randn(1, 8, 7, 6)
+    padded = nn.functional.pad(x, (2, 2, 2, 2), mode="constant" if mode == "zeros" else mode)
+    spatial = nn.functional.conv2d(padded, after.spatial.weight, dilation=2, groups=after.spatial.groups)
+    torch.testing.assert_close(after(x), after.pointwise(spatial))
+
+
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
 @pytest.mark.parametrize(
     "window", [{"padding": 1}, {"padding": "same"}, {"stride": 2}, {"dilation": 2, "padding": (0, 2)}]

@@ -83,6 +83,9 @@ def test_safetensors_wrappers_and_old_names_are_understood(file, tmp_path):
 
 def test_inception_with_its_auxiliary_classifier_and_its_own_normalisation(tmp_path):
     network = torchvision.models.googlenet(num_classes=7, init_weights=False, transform_input=True)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # takes this batch's statistics: what goes in then matters for what comes out
     network(torch.randn(4, 3, 64, 64))
     torch.save(network.eval().state_dict(), tmp_path / "googlenet.pth")
     made = torchvision_backbone("googlenet", Standard(), 7, str(tmp_path / "googlenet.pth"), noise=0.0).eval()
