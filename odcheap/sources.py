@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from odcheap import pictures
+from odcheap import cache, pictures
 from odcheap.errors import OptionError
 
 NETWORK_TIMEOUT = 60  # seconds without a byte
@@ -89,7 +89,7 @@ def missing(data_dir: str, name: str, why: str) -> OptionError:
 
 
 def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
-    """Decodes an `ImageFolder` tree; `OptionError` where a part, a class or a picture is missing."""
+    """Decodes an `ImageFolder` tree, once; `OptionError` where a part, a class or a picture is missing."""
     parts = {part: listing(tree / part) for part in ("train", "test")}
     if parts["train"].keys() != parts["test"].keys():
         odd = sorted(parts["train"].keys() ^ parts["test"].keys())
@@ -99,10 +99,17 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
         if found != expected:
             allowed = f"half unpacked? data.load.{part}_images={expected} images are expected, {found} are there"
             raise OptionError("data_dir", tree / part, allowed)
-    print(f"reading {train_images + test_images:,} pictures below {tree}", flush=True)  # CIFAR's take 20 s
-    train, train_target = decode(parts["train"])
-    test, test_target = decode(parts["test"])
-    return Images(train, train_target, test, test_target, list(parts["train"]))
+    every = [path for part in parts.values() for paths in part.values() for path in paths]
+
+    def decoded() -> tuple[dict[str, Tensor], list[str]]:
+        print(f"reading {len(every):,} pictures below {tree}, once", flush=True)  # CIFAR's take 20 s
+        train, train_target = decode(parts["train"])
+        test, test_target = decode(parts["test"])
+        tensors = {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
+        return tensors, list(parts["train"])
+
+    tensors, classes = cache.recalled(tree.parent / f".{tree.name}.safetensors", cache.key_of(every), decoded)
+    return Images(**tensors, classes=classes)
 
 
 def listing(folder: Path) -> dict[str, list[Path]]:
