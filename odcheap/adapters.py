@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.backbones import Conv
-from odcheap.convert import replace
+from odcheap.convert import check, replace
 from odcheap.convs import DW, Standard, Window
 from odcheap.errors import Failure, OptionError
 from odcheap.pretrained import disturb, last_layer, load_pretrained
@@ -26,14 +26,17 @@ def converted(
 ) -> nn.Module:
     """One of our standard networks, its 3 x 3 convolutions but the stem's replaced by the block type's pairs."""
     standard = network(num_classes=num_classes)
-    made = standard if isinstance(conv, Standard) else replaced(standard, conv, keep, "kaiming")
+    made = replaced(standard, conv, keep, "kaiming")
     made.standard_note = None
     return made
 
 
 def replaced(network: nn.Module, conv: Conv, keep: Iterable[str] | None, init: str) -> nn.Module:
-    """`convert.replace`, whose errors then name the options as they are called in `conf/`."""
+    """`convert.replace`, whose errors then name the options as they are called in `conf/`; Standard changes nothing."""
     try:
+        if isinstance(conv, Standard):
+            check(network, keep, init)  # a sweep over block types finds its mistakes in the first run
+            return network
         return replace(network, conv, keep, init)
     except OptionError as error:
         raise error if str(error).startswith("block_type") else error.within("backbone") from None
@@ -130,9 +133,8 @@ def prepared(network: nn.Module, conv: Conv, num_classes: int, weights: Weights)
     """Weights from the file, then the conversion, then the noise."""
     if weights.pretrained is not None:
         load_pretrained(network, weights.pretrained, num_classes)
-    if not isinstance(conv, Standard):
-        init = weights.init if weights.init != "auto" else ("fit" if weights.pretrained is not None else "kaiming")
-        network = replaced(network, conv, weights.keep, init)
+    init = weights.init if weights.init != "auto" else ("fit" if weights.pretrained is not None else "kaiming")
+    network = replaced(network, conv, weights.keep, init)
     if weights.pretrained is not None:
         disturb(network, weights.noise)
     return network

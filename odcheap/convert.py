@@ -43,8 +43,7 @@ def cheapen(
 
 def replace(model: nn.Module, block_type: Cheap, keep: Iterable[str] | None = None, init: str = "auto") -> nn.Module:
     """`cheapen` with the block type itself. A layer that is kept says why in its attribute `kept`."""
-    if init not in INITS:
-        raise OptionError("init", init, f"must be one of {', '.join(INITS)}")
+    check(model, keep, init)
     fitted = init == "fit" or (init == "auto" and was_trained(model))
     after = copy.deepcopy(model)
     reasons = why_kept(after, block_type, keep)
@@ -64,6 +63,14 @@ def replace(model: nn.Module, block_type: Cheap, keep: Iterable[str] | None = No
             if child in pairs:
                 parent._modules[name] = pairs[child]
     return after
+
+
+def check(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
+    """`OptionError` for an unknown `init`, or a name in `keep` that no convolution has."""
+    if init not in INITS:
+        raise OptionError("init", init, f"must be one of {', '.join(INITS)}")
+    if keep is not None:
+        chosen(list(spatial_convs(model)), keep)
 
 
 def spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:

@@ -49,9 +49,10 @@ def run_name(overrides: list[str]) -> str:
     """A folder name from the overrides that say what is computed, sorted; "default" without any."""
     named = sorted(o for o in overrides if key_of(o) not in UNNAMED and not key_of(o).startswith("hydra"))
     name = re.sub(r"[^\w=,.+\[\]@-]", "-", ",".join(named)) or "default"
-    if len(name) <= 200:
+    in_bytes = name.encode()  # what file systems count
+    if len(in_bytes) <= 200:
         return name
-    return f"{name[:180]}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+    return f"{in_bytes[:180].decode(errors='ignore')}-{hashlib.blake2b(in_bytes, digest_size=6).hexdigest()}"
 
 
 def plan(

@@ -250,6 +250,7 @@ def test_networks_and_pictures_that_do_not_go_together_are_refused_by_name(comma
         (["backbone=torchvision"], "backbone.name=???: must be given"),
         (["backbone=resnet18", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K convolution is called so"),
         (["backbone=resnet18", "backbone.pretrained=none.pth"], "backbone.pretrained=none.pth: no such file"),
+        (["backbone=resnet18", "block_type=Standard", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K"),
         (["backbone=resnet18", "backbone.init=svd"], "backbone.init=svd: must be one of auto, fit, kaiming"),
         (["backbone=densenet40", "backbone.network.depth=41"], "backbone.network.depth=41: must be 3n + 4"),
     ],
