@@ -4,7 +4,6 @@ import copy
 import difflib
 import importlib.util
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 import torchvision
@@ -88,7 +87,7 @@ def torchvision_backbone(
     if with_auxiliary:
         network.transform_input = True  # the published weights expect TensorFlow's normalisation
     made = checked(Torchvision(network, num_classes), name)
-    made.network = prepared(network, conv, num_classes, Weights(pretrained, keep, init, noise))
+    made.network = prepared(network, conv, num_classes, pretrained, keep, init, noise)
     return made
 
 
@@ -109,7 +108,7 @@ def timm_backbone(
     refuse_unknown(name, timm.list_models(), "timm")
     network = timm.create_model(name, pretrained=False, num_classes=num_classes)
     made = checked(Timm(network, num_classes), name)
-    made.network = prepared(network, conv, num_classes, Weights(pretrained, keep, init, noise))
+    made.network = prepared(network, conv, num_classes, pretrained, keep, init, noise)
     return made
 
 
@@ -119,25 +118,22 @@ def refuse_unknown(name: str, known: list[str], library: str) -> None:
         raise OptionError("backbone.name", name, f"no classification network of {library} is called so; near: {close}")
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Where a network's weights come from and how they go through the conversion."""
-
-    pretrained: str | None
-    keep: Iterable[str] | None
-    init: str
-    noise: float
-
-
-def prepared(network: nn.Module, conv: Conv, num_classes: int, weights: Weights) -> nn.Module:
+def prepared(
+    network: nn.Module,
+    conv: Conv,
+    num_classes: int,
+    pretrained: str | None,
+    keep: Iterable[str] | None,
+    init: str,
+    noise: float,
+) -> nn.Module:
     """Weights from the file, then the conversion, then the noise."""
-    if weights.pretrained is not None:
-        load_pretrained(network, weights.pretrained, num_classes)
-    init = weights.init if weights.init != "auto" else ("fit" if weights.pretrained is not None else "kaiming")
-    network = replaced(network, conv, weights.keep, init)
-    if weights.pretrained is not None:
-        disturb(network, weights.noise)
-    return network
+    if pretrained is None:
+        return replaced(network, conv, keep, "kaiming" if init == "auto" else init)
+    load_pretrained(network, pretrained, num_classes)
+    made = replaced(network, conv, keep, "fit" if init == "auto" else init)
+    disturb(made, noise)
+    return made
 
 
 class Torchvision(nn.Module):

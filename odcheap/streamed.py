@@ -52,10 +52,7 @@ class Broken:
 
 
 class Stream:
-    """Pictures as batches on the device, in the order of `plan`, which is set anew before each pass.
-
-    Unreadable ones are left out; `Failure` where that leaves nothing.
-    """
+    """The readable ones of the planned pictures as batches on the device; the plan is set anew before each pass."""
 
     def __init__(self, pictures: Dataset, norm: Normalisation, device: torch.device, workers: int, broken: Broken):
         self.norm, self.device, self.broken = norm, device, broken
@@ -82,7 +79,10 @@ class Stream:
 
 
 class TrainStream:
-    """Training batches; their place within the epoch is state, so that a resumed run goes on there."""
+    """Training batches; their place within the epoch is state, so that a resumed run goes on there.
+
+    Raises `Failure` where nothing stands in for an unreadable picture.
+    """
 
     def __init__(self, stream: Stream, order: BatchOrder):
         self.stream, self.sampler = stream, order  # the name under which Lightning looks for `set_epoch`
@@ -109,7 +109,7 @@ class TrainStream:
 
 
 class EvalStream:
-    """Every readable picture once over all processes."""
+    """Every readable picture once over all processes; `Failure` where this process has none."""
 
     def __init__(self, stream: Stream, count: int, batch_size: int, rank: int, world: int):
         self.stream, self.count = stream, count
