@@ -42,7 +42,10 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
     begun = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
     backbone = instantiate(cfg.backbone, **begun)
     students = Students(
-        lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)), cfg.num_stu, cfg.seed
+        lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)),
+        cfg.num_stu,
+        cfg.seed,
+        instantiate(cfg.together),
     )
     with seeded(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)

@@ -1,4 +1,4 @@
-"""What watches a run: the record with its selection and checkpoints, the progress, the guard against NaN."""
+"""What watches a run: the record with its selection and checkpoints, the progress."""
 
 import csv
 import io
@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.nn.utils import get_total_norm
 
 from odcheap.checkpoint import epoch_path, prune, step_path
-from odcheap.errors import Failure
 from odcheap.files import write_text
+from odcheap.guard import ASK_EVERY
 from odcheap.module import DistillationModule
-
-ASK_EVERY = 10  # batches between looks at the clock: with several processes each look is an exchange
 
 
 class Record(pl.Callback):
@@ -53,8 +49,8 @@ class Record(pl.Callback):
     def on_train_epoch_start(self, *_: Any) -> None:
         self.epoch_began, self.train_ended, self.images = time.perf_counter(), None, 0
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
-        self.rate = optimizer.param_groups[0]["lr"]  # at the epoch's end the schedule has already moved on
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's end the schedule has moved on
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(batch.target) * trainer.world_size
@@ -117,44 +113,6 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-class Guard(pl.Callback):
-    """Acts on a loss or gradient that is not finite: stops the run, or skips the step up to `limit` times in all.
-
-    The gradients, which all processes share, decide; the local loss terms only say where it began.
-    """
-
-    def __init__(self, skip: bool, limit: int):
-        self.skip, self.limit, self.skipped = skip, limit, 0
-        self.buffers: list[torch.Tensor] = []
-
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped = state["skipped"]
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: DistillationModule, *_: Any) -> None:
-        if self.skip:  # a bad batch has passed through batch norm's statistics before its loss is seen
-            self.buffers = [buffer.clone() for buffer in module.method.buffers()]
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, module: DistillationModule, optimizer: Any) -> None:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if torch.isfinite(get_total_norm(gradients)):
-            return
-        terms = [name for name, term in module.latest[0].items() if name != "loss" and not torch.isfinite(term)]
-        where = f"epoch {trainer.current_epoch}, step {trainer.global_step}: {', '.join(terms) or 'a gradient'}"
-        self.skipped += 1
-        if not self.skip or self.skipped > self.limit:
-            what = f"on_nonfinite={'skip' if self.skip else 'stop'}: {where} is not finite"
-            more = f" (more than max_skipped={self.limit} times)" if self.skip else ""
-            raise Failure(f"{what}{more}; the last checkpoint is kept; try a lower optimizer.lr")
-        print(f"skipped {where} is not finite ({self.skipped} of {self.limit})", flush=True)
-        optimizer.zero_grad(set_to_none=True)  # parameters without gradients are left alone, momentum too
-        for buffer, before in zip(module.method.buffers(), self.buffers, strict=True):
-            buffer.copy_(before)
-        module.latest = None
 
 
 class Narrator(pl.Callback):

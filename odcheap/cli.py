@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
@@ -171,5 +172,12 @@ def run_name() -> str:
     return folder.run_name(list(HydraConfig.get().overrides.task))
 
 
+def precision(accelerator: str) -> str:
+    """`trainer.precision`'s default: bfloat16 on a GPU that computes in it."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+OmegaConf.register_new_resolver("precision", precision, replace=True)
 OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -4,7 +4,7 @@ A block type is called with (in_channels, out_channels, stride) and returns a 3 
 ones are pairs: a spatial operator that keeps the channels, then a 1 x 1 convolution that mixes them and carries the
 stride, as in the 2019 code. For the conversion of other networks (`convert`) they also offer the spatial operator
 alone, for any window: `spatial(channels, window)`, `refusal(channels, window)` where that makes no sense, and
-`fit(kernel)`, the pair's weights nearest to a given kernel.
+`fit(kernel)`, the pair's weights nearest to a given kernel. `composed` is `CheapConv`'s.
 """
 
 from dataclasses import dataclass
@@ -67,6 +67,7 @@ class Shift2d(nn.Module):
         self.kernel_size, self.dilation, self.stride = pair(kernel_size), pair(dilation), pair(stride)
         self.padding, self.padding_mode = padding, padding_mode
         self.border = [side for dim in (1, 0) for side in self.sides(dim)]  # left, right, top, bottom
+        self.kernels: Tensor | None = None
 
     def sides(self, dim: int) -> Pair:
         """Pixels added before and after the rows (0) or the columns (1)."""
@@ -78,19 +79,29 @@ class Shift2d(nn.Module):
         return (0, 0) if self.padding == "valid" else (pair(self.padding)[dim],) * 2
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right, top, bottom = self.border
-        padding = (top, left)
-        if left != right or top != bottom or self.padding_mode != "zeros":  # what conv2d itself cannot do
-            x = F.pad(x, self.border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-            padding = (0, 0)
+        x, padding = self.bordered(x)
         kernels = self.one_hot_kernels(x)
         return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, groups=len(kernels))
 
+    def bordered(self, x: Tensor) -> tuple[Tensor, Pair]:
+        """The input with what `conv2d` cannot pad itself, and what it is to pad."""
+        left, right, top, bottom = self.border
+        if left == right and top == bottom and self.padding_mode == "zeros":
+            return x, (top, left)
+        return F.pad(x, self.border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
+
     def one_hot_kernels(self, x: Tensor) -> Tensor:
-        """(C, 1, kh, kw): a single one where each channel reads from."""
+        """(C, 1, kh, kw): a single one where each channel reads from. Kept from call to call."""
+        kept = self.kernels
+        if kept is not None and (len(kept), kept.dtype, kept.device) == (x.shape[-3], x.dtype, x.device):
+            return kept
         rows, columns = self.kernel_size
-        taps = shift_taps(x.shape[-3], self.kernel_size, x.device)
-        return F.one_hot(taps, rows * columns).to(x.dtype).view(-1, 1, rows, columns)
+        with torch.inference_mode(False):  # what is made while evaluating is used in training too
+            taps = shift_taps(x.shape[-3], self.kernel_size, x.device)
+            made = F.one_hot(taps, rows * columns).to(x.dtype).view(-1, 1, rows, columns)
+        if type(made) is Tensor and not torch.compiler.is_compiling():  # not the stand-ins of a tracer
+            self.kernels = made
+        return made
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}, border={self.border}"

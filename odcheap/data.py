@@ -72,12 +72,13 @@ class TrainBatches:
         start, self.start = self.start, 0
         epoch, device = self.sampler.epoch, self.images.device
         drawn = self.augment.draw(len(self.images), self.sampler.seed, epoch).to(device)
-        batches = self.sampler.batches()
-        for k in range(start, len(batches)):
-            index, share = batches[k][0].to(device), batches[k][1]
-            images = self.augment.apply(self.images[index], drawn[index])
+        parts, shares = zip(*self.sampler.batches(), strict=True)
+        # At once: a copy to a GPU for each batch would make it wait each time.
+        order = torch.cat(parts).to(device).split([len(part) for part in parts])
+        for k in range(start, len(order)):
+            images = self.augment.apply(self.images[order[k]], drawn[order[k]])
             self.done = k + 1
-            yield Batch(self.norm.apply(images), self.target[index], share)
+            yield Batch(self.norm.apply(images), self.target[order[k]], shares[k])
 
     def state_dict(self) -> dict[str, int]:
         return {"done": self.done}

@@ -18,7 +18,7 @@ from odcheap.files import write_atomic
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
 FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")
 FREE += ("checkpoint_keep", "on_nonfinite", "max_skipped", "data.load.data_dir", "experiment", "backbone.pretrained")
-FREE += ("data.workers", "data.max_broken")
+FREE += ("data.workers", "data.max_broken", "together", "capture")
 UNNAMED = ("job_dir", "data_dir", "resume", "overwrite", "test_only", "checkpoint_every", "checkpoint_keep", "logger")
 OUTPUTS = ("config.yaml", "metrics.csv", "summary.json", "test.json", "confusion.csv", "split.csv")
 OUTPUTS += ("student.safetensors",)

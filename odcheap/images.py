@@ -1,5 +1,6 @@
 """Images as one uint8 tensor: crop, flip and normalisation for a whole batch on the device where it lies."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,12 @@ class Normalisation:
 
     def apply(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 -> float32, channels last in memory."""
-        mean = 255 * torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = 255 * torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = constants(self.mean, images.device), constants(self.std, images.device)
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """255 times the values, (1, C, 1, 1). Kept, since bringing them to a GPU anew would stop it at every batch."""
+    with torch.inference_mode(False):
+        return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from odcheap.capture import CapturedStep, CudaGraphs, Taken, single_precision
 from odcheap.data import Batch
 from odcheap.metrics import Scores, Terms
 from odcheap.optim import SGD
@@ -20,9 +21,13 @@ class DistillationModule(pl.LightningModule):
 
     `about` is kept in every checkpoint. `figures` holds the latest result of each stage ("train", "val", "test"): a
     dict of lists over the members: the students, the teacher where there is one, the students' ensemble.
+    With `capture` whole steps, the optimizer's part included, are CUDA graphs (see `capture`); Lightning's hooks around
+    backward and optimizer then find the work done.
     """
 
-    def __init__(self, method: nn.Module, recipe: SGD, seed: int, classes: int, about: dict[str, Any]):
+    def __init__(
+        self, method: nn.Module, recipe: SGD, seed: int, classes: int, about: dict[str, Any], capture: bool = False
+    ):
         super().__init__()
         self.method = method.to(memory_format=torch.channels_last)
         self.recipe, self.seed, self.about = recipe, seed, about
@@ -35,6 +40,8 @@ class DistillationModule(pl.LightningModule):
         self.chosen = 0
         self.figures: dict[str, Figures] = {}
         self.latest: tuple[dict[str, Tensor], dict[str, Tensor], Tensor] | None = None
+        self.capture, self.captured = capture, None
+        self.taken: Taken | None = None
 
     stages = ("train", "val", "test")
 
@@ -44,22 +51,41 @@ class DistillationModule(pl.LightningModule):
         optimizer, schedule = self.recipe.build(self.method, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        if self.capture:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.not_captured)
+
+    def not_captured(self, reason: str) -> None:
+        print(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)", flush=True)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Whatever a network draws (dropout) depends on its place in the run alone, so that a resumed run draws it too.
         torch.manual_seed(derive(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        if self.captured is not None:
+            self.taken = self.captured(batch.images, batch.target)
+            self.latest = (self.taken.terms, self.taken.outputs, batch.target)
+            return self.taken.terms["loss"]
         outputs = single_precision(self.method(batch.images))
         terms = self.method.loss(outputs, batch.target)
         self.latest = (terms, outputs, batch.target)
         return terms["loss"] * batch.share
+
+    def backward(self, loss: Tensor) -> None:
+        if self.captured is None:
+            super().backward(loss)
 
     def on_train_epoch_start(self) -> None:
         self.scores["train_"].reset()
         if self.terms is not None:
             self.terms.reset()
 
-    def optimizer_step(self, *args: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
         """Counts a step once it is taken: before any callback saves a checkpoint, and not where it was skipped."""
-        super().optimizer_step(*args)
+        if self.captured is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
         if self.latest is not None:
             self.count(*self.latest)
 
@@ -151,8 +177,3 @@ def summed(metric: Any) -> dict[str, Tensor]:
         metric._update_count = 1  # a count of nothing is what is meant here, not a mistake to be warned of
     with metric.sync_context():
         return {name: getattr(metric, name).detach().cpu().clone() for name in metric._defaults}
-
-
-def single_precision(outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Losses and figures are computed in float32 where the network ran in bfloat16."""
-    return {name: t.float() if t is not None and t.dtype == torch.bfloat16 else t for name, t in outputs.items()}

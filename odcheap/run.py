@@ -4,18 +4,20 @@ import logging
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from odcheap import summary
-from odcheap.callbacks import Guard, Narrator, Record
+from odcheap import launch, summary, together
+from odcheap.callbacks import Narrator, Record
 from odcheap.checkpoint import AtomicCheckpointIO, all_paths, epoch_path, read_run
 from odcheap.cli import console, say
 from odcheap.data import SELECT_BY, watched
 from odcheap.errors import OptionError
 from odcheap.files import write_text
 from odcheap.folder import Start, make_folder, prepare
+from odcheap.guard import Guard
 from odcheap.module import DistillationModule
 from odcheap.optim import SGD
 from odcheap.weights import load_weights, read_weights
@@ -23,7 +25,13 @@ from odcheap.weights import load_weights, read_weights
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
 
 
-CHOICES = {"select": ("val", "last", "test"), "on_nonfinite": ("stop", "skip"), "weights_head": ("keep", "new")}
+CAPTURED_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true", "64-true")  # float16 scales its loss anew
+CHOICES = {
+    "capture": ("auto", True, False),
+    "select": ("val", "last", "test"),
+    "on_nonfinite": ("stop", "skip"),
+    "weights_head": ("keep", "new"),
+}
 
 
 def check(cfg: DictConfig) -> None:
@@ -32,7 +40,7 @@ def check(cfg: DictConfig) -> None:
         raise OptionError(name, "???", "must be given")
     for name, allowed in CHOICES.items():
         if cfg[name] not in allowed:
-            raise OptionError(name, cfg[name], f"must be one of {', '.join(allowed)}")
+            raise OptionError(name, cfg[name], f"must be one of {', '.join(map(str, allowed)).lower()}")
     counts = {"trainer.max_epochs": cfg.trainer.max_epochs, "checkpoint_keep": cfg.checkpoint_keep}
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
@@ -56,6 +64,26 @@ def start_weights(start: Start, method: nn.Module, data: pl.LightningDataModule)
         say("warning: the weights were selected under another split; held-out images may have been trained on")
 
 
+def captures(cfg: DictConfig) -> bool:
+    """Whether steps become CUDA graphs: where the run has one GPU and nothing acts within a step.
+
+    `OptionError` where `capture=true` cannot be.
+    """
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    against = {
+        f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
+        "several processes average their gradients within a step": launch.processes(cfg) > 1,
+        "on_nonfinite=skip looks at each step before it is taken": cfg.on_nonfinite == "skip",
+        "trainer.gradient_clip_val acts within a step": cfg.trainer.get("gradient_clip_val") is not None,
+        "trainer.accumulate_grad_batches acts within a step": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
+        f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in CAPTURED_PRECISIONS,
+    }
+    reasons = [reason for reason, holds in against.items() if holds]
+    if cfg.capture is True and reasons:
+        raise OptionError("capture", "true", f"cannot be: {reasons[0]}")
+    return cfg.capture is not False and not reasons
+
+
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
@@ -67,8 +95,8 @@ class Run:
             "split": data.fingerprint,
             "classes": data.classes,
         }
-        self.module = DistillationModule(method, recipe, self.cfg.seed, len(data.classes), about)
         cfg, figure = self.cfg, SELECT_BY[data.select_by]
+        self.module = DistillationModule(method, recipe, cfg.seed, len(data.classes), about, captures(cfg))
         self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
         self.console = console()
 
@@ -76,13 +104,15 @@ class Run:
         narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
         made = instantiate(
             self.cfg.trainer,
-            callbacks=[self.record, Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), narrator],
+            callbacks=[Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), self.record, narrator],
             logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
             plugins=[AtomicCheckpointIO()],
             limit_val_batches=1.0 if watched(self.data) else 0,
         )
-        if self.cfg.trainer.sync_batchnorm and made.strategy.root_device.type == "cpu":
+        device = made.strategy.root_device
+        if self.cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", "true", "must be false on CPUs: PyTorch has it for GPUs only")
+        together.check(self.module.method.students.run, device)
         return made
 
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The S students of one architecture and how they run together."""
+"""The S students of one architecture."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from odcheap import together
 from odcheap.errors import OptionError
 from odcheap.seeds import seeded
 
@@ -12,10 +12,16 @@ from odcheap.seeds import seeded
 class Students(nn.Module):
     """`num_stu` networks made by `build()`; student k's first weights depend on (seed, k) alone.
 
-    Raises `OptionError` where `num_stu` is below 1.
+    `run` is one of the ways of `together`. Raises `OptionError` where `num_stu` is below 1.
     """
 
-    def __init__(self, build: Callable[[], nn.Module], num_stu: int, seed: int):
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        num_stu: int,
+        seed: int,
+        run: Callable[..., together.Maps] = together.auto,
+    ):
         super().__init__()
         if not isinstance(num_stu, int) or num_stu < 1:
             raise OptionError("num_stu", num_stu, "must be a whole number, 1 or more")
@@ -23,7 +29,7 @@ class Students(nn.Module):
         for k in range(num_stu):
             with seeded(seed, "student", k):
                 members.append(build())
-        self.members = nn.ModuleList(members)
+        self.members, self.run = nn.ModuleList(members), run
 
     def __len__(self) -> int:
         return len(self.members)
@@ -40,5 +46,4 @@ class Students(nn.Module):
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """(N, C, H, W), or (S, N, C, H, W) with a view for each -> S last feature maps, logits (S, N, K)."""
         views = images if images.ndim == 5 else [images] * len(self)
-        features = [student.features(view) for student, view in zip(self.members, views, strict=True)]
-        return features, torch.stack([student.head(f) for student, f in zip(self.members, features, strict=True)])
+        return self.run(list(self.members), list(views))

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 import odcheap.cli  # noqa: F401  the config's resolvers
 from odcheap.adapters import stride_of
-from odcheap.convs import CheapConv
+from odcheap.backbones import CifarResNet
+from odcheap.convs import DW, CheapConv
 from odcheap.students import Students
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -132,3 +133,15 @@ def test_augmentation_belongs_to_the_data_set(composed):
 
 def test_the_default_run_fits_one_screen():
     assert len((CONF / "config.yaml").read_text().splitlines()) <= 50
+
+
+@pytest.mark.parametrize("way", options("together"))
+def test_ways_to_run_the_students_build(composed, way):
+    run = instantiate(composed(f"together={way}").together)
+    students = Students(lambda: CifarResNet(8, DW(), 3), 2, seed=0, run=run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if way == "streams" and device == "cpu":
+        pytest.skip("needs a GPU")
+    maps, logits = students.to(device)(torch.randn(4, 3, 8, 8, device=device))
+    assert [f.shape for f in maps] == [(4, 64, 2, 2)] * 2
+    assert logits.shape == (2, 4, 3)

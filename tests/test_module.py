@@ -6,7 +6,7 @@ import torch
 from odcheap.backbones import CifarResNet
 from odcheap.convs import DW
 from odcheap.methods.od import OnlineDistillation
-from odcheap.module import DistillationModule, single_precision
+from odcheap.module import DistillationModule
 from odcheap.optim import SGD
 from odcheap.students import Students
 
@@ -43,13 +43,6 @@ def test_the_ensemble_is_the_mean_softmax_of_the_students():
     probabilities = outputs["student_logits"].softmax(-1)
     torch.testing.assert_close(members[3].softmax(-1), (probabilities[0] + probabilities[1]) / 2)
     assert torch.equal(members[2], outputs["teacher_logits"])
-
-
-def test_losses_are_computed_in_float32_where_the_network_ran_in_bfloat16():
-    outputs = single_precision({"student_logits": torch.ones(1, dtype=torch.bfloat16), "teacher_logits": None})
-    assert outputs["student_logits"].dtype == torch.float32
-    assert outputs["teacher_logits"] is None
-    assert single_precision({"a": torch.ones(1, dtype=torch.double)})["a"].dtype == torch.double
 
 
 def test_every_process_evaluates_with_the_first_one_s_statistics(monkeypatch):

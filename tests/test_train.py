@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 import train
 from odcheap.backbones import CifarResNet
+from odcheap.capture import WARM_UP, CapturedStep
 from odcheap.convs import DW
 from odcheap.sources import digits
 from odcheap.split import pixel_digests, stratified
+from tests.recorder import Recorder
 
 
 def summary(job_dir):
@@ -392,6 +394,44 @@ def test_two_processes(tmp_path):
     assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runs as on one GPU: steps are recorded and replayed, here by a stand-in."""
+    made = []
+
+    def step(method, optimizer, graphs, refused):
+        made.append(CapturedStep(method, optimizer, Recorder(method, optimizer), refused))
+        return made[-1]
+
+    monkeypatch.setattr("odcheap.run.captures", lambda cfg: True)
+    monkeypatch.setattr("odcheap.module.CudaGraphs", lambda: None)
+    monkeypatch.setattr("odcheap.module.CapturedStep", step)
+    return made
+
+
+def test_a_run_of_recorded_steps_equals_the_plain_run(command, tmp_path, finished, recorded):
+    found = tmp_path / "recorded"
+    result = command(*TINY, "checkpoint_every=0", "checkpoint_keep=100", f"job_dir={found}")
+    assert result.status == 0, result.err
+    assert "without a CUDA graph" not in result.out
+    assert [sum(step.graphs.replays) for step in recorded] == [12 - WARM_UP + 1]  # the full batches; a trial
+    assert equal(summary(found), summary(finished))
+    timed = ("seconds", "images_per_second")
+    for row, expected in zip(metrics(found), metrics(finished), strict=True):
+        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+    assert (found / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
+    again = tmp_path / "again"
+    assert command(f"resume={found}/checkpoints/epoch-0000.ckpt", f"job_dir={again}").status == 0
+    assert (again / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
+
+
+def test_recorded_steps_that_go_astray_end_the_run_before_a_checkpoint(command, tmp_path, recorded):
+    result = command(*TINY, "optimizer.lr=1e30", f"job_dir={tmp_path}/run", "checkpoint_every=0")
+    assert result.status == 1
+    assert "on_nonfinite=stop: epoch 0, step 1: ce_teacher" in result.err
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(command, tmp_path):
     bad = [*TINY, "optimizer.lr=1e30"]
     result = command(*bad, f"job_dir={tmp_path}/a")
@@ -428,6 +468,9 @@ CKPT = "{tmp}/broken.ckpt"
         (["method.kl_reduction=sum"], "method.kl_reduction=sum: must be one of batchmean, mean"),
         (["select=best"], "select=best: must be one of val, last, test"),
         (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be one of stop, skip"),
+        (["capture=true"], "capture=true: cannot be: trainer.accelerator=cpu: there is no CUDA device to use"),
+        (["capture=perhaps"], "capture=perhaps: must be one of auto, true, false"),
+        (["together=streams"], "together=streams: needs a CUDA device; the run is on cpu"),
         (["weights_head=old"], "weights_head=old: must be one of keep, new"),
         (["data.batch_size=1"], "data.batch_size=1: must be a whole number"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),

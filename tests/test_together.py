@@ -1,0 +1,69 @@
+import copy
+
+import pytest
+import torch
+
+from odcheap import together
+from odcheap.backbones import CifarResNet
+from odcheap.convs import DW, Group, Shift
+from odcheap.errors import OptionError
+from odcheap.methods.od import OnlineDistillation
+from odcheap.optim import SGD
+from odcheap.students import Students
+
+
+def trained(block_type, run, dtype, steps=10):
+    """The method after some training steps on random images, the students run in that way."""
+    torch.manual_seed(0)  # the teacher's head
+    method = OnlineDistillation(Students(lambda: CifarResNet(14, block_type, 10), 3, seed=0, run=run)).to(dtype)
+    recipe = SGD(lr=0.01, momentum=0.9, nesterov=False, weight_decay=2e-4, decay_norm=True, milestones=(), gamma=0.1)
+    optimizer, _ = recipe.build(method, steps)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        images = torch.randn(8, 3, 16, 16, generator=random, dtype=torch.double).to(dtype)
+        target = torch.randint(10, (8,), generator=random)
+        optimizer.zero_grad()
+        method.loss(method(images), target)["loss"].backward()
+        optimizer.step()
+    return method
+
+
+@pytest.mark.parametrize("block_type", [DW(), Shift(), Group(4)], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-9), (torch.float, 1e-3)], ids=["double", "float"])
+def test_vmap_trains_as_one_after_another_does(block_type, dtype, tolerance):
+    plain = trained(block_type, together.sequential, dtype).state_dict()
+    batched = trained(block_type, together.vmap, dtype).state_dict()
+    assert plain.keys() == batched.keys()
+    for name in plain:
+        torch.testing.assert_close(batched[name], plain[name], atol=tolerance, rtol=tolerance, msg=name)
+
+
+def test_each_student_may_have_a_view_of_its_own():
+    students = Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0, run=together.sequential).eval().double()
+    views = torch.randn(2, 4, 3, 16, 16, dtype=torch.double)
+    batched = copy.copy(students)
+    batched.run = together.vmap
+    for (maps, logits), k in [(batched(views), 0), (batched(views), 1)]:
+        torch.testing.assert_close(logits[k], students.members[k](views[k]))
+        torch.testing.assert_close(maps[k], students.members[k].features(views[k]))
+
+
+def test_streams_need_a_gpu():
+    students = Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0, run=together.streams)
+    with pytest.raises(OptionError, match="together=streams: needs a CUDA device; the run is on cpu"):
+        students(torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("run", [together.streams, together.vmap])
+def test_on_a_gpu_too(run):
+    method = OnlineDistillation(Students(lambda: CifarResNet(14, DW(), 10), 3, seed=0)).double().cuda()
+    images, target = torch.randn(8, 3, 16, 16).double().cuda(), torch.randint(10, (8,)).cuda()
+    found = []
+    for way in (together.sequential, run):
+        method.students.run = way
+        method.zero_grad()
+        method.loss(method(images), target)["loss"].backward()
+        found.append([p.grad.clone() for p in method.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
