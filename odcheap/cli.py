@@ -52,8 +52,7 @@ def start(main: Callable[[], None], conf: Path) -> int:
     """Runs Hydra's main, whose config lies in `conf`, and returns the exit status."""
     sys.argv[1:] = [quoted(arg) if arg.partition("=")[0] in PATHS else arg for arg in sys.argv[1:]]
     outcomes.clear()
-    # Lightning 2.6 on torch 2.15: nothing that a user of ours could act on.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+    hush()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
         main()
@@ -64,6 +63,11 @@ def start(main: Callable[[], None], conf: Path) -> int:
         rows = [(name, o.text, o.summary) for name, o in zip(names, outcomes, strict=True)]
         console().print(sweep_table(rows))
     return int(any(outcome.summary is None for outcome in outcomes))
+
+
+def hush() -> None:
+    """Keeps back what Lightning 2.6 says on torch 2.15: nothing that a user of ours could act on."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
 
 
 def hydra_line(error: Exception, conf: Path) -> str:

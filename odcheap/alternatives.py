@@ -1,0 +1,52 @@
+"""Other ways to compute the same, for the benchmark to hold against those that the rest of the house uses."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odcheap.convs import CheapConv, Shift2d, shift_taps
+
+
+def dense_kernel(pair: CheapConv, x: Tensor) -> Tensor:
+    """(out, C, 3, 3): the kernel that a pair is, W[o, i] = sum over m in i's group of P[o, m] G[m, i]."""
+    mix = pair.pointwise.weight
+    if isinstance(pair.spatial, Shift2d):
+        return mix * pair.spatial.one_hot_kernels(x).to(mix.dtype).transpose(0, 1)
+    kernels, groups = pair.spatial.weight, pair.spatial.groups
+    mix, kernels = mix.flatten(1).unflatten(1, (groups, -1)), kernels.unflatten(0, (groups, -1))
+    return torch.einsum("ogm,gmihw->ogihw", mix, kernels).flatten(1, 2)
+
+
+def composed(pair: CheapConv, x: Tensor) -> Tensor:
+    """A 3 x 3 pair as one dense convolution, composed anew; gradients reach both of its parts."""
+    return F.conv2d(x, dense_kernel(pair, x), None, pair.pointwise.stride, padding=1)
+
+
+def shift_by_slices(x: Tensor) -> Tensor:
+    """A 3 x 3 shift: each of the nine sets of channels is copied from its window of the padded image."""
+    padded, (_, channels, height, width) = F.pad(x, (1, 1, 1, 1)), x.shape
+    whole, moved = channels // 9 * 9, x.clone()
+    for t in range(9):
+        window = padded[:, t:whole:9, t // 3 : t // 3 + height, t % 3 : t % 3 + width]
+        moved[:, t:whole:9] = window
+    return moved
+
+
+def shift_by_gather(x: Tensor) -> Tensor:
+    """A 3 x 3 shift: one `gather` from the padded image."""
+    padded, (_, channels, height, width) = F.pad(x, (1, 1, 1, 1)), x.shape
+    taps = shift_taps(channels, (3, 3), x.device)
+    rows = torch.arange(height, device=x.device)[:, None] + (taps // 3)[:, None, None]
+    columns = torch.arange(width, device=x.device) + (taps % 3)[:, None, None]
+    index = (rows * (width + 2) + columns).flatten(1).expand(len(x), -1, -1)
+    return padded.flatten(2).gather(2, index).view_as(x)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compiles, in place, every block of the network's stages: names of weights stay as they are."""
+    torch._dynamo.config.recompile_limit = 64  # one code, several shapes: beyond the limit it runs uncompiled
+    for stage in network.modules():
+        if isinstance(stage, nn.Sequential) and not isinstance(stage, CheapConv):
+            for block in stage:
+                if any(True for _ in block.children()):
+                    block.compile()

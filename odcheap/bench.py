@@ -1,0 +1,129 @@
+"""`python -m odcheap.bench`: how fast training and inference are on this machine, and what bounds them."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from odcheap import goals, probes, roofline
+from odcheap.cli import console, failed, hush, hydra_line
+from odcheap.errors import Failure
+from odcheap.files import write_text
+from odcheap.race import Turn, made, race
+from odcheap.report import CONF
+from odcheap.summary import versions
+
+BEGAN = time.perf_counter()
+BLOCK_TYPES = ("DW", "Shift", "Group")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m odcheap.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="within two minutes on two cores: one block type")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for bench.json and bench.png")
+    parser.add_argument("overrides", nargs="*", help="such as block_type=Shift num_stu=2 data.batch_size=64")
+    given = parser.parse_args(arguments)
+    hush()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            result = measured(given.overrides, given.quick)
+    except (HydraException, OmegaConfBaseException) as error:
+        return failed(hydra_line(error, CONF))
+    except Failure as error:
+        return failed(str(error))
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_text(given.out / "bench.json", json.dumps(result, indent=2) + "\n")
+    goals.plot(result, given.out / "bench.png")
+    goals.show(result, console())
+    console().print(f"written: {given.out / 'bench.json'}, {given.out / 'bench.png'}")
+    return 0
+
+
+def measured(overrides: list[str], quick: bool) -> dict[str, Any]:
+    """Everything, in the order of its worth, so that an interruption costs least."""
+    cfg = composed(overrides)
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (3, 5)
+    turns: dict[str, Turn] = {}
+    named = dict(override.partition("=")[::2] for override in overrides)
+    result: dict[str, Any] = {"machine": machine(device), "versions": versions(), "overrides": overrides, "races": []}
+    for block_type in [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]:
+        for precision in [named["trainer.precision"]] if "trainer.precision" in named else probes.PRECISIONS:
+            this = composed([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
+            tell(f"{block_type}, {precision}: {rounds} rounds of {steps + 1} steps")
+            turns = race(this, device, steps, rounds, tell, a=turns["a"] if quick and turns else None)
+            found = {"block_type": block_type, "precision": precision, **figures(this, device, precision, turns)}
+            result["races"].append(found)
+    tell("inference in ONNX Runtime")
+    result["inference"] = probes.inference(cfg, 0.5 if quick else 3.0)
+    tell("start of a CIFAR-10 run")
+    result["start_seconds"] = probes.start(cfg.data_dir)
+    if not quick:
+        tell("pairs and shifts")
+        result["pairs"], result["shifts"] = probes.pairs(device, 15), probes.shifts(device, 15)
+        tell("ways to run the students (compiling takes a while)")
+        result["ways"] = probes.ways(cfg, device, steps)
+    if on_gpu:
+        tell("1, 4 and 8 students; the recipe")
+        result["students"] = {n: probes.rate(composed([*overrides, f"num_stu={n}"]), device, steps) for n in (1, 4, 8)}
+        result["recipe_seconds"] = probes.recipe(cfg, device, result["races"][-1]["images_per_second"]["c"])
+    result["goals"] = goals.rows(result)
+    return result
+
+
+def tell(text: str) -> None:
+    print(f"  {time.perf_counter() - BEGAN:4.0f} s  {text}", flush=True)
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """A run's config: the data are random, and no figure is chosen."""
+    return hydra.compose("config", [*overrides, "select=last", "data.val_size=0", "job_dir=unused"])
+
+
+def figures(cfg: DictConfig, device: torch.device, precision: str, turns: dict[str, Turn]) -> dict[str, Any]:
+    """What a race says: medians, ratios, and how near it comes to what the machine could do."""
+    batch = cfg.data.batch_size
+    rates = {name: batch / statistics.median(turn.seconds) for name, turn in turns.items()}
+    dtype = probes.PRECISIONS[precision]
+    network = made(cfg).students.members[0]
+    limits = roofline.measure(device, dtype)
+    work = roofline.work_of(network, (3, network.made_for, network.made_for))
+    least = limits.seconds(work, cfg.num_stu * batch, dtype.itemsize)
+    return {
+        "num_stu": cfg.num_stu,
+        "batch_size": batch,
+        "seconds": {name: turn.seconds for name, turn in turns.items()},
+        "images_per_second": rates,
+        "peak_bytes": {name: turn.peak for name, turn in turns.items()},
+        "c_over_a": rates["c"] / rates["a"],
+        "b_over_c": rates["b"] / rates["c"],
+        "bandwidth": limits.bandwidth,
+        "rate": limits.rate,
+        "of_roofline": least * rates["c"] / batch,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    found = [line for line in lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = found[0].partition(":")[2].strip() if found else platform.processor()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    native = "avx512_bf16" in " ".join(lines("/proc/cpuinfo"))
+    return {"cpu": name, "threads": torch.get_num_threads(), "bf16_on_cpu": native, "gpu": gpu, "device": device.type}
+
+
+def lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""What the benchmark measures beside the race: parts of a step, ways to run the students, inference, the start."""
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from odcheap import alternatives, deploy, together
+from odcheap.convs import DW, Group, Shift, Shift2d, Standard
+from odcheap.race import CLASSES, autocast, bare, made, random_images, timed, warm
+from odcheap.roofline import median_seconds, synchroniser
+
+WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels and side of the maps in the stages of a CIFAR ResNet
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def milliseconds(work: Callable[[Tensor], Tensor], x: Tensor, precision: str, repeats: int) -> float:
+    """Forward and backward."""
+    device, gradient = x.device, None
+
+    def once() -> None:
+        nonlocal gradient
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            y = work(x)
+        gradient = torch.ones_like(y) if gradient is None else gradient
+        y.backward(gradient)
+
+    return 1000 * median_seconds(once, repeats, synchroniser(device))
+
+
+def maps(channels: int, side: int, device: torch.device, precision: str, images: int = 128) -> Tensor:
+    x = torch.randn(images, channels, side, side, device=device, dtype=PRECISIONS[precision])
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def pairs(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """A spatial operator with its 1 x 1 convolution, and the same composed into one dense convolution: ms of each."""
+    rows = []
+    for block_type in (DW(), Shift(), Group()):
+        for channels, side in WIDTHS:
+            for precision in PRECISIONS:
+                pair = block_type(channels, channels).to(device, memory_format=torch.channels_last)
+                x = maps(channels, side, device, precision)
+                row = {"block_type": type(block_type).__name__, "channels": channels, "precision": precision}
+                row["pair_ms"] = milliseconds(pair, x, precision, repeats)
+                row["composed_ms"] = milliseconds(lambda x, p=pair: alternatives.composed(p, x), x, precision, repeats)
+                rows.append(row)
+    return rows
+
+
+def shifts(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """The shift as a one-hot depth-wise convolution (ours), by slices, by one gather: ms of each."""
+    ways = {
+        "one_hot_ms": Shift2d(),
+        "slices_ms": alternatives.shift_by_slices,
+        "gather_ms": alternatives.shift_by_gather,
+    }
+    rows = []
+    for channels, side in WIDTHS:
+        for precision in PRECISIONS:
+            x = maps(channels, side, device, precision)
+            times = {name: milliseconds(way, x, precision, repeats) for name, way in ways.items()}
+            rows.append({"channels": channels, "precision": precision, **times})
+    return rows
+
+
+def ways(cfg: DictConfig, device: torch.device, steps: int) -> dict[str, float]:
+    """Images a second of a bare loop for each way to run the students, with and without CUDA graphs on a GPU."""
+    images = random_images(cfg, 4 * cfg.data.batch_size)
+    tried: dict[str, dict[str, Any]] = {
+        "sequential": {"run": together.sequential, "capture": False},
+        "vmap": {"run": together.vmap, "capture": False},
+        "sequential, compiled blocks": {
+            "run": together.sequential,
+            "capture": False,
+            "prepare": alternatives.compile_blocks,
+        },
+    }
+    if device.type == "cuda":
+        tried["streams"] = {"run": together.streams, "capture": False}
+        for name in ("sequential", "streams", "vmap"):
+            tried[f"{name}, captured"] = {"run": getattr(together, name)}
+        tried["streams, compiled blocks, captured"] = {
+            "run": together.streams,
+            "prepare": alternatives.compile_blocks,
+        }
+    found = {}
+    for name, how in tried.items():
+        step = warm(bare(cfg, images, device, **how), 6 if device.type == "cuda" else 2)
+        found[name] = cfg.data.batch_size / timed(step, steps, device)
+    return found
+
+
+def rate(cfg: DictConfig, device: torch.device, steps: int) -> float:
+    """Images a second of the bare loop."""
+    step = warm(bare(cfg, random_images(cfg, 4 * cfg.data.batch_size), device), 6)
+    return cfg.data.batch_size / timed(step, steps, device)
+
+
+def recipe(
+    cfg: DictConfig, device: torch.device, images_per_second: float, images: int = 45_000, held: int = 5_000
+) -> float:
+    """Seconds of the 300-epoch recipe, projected: its training images at this rate, and a measured evaluation."""
+    method = made(cfg).to(device, memory_format=torch.channels_last).eval()
+    batch = torch.randn(cfg.data.eval_batch_size, 3, 32, 32, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+
+    def evaluate() -> None:
+        with torch.inference_mode(), autocast(cfg, device):
+            for _ in range(5_000 // len(batch)):
+                method(batch)
+
+    an_epoch = 45_000 / images_per_second + median_seconds(evaluate, 3, synchroniser(device))
+    return 300 * an_epoch
+
+
+def inference(cfg: DictConfig, seconds: float) -> list[dict[str, Any]] | str:
+    """Milliseconds of a picture and of 64 in ONNX Runtime, student and standard."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
+        return "not measured: needs the extra export (onnx, onnxruntime, onnxscript)"
+    rows, build = [], instantiate(cfg.backbone)
+    for conv in (instantiate(cfg.block_type), Standard()):
+        network: nn.Module = build(conv=conv, num_classes=CLASSES)
+        size = (3, network.made_for, network.made_for)
+        model = deploy.to_onnx(network, size)
+        times = {f"ms_{n}": 1000 * deploy.latency(model, size, n, seconds) for n in (1, 64)}
+        rows.append({"block_type": type(conv).__name__, **times})
+    return rows
+
+
+def start(data_dir: str) -> float | str:
+    """Seconds from the command to the first training step of a default run, its second time, on the CPU."""
+    if not (Path(data_dir) / "cifar10").is_dir() and not (Path(data_dir) / "cifar-10-batches-py").is_dir():
+        return f"not measured: no CIFAR-10 in data_dir={data_dir}"
+    folder = Path(data_dir)
+    known = (folder / ".cifar10.safetensors").is_file() or not (folder / "cifar10").is_dir()
+    for _ in range(1 if known else 2):  # the first decodes the pictures
+        seconds = until_first_step(data_dir)
+    return "not measured: the run ended before its first step" if seconds is None else seconds
+
+
+def until_first_step(data_dir: str) -> float | None:
+    """Seconds until `train.py` says that it begins; it is ended then."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        command = [sys.executable, str(TRAIN), f"data_dir={data_dir}", f"job_dir={folder}/run", "trainer=cpu"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            line = next((line for line in run.stdout if " students; " in line), None)
+            seconds = time.perf_counter() - began
+            run.kill()
+    return None if line is None else seconds
