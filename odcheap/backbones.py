@@ -45,7 +45,7 @@ class CifarResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 64, H/4, W/4): the last feature map, with no activation behind a cheap block's sum."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x)))
 
     def head(self, features: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class BasicBlock(nn.Module):
         self.shortcut = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        main = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(main)) + self.shortcut(x))
+        main = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(main)) + self.shortcut(x), inplace=True)
 
 
 class CheapBlock(nn.Module):
@@ -84,8 +84,8 @@ class CheapBlock(nn.Module):
         self.shortcut = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        main = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(main))) + self.shortcut(x)
+        main = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(main)), inplace=True) + self.shortcut(x)
 
 
 def stage(
@@ -137,7 +137,7 @@ def vgg16(num_classes: int) -> Plain:
     channels = 3
     for width, convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(convs):
-            layers += [conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
     return Plain(nn.Sequential(*layers), 512, num_classes)
@@ -204,7 +204,7 @@ class WideBlock(nn.Module):
 
 
 def before(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def init_kaiming(network: nn.Module) -> None:

@@ -5,6 +5,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,50 +36,58 @@ def main(arguments: list[str] | None = None) -> int:
     hush()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            result = measured(given.overrides, given.quick)
+            for result in measured(given.overrides, given.quick):  # each part is kept, whatever befalls the next
+                given.out.mkdir(parents=True, exist_ok=True)
+                write_text(given.out / "bench.json", json.dumps(result, indent=2) + "\n")
     except (HydraException, OmegaConfBaseException) as error:
         return failed(hydra_line(error, CONF))
     except Failure as error:
         return failed(str(error))
-    given.out.mkdir(parents=True, exist_ok=True)
-    write_text(given.out / "bench.json", json.dumps(result, indent=2) + "\n")
     goals.plot(result, given.out / "bench.png")
     goals.show(result, console())
     console().print(f"written: {given.out / 'bench.json'}, {given.out / 'bench.png'}")
     return 0
 
 
-def measured(overrides: list[str], quick: bool) -> dict[str, Any]:
-    """Everything, in the order of its worth, so that an interruption costs least."""
+def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """The result as it grows, part by part."""
     cfg = composed(overrides)
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (3, 5)
-    turns: dict[str, Turn] = {}
-    named = dict(override.partition("=")[::2] for override in overrides)
+    steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (2, 5)
     result: dict[str, Any] = {"machine": machine(device), "versions": versions(), "overrides": overrides, "races": []}
-    for block_type in [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]:
-        for precision in [named["trainer.precision"]] if "trainer.precision" in named else probes.PRECISIONS:
-            this = composed([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
-            tell(f"{block_type}, {precision}: {rounds} rounds of {steps + 1} steps")
-            turns = race(this, device, steps, rounds, tell, a=turns["a"] if quick and turns else None)
-            found = {"block_type": block_type, "precision": precision, **figures(this, device, precision, turns)}
-            result["races"].append(found)
+    turns: dict[str, Turn] = {}
+    for block_type, precision in chosen(overrides, quick):
+        this = composed([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
+        tell(f"{block_type}, {precision}: {rounds} rounds of {steps + 1} steps")
+        turns = race(this, device, steps, rounds, tell, a=turns["a"] if quick and turns else None)
+        found = {"block_type": block_type, "precision": precision, **figures(this, device, precision, turns)}
+        result["races"].append(found)
+        yield result
     tell("inference in ONNX Runtime")
     result["inference"] = probes.inference(cfg, 0.5 if quick else 3.0)
     tell("start of a CIFAR-10 run")
     result["start_seconds"] = probes.start(cfg.data_dir)
+    if on_gpu:
+        tell("1, 4 and 8 students; the recipe")
+        result["students"] = {n: probes.rate(composed([*overrides, f"num_stu={n}"]), device, steps) for n in (1, 4, 8)}
+        result["recipe_seconds"] = probes.recipe(cfg, device, found["images_per_second"]["c"])
+        yield result
     if not quick:
         tell("pairs and shifts")
         result["pairs"], result["shifts"] = probes.pairs(device, 15), probes.shifts(device, 15)
         tell("ways to run the students (compiling takes a while)")
         result["ways"] = probes.ways(cfg, device, steps)
-    if on_gpu:
-        tell("1, 4 and 8 students; the recipe")
-        result["students"] = {n: probes.rate(composed([*overrides, f"num_stu={n}"]), device, steps) for n in (1, 4, 8)}
-        result["recipe_seconds"] = probes.recipe(cfg, device, result["races"][-1]["images_per_second"]["c"])
     result["goals"] = goals.rows(result)
-    return result
+    yield result
+
+
+def chosen(overrides: list[str], quick: bool) -> Iterator[tuple[str, str]]:
+    """The block types and precisions to race: those that the overrides name, or all."""
+    named = dict(override.partition("=")[::2] for override in overrides)
+    for block_type in [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]:
+        for precision in [named["trainer.precision"]] if "trainer.precision" in named else probes.PRECISIONS:
+            yield block_type, precision
 
 
 def tell(text: str) -> None:
@@ -105,12 +114,17 @@ def figures(cfg: DictConfig, device: torch.device, precision: str, turns: dict[s
         "seconds": {name: turn.seconds for name, turn in turns.items()},
         "images_per_second": rates,
         "peak_bytes": {name: turn.peak for name, turn in turns.items()},
-        "c_over_a": rates["c"] / rates["a"],
-        "b_over_c": rates["b"] / rates["c"],
+        "c_over_a": ratio(turns["a"], turns["c"]),
+        "b_over_c": ratio(turns["c"], turns["b"]),
         "bandwidth": limits.bandwidth,
         "rate": limits.rate,
         "of_roofline": least * rates["c"] / batch,
     }
+
+
+def ratio(slow: Turn, fast: Turn) -> float:
+    """How often faster, round by round, so that what slows a whole round down falls out; the median."""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

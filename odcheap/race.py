@@ -1,9 +1,7 @@
 """The three loops that the benchmark holds against each other, in turns in one process."""
 
 import contextlib
-import ctypes
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from odcheap.capture import WARM_UP, CapturedStep, CudaGraphs, take
 from odcheap.data import Batch, BatchOrder, InMemoryData, TrainBatches
 from odcheap.errors import Failure
 from odcheap.folder import Start
+from odcheap.memory import Memory, with_peak
 from odcheap.roofline import synchroniser
 from odcheap.run import Run
 from odcheap.sources import Images
@@ -46,6 +45,7 @@ def race(
     The composed `cfg` says what is trained, on random images. Within a round each takes one step, to find the memory
     that the others have left, and then `steps` steps that count. Where `a`'s result is given it does not run again.
     """
+    autocast(cfg, device)  # refuses other precisions before anything is built
     warm_up = WARM_UP + 2 if device.type == "cuda" else 2
     images = random_images(cfg, (warm_up + rounds * (steps + 1) + 3) * cfg.data.batch_size)
     others: dict[str, Callable[[], object]] = {}
@@ -194,59 +194,3 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> float
         step()
     synchronise()
     return (time.perf_counter() - began) / steps
-
-
-def with_peak(device: torch.device, work: Callable[[], Any]) -> tuple[Any, int | None]:
-    memory = Memory(device)
-    memory.start()
-    done = work()
-    return done, memory.peak()
-
-
-class Memory:
-    """The most memory in use since `start`, beyond what was in use then: the GPU's as PyTorch counts it.
-
-    On a CPU it is glibc's count of what has been asked for, sampled; elsewhere nobody counts (None).
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.at_start, self.most = device, 0, 0
-        self.done = threading.Event()
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.at_start = torch.cuda.memory_allocated()
-        elif (used := in_use()) is not None:
-            self.at_start = self.most = used
-            self.sampler = threading.Thread(target=self.sample, daemon=True)
-            self.sampler.start()
-
-    def sample(self) -> None:
-        while not self.done.wait(0.005):
-            self.most = max(self.most, in_use())
-
-    def peak(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() - self.at_start
-        self.done.set()
-        return self.most - self.at_start if self.most else None
-
-
-class Count(ctypes.Structure):
-    """glibc's `struct mallinfo2`: ten sizes, of them `hblkhd` in mappings and `uordblks` in the heap, both in use."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-def in_use() -> int | None:
-    """Bytes that this process has asked of glibc and not given back; None where there is no glibc to ask."""
-    try:
-        count = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError, TypeError):
-        return None
-    count.restype = Count
-    found = count()
-    return found.hblkhd + found.uordblks

@@ -1,3 +1,6 @@
+import pytest
+
+from odcheap import cli
 from odcheap.cli import explained, short_names
 from odcheap.errors import OptionError
 
@@ -20,3 +23,19 @@ def test_unknown_options_get_the_nearest_names(command):
     assert result.err.count("\n") == 1
     assert "'num_sut'" in result.err
     assert "did you mean num_stu" in result.err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "accelerator", "expected"),
+    [
+        (False, False, "auto", "32-true"),
+        (True, True, "auto", "bf16-mixed"),
+        (True, True, "gpu", "bf16-mixed"),
+        (True, False, "gpu", "32-true"),
+        (True, True, "cpu", "32-true"),
+    ],
+)
+def test_the_default_precision_is_what_the_device_computes_in(monkeypatch, gpu, bf16, accelerator, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert cli.precision(accelerator) == expected

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import hydra
 import pytest
 import torch
 from conftest import TINY
@@ -17,6 +18,8 @@ import train
 from odcheap.backbones import CifarResNet
 from odcheap.capture import WARM_UP, CapturedStep
 from odcheap.convs import DW
+from odcheap.errors import OptionError
+from odcheap.run import captures
 from odcheap.sources import digits
 from odcheap.split import pixel_digests, stratified
 from tests.recorder import Recorder
@@ -423,6 +426,31 @@ def test_a_run_of_recorded_steps_equals_the_plain_run(command, tmp_path, finishe
     again = tmp_path / "again"
     assert command(f"resume={found}/checkpoints/epoch-0000.ckpt", f"job_dir={again}").status == 0
     assert (again / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], True),
+        (["capture=true"], True),
+        (["capture=false"], False),
+        (["trainer=cpu"], False),
+        (["trainer=ddp"], False),
+        (["on_nonfinite=skip"], False),
+        (["+trainer.gradient_clip_val=1.0"], False),
+        (["+trainer.accumulate_grad_batches=2"], False),
+        (["trainer.precision=16-mixed"], False),
+    ],
+)
+def test_steps_are_recorded_on_one_gpu_where_nothing_acts_within_them(monkeypatch, overrides, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    with hydra.initialize_config_dir(str(train.CONF), version_base="1.3"):
+        cfg = hydra.compose("config", ["job_dir=unused", *overrides])
+        assert captures(cfg) == expected
+        if not expected and "capture=false" not in overrides:
+            with pytest.raises(OptionError, match="capture=true: cannot be: "):
+                captures(hydra.compose("config", ["job_dir=unused", *overrides, "capture=true"]))
 
 
 def test_recorded_steps_that_go_astray_end_the_run_before_a_checkpoint(command, tmp_path, recorded):

@@ -42,7 +42,7 @@ class OnlineDistillation(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features, student_logits = self.students(images)
-        together = F.relu(self.norm(torch.cat(features, dim=1)))
+        together = F.relu(self.norm(torch.cat(features, dim=1)), inplace=True)
         return {"student_logits": student_logits, "teacher_logits": self.fc(together.mean((2, 3)))}
 
     def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:

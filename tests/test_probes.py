@@ -1,0 +1,47 @@
+import hydra
+import pytest
+import torch
+
+from odcheap import probes
+from odcheap.report import CONF
+
+CPU = torch.device("cpu")
+SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=8", "job_dir=unused"]
+SMALL += ["select=last", "data.val_size=0"]
+
+
+def test_pairs_and_shifts_are_timed_for_each_type_width_and_precision(monkeypatch):
+    monkeypatch.setattr(probes, "WIDTHS", ((16, 4), (20, 2)))
+    pairs, shifts = probes.pairs(CPU, repeats=1), probes.shifts(CPU, repeats=1)
+    assert [row["block_type"] for row in pairs] == ["DW"] * 4 + ["Shift"] * 4 + ["Group"] * 4
+    assert len(shifts) == 4
+    assert all(value > 0 for row in pairs + shifts for name, value in row.items() if name.endswith("_ms"))
+
+
+def test_ways_are_timed(monkeypatch):
+    monkeypatch.setattr(probes.alternatives, "compile_blocks", lambda method: None)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        found = probes.ways(hydra.compose("config", [*SMALL, "trainer=cpu"]), CPU, steps=1)
+    assert list(found) == ["sequential", "vmap", "sequential, compiled blocks"]
+    assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("print('cifar10: 5 images; 4 students; here', flush=True); import time; time.sleep(60)", float),
+        ("raise SystemExit(1)", str),
+    ],
+)
+def test_the_start_is_timed_until_the_run_begins(monkeypatch, tmp_path, script, expected):
+    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / ".cifar10.safetensors").touch()
+    monkeypatch.setattr(probes, "TRAIN", tmp_path / "train.py")
+    found = probes.start(str(tmp_path))
+    assert isinstance(found, expected)
+    assert found == "not measured: the run ended before its first step" if expected is str else 0 < found < 30
+
+
+def test_without_images_the_start_is_not_measured(tmp_path):
+    assert probes.start(str(tmp_path)) == f"not measured: no CIFAR-10 in data_dir={tmp_path}"
