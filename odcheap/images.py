@@ -57,5 +57,4 @@ class Normalisation:
 @functools.lru_cache
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """255 times the values, (1, C, 1, 1). Kept, since bringing them to a GPU anew would stop it at every batch."""
-    with torch.inference_mode(False):
-        return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
+    return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)

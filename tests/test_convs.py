@@ -95,3 +95,16 @@ def test_groups_that_do_not_divide_are_refused(groups):
     reason = "must divide the layer's 16 channels" if groups > 0 else "must be a whole number, 1 or more"
     with pytest.raises(OptionError, match=rf"block_type.groups={groups}: {reason}"):
         Group(groups)(16, 32, 1)
+
+
+def test_a_shift_keeps_its_kernels_only_for_what_they_fit():
+    """One module for other channels and other types; first used while evaluating, then in training."""
+    shift = Shift2d()
+    with torch.inference_mode():
+        shift(torch.randn(1, 9, 4, 4))
+    for channels, dtype in [(9, torch.float), (18, torch.float), (18, torch.double), (9, torch.double)]:
+        x = torch.randn(2, channels, 4, 4, dtype=dtype, requires_grad=True)
+        assert torch.equal(shift(x), Shift2d()(x))
+        shift(x).sum().backward()
+        assert x.grad.dtype == dtype
+    assert not shift.state_dict()
