@@ -64,7 +64,8 @@ class CudaGraphs:
     def record(self, work: Callable[[], Taken]) -> tuple[Callable[[], None], Taken]:
         """What replays the work, and where each replay leaves its results. Nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # thread_local: loaders of pictures pin memory in threads of their own meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             done = work()
         return graph.replay, done
 
@@ -139,7 +140,9 @@ class CapturedStep:
         images, target = images.clone(), target.clone()
         groups = self.optimizer.param_groups
         given = [group["lr"] for group in groups]
-        rates = [torch.full((), lr, device=images.device) for lr in given]  # read anew by each replay
+        rates = [
+            torch.full((), lr, device=images.device, dtype=torch.float32) for lr in given
+        ]  # read anew by each replay
         torch.clear_autocast_cache()  # weights cast before the recording would stay as they are now
         try:
             for group, rate in zip(groups, rates, strict=True):
@@ -155,14 +158,18 @@ class CapturedStep:
         """What a step changes in weights, momentum and buffers; they and the random state are set back."""
         before = [[t.detach().clone() for t in kind] for kind in self.state()]
         device = next(self.method.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            step()
-        changes = []
-        for old, now in zip(before, self.state(), strict=True):
-            changes.append([(a.detach() - b).double() for a, b in zip(now, old, strict=True)])
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                step()
+            return [
+                [(a.detach() - b).double() for a, b in zip(now, old, strict=True)]
+                for old, now in zip(before, self.state(), strict=True)
+            ]
+        finally:
             with torch.no_grad():
-                torch._foreach_copy_(now, old)
-        return changes
+                for old, now in zip(before, self.state(), strict=True):
+                    for a, b in zip(now, old, strict=True):
+                        a.copy_(b)
 
     def state(self) -> list[list[Tensor]]:
         momentum = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]

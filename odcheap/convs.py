@@ -4,7 +4,7 @@ A block type is called with (in_channels, out_channels, stride) and returns a 3 
 ones are pairs: a spatial operator that keeps the channels, then a 1 x 1 convolution that mixes them and carries the
 stride, as in the 2019 code. For the conversion of other networks (`convert`) they also offer the spatial operator
 alone, for any window: `spatial(channels, window)`, `refusal(channels, window)` where that makes no sense, and
-`fit(kernel)`, the pair's weights nearest to a given kernel. `composed` is `CheapConv`'s.
+`fit(kernel)`, the pair's weights nearest to a given kernel.
 """
 
 from dataclasses import dataclass

@@ -56,6 +56,9 @@ class DistillationModule(pl.LightningModule):
             optimizer = self.optimizers(use_pl_optimizer=False)
             self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.not_captured)
 
+    def on_train_end(self) -> None:
+        self.captured = self.taken = None  # and with them the graphs' memory
+
     def not_captured(self, reason: str) -> None:
         print(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)", flush=True)
 

@@ -148,20 +148,19 @@ class Pace(pl.Callback):
         self.memory.start()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        place = (batch_idx - self.warm_up) % (self.steps + 1)
-        if batch_idx < self.warm_up or place > 1:
-            return
         if batch_idx == self.warm_up:
             self.peak = self.memory.peak()
-        if place == 0:
+        if batch_idx >= self.warm_up and (batch_idx - self.warm_up) % (self.steps + 1) == 0:
             self.between()
-        else:
-            synchroniser(self.device)()
-            self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx >= self.warm_up and (batch_idx - self.warm_up) % (self.steps + 1) == self.steps:
-            synchroniser(self.device)()
+        place = (batch_idx - self.warm_up) % (self.steps + 1)
+        if batch_idx < self.warm_up or place not in (0, self.steps):
+            return
+        synchroniser(self.device)()
+        if place == 0:  # from here, so that what lies between two batches counts as well
+            self.began = time.perf_counter()
+        else:
             self.seconds.append((time.perf_counter() - self.began) / self.steps)
             trainer.should_stop = len(self.seconds) == self.rounds
 

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from odcheap import launch, summary, together
+from odcheap import summary, together
 from odcheap.callbacks import Narrator, Record
 from odcheap.checkpoint import AtomicCheckpointIO, all_paths, epoch_path, read_run
 from odcheap.cli import console, say
@@ -25,7 +25,7 @@ from odcheap.weights import load_weights, read_weights
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
 
 
-CAPTURED_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true", "64-true")  # float16 scales its loss anew
+CAPTURED_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 scales its loss anew
 CHOICES = {
     "capture": ("auto", True, False),
     "select": ("val", "last", "test"),
@@ -72,7 +72,9 @@ def captures(cfg: DictConfig) -> bool:
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     against = {
         f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
-        "several processes average their gradients within a step": launch.processes(cfg) > 1,
+        "several processes average their gradients within a step": cfg.trainer.devices != 1
+        or cfg.trainer.num_nodes != 1
+        or cfg.trainer.strategy != "auto",
         "on_nonfinite=skip looks at each step before it is taken": cfg.on_nonfinite == "skip",
         "trainer.gradient_clip_val acts within a step": cfg.trainer.get("gradient_clip_val") is not None,
         "trainer.accumulate_grad_batches acts within a step": cfg.trainer.get("accumulate_grad_batches", 1) != 1,

@@ -24,10 +24,11 @@ def sequential(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
 def streams(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
     """Each student on a CUDA stream of its own: in a CUDA graph they become parallel branches.
 
-    The backward pass follows by itself, since autograd runs each operation on the stream of its forward pass. Raises
-    `OptionError` without a GPU.
+    The backward pass follows by itself, since autograd runs each operation on the stream of its forward pass. On a CPU,
+    where costs are counted after training, there are no streams and they run one after another.
     """
-    check(streams, views[0].device)
+    if not views[0].is_cuda:
+        return sequential(members, views)
     here, features, logits = torch.cuda.current_stream(), [], []
     beside = [torch.cuda.Stream() for _ in members]
     for student, view, stream in zip(members, views, beside, strict=True):

@@ -48,10 +48,17 @@ def test_each_student_may_have_a_view_of_its_own():
         torch.testing.assert_close(maps[k], students.members[k].features(views[k]))
 
 
-def test_streams_need_a_gpu():
-    students = Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0, run=together.streams)
+def test_a_run_on_streams_needs_a_gpu():
     with pytest.raises(OptionError, match="together=streams: needs a CUDA device; the run is on cpu"):
-        students(torch.zeros(2, 3, 8, 8))
+        together.check(together.streams, torch.device("cpu"))
+    together.check(together.vmap, torch.device("cpu"))
+
+
+def test_on_a_cpu_streams_are_one_after_another():
+    """After training the costs are counted there."""
+    students = Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0, run=together.streams).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(students(images)[1], torch.stack([s(images) for s in students.members]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
