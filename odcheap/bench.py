@@ -11,12 +11,13 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from odcheap import goals, probes, roofline
-from odcheap.cli import console, failed, hush, hydra_line
+from odcheap.cli import console, explained, failed, hush, hydra_line
 from odcheap.errors import Failure
 from odcheap.files import write_text
 from odcheap.race import Turn, made, race
@@ -39,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
             for result in measured(given.overrides, given.quick):  # each part is kept, whatever befalls the next
                 given.out.mkdir(parents=True, exist_ok=True)
                 write_text(given.out / "bench.json", json.dumps(result, indent=2) + "\n")
+    except (Failure, InstantiationException, MisconfigurationException) as error:
+        return failed(explained(error))
     except (HydraException, OmegaConfBaseException) as error:
         return failed(hydra_line(error, CONF))
-    except Failure as error:
-        return failed(str(error))
     goals.plot(result, given.out / "bench.png")
     goals.show(result, console())
     console().print(f"written: {given.out / 'bench.json'}, {given.out / 'bench.png'}")
@@ -60,9 +61,16 @@ def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
     for block_type, precision in chosen(overrides, quick):
         this = composed([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
         tell(f"{block_type}, {precision}: {rounds} rounds of {steps + 1} steps")
-        turns = race(this, device, steps, rounds, tell, a=turns["a"] if quick and turns else None)
+        again = turns["a"] if quick and turns else None
+        turns = race(this, device, steps, rounds, tell, again)
         found = {"block_type": block_type, "precision": precision, **figures(this, device, precision, turns)}
+        if again is not None:  # no rounds in common
+            rates = found["images_per_second"]
+            found |= {"a": "of the race before", "c_over_a": rates["c"] / rates["a"]}
         result["races"].append(found)
+        tell("images a second: " + ", ".join(f"{name} {n:.0f}" for name, n in found["images_per_second"].items()))
+        if this.block_type == cfg.block_type and precision == cfg.trainer.precision:
+            of_recipe = found["images_per_second"]["c"]
         yield result
     tell("inference in ONNX Runtime")
     result["inference"] = probes.inference(cfg, 0.5 if quick else 3.0)
@@ -71,7 +79,7 @@ def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
     if on_gpu:
         tell("1, 4 and 8 students; the recipe")
         result["students"] = {n: probes.rate(composed([*overrides, f"num_stu={n}"]), device, steps) for n in (1, 4, 8)}
-        result["recipe_seconds"] = probes.recipe(cfg, device, found["images_per_second"]["c"])
+        result["recipe_seconds"] = probes.recipe(cfg, device, of_recipe)
         yield result
     if not quick:
         tell("pairs and shifts")

@@ -127,7 +127,7 @@ class CapturedStep:
             found = self.change(lambda: self.replayed(recording, images, target))
         except RuntimeError as error:
             self.plain_only = True
-            self.refused(first_line(error))
+            self.refused(first_line(error.__context__ or error))  # leaving the recording fails too, and says less
             return
         apart = max(relative(a, b) for a, b in zip(found, expected, strict=True))
         if apart < ALIKE:

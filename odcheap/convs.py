@@ -99,7 +99,7 @@ class Shift2d(nn.Module):
         with torch.inference_mode(False):  # what is made while evaluating is used in training too
             taps = shift_taps(x.shape[-3], self.kernel_size, x.device)
             made = F.one_hot(taps, rows * columns).to(x.dtype).view(-1, 1, rows, columns)
-        if type(made) is Tensor and not torch.compiler.is_compiling():  # not the stand-ins of a tracer
+        if type(made) is Tensor and not torch.compiler.is_compiling():  # no subclass, as tracers have
             self.kernels = made
         return made
 

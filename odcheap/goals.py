@@ -31,7 +31,8 @@ def rows(result: dict[str, Any]) -> list[Goal]:
     for race in result["races"]:
         name = f"{race['block_type']}, {race['precision']}"
         least = ON_GPU if on_gpu else ON_CPU.get((race["block_type"], race["precision"]))
-        found.append(goal(f"training, {name}: c/a", race["c_over_a"], least=least))
+        which = f", a {race['a']}" if "a" in race else ""
+        found.append(goal(f"training, {name}: c/a{which}", race["c_over_a"], least=least))
         found.append(goal(f"cost of the shell, {name}: b/c", race["b_over_c"], most=SHELL))
         peak = race["peak_bytes"]
         if peak["a"] and peak["c"]:

@@ -1,5 +1,6 @@
 """The LightningModule: a method with its recipe, its steps and its figures."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,11 +23,18 @@ class DistillationModule(pl.LightningModule):
     `about` is kept in every checkpoint. `figures` holds the latest result of each stage ("train", "val", "test"): a
     dict of lists over the members: the students, the teacher where there is one, the students' ensemble.
     With `capture` whole steps, the optimizer's part included, are CUDA graphs (see `capture`); Lightning's hooks around
-    backward and optimizer then find the work done.
+    backward and optimizer then find the work done. `refused` hears why, where that cannot be.
     """
 
     def __init__(
-        self, method: nn.Module, recipe: SGD, seed: int, classes: int, about: dict[str, Any], capture: bool = False
+        self,
+        method: nn.Module,
+        recipe: SGD,
+        seed: int,
+        classes: int,
+        about: dict[str, Any],
+        capture: bool = False,
+        refused: Callable[[str], None] = print,
     ):
         super().__init__()
         self.method = method.to(memory_format=torch.channels_last)
@@ -40,7 +48,7 @@ class DistillationModule(pl.LightningModule):
         self.chosen = 0
         self.figures: dict[str, Figures] = {}
         self.latest: tuple[dict[str, Tensor], dict[str, Tensor], Tensor] | None = None
-        self.capture, self.captured = capture, None
+        self.capture, self.refused, self.captured = capture, refused, None
         self.taken: Taken | None = None
 
     stages = ("train", "val", "test")
@@ -54,13 +62,10 @@ class DistillationModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.capture:
             optimizer = self.optimizers(use_pl_optimizer=False)
-            self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.not_captured)
+            self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.refused)
 
     def on_train_end(self) -> None:
         self.captured = self.taken = None  # and with them the graphs' memory
-
-    def not_captured(self, reason: str) -> None:
-        print(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)", flush=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Whatever a network draws (dropout) depends on its place in the run alone, so that a resumed run draws it too.

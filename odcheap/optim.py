@@ -32,6 +32,7 @@ class SGD:
             nesterov=self.nesterov,
             fused=True,  # one pass over the weights; the same arithmetic
         )
+        optimizer._step_supports_amp_scaling = False  # with float16 the gradients are unscaled before the guard looks
         passed = [round(milestone * total_steps) for milestone in self.milestones]
         return optimizer, LambdaLR(optimizer, lambda step: self.gamma ** sum(step >= at for at in passed))
 

@@ -17,7 +17,7 @@ from torch import nn
 from odcheap import baseline, together
 from odcheap.capture import WARM_UP, CapturedStep, CudaGraphs, take
 from odcheap.data import Batch, BatchOrder, InMemoryData, TrainBatches
-from odcheap.errors import Failure
+from odcheap.errors import Failure, OptionError
 from odcheap.folder import Start
 from odcheap.memory import Memory, with_peak
 from odcheap.roofline import synchroniser
@@ -118,7 +118,10 @@ def bare(
 
 
 def data(cfg: DictConfig, images: Images) -> InMemoryData:
-    made = instantiate(cfg.data, load=lambda: images)
+    part = instantiate(cfg.data, _partial_=True)
+    if part.func is not InMemoryData:
+        raise OptionError("data", cfg.data.name, "the benchmark is for sets that fit in memory, such as cifar10")
+    made = part(load=lambda: images)
     made.read()
     return made
 

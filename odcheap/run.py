@@ -80,10 +80,20 @@ def captures(cfg: DictConfig) -> bool:
         "trainer.accumulate_grad_batches acts within a step": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
         f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in CAPTURED_PRECISIONS,
     }
+    if cfg.test_only:
+        return False
     reasons = [reason for reason, holds in against.items() if holds]
     if cfg.capture is True and reasons:
         raise OptionError("capture", "true", f"cannot be: {reasons[0]}")
     return cfg.capture is not False and not reasons
+
+
+def not_captured(reason: str) -> None:
+    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")
+
+
+def must_capture(reason: str) -> None:
+    raise OptionError("capture", "true", f"cannot be: {reason}")
 
 
 class Run:
@@ -98,7 +108,9 @@ class Run:
             "classes": data.classes,
         }
         cfg, figure = self.cfg, SELECT_BY[data.select_by]
-        self.module = DistillationModule(method, recipe, cfg.seed, len(data.classes), about, captures(cfg))
+        refused = must_capture if cfg.capture is True else not_captured
+        classes = len(data.classes)
+        self.module = DistillationModule(method, recipe, cfg.seed, classes, about, captures(cfg), refused)
         self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
         self.console = console()
 

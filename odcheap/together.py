@@ -5,6 +5,7 @@ maps and their logits (S, N, K). Which is fastest is a matter of the device: `py
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def streams(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
     if not views[0].is_cuda:
         return sequential(members, views)
     here, features, logits = torch.cuda.current_stream(), [], []
-    beside = [torch.cuda.Stream() for _ in members]
+    beside = streams_of(views[0].device, len(members))
     for student, view, stream in zip(members, views, beside, strict=True):
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
@@ -39,6 +40,12 @@ def streams(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
     for stream in beside:
         here.wait_stream(stream)
     return features, torch.stack(logits)
+
+
+@lru_cache
+def streams_of(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    """The same in every step: memory is kept for each stream."""
+    return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
 def check(way: Callable[..., Maps], device: torch.device) -> None:

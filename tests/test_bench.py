@@ -22,10 +22,14 @@ def test_it_measures_prints_and_writes(quick, tmp_path, capsys):
         ("DW", "32-true"),
         ("DW", "bf16-mixed"),
     ]
+    again = found["races"][1]
+    assert again["seconds"]["a"] == found["races"][0]["seconds"]["a"]
+    assert again["c_over_a"] == pytest.approx(again["images_per_second"]["c"] / again["images_per_second"]["a"])
     for race in found["races"]:
         rates, seconds = race["images_per_second"], race["seconds"]
         assert rates["c"] == pytest.approx(8 / sorted(seconds["c"])[1])
-        for value, one, other in ((race["c_over_a"], "a", "c"), (race["b_over_c"], "c", "b")):
+        pairs = [(race["b_over_c"], "c", "b")] + [(race["c_over_a"], "a", "c")] * ("a" not in race)
+        for value, one, other in pairs:
             rounds = [x / y for x, y in zip(seconds[one], seconds[other], strict=True)]
             assert value == pytest.approx(sorted(rounds)[1])
         assert race["num_stu"] == 2
@@ -35,6 +39,7 @@ def test_it_measures_prints_and_writes(quick, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not measured: no CIFAR-10 in data_dir=none" in out
     assert "cost of the shell, DW, 32-true: b/c" in out
+    assert "training, DW, bf16-mixed: c/a, a of the race before" in out
 
 
 def test_the_block_type_can_be_chosen(quick, tmp_path):
@@ -50,6 +55,9 @@ def test_the_block_type_can_be_chosen(quick, tmp_path):
         ("block_type=Foo", "error: block_type=Foo: unknown; must be one of DW, Group"),
         ("trainer.precision=16-mixed", "error: trainer.precision=16-mixed: the benchmark knows"),
         ("num_stuu=2", "error: "),
+        ("block_type.groups=0", "error: "),
+        ("trainer=gpu", "error: trainer"),
+        ("data=imagefolder", "error: data=imagefolder: the benchmark is for sets that fit in memory"),
     ],
 )
 def test_bad_options_are_one_line(override, line, tmp_path, capsys):

@@ -1,6 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 
+from odcheap import together
 from odcheap.backbones import CifarResNet
 from odcheap.capture import WARM_UP, CapturedStep, CudaGraphs, single_precision, take
 from odcheap.convs import DW
@@ -55,12 +58,13 @@ def test_a_gradient_that_is_not_finite_is_told():
     assert not take(method, optimizer, images * float("nan"), target).finite
 
 
-def captured(recorder, method, optimizer, schedule, dtype=torch.double):
+def captured(recorder, method, optimizer, schedule, dtype=torch.double, low=False):
     refusals = []
     step = CapturedStep(method, optimizer, recorder(method, optimizer), refusals.append)
     losses = []
     for images, target in batches(dtype):
-        losses.append(step(images, target).terms["loss"].item())
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            losses.append(step(images, target).terms["loss"].item())
         schedule.step()
     return step, refusals, losses
 
@@ -79,6 +83,26 @@ def test_recorded_steps_train_as_plain_ones_do():
     assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "without momentum", "vmap"])
+def test_so_do_they_in_bfloat16_without_momentum_and_as_one_network(how, monkeypatch):
+    if how == "without momentum":
+        monkeypatch.setattr("tests.test_capture.RECIPE", dataclasses.replace(RECIPE, momentum=0.0))
+    dtype = torch.float if how == "bfloat16" else torch.double
+    (method, optimizer, schedule), (other, theirs, also) = made(dtype), made(dtype)
+    other.students.run = method.students.run = together.vmap if how == "vmap" else together.sequential
+    low = how == "bfloat16"
+    step, refusals, _ = captured(Recorder, method, optimizer, schedule, dtype, low)
+    for images, target in batches(dtype):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            take(other, theirs, images, target)
+        also.step()
+    assert not refusals
+    assert len(step.recordings) == 2
+    expected = other.state_dict()
+    for name, found in method.state_dict().items():
+        torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
 class Stale(Recorder):
     """Keeps what the first replay computed, as with weights cast to bfloat16 before the recording."""
 
@@ -91,7 +115,10 @@ class Stale(Recorder):
 
 class Waiting(Recorder):
     def record(self, work):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 @pytest.mark.parametrize(

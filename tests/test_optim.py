@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 
 from odcheap.backbones import CifarResNet
 from odcheap.convs import DW
@@ -18,6 +19,21 @@ def test_the_rate_falls_at_half_and_three_quarters(steps):
         schedule.step()
     expected = [0.1] * (steps // 2) + [0.01] * (steps // 4) + [0.001] * (steps // 4)
     assert rates == pytest.approx(expected)
+
+
+def test_float16s_scaled_gradients_can_be_clipped():
+    """An optimizer that unscales them itself would hide them from the guard and from clipping."""
+    network = CifarResNet(8, DW(), 10)
+    optimizer, _ = SGD(decay_norm=True, **RECIPE).build(network, 10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    scaler.scale(network(torch.randn(2, 3, 8, 8)).sum()).backward()
+    scaler.unscale_(optimizer)
+    precision.clip_gradients(optimizer, 0.1)
+    assert torch.nn.utils.get_total_norm([p.grad for p in network.parameters()]) < 0.11
+    before = [p.detach().clone() for p in network.parameters()]
+    scaler.step(optimizer)
+    assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("decay_norm", [True, False])

@@ -26,10 +26,29 @@ def test_ways_are_timed(monkeypatch):
     assert min(found.values()) > 0
 
 
+def test_a_way_that_fails_leaves_the_others_measured(monkeypatch):
+    def no_compiler(method):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(probes.alternatives, "compile_blocks", no_compiler)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        found = probes.ways(hydra.compose("config", [*SMALL, "trainer=cpu"]), CPU, steps=1)
+    assert found["vmap"] > 0
+    assert found["sequential, compiled blocks"] == "not measured: No working C++ compiler found"
+
+
+def test_the_recipe_is_its_training_and_its_evaluations(monkeypatch):
+    monkeypatch.setattr(probes, "HELD_OUT", 20)
+    monkeypatch.setattr(probes, "median_seconds", lambda work, *_: work() or 2.0)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", [*SMALL, "trainer=cpu", "data.eval_batch_size=8"])
+    assert probes.recipe(cfg, CPU, images_per_second=900.0) == pytest.approx(300 * (50 + 2))
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("print('cifar10: 5 images; 4 students; here', flush=True); import time; time.sleep(60)", float),
+        ("print('the first step', flush=True); import time; time.sleep(60)", float),
         ("raise SystemExit(1)", str),
     ],
 )

@@ -453,6 +453,28 @@ def test_steps_are_recorded_on_one_gpu_where_nothing_acts_within_them(monkeypatc
                 captures(hydra.compose("config", ["job_dir=unused", *overrides, "capture=true"]))
 
 
+def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorded, monkeypatch):
+    def waits(self, work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Recorder, "record", waits)
+    given = (*TINY, "checkpoint_every=0", f"job_dir={tmp_path}/run")
+    result = command(*given, "capture=true")
+    assert result.status == 1
+    assert result.err == "error: capture=true: cannot be: operation not permitted when stream is capturing\n"
+    result = command(*given, "overwrite=true")
+    assert result.status == 0
+    assert "the step runs without a CUDA graph: operation not permitted when stream is capturing" in result.out
+
+
+def test_students_run_as_one_network_reach_the_same_figures(command, tmp_path, finished):
+    assert command(*TINY, "together=vmap", f"job_dir={tmp_path}/vmap").status == 0
+    found, expected = summary(tmp_path / "vmap"), summary(finished)
+    assert found["cost"] == expected["cost"]
+    losses = [[row["train/loss"] for row in metrics(folder)] for folder in (tmp_path / "vmap", finished)]
+    assert [float(loss) for loss in losses[0]] == pytest.approx([float(loss) for loss in losses[1]], rel=1e-3)
+
+
 def test_recorded_steps_that_go_astray_end_the_run_before_a_checkpoint(command, tmp_path, recorded):
     result = command(*TINY, "optimizer.lr=1e30", f"job_dir={tmp_path}/run", "checkpoint_every=0")
     assert result.status == 1
