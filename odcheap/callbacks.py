@@ -17,16 +17,16 @@ from odcheap.module import DistillationModule
 
 
 class Record(pl.Callback):
-    """Keeps an epoch's figures, chooses student and epoch, saves. Its state is all that selection needs.
+    """Keeps an epoch's figures, chooses candidate and epoch, saves. Its state is all that selection needs.
 
-    `select`: "val" or "test" choose the best top-1 on those images (ties: the earlier epoch, then the lower student);
+    `select`: "val" or "test" choose the best top-1 on those images (ties: the earlier epoch, then the lower candidate);
     "last" is student 0 of the last epoch. `figure` is the one that decides ("top1", "balanced_accuracy"). `every` is in
     minutes, None saves at the ends of epochs only.
     """
 
     def __init__(self, job_dir: Path, select: str, figure: str, every: float | None, keep: int):
         self.job_dir, self.select, self.figure, self.every, self.keep = job_dir, select, figure, every, keep
-        self.selected: dict[str, Any] = {"student": 0, "epoch": 0, "score": -1.0}
+        self.selected: dict[str, Any] = {"candidate": 0, "epoch": 0, "score": -1.0}
         self.history: list[dict[str, Any]] = []
         self.before = 0.0  # seconds spent by the processes that this one continues
         self.began = self.epoch_began = self.saved = time.perf_counter()
@@ -93,12 +93,12 @@ class Record(pl.Callback):
 
     def choose(self, epoch: int, module: DistillationModule) -> None:
         if self.select == "last":
-            self.selected = {"student": 0, "epoch": epoch, "score": -1.0}
+            self.selected = {"candidate": 0, "epoch": epoch, "score": -1.0}
             return
-        for student in range(len(module.method.students)):
-            score = module.figures["val"][self.figure][student]
+        for candidate in range(len(module.method.candidates())):
+            score = module.figures["val"][self.figure][candidate]
             if score > self.selected["score"]:
-                self.selected = {"student": student, "epoch": epoch, "score": score}
+                self.selected = {"candidate": candidate, "epoch": epoch, "score": score}
 
     def save(self, trainer: pl.Trainer, path: Path) -> None:
         trainer.save_checkpoint(path)
@@ -185,7 +185,8 @@ class Narrator(pl.Callback):
 def best_of(row: dict[str, Any]) -> tuple[str, str, float, str]:
     """Which images were watched, the best student on them, its accuracy, and the teacher's as a piece of text."""
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
-    students = {k: v for k, v in row.items() if k.startswith(f"{stage}/student_") and k.endswith("/top1")}
+    own = (f"{stage}/student_", f"{stage}/average_")
+    students = {k: v for k, v in row.items() if k.startswith(own) and k.endswith("/top1")}
     best = max(students, key=students.get)
     teacher = row.get(f"{stage}/teacher/top1")
     also = "" if teacher is None else f"  teacher {teacher:.4f}"

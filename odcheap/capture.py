@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from odcheap.errors import first_line
+from odcheap.method import Method
 
 ALIKE = 0.05  # bfloat16 and sums in changing order stay far below, a stale or missing part far above
 WARM_UP = 3  # plain steps with each shape of batch, in which libraries choose their kernels and momentum is made
@@ -35,7 +36,7 @@ def all_finite(network: nn.Module) -> Tensor:
     return torch.isfinite(get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
 
 
-def take(method: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, target: Tensor) -> Taken:
+def take(method: Method, optimizer: torch.optim.Optimizer, images: Tensor, target: Tensor) -> Taken:
     """A whole training step on images (N, C, H, W) and labels (N,), under whatever autocast is in force."""
     optimizer.zero_grad(set_to_none=True)
     outputs = single_precision(method(images))
@@ -44,6 +45,7 @@ def take(method: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, ta
         terms["loss"].backward()
         finite = all_finite(method)
         optimizer.step()
+        method.after_step()
     kept = {name: t if t is None else t.detach() for name, t in outputs.items()}
     return Taken({name: term.detach() for name, term in terms.items()}, kept, finite)
 
@@ -90,7 +92,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        method: nn.Module,
+        method: Method,
         optimizer: torch.optim.Optimizer,
         graphs: CudaGraphs,
         refused: Callable[[str], None],

@@ -22,12 +22,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from odcheap import folder
+from odcheap import compare, folder
 from odcheap.errors import Failure, OptionError, first_line
 from odcheap.launch import quoted
-from odcheap.summary import sweep_table
+from odcheap.summary import methods_table, sweep_table
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
+PATHS += ("method.teacher_weights",)
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,22 @@ def start(main: Callable[[], None], conf: Path) -> int:
         names = short_names([outcome.job_dir.name for outcome in outcomes])
         rows = [(name, o.text, o.summary) for name, o in zip(names, outcomes, strict=True)]
         console().print(sweep_table(rows))
+        compared = compare.rows(finished_runs(outcomes))
+        if any(row.mean_student.n > 1 for row in compared) or len({row.method for row in compared}) > 1:
+            console().print(methods_table(compared))
     return int(any(outcome.summary is None for outcome in outcomes))
 
 
+def finished_runs(ended: list[Outcome]) -> list[compare.Finished]:
+    """The runs that have a summary, with their options as they were."""
+    found = [(o.summary, o.job_dir / "config.yaml") for o in ended if o.summary is not None]
+    return [compare.Finished(folder.options_of(path), summary) for summary, path in found if path.is_file()]
+
+
 def hush() -> None:
-    """Keeps back what Lightning 2.6 says on torch 2.15: nothing that a user of ours could act on."""
+    """Keeps back what Lightning 2.6 says of torch 2.15 and of a teacher in eval mode: nothing a user could act on."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
 
 def hydra_line(error: Exception, conf: Path) -> str:

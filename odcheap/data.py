@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odcheap.errors import OptionError
-from odcheap.images import Augmentation, Normalisation
+from odcheap.images import Augmentation, Normalisation, stacked
 from odcheap.seeds import generator
 from odcheap.sources import Images
 from odcheap.split import pixel_digests, stratified
@@ -18,7 +18,9 @@ TOO_FEW = 2  # images a process: batch norm needs two
 
 
 class Batch(NamedTuple):
-    """Images (n, C, H, W), labels (n,), and `share`: n times the processes over the images of the global batch.
+    """Images (n, C, H, W), or views of them (S, n, C, H, W); labels (n,); and `share`.
+
+    `share` is n times the processes over the images of the global batch.
 
     Each process multiplies its mean loss by its share, so that gradients averaged over processes are exactly those of
     the global batch's mean, also where the last batch divides unevenly.
@@ -60,8 +62,16 @@ class BatchOrder:
 class TrainBatches:
     """Augmented, normalised batches; its place within the epoch is state, so that a resumed run goes on there."""
 
-    def __init__(self, images: Tensor, target: Tensor, order: BatchOrder, augment: Augmentation, norm: Normalisation):
-        self.images, self.target, self.augment, self.norm = images, target, augment, norm
+    def __init__(
+        self,
+        images: Tensor,
+        target: Tensor,
+        order: BatchOrder,
+        augment: Augmentation,
+        norm: Normalisation,
+        views: int = 1,
+    ):
+        self.images, self.target, self.augment, self.norm, self.views = images, target, augment, norm, views
         self.sampler = order  # the name under which Lightning looks for `set_epoch`
         self.done = self.start = 0
 
@@ -71,14 +81,16 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         start, self.start = self.start, 0
         epoch, device = self.sampler.epoch, self.images.device
-        drawn = self.augment.draw(len(self.images), self.sampler.seed, epoch).to(device)
+        count, seed = len(self.images), self.sampler.seed
+        drawn = [self.augment.draw(count, seed, epoch, view).to(device) for view in range(self.views)]
         parts, shares = zip(*self.sampler.batches(), strict=True)
         # At once: a copy to a GPU for each batch would make it wait each time.
         order = torch.cat(parts).to(device).split([len(part) for part in parts])
         for k in range(start, len(order)):
-            images = self.augment.apply(self.images[order[k]], drawn[order[k]])
+            images = self.images[order[k]]
+            seen = [self.norm.apply(self.augment.apply(images, view[order[k]])) for view in drawn]
             self.done = k + 1
-            yield Batch(self.norm.apply(images), self.target[order[k]], shares[k])
+            yield Batch(stacked(seen), self.target[order[k]], shares[k])
 
     def state_dict(self) -> dict[str, int]:
         return {"done": self.done}
@@ -162,6 +174,7 @@ class InMemoryData(pl.LightningDataModule):
         self.val_size, self.split_seed = val_size, split_seed
         self.augment, self.norm = Augmentation(flip, crop_padding), Normalisation(tuple(mean), tuple(std))
         self.images: Images | None = None
+        self.views = 1  # augmentations of each image in a training batch
 
     def read(self) -> None:
         """Loads the images and makes the split, once."""
@@ -198,7 +211,7 @@ class InMemoryData(pl.LightningDataModule):
     def train_dataloader(self) -> TrainBatches:
         index = torch.from_numpy(self.split.train)
         images, target = self.on_device(self.images.train, self.images.train_target, index)
-        return TrainBatches(images, target, self.order(), self.augment, self.norm)
+        return TrainBatches(images, target, self.order(), self.augment, self.norm, self.views)
 
     def order(self) -> BatchOrder:
         t = self.trainer

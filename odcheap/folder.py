@@ -18,10 +18,11 @@ from odcheap.files import write_atomic
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
 FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")
 FREE += ("checkpoint_keep", "on_nonfinite", "max_skipped", "data.load.data_dir", "experiment", "backbone.pretrained")
-FREE += ("data.workers", "data.max_broken", "together", "capture")
+FREE += ("data.workers", "data.max_broken", "together", "capture", "method.teacher_weights")
 UNNAMED = ("job_dir", "data_dir", "resume", "overwrite", "test_only", "checkpoint_every", "checkpoint_keep", "logger")
 OUTPUTS = ("config.yaml", "metrics.csv", "summary.json", "test.json", "confusion.csv", "split.csv")
 OUTPUTS += ("student.safetensors",)
+NOWHERE = object()
 THREE_WAYS = "resume=auto continues it, overwrite=true starts anew, another job_dir leaves it"
 
 
@@ -53,6 +54,13 @@ def run_name(overrides: list[str]) -> str:
     if len(in_bytes) <= 200:
         return name
     return f"{in_bytes[:180].decode(errors='ignore')}-{hashlib.blake2b(in_bytes, digest_size=6).hexdigest()}"
+
+
+def options_of(config: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` says of what it computed: no paths of its own, and nothing twice."""
+    options = flat(OmegaConf.to_container(OmegaConf.load(config)))
+    own = {key: value for key, value in options.items() if key not in UNNAMED and options["job_dir"] not in str(value)}
+    return {key: v for key, v in own.items() if "." not in key or own.get(key.rpartition(".")[2], NOWHERE) != v}
 
 
 def plan(

@@ -17,9 +17,9 @@ class Augmentation:
     flip: bool
     crop_padding: int
 
-    def draw(self, count: int, seed: int, epoch: int) -> Tensor:
-        """(count, 3) integers: top, left, flipped for each sample, a function of (seed, epoch, sample) alone."""
-        random = generator(seed, "augment", epoch)
+    def draw(self, count: int, seed: int, epoch: int, view: int = 0) -> Tensor:
+        """(count, 3) integers: top, left, flipped for each sample, a function of (seed, epoch, sample, view) alone."""
+        random = generator(seed, *stream_of(epoch, view))
         corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=random)
         flipped = torch.randint(2, (count, 1), generator=random) * self.flip
         return torch.cat([corner, flipped], dim=1)
@@ -34,6 +34,21 @@ class Augmentation:
         rows = torch.arange(height, device=images.device) + drawn[:, :1]
         which = torch.arange(n, device=images.device)[:, None, None]
         return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def stream_of(*place: int) -> tuple[str | int, ...]:
+    """The random stream of an augmentation at this place, whose last number is the view.
+
+    The first view is the one that all methods see, so its stream does not name it.
+    """
+    return ("augment", *(place if place[-1] else place[:-1]))
+
+
+def stacked(views: list[Tensor]) -> Tensor:
+    """(N, C, H, W) each -> the one, or all as (S, N, C, H, W), each view with its channels last in memory."""
+    if len(views) == 1:
+        return views[0]
+    return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from odcheap.errors import OptionError
 REDUCTIONS = ("batchmean", "mean")
 
 
-def check_distillation(temperature: float, reduction: str) -> None:
+def check_distillation(temperature: float, reduction: str = "batchmean") -> None:
     """Raises `OptionError` unless the temperature is above 0 and the reduction is known."""
     if not temperature > 0:
         raise OptionError("method.temperature", temperature, "must be above 0")
@@ -18,12 +18,13 @@ def check_distillation(temperature: float, reduction: str) -> None:
 def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean") -> Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)), without the factor T^2; a scalar.
 
-    Both logits are (N, K); both receive gradients. `batchmean` sums over the K classes and averages over the N
-    images; `mean` averages over all N x K elements, as the 2019 code does, and is smaller by the factor K. Source:
-    Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, section 2. Raises `OptionError`.
+    Both logits are (N, K); both receive gradients. Dimensions before these are broadcast, and the result has them.
+    `batchmean` sums over the K classes and averages over the N images; `mean` averages over all N x K elements, as the
+    2019 code does, and is smaller by the factor K. Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural
+    network", 2015, section 2. Raises `OptionError`.
     """
     check_distillation(temperature, reduction)
     student = (student_logits / temperature).log_softmax(-1)
     teacher = (teacher_logits / temperature).log_softmax(-1)
     elements = teacher.exp() * (teacher - student)
-    return elements.sum(-1).mean() if reduction == "batchmean" else elements.mean()
+    return elements.sum(-1).mean(-1) if reduction == "batchmean" else elements.mean((-2, -1))

@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from odcheap.capture import CapturedStep, CudaGraphs, Taken, single_precision
 from odcheap.data import Batch
+from odcheap.method import Method
 from odcheap.metrics import Scores, Terms
 from odcheap.optim import SGD
 from odcheap.seeds import derive
@@ -21,26 +22,29 @@ class DistillationModule(pl.LightningModule):
     """Trains `method` by `recipe`.
 
     `about` is kept in every checkpoint. `figures` holds the latest result of each stage ("train", "val", "test"): a
-    dict of lists over the members: the students, the teacher where there is one, the students' ensemble.
+    dict of lists over the members: the candidates (the students, then their averages where a method has them), the
+    teacher where there is one, the students' ensemble. `chosen` is the candidate whose confusion is counted in a test.
+    `teacher_saw_val`: its figures on held-out images are None, since it may have been trained on them.
     With `capture` whole steps, the optimizer's part included, are CUDA graphs (see `capture`); Lightning's hooks around
     backward and optimizer then find the work done. `refused` hears why, where that cannot be.
     """
 
     def __init__(
         self,
-        method: nn.Module,
+        method: Method,
         recipe: SGD,
         seed: int,
         classes: int,
         about: dict[str, Any],
         capture: bool = False,
         refused: Callable[[str], None] = print,
+        teacher_saw_val: bool = False,
     ):
         super().__init__()
         self.method = method.to(memory_format=torch.channels_last)
         self.recipe, self.seed, self.about = recipe, seed, about
-        self.members = [f"student_{k}" for k in range(len(method.students))]
-        self.members += ["teacher"] * (method.teacher_kind is not None) + ["ensemble"]
+        self.members = member_names(method)
+        self.teacher_saw_val = teacher_saw_val
         self.scores = nn.ModuleDict({f"{stage}_": Scores(len(self.members), classes) for stage in self.stages})
         self.terms: Terms | None = None
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
@@ -83,7 +87,17 @@ class DistillationModule(pl.LightningModule):
         if self.captured is None:
             super().backward(loss)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_algorithm == "value" or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for parameters in self.method.clipped_together():
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def on_train_epoch_start(self) -> None:
+        self.method.at_epoch(self.current_epoch, self.trainer.max_epochs)
         self.scores["train_"].reset()
         if self.terms is not None:
             self.terms.reset()
@@ -95,6 +109,8 @@ class DistillationModule(pl.LightningModule):
         else:
             optimizer_closure()
         if self.latest is not None:
+            if self.captured is None:  # a captured step has done it
+                self.method.after_step()
             self.count(*self.latest)
 
     def count(self, terms: dict[str, Tensor], outputs: dict[str, Tensor], target: Tensor) -> None:
@@ -141,19 +157,24 @@ class DistillationModule(pl.LightningModule):
         computed = scores.compute()
         recall = computed["recall"]
         few = recall.shape[1] <= 5
-        self.figures[stage] = {
+        figures = {
             "top1": computed["top1"].tolist(),
             "top5": [None] * len(self.members) if few else computed["top5"].tolist(),
             "balanced_accuracy": recall.nanmean(1).tolist(),
         }
+        if stage == "val" and self.teacher_saw_val:
+            for values in figures.values():
+                values[self.members.index("teacher")] = None
+        self.figures[stage] = figures
         scores.reset()
         return self.figures[stage]
 
     def member_logits(self, outputs: dict[str, Tensor]) -> Tensor:
         """(M, N, K) in the order of `members`; the ensemble's are the log of the students' mean softmax."""
-        students, teacher = outputs["student_logits"].detach(), outputs["teacher_logits"]
+        students, teacher, averages = (outputs.get(f"{kind}_logits") for kind in ("student", "teacher", "average"))
         ensemble = students.softmax(-1).mean(0).log()
-        return torch.cat([students, *([] if teacher is None else [teacher.detach()[None]]), ensemble[None]])
+        parts = [students, averages, teacher if teacher is None else teacher[None], ensemble[None]]
+        return torch.cat([part for part in parts if part is not None]).detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the run is, and the running metrics, summed over the processes."""
@@ -177,6 +198,14 @@ class DistillationModule(pl.LightningModule):
         """Checkpoints hold the method only; the metrics beside it have no weights."""
         own = {name.removeprefix("method."): tensor for name, tensor in state_dict.items()}
         return self.method.load_state_dict(own, strict=strict, assign=assign)
+
+
+def member_names(method: Method) -> list[str]:
+    """Whoever is evaluated, in the order of their logits."""
+    students = len(method.students)
+    averages = len(method.candidates()) - students
+    names = [f"student_{k}" for k in range(students)] + [f"average_{k}" for k in range(averages)]
+    return [*names, *["teacher"] * (method.teacher_kind is not None), "ensemble"]
 
 
 def summed(metric: Any) -> dict[str, Tensor]:

@@ -38,9 +38,10 @@ class SGD:
 
 
 def parameter_groups(network: nn.Module, weight_decay: float, decay_norm: bool) -> list[dict]:
+    trained = [p for p in network.parameters() if p.requires_grad]
     if decay_norm:
-        return [{"params": list(network.parameters()), "weight_decay": weight_decay}]
+        return [{"params": trained, "weight_decay": weight_decay}]
     of_norms = {id(p) for m in network.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
-    decayed = [p for p in network.parameters() if id(p) not in of_norms]
-    exempt = [p for p in network.parameters() if id(p) in of_norms]
+    decayed = [p for p in trained if id(p) not in of_norms]
+    exempt = [p for p in trained if id(p) in of_norms]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]

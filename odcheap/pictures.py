@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from odcheap.errors import Failure, first_line
+from odcheap.images import stacked, stream_of
 from odcheap.seeds import seeded
 
 TRIES = 20  # successive pictures that may be broken before that is the end
@@ -94,10 +95,11 @@ class TrainingPictures(Dataset):
     """Asked for (epoch, index): what is random about a picture is a function of (seed, epoch, index).
 
     The next readable picture takes a broken one's place. Where 20 in a row are broken the sample has the label -1.
+    With more `views` than one a sample has so many augmentations, (S, C, H, W).
     """
 
-    def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int):
-        self.files, self.transform, self.seed, self.size = files, transform, seed, size
+    def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int, views: int = 1):
+        self.files, self.transform, self.seed, self.size, self.views = files, transform, seed, size, views
 
     def __getitem__(self, where: tuple[int, int]) -> Sample:
         epoch, index = where
@@ -109,9 +111,13 @@ class TrainingPictures(Dataset):
             except BrokenPicture as error:
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
-            with seeded(self.seed, "augment", epoch, index):
-                return Sample(self.transform(picture), torch.tensor(self.files.target[i]), broken)
-        return without_picture(self.size, broken)
+            seen = [self.view(picture, epoch, index, view) for view in range(self.views)]
+            return Sample(torch.stack(seen) if self.views > 1 else seen[0], torch.tensor(self.files.target[i]), broken)
+        return without_picture(self.size, broken, self.views)
+
+    def view(self, picture: Image.Image, epoch: int, index: int, view: int) -> Tensor:
+        with seeded(self.seed, *stream_of(epoch, index, view)):
+            return self.transform(picture)
 
 
 class EvaluationPictures(Dataset):
@@ -128,12 +134,15 @@ class EvaluationPictures(Dataset):
         return Sample(self.transform(picture), torch.tensor(self.files.target[index]), [])
 
 
-def without_picture(size: int, broken: list[tuple[str, str]]) -> Sample:
-    return Sample(torch.zeros(3, size, size, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
+def without_picture(size: int, broken: list[tuple[str, str]], views: int = 1) -> Sample:
+    shape = (views, 3, size, size) if views > 1 else (3, size, size)
+    return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """A batch, channels last in memory."""
-    images = torch.stack([sample.image for sample in samples]).contiguous(memory_format=torch.channels_last)
+    """A batch, (N, C, H, W) or (S, N, C, H, W), channels last in memory."""
+    images = torch.stack([sample.image for sample in samples], dim=-4)
+    views = images.view(-1, *images.shape[-4:])
+    images = stacked([view.contiguous(memory_format=torch.channels_last) for view in views])
     broken = [entry for sample in samples for entry in sample.broken]
     return Sample(images, torch.stack([sample.target for sample in samples]), broken)

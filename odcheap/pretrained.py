@@ -28,9 +28,13 @@ def disturb(network: nn.Module, noise: float) -> None:
                     p += noise * p.std() * torch.randn_like(p)
 
 
-def load_pretrained(network: nn.Module, path: str, num_classes: int) -> None:
-    """Copies a state dict's tensors; a classifier of another size stays new. Raises `OptionError`, nothing changed."""
-    option = "backbone.pretrained"
+def load_pretrained(
+    network: nn.Module, path: str, num_classes: int, option: str = "backbone.pretrained", new_head: bool = True
+) -> None:
+    """Copies a state dict's tensors; with `new_head` a classifier of another size stays new.
+
+    Raises `OptionError`, nothing changed; `option` says what asked for the file.
+    """
     content = read_safetensors(path, option)[0] if str(path).endswith(".safetensors") else read_torch(path, option)
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content.get(wrapper), dict):
@@ -40,7 +44,9 @@ def load_pretrained(network: nn.Module, path: str, num_classes: int) -> None:
     state = {name: t for name, t in tensors.items() if not name.startswith(AUXILIARY)}
     own = network.state_dict()
     last = f"{last_layer(network, num_classes)}."
-    if any(name in own and state[name].shape != own[name].shape for name in state if name.startswith(last)):
+    if new_head and any(
+        name in own and state[name].shape != own[name].shape for name in state if name.startswith(last)
+    ):
         state |= {name: t for name, t in own.items() if name.startswith(last)}
     counters = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")}  # old files have none
     state = counters | state

@@ -18,6 +18,7 @@ from odcheap.errors import OptionError
 from odcheap.files import write_text
 from odcheap.folder import Start, make_folder, prepare
 from odcheap.guard import Guard
+from odcheap.method import Method
 from odcheap.module import DistillationModule
 from odcheap.optim import SGD
 from odcheap.weights import load_weights, read_weights
@@ -47,9 +48,10 @@ def check(cfg: DictConfig) -> None:
             raise OptionError(name, value, "must be a whole number, 1 or more")
 
 
-def start_weights(start: Start, method: nn.Module, data: pl.LightningDataModule) -> None:
+def start_weights(start: Start, method: Method, data: pl.LightningDataModule) -> None:
     """Loads `weights` into a new run; warns where they were selected under another split of the data."""
     cfg = start.cfg
+    method.check_classes(data.classes)
     if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
         if not cfg.test_only:
             raise OptionError(
@@ -99,7 +101,7 @@ def must_capture(reason: str) -> None:
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
-    def __init__(self, start: Start, data: pl.LightningDataModule, method: nn.Module, recipe: SGD):
+    def __init__(self, start: Start, data: pl.LightningDataModule, method: Method, recipe: SGD):
         self.start, self.cfg, self.data = start, start.cfg, data
         about = {
             "overrides": start.overrides,
@@ -110,7 +112,9 @@ class Run:
         cfg, figure = self.cfg, SELECT_BY[data.select_by]
         refused = must_capture if cfg.capture is True else not_captured
         classes = len(data.classes)
-        self.module = DistillationModule(method, recipe, cfg.seed, classes, about, captures(cfg), refused)
+        saw = cfg.select != "test" and method.saw_held_out(data.fingerprint)
+        self.module = DistillationModule(method, recipe, cfg.seed, classes, about, captures(cfg), refused, saw)
+        data.views = len(method.students) if method.own_views else 1
         self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
         self.console = console()
 
@@ -175,7 +179,7 @@ class Run:
         if epoch != self.record.history[-1]["epoch"]:
             path = epoch_path(self.start.job_dir, epoch)
             self.module.load_state_dict(read_run(path, "job_dir")["state_dict"])
-        self.module.chosen = self.record.selected["student"]
+        self.module.chosen = self.record.selected["candidate"]
         return next(row for row in self.record.history if row["epoch"] == epoch)
 
     def tested(self, trainer: pl.Trainer, row: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +218,7 @@ class Run:
         settings = {key: about["config"][key] for key in ("backbone", "block_type")}
         settings |= {"classes": self.data.classes, "split": about["split"], "image_size": list(self.data.image_size)}
         settings |= {"mean": list(self.data.norm.mean), "std": list(self.data.norm.std)}
-        student = self.module.method.students.members[self.module.chosen]
+        student = self.module.method.candidates()[self.module.chosen]
         summary.write_student(job_dir / "student.safetensors", student, settings)
         summary.write_json(job_dir / "summary.json", result)
 
@@ -222,7 +226,7 @@ class Run:
         """Evaluates a checkpoint or given weights, writes `test.json` and nothing else."""
         if self.start.content is not None:
             self.module.load_state_dict(self.start.content["state_dict"])
-            self.record.selected = {"student": 0, "epoch": self.start.content["epoch"], "score": -1.0}
+            self.record.selected = {"candidate": 0, "epoch": self.start.content["epoch"], "score": -1.0}
         trainer = self.trainer(loggers=False)
         self.introduce(trainer)
         row = {}
@@ -232,7 +236,7 @@ class Run:
         if self.cfg.select != "test" and "val" in self.module.figures:
             figures = self.module.figures["val"]
             row = {f"val/{name}/{f}": figures[f][k] for f in figures for k, name in enumerate(self.module.members)}
-        self.module.chosen = self.record.selected["student"]
+        self.module.chosen = self.record.selected["candidate"]
         found = self.tested(trainer, row)
         result = {"selected": self.chosen(found), **found}
         result |= {"split": self.data.fingerprint, "versions": summary.versions()}

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from odcheap.data import Batch, BatchOrder, check_batches
 from odcheap.errors import Failure, OptionError
-from odcheap.images import Normalisation
+from odcheap.images import Normalisation, stacked
 from odcheap.pictures import (
     NO_TARGET,
     TRIES,
@@ -73,9 +73,10 @@ class Stream:
             images, target = sample.image, sample.target
             readable = target != NO_TARGET  # asked on the CPU: the device need not be waited for
             if not readable.all():
-                images, target = images[readable], target[readable]
+                images, target = images[..., readable, :, :, :], target[readable]
             images, target = (t.to(self.device, non_blocking=True) for t in (images, target))
-            yield Batch(self.norm.apply(images), target, 1.0)
+            views = images if images.ndim == 5 else images[None]
+            yield Batch(stacked([self.norm.apply(view) for view in views]), target, 1.0)
 
 
 class TrainStream:
@@ -173,6 +174,7 @@ class StreamedData(pl.LightningDataModule):
         self.centre = evaluation_transform(image_size, crop_ratio)
         self.broken = Broken(max_broken)
         self.parts: dict[str, Files] = {}
+        self.views = 1  # augmentations of each picture in a training batch
 
     def read(self) -> None:
         """Lists the pictures and makes the split, once."""
@@ -221,7 +223,7 @@ class StreamedData(pl.LightningDataModule):
         return BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, t.global_rank, t.world_size)
 
     def train_dataloader(self) -> TrainStream:
-        pictures = TrainingPictures(self.parts["train"], self.augment, self.seed, self.pixels)
+        pictures = TrainingPictures(self.parts["train"], self.augment, self.seed, self.pixels, self.views)
         return TrainStream(self.stream(pictures), self.order())
 
     def val_dataloader(self) -> EvalStream:

@@ -19,14 +19,17 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
-from odcheap import __version__, cost
+from odcheap import __version__, compare, cost
 from odcheap.callbacks import Record
 from odcheap.files import write_atomic, write_text
 from odcheap.module import DistillationModule, Figures
 
 
 def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> dict[str, Any]:
-    """`students`, `teacher` and `ensemble` at one epoch: val figures from its record, test figures just computed."""
+    """`students`, `averages` (of their weights, or None), `teacher` and `ensemble` at one epoch.
+
+    Val figures are those of its record, test figures were just computed.
+    """
 
     def of(k: int, name: str) -> dict[str, Any]:
         return {
@@ -41,6 +44,7 @@ def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> d
     teacher = named.get("teacher")
     return {
         "students": [value for name, value in named.items() if name.startswith("student_")],
+        "averages": [value for name, value in named.items() if name.startswith("average_")] or None,
         "teacher": teacher and teacher | {"kind": module.method.teacher_kind},
         "ensemble": named["ensemble"],
     }
@@ -50,10 +54,12 @@ def selected(
     record: Record, at_selected: dict[str, Any], confused: list[list[int]], classes: list[str]
 ) -> dict[str, Any]:
     """The chosen student; `recall` by class on the test images, None for a class that has none there."""
-    chosen = at_selected["students"][record.selected["student"]]
+    candidates, count = at_selected["students"] + (at_selected["averages"] or []), len(at_selected["students"])
+    chosen = candidates[record.selected["candidate"]]
     recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in enumerate(confused)]
     return {
-        "student": record.selected["student"],
+        "student": record.selected["candidate"] % count,
+        "averaged": record.selected["candidate"] >= count,
         "epoch": record.selected["epoch"],
         "selected_on": record.select,
         "selected_by": record.figure,
@@ -75,8 +81,15 @@ def counted(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]
 def costs(
     module: DistillationModule, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int
 ) -> dict[str, Any]:
-    """Of one student and of the standard network; `training_macs` counts a backward pass as two forward passes."""
-    student = module.method.students.members[0]
+    """Of one student, of the standard network, and of a teacher from elsewhere with what its own training took.
+
+    `training_macs` counts a backward pass as two forward passes.
+    """
+    method = module.method
+    student, frozen = method.students.members[0], [cost.macs(network, image_size) for network in method.frozen()]
+    teacher = None
+    if method.teacher_kind == "frozen":
+        teacher = {"params": cost.params(method.teacher), "macs": frozen[0], **method.teacher.history}
     return {
         "params": cost.params(student),
         "macs": cost.macs(student, image_size),
@@ -85,7 +98,8 @@ def costs(
             "macs": cost.macs(standard, image_size),
             "note": getattr(standard, "standard_note", None),
         },
-        "training_macs": 3 * cost.macs(module.method, image_size) * images_trained,
+        "teacher": teacher,
+        "training_macs": (3 * cost.macs(method, image_size) - 2 * sum(frozen)) * images_trained,
     }
 
 
@@ -149,19 +163,24 @@ def table(summary: dict[str, Any]) -> Table:
     for column in ("", "val top-1", "test top-1", "test top-5", "test balanced"):
         made.add_column(column, justify="left" if not column else "right")
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
+    members += [(f"average of student {k}", value) for k, value in enumerate(summary["averages"] or [])]
     if summary["teacher"]:
         members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
     for name, value in [*members, ("ensemble of the students", summary["ensemble"])]:
-        chosen = name == f"student {choice['student']}"
+        chosen = name == named(choice)
         figures = [shown(value[figure]) for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")]
         made.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
     return made
 
 
+def named(choice: dict[str, Any]) -> str:
+    return f"{'average of ' if choice['averaged'] else ''}student {choice['student']}"
+
+
 def caption(summary: dict[str, Any]) -> str:
     choice, spent = summary["selected"], summary.get("cost")
     on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
-    text = f"student {choice['student']} of epoch {choice['epoch']}, selected on {on[choice['selected_on']]}"
+    text = f"{named(choice)} of epoch {choice['epoch']}, selected on {on[choice['selected_on']]}"
     if spent:
         standard = spent["standard"]
         text += f"\n{spent['params']:,} parameters (standard network {standard['params']:,}), "
@@ -170,6 +189,29 @@ def caption(summary: dict[str, Any]) -> str:
         dearer = spent["macs"] > standard["macs"] or spent["params"] > standard["params"]
         text += "\nwarning: this student is dearer than the standard network" if dearer else ""
     return text
+
+
+def methods_table(compared: list[compare.Row]) -> Table:
+    """Each method's test top-1 and its gain over `alone`, paired by seed: means and sample deviations."""
+    title = (
+        "test top-1, mean ± deviation over seeds; gain over alone, seed by seed\n"
+        "mean student: of all students after the last epoch, nothing picked; selected: the best on held-out images"
+    )
+    made = Table(title=title, title_justify="left", title_style="")
+    words = ["setting"] * any(row.setting for row in compared) + ["method"]
+    for column in (*words, "seeds", "mean student", "gain", "selected", "gain"):
+        made.add_column(column, justify="left" if column in words else "right", overflow="fold")
+    for row in compared:
+        figures = [spoken(s, sign) for s, sign in zip(row[2:], ("", "+", "", "+"), strict=True)]
+        made.add_row(*(Text(getattr(row, word)) for word in words), str(row.mean_student.n), *figures)
+    return made
+
+
+def spoken(spread: compare.Spread | None, sign: str) -> str:
+    if spread is None:
+        return "-"
+    mean = f"{spread.mean:{sign}.4f}"
+    return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.4f}"
 
 
 def sweep_table(outcomes: list[tuple[str, str, dict[str, Any] | None]]) -> Table:

@@ -12,7 +12,7 @@ def record(tmp_path, select="val"):
 
 def module(*top1):
     """A module of students with these accuracies and a better teacher."""
-    method = SimpleNamespace(students=[None] * len(top1))
+    method = SimpleNamespace(candidates=lambda: [None] * len(top1))
     return SimpleNamespace(figures={"val": {"top1": [*top1, 0.99]}}, method=method)
 
 
@@ -20,13 +20,13 @@ def test_ties_go_to_the_earlier_epoch_then_the_lower_student(tmp_path):
     watched = record(tmp_path)
     for epoch, top1 in enumerate([(0.5, 0.4), (0.6, 0.6), (0.6, 0.6), (0.1, 0.2)]):
         watched.choose(epoch, module(*top1))
-    assert watched.selected == {"student": 0, "epoch": 1, "score": 0.6}
+    assert watched.selected == {"candidate": 0, "epoch": 1, "score": 0.6}
 
 
 def test_the_teacher_is_never_selected(tmp_path):
     watched = record(tmp_path)
     watched.choose(0, module(0.3, 0.4))
-    assert watched.selected["student"] == 1
+    assert watched.selected["candidate"] == 1
 
 
 def test_the_figure_that_decides_is_the_one_asked_for(tmp_path):
@@ -34,14 +34,14 @@ def test_the_figure_that_decides_is_the_one_asked_for(tmp_path):
     students = module(0.9, 0.1)
     students.figures["val"]["balanced_accuracy"] = [0.3, 0.4, 0.5]
     watched.choose(0, students)
-    assert watched.selected == {"student": 1, "epoch": 0, "score": 0.4}
+    assert watched.selected == {"candidate": 1, "epoch": 0, "score": 0.4}
 
 
 def test_last_picks_nothing(tmp_path):
     watched = record(tmp_path, "last")
     for epoch, top1 in enumerate([(0.1, 0.9), (0.2, 0.3)]):
         watched.choose(epoch, module(*top1))
-    assert watched.selected["student"] == 0
+    assert watched.selected["candidate"] == 0
     assert watched.selected["epoch"] == 1
 
 

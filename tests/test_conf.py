@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 import odcheap.cli  # noqa: F401  the config's resolvers
 from odcheap.adapters import stride_of
 from odcheap.backbones import CifarResNet
-from odcheap.convs import DW, CheapConv
+from odcheap.convs import DW, CheapConv, Standard
 from odcheap.students import Students
+from odcheap.summary import write_student
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -60,9 +61,14 @@ def count_pairs(network):
 
 
 @pytest.mark.parametrize("method", options("method"))
-def test_methods_build_and_their_terms_add_up(composed, method):
+def test_methods_build_and_their_terms_add_up(composed, method, tmp_path):
     cfg = composed(f"method={method}", "backbone.depth=8")
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
+    if method == "kd":  # needs a trained teacher
+        settings = OmegaConf.to_container(composed("block_type=Standard", "backbone.depth=8"), resolve=True)
+        settings |= {"classes": ["a", "b", "c"], "split": "", "image_size": [3, 8, 8], "mean": [0] * 3, "std": [1] * 3}
+        write_student(tmp_path / "student.safetensors", backbone(conv=Standard(), num_classes=3), settings)
+        cfg.method.teacher_weights = str(tmp_path)
     students = Students(lambda: backbone(conv=conv, num_classes=3), 2, seed=0)
     made = instantiate(cfg.method)(students=students)
     outputs = made(torch.randn(4, 3, 8, 8))

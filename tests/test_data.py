@@ -120,6 +120,19 @@ def test_the_split_ignores_the_seed_and_the_batch_size_is_global():
     assert len(next(iter(two.train_dataloader())).target) == 16
 
 
+def test_each_student_may_get_a_view_of_its_own():
+    data = digits_data()
+    plain = next(iter(data.train_dataloader()))
+    data.views = 3
+    several = next(iter(data.train_dataloader()))
+    assert several.images.shape == (3, *plain.images.shape)
+    assert torch.equal(several.images[0], plain.images)
+    assert torch.equal(several.target, plain.target)
+    assert not torch.equal(several.images[1], several.images[0])
+    assert not torch.equal(several.images[1], several.images[2])
+    assert next(iter(data.val_dataloader())).images.ndim == 4
+
+
 def test_selection_on_test_watches_the_test_images_and_none_without_held_out_ones():
     assert len(digits_data(select="test", val_size=0).val_dataloader().target) == 360
     assert watched(digits_data(select="last", val_size=0)) == 0

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from odcheap.images import Augmentation, Normalisation
+from odcheap.images import Augmentation, Normalisation, stacked
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -38,6 +38,22 @@ def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone():
     assert torch.equal(augment.draw(50, 0, 1), augment.draw(50, 0, 1))
     assert not torch.equal(augment.draw(50, 0, 1), augment.draw(50, 0, 2))
     assert not torch.equal(augment.draw(50, 0, 1), augment.draw(50, 1, 1))
+
+
+def test_views_differ_and_the_first_is_the_one_that_all_methods_see():
+    augment = Augmentation(True, 4)
+    views = [augment.draw(50, 0, 1, view) for view in range(3)]
+    assert torch.equal(views[0], augment.draw(50, 0, 1))
+    assert not torch.equal(views[1], views[0])
+    assert not torch.equal(views[1], views[2])
+
+
+def test_stacked_views_keep_their_channels_last():
+    views = [torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    found = stacked(views)
+    assert torch.equal(found, torch.stack(views))
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in found)
+    assert stacked(views[:1]) is views[0]
 
 
 def test_normalisation_equals_torchvision_s():

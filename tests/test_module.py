@@ -5,7 +5,9 @@ import torch
 
 from odcheap.backbones import CifarResNet
 from odcheap.convs import DW
+from odcheap.methods.alone import Alone
 from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.pcl import PeerCollaborativeLearning
 from odcheap.module import DistillationModule
 from odcheap.optim import SGD
 from odcheap.students import Students
@@ -43,6 +45,40 @@ def test_the_ensemble_is_the_mean_softmax_of_the_students():
     probabilities = outputs["student_logits"].softmax(-1)
     torch.testing.assert_close(members[3].softmax(-1), (probabilities[0] + probabilities[1]) / 2)
     assert torch.equal(members[2], outputs["teacher_logits"])
+
+
+def test_averages_stand_behind_the_students():
+    method = PeerCollaborativeLearning(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
+    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={})
+    assert module.members == ["student_0", "student_1", "average_0", "average_1", "teacher", "ensemble"]
+    outputs = logits(5) | {"average_logits": torch.full((2, 30, 5), 7.0)}
+    members = module.member_logits(outputs)
+    assert torch.equal(members[2:4], outputs["average_logits"])
+    assert torch.equal(members[4], outputs["teacher_logits"])
+    torch.testing.assert_close(members[5].softmax(-1), outputs["student_logits"].softmax(-1).mean(0))
+
+
+def test_a_teacher_that_saw_the_held_out_images_has_no_figure_there():
+    method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
+    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={}, teacher_saw_val=True)
+    for stage in ("val", "test"):
+        module.scores[f"{stage}_"].update(module.member_logits(logits(5)), torch.arange(30) % 5)
+        figures = module.finish(stage)
+        for name in ("top1", "balanced_accuracy"):
+            assert [value is None for value in figures[name]] == [False, False, stage == "val", False]
+
+
+@pytest.mark.parametrize("kind", [Alone, OnlineDistillation])
+def test_students_that_share_nothing_are_clipped_apart(kind):
+    method = kind(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
+    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={})
+    for p in method.parameters():
+        p.grad = torch.ones_like(p)
+    module.configure_gradient_clipping(None, 1.0, "norm")
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in s.parameters()]) for s in method.students.members]
+    assert [norm.item() == pytest.approx(1.0, rel=1e-3) for norm in norms] == [kind is Alone] * 2
+    whole = torch.nn.utils.get_total_norm([p.grad for p in method.parameters()])
+    assert (whole.item() == pytest.approx(1.0, rel=1e-3)) == (kind is not Alone)
 
 
 def test_every_process_evaluates_with_the_first_one_s_statistics(monkeypatch):

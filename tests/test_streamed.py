@@ -85,6 +85,21 @@ def test_workers_change_nothing(flat):
     assert batches[0].images.max() <= 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_student_may_get_a_view_of_its_own(flat, workers):
+    (flat / "red" / "0.png").write_bytes(b"?")
+    data = made(flat, workers=workers)
+    plain = list(data.train_dataloader())
+    data.views = 2
+    for one, several in zip(plain, data.train_dataloader(), strict=True):
+        assert several.images.shape == (2, *one.images.shape)
+        assert torch.equal(several.images[0], one.images)
+        assert torch.equal(several.target, one.target)
+        assert not torch.equal(several.images[1], one.images)
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in several.images)
+    assert all(batch.images.ndim == 4 for batch in data.val_dataloader())
+
+
 def test_a_resumed_loader_goes_on_where_it_was(flat):
     whole = list(made(flat).train_dataloader())
     loader = made(flat).train_dataloader()

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.losses import check_distillation, soft_kl
+from odcheap.method import Method, summed
 from odcheap.students import Students
 
 
-class OnlineDistillation(nn.Module):
+class OnlineDistillation(Method):
     """Students with a teacher head on their concatenated features.
 
     `kl_reduction`: "batchmean" (the textbook's) or "mean" (the 2019 code's; smaller by the number of classes).
-    `detach_teacher`: the KL's gradient reaches the students only. Raises `OptionError`.
+    `detach_teacher`: the KL's gradient reaches the students only. `normalise=False` leaves out the teacher's BN and
+    ReLU. Raises `OptionError`.
     """
 
     teacher_kind = "head"
@@ -32,17 +34,20 @@ class OnlineDistillation(nn.Module):
         temperature: float = 4.0,
         kl_reduction: str = "batchmean",
         detach_teacher: bool = False,
+        normalise: bool = True,
     ):
-        super().__init__()
+        super().__init__(students)
         check_distillation(temperature, kl_reduction)
-        self.students = students
         self.temperature, self.kl_reduction, self.detach_teacher = temperature, kl_reduction, detach_teacher
-        self.norm = nn.BatchNorm2d(len(students) * students.num_features)
-        self.fc = nn.Linear(len(students) * students.num_features, students.num_classes)
+        width = len(students) * students.num_features
+        self.norm = nn.BatchNorm2d(width) if normalise else None
+        self.fc = nn.Linear(width, students.num_classes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features, student_logits = self.students(images)
-        together = F.relu(self.norm(torch.cat(features, dim=1)), inplace=True)
+        together = torch.cat(features, dim=1)
+        if self.norm is not None:
+            together = F.relu(self.norm(together), inplace=True)
         return {"student_logits": student_logits, "teacher_logits": self.fc(together.mean((2, 3)))}
 
     def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
@@ -54,4 +59,4 @@ class OnlineDistillation(nn.Module):
             kl = soft_kl(student, example, self.temperature, self.kl_reduction)
             terms[f"ce_student_{k}"] = F.cross_entropy(student, target)
             terms[f"kl_student_{k}"] = self.temperature**2 * kl
-        return terms | {"loss": torch.stack(list(terms.values())).sum()}
+        return summed(terms)

@@ -1,0 +1,78 @@
+"""PCL: peers learn from an ensemble of their features, and from each other's averages over time.
+
+G. Wu, S. Gong, "Peer collaborative learning for online knowledge distillation", AAAI 2021. With z_t the ensemble
+teacher, m_l the logits of peer l's average, q(z) = softmax(z / T) and w the ramp-up,
+
+    z_t  = linear(concat(pooled features))
+    loss = sum_k L_ce_k + L_ce_t + w T^2 sum_k [ KL(q(z_t) || q(z_k)) + 1 / (S - 1) sum_{l != k} KL(q(m_l) || q(z_k)) ]
+
+T = 3, w over the first 80 of 300 epochs; z_t and m_l are givens within the KLs. Every peer sees an augmentation of its
+own, its average the same. An average's weights follow a <- d a + (1 - d) weights after each step g (from 0), with
+d = min(1 - 1 / (g + 1), 0.999); its batch norm's statistics are those of its own forward passes on the training
+batches, S more without a backward pass. The paper deploys an average: they are candidates beside the students. Its
+peers are branches of one network; ours are whole networks that share nothing but the ensemble's classifier.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odcheap.errors import OptionError
+from odcheap.losses import check_distillation, soft_kl
+from odcheap.method import Method, RampUp, cross_entropies, each, summed
+from odcheap.students import Students
+
+
+class PeerCollaborativeLearning(Method):
+    """`decay` bounds d; `ramp_up` is a part of the run's epochs. Raises `OptionError`."""
+
+    teacher_kind = "head"
+    own_views = True
+    fewest = 2
+    steps: Tensor
+
+    def __init__(self, students: Students, temperature: float = 3.0, decay: float = 0.999, ramp_up: float = 80 / 300):
+        super().__init__(students)
+        check_distillation(temperature)
+        if not 0 <= decay < 1:
+            raise OptionError("method.decay", decay, "must be 0 or more and below 1")
+        self.temperature, self.decay, self.ramp = temperature, decay, RampUp(ramp_up)
+        self.fc = nn.Linear(len(students) * students.num_features, students.num_classes)
+        self.averages = copy.deepcopy(students).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def candidates(self) -> list[nn.Module]:
+        return [*self.students.members, *self.averages.members]
+
+    def frozen(self) -> list[nn.Module]:
+        return list(self.averages.members)
+
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        self.ramp.at_epoch(epoch, epochs)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.steps += 1
+        decay = (1 - 1 / self.steps).clamp(max=self.decay)
+        for average, weight in zip(self.averages.parameters(), self.students.parameters(), strict=True):
+            average.lerp_(weight, (1 - decay).to(weight.dtype))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """`average_logits` (S, N, K) besides."""
+        features, logits = self.students(images)
+        with torch.no_grad():
+            averages = self.averages(images)[1]
+        teacher = self.fc(torch.cat([f.mean((2, 3)) for f in features], dim=1))
+        return {"student_logits": logits, "teacher_logits": teacher, "average_logits": averages}
+
+    def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """Terms `L_ce_k`, `L_ce_t`, `L_pe_k` (from the ensemble) and `L_pm_k` (from the averages), with w T^2."""
+        logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
+        weight = self.ramp.weight * self.temperature**2
+        terms = cross_entropies(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
+        terms |= each(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
+        pairs = soft_kl(logits[None], outputs["average_logits"][:, None], self.temperature)  # from average l to peer k
+        others = (pairs.sum(0) - pairs.diagonal()) / (len(logits) - 1)
+        return summed(terms | each(weight * others, "L_pm"))

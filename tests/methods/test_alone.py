@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from odcheap.method import Method
+from odcheap.methods.alone import Alone
+from tests.methods.formulas import ce, check, logits, reached, students, terms
+
+
+def test_the_loss_is_that_of_the_labels():
+    z = logits(3)
+    check(terms(Alone(students()), student_logits=z), {f"ce_{k}": ce(z[k]) for k in range(3)})
+
+
+def test_each_term_reaches_its_own_student_only():
+    method = Alone(students())
+    assert [reached(method, f"ce_{k}") for k in range(3)] == [{"student_0"}, {"student_1"}, {"student_2"}]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_student_learns_the_same_whoever_is_beside_it(dropout):
+    """Also where it draws random numbers."""
+    weights = []
+    for num_stu in (1, 3):
+        method = Alone(students(num_stu))
+        if dropout:
+            for member in method.students.members:
+                member.layer1.register_forward_hook(lambda module, given, out: torch.dropout(out, 0.5, module.training))
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        for step in range(3):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            method.loss(method(images), torch.arange(8) % 5)["loss"].backward()
+            optimizer.step()
+        weights.append(method.students.members[0].state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_gradients_are_clipped_student_by_student():
+    method: Method = Alone(students())
+    parts = method.clipped_together()
+    assert [len(part) for part in parts] == [len(list(s.parameters())) for s in method.students.members]
+    assert parts[1][0] is next(method.students.members[1].parameters())

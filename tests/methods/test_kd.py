@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from odcheap.backbones import CifarResNet
+from odcheap.convs import Standard
+from odcheap.errors import OptionError
+from odcheap.methods.kd import OfflineDistillation
+from odcheap.teacher import Teacher
+from tests.methods.formulas import CLASSES, ce, check, logits, reached, soft, students, terms
+
+HALF = (0.5,) * 3
+
+
+def teacher(**about):
+    return Teacher(CifarResNet(8, Standard(), CLASSES), (HALF, HALF), HALF, HALF, 8, **about)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_loss_equals_the_paper_s_formula(alpha):
+    z, example = logits(3), logits(seed=1)
+    expected = {f"ce_{k}": (1 - alpha) * ce(z[k]) for k in range(3)}
+    expected |= {f"kl_{k}": alpha * soft(z[k], example, 4) for k in range(3)}
+    method = OfflineDistillation(students(), teacher(), alpha=alpha)
+    check(terms(method, student_logits=z, teacher_logits=example), expected)
+
+
+def test_the_teacher_never_changes():
+    method = OfflineDistillation(students(2), teacher())
+    before = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    method.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        method.loss(method(torch.randn(4, 3, 8, 8)), torch.arange(4))["loss"].backward()
+        optimizer.step()
+    assert not any(m.training for m in method.teacher.modules())
+    assert all(torch.equal(t, before[name]) for name, t in method.teacher.state_dict().items())
+
+
+def test_the_kl_teaches_the_students():
+    assert reached(OfflineDistillation(students(2), teacher()), "kl_1") == {"student_1"}
+
+
+def test_a_teacher_of_the_same_split_has_not_seen_the_held_out_images():
+    assert not OfflineDistillation(students(1), teacher(split="abc")).saw_held_out("abc")
+    assert OfflineDistillation(students(1), teacher(split="abc")).saw_held_out("other")
+    assert OfflineDistillation(students(1), teacher()).saw_held_out("abc")
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_alpha_is_a_share(alpha):
+    with pytest.raises(OptionError, match=f"method.alpha={alpha}: must be from 0 to 1"):
+        OfflineDistillation(students(1), teacher(), alpha=alpha)

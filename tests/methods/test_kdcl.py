@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from odcheap.errors import OptionError
+from odcheap.methods.kdcl import CollaborativeLearning
+from tests.methods.formulas import CLASSES, IMAGES, TARGET, ce, check, logits, reached, soft, softmax, students, terms
+
+
+def min_logit(z):
+    aim = np.empty((IMAGES, CLASSES))
+    for n, c in enumerate(TARGET):
+        for j in range(CLASSES):
+            aim[n, j] = min(own[n, j] - own[n, c] for own in z)
+    return aim
+
+
+def naive(z):
+    losses = [[-np.log(softmax(own)[n, c]) for own in z] for n, c in enumerate(TARGET)]
+    return np.stack([z[int(np.argmin(losses[n])), n] for n in range(IMAGES)])
+
+
+@pytest.mark.parametrize("num_stu", [2, 3, 4])
+@pytest.mark.parametrize("soft_target", [min_logit, naive])
+def test_the_loss_equals_the_paper_s_formula(num_stu, soft_target):
+    z = logits(num_stu)
+    expected = {f"L_CE_{k}": ce(z[k]) for k in range(num_stu)}
+    expected |= {f"L_KD_{k}": 0.5 * soft(z[k], soft_target(z), 2) for k in range(num_stu)}
+    name = soft_target.__name__.replace("_", "")
+    method = CollaborativeLearning(students(num_stu), weight=0.5, soft_target=name)
+    check(terms(method, student_logits=z), expected)
+
+
+@pytest.mark.parametrize("name", ["minlogit", "naive"])
+def test_the_soft_target_is_a_given(name):
+    method = CollaborativeLearning(students(), soft_target=name)
+    assert reached(method, "L_KD_2") == {"student_2"}
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(OptionError, match="method.soft_target=linear: must be one of minlogit, naive"):
+        CollaborativeLearning(students(), soft_target="linear")

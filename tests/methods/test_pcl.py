@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from odcheap.errors import OptionError
+from odcheap.methods.pcl import PeerCollaborativeLearning
+from tests.methods.formulas import ce, check, logits, reached, soft, students, terms
+
+
+@pytest.mark.parametrize("num_stu", [2, 3, 4])
+def test_the_loss_equals_the_paper_s_formula(num_stu):
+    z, teacher, averages = logits(num_stu), logits(seed=1), logits(num_stu, seed=2)
+    expected = {f"L_ce_{k}": ce(z[k]) for k in range(num_stu)} | {"L_ce_t": ce(teacher)}
+    expected |= {f"L_pe_{k}": soft(z[k], teacher, 3) for k in range(num_stu)}
+    for k in range(num_stu):
+        others = [soft(z[k], averages[j], 3) for j in range(num_stu) if j != k]
+        expected[f"L_pm_{k}"] = sum(others) / len(others)
+    method = PeerCollaborativeLearning(students(num_stu))
+    found = terms(method, student_logits=z, teacher_logits=teacher, average_logits=averages)
+    check(found, expected)
+
+
+def test_what_is_imitated_is_a_given():
+    method = PeerCollaborativeLearning(students())
+    assert reached(method, "L_pe_0") == reached(method, "L_pm_0") == {"student_0"}
+    assert reached(method, "L_ce_t") == {"student_0", "student_1", "student_2", "fc"}
+
+
+def test_averages_follow_the_weights_after_each_step():
+    """True means at first, then with the decay."""
+    method = PeerCollaborativeLearning(students(2), decay=0.75).double()
+    weight, average = method.students.members[1].fc.weight, method.averages.members[1].fc.weight
+    expected = average.clone()
+    for step in range(8):
+        with torch.no_grad():
+            weight.copy_(torch.full_like(weight, step**2))
+        method.after_step()
+        decay = min(1 - 1 / (step + 1), 0.75)
+        expected = decay * expected + (1 - decay) * step**2
+        torch.testing.assert_close(average, expected)
+
+
+def test_averages_keep_their_own_batch_norm_s_statistics():
+    method = PeerCollaborativeLearning(students(2))
+    before = method.students.members[0].bn1.running_mean.clone()
+    with torch.no_grad():
+        method.averages.members[0].conv1.weight.mul_(2)
+    method(torch.randn(4, 3, 8, 8))
+    student, average = (s.members[0].bn1 for s in (method.students, method.averages))
+    assert not torch.equal(student.running_mean, before)
+    torch.testing.assert_close(average.running_mean, 2 * student.running_mean)
+
+
+def test_each_peer_and_its_average_see_the_same_view():
+    method = PeerCollaborativeLearning(students(2)).eval()
+    views = torch.randn(2, 4, 3, 8, 8)
+    found = method(views)
+    for k in range(2):
+        torch.testing.assert_close(found["student_logits"][k], method.students.members[k](views[k]))
+        torch.testing.assert_close(found["average_logits"][k], method.averages.members[k](views[k]))
+
+
+def test_students_then_averages_are_to_be_chosen_from():
+    method = PeerCollaborativeLearning(students(2))
+    assert method.candidates() == [*method.students.members, *method.averages.members]
+    assert not any(p.requires_grad for p in method.averages.parameters())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_the_decay_is_below_one(decay):
+    with pytest.raises(OptionError, match=f"method.decay={decay}: must be 0 or more and below 1"):
+        PeerCollaborativeLearning(students(), decay=decay)
