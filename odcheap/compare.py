@@ -81,10 +81,12 @@ def selected_student(summary: dict[str, Any]) -> float:
 
 
 def varying(options: list[dict[str, Any]]) -> set[str]:
-    """The options that are not the same in all runs."""
-    keys = set().union(*options) if options else set()
-    absent = object()
-    return {key for key in keys if any(o.get(key, absent) != options[0].get(key, absent) for o in options)}
+    """The options that are not the same in all runs that have them: what only one block type has says nothing more."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for own in options:
+        for key, value in own.items():
+            seen[key].add(repr(value))
+    return {key for key, values in seen.items() if len(values) > 1}
 
 
 def name_of(target: str) -> str:

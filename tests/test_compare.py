@@ -38,6 +38,7 @@ def test_one_seed_has_no_deviation():
 
 def test_settings_are_compared_within_themselves():
     options = [{"block_type._target_": f"odcheap.convs.{name}", "trainer.max_epochs": 5} for name in ("DW", "Shift")]
+    options[1]["block_type.only_here"] = 4
     runs = [run("alone", 0, (0.1 * (k + 1),), 0.5, **given) for k, given in enumerate(options)]
     runs += [run("od", 0, (0.3 * (k + 1),), 0.5, **given) for k, given in enumerate(options)]
     found = rows(runs)
