@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from odcheap import cli, folder, launch, run
+from odcheap import cli, folder, launch, run, sweeps
 from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
 from odcheap.data import check_batches
@@ -27,11 +27,11 @@ def main(cfg: DictConfig) -> float | None:
     return cli.guarded(lambda: train(cfg, overrides, in_sweep), in_sweep)
 
 
-def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
+def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> sweeps.Outcome:
     start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default="auto" if in_sweep else None)
     if start.finished:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
-        return cli.Outcome(start.job_dir, "was finished", folder.summary_of(start.job_dir))
+        return sweeps.Outcome(str(start.job_dir), "was finished", folder.summary_of(start.job_dir))
     cfg = start.cfg
     cli.check_types(cfg, start.overrides)
     run.check(cfg)
@@ -54,12 +54,12 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> cli.Outcome:
     folder.make_folder(start.job_dir)
     if launch.needs_processes(cfg):
         launch.start_processes(Path(__file__), start)
-        return cli.Outcome(start.job_dir, "finished", folder.result_of(start))
+        return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
     trial = run.Run(start, data, method, instantiate(cfg.optimizer))
     summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
-    return cli.Outcome(start.job_dir, "finished", summary)
+    return sweeps.Outcome(str(start.job_dir), "finished", summary)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from odcheap import goals, probes, roofline
 from odcheap.cli import console, explained, failed, hush, hydra_line
+from odcheap.costs import CONF
 from odcheap.errors import Failure
 from odcheap.files import write_text
 from odcheap.race import Turn, made, race
-from odcheap.report import CONF
 from odcheap.summary import versions
 
 BEGAN = time.perf_counter()

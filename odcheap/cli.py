@@ -1,5 +1,6 @@
 """The command line around Hydra: one line for what the user can mend, one table for a sweep."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -7,9 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
@@ -22,25 +21,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from odcheap import compare, folder
+from odcheap import folder, state, sweeps
 from odcheap.errors import Failure, OptionError, first_line
 from odcheap.launch import quoted
-from odcheap.summary import methods_table, sweep_table
+from odcheap.sweeps import Outcome
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
 PATHS += ("method.teacher_weights",)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended; `summary` where it has one."""
-
-    job_dir: Path
-    text: str
-    summary: dict[str, Any] | None
-
-
-outcomes: list[Outcome] = []  # of this process's sweep, in the order of its runs
 
 
 def say(text: str) -> None:
@@ -52,27 +39,16 @@ def say(text: str) -> None:
 def start(main: Callable[[], None], conf: Path) -> int:
     """Runs Hydra's main, whose config lies in `conf`, and returns the exit status."""
     sys.argv[1:] = [quoted(arg) if arg.partition("=")[0] in PATHS else arg for arg in sys.argv[1:]]
-    outcomes.clear()
+    sweeps.ended.clear()
     hush()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         return failed(hydra_line(error, conf))
-    if outcomes:
-        names = short_names([outcome.job_dir.name for outcome in outcomes])
-        rows = [(name, o.text, o.summary) for name, o in zip(names, outcomes, strict=True)]
-        console().print(sweep_table(rows))
-        compared = compare.rows(finished_runs(outcomes))
-        if any(row.mean_student.n > 1 for row in compared) or len({row.method for row in compared}) > 1:
-            console().print(methods_table(compared))
-    return int(any(outcome.summary is None for outcome in outcomes))
-
-
-def finished_runs(ended: list[Outcome]) -> list[compare.Finished]:
-    """The runs that have a summary, with their options as they were."""
-    found = [(o.summary, o.job_dir / "config.yaml") for o in ended if o.summary is not None]
-    return [compare.Finished(folder.options_of(path), summary) for summary, path in found if path.is_file()]
+    if sweeps.ended:
+        sweeps.show(console(), sweeps.ended)
+    return int(any(outcome.summary is None for outcome in sweeps.ended))
 
 
 def hush() -> None:
@@ -103,15 +79,6 @@ def nearest(error: Exception, conf: Path) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def short_names(names: list[str]) -> list[str]:
-    """Without the overrides that all runs share."""
-    parts = [name.split(",") for name in names]
-    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
-    return [
-        ",".join(part for part in mine if part not in shared) or name for mine, name in zip(parts, names, strict=True)
-    ]
-
-
 def console() -> Console:
     """Wide enough for a table where nobody's terminal says how wide it is; text is printed as it is, not as markup."""
     made = Console(markup=False, highlight=False)
@@ -133,16 +100,24 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
         if not in_sweep:
             sys.exit(failed(line))
         failed(line)
-        outcome = Outcome(Path(HydraConfig.get().sweep.subdir), f"failed: {line}", None)
+        outcome = failure(line)
     except Exception as error:
         if not in_sweep:
             raise
         traceback.print_exc()
-        text = f"failed: {type(error).__name__}: {first_line(error)}"
-        outcome = Outcome(Path(HydraConfig.get().sweep.subdir), text, None)
+        outcome = failure(f"{type(error).__name__}: {first_line(error)}")
     if in_sweep:
-        outcomes.append(outcome)
+        sweeps.leave_word(outcome)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
+
+
+def failure(line: str) -> Outcome:
+    """Of a run of a sweep; its folder keeps the reason for `python -m odcheap.report --status`."""
+    where = Path(job_dir())
+    with contextlib.suppress(OSError):  # a folder that cannot be written may be the failure
+        where.mkdir(parents=True, exist_ok=True)
+        state.mark(where, "failed", line)
+    return Outcome(str(where), f"failed: {line}", None)
 
 
 def explained(error: BaseException) -> str:

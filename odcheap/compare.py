@@ -1,19 +1,25 @@
 """Methods side by side: means, deviations, and each method's gain over `alone`, paired by seed."""
 
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 BASELINE = "alone"
 SEED, METHOD = "seed", "method._target_"
 
+Summary = dict[str, Any]
+Figure = Callable[[Summary], float | None]
+
 
 class Finished(NamedTuple):
-    """A run: its options (flat, `method._target_` among them) and its summary."""
+    """A run: its options (flat, `method._target_` among them), its summary and its rows of `metrics.csv`."""
 
     options: dict[str, Any]
-    summary: dict[str, Any]
+    summary: Summary
+    history: tuple[dict[str, float], ...] = ()
 
 
 class Spread(NamedTuple):
@@ -23,23 +29,46 @@ class Spread(NamedTuple):
     mean: float
     deviation: float | None
 
+    @property
+    def resolved(self) -> bool:
+        """Whether the mean is at least two standard errors from zero; one value says nothing."""
+        return self.deviation is not None and abs(self.mean) >= 2 * self.deviation / math.sqrt(self.n)
 
-class Row(NamedTuple):
-    """A method in one setting: test top-1 of the mean student at the last epoch and of the selected one, and gains.
 
-    Without a run of `alone` of the same seed there is no gain.
-    """
+def spread(values: list[float]) -> Spread | None:
+    """None without values."""
+    if not values:
+        return None
+    return Spread(len(values), statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in one setting: its runs by seed, and those of `alone` (none where it is `alone`)."""
 
     setting: str
     method: str
-    mean_student: Spread
-    mean_gain: Spread | None
-    selected: Spread
-    selected_gain: Spread | None
+    by_seed: dict[Any, Finished]
+    baseline: dict[Any, Finished]
 
+    def of(self, figure: Figure) -> Spread | None:
+        found = (figure(run.summary) for run in self.by_seed.values())
+        return spread([value for value in found if value is not None])
 
-def spread(values: list[float]) -> Spread:
-    return Spread(len(values), statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+    def differences(self, figure: Figure) -> dict[Any, float]:
+        """By seed, where both runs have the figure."""
+        pairs = {seed: (figure(run.summary), self.of_baseline(seed, figure)) for seed, run in self.by_seed.items()}
+        return {seed: own - other for seed, (own, other) in pairs.items() if own is not None and other is not None}
+
+    def of_baseline(self, seed: Any, figure: Figure) -> float | None:
+        return figure(self.baseline[seed].summary) if seed in self.baseline else None
+
+    def gain(self, figure: Figure) -> Spread | None:
+        return spread(list(self.differences(figure).values()))
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.setting}" if self.setting else self.method
 
 
 def rows(runs: Iterable[Finished]) -> list[Row]:
@@ -50,34 +79,45 @@ def rows(runs: Iterable[Finished]) -> list[Row]:
         told = {key for key in told if not key.startswith("data.")} | {"data.name"}
     by_setting: dict[str, dict[str, dict[Any, Finished]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        own = varying([r.options for r in runs if r.options[METHOD] == run.options[METHOD]])
+        own = varying([r.options for r in runs if r.options.get(METHOD) == run.options.get(METHOD)])
         method = labelled(run.options, own & {key for key in run.options if key.startswith("method.")} | {METHOD})
-        by_setting[labelled(run.options, told)][method][run.options[SEED]] = run
+        by_setting[labelled(run.options, told)][method][run.options.get(SEED)] = run
     found = []
     for setting, methods in by_setting.items():
         baseline = methods.get(BASELINE, {})
         for method in sorted(methods, key=lambda name: name != BASELINE):
-            found.append(row(setting, method, methods[method], {} if method == BASELINE else baseline))
+            found.append(Row(setting, method, methods[method], {} if method == BASELINE else baseline))
     return found
 
 
-def row(setting: str, method: str, by_seed: dict[Any, Finished], baseline: dict[Any, Finished]) -> Row:
-    def of(figure: Any) -> tuple[Spread, Spread | None]:
-        found = {seed: figure(run.summary) for seed, run in by_seed.items()}
-        gains = [value - figure(baseline[seed].summary) for seed, value in found.items() if seed in baseline]
-        return spread(list(found.values())), spread(gains) if gains else None
-
-    return Row(setting, method, *of(mean_student), *of(selected_student))
-
-
-def mean_student(summary: dict[str, Any]) -> float:
+def mean_student(summary: Summary) -> float | None:
     """Nothing is picked: test top-1 of all students after the last epoch, averaged."""
-    return statistics.mean(student["test_top1"] for student in summary["last"]["students"])
+    students = (summary.get("last") or {}).get("students")
+    return statistics.mean(student["test_top1"] for student in students) if students else None
 
 
-def selected_student(summary: dict[str, Any]) -> float:
+def selected_student(summary: Summary) -> float | None:
     """Test top-1 of the one chosen on held-out images: of `alone` the best of S independent students."""
-    return summary["selected"]["test_top1"]
+    return (summary.get("selected") or {}).get("test_top1")
+
+
+def ensemble(summary: Summary) -> float | None:
+    """Test top-1 of the students' mean prediction, after the last epoch."""
+    return ((summary.get("last") or {}).get("ensemble") or {}).get("test_top1")
+
+
+def teacher_of(kind: str) -> Figure:
+    """Test top-1 after the last epoch of a teacher of this kind; others are no match for it."""
+
+    def figure(summary: Summary) -> float | None:
+        teacher = (summary.get("last") or {}).get("teacher") or {}
+        return teacher.get("test_top1") if teacher.get("kind") == kind else None
+
+    return figure
+
+
+def cost_of(name: str) -> Figure:
+    return lambda summary: (summary.get("cost") or {}).get(name)
 
 
 def varying(options: list[dict[str, Any]]) -> set[str]:

@@ -1,102 +1,209 @@
-"""`python -m odcheap.report --costs`: what every network costs with every block type."""
+"""`python -m odcheap.report DIR...`: runs and sweeps as tables and figures; `--status`; `--costs` of networks."""
 
 import argparse
+import csv
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import hydra
 from hydra.errors import HydraException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Group
 from rich.table import Table
-from torch import nn
+from rich.text import Text
 
-from odcheap import cost
+from odcheap import compare, costs, figures, latency, study
 from odcheap.cli import console, failed, hydra_line
-from odcheap.errors import Failure, OptionError
+from odcheap.compare import Row, Spread, cost_of, ensemble, mean_student, selected_student, teacher_of
+from odcheap.errors import Failure
+from odcheap.files import write_text
+from odcheap.study import Found
 
-CONF = Path(__file__).parents[1] / "conf"
-BLOCK_TYPES = ("Standard", "Shift", "DW", "Group")
-CLASSES = {32: 10, 224: 1000}  # of the usual data set at each size of picture
-
-
-class Cost(NamedTuple):
-    """One network: `params` and `macs` of one square picture with `pixels` a side; `refused` says why there is none."""
-
-    backbone: str
-    block_type: str
-    pixels: int = 0
-    params: int = 0
-    macs: int = 0
-    refused: str = ""
-
-
-def costs(overrides: list[str]) -> Iterator[Cost]:
-    """Every backbone times every block type, or those that the overrides name. Raises `OptionError`."""
-    named = dict(override.partition("=")[::2] for override in overrides)
-    rest = [o for o in overrides if o.partition("=")[0] not in ("backbone", "block_type")]
-    every = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml"))
-    for backbone in [named["backbone"]] if "backbone" in named else every:
-        for block_type in [named["block_type"]] if "block_type" in named else BLOCK_TYPES:
-            given = [f"backbone={backbone}", f"block_type={block_type}", "job_dir=unused", *rest]
-            cfg = hydra.compose("config", given)
-            missing = OmegaConf.missing_keys(cfg)
-            if missing and "backbone" in named:
-                raise OptionError(sorted(missing)[0], "???", "must be given")
-            if not missing:
-                yield of(cfg, " ".join([backbone, *([named["backbone.name"]] if "backbone.name" in named else [])]))
-
-
-def of(cfg: DictConfig, backbone: str) -> Cost:
-    conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
-    block_type = type(conv).__name__
-    try:
-        network: nn.Module = build(conv=conv, num_classes=CLASSES[32])
-        if CLASSES[network.made_for] != CLASSES[32]:
-            network = build(conv=conv, num_classes=CLASSES[network.made_for])
-    except Failure as error:
-        return Cost(backbone, block_type, refused=str(error))
-    pixels = network.made_for
-    return Cost(backbone, block_type, pixels, cost.params(network), cost.macs(network.to("meta"), (3, pixels, pixels)))
-
-
-def table(rows: list[Cost]) -> Group:
-    """A line a network, and below why some are missing."""
-    title = "One network, one picture. A MAC is two FLOPs; they are counted by PyTorch's own counter."
-    made = Table(title=title, title_justify="left", title_style="")
-    for column in ("backbone", "block_type", "picture", "parameters", "MACs", "FLOPs", "MACs / Standard"):
-        made.add_column(column, justify="left" if column in ("backbone", "block_type") else "right")
-    standard = {row.backbone: row.macs for row in rows if row.block_type == "Standard" and not row.refused}
-    for row in rows:
-        if not row.refused:
-            share = f"{row.macs / standard[row.backbone]:.3f}" if row.backbone in standard else "-"
-            numbers = [f"{row.pixels} x {row.pixels}", f"{row.params:,}", f"{row.macs:,}", f"{2 * row.macs:,}", share]
-            made.add_row(row.backbone, row.block_type, *numbers)
-    return Group(made, *(f"{row.backbone}: {row.refused}" for row in rows if row.refused))
+KINDS = ("head", "gated", "mean", "frozen")
+READING = """Test top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
+students after the last epoch, nothing picked; *selected*: the one that was best on held-out images, so for `alone` the
+best of independent students. Gains over `alone` are paired by seed, in percentage points; one smaller than two standard
+errors is *not resolved*. Teachers of different kinds are not comparable."""
+SMOKE = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser("python -m odcheap.report", description="Tables of networks.")
-    parser.add_argument("--costs", action="store_true", required=True, help="what networks cost")
-    text = "such as backbone=timm backbone.name=resnet18d, or block_type=DW: these only (default: all in conf/)"
-    parser.add_argument("overrides", nargs="*", help=text)
+    parser = argparse.ArgumentParser("python -m odcheap.report", description=__doc__)
+    parser.add_argument("dirs", nargs="*", metavar="DIR", help="runs' folders or folders of such; options with --costs")
+    parser.add_argument("--out", type=Path, help="where the report goes (default: report/ in the first DIR)")
+    parser.add_argument("--status", action="store_true", help="only say which runs are finished, running, failed")
+    parser.add_argument("--no-latency", action="store_true", help="do not time the students in ONNX Runtime")
+    parser.add_argument("--costs", action="store_true", help="what every network of conf/ costs with every block type")
     given = parser.parse_args(arguments)
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            rows = list(costs(given.overrides))
-        if all(row.refused for row in rows):
-            return failed(rows[0].refused)
-        console().print(table(rows))
+        if given.costs:
+            return costs.show(given.dirs)
+        if not given.dirs:
+            parser.error("name a DIR, or --costs")
+        found = study.read(given.dirs)
+        if given.status:
+            return status(found)
+        return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency)
+    except (HydraException, OmegaConfBaseException) as error:
+        return failed(hydra_line(error, costs.CONF))
     except Failure as error:
         return failed(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        return failed(hydra_line(error, CONF))
+
+
+def status(found: list[Found]) -> int:
+    """A line a run; 1 where one has failed."""
+    made = Table()
+    for column in ("run", "state", "what is known"):
+        made.add_column(column, overflow="fold")
+    for entry in found:
+        made.add_row(Text(entry.folder.name), entry.state, Text(entry.reason))
+    console().print(made)
+    counts = {state: sum(entry.state == state for entry in found) for state in dict.fromkeys(e.state for e in found)}
+    console().print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return int("failed" in counts)
+
+
+def write(found: list[Found], out: Path, timed: bool) -> int:
+    finished = [entry for entry in found if entry.run is not None]
+    if not finished:
+        raise Failure(f"no finished run among {len(found)}; --status says more")
+    rows = compare.rows(entry.run for entry in finished)
+    times = latency.measured(finished, console()) if timed else {}
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(rows, times, out)
+    write_text(out / "report.md", markdown(found, rows, times, drawn))
+    write_text(out / "report.csv", as_csv(rows, times))
+    console().print(f"{len(finished)} finished runs of {len(found)}; written: {out}/report.md", soft_wrap=True)
     return 0
+
+
+def draw(rows: list[Row], times: dict[str, float], out: Path) -> list[str]:
+    """Names of the figures that there was something to draw for."""
+    by_macs = points(rows, lambda row: scaled(row.of(cost_of("macs")), 1e-6))
+    by_time = points(rows, lambda row: times.get(row.name))
+    stage = "val" if any("val/student_0/top1" in record for row in rows for record in records_of(row)) else "train"
+    made = {
+        "accuracy_macs": figures.trade_off(by_macs, "multiply-accumulates of one picture, millions")
+        if by_macs
+        else None,
+        "accuracy_latency": figures.trade_off(by_time, "ms for one picture in ONNX Runtime, CPU") if by_time else None,
+        "gains": figures.gains(rows) if any(row.gain(mean_student) for row in rows) else None,
+        "curves": figures.curves(rows, stage) if any(records_of(row) for row in rows) else None,
+    }
+    drawn = {name: figure for name, figure in made.items() if figure is not None}
+    for name, figure in drawn.items():
+        figures.save(figure, out, name)
+    return list(drawn)
+
+
+def records_of(row: Row) -> list[dict[str, float]]:
+    return [record for run in row.by_seed.values() for record in run.history]
+
+
+def scaled(value: Spread | None, factor: float) -> float | None:
+    return None if value is None else factor * value.mean
+
+
+def points(rows: list[Row], cost: Any) -> list[figures.Point]:
+    found = ((row, cost(row), row.of(selected_student)) for row in rows)
+    return [figures.Point(r.method, r.setting, x, y) for r, x, y in found if x is not None and y is not None]
+
+
+def columns(rows: list[Row], times: dict[str, float]) -> dict[str, list[Any]]:
+    """The report's table, column by column: text, whole numbers, floats and spreads; None is a gap."""
+    made: dict[str, list[Any]] = {
+        "setting": [row.setting for row in rows],
+        "method": [row.method for row in rows],
+        "n": [len(row.by_seed) for row in rows],
+        "mean student": [row.of(mean_student) for row in rows],
+        "gain": [row.gain(mean_student) for row in rows],
+        "selected": [row.of(selected_student) for row in rows],
+        "selected gain": [row.gain(selected_student) for row in rows],
+        "ensemble": [row.of(ensemble) for row in rows],
+    }
+    made |= {f"teacher ({kind})": [row.of(teacher_of(kind)) for row in rows] for kind in KINDS}
+    for name in ("params", "macs"):
+        costs_found = (row.of(cost_of(name)) for row in rows)
+        made[name] = [None if value is None else round(value.mean) for value in costs_found]
+    made["latency ms"] = [times.get(row.name) for row in rows]
+    return {name: values for name, values in made.items() if any(v is not None and v != "" for v in values)}
+
+
+def markdown(found: list[Found], rows: list[Row], times: dict[str, float], drawn: list[str]) -> str:
+    lines = ["# Report", "", *about(found), ""]
+    table = columns(rows, times)
+    lines += ["| " + " | ".join(table) + " |", "|" + "---|" * len(table)]
+    lines += [
+        "| " + " | ".join(cell(name, values[k]) for name, values in table.items()) + " |" for k in range(len(rows))
+    ]
+    lines += ["", READING]
+    for name in drawn:
+        lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)"]
+    lines += ["", *differences(rows), *others(found)]
+    return "\n".join(lines) + "\n"
+
+
+def about(found: list[Found]) -> list[str]:
+    runs = [entry.run for entry in found if entry.run is not None]
+    data = sorted({str(run.summary.get("data", "unknown data")) for run in runs})
+    epochs = sorted({str(run.summary.get("epochs", "?")) for run in runs})
+    versions = {f"torch {v.get('torch', '?')}" for run in runs if (v := run.summary.get("versions") or {})}
+    text = f"{len(runs)} finished runs on {', '.join(data)}, {', '.join(epochs)} epochs"
+    lines = [text + (f" ({', '.join(sorted(versions))})." if versions else ".")]
+    return [*lines, "", SMOKE] if "digits" in data else lines
+
+
+def cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Spread):
+        gain = "gain" in name
+        text = f"{100 * value.mean:{'+' if gain else ''}.2f}"
+        text += "" if value.deviation is None else f" ± {100 * value.deviation:.2f}"
+        return f"{text} (not resolved)" if gain and not value.resolved else text
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def differences(rows: list[Row]) -> Iterator[str]:
+    """Each seed's own gain, so that nothing hides in a mean."""
+    found = {row.name: row.differences(mean_student) for row in rows if row.baseline}
+    seeds = sorted({seed for values in found.values() for seed in values}, key=str)
+    if seeds:
+        yield "Gain of the mean student by seed, percentage points:"
+        yield ""
+        yield "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"
+        yield "|" + "---|" * (1 + len(seeds))
+        for name, values in found.items():
+            yield f"| {name} | " + " | ".join(f"{100 * values[s]:+.2f}" if s in values else "" for s in seeds) + " |"
+        yield ""
+
+
+def others(found: list[Found]) -> Iterator[str]:
+    unfinished = [entry for entry in found if entry.run is None]
+    if unfinished:
+        yield "Not in the table:"
+        yield ""
+        yield from (f"- `{entry.folder.name}`: {entry.state}; {entry.reason}" for entry in unfinished)
+
+
+def as_csv(rows: list[Row], times: dict[str, float]) -> str:
+    """The same table, with unrounded fractions: a spread is three columns."""
+    text = io.StringIO()
+    table = {}
+    for name, values in columns(rows, times).items():
+        if any(isinstance(value, Spread) for value in values):
+            for part in Spread._fields:
+                table[f"{name} {part}"] = [value and getattr(value, part) for value in values]
+        else:
+            table[name] = values
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table)
+    writer.writerows(zip(*table.values(), strict=True))
+    return text.getvalue()
 
 
 if __name__ == "__main__":

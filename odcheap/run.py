@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from odcheap import summary, together
+from odcheap import state, summary, together
 from odcheap.callbacks import Narrator, Record
 from odcheap.checkpoint import AtomicCheckpointIO, all_paths, epoch_path, read_run
 from odcheap.cli import console, say
@@ -139,6 +139,7 @@ class Run:
         if trainer.is_global_zero:
             prepare(self.start)
             write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+            state.mark(self.start.job_dir, "running")
         self.introduce(trainer)
         self.fit(trainer)
         last = self.tested(trainer, self.record.history[-1])
@@ -146,6 +147,7 @@ class Run:
         result = self.summarise(at_selected, last, standard)
         if trainer.is_global_zero:
             self.write(result)
+            state.mark(self.start.job_dir, "finished")
             summary.show(self.console, result, f"{self.start.job_dir}: finished")
         return result
 

@@ -15,11 +15,10 @@ import torchmetrics
 import torchvision
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from safetensors.torch import save
 from torch import nn
 
-from odcheap import __version__, compare, cost
+from odcheap import __version__, cost
 from odcheap.callbacks import Record
 from odcheap.files import write_atomic, write_text
 from odcheap.module import DistillationModule, Figures
@@ -189,43 +188,3 @@ def caption(summary: dict[str, Any]) -> str:
         dearer = spent["macs"] > standard["macs"] or spent["params"] > standard["params"]
         text += "\nwarning: this student is dearer than the standard network" if dearer else ""
     return text
-
-
-def methods_table(compared: list[compare.Row]) -> Table:
-    """Each method's test top-1 and its gain over `alone`, paired by seed: means and sample deviations."""
-    title = (
-        "test top-1, mean ± deviation over seeds; gain over alone, seed by seed\n"
-        "mean student: of all students after the last epoch, nothing picked; selected: the best on held-out images"
-    )
-    made = Table(title=title, title_justify="left", title_style="")
-    words = ["setting"] * any(row.setting for row in compared) + ["method"]
-    for column in (*words, "seeds", "mean student", "gain", "selected", "gain"):
-        made.add_column(column, justify="left" if column in words else "right", overflow="fold")
-    for row in compared:
-        figures = [spoken(s, sign) for s, sign in zip(row[2:], ("", "+", "", "+"), strict=True)]
-        made.add_row(*(Text(getattr(row, word)) for word in words), str(row.mean_student.n), *figures)
-    return made
-
-
-def spoken(spread: compare.Spread | None, sign: str) -> str:
-    if spread is None:
-        return "-"
-    mean = f"{spread.mean:{sign}.4f}"
-    return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.4f}"
-
-
-def sweep_table(outcomes: list[tuple[str, str, dict[str, Any] | None]]) -> Table:
-    """A row a run: its name, how it ended, its summary where it has one."""
-    made = Table(title="sweep", title_justify="left")
-    for column in ("run", "outcome", "val top-1", "test top-1", "teacher test", "parameters", "MACs"):
-        made.add_column(column, justify="left" if column in ("run", "outcome") else "right", overflow="fold")
-    for name, outcome, summary in outcomes:
-        if summary is None:
-            made.add_row(Text(name), Text(outcome), *["-"] * 5)
-            continue
-        teacher = (summary["teacher"] or {}).get("test_top1")
-        figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
-        spent = summary.get("cost")  # a test alone has none
-        price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"] if spent else ["-", "-"]
-        made.add_row(Text(name), Text(outcome), *figures, shown(teacher), *price)
-    return made

@@ -1,14 +1,8 @@
 import pytest
 
 from odcheap import cli
-from odcheap.cli import explained, short_names
+from odcheap.cli import explained
 from odcheap.errors import OptionError
-
-
-def test_sweep_rows_show_what_differs():
-    names = ["a=1,seed=0,x=y", "a=1,seed=1,x=y", "a=2,seed=1,x=y"]
-    assert short_names(names) == ["a=1,seed=0", "a=1,seed=1", "a=2,seed=1"]
-    assert short_names(["a=1"]) == ["a=1"]
 
 
 def test_the_reason_under_a_wrapped_error_is_told():

@@ -2,7 +2,7 @@ import statistics
 
 import pytest
 
-from odcheap.compare import Finished, Spread, rows
+from odcheap.compare import Finished, Spread, mean_student, rows, selected_student, teacher_of
 
 
 def run(method, seed, students, selected, **options):
@@ -23,17 +23,20 @@ def test_gains_are_paired_by_seed_and_of_the_mean_student():
     )
     assert [(row.setting, row.method) for row in found] == [("", "alone"), ("", "od")]
     alone, od = found
-    assert (alone.mean_gain, alone.selected_gain) == (None, None)
-    assert alone.mean_student == Spread(2, pytest.approx(0.75), pytest.approx(statistics.stdev([0.7, 0.8])))
-    assert od.mean_student.n == 3
-    assert od.mean_gain == Spread(2, pytest.approx((0.05 + 0.1) / 2), pytest.approx(statistics.stdev([0.05, 0.1])))
-    assert od.selected_gain == Spread(2, pytest.approx(0.1), pytest.approx(statistics.stdev([0.05, 0.15])))
+    assert (alone.gain(mean_student), alone.gain(selected_student)) == (None, None)
+    assert alone.of(mean_student) == Spread(2, pytest.approx(0.75), pytest.approx(statistics.stdev([0.7, 0.8])))
+    assert od.of(mean_student).n == 3
+    assert od.differences(mean_student) == pytest.approx({0: 0.05, 1: 0.1})
+    assert od.gain(mean_student) == Spread(
+        2, pytest.approx((0.05 + 0.1) / 2), pytest.approx(statistics.stdev([0.05, 0.1]))
+    )
+    assert od.gain(selected_student) == Spread(2, pytest.approx(0.1), pytest.approx(statistics.stdev([0.05, 0.15])))
 
 
 def test_one_seed_has_no_deviation():
     alone, dml = rows([run("alone", 0, (0.5,), 0.5), run("dml", 0, (0.6,), 0.7)])
-    assert alone.selected.deviation is None
-    assert dml.mean_gain == Spread(1, pytest.approx(0.1), None)
+    assert alone.of(selected_student).deviation is None
+    assert dml.gain(mean_student) == Spread(1, pytest.approx(0.1), None)
 
 
 def test_settings_are_compared_within_themselves():
@@ -45,12 +48,8 @@ def test_settings_are_compared_within_themselves():
     assert [(row.setting, row.method) for row in found] == [
         ("DW", "alone"), ("DW", "od"), ("Shift", "alone"), ("Shift", "od"),
     ]  # fmt: skip
-    assert [row.mean_gain and row.mean_gain.mean for row in found] == [
-        None,
-        pytest.approx(0.2),
-        None,
-        pytest.approx(0.4),
-    ]
+    assert [found[k].gain(mean_student).mean for k in (1, 3)] == pytest.approx([0.2, 0.4])
+    assert found[0].gain(mean_student) is found[2].gain(mean_student) is None
 
 
 def test_a_method_s_own_options_tell_its_runs_apart():
@@ -67,3 +66,25 @@ def test_a_data_set_is_named_by_its_name_alone():
 
 def test_nothing_gives_nothing():
     assert rows([]) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "resolved"), [([0.1], False), ([0.1, 0.1], True), ([0.1, -0.1], False), ([0.01, 0.02, 0.03], True)]
+)
+def test_a_gain_is_resolved_from_two_standard_errors_on(values, resolved):
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    assert Spread(len(values), statistics.mean(values), deviation).resolved == resolved
+
+
+def test_what_an_older_run_lacks_is_a_gap():
+    old = Finished({"method._target_": "odcheap.methods.od.Class", "seed": 0}, {"finished": True})
+    (row,) = rows([old])
+    for figure in (mean_student, selected_student, teacher_of("head")):
+        assert row.of(figure) is None
+    assert row.gain(mean_student) is None
+
+
+def test_teachers_of_different_kinds_are_told_apart():
+    summary = {"last": {"teacher": {"kind": "head", "test_top1": 0.7}}}
+    assert teacher_of("head")(summary) == 0.7
+    assert teacher_of("gated")(summary) is None

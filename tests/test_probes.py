@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from odcheap import probes
-from odcheap.report import CONF
+from odcheap.costs import CONF
 
 CPU = torch.device("cpu")
 SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=8", "job_dir=unused"]

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from odcheap import together
+from odcheap.costs import CONF
 from odcheap.errors import Failure
 from odcheap.memory import in_use
 from odcheap.race import Turn, bare, race, random_images
-from odcheap.report import CONF
 
 SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=8", "select=last", "data.val_size=0"]
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from odcheap.costs import CONF
 from odcheap.errors import OptionError
 from odcheap.rebuild import rebuilt
-from odcheap.report import CONF
 
 DW = {"_target_": "odcheap.convs.DW"}
 NETWORK = {"_target_": "odcheap.backbones.CifarResNet", "_partial_": True, "depth": 8}

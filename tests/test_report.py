@@ -1,60 +1,101 @@
-import hydra
+import csv
+import json
+
 import pytest
 
-from odcheap import report
-from odcheap.report import CONF, costs, main
+from odcheap import latency
+from odcheap.report import main
 
 
-def found(*overrides):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return {(row.backbone, row.block_type): row for row in costs(list(overrides))}
+def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
+    folder.mkdir(parents=True)
+    target = f"{{_target_: odcheap.methods.{method}.Class}}"
+    (folder / "config.yaml").write_text(f"job_dir: {folder}\nseed: {seed}\nmethod: {target}\n")
+    student = {"test_top1": value}
+    summary = {"finished": True, "data": data, "epochs": 5, "selected": student}
+    summary["cost"] = {"params": 1000, "macs": 2_000_000}
+    summary["last"] = {"students": [student, student], "ensemble": student, "teacher": None} | more
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.csv").write_text("epoch,val/student_0/top1\n0,0.1\n1,0.2\n")
+    return folder
 
 
-def test_costs_are_those_of_the_reference():
-    """../shared/reference.md, and for the converted network the hand counts with the stride on the spatial operator."""
-    rows = found("backbone=resnet56") | found("backbone=resnet56_converted")
-    params_and_macs = {key: (row.params, row.macs) for key, row in rows.items()}
-    shared = {"Standard": 855_770, "Shift": 102_106, "DW": 119_818, "Group": 311_194}
-    stride_on = {
-        "resnet56": {"Standard": 125_747_840, "Shift": 15_385_216, "DW": 20_472_448, "Group": 50_774_656},
-        "resnet56_converted": {"Standard": 125_747_840, "Shift": 14_598_784, "DW": 19_188_352, "Group": 45_564_544},
-    }
-    assert params_and_macs == {(b, t): (shared[t], stride_on[b][t]) for b in stride_on for t in shared}
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "measured", lambda found, console: {"alone": 0.5})
+    folder = tmp_path / "sweep"
+    for seed, value in enumerate((0.50, 0.52, 0.51)):
+        plant(folder / f"alone-{seed}", "alone", seed, value)
+        plant(folder / f"od-{seed}", "od", seed, value + 0.1, teacher={"kind": "head", "test_top1": 0.9})
+        plant(folder / f"dml-{seed}", "dml", seed, value + 0.01 * (seed - 1))
+    return folder
 
 
-def test_published_costs_of_standard_networks():
-    """torchvision's documentation: ResNet-18 11,689,512 parameters and 1.81 GFLOPs (its word for MACs)."""
-    row = found("backbone=resnet18", "block_type=Standard")["resnet18", "Standard"]
-    assert (row.params, round(row.macs / 1e9, 2), row.pixels) == (11_689_512, 1.81, 224)
+def test_the_report(sweep, capsys):
+    assert main([str(sweep)]) == 0
+    assert "9 finished runs of 9" in capsys.readouterr().out.replace("\n", " ")
+    out = sweep / "report"
+    names = {path.name for path in out.iterdir()}
+    drawn = ("accuracy_macs", "accuracy_latency", "gains", "curves")
+    figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    assert names == figures | {"report.md", "report.csv"}
+    text = (out / "report.md").read_text()
+    assert "| od | 3 | 61.00 ± 1.00 | +10.00 ± 0.00 | 61.00 ± 1.00 |" in text
+    assert "| dml | 3 | 51.00 ± 1.73 | +0.00 ± 1.00 (not resolved) |" in text
+    assert "| dml | -1.00 | +0.00 | +1.00 |" in text
+    assert "teacher (head)" in text
+    assert "teacher (gated)" not in text
+    assert "smoke test" not in text
+    with open(out / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["alone", "dml", "od"]
+    assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
+    assert (rows[0]["gain mean"], rows[0]["latency ms"], rows[2]["latency ms"]) == ("", "0.5", "")
 
 
-@pytest.mark.slow
-def test_every_backbone_has_its_costs():
-    rows = found()
-    assert len(rows) == 4 * (len(list((CONF / "backbone").glob("*.yaml"))) - len(("torchvision", "timm")))
-    assert not [row.refused for row in rows.values() if row.refused]
+def test_a_report_goes_where_it_is_told_and_again(sweep, tmp_path):
+    for _ in range(2):
+        assert main([str(sweep), "--out", str(tmp_path / "here"), "--no-latency"]) == 0
+    assert not (sweep / "report").exists()
+    assert not (tmp_path / "here" / "accuracy_latency.png").exists()
 
 
-def test_the_table_says_how_much_cheaper_and_what_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(report, "CLASSES", {32: 10, 224: 10})  # builds once
-    assert main(["--costs", "backbone=torchvision", "backbone.name=mobilenet_v3_small"]) == 0
-    out = capsys.readouterr().out
-    assert "torchvision mobilenet_v3_small │ Standard" in out
-    assert "block_type=DW: nothing to replace" in out
-    assert main(["--costs", "backbone=resnet20", "backbone.depth=8"]) == 0
-    assert "1.000" in capsys.readouterr().out
+def test_digits_are_called_a_smoke_test_and_gaps_are_no_crash(tmp_path, sweep):
+    plant(tmp_path / "old", "alone", 0, data="digits")
+    (tmp_path / "old" / "summary.json").write_text('{"finished": true, "data": "digits"}')
+    (tmp_path / "old" / "metrics.csv").unlink()
+    assert main([str(tmp_path / "old"), "--no-latency"]) == 0
+    text = (tmp_path / "old" / "report" / "report.md").read_text()
+    assert "digits is a smoke test" in text
+    assert "| alone | 1 |" in text
+    assert main([str(tmp_path / "old"), str(sweep), "--out", str(tmp_path / "both")]) == 0
+
+
+def test_what_is_not_finished_is_named(sweep, capsys):
+    (sweep / "failed").mkdir()
+    (sweep / "failed" / "status.json").write_text('{"state": "failed", "reason": "num_stu=0: must be 1"}')
+    (sweep / "od-0" / "summary.json").unlink()
+    assert main([str(sweep), "--status"]) == 1
+    said = capsys.readouterr().out
+    assert "num_stu=0: must be 1" in said
+    assert "8 finished" in said.replace("\n", " ")
+    assert main([str(sweep), "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "- `failed`: failed; num_stu=0: must be 1" in text
+    assert "- `od-0`: stopped" in text
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["backbone=resnet17"], "backbone=resnet17: unknown; must be one of densenet40, "),
-        (["backbone=torchvision"], "backbone.name=???: must be given"),
-        (["backbone.width=3"], "Could not override 'backbone.width'"),
-    ],
+    ("arguments", "line"),
+    [(["none"], "DIR=none: no such folder"), (["."], "DIR=.: holds no run of odcheap")],
 )
-def test_bad_options_are_one_line(capsys, options, message):
-    assert main(["--costs", *options]) == 1
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
+def test_bad_folders_are_one_line(arguments, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_nothing_finished_is_one_line(tmp_path, capsys):
+    (plant(tmp_path / "run") / "summary.json").unlink()
+    assert main([str(tmp_path)]) == 1
+    assert "no finished run among 1; --status says more" in capsys.readouterr().err

@@ -68,6 +68,7 @@ def test_a_run_s_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "checkpoints", "config.yaml", "metrics.csv", "summary.json", "confusion.csv", "student.safetensors",
+        "status.json",
     }  # fmt: skip
     found = summary(finished)
     chosen = found["students"][found["selected"]["student"]]
@@ -365,7 +366,9 @@ def test_a_sweep_makes_a_folder_a_run_skips_what_is_done_and_survives_a_failure(
     assert result.status == 1
     assert "failed: num_stu=0" in result.out
     folders = {path.name.split("num_stu=")[1][0]: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
-    assert not list(folders["0"].iterdir())
+    assert [path.name for path in folders["0"].iterdir()] == ["status.json"]
+    assert "num_stu=0: must be a whole number" in json.loads((folders["0"] / "status.json").read_text())["reason"]
+    assert not list((tmp_path / "sweep").glob(".words*"))
     assert len(summary(folders["2"])["students"]) == 2
     before = hashes(folders["1"]) | hashes(folders["2"])
     result = command(*arguments)

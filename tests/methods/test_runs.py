@@ -13,9 +13,9 @@ from odcheap.adapters import torchvision_backbone
 from odcheap.backbones import CifarResNet
 from odcheap.capture import CapturedStep, take
 from odcheap.convs import DW, Standard
+from odcheap.costs import CONF
 from odcheap.method import Method
 from odcheap.optim import SGD
-from odcheap.report import CONF
 from odcheap.students import Students
 from odcheap.summary import write_student
 from tests.recorder import Recorder

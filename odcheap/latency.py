@@ -1,0 +1,45 @@
+"""How long finished runs' students take here, each kind of network once."""
+
+import importlib.util
+import json
+from typing import Any
+
+from rich.console import Console
+
+from odcheap import compare, deploy
+from odcheap.errors import Failure
+from odcheap.files import read_safetensors
+from odcheap.rebuild import rebuilt
+from odcheap.study import Found
+
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+def measured(found: list[Found], console: Console, seconds: float = 1.0) -> dict[str, float]:
+    """Milliseconds of one picture by the row's name; nothing where the extra `export` is not installed."""
+    if not all(map(importlib.util.find_spec, NEEDED)):
+        console.print("latency is not measured: it needs the extra export")
+        return {}
+    folders = {id(entry.run): entry.folder for entry in found}
+    by_network: dict[str, float | None] = {}
+    times: dict[str, float] = {}
+    for row in compare.rows(entry.run for entry in found):
+        run = next(iter(row.by_seed.values()))
+        kind = repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
+        if kind not in by_network:
+            by_network[kind] = of(folders[id(run)] / "student.safetensors", seconds)
+        if by_network[kind] is not None:
+            times[row.name] = by_network[kind]
+    return times
+
+
+def of(path: Any, seconds: float) -> float | None:
+    """None where the student cannot be rebuilt, as one of an older version."""
+    try:
+        tensors, metadata = read_safetensors(path)
+        settings = json.loads(metadata["odcheap"])
+        network = rebuilt(settings, tensors, "student", str(path))
+    except (Failure, KeyError, ValueError):
+        return None
+    size = tuple(settings["image_size"])
+    return 1000 * deploy.latency(deploy.to_onnx(network, size), size, 1, seconds)
