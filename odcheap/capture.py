@@ -40,8 +40,8 @@ def take(method: Method, optimizer: torch.optim.Optimizer, images: Tensor, targe
     """A whole training step on images (N, C, H, W) and labels (N,), under whatever autocast is in force."""
     optimizer.zero_grad(set_to_none=True)
     outputs = single_precision(method(images))
-    terms = method.loss(outputs, target)
-    with torch.autocast(images.device.type, enabled=False):  # backward follows the types of the forward pass
+    with torch.autocast(images.device.type, enabled=False):  # losses in float32; backward follows the forward pass
+        terms = method.loss(outputs, target)
         terms["loss"].backward()
         finite = all_finite(method)
         optimizer.step()

@@ -72,7 +72,7 @@ class Row:
 
 
 def rows(runs: Iterable[Finished]) -> list[Row]:
-    """A row for each setting and method, the baseline first within its setting."""
+    """A row for each setting and method, the baseline first within its setting; of equal runs the first counts."""
     runs = list(runs)
     told = {key for key in varying([run.options for run in runs]) if not key.startswith("method.")} - {SEED}
     if "data.name" in told:  # says enough
@@ -81,7 +81,7 @@ def rows(runs: Iterable[Finished]) -> list[Row]:
     for run in runs:
         own = varying([r.options for r in runs if r.options.get(METHOD) == run.options.get(METHOD)])
         method = labelled(run.options, own & {key for key in run.options if key.startswith("method.")} | {METHOD})
-        by_setting[labelled(run.options, told)][method][run.options.get(SEED)] = run
+        by_setting[labelled(run.options, told)][method].setdefault(run.options.get(SEED), run)
     found = []
     for setting, methods in by_setting.items():
         baseline = methods.get(BASELINE, {})

@@ -1,5 +1,7 @@
 """What a network costs: parameters and multiply-accumulates."""
 
+from itertools import chain
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +27,10 @@ def macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict
     """The same for each module that computes anything, by name; the network itself is ""."""
     training = {module: module.training for module in network.modules()}
     network.eval()
-    parameter = next(network.parameters())
+    own = next(chain(network.parameters(), network.buffers()))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        network(torch.zeros(1, *image_size, dtype=parameter.dtype, device=parameter.device))
+        network(torch.zeros(1, *image_size, dtype=own.dtype, device=own.device))
     for module, mode in training.items():
         module.training = mode
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}

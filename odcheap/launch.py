@@ -39,7 +39,7 @@ def start_processes(script: Path, start: Start) -> None:
     overrides = [o for o in start.overrides if key_of(o) != "job_dir"]
     if start.checkpoint is not None and not any(key_of(o) == "resume" for o in overrides):
         overrides.append("resume=auto")  # a sweep's default, which the process of its own does not have
-    overrides.append(f"job_dir={start.job_dir}")
+    overrides += [f"job_dir={start.job_dir}", "hydra.mode=RUN"]  # an experiment may make every command a sweep
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
     arguments = [quoted(o) for o in overrides]
     status = subprocess.run([*command, str(script), *arguments], env=environment, check=False).returncode

@@ -46,6 +46,9 @@ class Method(nn.Module):
     def after_step(self) -> None:
         """Called after each step of the optimizer."""
 
+    def weights_loaded(self) -> None:
+        """Called when the students have weights from elsewhere and the method's own parts have not."""
+
     def check_classes(self, classes: list[str]) -> None:
         """`OptionError` where a teacher from elsewhere knows other classes."""
 

@@ -79,7 +79,8 @@ class DistillationModule(pl.LightningModule):
             self.latest = (self.taken.terms, self.taken.outputs, batch.target)
             return self.taken.terms["loss"]
         outputs = single_precision(self.method(batch.images))
-        terms = self.method.loss(outputs, batch.target)
+        with torch.autocast(self.device.type, enabled=False):
+            terms = self.method.loss(outputs, batch.target)
         self.latest = (terms, outputs, batch.target)
         return terms["loss"] * batch.share
 

@@ -141,7 +141,7 @@ def markdown(found: list[Found], rows: list[Row], times: dict[str, float], drawn
     lines += ["", READING]
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)"]
-    lines += ["", *differences(rows), *others(found)]
+    lines += ["", *differences(rows), *others(found, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -182,7 +182,11 @@ def differences(rows: list[Row]) -> Iterator[str]:
         yield ""
 
 
-def others(found: list[Found]) -> Iterator[str]:
+def others(found: list[Found], rows: list[Row]) -> Iterator[str]:
+    twice = sum(entry.run is not None for entry in found) - sum(len(row.by_seed) for row in rows)
+    if twice:
+        yield f"{twice} finished runs have the options and the seed of another one and are left out."
+        yield ""
     unfinished = [entry for entry in found if entry.run is None]
     if unfinished:
         yield "Not in the table:"

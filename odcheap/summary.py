@@ -82,13 +82,16 @@ def costs(
 ) -> dict[str, Any]:
     """Of one student, of the standard network, and of a teacher from elsewhere with what its own training took.
 
-    `training_macs` counts a backward pass as two forward passes.
+    `training_macs` counts a backward pass as two forward passes; `training_macs_with_teacher` has the teacher's own
+    training besides, None where that is not known.
     """
     method = module.method
     student, frozen = method.students.members[0], [cost.macs(network, image_size) for network in method.frozen()]
-    teacher = None
+    training = (3 * cost.macs(method, image_size) - 2 * sum(frozen)) * images_trained
+    teacher, before = None, 0
     if method.teacher_kind == "frozen":
-        teacher = {"params": cost.params(method.teacher), "macs": frozen[0], **method.teacher.history}
+        teacher = {"params": cost.params(method.teacher.network), "macs": frozen[0], **method.teacher.history}
+        before = teacher["training_macs"]
     return {
         "params": cost.params(student),
         "macs": cost.macs(student, image_size),
@@ -98,7 +101,8 @@ def costs(
             "note": getattr(standard, "standard_note", None),
         },
         "teacher": teacher,
-        "training_macs": (3 * cost.macs(method, image_size) - 2 * sum(frozen)) * images_trained,
+        "training_macs": training,
+        "training_macs_with_teacher": training + before if before is not None else None,
     }
 
 

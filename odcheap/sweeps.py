@@ -101,7 +101,7 @@ def methods_table(compared: list[compare.Row]) -> Table:
     """Each method's test top-1 and its gain over `alone`, paired by seed: means and sample deviations."""
     title = (
         "test top-1, mean ± deviation over seeds; gain over alone, seed by seed\n"
-        "mean student: of all students after the last epoch, nothing picked; selected: the best on held-out images"
+        "mean student: of all students after the last epoch, nothing picked; selected: the one that each run chose"
     )
     made = Table(title=title, title_justify="left", title_style="")
     words = ["setting"] * any(row.setting for row in compared) + ["method"]

@@ -1,7 +1,8 @@
 """A trained network that teaches and never changes: with its own normalisation and size of picture."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
 class Teacher(nn.Module):
     """(N, 3, H, W) normalised for the students -> logits (N, K) of `network`, without gradients.
 
-    The network is in eval mode and stays there whatever mode its surroundings are put into. `made_with`: mean and
+    The network is in eval mode and stays there whatever mode its surroundings are put into. It is no part of the state
+    that a checkpoint keeps, only its digest is: another teacher's is refused with `OptionError`. `made_with`: mean and
     standard deviation that the images come with; `mean`, `std`, `size`: what the network expects. `classes`, `split`
     and `history` (`train_seconds`, `training_macs`) are known of our own runs; `path` is for messages.
     """
@@ -42,8 +44,9 @@ class Teacher(nn.Module):
         path: str = "",
     ):
         super().__init__()
-        self.network, self.size = network.requires_grad_(False).eval(), size
-        self.classes, self.split, self.history, self.path = classes, split, history or {}, path
+        self.hidden, self.size = (network.requires_grad_(False).eval(),), size  # a tuple, so that it is not registered
+        unknown = {"train_seconds": None, "training_macs": None}
+        self.classes, self.split, self.history, self.path = classes, split, unknown | (history or {}), path
         (from_mean, from_std), (to_mean, to_std) = (
             [torch.tensor(list(values)).view(1, -1, 1, 1) for values in pair] for pair in (made_with, (mean, std))
         )
@@ -51,8 +54,23 @@ class Teacher(nn.Module):
         self.register_buffer("offset", (from_mean - to_mean) / to_std, persistent=False)
         super().train(False)
 
+    @property
+    def network(self) -> nn.Module:
+        return self.hidden[0]
+
     def train(self, mode: bool = True) -> "Teacher":
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        self.network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def get_extra_state(self) -> Tensor:
+        return digest(self.network)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if not torch.equal(state.cpu(), digest(self.network)):
+            raise OptionError(OPTION, self.path, "is not the teacher that the run was started with")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -66,6 +84,15 @@ class Teacher(nn.Module):
         if self.classes is not None and self.classes != classes:
             mine, theirs = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
             raise OptionError(OPTION, self.path, f"the teacher's classes are {mine}; the data's {theirs}")
+
+
+def digest(network: nn.Module) -> Tensor:
+    """(16,) bytes that tell one network's weights from another's, whatever they were rounded to since."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in network.state_dict().items():
+        rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous().flatten()
+        found.update(name.encode() + rounded.view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
 
 
 def read_teacher(
@@ -91,7 +118,7 @@ def read_teacher(
     file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
     tensors, metadata = read_safetensors(file, OPTION)
     settings = json.loads(metadata.get("odcheap", "{}"))
-    if "backbone" not in settings:
+    if not {"backbone", "mean", "std", "image_size", "classes", "split"} <= settings.keys():
         allowed = "is no student of a run; of published weights method.teacher_network names the network"
         raise OptionError(OPTION, path, allowed)
     network = rebuilt(settings, tensors, OPTION, str(path))

@@ -18,22 +18,17 @@ Maps = tuple[list[Tensor], Tensor]
 
 
 def sequential(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
-    """One after another. In training each draws (dropout) from a stream of its own, whoever runs beside it."""
+    """One after another. On a CPU each draws (dropout) from a stream of its own in training, whoever runs beside it."""
     features, logits = [], []
-    apart = members[0].training and not capturing(views[0])  # a CUDA graph brings its generator's state along
+    apart = members[0].training and not views[0].is_cuda  # a CUDA graph draws from the one generator it was made with
     base = int(torch.randint(2**62, ())) if apart else 0
-    with torch.random.fork_rng(devices=[views[0].device] if views[0].is_cuda else [], enabled=apart):
+    with torch.random.fork_rng(devices=[], enabled=apart):
         for k, (student, view) in enumerate(zip(members, views, strict=True)):
             if apart:
                 torch.manual_seed(derive(base, "student", k))
             features.append(student.features(view))
             logits.append(student.head(features[-1]))
     return features, torch.stack(logits)
-
-
-def capturing(images: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded."""
-    return images.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def streams(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
@@ -102,4 +97,5 @@ def stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def auto(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
     """On streams where the step becomes a CUDA graph, else one after another, which wins on CPUs by far."""
-    return streams(members, views) if capturing(views[0]) else sequential(members, views)
+    capturing = views[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    return streams(members, views) if capturing else sequential(members, views)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from odcheap.errors import OptionError
 from odcheap.files import read_safetensors, read_torch
+from odcheap.method import Method
 from odcheap.reference import is_reference, translate
 
 STUDENT = "method.students.members."
@@ -38,11 +39,10 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
     if not count:
         raise OptionError(option, path, "holds no students (neither odcheap's nor the 2019 code's names)")
     students = [below(state, f"{STUDENT}{k}.") for k in range(count)]
-    own = {name: t for name, t in below(state, "method.").items() if not name.startswith("students.")}
-    return Weights(str(path), students, own, content.get("odcheap", {}).get("split"))
+    return Weights(str(path), students, own_parts(below(state, "method.")), content.get("odcheap", {}).get("split"))
 
 
-def load_weights(method: nn.Module, weights: Weights, new_head: bool = False) -> str:
+def load_weights(method: Method, weights: Weights, new_head: bool = False) -> str:
     """Copies the weights into the method and says what was loaded.
 
     A lone student goes to student 0, the others keep their first weights. `new_head` loads the bodies and leaves all
@@ -60,9 +60,16 @@ def load_weights(method: nn.Module, weights: Weights, new_head: bool = False) ->
         student.load_state_dict(body(student, state) if new_head else state, strict=not new_head)
     if with_own:
         method.load_state_dict(weights.own, strict=False)
+    else:
+        method.weights_loaded()
     what = "the method's own parts too" if with_own else "the method's own parts are new"
     heads = "classifiers are new" if new_head else "classifiers included"
     return f"{len(weights.students)} of {len(members)} students from {weights.path} ({heads}, {what})"
+
+
+def own_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a method has beside its students; which teacher it had is no weight."""
+    return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
 
 def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_head: bool) -> None:
@@ -77,7 +84,7 @@ def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_h
 
 
 def check_own(method: nn.Module, weights: Weights) -> None:
-    own = {name: t for name, t in method.state_dict().items() if not name.startswith("students.")}
+    own = own_parts(method.state_dict())
     refuse_difference(own, weights.own, weights.path, "another method; weights_head=new keeps the students' bodies")
 
 

@@ -53,6 +53,14 @@ def test_the_report(sweep, capsys):
     assert (rows[0]["gain mean"], rows[0]["latency ms"], rows[2]["latency ms"]) == ("", "0.5", "")
 
 
+def test_a_run_that_is_there_twice_counts_once(sweep, tmp_path):
+    plant(tmp_path / "copy", "od", 0, 0.9)
+    assert main([str(sweep), str(tmp_path / "copy"), "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "| od | 3 | 61.00 ± 1.00 |" in text
+    assert "1 finished runs have the options and the seed of another one" in text
+
+
 def test_a_report_goes_where_it_is_told_and_again(sweep, tmp_path):
     for _ in range(2):
         assert main([str(sweep), "--out", str(tmp_path / "here"), "--no-latency"]) == 0

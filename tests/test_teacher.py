@@ -65,8 +65,8 @@ def test_neither_mode_nor_gradients_change_it(run):
     teacher = read(run[0])
     around = torch.nn.Sequential(teacher).train()
     assert around.training
-    assert not any(m.training for m in teacher.modules())
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(m.training for m in [*teacher.modules(), *teacher.network.modules()])
+    assert not any(p.requires_grad for p in teacher.network.parameters())
     assert not teacher(torch.randn(2, 3, 16, 16, requires_grad=True)).requires_grad
 
 
@@ -88,7 +88,8 @@ def test_published_weights(tmp_path):
     with torch.no_grad():
         found = teacher((pixels - column(MEAN)) / column(STD))
         torch.testing.assert_close(found, network(own), rtol=1e-4, atol=1e-4)
-    assert (teacher.classes, teacher.split, teacher.history) == (None, None, {})
+    assert (teacher.classes, teacher.split) == (None, None)
+    assert teacher.history == {"train_seconds": None, "training_macs": None}
     with pytest.raises(OptionError, match=r"method.teacher_weights=.*: weights of another network: .*fc"):
         read(tmp_path / "w.pth", "torchvision/resnet18", num_classes=3)
 
@@ -105,6 +106,18 @@ def test_other_files_are_refused(tmp_path):
     write_student(tmp_path / "student.safetensors", CifarResNet(8, Standard(), 3), {})
     with pytest.raises(OptionError, match="is no student of a run; of published weights method.teacher_network names"):
         read(tmp_path)
+
+
+def test_a_checkpoint_knows_its_teacher_again(run, tmp_path):
+    teacher = read(run[0])
+    state = teacher.state_dict()
+    assert list(state) == ["_extra_state"]
+    read(run[0] / "student.safetensors").bfloat16().load_state_dict(state)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_student(other / "student.safetensors", CifarResNet(8, Standard(), 3), SETTINGS)
+    with pytest.raises(OptionError, match="other: is not the teacher that the run was started with"):
+        read(other).load_state_dict(state)
 
 
 def test_made_directly():

@@ -3,7 +3,8 @@
     loss = sum_k CE(student_k)
 
 They see the same batches and share nothing else: each one's weights are what they would be without the others. Where
-gradients are clipped each student has a norm of its own.
+gradients are clipped each student has a norm of its own. (On a GPU, or as one network, those of a backbone with dropout
+draw from one generator.)
 """
 
 from torch import Tensor, nn

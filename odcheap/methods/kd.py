@@ -32,6 +32,9 @@ class OfflineDistillation(Method):
             raise OptionError("method.alpha", alpha, "must be from 0 to 1")
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
 
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        return [list(student.parameters()) for student in self.students.members]
+
     def frozen(self) -> list[nn.Module]:
         return [self.teacher]
 

@@ -9,7 +9,8 @@ and w the ramp-up,
 
 T = 3, one view for all, w over the first 80 of 300 epochs. Nothing is a given: L and E learn through the targets. The
 authors' code mixes logits where the formula mixes predictions; this is the formula. The network version: students share
-nothing but L and E, which project to an eighth of the features.
+nothing but L and E, which project to an eighth of the features. With two students there is one peer, which has nobody
+to listen to.
 """
 
 import torch

@@ -52,8 +52,14 @@ class PeerCollaborativeLearning(Method):
     def at_epoch(self, epoch: int, epochs: int) -> None:
         self.ramp.at_epoch(epoch, epochs)
 
+    def weights_loaded(self) -> None:
+        self.averages.load_state_dict(self.students.state_dict())
+
     @torch.no_grad()
     def after_step(self) -> None:
+        if self.fc.weight.dtype in (torch.bfloat16, torch.float16):
+            allowed = "method=pcl needs weights in 32 bits (bf16-mixed has them): averages move by thousandths"
+            raise OptionError("trainer.precision", str(self.fc.weight.dtype).removeprefix("torch."), allowed)
         self.steps += 1
         decay = (1 - 1 / self.steps).clamp(max=self.decay)
         for average, weight in zip(self.averages.parameters(), self.students.parameters(), strict=True):

@@ -16,24 +16,38 @@ def test_each_term_reaches_its_own_student_only():
     assert [reached(method, f"ce_{k}") for k in range(3)] == [{"student_0"}, {"student_1"}, {"student_2"}]
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_a_student_learns_the_same_whoever_is_beside_it(dropout):
-    """Also where it draws random numbers."""
-    weights = []
-    for num_stu in (1, 3):
-        method = Alone(students(num_stu))
-        if dropout:
-            for member in method.students.members:
-                member.layer1.register_forward_hook(lambda module, given, out: torch.dropout(out, 0.5, module.training))
-        optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
-        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        for step in range(3):
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            method.loss(method(images), torch.arange(8) % 5)["loss"].backward()
-            optimizer.step()
-        weights.append(method.students.members[0].state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+def trained(num_stu, drawing):
+    """Student 1's weights after some steps, where these students draw random numbers."""
+    method = Alone(students(num_stu))
+    for k in drawing:
+        layer = method.students.members[k].layer1
+        layer.register_forward_hook(lambda module, given, out: torch.dropout(out, 0.5, module.training))
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for step in range(3):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        method.loss(method(images), torch.arange(8) % 5)["loss"].backward()
+        optimizer.step()
+    return method.students.members[1].state_dict()
+
+
+@pytest.mark.parametrize(("one", "other"), [((2, ()), (3, ())), ((2, (1,)), (2, (0, 1))), ((2, (1,)), (3, (0, 1, 2)))])
+def test_a_student_learns_the_same_whoever_is_beside_it(one, other):
+    """Also where it draws random numbers, and the student before it draws some or none."""
+    found, expected = trained(*one), trained(*other)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_random_numbers_differ_between_students_and_steps():
+    method = Alone(students(2))
+    method.students.members[1].load_state_dict(method.students.members[0].state_dict())
+    for member in method.students.members:
+        member.layer1.register_forward_hook(lambda module, given, out: torch.dropout(out, 0.5, module.training))
+    images = torch.randn(4, 3, 8, 8)
+    first, second = (method(images)["student_logits"] for _ in range(2))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], second[0])
 
 
 def test_gradients_are_clipped_student_by_student():

@@ -26,15 +26,18 @@ def test_the_loss_equals_the_paper_s_formula(alpha):
 
 def test_the_teacher_never_changes():
     method = OfflineDistillation(students(2), teacher())
-    before = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items()}
+    network = method.teacher.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
     method.train()
     for _ in range(2):
         optimizer.zero_grad()
         method.loss(method(torch.randn(4, 3, 8, 8)), torch.arange(4))["loss"].backward()
         optimizer.step()
-    assert not any(m.training for m in method.teacher.modules())
-    assert all(torch.equal(t, before[name]) for name, t in method.teacher.state_dict().items())
+    assert not any(m.training for m in [*method.teacher.modules(), *network.modules()])
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert not [name for name in method.state_dict() if "network" in name]
+    assert method.double().teacher.network.fc.weight.dtype == torch.double  # goes where the method goes
 
 
 def test_the_kl_teaches_the_students():

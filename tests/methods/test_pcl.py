@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from odcheap.errors import OptionError
+from odcheap.methods.alone import Alone
 from odcheap.methods.pcl import PeerCollaborativeLearning
+from odcheap.weights import Weights, below, load_weights
 from tests.methods.formulas import ce, check, logits, reached, soft, students, terms
 
 
@@ -37,6 +39,21 @@ def test_averages_follow_the_weights_after_each_step():
         decay = min(1 - 1 / (step + 1), 0.75)
         expected = decay * expected + (1 - decay) * step**2
         torch.testing.assert_close(average, expected)
+
+
+def test_averages_begin_with_weights_that_were_loaded():
+    method, other = PeerCollaborativeLearning(students(2)), Alone(students(2))
+    with torch.no_grad():
+        other.students.members[1].bn1.running_mean.fill_(3.0)
+    content = {f"method.{name}": tensor for name, tensor in other.state_dict().items()}
+    weights = Weights("FILE", [below(content, f"method.students.members.{k}.") for k in range(2)], {}, None)
+    load_weights(method, weights)
+    assert torch.equal(method.averages.members[1].bn1.running_mean, torch.full((16,), 3.0))
+
+
+def test_sixteen_bits_are_too_few_for_an_average():
+    with pytest.raises(OptionError, match="trainer.precision=bfloat16: method=pcl needs weights in 32 bits"):
+        PeerCollaborativeLearning(students(2)).bfloat16().after_step()
 
 
 def test_averages_keep_their_own_batch_norm_s_statistics():

@@ -1,6 +1,7 @@
 """What every method must do, whichever it is: the methods are those of `conf/method`."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -76,6 +77,47 @@ def test_it_takes_steps_with_several_students(made, name, precision, num_stu):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_losses_are_computed_in_float32_where_the_network_runs_in_bfloat16(made, name):
+    method = made(name, 3)
+    optimizer, _ = RECIPE.build(method, 10)
+    images, target = batch(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        taken = take(method, optimizer, images, target)
+    expected = method.loss(taken.outputs, target)
+    for term, value in taken.terms.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected[term], rtol=1e-6, atol=1e-7, msg=term)
+
+
+@pytest.mark.parametrize("name", ["one", "okddip", "ffl", "pcl"])
+def test_imitation_grows_and_the_labels_do_not(made, name):
+    method = made(name, 3).eval()
+    images, target = batch(method)
+    outputs, found = method(images), []
+    for epoch in (0, 80):
+        method.at_epoch(epoch, 300)
+        found.append(method.loss(outputs, target))
+    for term in found[0].keys() - {"loss"}:
+        weak = 1.0 if term.startswith(("L_ce", "L_gt")) else math.exp(-5)
+        torch.testing.assert_close(found[0][term], weak * found[1][term], rtol=1e-3, atol=1e-9, msg=term)
+    assert any(not term.startswith(("L_ce", "L_gt", "loss")) for term in found[0])
+
+
+@pytest.mark.parametrize(
+    ("extra", "steps"), [([], 14), (["+trainer.accumulate_grad_batches=2"], 8), (["on_nonfinite=skip"], 14)]
+)
+def test_a_run_calls_the_method_before_each_epoch_and_after_each_step(command, tmp_path, extra, steps):
+    given = [*TINY, "method=pcl", "method.ramp_up=1.0", "checkpoint_keep=5", *extra, f"job_dir={tmp_path}/run"]
+    result = command(*given)
+    assert result.status == 0, result.err
+    for epoch in (0, 1):
+        path = tmp_path / "run" / "checkpoints" / f"epoch-{epoch:04d}.ckpt"
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert state["method.steps"] == (epoch + 1) * steps // 2
+        assert state["method.ramp.weight"].item() == pytest.approx(math.exp(-5 * (1 - epoch / 2) ** 2))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_converted_network_of_torchvision_takes_a_step(made, name):
     method = made(name, build=lambda: torchvision_backbone("resnet18", DW(), 10))
     optimizer, _ = RECIPE.build(method, 10)
@@ -143,7 +185,26 @@ def test_offline_distillation_tells_of_its_teacher(command, tmp_path):
         assert cost["teacher"]["train_seconds"] == of_teacher["train_seconds"]
         assert cost["teacher"]["training_macs"] == its["training_macs"] == 3 * its["macs"] * 437
         assert (cost["teacher"]["params"], cost["teacher"]["macs"]) == (its["params"], its["macs"])
+        assert cost["training_macs_with_teacher"] == cost["training_macs"] + its["training_macs"]
         assert cost["training_macs"] == (3 * 2 * cost["macs"] + its["macs"]) * 437
+
+
+def test_a_run_goes_on_with_its_own_teacher_only(command, tmp_path):
+    given = [*TINY, "trainer.max_epochs=1"]
+    options = taught(command, given, tmp_path)
+    assert command(*given, *options, f"job_dir={tmp_path}/run").status == 0
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    taught(command, [*given, "seed=1"], tmp_path)
+    more = [f"resume={tmp_path}/run", "trainer.max_epochs=2"]
+    result = command(*more)
+    assert result.status == 1
+    assert "is not the teacher that the run was started with" in result.err
+    assert result.err.count("\n") == 1
+    result = command(*more, "method=kd", f"method.teacher_weights={tmp_path}/moved")
+    assert result.status == 0, result.err
+    newest = tmp_path / "run" / "checkpoints" / "epoch-0001.ckpt"
+    result = command(*given, *options, f"weights={newest}", f"job_dir={tmp_path}/new")  # another teacher by that path
+    assert result.status == 0, result.err
 
 
 def test_an_average_can_be_the_product(command, tmp_path, monkeypatch):
