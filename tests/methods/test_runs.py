@@ -138,6 +138,7 @@ def test_recorded_steps_train_as_plain_ones_do(made, name):
             _ = step(images, target) if recorded else take(method, optimizer, images, target)
             schedule.step()
         assert not recorded or step.recordings
+        assert name != "pcl" or method.steps == 8
         states.append(method.state_dict())
     for key, expected in states[0].items():
         torch.testing.assert_close(states[1][key], expected, atol=1e-9, rtol=1e-9, msg=key)
@@ -187,6 +188,20 @@ def test_offline_distillation_tells_of_its_teacher(command, tmp_path):
         assert (cost["teacher"]["params"], cost["teacher"]["macs"]) == (its["params"], its["macs"])
         assert cost["training_macs_with_teacher"] == cost["training_macs"] + its["training_macs"]
         assert cost["training_macs"] == (3 * 2 * cost["macs"] + its["macs"]) * 437
+
+
+@pytest.mark.parametrize("name", ["kdcl", "pcl", "od"])
+def test_a_run_gives_each_student_a_view_where_the_method_wants_it(command, tmp_path, monkeypatch, name):
+    seen, run = [], Students.forward
+
+    def watched(self, images):
+        seen.append((self.training, images.ndim))
+        return run(self, images)
+
+    monkeypatch.setattr(Students, "forward", watched)
+    result = command(*TINY, "trainer.max_epochs=1", f"method={name}", f"job_dir={tmp_path}/run")
+    assert result.status == 0, result.err
+    assert set(seen) == {(True, 4 if name == "od" else 5), (False, 4)}
 
 
 def test_a_run_goes_on_with_its_own_teacher_only(command, tmp_path):
