@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 BASELINE = "alone"
+ROUNDING = 1e-9  # equal accuracies may differ by so much
 SEED, METHOD = "seed", "method._target_"
 
 Summary = dict[str, Any]
@@ -32,7 +33,7 @@ class Spread(NamedTuple):
     @property
     def resolved(self) -> bool:
         """Whether the mean is at least two standard errors from zero; one value says nothing."""
-        return self.deviation is not None and abs(self.mean) >= 2 * self.deviation / math.sqrt(self.n)
+        return self.deviation is not None and abs(self.mean) >= 2 * self.deviation / math.sqrt(self.n) + ROUNDING
 
 
 def spread(values: list[float]) -> Spread | None:

@@ -69,7 +69,8 @@ def test_nothing_gives_nothing():
 
 
 @pytest.mark.parametrize(
-    ("values", "resolved"), [([0.1], False), ([0.1, 0.1], True), ([0.1, -0.1], False), ([0.01, 0.02, 0.03], True)]
+    ("values", "resolved"),
+    [([0.1], False), ([0.1, 0.1], True), ([0.1, -0.1], False), ([1e-17, 1e-17], False), ([0.01, 0.02, 0.03], True)],
 )
 def test_a_gain_is_resolved_from_two_standard_errors_on(values, resolved):
     deviation = statistics.stdev(values) if len(values) > 1 else None
