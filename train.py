@@ -9,11 +9,12 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from odcheap import cli, folder, launch, run, sweeps
+from odcheap import cli, folder, launch, run, slurm, sweeps
 from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
 from odcheap.data import check_batches
 from odcheap.seeds import seeded
+from odcheap.signals import Listener
 from odcheap.students import Students
 
 CONF = Path(__file__).parent / "conf"
@@ -24,11 +25,16 @@ def main(cfg: DictConfig) -> float | None:
     """One run; in a sweep, one of its runs. Returns the chosen student's held-out accuracy."""
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     overrides = list(HydraConfig.get().overrides.task)
-    return cli.guarded(lambda: train(cfg, overrides, in_sweep), in_sweep)
+    with Listener() as listener:
+        return cli.guarded(lambda: train(cfg, overrides, in_sweep, listener), in_sweep)
 
 
-def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> sweeps.Outcome:
-    start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default="auto" if in_sweep else None)
+def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweeps.Outcome:
+    choices = HydraConfig.get().runtime.choices
+    launch.check(choices.trainer, in_sweep)
+    launch.share_cores()
+    again = in_sweep or slurm.restarted()
+    start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default="auto" if again else None)
     if start.finished:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
         return sweeps.Outcome(str(start.job_dir), "was finished", folder.summary_of(start.job_dir))
@@ -49,15 +55,15 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool) -> sweeps.Outco
     )
     with seeded(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)
-    check_image_size(students.members[0], data.image_size, HydraConfig.get().runtime.choices.backbone)
+    check_image_size(students.members[0], data.image_size, choices.backbone)
     run.start_weights(start, method, data)
     folder.make_folder(start.job_dir)
     if launch.needs_processes(cfg):
-        launch.start_processes(Path(__file__), start)
+        launch.start_processes(Path(__file__), start, listener)
         return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
-    trial = run.Run(start, data, method, instantiate(cfg.optimizer))
+    trial = run.Run(start, data, method, instantiate(cfg.optimizer), listener)
     summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
     return sweeps.Outcome(str(start.job_dir), "finished", summary)
 

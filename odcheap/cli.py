@@ -21,13 +21,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from odcheap import folder, state, sweeps
+from odcheap import folder, launch, state, sweeps
 from odcheap.errors import Failure, OptionError, first_line
-from odcheap.launch import quoted
 from odcheap.sweeps import Outcome
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
-PATHS += ("method.teacher_weights",)
+PATHS += ("method.teacher_weights", "hydra.sweep.dir")
 
 
 def say(text: str) -> None:
@@ -38,29 +37,43 @@ def say(text: str) -> None:
 
 def start(main: Callable[[], None], conf: Path) -> int:
     """Runs Hydra's main, whose config lies in `conf`, and returns the exit status."""
-    sys.argv[1:] = [quoted(arg) if arg.partition("=")[0] in PATHS else arg for arg in sys.argv[1:]]
+    sys.argv[1:] = [ready(launch.quoted(a) if a.partition("=")[0] in PATHS else a, conf) for a in sys.argv[1:]]
     sweeps.ended.clear()
-    hush()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         return failed(hydra_line(error, conf))
+    except Exception as error:  # of a launcher or sweeper: what the runs themselves raise is dealt with in `guarded`
+        if not sweeps.gather():
+            raise
+        failed(f"the sweep ended before its time, the same command continues it: {type(error).__name__}: {error}")
+        sweeps.show(console(), sweeps.ended)
+        return 1
     if sweeps.ended:
         sweeps.show(console(), sweeps.ended)
     return int(any(outcome.summary is None for outcome in sweeps.ended))
 
 
+def ready(argument: str, conf: Path) -> str:
+    """`hydra/launcher=joblib` means our file that builds on this plugin: one of the same name would hide it."""
+    ours = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
+    return f"{argument}_sweep" if ours else argument
+
+
 def hush() -> None:
-    """Keeps back what Lightning 2.6 says of torch 2.15 and of a teacher in eval mode: nothing a user could act on."""
+    """Keeps back what Lightning 2.6 says of torch 2.15, a teacher in eval mode, srun: nothing a user could act on."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available on your system but is not used")
 
 
 def hydra_line(error: Exception, conf: Path) -> str:
     """What Hydra could not make of the options, in one line with what is known."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if (conf / group / f"{name}_sweep.yaml").is_file():
+            return f"{group}={name}: needs the extra sweep: uv sync --extra sweep, or pip install 'odcheap[sweep]'"
         return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}"
     if "Could not override" in str(error) and any(arg.startswith("resume=") for arg in sys.argv):
         return f"{first_line(error)}; beside resume name the choice that has this option too, such as data=imagefolder"
@@ -93,6 +106,9 @@ def failed(line: str) -> int:
 
 def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
     """Runs the job. A failure ends a single run with one line, and in a sweep lets the others go on."""
+    hush()  # here, where also a launcher's processes come by
+    if in_sweep:  # for the time being
+        sweeps.leave_word(Outcome(job_dir(), "failed: ended without a word (killed, or out of memory?)", None))
     try:
         outcome = job()
     except (Failure, InstantiationException, MisconfigurationException) as error:
@@ -135,7 +151,7 @@ def explained(error: BaseException) -> str:
 
 def compose(overrides: list[str]) -> DictConfig:
     """The config of these overrides; inside a run of Hydra's only."""
-    return hydra.compose("config", overrides=[quoted(o) for o in overrides])
+    return hydra.compose("config", overrides=[launch.quoted(o) for o in overrides])
 
 
 def check_types(cfg: DictConfig, overrides: list[str]) -> None:
@@ -171,3 +187,5 @@ def precision(accelerator: str) -> str:
 OmegaConf.register_new_resolver("precision", precision, replace=True)
 OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("nodes", launch.nodes, replace=True)
+OmegaConf.register_new_resolver("devices", launch.devices, replace=True)

@@ -1,14 +1,23 @@
-"""Starts the processes of a distributed run: torchrun with this run's own overrides, never those of a whole sweep."""
+"""The processes of a distributed run: those that torchrun or srun started, or torchrun with this run's overrides."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from omegaconf import DictConfig
 
-from odcheap.errors import Failure
+from odcheap import slurm
+from odcheap.errors import Failure, OptionError
 from odcheap.folder import Start, key_of
+from odcheap.signals import Listener, Stopped
 
 
 def quoted(override: str) -> str:
@@ -17,6 +26,48 @@ def quoted(override: str) -> str:
     if not equals or value[:1] in "'\"[{" or not set("=, ()") & set(value):
         return override
     return f'{key}="{value}"'
+
+
+def by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def nodes() -> int:
+    """How many machines torchrun or srun has started this run on; 1 without either."""
+    if by_torchrun():
+        return int(os.environ["GROUP_WORLD_SIZE"])
+    return slurm.nodes()
+
+
+def devices() -> int:
+    """How many processes torchrun or srun has started on each machine; 1 without either."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else slurm.tasks_a_node()
+
+
+def environment() -> ClusterEnvironment:
+    """Who has started this process, for Lightning, which would guess wrong within a batch script of Slurm's."""
+    if by_torchrun():
+        return TorchElasticEnvironment()
+    if slurm.tasks() > 1:
+        slurm.prepare()
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+def share_cores() -> None:
+    """As many threads as Slurm has given cores, which need not be bound to them; more would wait for each other."""
+    cores = slurm.cores()
+    if cores and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+
+
+def check(trainer: str, in_sweep: bool) -> None:
+    """Refuses a `trainer` that does not fit how the process was started; `trainer` is the option's choice."""
+    if in_sweep and by_torchrun():
+        raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
+    if trainer == "multinode" and not by_torchrun() and not slurm.in_step():
+        allowed = "start it with torchrun --nnodes=N --nproc-per-node=M, or with srun; trainer=ddp is for one machine"
+        raise OptionError("trainer", trainer, allowed)
 
 
 def processes(cfg: DictConfig) -> int:
@@ -28,20 +79,27 @@ def processes(cfg: DictConfig) -> int:
 def needs_processes(cfg: DictConfig) -> bool:
     """Several processes on one machine, and nobody has started them yet."""
     several = isinstance(cfg.trainer.devices, int) and cfg.trainer.devices > 1
-    started = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    return several and cfg.trainer.num_nodes == 1 and not started
+    return several and cfg.trainer.num_nodes == 1 and not by_torchrun() and slurm.tasks() == 1
 
 
-def start_processes(script: Path, start: Start) -> None:
-    """Runs `script` with the run's overrides in as many processes as it has devices; `Failure` where one fails."""
+def start_processes(script: Path, start: Start, listener: Listener) -> None:
+    """Runs `script` with the run's overrides in as many processes as it has devices.
+
+    Raises `Failure` where one fails, `Stopped` where a signal has ended them in order.
+    """
     devices = start.cfg.trainer.devices
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     overrides = [o for o in start.overrides if key_of(o) != "job_dir"]
     if start.checkpoint is not None and not any(key_of(o) == "resume" for o in overrides):
         overrides.append("resume=auto")  # a sweep's default, which the process of its own does not have
     overrides += [f"job_dir={start.job_dir}", "hydra.mode=RUN"]  # an experiment may make every command a sweep
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
-    arguments = [quoted(o) for o in overrides]
-    status = subprocess.run([*command, str(script), *arguments], env=environment, check=False).returncode
+    command = [sys.executable, "-m", "odcheap.agent", "--standalone", f"--nproc-per-node={devices}", str(script)]
+    command += [quoted(o) for o in overrides]
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
+    # In a session of its own: a Ctrl-C at the terminal comes to it once, by way of this process.
+    agent = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+    with agent, listener.passing_on(agent):
+        status = agent.wait()
+    if status > 128:
+        raise Stopped(status - 128)
     if status:
-        raise Failure(f"trainer.devices={devices}: a process of the run failed (status {status}); its reason is above")
+        raise Failure(f"trainer.devices={devices}: a process of the run failed; its reason is above")

@@ -22,6 +22,7 @@ from odcheap.folder import Start
 from odcheap.memory import Memory, with_peak
 from odcheap.roofline import synchroniser
 from odcheap.run import Run
+from odcheap.signals import Listener
 from odcheap.sources import Images
 from odcheap.students import Students
 
@@ -174,7 +175,7 @@ def shell(cfg: DictConfig, images: Images, pace: Pace) -> None:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()
         method = made(cfg, instantiate(cfg.together))
-        run = Run(Start(cfg, [], job_dir), data(cfg, images), method, instantiate(cfg.optimizer, lr=SLOW))
+        run = Run(Start(cfg, [], job_dir), data(cfg, images), method, instantiate(cfg.optimizer, lr=SLOW), Listener())
         run.console = Console(quiet=True)
         trainer = run.trainer(loggers=False)
         trainer.callbacks.append(pace)

@@ -9,9 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from odcheap import state, summary, together
+from odcheap import launch, rendezvous, state, summary, together
 from odcheap.callbacks import Narrator, Record
-from odcheap.checkpoint import AtomicCheckpointIO, all_paths, epoch_path, read_run
+from odcheap.checkpoint import AtomicCheckpointIO, epoch_path, read_run
 from odcheap.cli import console, say
 from odcheap.data import SELECT_BY, watched
 from odcheap.errors import OptionError
@@ -21,6 +21,7 @@ from odcheap.guard import Guard
 from odcheap.method import Method
 from odcheap.module import DistillationModule
 from odcheap.optim import SGD
+from odcheap.signals import Interruption, Listener, Stopped, leave
 from odcheap.weights import load_weights, read_weights
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
@@ -101,8 +102,8 @@ def must_capture(reason: str) -> None:
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
-    def __init__(self, start: Start, data: pl.LightningDataModule, method: Method, recipe: SGD):
-        self.start, self.cfg, self.data = start, start.cfg, data
+    def __init__(self, start: Start, data: pl.LightningDataModule, method: Method, recipe: SGD, listener: Listener):
+        self.start, self.cfg, self.data, self.listener = start, start.cfg, data, listener
         about = {
             "overrides": start.overrides,
             "config": OmegaConf.to_container(self.cfg, resolve=True),
@@ -120,17 +121,20 @@ class Run:
 
     def trainer(self, loggers: bool) -> pl.Trainer:
         narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
+        guard = Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped)
         made = instantiate(
             self.cfg.trainer,
-            callbacks=[Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped), self.record, narrator],
+            callbacks=[guard, self.record, narrator, Interruption(self.listener, self.record, guard)],
             logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), launch.environment()],
             limit_val_batches=1.0 if watched(self.data) else 0,
         )
         device = made.strategy.root_device
         if self.cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", "true", "must be false on CPUs: PyTorch has it for GPUs only")
         together.check(self.module.method.students.run, device)
+        if made.world_size > 1 and launch.by_torchrun() and not torch.distributed.is_initialized():
+            rendezvous.join("nccl" if device.type == "cuda" else "gloo")
         return made
 
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
@@ -154,15 +158,10 @@ class Run:
     def fit(self, trainer: pl.Trainer) -> None:
         try:
             trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
-        except SystemExit:  # Lightning's way to end after a signal
-            job_dir = self.start.job_dir
-            way = (
-                f"resume={job_dir} continues from the last checkpoint"
-                if all_paths(job_dir)
-                else "nothing was saved yet"
-            )
-            say(f"interrupted; {way}")
-            raise SystemExit(130) from None
+        except Stopped as stop:
+            if trainer.is_global_zero:
+                leave(stop, self.start.job_dir, self.listener, again=not self.cfg.overwrite)
+            raise
 
     def introduce(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data

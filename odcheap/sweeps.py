@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -41,19 +42,30 @@ class Gather(Callback):
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
         ended.clear()
         words = Path(config.hydra.sweep.dir) / f".words-{os.getpid()}-{time.time_ns()}"
+        words.mkdir(parents=True)
         os.environ[WORDS] = str(words.absolute())
+        where = config.hydra.sweep.dir
+        print(f"sweep in {where}; how it goes: python -m odcheap.report --status {where}", flush=True)
 
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
-        words = Path(os.environ.pop(WORDS))
-        ended.extend(Outcome(**json.loads(path.read_text())) for path in sorted(words.glob("*.json")))
-        shutil.rmtree(words, ignore_errors=True)
+        gather()
+
+
+def gather() -> bool:
+    """Takes in what the runs have left, once; whether this process leads a sweep."""
+    if WORDS not in os.environ:
+        return False
+    words = Path(os.environ.pop(WORDS))
+    ended.extend(Outcome(**json.loads(path.read_text())) for path in sorted(words.glob("*.json")))
+    shutil.rmtree(words, ignore_errors=True)
+    return True
 
 
 def leave_word(outcome: Outcome) -> None:
-    """In a run of a sweep: tells the process that leads it."""
+    """In the first process of a run of a sweep: tells the process that leads it, where that is there still."""
     words = Path(os.environ[WORDS])
-    words.mkdir(parents=True, exist_ok=True)
-    write_text(words / f"{HydraConfig.get().job.num:06d}.json", json.dumps(asdict(outcome)))
+    if rank_zero_only.rank in (0, None) and words.is_dir():
+        write_text(words / f"{HydraConfig.get().job.num:06d}.json", json.dumps(asdict(outcome)))
 
 
 def show(console: Console, outcomes: list[Outcome]) -> None:

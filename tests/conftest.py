@@ -1,5 +1,6 @@
 """What several rooms' tests share: a tiny run, and the command line called as a user would."""
 
+import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,12 @@ from odcheap import cli
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
 TINY += ["trainer.max_epochs=2", "logger=csv"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 class Result(NamedTuple):

@@ -105,6 +105,7 @@ def test_trainers_build(composed, trainer):
     assert isinstance(instantiate(cfg), pl.Trainer)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow calls SQLAlchemy by names of its time
 @pytest.mark.parametrize("logger", options("logger"))
 def test_loggers_build(composed, logger, tmp_path):
     for name, part in composed(f"logger=[{logger}]", f"job_dir={tmp_path}").logger.items():

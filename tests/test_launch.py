@@ -2,6 +2,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from odcheap import launch
+from odcheap.errors import OptionError
 from odcheap.launch import needs_processes, quoted
 
 
@@ -16,9 +18,30 @@ def test_quoted_paths_are_read_as_they_were_typed(value):
 @pytest.mark.parametrize(
     ("devices", "nodes", "expected"), [(1, 1, False), (2, 1, True), (2, 2, False), ("auto", 1, False)]
 )
-def test_processes_are_started_for_several_devices_of_one_machine(devices, nodes, expected, monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+def test_processes_are_started_for_several_devices_of_one_machine(devices, nodes, expected, alone, monkeypatch):
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
     assert needs_processes(cfg) == expected
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert not needs_processes(cfg)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_processes_that_torchrun_or_srun_has_started_are_counted(alone, monkeypatch):
+    assert (launch.nodes(), launch.devices()) == (1, 1)
+    with pytest.raises(OptionError, match="trainer=multinode: start it with torchrun --nnodes=N .* or with srun"):
+        launch.check("multinode", in_sweep=False)
+    for name, value in {"STEP_ID": 0, "NTASKS": 6, "NNODES": 3}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert (launch.nodes(), launch.devices()) == (3, 2)
+    launch.check("multinode", in_sweep=False)
+    launch.check("multinode", in_sweep=True)  # a task of submitit's
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert (launch.nodes(), launch.devices()) == (4, 8)
+    with pytest.raises(OptionError, match="trainer=ddp: a sweep starts its processes itself"):
+        launch.check("ddp", in_sweep=True)

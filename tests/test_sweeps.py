@@ -1,9 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import TINY
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import train
 from odcheap import sweeps
 from odcheap.sweeps import Gather, Outcome, short_names, show
 
@@ -21,9 +26,15 @@ def test_words_of_other_processes_are_gathered_in_order_and_cleared_away(tmp_pat
     for number in (1, 0):
         job = OmegaConf.create({"job": {"num": number}})
         monkeypatch.setattr("odcheap.sweeps.HydraConfig.get", lambda job=job: job)
+        sweeps.leave_word(Outcome(f"run-{number}", "failed: ended without a word", None))
         sweeps.leave_word(Outcome(f"run-{number}", "failed: why", None))
+    where = os.environ[sweeps.WORDS]
     gather.on_multirun_end(config)
     assert sweeps.ended == [Outcome("run-0", "failed: why", None), Outcome("run-1", "failed: why", None)]
+    assert not list((tmp_path / "sweep").iterdir())
+    assert not sweeps.gather()
+    monkeypatch.setenv(sweeps.WORDS, where)
+    sweeps.leave_word(Outcome("run-2", "finished", None))  # whoever led the sweep has gone
     assert not list((tmp_path / "sweep").iterdir())
     sweeps.ended.clear()
 
@@ -35,6 +46,43 @@ def run(folder, method, seed, value):
     student = {"val_top1": value, "test_top1": value}
     summary = {"teacher": None, "selected": student, "last": {"students": [student]}}
     return Outcome(str(folder), "finished", summary)
+
+
+@pytest.mark.slow
+def test_several_runs_at_once_each_with_its_share_of_the_threads(tmp_path):
+    """joblib; a failing run does not end the others."""
+    command = [sys.executable, train.__file__, "-m", "hydra/launcher=joblib", *TINY, "num_stu=0,1", "seed=0,1"]
+    asked = [*command, f"hydra.sweep.dir={tmp_path}/sweep"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stdout.count("│ finished") == 2
+    assert done.stdout.count("failed: num_stu=0: must be") == 2
+
+
+# The sweeper asks for Optuna 2, which calls SQLAlchemy and NumPy by names of its time.
+old_optuna = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@old_optuna
+def test_optuna_looks_for_the_highest_accuracy(command, tmp_path):
+    given = ["optimizer.lr=choice(1e-9,0.1)", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0"]
+    result = command("-m", "hydra/sweeper=optuna", *TINY, "num_stu=1", *given, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert result.status == 0, result.err
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    found = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/summary.json")}
+    assert len(found) == 2
+    assert best.best_value == max(summary["selected"]["val_top1"] for summary in found.values())
+    assert best.best_params == {"optimizer.lr": 0.1}
+
+
+@old_optuna
+def test_a_search_whose_every_run_fails_ends_with_its_reasons(command, tmp_path):
+    given = ["data.batch_size=choice(0,1)", "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0"]
+    result = command("-m", "hydra/sweeper=optuna", *TINY, *given, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert result.status == 1
+    assert "the sweep ended before its time" in result.err
+    assert "Traceback" not in result.err + result.out
+    assert result.out.count("failed: data.batch_size=") == 2
 
 
 @pytest.mark.parametrize(("methods", "compared"), [(("alone", "od"), True), (("od",), False)])

@@ -1,0 +1,104 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from conftest import TINY, free_port
+
+import train
+from odcheap.errors import Failure
+from odcheap.rendezvous import agree
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+
+
+def client(store):
+    return dist.TCPStore("127.0.0.1", store.port, 1, is_master=False, timeout=timedelta(seconds=20))
+
+
+def together(store, world, order):
+    """The room that each process finds, when they come in this order."""
+    found = {}
+
+    def come(rank):
+        found[rank] = agree(client(store), rank, world, 20)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in order]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert found.keys() == set(range(world))
+    return set(found.values())
+
+
+def test_all_meet_in_one_room_and_no_attempt_in_that_of_an_earlier_one(store):
+    rooms = [together(store, 3, order) for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1))]
+    assert [len(room) for room in rooms] == [1, 1, 1, 1]
+    assert len(set.union(*rooms)) == 4
+
+
+def test_whoever_died_while_waiting_is_not_waited_for(store):
+    """A first attempt loses process 0, then one loses process 1 after its answer; the third finds together."""
+    with pytest.raises(Failure, match="process 1 of 2 waited 0 s in vain for process 0"):
+        agree(store, 1, 2, 0.1)
+    with pytest.raises(Failure, match="process 0 waited in vain for process 1"):
+        agree(store, 0, 2, 0.1)
+    with pytest.raises(Failure):  # it answers the question of a process 0 that has gone
+        agree(store, 1, 2, 0.3)
+    assert len(together(store, 2, (1, 0))) == 1
+
+
+def agents(job_dir, port, restarts, epochs, cwd):
+    """Two agents of torchrun, as on two machines."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--max-restarts={restarts}"]
+    command += [train.__file__, *TINY, "trainer=multinode", "trainer.accelerator=cpu", f"trainer.max_epochs={epochs}"]
+    command += [f"job_dir={job_dir}", "resume=auto", "checkpoint_every=0"]
+    own = {"cwd": cwd, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # two processes share two cores
+    with open(f"{job_dir}.log", "a") as log:
+        return [subprocess.Popen(command, stdout=log, stderr=log, **own) for _ in range(2)]
+
+
+def worker(agent):
+    """The agent's own worker, once it is there; None where the agent has ended."""
+    while agent.poll() is None:
+        found = subprocess.run(["pgrep", "-P", str(agent.pid), "-f", "train.py"], capture_output=True, text=True)
+        if found.stdout:
+            return int(found.stdout.split()[0])
+        time.sleep(0.05)
+    return None
+
+
+def run_with_kills(tmp_path, name, kills, epochs, dice):
+    """Trains with two agents and kills a worker so many times at a random moment; the student's weights."""
+    running = agents(tmp_path / name, free_port(), 2 * kills, epochs, tmp_path)
+    try:
+        for _ in range(kills):
+            time.sleep(dice.uniform(6, 18))
+            victim = worker(dice.choice(running))
+            assert victim, "the run ended before all kills"
+            os.kill(victim, signal.SIGKILL)
+        assert [agent.wait(timeout=240) for agent in running] == [0, 0], (tmp_path / f"{name}.log").read_text()
+    finally:
+        for agent in running:
+            agent.kill()
+            agent.wait()
+    return (tmp_path / name / "student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 60), pytest.param(10, 150, marks=pytest.mark.slow)])
+def test_a_run_of_two_agents_survives_its_workers_death_bit_for_bit(tmp_path, kills, epochs):
+    dice = random.Random(kills)
+    undisturbed = run_with_kills(tmp_path, "straight", 0, epochs, dice)
+    assert run_with_kills(tmp_path, "killed", kills, epochs, dice) == undisturbed
