@@ -1,12 +1,10 @@
-"""A network on a small device: its ONNX file, and how long an answer takes there.
-
-Needs the extra `export` (onnx, onnxscript, onnxruntime).
-"""
+"""A network on a small device: its ONNX file, and how long an answer takes there."""
 
 import tempfile
 import time
 from pathlib import Path
 
+import onnxruntime
 import torch
 from torch import nn
 
@@ -31,8 +29,6 @@ def to_onnx(network: nn.Module, image_size: tuple[int, int, int]) -> bytes:
 
 def latency(model: bytes, image_size: tuple[int, int, int], batch: int, seconds: float = 1.0) -> float:
     """The median time in seconds of a batch in ONNX Runtime on the CPU, over about so many seconds."""
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     images = {"images": torch.rand(batch, *image_size).numpy()}
     taken: list[float] = []

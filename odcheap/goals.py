@@ -55,7 +55,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     peaks = [{**head(race), **in_gib(race["peak_bytes"])} for race in result["races"]]
     console.print(table("peak memory, GiB", peaks))
     console.print(f"a: {LOOPS['a']} (always float32); b: {LOOPS['b']}; c: {LOOPS['c']}")
-    console.print(inference if isinstance(inference, str) else table("inference, ONNX Runtime, CPU", inference))
+    console.print(table("inference, ONNX Runtime, CPU", inference))
     if "ways" in result:
         console.print(table("a pair, and composed into one dense convolution", result["pairs"]))
         console.print(table("ways to shift", result["shifts"]))
@@ -89,7 +89,7 @@ def spoken(value: object) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of images a second for each race; with inference where it was measured."""
+    """Bars of images a second for each race, and of inference."""
     from matplotlib.figure import Figure
 
     races, inference = result["races"], result["inference"]
@@ -104,12 +104,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set_title(f"training {races[0]['num_stu']} students, batch {races[0]['batch_size']}")
     left.legend(fontsize=8)
     right.set_title("inference, ms an image")
-    if not isinstance(inference, str):
-        for k, n in enumerate((1, 64)):
-            places = [place + 0.4 * (k - 0.5) for place in range(len(inference))]
-            bars = right.bar(places, [row[f"ms_{n}"] / n for row in inference], 0.38, label=f"batch {n}")
-            right.bar_label(bars, fmt="%.2f", fontsize=8)
-        right.set_xticks(range(len(inference)), [row["block_type"] for row in inference])
-        right.legend(fontsize=8)
+    for k, n in enumerate((1, 64)):
+        places = [place + 0.4 * (k - 0.5) for place in range(len(inference))]
+        bars = right.bar(places, [row[f"ms_{n}"] / n for row in inference], 0.38, label=f"batch {n}")
+        right.bar_label(bars, fmt="%.2f", fontsize=8)
+    right.set_xticks(range(len(inference)), [row["block_type"] for row in inference])
+    right.legend(fontsize=8)
     figure.suptitle(result["machine"]["gpu"] or result["machine"]["cpu"])
     figure.savefig(path, dpi=120)

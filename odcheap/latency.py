@@ -1,10 +1,7 @@
 """How long finished runs' students take here, each kind of network once."""
 
-import importlib.util
 import json
 from typing import Any
-
-from rich.console import Console
 
 from odcheap import compare, deploy
 from odcheap.errors import Failure
@@ -12,14 +9,9 @@ from odcheap.files import read_safetensors
 from odcheap.rebuild import rebuilt
 from odcheap.study import Found
 
-NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
-
-def measured(found: list[Found], console: Console, seconds: float = 1.0) -> dict[str, float]:
-    """Milliseconds of one picture by the row's name; nothing where the extra `export` is not installed."""
-    if not all(map(importlib.util.find_spec, NEEDED)):
-        console.print("latency is not measured: it needs the extra export")
-        return {}
+def measured(found: list[Found], seconds: float = 1.0) -> dict[str, float]:
+    """Milliseconds of one picture by the row's name; nothing for a student that cannot be rebuilt."""
     folders = {id(entry.run): entry.folder for entry in found}
     by_network: dict[str, float | None] = {}
     times: dict[str, float] = {}

@@ -20,7 +20,7 @@ from odcheap.errors import Failure
 from odcheap.files import write_text
 from odcheap.study import Found
 
-KINDS = ("head", "gated", "mean", "frozen")
+KINDS = ("head", "gated", "mean", "ema", "frozen")
 READING = """Test top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
 students after the last epoch, nothing picked; *selected*: the one that was best on held-out images, so for `alone` the
 best of independent students. Gains over `alone` are paired by seed, in percentage points; one smaller than two standard
@@ -70,7 +70,7 @@ def write(found: list[Found], out: Path, timed: bool) -> int:
     if not finished:
         raise Failure(f"no finished run among {len(found)}; --status says more")
     rows = compare.rows(entry.run for entry in finished)
-    times = latency.measured(finished, console()) if timed else {}
+    times = latency.measured(finished) if timed else {}
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw(rows, times, out)
     write_text(out / "report.md", markdown(found, rows, times, drawn))

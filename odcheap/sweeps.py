@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from odcheap import compare, folder
+from odcheap import compare, folder, state
 from odcheap.compare import Spread, mean_student, selected_student
 from odcheap.files import write_text
 from odcheap.summary import shown
@@ -41,7 +42,9 @@ class Gather(Callback):
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
         ended.clear()
-        words = Path(config.hydra.sweep.dir) / f".words-{os.getpid()}-{time.time_ns()}"
+        sweep = Path(config.hydra.sweep.dir)
+        clear_words_of_the_dead(sweep)
+        words = sweep / f".words-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
         words.mkdir(parents=True)
         os.environ[WORDS] = str(words.absolute())
         where = config.hydra.sweep.dir
@@ -49,6 +52,13 @@ class Gather(Callback):
 
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
         gather()
+
+
+def clear_words_of_the_dead(sweep: Path) -> None:
+    for words in sweep.glob(".words-*"):
+        host, pid, _ = words.name.removeprefix(".words-").rsplit("-", 2)
+        if not state.alive({"host": host, "pid": pid}):
+            shutil.rmtree(words, ignore_errors=True)
 
 
 def gather() -> bool:

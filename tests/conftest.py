@@ -1,6 +1,8 @@
 """What several rooms' tests share: a tiny run, and the command line called as a user would."""
 
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,32 @@ from odcheap import cli
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
 TINY += ["trainer.max_epochs=2", "logger=csv"]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class Begun:
+    """`python train.py` in a process of its own, read line by line."""
+
+    def __init__(self, *arguments, cwd):
+        self.cwd, self.said = cwd, []
+        command = [sys.executable, train.__file__, *TINY, *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def until(self, words):
+        for line in self.process.stdout:
+            self.said.append(line)
+            if words in line:
+                return
+        raise AssertionError("".join(self.said))
+
+    def end(self):
+        with self.process:
+            self.said += self.process.stdout
+            return self.process.wait(timeout=120)
 
 
 def free_port() -> int:

@@ -4,44 +4,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import TINY
+from conftest import TINY, Begun
 
-import train
 from odcheap.checkpoint import all_paths
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-class Begun:
-    """`python train.py` in a process of its own, read line by line."""
-
-    def __init__(self, *arguments, cwd):
-        self.cwd, self.said = cwd, []
-        command = [sys.executable, train.__file__, *TINY, "trainer.max_epochs=6", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=cwd, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def until(self, words):
-        for line in self.process.stdout:
-            self.said.append(line)
-            if words in line:
-                return
-        raise AssertionError("".join(self.said))
-
-    def end(self):
-        with self.process:
-            self.said += self.process.stdout
-            return self.process.wait(timeout=120)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_the_next_step_and_the_run_ends_as_if_nothing_had_been(tmp_path, command, name):
-    run = Begun("job_dir=run", cwd=tmp_path)
+    run = Begun("trainer.max_epochs=6", "job_dir=run", cwd=tmp_path)
     run.until("epoch 2 (3/6)")
     run.process.send_signal(getattr(signal, name))
     assert run.end() == 128 + getattr(signal, name)
@@ -59,7 +32,9 @@ def test_a_signal_saves_the_next_step_and_the_run_ends_as_if_nothing_had_been(tm
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     """Its epochs of one step take seconds, so the first signal still waits when the second comes."""
-    run = Begun("job_dir=run", "data.batch_size=437", "num_stu=8", "backbone.depth=56", cwd=tmp_path)
+    run = Begun(
+        "trainer.max_epochs=6", "job_dir=run", "data.batch_size=437", "num_stu=8", "backbone.depth=56", cwd=tmp_path
+    )
     run.until("epoch 0 (1/6)")
     time.sleep(0.5)
     run.process.send_signal(signal.SIGTERM)
@@ -87,7 +62,7 @@ def ranks(train_py):
 @pytest.mark.parametrize("whom", [pytest.param("leader", marks=pytest.mark.slow), "rank 1"])
 def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, whom):
     job_dir = tmp_path / "run"
-    run = Begun("trainer=ddp", "trainer.accelerator=cpu", f"job_dir={job_dir}", cwd=tmp_path)
+    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=6", f"job_dir={job_dir}", cwd=tmp_path)
     run.until("epoch 1 (2/6)")
     os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM

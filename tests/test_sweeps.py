@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ def test_rows_show_what_differs():
 
 def test_words_of_other_processes_are_gathered_in_order_and_cleared_away(tmp_path, monkeypatch):
     config, gather = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}}), Gather()
+    (tmp_path / "sweep" / f".words-{socket.gethostname()}-{2**22 + 1}-5").mkdir(parents=True)  # of one that was killed
     monkeypatch.setenv(sweeps.WORDS, "")
     gather.on_multirun_start(config)
     for number in (1, 0):

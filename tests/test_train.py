@@ -3,14 +3,11 @@
 import csv
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import hydra
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Begun
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -376,28 +373,45 @@ def test_a_sweep_makes_a_folder_a_run_skips_what_is_done_and_survives_a_failure(
     assert hashes(folders["1"]) | hashes(folders["2"]) == before
 
 
-def test_two_processes(tmp_path):
-    """gloo on the CPU: a refused option stays one line; the figures are exact, the rate is not scaled."""
-    script = [
-        sys.executable,
-        train.__file__,
-        *TINY,
-        "trainer=ddp",
-        "trainer.accelerator=cpu",
-        f"job_dir={tmp_path}/run",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("<- chosen") == 1
-    found, rows = summary(tmp_path / "run"), metrics(tmp_path / "run")
-    with open(tmp_path / "run" / "confusion.csv", newline="") as file:
+def test_a_sweep_that_was_killed_goes_on_with_the_same_command(command, tmp_path):
+    """Four runs, the kill in the third: those that had finished stay as they are, all end as if nothing had been."""
+    sweep = ["hydra.mode=MULTIRUN", "num_stu=1,2", "seed=0,1", "trainer.max_epochs=6"]
+    disturbed = Begun(*sweep, f"hydra.sweep.dir={tmp_path}/disturbed", cwd=tmp_path)
+    for _ in range(2):
+        disturbed.until(": finished")
+    disturbed.until("epoch 2 (3/6)")
+    disturbed.process.kill()
+    assert disturbed.end() == -9
+    done = {path.parent for path in (tmp_path / "disturbed").glob("*/summary.json")}
+    assert len(done) == 2
+    before = {name: digest for folder in done for name, digest in hashes(folder).items()}
+    again = command(*TINY, *sweep, f"hydra.sweep.dir={tmp_path}/disturbed")
+    assert again.status == 0
+    assert (again.out.count("│ was finished"), again.out.count("│ finished")) == (2, 2)
+    assert again.out.count("continuing from") == 1
+    assert {name: hashes(folder)[name] for folder in done for name in hashes(folder)} == before
+    assert not list((tmp_path / "disturbed").glob(".words*"))
+    assert command(*TINY, *sweep, f"hydra.sweep.dir={tmp_path}/straight").status == 0
+    for straight in (tmp_path / "straight").glob("*/student.safetensors"):
+        name = straight.relative_to(tmp_path / "straight")
+        assert (tmp_path / "disturbed" / name).read_bytes() == straight.read_bytes()
+
+
+def test_a_sweep_of_runs_of_two_processes(tmp_path):
+    """gloo on the CPU: one folder a run, the figures are exact, the rate is not scaled."""
+    sweep = ("hydra.mode=MULTIRUN", "num_stu=1,2", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    run = Begun(*sweep, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    assert run.end() == 0, run.said
+    assert "".join(run.said).count("<- chosen") == 2
+    one, two = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert [len(summary(folder)["students"]) for folder in (one, two)] == [1, 2]
+    with open(two / "confusion.csv", newline="") as file:
         counts = [int(n) for row in list(csv.reader(file))[1:] for n in row[1:]]
     assert sum(counts) == 360
-    assert float(rows[0]["lr"]) == 0.1
+    assert float(metrics(two)[0]["lr"]) == 0.1
     network = CifarResNet(8, DW(), 10)
-    network.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"))
-    assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
+    network.load_state_dict(load_file(two / "student.safetensors"))
+    assert accuracy(network) == pytest.approx(summary(two)["selected"]["test_top1"], abs=1e-9)
 
 
 @pytest.fixture
