@@ -36,17 +36,20 @@ def trade_off(points: list[Point], unit: str) -> Figure:
     axes = figure.subplots()
     colours, markers = (ranks([p[k] for p in points], v) for k, v in ((0, COLOURS), (1, MARKERS)))
     step = 0.01 * (max(p.cost for p in points) - min(p.cost for p in points))  # bars of one price side by side
-    for k, p in enumerate(points):
-        aside = p.cost + step * (k % len(colours) - (len(colours) - 1) / 2)
+    places = [p.cost + step * (k % len(colours) - (len(colours) - 1) / 2) for k, p in enumerate(points)]
+    for aside, p in zip(places, points, strict=True):
         error = 100 * (p.accuracy.deviation or 0)
         axes.errorbar(aside, 100 * p.accuracy.mean, error, fmt=markers[p.setting], color=colours[p.method], lw=1)
     front = pareto([(p.cost, p.accuracy.mean) for p in points])
     axes.step([x for x, _ in front], [100 * y for _, y in front], where="post", color="#BBBBBB", zorder=0)
     axes.set_xlabel(unit)
-    axes.set_ylabel("test top-1 of the selected student, %")
+    axes.set_ylabel("test top-1 of the selected student, %\n(bars: deviation over seeds)")
     axes.set_title("Which student for which price (grey: nothing is both cheaper and better)", loc="left", fontsize=11)
     axes.margins(x=0.25, y=0.1)
-    label_beside(axes, [(p.cost, 100 * p.accuracy.mean, f"{p.method} {p.setting}", colours[p.method]) for p in points])
+    below_hundred(axes)
+    named = [(f"{p.method} {p.setting}", colours[p.method]) for p in points]
+    heights = [100 * p.accuracy.mean for p in points]
+    label_beside(axes, [(x, y, *name) for x, y, name in zip(places, heights, named, strict=True)])
     return cleared(figure)
 
 
@@ -60,17 +63,39 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def label_beside(axes: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Names to the right of their points, moved apart up and down where they would cover each other."""
+    """Names to the right of their points, moved apart where they would cover each other."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    columns: list[list[tuple[float, float, str, str]]] = []
+    for label in sorted(labels):
+        if columns and label[0] - columns[-1][-1][0] < (right - left) / 10:
+            columns[-1].append(label)
+        else:
+            columns.append([label])
+    for column in columns:
+        column.sort(key=lambda label: label[1])
+        heights = spread_out([y for _, y, _, _ in column], (high - low) / 22)
+        beside = max(x for x, _, _, _ in column) + (right - left) / 50
+        for (x, y, name, colour), height in zip(column, heights, strict=True):
+            line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0}
+            axes.annotate(name, (x, y), (beside, height), color=colour, fontsize=8, va="center", arrowprops=line)
+
+
+def spread_out(values: list[float], gap: float) -> list[float]:
+    """Sorted values, moved as little as may be (in least squares) so that neighbours are `gap` apart."""
+    blocks: list[list[float]] = []  # sum and count of those that move together, as if they lay on one spot
+    for k, value in enumerate(values):
+        blocks.append([value - k * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    spots = [total / count for total, count in blocks for _ in range(int(count))]
+    return [spot + k * gap for k, spot in enumerate(spots)]
+
+
+def below_hundred(axes: Axes) -> None:
+    """No more of the axis above 100 per cent than a marker needs."""
     low, high = axes.get_ylim()
-    gap = (high - low) / 24
-    placed: dict[float, float] = {}
-    for x, y, name, colour in sorted(labels, key=lambda label: (label[0], label[1])):
-        near = [at for own, at in placed.items() if math.isclose(own, x, rel_tol=0.05)]
-        at = max([y, *(other + gap for other in near)])
-        placed[x * (1 + 1e-9 * len(placed))] = at
-        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.5} if at - y > gap / 2 else None
-        axes.annotate(name, (x, y), (10, (at - y) / (high - low) * 300), textcoords="offset points", color=colour,
-                      fontsize=8, va="center", arrowprops=arrow)  # fmt: skip
+    axes.set_ylim(low, min(high, 100 + (100 - low) / 40))
 
 
 def gains(rows: list[Row]) -> Figure:
@@ -88,7 +113,8 @@ def gains(rows: list[Row]) -> Figure:
     axes.margins(y=0.5 / max(1, len(found)))
     axes.set_yticks(range(len(found)), [row.name for row, _ in reversed(found)])
     axes.set_xlabel("gain of the mean student over alone, same seed, percentage points (bars: two standard errors)")
-    axes.set_title("What the methods bring (hollow: not resolved)", loc="left", fontsize=11)
+    seeds = " or ".join(map(str, sorted({gain.n for _, gain in found})))
+    axes.set_title(f"What the methods bring (n = {seeds}; hollow: not resolved)", loc="left", fontsize=11)
     return cleared(figure)
 
 
@@ -108,6 +134,7 @@ def curves(rows: list[Row], stage: str) -> Figure:
             if line and style == "-":
                 ends[row.setting].append((len(line), line[-1], row.method, colours[row.method]))
     panels[0].set_ylim(bottom=min(later, default=0) - 1)  # the climb of the first epochs would flatten the rest
+    below_hundred(panels[0])
     panels[0].set_ylabel(f"{stage} top-1, %")
     for axes, setting in zip(panels, settings, strict=True):
         axes.set_title(setting or "all runs", loc="left", fontsize=10)

@@ -1,10 +1,12 @@
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from odcheap import figures
 from odcheap.compare import Finished, Spread, rows
-from odcheap.figures import Point, label_beside, mean_curve, pareto, ranks, save, students_at, trade_off
+from odcheap.figures import Point, label_beside, mean_curve, pareto, ranks, save, spread_out, students_at, trade_off
 
 
 def test_the_front_is_what_nothing_beats():
@@ -61,15 +63,30 @@ def test_one_seed_is_drawn_without_bars():
     assert figures.gains(compared).axes[0].get_yticks().tolist() == [0, 1]
 
 
-def test_labels_of_one_place_do_not_cover_each_other():
+def test_labels_of_one_place_do_not_cover_each_other_and_lie_as_their_points_do():
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    axes.set_ylim(0, 1)
-    label_beside(axes, [(1.0, 0.5, name, "black") for name in "abc"])
-    heights = sorted(text.xyann[1] for text in axes.texts)
-    assert heights[0] == 0
-    assert min(b - a for a, b in pairwise(heights)) > 10
+    axes.set(xlim=(0, 2), ylim=(0, 1))
+    label_beside(axes, [(1.05, 0.5, "b", "black"), (1.0, 0.5, "a", "black"), (1.02, 0.1, "low", "black")])
+    places = {text.get_text(): text.xyann for text in axes.texts}
+    assert len({x for x, _ in places.values()}) == 1
+    assert places["low"][1] == 0.1
+    assert abs(places["a"][1] - places["b"][1]) == pytest.approx(1 / 22)
+    assert places["a"][1] + places["b"][1] == pytest.approx(1)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=8).map(sorted))
+def test_what_is_spread_out_moves_as_little_as_may_be(values):
+    found = spread_out(values, 1.0)
+    assert all(b - a >= 1 - 1e-9 for a, b in pairwise(found))
+    if all(b - a >= 1 for a, b in pairwise(values)):
+        assert found == pytest.approx(values)
+    far = sum((a - b) ** 2 for a, b in zip(found, values, strict=True))
+    for k, nudge in ((k, nudge) for k in range(len(values)) for nudge in (-0.01, 0.01)):
+        other = [*found[:k], found[k] + nudge, *found[k + 1 :]]
+        if all(b - a >= 1 for a, b in pairwise(other)):
+            assert sum((a - b) ** 2 for a, b in zip(other, values, strict=True)) >= far - 1e-6
 
 
 def test_a_name_has_its_colour_everywhere():
