@@ -1,31 +1,50 @@
-"""Signals to real processes; what they mean for one that nobody disturbs is in the rooms of the run."""
+"""Signals to real runs, in this process and in others."""
 
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 from conftest import TINY, Begun
 
 from odcheap.checkpoint import all_paths
+from odcheap.signals import ENDING
+
+
+@pytest.fixture
+def own_signals():
+    """Puts back what this process did on signals before."""
+    before = {signum: signal.getsignal(signum) for signum in ENDING}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_the_next_step_and_the_run_ends_as_if_nothing_had_been(tmp_path, command, name):
-    run = Begun("trainer.max_epochs=6", "job_dir=run", cwd=tmp_path)
-    run.until("epoch 2 (3/6)")
-    run.process.send_signal(getattr(signal, name))
-    assert run.end() == 128 + getattr(signal, name)
-    assert run.said[-1] == f"{name}: saved; resume=run continues\n"
-    assert "Traceback" not in "".join(run.said)
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
-    newest = all_paths(tmp_path / "run")[-1].relative_to(tmp_path)
-    again = command(*TINY, "trainer.max_epochs=6", "job_dir=run", "resume=auto")
+def test_a_signal_saves_the_next_step_and_the_run_ends_as_if_nothing_had_been(tmp_path, command, own_signals, name):
+    job_dir, signum = tmp_path / "run", getattr(signal, name)
+
+    def send():
+        while not (job_dir / "checkpoints" / "epoch-0001.ckpt").is_file():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signum)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    run = command(*TINY, "trainer.max_epochs=9", f"job_dir={job_dir}")
+    sender.join()
+    assert run.status == 128 + signum
+    assert run.out.endswith(f"{name}: saved; resume={job_dir} continues\n")
+    assert json.loads((job_dir / "status.json").read_text())["state"] == "stopped"
+    newest = all_paths(job_dir)[-1]
+    again = command(*TINY, "trainer.max_epochs=9", f"job_dir={job_dir}", "resume=auto")
     assert again.status == 0
     assert f"continuing from {newest}" in again.out
-    assert command(*TINY, "trainer.max_epochs=6", "job_dir=straight").status == 0
+    assert command(*TINY, "trainer.max_epochs=9", f"job_dir={tmp_path}/straight").status == 0
     found, straight = (tmp_path / folder / "student.safetensors" for folder in ("run", "straight"))
     assert found.read_bytes() == straight.read_bytes()
 
@@ -41,6 +60,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
     time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 128 + signal.SIGINT
+    assert "Traceback" not in "".join(run.said)
     assert not any("saved" in line for line in run.said)
 
 

@@ -239,7 +239,8 @@ def test_an_average_can_be_the_product(command, tmp_path, monkeypatch):
         assert torch.equal(tensor, content[f"method.averages.members.1.{name}"]), name
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pcl")) for n in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_of_two_processes(command, options, name, tmp_path):
     processes = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
     given = [o for o in TINY if not o.startswith("trainer=")]
