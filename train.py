@@ -14,7 +14,7 @@ from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
 from odcheap.data import check_batches
 from odcheap.seeds import seeded
-from odcheap.signals import Listener
+from odcheap.signals import Listener, leaving
 from odcheap.students import Students
 
 CONF = Path(__file__).parent / "conf"
@@ -31,13 +31,21 @@ def main(cfg: DictConfig) -> float | None:
 
 def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweeps.Outcome:
     choices = HydraConfig.get().runtime.choices
-    launch.check(choices.trainer, in_sweep)
+    launch.check(cfg, choices.trainer, in_sweep)
     launch.share_cores()
     again = in_sweep or slurm.restarted()
-    start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default="auto" if again else None)
+    by_default = "auto" if again else None
+    start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default, slurm.restarted())
     if start.finished:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
         return sweeps.Outcome(str(start.job_dir), "was finished", folder.summary_of(start.job_dir))
+    if cfg.test_only:
+        return carry_out(start, choices, listener)
+    with leaving(start.job_dir, listener, again=not cfg.overwrite):
+        return carry_out(start, choices, listener)
+
+
+def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> sweeps.Outcome:
     cfg = start.cfg
     cli.check_types(cfg, start.overrides)
     run.check(cfg)

@@ -43,6 +43,7 @@ def start(main: Callable[[], None], conf: Path) -> int:
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
+        sweeps.gather()
         return failed(hydra_line(error, conf))
     except Exception as error:  # of a launcher or sweeper: what the runs themselves raise is dealt with in `guarded`
         if not sweeps.gather():

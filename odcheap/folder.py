@@ -69,13 +69,18 @@ def plan(
     compose: Callable[[list[str]], DictConfig],
     say: Callable[[str], None],
     by_default: str | None = None,
+    restarted: bool = False,
 ) -> Start:
     """Which run this is to be. `compose` makes a config from overrides; `by_default` stands in for no `resume`.
+
+    `restarted`: this very command has been started before, so that what it left in `job_dir` goes first.
 
     With `resume` the overrides the run was started with are applied again; one given anew that would change the
     experiment raises `OptionError`, as do a missing checkpoint and a folder that holds another run.
     """
     resume = cfg.resume or (None if cfg.overwrite else by_default)
+    if restarted and not cfg.overwrite and all_paths(Path(cfg.job_dir)):
+        resume = "auto"
     if cfg.test_only and not (cfg.resume or cfg.weights):
         raise OptionError("test_only", "true", "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
     if not resume or (cfg.test_only and not cfg.resume):

@@ -14,7 +14,8 @@ from lightning_fabric.plugins.environments import (
 )
 from omegaconf import DictConfig
 
-from odcheap import slurm
+from odcheap import slurm, state
+from odcheap.agent import ENDING
 from odcheap.errors import Failure, OptionError
 from odcheap.folder import Start, key_of
 from odcheap.signals import Listener, Stopped
@@ -61,13 +62,16 @@ def share_cores() -> None:
         torch.set_num_threads(cores)
 
 
-def check(trainer: str, in_sweep: bool) -> None:
+def check(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
     """Refuses a `trainer` that does not fit how the process was started; `trainer` is the option's choice."""
     if in_sweep and by_torchrun():
         raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
     if trainer == "multinode" and not by_torchrun() and not slurm.in_step():
         allowed = "start it with torchrun --nnodes=N --nproc-per-node=M, or with srun; trainer=ddp is for one machine"
         raise OptionError("trainer", trainer, allowed)
+    started = nodes() * devices()
+    if started > 1 and processes(cfg) != started:
+        raise OptionError("trainer", trainer, f"{started} processes were started; trainer=multinode makes them one run")
 
 
 def processes(cfg: DictConfig) -> int:
@@ -94,12 +98,14 @@ def start_processes(script: Path, start: Start, listener: Listener) -> None:
     overrides += [f"job_dir={start.job_dir}", "hydra.mode=RUN"]  # an experiment may make every command a sweep
     command = [sys.executable, "-m", "odcheap.agent", "--standalone", f"--nproc-per-node={devices}", str(script)]
     command += [quoted(o) for o in overrides]
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
+    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))}
+    env = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ  # seconds for a long step, and to save it
+    state.mark(start.job_dir, "running")
     # In a session of its own: a Ctrl-C at the terminal comes to it once, by way of this process.
     agent = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
     with agent, listener.passing_on(agent):
         status = agent.wait()
-    if status > 128:
+    if status - 128 in ENDING:
         raise Stopped(status - 128)
     if status:
         raise Failure(f"trainer.devices={devices}: a process of the run failed; its reason is above")

@@ -1,6 +1,7 @@
 """One run from its parts to its folder: fit, test, write."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,7 +22,7 @@ from odcheap.guard import Guard
 from odcheap.method import Method
 from odcheap.module import DistillationModule
 from odcheap.optim import SGD
-from odcheap.signals import Interruption, Listener, Stopped, leave
+from odcheap.signals import Interruption, Listener
 from odcheap.weights import load_weights, read_weights
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
@@ -140,12 +141,16 @@ class Run:
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
         """Trains, tests the selected epoch and the last one, writes the folder, returns the summary."""
         trainer = self.trainer(loggers=True)
+        with state.occupied(self.start.job_dir) if trainer.is_global_zero else nullcontext():
+            return self.train_and_test(trainer, standard)
+
+    def train_and_test(self, trainer: pl.Trainer, standard: nn.Module) -> dict[str, Any]:
         if trainer.is_global_zero:
             prepare(self.start)
             write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
             state.mark(self.start.job_dir, "running")
         self.introduce(trainer)
-        self.fit(trainer)
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
         last = self.tested(trainer, self.record.history[-1])
         at_selected = self.tested(trainer, self.back_to_selected())
         result = self.summarise(at_selected, last, standard)
@@ -154,14 +159,6 @@ class Run:
             state.mark(self.start.job_dir, "finished")
             summary.show(self.console, result, f"{self.start.job_dir}: finished")
         return result
-
-    def fit(self, trainer: pl.Trainer) -> None:
-        try:
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
-        except Stopped as stop:
-            if trainer.is_global_zero:
-                leave(stop, self.start.job_dir, self.listener, again=not self.cfg.overwrite)
-            raise
 
     def introduce(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data

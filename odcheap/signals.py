@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from odcheap import slurm, state
+from odcheap.agent import ENDING
 from odcheap.callbacks import Record
 from odcheap.checkpoint import all_paths, step_path
 from odcheap.guard import Guard
 from odcheap.module import DistillationModule
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SUBMITIT = signal.SIGUSR2  # by which submitit asks for a checkpoint; its handler puts the job back into the queue
 
 
@@ -27,18 +29,20 @@ class Stopped(SystemExit):
     """A signal has ended the run; the exit status is 128 + its number."""
 
     def __init__(self, signum: int):
-        super().__init__(128 + signum)
-        self.signum, self.name = signum, signal.Signals(signum).name
+        super().__init__(signum)  # what unpickling gives back to it, where a launcher sends it home
+        self.code, self.signum, self.name = 128 + signum, signum, signal.Signals(signum).name
 
 
 class Listener:
     """Hears signals. A first one ends the process where it is, or while it is `waiting` is only noted for the step's
-    end, or is passed on to the process that does the work; a second one ends the process at once.
+    end, or is passed on to the process that does the work; a second one ends the process at once. The same one within
+    a second is no second one: a process may get it from its starter and with all of its group.
     """
 
     def __init__(self) -> None:
-        self.heard, self.waiting = 0, False
+        self.heard, self.waiting, self.when = 0, False, 0.0
         self.worker: subprocess.Popen | None = None
+        self.led = False  # whether another process has done the work
         self.owner = os.getpid()
         self.requeue_by_submitit = False
         self.before = {signum: signal.getsignal(signum) for signum in (*ENDING, SUBMITIT)}
@@ -47,9 +51,11 @@ class Listener:
         self.install()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if not self.heard:  # one that ends has still to hear a second one
             self.take(self.before)
+        elif kind is None:  # it came after the last look, or another failure came first
+            raise Stopped(self.heard)
 
     def install(self) -> None:
         """Takes the signals, also back from whoever has taken them since."""
@@ -69,11 +75,13 @@ class Listener:
     def hear(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner:  # a loader's process: the one that owns it decides
             return
+        if signum == self.heard and time.monotonic() < self.when + 1:
+            return
         if self.worker is not None:
             self.worker.send_signal(signal.SIGTERM)  # torchrun passes this one on, whatever its settings
         elif self.heard:
             os._exit(128 + signum)
-        self.heard = signum
+        self.heard, self.when = signum, time.monotonic()
         if not self.waiting and self.worker is None:
             raise Stopped(signum)
 
@@ -83,13 +91,15 @@ class Listener:
             return
         self.requeue_by_submitit = True
         self.heard = self.heard or signum
-        if not self.waiting:
-            self.submitit()
+        if self.worker is not None:
+            self.worker.send_signal(signal.SIGTERM)
+        elif not self.waiting:
+            raise Stopped(self.heard)
 
     @contextmanager
     def passing_on(self, worker: subprocess.Popen) -> Iterator[None]:
         """While `worker` runs signals are its; afterwards `Stopped` where one came."""
-        self.worker = worker
+        self.worker, self.led = worker, True
         try:
             yield
         finally:
@@ -98,15 +108,27 @@ class Listener:
             raise Stopped(self.heard)
 
 
-def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None:
-    """For the first process of a stopped training: says how it goes on, and in a cluster sees to it.
+@contextmanager
+def leaving(job_dir: Path, listener: Listener, again: bool) -> Iterator[None]:
+    """Where a signal ends what is done within, the first process says how it goes on, and in a cluster sees to it.
 
     `again`: the same command, started anew by the cluster, would continue.
     """
-    state.mark(job_dir, "stopped", stop.name)
-    way = f"saved; resume={job_dir} continues" if all_paths(job_dir) else "nothing was saved yet"
-    by_cluster = stop.signum != signal.SIGINT and not listener.requeue_by_submitit and again
-    print(f"{stop.name}: {way}{slurm.requeue() if by_cluster else ''}", flush=True)
+    try:
+        yield
+    except Stopped as stop:
+        if rank_zero_only.rank in (0, None) and job_dir.is_dir():
+            leave(stop, job_dir, listener, again)
+        raise
+
+
+def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None:
+    by_worker = listener.led and state.read(job_dir).get("state") == "stopped"
+    if not by_worker:
+        state.mark(job_dir, "stopped", stop.name)
+        way = f"saved; resume={job_dir} continues" if all_paths(job_dir) else "nothing was saved yet"
+        by_cluster = stop.signum != signal.SIGINT and not listener.requeue_by_submitit and again
+        print(f"{stop.name}: {way}{slurm.requeue() if by_cluster else ''}", flush=True)
     if listener.requeue_by_submitit:
         listener.submitit()
 

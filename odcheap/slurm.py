@@ -15,11 +15,11 @@ def in_step() -> bool:
 
 def tasks() -> int:
     """How many processes srun has started; 1 outside srun."""
-    return int(os.environ["SLURM_NTASKS"]) if in_step() else 1
+    return int(os.environ["SLURM_STEP_NUM_TASKS"]) if in_step() else 1
 
 
 def nodes() -> int:
-    return int(os.environ["SLURM_NNODES"]) if in_step() else 1
+    return int(os.environ["SLURM_STEP_NUM_NODES"]) if in_step() else 1
 
 
 def tasks_a_node() -> int:
@@ -71,11 +71,14 @@ def requeue() -> str:
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # the last task has the array's own number, which means all of them
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     state = re.search(r"JobState=(\S+)", said("scontrol", "show", "job", job))
-    if state is None or state[1] not in ("RUNNING", "PREEMPTED"):
+    if state is None:
+        return f"; job {job} is not requeued: scontrol does not answer"
+    if state[1] not in ("RUNNING", "PREEMPTED"):
         return ""
-    asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        return f"; job {job} is not requeued: {asked.stderr.strip()}"
+    said("scontrol", "requeue", job)
+    after = re.search(r"JobState=(\S+)", said("scontrol", "show", "job", job))
+    if after is not None and after[1] == "RUNNING":
+        return f"; job {job} is not requeued: Slurm does not want to (see scontrol requeue {job})"
     return f"; job {job} is back in the queue"
 
 

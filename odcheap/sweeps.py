@@ -73,7 +73,7 @@ def gather() -> bool:
 
 def leave_word(outcome: Outcome) -> None:
     """In the first process of a run of a sweep: tells the process that leads it, where that is there still."""
-    words = Path(os.environ[WORDS])
+    words = Path(os.environ.get(WORDS, "nowhere"))
     if rank_zero_only.rank in (0, None) and words.is_dir():
         write_text(words / f"{HydraConfig.get().job.num:06d}.json", json.dumps(asdict(outcome)))
 

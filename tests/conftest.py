@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +40,13 @@ class Begun:
         raise AssertionError("".join(self.said))
 
     def end(self):
+        overdue = threading.Timer(150, self.process.kill)
+        overdue.start()
         with self.process:
             self.said += self.process.stdout
-            return self.process.wait(timeout=120)
+            status = self.process.wait()
+        overdue.cancel()
+        return status
 
 
 def free_port() -> int:

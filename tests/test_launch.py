@@ -27,21 +27,27 @@ def test_processes_are_started_for_several_devices_of_one_machine(devices, nodes
 
 @pytest.fixture
 def alone(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_NNODES"):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
+
+
+def trainer(devices, nodes):
+    return OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
 
 
 def test_processes_that_torchrun_or_srun_has_started_are_counted(alone, monkeypatch):
     assert (launch.nodes(), launch.devices()) == (1, 1)
     with pytest.raises(OptionError, match="trainer=multinode: start it with torchrun --nnodes=N .* or with srun"):
-        launch.check("multinode", in_sweep=False)
-    for name, value in {"STEP_ID": 0, "NTASKS": 6, "NNODES": 3}.items():
+        launch.check(trainer(1, 1), "multinode", in_sweep=False)
+    for name, value in {"STEP_ID": 0, "STEP_NUM_TASKS": 6, "STEP_NUM_NODES": 3}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert (launch.nodes(), launch.devices()) == (3, 2)
-    launch.check("multinode", in_sweep=False)
-    launch.check("multinode", in_sweep=True)  # a task of submitit's
+    launch.check(trainer(2, 3), "multinode", in_sweep=False)
+    launch.check(trainer(2, 3), "multinode", in_sweep=True)  # a task of submitit's
+    with pytest.raises(OptionError, match="trainer=auto: 6 processes were started; trainer=multinode makes them one"):
+        launch.check(trainer(1, 1), "auto", in_sweep=False)
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert (launch.nodes(), launch.devices()) == (4, 8)
     with pytest.raises(OptionError, match="trainer=ddp: a sweep starts its processes itself"):
-        launch.check("ddp", in_sweep=True)
+        launch.check(trainer(8, 4), "ddp", in_sweep=True)

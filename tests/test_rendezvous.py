@@ -80,12 +80,21 @@ def worker(agent):
     return None
 
 
+def until_in(log, words):
+    end = time.monotonic() + 120
+    while words not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
 def run_with_kills(tmp_path, name, kills, epochs, dice):
     """Trains with two agents and kills a worker so many times at a random moment; the student's weights."""
     running = agents(tmp_path / name, free_port(), 2 * kills, epochs, tmp_path)
     try:
-        for _ in range(kills):
-            time.sleep(dice.uniform(6, 18))
+        for attempt in range(kills):
+            if attempt == 0:  # one kill for certain within the training
+                until_in(tmp_path / f"{name}.log", "epoch 2 ")
+            time.sleep(dice.uniform(0, 1) if attempt == 0 else dice.uniform(0, 18))
             victim = worker(dice.choice(running))
             assert victim, "the run ended before all kills"
             os.kill(victim, signal.SIGKILL)
@@ -97,8 +106,9 @@ def run_with_kills(tmp_path, name, kills, epochs, dice):
     return (tmp_path / name / "student.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(1, 60), pytest.param(10, 150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 40), pytest.param(10, 400, marks=pytest.mark.slow)])
 def test_a_run_of_two_agents_survives_its_workers_death_bit_for_bit(tmp_path, kills, epochs):
     dice = random.Random(kills)
     undisturbed = run_with_kills(tmp_path, "straight", 0, epochs, dice)
     assert run_with_kills(tmp_path, "killed", kills, epochs, dice) == undisturbed
+    assert "continuing from" in (tmp_path / "killed.log").read_text()

@@ -2,16 +2,16 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
 from conftest import TINY, Begun
 
-from odcheap.checkpoint import all_paths
-from odcheap.signals import ENDING
+from odcheap.callbacks import Record
+from odcheap.signals import ENDING, Listener, Stopped
 
 
 @pytest.fixture
@@ -24,44 +24,69 @@ def own_signals():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_the_next_step_and_the_run_ends_as_if_nothing_had_been(tmp_path, command, own_signals, name):
-    job_dir, signum = tmp_path / "run", getattr(signal, name)
+def test_a_signal_saves_the_step_and_the_run_ends_as_if_nothing_had_been(
+    tmp_path, command, own_signals, monkeypatch, name
+):
+    """It comes in the third step of the third epoch."""
+    signum, begin = getattr(signal, name), Record.on_train_batch_start
 
-    def send():
-        while not (job_dir / "checkpoints" / "epoch-0001.ckpt").is_file():
-            time.sleep(0.01)
-        time.sleep(0.1)
-        os.kill(os.getpid(), signum)
+    def send(record, trainer, *given):
+        begin(record, trainer, *given)
+        if (trainer.current_epoch, given[-1]) == (2, 2):
+            os.kill(os.getpid(), signum)
 
-    sender = threading.Thread(target=send)
-    sender.start()
-    run = command(*TINY, "trainer.max_epochs=9", f"job_dir={job_dir}")
-    sender.join()
+    monkeypatch.setattr(Record, "on_train_batch_start", send)
+    given = [*TINY, "trainer.max_epochs=4"]
+    run = command(*given, f"job_dir={tmp_path}/run")
     assert run.status == 128 + signum
-    assert run.out.endswith(f"{name}: saved; resume={job_dir} continues\n")
-    assert json.loads((job_dir / "status.json").read_text())["state"] == "stopped"
-    newest = all_paths(job_dir)[-1]
-    again = command(*TINY, "trainer.max_epochs=9", f"job_dir={job_dir}", "resume=auto")
+    assert run.out.endswith(f"{name}: saved; resume={tmp_path}/run continues\n")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+    monkeypatch.undo()
+    again = command(*given, f"job_dir={tmp_path}/run", "resume=auto")
     assert again.status == 0
-    assert f"continuing from {newest}" in again.out
-    assert command(*TINY, "trainer.max_epochs=9", f"job_dir={tmp_path}/straight").status == 0
+    assert "run/checkpoints/epoch-0002-step-0000003.ckpt\n" in again.out.partition("continuing from")[2]
+    assert command(*given, f"job_dir={tmp_path}/straight").status == 0
     found, straight = (tmp_path / folder / "student.safetensors" for folder in ("run", "straight"))
     assert found.read_bytes() == straight.read_bytes()
 
 
+def test_a_signal_while_testing_ends_the_run_which_is_then_completed(tmp_path, command, own_signals, monkeypatch):
+    monkeypatch.setattr("odcheap.run.summary.results", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    run = command(*TINY, f"job_dir={tmp_path}/run")
+    assert run.status == 143
+    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
+    monkeypatch.undo()
+    assert command(*TINY, f"job_dir={tmp_path}/run", "resume=auto").status == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
-    """Its epochs of one step take seconds, so the first signal still waits when the second comes."""
-    run = Begun(
-        "trainer.max_epochs=6", "job_dir=run", "data.batch_size=437", "num_stu=8", "backbone.depth=56", cwd=tmp_path
-    )
-    run.until("epoch 0 (1/6)")
-    time.sleep(0.5)
-    run.process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    run.process.send_signal(signal.SIGINT)
-    assert run.end() == 128 + signal.SIGINT
+    """Both come while the process sleeps, so no step can have ended between them."""
+    run = Begun("trainer.max_epochs=300", "job_dir=run", cwd=tmp_path)
+    run.until("epoch 1 (2/300)")
+    for signum in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        run.process.send_signal(signum)
+        time.sleep(0.2)
+    assert run.end() in (128 + signal.SIGINT, 128 + signal.SIGTERM)
     assert "Traceback" not in "".join(run.said)
     assert not any("saved" in line for line in run.said)
+
+
+def test_what_a_launcher_s_process_was_stopped_by_reaches_its_leader():
+    found = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM)))
+    assert (found.code, found.name) == (143, "SIGTERM")
+
+
+def test_a_signal_heard_too_late_is_not_forgotten(own_signals):
+    def hears_twice():
+        with Listener() as listener:
+            listener.waiting = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # the same at once: from a starter, and with all of a group
+            assert listener.heard == signal.SIGTERM
+
+    with pytest.raises(Stopped):
+        hears_twice()
 
 
 def ranks(train_py):
@@ -82,8 +107,8 @@ def ranks(train_py):
 @pytest.mark.parametrize("whom", [pytest.param("leader", marks=pytest.mark.slow), "rank 1"])
 def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, whom):
     job_dir = tmp_path / "run"
-    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=6", f"job_dir={job_dir}", cwd=tmp_path)
-    run.until("epoch 1 (2/6)")
+    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=60", f"job_dir={job_dir}", cwd=tmp_path)
+    run.until("epoch 1 (2/60)")
     os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM
     assert run.said[-1] == f"SIGTERM: saved; resume={job_dir} continues\n"

@@ -14,7 +14,16 @@ import train
 from odcheap import slurm
 from odcheap.errors import OptionError
 
-NAMES = ("STEP_ID", "NTASKS", "NNODES", "CPUS_ON_NODE", "CPUS_PER_TASK", "JOB_ID", "RESTART_COUNT", "ARRAY_TASK_ID")
+NAMES = (
+    "STEP_ID",
+    "STEP_NUM_TASKS",
+    "STEP_NUM_NODES",
+    "CPUS_ON_NODE",
+    "CPUS_PER_TASK",
+    "JOB_ID",
+    "RESTART_COUNT",
+    "ARRAY_TASK_ID",
+)
 
 
 @pytest.fixture
@@ -38,12 +47,12 @@ def test_outside_of_slurm_and_in_a_batch_script_there_is_one_process(said):
 
 
 def test_tasks_and_cores_of_a_step(said):
-    said(STEP_ID=0, NTASKS=6, NNODES=2, CPUS_ON_NODE=12, RESTART_COUNT=1)
+    said(STEP_ID=0, STEP_NUM_TASKS=6, STEP_NUM_NODES=2, CPUS_ON_NODE=12, RESTART_COUNT=1)
     assert (slurm.tasks(), slurm.nodes(), slurm.tasks_a_node(), slurm.cores()) == (6, 2, 3, 4)
     assert slurm.restarted()
     said(CPUS_PER_TASK=2)
     assert slurm.cores() == 2
-    said(NTASKS=5)
+    said(STEP_NUM_TASKS=5)
     with pytest.raises(OptionError, match="srun --ntasks=5: must be divisible by the number of nodes, 2"):
         slurm.tasks_a_node()
 
@@ -52,9 +61,10 @@ def test_tasks_and_cores_of_a_step(said):
     ("state", "asked"), [("RUNNING", True), ("PREEMPTED", True), ("CANCELLED", False), ("PENDING", False)]
 )
 def test_a_job_goes_back_into_the_queue_unless_it_was_cancelled(said, monkeypatch, tmp_path, state, asked):
-    script = (
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ntest "$1" = show && echo "JobState={state} Reason=None"\nexit 0\n'
-    )
+    script = f"""#!/bin/sh
+echo "$@" >> {tmp_path}/asked
+grep -q requeue {tmp_path}/asked && echo "JobState=PENDING" || echo "JobState={state} Reason=None"
+"""
     (tmp_path / "scontrol").write_text(script)
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -68,7 +78,7 @@ def test_a_job_goes_back_into_the_queue_unless_it_was_cancelled(said, monkeypatc
 def no_slurm():
     if shutil.which("sbatch") is None:
         return True
-    idle = subprocess.run(["sinfo", "-h", "-o", "%D"], capture_output=True, text=True)
+    idle = subprocess.run(["timeout", "20", "sinfo", "-h", "-o", "%D"], capture_output=True, text=True)
     return idle.returncode != 0 or sum(map(int, idle.stdout.split())) < 2
 
 
@@ -78,10 +88,10 @@ EPOCHS = "trainer.max_epochs=10"
 
 def submit(tmp_path, job_dir):
     """The README's batch script, with the accelerator that is here; the job's number."""
+    options = [*TINY, "trainer=multinode", "trainer.accelerator=cpu", EPOCHS, f"job_dir={job_dir}", "resume=auto"]
     script = f"""#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --output={job_dir}.log
-srun {sys.executable} {train.__file__} {" ".join(TINY)} trainer=multinode trainer.accelerator=cpu {EPOCHS} \
-    job_dir={job_dir} resume=auto
+srun --kill-on-bad-exit=1 {sys.executable} {train.__file__} {" ".join(options)}
 """
     (tmp_path / "job.sh").write_text(script)
     asked = ["sbatch", "--parsable", str(tmp_path / "job.sh")]

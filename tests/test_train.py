@@ -65,7 +65,7 @@ def test_a_run_s_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "checkpoints", "config.yaml", "metrics.csv", "summary.json", "confusion.csv", "student.safetensors",
-        "status.json",
+        "status.json", ".lock",
     }  # fmt: skip
     found = summary(finished)
     chosen = found["students"][found["selected"]["student"]]
@@ -249,6 +249,18 @@ def test_a_sweep_of_tests_ends_with_a_table(finished, command, tmp_path):
     result = command("-m", *TINY, *arguments)
     assert result.status == 0, result.err
     assert result.out.count("│ finished") == 2
+
+
+def test_two_runs_in_one_folder_exclude_each_other(command, tmp_path):
+    job_dir = tmp_path / "run"
+    other = Begun("trainer.max_epochs=300", f"job_dir={job_dir}", cwd=tmp_path)
+    other.until("epoch 1 (2/300)")
+    result = command(*TINY, "trainer.max_epochs=300", f"job_dir={job_dir}", "resume=auto")
+    assert result.status == 1
+    assert f"job_dir={job_dir}: another process trains here (process {other.process.pid} on" in result.err
+    other.process.kill()
+    other.end()
+    assert command(*TINY, f"job_dir={job_dir}", "resume=auto").status == 0  # nothing is left behind
 
 
 def test_resume_auto_starts_continues_and_ends(command, tmp_path):
