@@ -19,7 +19,7 @@ TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.dept
 TINY += ["trainer.max_epochs=2", "logger=csv"]
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
 
 
 class Begun:

@@ -13,7 +13,7 @@ from conftest import TINY, free_port
 
 import train
 from odcheap.errors import Failure
-from odcheap.rendezvous import agree
+from odcheap.rendezvous import agree, join
 
 
 @pytest.fixture
@@ -57,6 +57,18 @@ def test_whoever_died_while_waiting_is_not_waited_for(store):
     with pytest.raises(Failure):  # it answers the question of a process 0 that has gone
         agree(store, 1, 2, 0.3)
     assert len(together(store, 2, (1, 0))) == 1
+
+
+def test_each_attempt_has_a_room_of_its_own_in_torchrun_s_store(store, monkeypatch):
+    rooms = []
+    monkeypatch.setattr("odcheap.rendezvous.dist.init_process_group", lambda *_, store, **__: rooms.append(store))
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (agent | {"RANK": "0", "WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        join("gloo")
+    rooms[0].set("address", "of one that has died")
+    assert not rooms[1].check(["address"])
 
 
 def agents(job_dir, port, restarts, epochs, cwd):
