@@ -1,5 +1,3 @@
 """odcheap: small, cheap convolutional networks, trained by online distillation."""
 
-from importlib.metadata import version
-
-__version__ = version("odcheap")
+__version__ = "0.1.0"

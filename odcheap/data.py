@@ -208,6 +208,11 @@ class InMemoryData(pl.LightningDataModule):
     def image_size(self) -> tuple[int, int, int]:
         return tuple(self.images.train.shape[1:])
 
+    @property
+    def shorter_side(self) -> int:
+        """Pixels that a picture's shorter side is brought to before its middle is cut out."""
+        return min(self.image_size[1:])
+
     def train_dataloader(self) -> TrainBatches:
         index = torch.from_numpy(self.split.train)
         images, target = self.on_device(self.images.train, self.images.train_target, index)

@@ -86,9 +86,9 @@ def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
     return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
 
 
-def evaluation_transform(size: int, crop_ratio: float) -> v2.Transform:
-    """The shorter side at `size` / `crop_ratio`, then the `size` x `size` in the middle."""
-    return v2.Compose([v2.Resize(round(size / crop_ratio)), v2.CenterCrop(size), v2.PILToTensor()])
+def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
+    """The shorter side at `shorter_side`, then the `size` x `size` in the middle."""
+    return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 class TrainingPictures(Dataset):

@@ -111,6 +111,7 @@ class Run:
             "split": data.fingerprint,
             "classes": data.classes,
         }
+        about["student"] = summary.student_settings(about, data)
         cfg, figure = self.cfg, SELECT_BY[data.select_by]
         refused = must_capture if cfg.capture is True else not_captured
         classes = len(data.classes)
@@ -213,11 +214,8 @@ class Run:
         job_dir, about = self.start.job_dir, self.module.about
         summary.write_confusion(job_dir / "confusion.csv", self.module.confused, self.data.classes)
         summary.write_split(job_dir / "split.csv", self.data.rows())
-        settings = {key: about["config"][key] for key in ("backbone", "block_type")}
-        settings |= {"classes": self.data.classes, "split": about["split"], "image_size": list(self.data.image_size)}
-        settings |= {"mean": list(self.data.norm.mean), "std": list(self.data.norm.std)}
         student = self.module.method.candidates()[self.module.chosen]
-        summary.write_student(job_dir / "student.safetensors", student, settings)
+        summary.write_student(job_dir / "student.safetensors", student, about["student"])
         summary.write_json(job_dir / "summary.json", result)
 
     def test_only(self) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class StreamedData(pl.LightningDataModule):
             if not isinstance(value, int) or value < least:
                 raise OptionError(f"data.{option}", value, f"must be a whole number, {least} or more")
         self.augment = training_transform(image_size, min_scale, flip)
-        self.centre = evaluation_transform(image_size, crop_ratio)
+        self.shorter_side = round(image_size / crop_ratio)
+        self.centre = evaluation_transform(image_size, self.shorter_side)
         self.broken = Broken(max_broken)
         self.parts: dict[str, Files] = {}
         self.views = 1  # augmentations of each picture in a training batch

@@ -137,6 +137,14 @@ def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
         write_text(path, text.getvalue())
 
 
+def student_settings(about: dict[str, Any], data: pl.LightningDataModule) -> dict[str, Any]:
+    """What rebuilds a student of this run and prepares pictures for it."""
+    found = {key: about["config"][key] for key in ("backbone", "block_type")}
+    found |= {key: about[key] for key in ("classes", "split")}
+    found |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
+    return found | {"mean": list(data.norm.mean), "std": list(data.norm.std)}
+
+
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
     """The network's plain weights with the settings that rebuild it."""
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}

@@ -124,7 +124,7 @@ def test_nothing_but_broken_pictures_gives_no_label(tmp_path):
 
 
 def test_evaluation_leaves_a_broken_picture_out(tmp_path):
-    data = EvaluationPictures(files(tmp_path, 3, broken=(1,)), pictures.evaluation_transform(8, 0.875), 8)
+    data = EvaluationPictures(files(tmp_path, 3, broken=(1,)), pictures.evaluation_transform(8, 9), 8)
     batch = pictures.collate([data[k] for k in range(3)])
     assert batch.target.tolist() == [0, -1, 2]
     assert batch.image.shape == (3, 3, 8, 8)
@@ -160,7 +160,7 @@ def test_evaluation_takes_the_middle_at_the_standard_scale(tmp_path):
     """Of a 512 x 256 ramp at size 224: the shorter side becomes 256, then the middle 224 columns of 512 are left."""
     ramp = np.broadcast_to(np.arange(512) // 2, (256, 512)).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    made = pictures.evaluation_transform(224, 0.875)(decode(tmp_path / "x.png"))
+    made = pictures.evaluation_transform(224, 256)(decode(tmp_path / "x.png"))
     assert torch.equal(made[0, 0], torch.arange(144, 368).div(2, rounding_mode="floor").to(torch.uint8))
 
 
