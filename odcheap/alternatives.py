@@ -4,22 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.convs import CheapConv, Shift2d, shift_taps
-
-
-def dense_kernel(pair: CheapConv, x: Tensor) -> Tensor:
-    """(out, C, 3, 3): the kernel that a pair is, W[o, i] = sum over m in i's group of P[o, m] G[m, i]."""
-    mix = pair.pointwise.weight
-    if isinstance(pair.spatial, Shift2d):
-        return mix * pair.spatial.one_hot_kernels(x).to(mix.dtype).transpose(0, 1)
-    kernels, groups = pair.spatial.weight, pair.spatial.groups
-    mix, kernels = mix.flatten(1).unflatten(1, (groups, -1)), kernels.unflatten(0, (groups, -1))
-    return torch.einsum("ogm,gmihw->ogihw", mix, kernels).flatten(1, 2)
+from odcheap.convs import CheapConv, shift_taps
+from odcheap.forms import dense_kernel
 
 
 def composed(pair: CheapConv, x: Tensor) -> Tensor:
     """A 3 x 3 pair as one dense convolution, composed anew; gradients reach both of its parts."""
-    return F.conv2d(x, dense_kernel(pair, x), None, pair.pointwise.stride, padding=1)
+    return F.conv2d(x, dense_kernel(pair), None, pair.pointwise.stride, padding=1)
 
 
 def shift_by_slices(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from odcheap.costs import CONF
 from odcheap.errors import Failure
 from odcheap.files import write_text
 from odcheap.race import Turn, made, race
-from odcheap.summary import versions
+from odcheap.summary import machine, versions
 
 BEGAN = time.perf_counter()
 BLOCK_TYPES = ("DW", "Shift", "Group")
@@ -133,18 +132,6 @@ def figures(cfg: DictConfig, device: torch.device, precision: str, turns: dict[s
 def ratio(slow: Turn, fast: Turn) -> float:
     """How often faster, round by round, so that what slows a whole round down falls out; the median."""
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    found = [line for line in lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = found[0].partition(":")[2].strip() if found else platform.processor()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    native = "avx512_bf16" in " ".join(lines("/proc/cpuinfo"))
-    return {"cpu": name, "threads": torch.get_num_threads(), "bf16_on_cpu": native, "gpu": gpu, "device": device.type}
-
-
-def lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

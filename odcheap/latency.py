@@ -1,12 +1,11 @@
 """How long finished runs' students take here, each kind of network once."""
 
-import json
 from typing import Any
 
 from odcheap import compare, deploy
 from odcheap.errors import Failure
 from odcheap.files import read_safetensors
-from odcheap.rebuild import rebuilt
+from odcheap.rebuild import rebuilt, settings_of
 from odcheap.study import Found
 
 
@@ -29,9 +28,9 @@ def of(path: Any, seconds: float) -> float | None:
     """None where the student cannot be rebuilt, as one of an older version."""
     try:
         tensors, metadata = read_safetensors(path)
-        settings = json.loads(metadata["odcheap"])
+        settings = settings_of(metadata, "student", path)
         network = rebuilt(settings, tensors, "student", str(path))
-    except (Failure, KeyError, ValueError):
+    except Failure:
         return None
     size = tuple(settings["image_size"])
-    return 1000 * deploy.latency(deploy.to_onnx(network, size), size, 1, seconds)
+    return 1000 * deploy.latency(deploy.fastest_onnx(network, size), size, 1, seconds)

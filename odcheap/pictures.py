@@ -1,29 +1,22 @@
 """Pictures from files, one by one: decoding, augmentation, and what stands in for those that cannot be read."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from odcheap.errors import Failure, first_line
 from odcheap.images import stacked, stream_of
+from odcheap.predict import SUFFIXES, BrokenPicture, decode  # there, since that file must do without others
 from odcheap.seeds import seeded
 
 TRIES = 20  # successive pictures that may be broken before that is the end
-SLIMMEST = 100  # a picture's longer side over its shorter one
 NO_TARGET = -1
-SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-
-
-class BrokenPicture(Failure):
-    """A file that is no picture, or only a part of one."""
 
 
 class Files(NamedTuple):
@@ -51,33 +44,6 @@ class Sample(NamedTuple):
 def is_named_so(name: str) -> bool:
     """Whether a file is a picture by its name; hidden ones are not."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def decode(path: str | Path) -> Image.Image:
-    """The picture in RGB, upright as its EXIF data say; `BrokenPicture` where it cannot be read as a whole."""
-    try:
-        with warnings.catch_warnings():
-            # Pillow's remarks about odd EXIF data and very many pixels; what matters is an error.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                rgb = to_rgb(image)
-    except (Exception, MemoryError) as error:  # on damaged files Pillow's many readers raise errors of every kind
-        raise BrokenPicture(f"{path} cannot be read as a picture ({first_line(error)})") from error
-    if max(rgb.size) > SLIMMEST * min(rgb.size):
-        raise BrokenPicture(f"{path} has {rgb.width} x {rgb.height} pixels: too slim to be made square")
-    return rgb
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey repeated, CMYK and palettes translated, alpha left out; 16-bit grey divided by 256: Pillow would clip it."""
-    if image.mode in ("I", "F"):
-        raise BrokenPicture(f"32-bit pixels ({image.mode}), whose range nobody tells")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:

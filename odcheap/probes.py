@@ -140,7 +140,7 @@ def inference(cfg: DictConfig, seconds: float) -> list[dict[str, Any]]:
     for conv in (instantiate(cfg.block_type), Standard()):
         network: nn.Module = build(conv=conv, num_classes=CLASSES)
         size = (3, network.made_for, network.made_for)
-        model = deploy.to_onnx(network, size)
+        model = deploy.fastest_onnx(network, size)
         times = {f"ms_{n}": 1000 * deploy.latency(model, size, n, seconds) for n in (1, 64)}
         rows.append({"block_type": type(conv).__name__, **times})
     return rows

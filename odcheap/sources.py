@@ -19,13 +19,17 @@ NETWORK_TIMEOUT = 60  # seconds without a byte
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 (N, 3, H, W) with labels, to train on and to test on; `classes` are the labels' names."""
+    """uint8 (N, 3, H, W) with labels, to train on and to test on; `classes` are the labels' names.
+
+    `test_files` are the test images' own files, None where they have none.
+    """
 
     train: Tensor
     train_target: Tensor
     test: Tensor
     test_target: Tensor
     classes: list[str]
+    test_files: list[Path] | None = None
 
 
 def digits() -> Images:
@@ -109,7 +113,7 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
         return tensors, list(parts["train"])
 
     tensors, classes = cache.recalled(tree.parent / f".{tree.name}.safetensors", cache.key_of(every), decoded)
-    return Images(**tensors, classes=classes)
+    return Images(**tensors, classes=classes, test_files=[file for files in parts["test"].values() for file in files])
 
 
 def listing(folder: Path) -> dict[str, list[Path]]:

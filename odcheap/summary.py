@@ -117,6 +117,19 @@ def versions() -> dict[str, str]:
     }
 
 
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures of a measurement depend on."""
+    found = [line for line in lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = found[0].partition(":")[2].strip() if found else platform.processor()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    native = "avx512_bf16" in " ".join(lines("/proc/cpuinfo"))
+    return {"cpu": name, "threads": torch.get_num_threads(), "bf16_on_cpu": native, "gpu": gpu, "device": device.type}
+
+
+def lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
 def write_confusion(path: Path, counts: list[list[int]], classes: list[str]) -> None:
     """Rows are the true classes, columns the predicted ones."""
     text = io.StringIO()

@@ -15,7 +15,7 @@ from odcheap.convs import Standard
 from odcheap.errors import OptionError
 from odcheap.files import read_safetensors
 from odcheap.pretrained import load_pretrained
-from odcheap.rebuild import rebuilt
+from odcheap.rebuild import rebuilt, settings_of
 
 OPTION = "method.teacher_weights"
 LIBRARIES = {"torchvision": torchvision_backbone, "timm": timm_backbone}
@@ -117,10 +117,7 @@ def read_teacher(
         return Teacher(network, made_with, mean or own_mean, std or own_std, size or own_size)
     file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
     tensors, metadata = read_safetensors(file, OPTION)
-    settings = json.loads(metadata.get("odcheap", "{}"))
-    if not {"backbone", "mean", "std", "image_size", "classes", "split"} <= settings.keys():
-        allowed = "is no student of a run; of published weights method.teacher_network names the network"
-        raise OptionError(OPTION, path, allowed)
+    settings = settings_of(metadata, OPTION, f"{path} (for published weights method.teacher_network names the network)")
     network = rebuilt(settings, tensors, OPTION, str(path))
     if network.num_classes != num_classes:
         raise OptionError(OPTION, path, f"the teacher has {network.num_classes} classes, the data {num_classes}")

@@ -24,7 +24,7 @@ def run(folder, method, settings=SETTINGS):
 
 def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
     calls = []
-    fast = SimpleNamespace(to_onnx=lambda *_: b"", latency=lambda *given: calls.append(given) or 0.002)
+    fast = SimpleNamespace(fastest_onnx=lambda *_: b"", latency=lambda *given: calls.append(given) or 0.002)
     monkeypatch.setattr(latency, "deploy", fast)
     found = [run(tmp_path / name, name) for name in ("alone", "od")]
     assert latency.measured(found) == {"alone": 2.0, "od": 2.0}
