@@ -23,6 +23,19 @@ def shift_by_slices(x: Tensor) -> Tensor:
     return moved
 
 
+class Slices(nn.Module):
+    """`shift_by_slices` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shift_by_slices(x)
+
+
+def sliced(pair: CheapConv) -> CheapConv:
+    """A 3 x 3 Shift pair that shifts by slices."""
+    pair.spatial = Slices()
+    return pair
+
+
 def shift_by_gather(x: Tensor) -> Tensor:
     """A 3 x 3 shift: one `gather` from the padded image."""
     padded, (_, channels, height, width) = F.pad(x, (1, 1, 1, 1)), x.shape

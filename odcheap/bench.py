@@ -72,7 +72,8 @@ def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
             of_recipe = found["images_per_second"]["c"]
         yield result
     tell("inference in ONNX Runtime")
-    result["inference"] = probes.inference(cfg, 0.5 if quick else 3.0)
+    conv = [hydra.utils.instantiate(cfg.block_type)] if quick else [probes.Shift(), probes.DW(), probes.Group()]
+    result["inference"] = probes.inference(cfg, conv, 0.5 if quick else 3.0)
     tell("start of a CIFAR-10 run")
     result["start_seconds"] = probes.start(cfg.data_dir)
     if on_gpu:
@@ -83,6 +84,8 @@ def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
     if not quick:
         tell("pairs and shifts")
         result["pairs"], result["shifts"] = probes.pairs(device, 15), probes.shifts(device, 15)
+        tell("forms of exported files")
+        result["forms"] = probes.export_forms(cfg, 2.0)
         tell("ways to run the students (compiling takes a while)")
         result["ways"] = probes.ways(cfg, device, steps)
     result["goals"] = goals.rows(result)

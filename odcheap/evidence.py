@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from odcheap.cli import console
 from odcheap.errors import Failure, OptionError, first_line
 from odcheap.images import Normalisation
-from odcheap.pictures import NO_TARGET, EvaluationPictures
+from odcheap.pictures import NO_TARGET, EvaluationPictures, decode, evaluation_transform
 from odcheap.rebuild import called
 from odcheap.streamed import StreamedData
 
@@ -96,13 +96,16 @@ def of_data(data: pl.LightningDataModule, network: nn.Module, beside: Path) -> P
 
 
 @torch.inference_mode()
-def of_noise(size: tuple[int, int, int], norm: Normalisation, network: nn.Module, beside: Path) -> Pictures:
+def of_noise(settings: dict[str, Any], network: nn.Module, beside: Path) -> Pictures:
     """Pictures of noise, soft and hard, for a proof without data."""
-    random = torch.Generator().manual_seed(0)
+    random, size = torch.Generator().manual_seed(0), settings["image_size"]
     contrast = torch.linspace(0.1, 1, NOISE)[:, None, None, None]
     images = (127.5 + 127.5 * contrast * (2 * torch.rand(NOISE, *size, generator=random) - 1)).round().byte()
     files = [written(image, beside / f"{k:06d}.png") for k, image in enumerate(images)]
-    return Pictures(files, None, network(norm.apply(images)).numpy())
+    middle = evaluation_transform(size[-1], settings["shorter_side"])
+    seen = torch.stack([middle(decode(file)) for file in files])
+    norm = Normalisation(tuple(settings["mean"]), tuple(settings["std"]))
+    return Pictures(files, None, network(norm.apply(seen)).numpy())
 
 
 def written(image: Tensor, path: Path) -> Path:

@@ -65,12 +65,12 @@ def dense(pair: CheapConv) -> nn.Module:
         *(kernel.shape[1], kernel.shape[0], tuple(kernel.shape[2:]), spatial.stride, padding, spatial.dilation),
         bias=pointwise.bias is not None,
         padding_mode="zeros" if isinstance(spatial, Shift2d) else mode,
-    )
+    ).to(kernel)
     with torch.no_grad():
         made.weight.copy_(kernel)
         if pointwise.bias is not None:
             made.bias.copy_(pointwise.bias)
-    made = made.to(kernel).train(pair.training)
+    made.train(pair.training)
     return nn.Sequential(padder(border, mode), made) if any(border) else made
 
 

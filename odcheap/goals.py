@@ -10,6 +10,7 @@ from rich.table import Table
 ON_CPU = {("DW", "32-true"): 2.0, ("DW", "bf16-mixed"): 2.7, ("Shift", "bf16-mixed"): 3.0, ("Group", "bf16-mixed"): 2.3}
 ON_GPU = 5.0
 SHELL, FOUR_STUDENTS, RECIPE, START = 1.05, 2.0, 600.0, 10.0
+INFERENCE = {1: 2.8, 64: 3.3}  # how often faster than the standard network, by pictures
 MEMORY = 1.01  # no more than a; peaks on a CPU are sampled, to about a hundredth
 LOOPS = {"a": "2019 style", "b": "bare loop", "c": "our Trainer"}
 
@@ -39,6 +40,11 @@ def rows(result: dict[str, Any]) -> list[Goal]:
             most = MEMORY if race["precision"] == "32-true" else None  # a has no bfloat16 to compare with
             found.append(goal(f"memory, {name}: c/a", peak["c"] / peak["a"], most=most))
         found.append(goal(f"part of the roofline, {name}: c", race["of_roofline"]))
+    for row in result["inference"]:
+        if row["block_type"] in ("DW", "Shift"):
+            for n, least in INFERENCE.items():
+                what = f"ONNX Runtime, CPU, {n} pictures: {row['block_type']} over Standard"
+                found.append(goal(what, row[f"times_{n}"], least=least))
     students = result.get("students")
     cost = students[1] / students[4] if students else "not measured: no GPU"
     found.append(goal("time of 4 students over that of 1, GPU", cost, most=FOUR_STUDENTS))
@@ -59,6 +65,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "ways" in result:
         console.print(table("a pair, and composed into one dense convolution", result["pairs"]))
         console.print(table("ways to shift", result["shifts"]))
+        console.print(table("forms of exported files, ONNX Runtime, CPU", result["forms"]))
         ways = [{"way": name, "images a second": rate} for name, rate in result["ways"].items()]
         console.print(table("ways to run the students", ways))
     marks = {True: "met", False: "missed", None: ""}

@@ -46,8 +46,7 @@ def decode(path: str | Path) -> Image.Image:
     """The picture in RGB, upright as its EXIF data say; `BrokenPicture` where it cannot be read as a whole."""
     try:
         with warnings.catch_warnings():
-            # Pillow's remarks about odd EXIF data and very many pixels; what matters is an error.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # Pillow's remarks about odd EXIF data, very many pixels; errors matter
             with Image.open(path) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 rgb = to_rgb(image)
@@ -164,14 +163,12 @@ def plain(text: object) -> str:
 def predict(folder: Path, model: str, given: list[str], as_json: bool) -> int:
     preprocess, labels = (json.loads(checked(folder, name)) for name in (PREPROCESS, LABELS))
     ask = answerer(session(checked(folder, model)))
-    paths = list(dict.fromkeys(pictures_in(given)))
-    if not paths:
+    if not (paths := list(dict.fromkeys(pictures_in(given)))):
         raise Refused(f"{', '.join(given)}: no pictures there ({', '.join(sorted(SUFFIXES)[:6])}, ...)")
-    rows, refused = [], 0
+    rows = []
     for path, logits in answers(ask, paths, preprocess):
         if isinstance(logits, BrokenPicture):
             print(f"error: {plain(logits)}", file=sys.stderr)
-            refused += 1
             continue
         powers = np.exp(logits.astype(np.float64) - logits.max())
         shares = powers / powers.sum()
@@ -181,7 +178,7 @@ def predict(folder: Path, model: str, given: list[str], as_json: bool) -> int:
         print(json.dumps(found, indent=1))
     else:
         show([(plain(p), *(f"{plain(name)} {share:.3f}" for name, share in best)) for p, best in rows])
-    return int(refused > 0)
+    return int(len(rows) < len(paths))
 
 
 def show(rows: list[tuple[str, ...]]) -> None:
@@ -211,8 +208,7 @@ def side_by_side(works: dict[Any, Callable[[], object]], seconds: float) -> dict
 
 def bench(folder: Path, seconds: float = 2.0) -> int:
     """Times every artefact here, with one thread and with all."""
-    preprocess = json.loads(checked(folder, PREPROCESS))
-    size, works = (3, *preprocess["size"]), {}
+    size, works = (3, *json.loads(checked(folder, PREPROCESS))["size"]), {}
     for path in sorted(folder.glob("*.onnx")):
         for threads in (1, 0):
             made = session(checked(folder, path.name), threads)

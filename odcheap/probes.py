@@ -13,9 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from odcheap import alternatives, deploy, together
+from odcheap import alternatives, deploy, forms, timings, together
+from odcheap.backbones import Conv
 from odcheap.convs import DW, Group, Shift, Shift2d, Standard
 from odcheap.errors import Failure, first_line
+from odcheap.predict import side_by_side
 from odcheap.race import CLASSES, autocast, bare, made, random_images, timed, warm
 from odcheap.roofline import median_seconds, synchroniser
 
@@ -134,15 +136,42 @@ def recipe(cfg: DictConfig, device: torch.device, images_per_second: float) -> f
     return EPOCHS * (TRAINED / images_per_second + median_seconds(evaluate, 3, synchroniser(device)))
 
 
-def inference(cfg: DictConfig, seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds of a picture and of 64 in ONNX Runtime, student and standard."""
-    rows, build = [], instantiate(cfg.backbone)
-    for conv in (instantiate(cfg.block_type), Standard()):
-        network: nn.Module = build(conv=conv, num_classes=CLASSES)
-        size = (3, network.made_for, network.made_for)
-        model = deploy.fastest_onnx(network, size)
-        times = {f"ms_{n}": 1000 * deploy.latency(model, size, n, seconds) for n in (1, 64)}
-        rows.append({"block_type": type(conv).__name__, **times})
+def inference(cfg: DictConfig, conv: list[Conv], seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds of a picture and of 64 in ONNX Runtime, block types and standard network side by side."""
+    networks = {type(c).__name__: network_of(cfg, c) for c in [*conv, Standard()]}
+    size = (3, networks["Standard"].made_for, networks["Standard"].made_for)
+    return in_turns({name: deploy.fastest_onnx(network, size) for name, network in networks.items()}, size, seconds)
+
+
+def export_forms(cfg: DictConfig, seconds: float) -> list[dict[str, Any]]:
+    """The same of the forms in which a Shift student's file could be written, and of what is dense instead."""
+    shift, size = network_of(cfg, Shift()), (3, 32, 32)
+    by_slices = forms.with_pairs(shift, alternatives.sliced)
+    made: dict[str, nn.Module] = {
+        "Shift as trained": shift,
+        "the stride moved to the shift": forms.cheap_form(shift),
+        "the shift by slices": by_slices,
+        "Shift dense": forms.dense_form(shift),
+        "Group dense": forms.dense_form(network_of(cfg, Group())),
+        "Standard": network_of(cfg, Standard()),
+    }
+    files = {name: deploy.to_onnx(deploy.program(network, size)) for name, network in made.items()}
+    files["and sums with their convolution"] = deploy.fastest_onnx(shift, size)
+    return in_turns(files, size, seconds)
+
+
+def network_of(cfg: DictConfig, conv: Conv) -> nn.Module:
+    return instantiate(cfg.backbone)(conv=conv, num_classes=CLASSES)
+
+
+def in_turns(files: dict[str, bytes], size: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
+    """Each at the number of threads that takes least; `times_n` is how often faster than "Standard"."""
+    found = side_by_side(timings.in_onnxruntime(files, size, (1, 64)), seconds)
+    ms = {(name, n): 1000 * timings.fastest(found, name, timings.ORT, n).p50 for name in files for n in (1, 64)}
+    rows = []
+    for name in files:
+        times = {f"times_{n}": ms["Standard", n] / ms[name, n] for n in (1, 64)}
+        rows.append({"block_type": name, **{f"ms_{n}": ms[name, n] for n in (1, 64)}, **times})
     return rows
 
 

@@ -1,5 +1,6 @@
 """The student of a run that is to be shipped, read back from the run's folder."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from odcheap.convs import Standard
 from odcheap.errors import OptionError, first_line
 from odcheap.files import read_safetensors
 from odcheap.folder import summary_of
-from odcheap.rebuild import SETTINGS, built, rebuilt, settings_of
+from odcheap.rebuild import built, rebuilt, settings_of
 from odcheap.weights import STUDENT, below
 
 OPTION = "JOB_DIR"
@@ -82,8 +83,7 @@ def of_checkpoint(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor],
     selected = newest[1]["callbacks"]["Record"]["selected"]
     content = read_run(epoch_path(job_dir, selected["epoch"]), OPTION)
     state, settings = content["state_dict"], content["odcheap"]["student"]
-    if not settings.keys() >= SETTINGS:
-        raise OptionError(OPTION, job_dir, "its checkpoints do not say what their network is")
+    settings_of({"odcheap": json.dumps(settings)}, OPTION, job_dir)
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     k = selected["candidate"] if number is None else number
     if number is not None and not 0 <= number < count:

@@ -15,6 +15,7 @@ from odcheap.forms import Normalised
 from odcheap.weights import refuse_difference
 
 ROOMS = ("odcheap.adapters", "odcheap.backbones", "odcheap.convs")
+LARGEST = 4096  # pixels a side
 SETTINGS = {"backbone", "block_type", "classes", "split", "image_size", "shorter_side", "mean", "std"}
 
 
@@ -36,9 +37,23 @@ def settings_of(metadata: dict[str, str], option: str, path: str | Path) -> dict
         settings = json.loads(metadata.get("odcheap", "{}"))
     except ValueError:
         settings = None
-    if not isinstance(settings, dict) or not settings.keys() >= SETTINGS:
+    if not isinstance(settings, dict) or not settings.keys() >= SETTINGS or not sensible(settings):
         raise OptionError(option, path, "is no student of a run: it does not say what its network is")
     return settings
+
+
+def sensible(settings: dict[str, Any]) -> bool:
+    """Whether what is asked of images and classes can be meant: a stranger's numbers become sizes in memory."""
+    numbers = [*listed(settings["image_size"]), settings["shorter_side"]]
+    sizes = len(numbers) == 4 and all(type(n) is int and 1 <= n <= LARGEST for n in numbers)
+    spread = [listed(settings[name]) for name in ("mean", "std")]
+    colours = all(len(values) == 3 and all(type(v) in (int, float) for v in values) for values in spread)
+    classes = listed(settings["classes"])
+    return sizes and colours and len(classes) > 1 and all(isinstance(name, str) for name in classes)
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def rebuilt(settings: dict[str, Any], tensors: dict[str, Tensor], option: str, path: str) -> nn.Module:

@@ -7,6 +7,7 @@ from torch import nn
 from odcheap import alternatives
 from odcheap.backbones import CifarResNet
 from odcheap.convs import DW, Group, Shift, Shift2d
+from odcheap.forms import with_pairs
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -38,6 +39,12 @@ def test_ways_to_shift_are_the_same_shift(way, channels):
     (ours,) = torch.autograd.grad(expected, x, gradient)
     (theirs,) = torch.autograd.grad(way(x), x, gradient)
     assert torch.equal(theirs, ours)
+
+
+def test_a_network_that_shifts_by_slices_is_the_same_network():
+    network = CifarResNet(8, Shift(), 3).eval()
+    images = torch.randn(2, 3, 9, 10)
+    torch.testing.assert_close(with_pairs(network, alternatives.sliced)(images), network(images))
 
 
 def test_compiling_in_place_leaves_the_names_of_weights_alone():

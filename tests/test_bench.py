@@ -6,13 +6,16 @@ import torch
 from odcheap import bench, probes, roofline
 
 SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=8", "trainer=cpu", "data_dir=none"]
-INFERENCE = [{"block_type": "DW", "ms_1": 1.0, "ms_64": 32.0}, {"block_type": "Standard", "ms_1": 2.0, "ms_64": 64.0}]
+INFERENCE = [
+    {"block_type": name, "ms_1": ms, "ms_64": 32 * ms, "times_1": 2 / ms, "times_64": 2 / ms}
+    for name, ms in (("DW", 1.0), ("Standard", 2.0))
+]
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Without the parts that take their time and have tests of their own."""
-    monkeypatch.setattr(probes, "inference", lambda cfg, seconds: INFERENCE)
+    monkeypatch.setattr(probes, "inference", lambda cfg, conv, seconds: INFERENCE)
     monkeypatch.setattr(roofline, "measure", lambda device, dtype: roofline.Machine(1e10, 1e11))
 
 

@@ -66,7 +66,8 @@ def test_methods_build_and_their_terms_add_up(composed, method, tmp_path):
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     if method == "kd":  # needs a trained teacher
         settings = OmegaConf.to_container(composed("block_type=Standard", "backbone.depth=8"), resolve=True)
-        settings |= {"classes": ["a", "b", "c"], "split": "", "image_size": [3, 8, 8], "mean": [0] * 3, "std": [1] * 3}
+        settings |= {"classes": ["a", "b", "c"], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
+        settings |= {"mean": [0] * 3, "std": [1] * 3}
         write_student(tmp_path / "student.safetensors", backbone(conv=Standard(), num_classes=3), settings)
         cfg.method.teacher_weights = str(tmp_path)
     students = Students(lambda: backbone(conv=conv, num_classes=3), 2, seed=0)

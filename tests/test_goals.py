@@ -21,7 +21,10 @@ def result(device="cpu"):
     return {
         "machine": {"device": device, "gpu": None, "cpu": "a machine", "threads": 2},
         "races": [race],
-        "inference": [{"block_type": name, "ms_1": 1.0, "ms_64": 30.0} for name in ("DW", "Standard")],
+        "inference": [
+            {"block_type": name, "ms_1": 1.0, "ms_64": 30.0, "times_1": 2.9, "times_64": 3.2}
+            for name in ("DW", "Group")
+        ],
         "start_seconds": 7.5,
     }
 
@@ -48,6 +51,8 @@ def test_every_row_of_the_table_is_there():
         "cost of the shell, DW, 32-true: b/c": False,
         "memory, DW, 32-true: c/a": False,
         "part of the roofline, DW, 32-true: c": None,
+        "ONNX Runtime, CPU, 1 pictures: DW over Standard": True,
+        "ONNX Runtime, CPU, 64 pictures: DW over Standard": False,
         "time of 4 students over that of 1, GPU": None,
         "300 epochs with evaluation, GPU, projected, s": None,
         "second start of a CIFAR-10 run to its first step, s": True,
@@ -69,6 +74,6 @@ def test_tables_and_picture(tmp_path):
     goals.show(shown, Console(file=text, width=120))
     assert "a machine, 2 threads" in text.getvalue()
     assert "missed" in text.getvalue()
-    assert "Standard" in text.getvalue()
+    assert "Group" in text.getvalue()
     goals.plot(shown, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,10 @@ SETTINGS = {
     "block_type": {"_target_": "odcheap.convs.DW"},
     "classes": ["a", "b"],
     "image_size": [3, 8, 8],
+    "shorter_side": 8,
+    "split": "abc",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
 }
 
 

@@ -64,3 +64,13 @@ def test_the_start_is_timed_until_the_run_begins(monkeypatch, tmp_path, script, 
 
 def test_without_images_the_start_is_not_measured(tmp_path):
     assert probes.start(str(tmp_path)) == f"not measured: no CIFAR-10 in data_dir={tmp_path}"
+
+
+def test_forms_are_timed_side_by_side_and_held_against_the_standard_network():
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        rows = probes.export_forms(hydra.compose("config", SMALL), seconds=0.01)
+    assert len(rows) == 7
+    standard = next(row for row in rows if row["block_type"] == "Standard")
+    assert (standard["times_1"], standard["times_64"]) == (1.0, 1.0)
+    for row in rows:
+        assert row["times_64"] == pytest.approx(standard["ms_64"] / row["ms_64"])

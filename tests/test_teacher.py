@@ -19,6 +19,7 @@ SETTINGS = {
     "classes": ["cat", "dog", "bird"],
     "split": "abc",
     "image_size": [3, 16, 16],
+    "shorter_side": 16,
     "mean": list(OTHER[0]),
     "std": list(OTHER[1]),
 }

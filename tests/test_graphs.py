@@ -1,0 +1,64 @@
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from odcheap import deploy, graphs, predict
+from odcheap.adapters import torchvision_backbone
+from odcheap.backbones import CifarResNet
+from odcheap.convs import DW, Standard
+from odcheap.errors import OptionError
+from tests.test_forms import settled
+
+
+def operators(content):
+    return Counter(node.op_type for node in onnx.load_from_string(content).graph.node)
+
+
+def asked(content, images):
+    return predict.answerer(predict.session(content))(images)
+
+
+@pytest.fixture(scope="module")
+def cheap():
+    network = settled(CifarResNet(14, DW(), 5)).float()
+    return deploy.to_onnx(deploy.program(network, (3, 16, 16)))
+
+
+def test_sums_of_a_cheap_block_get_their_convolution_and_stay_exact(cheap):
+    made = graphs.with_fused_sums(cheap)
+    onnx.checker.check_model(onnx.load_from_string(made), full_check=True)
+    # Six blocks; in two of them the shortcut is a convolution, with which the runtime fuses the sum by itself.
+    assert operators(made)["Conv"] - operators(cheap)["Conv"] == 4
+    images = predict.random_images(3, (3, 20, 24))
+    assert np.array_equal(asked(made, images), asked(cheap, images))
+
+
+def test_sums_that_the_runtime_fuses_already_are_left():
+    content = deploy.to_onnx(deploy.program(CifarResNet(14, Standard(), 5), (3, 16, 16)))
+    assert operators(graphs.with_fused_sums(content)) == operators(content)
+
+
+@pytest.mark.parametrize("backbone", ["ours", "torchvision"])
+def test_an_old_opset_has_the_same_answers(backbone):
+    if backbone == "ours":
+        network = settled(CifarResNet(8, DW(), 5)).float()
+    else:
+        network = torchvision_backbone("resnet18", DW(), 5).eval()
+    program = deploy.program(network, (3, 32, 32), batch=2)
+    content = deploy.to_onnx(program, opset=11)
+    model = onnx.load_from_string(content)
+    assert model.opset_import[0].version == 11
+    assert not operators(content).keys() & {"ReduceMean", "Reshape"}
+    images = predict.random_images(2, (3, 32, 32))
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(asked(content, images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("opset", "line"), [(3, "must be 7 to"), (7, "cannot be written so"), (999, "must be 7 to")])
+def test_an_impossible_opset_is_refused(cheap, opset, line):
+    with pytest.raises(OptionError, match=f"--opset={opset}: .*{line}"):
+        graphs.with_opset(onnx.load_from_string(cheap), opset)

@@ -1,0 +1,18 @@
+import numpy as np
+import onnx
+
+from odcheap import deploy, predict, quantise
+from odcheap.backbones import CifarResNet
+from odcheap.convs import DW
+from tests.test_forms import settled
+
+
+def test_integers_answer_nearly_as_floats_do():
+    content = deploy.to_onnx(deploy.program(settled(CifarResNet(8, DW(), 10)).float(), (3, 16, 16)))
+    images = predict.random_images(64, (3, 16, 16))
+    made = quantise.to_int8(content, iter(np.split(images, 4)))
+    whole, rounded = (predict.answerer(predict.session(c))(images) for c in (content, made))
+    spread = np.abs(whole - whole.mean(0)).mean()
+    assert 0 < np.abs(whole - rounded).mean() < 0.3 * spread
+    weights = [t for t in onnx.load_from_string(made).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert sum(np.prod(tensor.dims) for tensor in weights) > 5_000
