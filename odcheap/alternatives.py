@@ -1,5 +1,7 @@
 """Other ways to compute the same, for the benchmark to hold against those that the rest of the house uses."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,17 +25,26 @@ def shift_by_slices(x: Tensor) -> Tensor:
     return moved
 
 
-class Slices(nn.Module):
-    """`shift_by_slices` as a layer."""
+class SlicedPair(nn.Module):
+    """A 3 x 3 Shift pair as runtimes could best have it without convolving: pad, ten slices, one concatenation.
+
+    The concatenation leaves the channels sorted by their tap; the 1 x 1 convolution's weights are sorted alike.
+    """
+
+    def __init__(self, pair: CheapConv):
+        super().__init__()
+        self.pointwise = copy.deepcopy(pair.pointwise)
+        channels = self.pointwise.in_channels
+        whole = channels // 9 * 9
+        self.parts = [(t, slice(t, whole, 9)) for t in range(9)] + [(4, slice(whole, channels))]
+        order = torch.cat([torch.arange(channels)[part] for _, part in self.parts])
+        self.pointwise.weight.data = pair.pointwise.weight.data[:, order]
 
     def forward(self, x: Tensor) -> Tensor:
-        return shift_by_slices(x)
-
-
-def sliced(pair: CheapConv) -> CheapConv:
-    """A 3 x 3 Shift pair that shifts by slices."""
-    pair.spatial = Slices()
-    return pair
+        height, width = x.shape[2:]
+        padded = F.pad(x, (1, 1, 1, 1))
+        moved = [padded[:, part, t // 3 : t // 3 + height, t % 3 : t % 3 + width] for t, part in self.parts]
+        return self.pointwise(torch.cat(moved, dim=1))
 
 
 def shift_by_gather(x: Tensor) -> Tensor:

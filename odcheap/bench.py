@@ -85,7 +85,7 @@ def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
         tell("pairs and shifts")
         result["pairs"], result["shifts"] = probes.pairs(device, 15), probes.shifts(device, 15)
         tell("forms of exported files")
-        result["forms"] = probes.export_forms(cfg, 2.0)
+        result["forms"] = probes.export_forms(0.5)
         tell("ways to run the students (compiling takes a while)")
         result["ways"] = probes.ways(cfg, device, steps)
     result["goals"] = goals.rows(result)

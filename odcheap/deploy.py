@@ -101,7 +101,7 @@ def named(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
 
 def fastest_onnx(network: nn.Module, image_size: tuple[int, int, int]) -> bytes:
     """The file that an export would write, without the normalisation."""
-    return graphs.with_fused_sums(to_onnx(program(cheap_form(network), image_size)))
+    return to_onnx(program(cheap_form(network), image_size))
 
 
 def latency(model: bytes, image_size: tuple[int, int, int], batch: int, seconds: float = 1.0) -> float:

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from odcheap import card, cost, deploy, evidence, graphs, predict, proof, quantise, summary, timings
+from odcheap import card, cost, deploy, evidence, predict, proof, quantise, summary, timings
 from odcheap.card import DENSE, STANDARD, File
 from odcheap.cli import failed, hush, say
 from odcheap.errors import Failure, OptionError
@@ -151,10 +151,7 @@ def write_files(
     shutil.copyfile(predict.__file__, folder / "predict.py")
     cheap = normalised(cheap_form(product.network), product)
     program = deploy.program(cheap, product.image_size, wish.batch)
-    plain_graph = deploy.to_onnx(program, wish.opset)
-    # A device's compiler fuses by itself, and would have to carry out what is made for ONNX Runtime.
-    graph = graphs.with_fused_sums(plain_graph) if wish.batch is None else plain_graph
-    contents = {"student.pt2": deploy.to_pt2(program), "student.onnx": graph}
+    contents = {"student.pt2": deploy.to_pt2(program), "student.onnx": deploy.to_onnx(program, wish.opset)}
     forms = {"student.onnx": cheap}
     if has_pairs(product.network):
         forms[DENSE] = dense = normalised(dense_form(product.network), product)
@@ -162,7 +159,7 @@ def write_files(
         contents[DENSE] = made
     if wish.int8:
         say(f"8-bit integers, calibrated on up to {CALIBRATION} training pictures")
-        contents[proof.INT8] = quantise.to_int8(plain_graph, calibration(data, wish.batch))
+        contents[proof.INT8] = quantise.to_int8(contents["student.onnx"], calibration(data, wish.batch))
         forms[proof.INT8] = cheap
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))

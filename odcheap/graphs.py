@@ -1,6 +1,5 @@
 """Rewrites of ONNX graphs that leave what they compute as it is."""
 
-import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -57,31 +56,3 @@ def with_opset(model: onnx.ModelProto, opset: int) -> None:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise OptionError("--opset", opset, f"this graph cannot be written so ({first_line(error)})") from error
-
-
-def with_fused_sums(content: bytes) -> bytes:
-    """The form of a residual sum that ONNX Runtime computes fastest, exactly the same.
-
-    conv(a) + b is one layer there, relu(a) + b are two, of which the second takes as long as a convolution. So relu(a)
-    passes a depth-wise 1 x 1 convolution of ones, unless b is a convolution's output already.
-    """
-    model = onnx.load_from_string(content)
-    graph = model.graph
-    makers = {name: node.op_type for node in graph.node for name in node.output}
-    dims = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
-    nodes = []
-    for node in graph.node:
-        kinds = [makers.get(name) for name in node.input]
-        if node.op_type == "Add" and "Relu" in kinds and not {"Conv", "BatchNormalization"} & set(kinds):
-            term = kinds.index("Relu")
-            source = node.input[term]
-            if len(dims.get(source, ())) == 4:
-                ones, passed = f"{node.name}.ones", f"{node.name}.passed"
-                kernel = np.ones((dims[source][1].dim_value, 1, 1, 1), np.float32)
-                graph.initializer.append(numpy_helper.from_array(kernel, ones))
-                nodes.append(helper.make_node("Conv", [source, ones], [passed], name=passed, group=len(kernel)))
-                node.input[term] = passed
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return model.SerializeToString()

@@ -143,21 +143,21 @@ def inference(cfg: DictConfig, conv: list[Conv], seconds: float) -> list[dict[st
     return in_turns({name: deploy.fastest_onnx(network, size) for name, network in networks.items()}, size, seconds)
 
 
-def export_forms(cfg: DictConfig, seconds: float) -> list[dict[str, Any]]:
-    """The same of the forms in which a Shift student's file could be written, and of what is dense instead."""
-    shift, size = network_of(cfg, Shift()), (3, 32, 32)
-    by_slices = forms.with_pairs(shift, alternatives.sliced)
-    made: dict[str, nn.Module] = {
-        "Shift as trained": shift,
-        "the stride moved to the shift": forms.cheap_form(shift),
-        "the shift by slices": by_slices,
-        "Shift dense": forms.dense_form(shift),
-        "Group dense": forms.dense_form(network_of(cfg, Group())),
-        "Standard": network_of(cfg, Standard()),
-    }
-    files = {name: deploy.to_onnx(deploy.program(network, size)) for name, network in made.items()}
-    files["and sums with their convolution"] = deploy.fastest_onnx(shift, size)
-    return in_turns(files, size, seconds)
+def export_forms(seconds: float) -> list[dict[str, Any]]:
+    """The same of eight Shift pairs in a row in the forms that their file could have, and of standard convolutions."""
+    rows = []
+    for channels, side in WIDTHS:
+        shift = nn.Sequential(*(Shift()(channels, channels) for _ in range(8)))
+        made = {
+            "one-hot": shift,
+            "slices": forms.with_pairs(shift, alternatives.SlicedPair),
+            "dense": forms.dense_form(shift),
+            "Standard": nn.Sequential(*(Standard()(channels, channels) for _ in range(8))),
+        }
+        size = (channels, side, side)
+        files = {name: deploy.to_onnx(deploy.program(network, size)) for name, network in made.items()}
+        rows += [{"channels": channels, **row} for row in in_turns(files, size, seconds)]
+    return rows
 
 
 def network_of(cfg: DictConfig, conv: Conv) -> nn.Module:

@@ -44,7 +44,7 @@ def test_ways_to_shift_are_the_same_shift(way, channels):
 def test_a_network_that_shifts_by_slices_is_the_same_network():
     network = CifarResNet(8, Shift(), 3).eval()
     images = torch.randn(2, 3, 9, 10)
-    torch.testing.assert_close(with_pairs(network, alternatives.sliced)(images), network(images))
+    torch.testing.assert_close(with_pairs(network, alternatives.SlicedPair)(images), network(images))
 
 
 def test_compiling_in_place_leaves_the_names_of_weights_alone():

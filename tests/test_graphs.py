@@ -8,7 +8,7 @@ import torch
 from odcheap import deploy, graphs, predict
 from odcheap.adapters import torchvision_backbone
 from odcheap.backbones import CifarResNet
-from odcheap.convs import DW, Standard
+from odcheap.convs import DW
 from odcheap.errors import OptionError
 from tests.test_forms import settled
 
@@ -25,20 +25,6 @@ def asked(content, images):
 def cheap():
     network = settled(CifarResNet(14, DW(), 5)).float()
     return deploy.to_onnx(deploy.program(network, (3, 16, 16)))
-
-
-def test_sums_of_a_cheap_block_get_their_convolution_and_stay_exact(cheap):
-    made = graphs.with_fused_sums(cheap)
-    onnx.checker.check_model(onnx.load_from_string(made), full_check=True)
-    # Six blocks; in two of them the shortcut is a convolution, with which the runtime fuses the sum by itself.
-    assert operators(made)["Conv"] - operators(cheap)["Conv"] == 4
-    images = predict.random_images(3, (3, 20, 24))
-    assert np.array_equal(asked(made, images), asked(cheap, images))
-
-
-def test_sums_that_the_runtime_fuses_already_are_left():
-    content = deploy.to_onnx(deploy.program(CifarResNet(14, Standard(), 5), (3, 16, 16)))
-    assert operators(graphs.with_fused_sums(content)) == operators(content)
 
 
 @pytest.mark.parametrize("backbone", ["ours", "torchvision"])
