@@ -85,7 +85,8 @@ def images(batch: int) -> str:
 def accuracy(product: Product, proven: Proven) -> list[str]:
     lines = []
     if proven.of_data:
-        own = "" if product.test_top1 is None else f"; {product.test_top1:.4f} by the run's summary"
+        precision = plain(product.config.get("trainer", {}).get("precision"))
+        own = f"; {product.test_top1:.4f} by the run's summary, in {precision}" if product.test_top1 is not None else ""
         lines.append(f"Test accuracy {proven.top1['student.onnx']:.4f} on {proven.pictures:,} pictures{own}.")
     elif product.test_top1 is not None:
         lines.append(f"Test accuracy {product.test_top1:.4f} by the run's summary; **not verified on data** here.")

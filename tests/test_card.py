@@ -68,7 +68,7 @@ def test_the_card_says_what_was_checked_and_on_what(tmp_path):
     seen = Proven(360, True, {"student.onnx": 1e-6}, {"student.onnx": 0.5, "student-int8.onnx": 0.47}, "")
     text = whole(tmp_path, seen)
     opening = text.split("```")[0]
-    assert "Test accuracy 0.5000 on 360 pictures; 0.5000 by the run's summary." in opening
+    assert "Test accuracy 0.5000 on 360 pictures; 0.5000 by the run's summary, in 32-true." in opening
     assert "In 8-bit integers 0.4700: +0.0300 is lost." in opening
     assert "360 test pictures, from their files" in text
     assert "not verified" not in text.lower()

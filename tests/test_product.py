@@ -24,7 +24,9 @@ SETTINGS = {
 CHOSEN = {"student": 1, "epoch": 4, "averaged": False, "test_top1": 0.5}
 
 
-def folder(path, network=None, settings=SETTINGS, summary=True, config="data: {name: x}\n"):
+def folder(
+    path, network=None, settings=SETTINGS, summary=True, config="data: {name: x}\ntrainer: {precision: 32-true}\n"
+):
     """A finished run's folder, without the run."""
     path.mkdir(exist_ok=True)
     (path / "config.yaml").write_text(config)
