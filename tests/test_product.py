@@ -21,6 +21,7 @@ SETTINGS = {
     "mean": [0.1, 0.2, 0.3],
     "std": [0.5, 0.6, 0.7],
 }
+CONFIG = "data: {name: x}\ntrainer: {precision: 32-true}\n"
 CHOSEN = {"student": 1, "epoch": 4, "averaged": False, "test_top1": 0.5}
 
 
