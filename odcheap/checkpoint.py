@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_fabric.plugins import CheckpointIO
 
 from odcheap.errors import OptionError
-from odcheap.files import read_torch, write_atomic
+from odcheap.files import read_torch, refuse_broken_seal, write_sealed
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -16,7 +15,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: torch.save(checkpoint, file))
+        write_sealed(path, checkpoint)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -29,9 +28,10 @@ class AtomicCheckpointIO(CheckpointIO):
 
 def read_run(path: str | Path, option: str = "resume") -> dict[str, Any]:
     """A whole checkpoint of an odcheap run; `OptionError` for anything else."""
+    refuse_broken_seal(path, option)
     content = read_torch(path, option)
     if "odcheap" not in content or "loops" not in content:
-        raise OptionError(option, path, "not a checkpoint of an odcheap run; weights= takes weights from other files")
+        raise OptionError(option, path, "not a checkpoint of an odcheap run")
     return content
 
 

@@ -3,11 +3,12 @@ import torch
 
 from odcheap.checkpoint import all_paths, epoch_path, newest_usable, prune, read_run, step_path
 from odcheap.errors import OptionError
+from odcheap.files import write_sealed
 
 
 def write(path, number):
     path.parent.mkdir(exist_ok=True)
-    torch.save({"odcheap": {}, "loops": {}, "number": number}, path)
+    write_sealed(path, {"odcheap": {}, "loops": {}, "number": number})
 
 
 def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path):
@@ -37,5 +38,25 @@ def test_the_number_kept_is_bounded_and_the_selected_one_stays(tmp_path):
 
 def test_files_that_are_no_run_s_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(OptionError, match=r"resume=.*other.ckpt: not a checkpoint of an odcheap run; weights="):
+    with pytest.raises(OptionError, match=r"resume=.*other.ckpt: not a whole checkpoint of an odcheap run.*weights="):
         read_run(tmp_path / "other.ckpt")
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+    """PyTorch's own reader lets nine of ten pass."""
+    path = tmp_path / "x.ckpt"
+    write_sealed(path, {"odcheap": {"overrides": ["seed=1"]}, "loops": {}, "weights": torch.randn(300)})
+    whole = path.read_bytes()
+    assert torch.load(path, weights_only=True)["weights"].shape == (300,)
+    for place in [*range(0, len(whole), 7), *range(len(whole) - 100, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(OptionError, match="its checksum is missing or another"):
+            read_run(path)
+    for end in range(0, len(whole), 11):
+        path.write_bytes(whole[:end])
+        with pytest.raises(OptionError, match="its checksum is missing or another"):
+            read_run(path)
+    path.write_bytes(whole)
+    assert read_run(path)["odcheap"] == {"overrides": ["seed=1"]}

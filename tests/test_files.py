@@ -1,8 +1,11 @@
+import contextlib
 import os
 import pickle
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from odcheap.errors import OptionError
@@ -75,3 +78,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
     write_atomic(file, lambda out: out.write(b"new"))
     assert file.read_bytes() == b"new"
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_bytes_are_refused_or_read_and_nothing_else(tmp_path, kind, data):
+    path = tmp_path / f"x.{kind}"
+    tensors = {"state_dict": {"a": torch.ones(5), "b": torch.zeros(2, 3)}}
+    if kind == "safetensors":
+        save_file(tensors["state_dict"], path, metadata={"odcheap": "{}"})
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    with contextlib.suppress(OptionError):
+        (read_safetensors if kind == "safetensors" else read_torch)(path)

@@ -16,6 +16,7 @@ from odcheap.backbones import CifarResNet
 from odcheap.capture import WARM_UP, CapturedStep
 from odcheap.convs import DW
 from odcheap.errors import OptionError
+from odcheap.files import write_sealed
 from odcheap.run import captures
 from odcheap.sources import digits
 from odcheap.split import pixel_digests, stratified
@@ -224,12 +225,12 @@ def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished,
     alone = tmp_path / "alone.ckpt"
     newest = finished / "checkpoints" / "epoch-0000.ckpt"
     content = checkpoint(newest)
-    torch.save(content, alone)
+    write_sealed(alone, content)
     result = command(f"resume={alone}")
     assert result.status == 1
     assert "lies in no run's checkpoints folder: say where to go on with job_dir=" in result.err
     content["odcheap"]["split"] = "of other images"
-    torch.save(content, alone)
+    write_sealed(alone, content)
     result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
     assert result.status == 1
     assert "data_dir=data: holds other images than the run that is resumed" in result.err
@@ -584,7 +585,7 @@ def test_another_class_count_is_refused_by_name(finished, command, tmp_path):
     for name, tensor in content["state_dict"].items():
         if name.endswith("fc.weight") or name.endswith("fc.bias"):
             content["state_dict"][name] = tensor[:7]
-    torch.save(content, tmp_path / "seven.ckpt")
+    write_sealed(tmp_path / "seven.ckpt", content)
     result = command(*TINY, f"weights={tmp_path}/seven.ckpt", f"job_dir={tmp_path}/new")
     assert result.status == 1
     assert "has 7 classes, the data 10; weights_head=new keeps the bodies only" in result.err
