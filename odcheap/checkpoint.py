@@ -30,9 +30,29 @@ def read_run(path: str | Path, option: str = "resume") -> dict[str, Any]:
     """A whole checkpoint of an odcheap run; `OptionError` for anything else."""
     refuse_broken_seal(path, option)
     content = read_torch(path, option)
-    if "odcheap" not in content or "loops" not in content:
+    if not is_of_run(content):
         raise OptionError(option, path, "not a checkpoint of an odcheap run")
     return content
+
+
+def is_of_run(content: dict[str, Any]) -> bool:
+    """Whether it has what is asked of it before Lightning sees it: somebody may have made it up, checksum and all."""
+    about, record = content.get("odcheap"), (content.get("callbacks") or {}).get("Record")
+    kinds = {"overrides": list, "config": dict, "split": str, "classes": list, "student": dict}
+    if not isinstance(about, dict) or not all(isinstance(about.get(name), kind) for name, kind in kinds.items()):
+        return False
+    texts = [*about["overrides"], *about["classes"]]
+    numbers = isinstance(content.get("epoch"), int) and isinstance(record, dict) and record_is_whole(record)
+    return numbers and "loops" in content and "state_dict" in content and all(isinstance(t, str) for t in texts)
+
+
+def record_is_whole(record: dict[str, Any]) -> bool:
+    selected = record.get("selected")
+    return (
+        isinstance(record.get("history"), list)
+        and isinstance(selected, dict)
+        and all(isinstance(selected.get(name), int) for name in ("candidate", "epoch"))
+    )
 
 
 def epoch_path(job_dir: Path, epoch: int) -> Path:

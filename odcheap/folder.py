@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from odcheap import trust
 from odcheap.checkpoint import all_paths, epoch_path, newest_usable, read_run
 from odcheap.errors import OptionError
 from odcheap.files import write_atomic
@@ -95,6 +96,7 @@ def plan(
         raise OptionError("resume", resume, "lies in no run's checkpoints folder: say where to go on with job_dir=")
     at_home = own is not None and job_dir.resolve() == own.resolve()
     again, merged = reapply(content["odcheap"], overrides, job_dir, compose)
+    trust.refuse_foreign(again, cfg, "resume", resume)
     done = at_home and content["epoch"] + 1 >= again.trainer.max_epochs and summary_of(job_dir) is not None
     if not cfg.test_only and not at_home:
         refuse_occupied(job_dir, cfg.overwrite)
@@ -145,7 +147,7 @@ def reapply(
     about: dict[str, Any], overrides: list[str], job_dir: Path, compose: Callable[[list[str]], DictConfig]
 ) -> tuple[DictConfig, list[str]]:
     given = {key_of(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
-    kept = [o for o in about["overrides"] if key_of(o) not in given]
+    kept = [o for o in trust.kept(about["overrides"]) if key_of(o) not in given]
     merged = [*kept, *(o for o in overrides if key_of(o) != "job_dir"), f"job_dir={job_dir}"]
     cfg = compose(merged)
     before, now = flat(about["config"]), flat(OmegaConf.to_container(cfg, resolve=True))

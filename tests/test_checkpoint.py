@@ -6,9 +6,17 @@ from odcheap.errors import OptionError
 from odcheap.files import write_sealed
 
 
+def run_content(**more):
+    """As little as a checkpoint of a run may hold."""
+    about = {"overrides": ["seed=1"], "config": {}, "split": "abc", "classes": ["a", "b"], "student": {}}
+    record = {"history": [], "selected": {"candidate": 0, "epoch": 0}}
+    known = {"odcheap": about, "loops": {}, "epoch": 0, "state_dict": {}, "callbacks": {"Record": record}}
+    return known | more
+
+
 def write(path, number):
     path.parent.mkdir(exist_ok=True)
-    write_sealed(path, {"odcheap": {}, "loops": {}, "number": number})
+    write_sealed(path, run_content(number=number))
 
 
 def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path):
@@ -45,7 +53,7 @@ def test_files_that_are_no_run_s_are_refused(tmp_path):
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
     """PyTorch's own reader lets nine of ten pass."""
     path = tmp_path / "x.ckpt"
-    write_sealed(path, {"odcheap": {"overrides": ["seed=1"]}, "loops": {}, "weights": torch.randn(300)})
+    write_sealed(path, run_content(weights=torch.randn(300)))
     whole = path.read_bytes()
     assert torch.load(path, weights_only=True)["weights"].shape == (300,)
     for place in [*range(0, len(whole), 7), *range(len(whole) - 100, len(whole))]:
@@ -59,4 +67,24 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
         with pytest.raises(OptionError, match="its checksum is missing or another"):
             read_run(path)
     path.write_bytes(whole)
-    assert read_run(path)["odcheap"] == {"overrides": ["seed=1"]}
+    assert read_run(path)["odcheap"]["overrides"] == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"odcheap": {}},
+        {"odcheap": "x"},
+        {"odcheap": run_content()["odcheap"] | {"overrides": [{"a": 1}]}},
+        {"odcheap": run_content()["odcheap"] | {"classes": None}},
+        {"callbacks": None},
+        {"callbacks": {"Record": {"history": 3}}},
+        {"callbacks": {"Record": {"history": [], "selected": {"candidate": "../x", "epoch": 0}}}},
+        {"epoch": "0"},
+    ],
+    ids=str,
+)
+def test_one_that_somebody_made_up_is_refused(tmp_path, change):
+    write_sealed(tmp_path / "x.ckpt", run_content() | change)
+    with pytest.raises(OptionError, match="not a checkpoint of an odcheap run"):
+        read_run(tmp_path / "x.ckpt")
