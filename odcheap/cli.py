@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from odcheap import folder, launch, state, sweeps
+from odcheap import folder, launch, mishaps, state, sweeps
 from odcheap.errors import Failure, OptionError, first_line
 from odcheap.sweeps import Outcome
 
@@ -105,6 +105,13 @@ def failed(line: str) -> int:
     return 1
 
 
+def failed_here(line: str) -> int:
+    """Of what befell this process and perhaps no other."""
+    rank = f"process {rank_zero_only.rank}: " if torch.distributed.is_initialized() else ""
+    print(f"error: {rank}{line}", file=sys.stderr, flush=True)
+    return 1
+
+
 def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
     """Runs the job. A failure ends a single run with one line, and in a sweep lets the others go on."""
     hush()  # here, where also a launcher's processes come by
@@ -119,10 +126,14 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
         failed(line)
         outcome = failure(line)
     except Exception as error:
+        line = mishaps.line_of(error)
         if not in_sweep:
-            raise
-        traceback.print_exc()
-        outcome = failure(f"{type(error).__name__}: {first_line(error)}")
+            if line is None:
+                raise
+            sys.exit(failed_here(line))
+        if line is None:
+            traceback.print_exc()
+        outcome = failure(line or f"{type(error).__name__}: {first_line(error)}")
     if in_sweep:
         sweeps.leave_word(outcome)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
