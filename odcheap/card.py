@@ -5,8 +5,10 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
+import onnxruntime
+
 from odcheap import cost, timings
-from odcheap.forms import has_pairs
 from odcheap.predict import Timing, plain
 from odcheap.product import Product
 from odcheap.proof import Proven
@@ -26,11 +28,18 @@ class File(NamedTuple):
 
 
 def card(
-    product: Product, folder: Path, files: list[File], found: Found, batches: tuple[int, ...], proven: Proven, cpu: str
+    product: Product,
+    folder: Path,
+    files: list[File],
+    found: Found,
+    batches: tuple[int, ...],
+    proven: Proven,
+    cpu: str,
+    shape: str,
 ) -> str:
     """The text in Markdown; the checksums are those of the files that lie in `folder` now."""
     lines = [f"# {code(title(product))}", "", *verdict(product, found, batches), "", *accuracy(product, proven), ""]
-    lines += [*usage(), "", "## Size and speed", "", *table(product, folder, files, found, batches), ""]
+    lines += [*usage(shape), "", "## Size and speed", "", *table(product, folder, files, found, batches), ""]
     lines += [f"Measured side by side on {cpu}: milliseconds, median (95 % stay below), with one thread or with all,"]
     lines += ["whichever is faster. **Measure again on the target**: `python predict.py --bench`.", ""]
     lines += [*every(found), "", "## Checks", "", *checks(proven), "", "## Origin", "", *origin(product), ""]
@@ -57,7 +66,7 @@ def title(product: Product) -> str:
 
 def verdict(product: Product, found: Found, batches: tuple[int, ...]) -> list[str]:
     """How the student compares with the standard network in ONNX Runtime; bad news comes in bold."""
-    if type(product.network) is type(product.standard) and not has_pairs(product.network):
+    if str(product.network) == str(product.standard):
         return ["This is the standard network itself."]
     times = ratios(found, "student.onnx", batches)
     if min(times.values()) >= 1:
@@ -99,14 +108,14 @@ def accuracy(product: Product, proven: Proven) -> list[str]:
     return lines
 
 
-def usage() -> list[str]:
+def usage(shape: str) -> list[str]:
     return [
         "```",
         "python predict.py PICTURE_OR_FOLDER...   # needs onnxruntime, numpy, pillow",
         "```",
         "",
-        "The input is RGB in [0, 1], (n, 3, height, width); normalisation is inside the graph. `preprocess.json` says",
-        "how a picture becomes that, `labels.json` names the classes.",
+        f"The input is RGB in [0, 1], {shape}; normalisation is inside the graph. `preprocess.json` says how a picture",
+        "becomes that, `labels.json` names the classes.",
         "",
         "```python",
         "from odcheap.rebuild import load_student",
@@ -159,21 +168,25 @@ def every(found: Found) -> list[str]:
 
 def checks(proven: Proven) -> list[str]:
     what = "test pictures, from their files" if proven.of_data else "pictures of noise"
-    lines = [f"Each file was loaded by its own runtime and run on {proven.pictures:,} {what}, prepared as above. The"]
-    lines += ["same class comes first as with the trained network; the largest difference of a logit was", ""]
+    lines = [f"Each of these was loaded by its own runtime and run on {proven.pictures:,} {what},"]
+    lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
     lines += [f"- {code(name)}: {difference:.1e}" for name, difference in proven.differences.items()]
     return lines if proven.of_data else [*lines, "", f"**Not verified on data**: {code(proven.reason)}."]
 
 
 def origin(product: Product) -> list[str]:
     summary, config = product.summary or {}, product.config
-    lines = [f"- {product.name} of the run {code(product.job_dir)}" + ("" if summary else " (which has not finished)")]
+    lines = [
+        f"- {plain(product.name)} of the run {code(product.job_dir)}" + ("" if summary else " (which has not finished)")
+    ]
     known = {"data": summary.get("data"), "epochs": summary.get("epochs"), "split": product.settings["split"]}
-    known |= {"training time": summary and f"{summary.get('train_seconds', 0) / 3600:.2f} h"}
+    seconds = summary.get("train_seconds")
+    known |= {"training time": f"{seconds / 3600:.2f} h" if isinstance(seconds, int | float) else None}
     known |= {"classes": len(product.settings["classes"]), "exported": datetime.datetime.now(datetime.UTC).date()}
     lines += [f"- {name}: {code(value)}" for name, value in known.items() if value]
     lines += [f"- {part}: {code(compact(config[part]))}" for part in RECIPE if part in config]
-    made_by = {"exported with": versions(), "trained with": summary.get("versions")}
+    tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    made_by = {"exported with": versions() | tools, "trained with": summary.get("versions")}
     return [*lines, *(f"- {what}: {code(compact(which))}" for what, which in made_by.items() if which)]
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from odcheap import folder, launch, mishaps, state, sweeps
 from odcheap.errors import Failure, OptionError, first_line
+from odcheap.predict import plain
 from odcheap.sweeps import Outcome
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
@@ -32,7 +33,7 @@ PATHS += ("method.teacher_weights", "hydra.sweep.dir")
 def say(text: str) -> None:
     """A line for the user, from one process only."""
     if rank_zero_only.rank in (0, None):
-        print(text, flush=True)
+        print(plain(text), flush=True)
 
 
 def start(main: Callable[[], None], conf: Path) -> int:
@@ -101,14 +102,14 @@ def console() -> Console:
 
 def failed(line: str) -> int:
     if rank_zero_only.rank in (0, None):
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {plain(line)}", file=sys.stderr, flush=True)
     return 1
 
 
 def failed_here(line: str) -> int:
     """Of what befell this process and perhaps no other."""
     rank = f"process {rank_zero_only.rank}: " if torch.distributed.is_initialized() else ""
-    print(f"error: {rank}{line}", file=sys.stderr, flush=True)
+    print(f"error: {rank}{plain(line)}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from odcheap.predict import plain
+
 BASELINE = "alone"
 ROUNDING = 1e-9  # equal accuracies may differ by so much
 SEED, METHOD = "seed", "method._target_"
@@ -140,4 +142,5 @@ def labelled(options: dict[str, Any], told: set[str]) -> str:
     """These options in a few words, choices of parts by their names alone."""
     keys = sorted(told & options.keys(), key=lambda key: (not key.endswith("_target_"), key))
     short = {key: key.removeprefix("method.") for key in keys}
-    return " ".join(name_of(options[k]) if k.endswith("_target_") else f"{short[k]}={options[k]}" for k in keys)
+    named = (name_of(str(options[k])) if k.endswith("_target_") else f"{short[k]}={options[k]}" for k in keys)
+    return plain(" ".join(named))

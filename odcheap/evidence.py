@@ -53,9 +53,11 @@ def data_of(config: dict[str, Any], data_dir: str | None) -> pl.LightningDataMod
         own = {"data_dir": data_dir or load.get("data_dir"), "download": False}
         load |= {option: value for option, value in own.items() if option in load}
         data = called(config["data"] | {"load": load}, DATA.__contains__)
+        data.read()
+    except OptionError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OptionError("JOB_DIR", "config.yaml", f"describes no data of odcheap's ({first_line(error)})") from error
-    data.read()
     return data
 
 

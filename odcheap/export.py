@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from odcheap import card, cost, deploy, evidence, predict, proof, quantise, summary, timings
+from odcheap import card, cost, deploy, evidence, mishaps, predict, proof, quantise, summary, timings
 from odcheap.card import DENSE, STANDARD, File
 from odcheap.cli import failed, hush, say
 from odcheap.errors import Failure, OptionError
@@ -24,6 +25,7 @@ from odcheap.files import write_atomic, write_text
 from odcheap.forms import Normalised, cheap_form, dense_form, has_pairs
 from odcheap.product import Product, of_run
 
+INT8_OPSET = 13  # the first that has scales for channels
 CALIBRATION = 512  # training pictures that say which values 8 bits must hold
 
 
@@ -52,34 +54,58 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an older export")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each timing (default: %(default)s)")
     given = parser.parse_args(arguments)
-    out = given.out or given.job_dir / "export"
+    out = Path(os.path.realpath(given.out or given.job_dir / "export"))
     wish = Wish(out, given.data_dir, given.int8, given.batch, given.opset, given.overwrite, given.seconds)
     hush()
     try:
         check(wish)
         export(of_run(given.job_dir, given.student), wish)
-    except Failure as error:
-        return failed(predict.plain(error))
+    except (Failure, predict.Refused) as error:
+        return failed(str(error))
+    except KeyboardInterrupt:
+        failed("interrupted: nothing was written")
+        return 130
+    except (OSError, MemoryError, RuntimeError) as error:
+        line = mishaps.line_of(error)
+        if line is None and not isinstance(error, OSError):
+            raise
+        return failed(line or str(error))
     return 0
 
 
 def check(wish: Wish) -> None:
     if wish.batch is not None and wish.batch < 1:
         raise OptionError("--batch", wish.batch, "must be 1 or more")
+    if wish.int8 and (wish.batch or 1) > CALIBRATION:
+        raise OptionError("--batch", wish.batch, f"must be at most {CALIBRATION} with --int8, the pictures it looks at")
+    if wish.int8 and wish.opset is not None and wish.opset < INT8_OPSET:
+        raise OptionError("--opset", wish.opset, f"must be {INT8_OPSET} or more with --int8")
     if not wish.seconds > 0:
         raise OptionError("--seconds", wish.seconds, "must be above 0")
-    if not wish.out.exists():
+    if wish.out.is_mount():
+        raise OptionError("--out", wish.out, "is a mount point, which cannot be replaced: name a folder in it")
+    if not wish.out.exists() or (wish.out.is_dir() and not any(wish.out.iterdir())):
         return
-    is_export = wish.out.is_dir() and (wish.out / predict.PREPROCESS).is_file()
-    if not is_export and (not wish.out.is_dir() or any(wish.out.iterdir())):
-        raise OptionError("--out", wish.out, "is there and is no export: name another folder")
-    if is_export and not wish.overwrite:
+    own = exported(wish.out)
+    others = sorted({path.name for path in wish.out.iterdir()} - own) if wish.out.is_dir() else []
+    if not own or others:
+        which = f" ({others[0]} is none of an export's files)" if own else ""
+        raise OptionError("--out", wish.out, f"is there and is no export{which}: name another folder")
+    if not wish.overwrite:
         raise OptionError("--out", wish.out, "holds an export; --overwrite replaces it, another --out leaves it")
+
+
+def exported(folder: Path) -> set[str]:
+    """The names that the card in this folder lists, its own among them; none where there is no card."""
+    path = folder / predict.CARD
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    names = {found[2] for found in predict.SUM.finditer(text)}
+    return names | {predict.CARD} if predict.PREPROCESS in names else set()
 
 
 def export(product: Product, wish: Wish) -> None:
     """Writes the folder, which appears when everything in it has been checked."""
-    say(f"{predict.plain(product.job_dir)}: {product.name}")
+    say(f"{product.job_dir}: {product.name}")
     data, reason = data_of(product, wish)
     preprocess = preprocessing(product)
     with beside(wish.out) as folder:
@@ -92,9 +118,11 @@ def export(product: Product, wish: Wish) -> None:
             found = {key: time for key, time in found.items() if key.name != DENSE}
         proven = proof.prove(product, data, reason, preprocess, folder, wish.batch)
         cpu = summary.machine(torch.device("cpu"))
-        text = card.card(product, folder, files, found, batches, proven, f"{cpu['cpu']}, {os.cpu_count()} cores")
+        machine = f"{cpu['cpu']}, {os.cpu_count()} cores"
+        text = card.card(product, folder, files, found, batches, proven, machine, shape_of(folder / "student.onnx"))
         write_text(folder / predict.CARD, text)
-    say(f"{card.first_words(text)}\nwritten: {predict.plain(wish.out)}")
+    for line in [*card.first_words(text).split("\n"), f"written: {wish.out}"]:
+        say(line)
 
 
 def data_of(product: Product, wish: Wish) -> tuple[pl.LightningDataModule | None, str]:
@@ -104,11 +132,12 @@ def data_of(product: Product, wish: Wish) -> tuple[pl.LightningDataModule | None
     try:
         data = evidence.data_of(product.config, wish.data_dir)
         if data.fingerprint != product.settings["split"]:
-            raise OptionError("--data-dir", wish.data_dir, "holds other images than the run was trained with")
+            where = wish.data_dir or product.config["data"]["load"].get("data_dir")
+            raise OptionError("data_dir", where, "holds other images than the run was trained with")
     except OptionError as error:
         if wish.data_dir is not None or wish.int8:
             raise
-        say(f"warning: not verified on data ({predict.plain(error)}); --data-dir says where the images are")
+        say(f"warning: not verified on data ({error}); --data-dir says where the run's images are")
         return None, str(error)
     return data, ""
 
@@ -116,7 +145,7 @@ def data_of(product: Product, wish: Wish) -> tuple[pl.LightningDataModule | None
 def preprocessing(product: Product) -> dict[str, Any]:
     settings = product.settings
     return {
-        "input": "images: RGB, (n, 3, height, width), float32 in [0, 1]; mean and std are applied inside the graph",
+        "input": "images: RGB, float32 in [0, 1], channels first; mean and std are applied inside the graph",
         "shorter_side": settings["shorter_side"],
         "size": settings["image_size"][1:],
         "interpolation": "bilinear",
@@ -128,17 +157,31 @@ def preprocessing(product: Product) -> dict[str, Any]:
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place in the end; nothing is left of it where something goes wrong."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(".part", f".{out.name}.", out.parent))
     except OSError as error:
         raise OptionError("--out", out, f"cannot be written ({error.strerror})") from error
     try:
         yield folder
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
+        folder.chmod(0o755)  # not for our eyes only, as temporary folders are
+        take_place(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_place(folder: Path, out: Path) -> None:
+    """The older export goes when the new one is there, and comes back where that fails."""
+    older = folder.with_suffix(".old")
+    if out.exists():
+        out.rename(older)
+    try:
+        folder.rename(out)
+    except OSError:
+        if older.exists():
+            older.rename(out)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def write_files(
@@ -186,6 +229,12 @@ def timed(product: Product, wish: Wish, files: list[File], folder: Path, batches
     works |= timings.in_torch({"the student": normalised(product.network, product), STANDARD: standard}, size, batches)
     say(f"timing {len(works)} ways, {wish.seconds:g} s each, in turns")
     return predict.side_by_side(works, wish.seconds)
+
+
+def shape_of(path: Path) -> str:
+    """What the file takes: `(n, 3, height, width)`, with numbers where they are fixed."""
+    (images,) = predict.session(path.read_bytes()).get_inputs()
+    return f"({', '.join(map(str, images.shape))})"
 
 
 def faster(found: timings.Found, name: str, batches: tuple[int, ...]) -> bool:

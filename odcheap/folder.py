@@ -15,6 +15,7 @@ from odcheap import trust
 from odcheap.checkpoint import all_paths, epoch_path, newest_usable, read_run
 from odcheap.errors import OptionError
 from odcheap.files import write_atomic
+from odcheap.predict import plain
 
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
 FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")
@@ -216,7 +217,12 @@ def prepare(start: Start) -> None:
     """Makes the folder of a training run; with `overwrite` clears what an older run, or a later part of it, left."""
     make_folder(start.job_dir)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
+    for folder in (start.job_dir, start.job_dir / "checkpoints"):
+        for left in filter(Path.is_file, folder.glob(".*.part")):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     if start.cfg.overwrite:
+        if (start.job_dir / "export").exists():
+            print(f"warning: {plain(start.job_dir)}/export is left from the run that is overwritten", flush=True)
         old = all_paths(start.job_dir) + list((start.job_dir / "tensorboard").rglob("events.out.tfevents.*"))
         if start.at_home:
             old = [path for path in all_paths(start.job_dir) if path.name > start.checkpoint.name]

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 SLIMMEST = 100  # a picture's longer side over its shorter one
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 PREPROCESS, LABELS, CARD = "preprocess.json", "labels.json", "README.md"
+SUM = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # a line of the card: sha256 and file
 AT_ONCE = 32  # pictures
 BATCHES, ROUNDS, PAUSE = (1, 64), 5, 0.02  # of timings; in the pause (seconds) another session's threads fall asleep
 
@@ -36,9 +37,7 @@ class BrokenPicture(Refused):
 
 
 class Timing(NamedTuple):
-    """Seconds: the median, and what 95 of 100 stay below."""
-
-    p50: float
+    p50: float  # seconds: the median, and what 95 of 100 stay below
     p95: float
 
 
@@ -51,7 +50,8 @@ def decode(path: str | Path) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 rgb = to_rgb(image)
     except (Exception, MemoryError) as error:  # on damaged files Pillow's many readers raise errors of every kind
-        raise BrokenPicture(f"{path} cannot be read as a picture ({line_of(error)})") from error
+        reason = str(error).partition("\n")[0][:160] or type(error).__name__
+        raise BrokenPicture(f"{path} cannot be read as a picture ({reason})") from error
     if max(rgb.size) > SLIMMEST * min(rgb.size):
         raise BrokenPicture(f"{path} has {rgb.width} x {rgb.height} pixels: too slim to be made square")
     return rgb
@@ -78,21 +78,19 @@ def prepared(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(255)
 
 
-def session(model: str | Path | bytes, threads: int = 0, provider: str = "CPUExecutionProvider") -> Any:
+def session(model: bytes, threads: int = 0, provider: str = "CPUExecutionProvider") -> Any:
     """An ONNX Runtime session; `threads=0` takes all cores. `Refused` where it cannot be."""
     try:
         import onnxruntime  # here: whoever only decodes pictures does without it
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        model = model if isinstance(model, bytes) else str(model)
-        return onnxruntime.InferenceSession(model, options, providers=[provider])
+        made = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # its own errors have no common kind
-        raise Refused(f"ONNX Runtime cannot load the model ({line_of(error)})") from error
-
-
-def line_of(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__
+        raise Refused(f"ONNX Runtime cannot load the model ({str(error)[:160]})") from error
+    if provider not in made.get_providers():
+        raise Refused(f"ONNX Runtime has no working {provider} here and would silently take another")
+    return made
 
 
 def answerer(made: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -137,7 +135,7 @@ def checked(folder: Path, name: str) -> bytes:
         card, content = (folder / CARD).read_text(encoding="utf-8"), (folder / name).read_bytes()
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{folder / name}: cannot be checked ({error})") from error
-    known = {found[2]: found[1] for found in re.finditer(r"^([0-9a-f]{64})  (\S+)$", card, re.MULTILINE)}
+    known = {found[2]: found[1] for found in SUM.finditer(card)}
     if name not in known:
         raise Refused(f"{folder / name}: is no file of this export; there are {', '.join(known) or 'none'}")
     if hashlib.sha256(content).hexdigest() != known[name]:
@@ -146,13 +144,13 @@ def checked(folder: Path, name: str) -> bytes:
 
 
 def pictures_in(given: list[str]) -> Iterator[Path]:
-    """The files, and those below folders that are pictures by their names."""
-    for path in map(Path, given):
-        if path.is_dir():
-            inside = (Path(where, name) for where, _, names in os.walk(path) for name in names)
-            yield from sorted(p for p in inside if p.name.lower().endswith(SUFFIXES) and p.name[0] != ".")
-        else:
-            yield path
+    """The files, and those below folders that are pictures by their names; what cannot be looked into itself."""
+    for top in given:
+        found: list[Path] = []
+        for where, _, names in os.walk(top, onerror=lambda error, found=found: found.append(Path(error.filename))):
+            named = (Path(where, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != ".")
+            found += filter(os.path.isfile, named)
+        yield from sorted(found)
 
 
 def plain(text: object) -> str:
@@ -164,17 +162,19 @@ def predict(folder: Path, model: str, given: list[str], as_json: bool) -> int:
     preprocess, labels = (json.loads(checked(folder, name)) for name in (PREPROCESS, LABELS))
     ask = answerer(session(checked(folder, model)))
     if not (paths := list(dict.fromkeys(pictures_in(given)))):
-        raise Refused(f"{', '.join(given)}: no pictures there ({', '.join(sorted(SUFFIXES)[:6])}, ...)")
+        raise Refused(
+            f"{', '.join(given) or 'IMAGE_OR_FOLDER'}: no pictures there ({', '.join(sorted(SUFFIXES)[:6])}, ...)"
+        )
     rows = []
     for path, logits in answers(ask, paths, preprocess):
         if isinstance(logits, BrokenPicture):
             print(f"error: {plain(logits)}", file=sys.stderr)
             continue
-        powers = np.exp(logits.astype(np.float64) - logits.max())
-        shares = powers / powers.sum()
+        shares = np.exp(logits.astype(np.float64) - logits.max())
+        shares /= shares.sum()
         rows.append((path, [(labels[k], float(shares[k])) for k in np.argsort(-shares, kind="stable")[:3]]))
     if as_json:
-        found = [{"path": str(path), "label": best[0][0], "probability": best[0][1]} for path, best in rows]
+        found = [{"path": str(p), "label": best[0][0], "probability": best[0][1]} for p, best in rows]
         print(json.dumps(found, indent=1))
     else:
         show([(plain(p), *(f"{plain(name)} {share:.3f}" for name, share in best)) for p, best in rows])
@@ -209,13 +209,12 @@ def side_by_side(works: dict[Any, Callable[[], object]], seconds: float) -> dict
 def bench(folder: Path, seconds: float = 2.0) -> int:
     """Times every artefact here, with one thread and with all."""
     size, works = (3, *json.loads(checked(folder, PREPROCESS))["size"]), {}
-    for path in sorted(folder.glob("*.onnx")):
-        for threads in (1, 0):
-            made = session(checked(folder, path.name), threads)
-            fixed = made.get_inputs()[0].shape[0]
-            for batch in (fixed,) if isinstance(fixed, int) else BATCHES:
-                images, ask = random_images(batch, size), answerer(made)
-                works[path.name, batch, threads] = lambda ask=ask, images=images: ask(images)
+    for path, threads in [(path, threads) for path in sorted(folder.glob("*.onnx")) for threads in (1, 0)]:
+        made = session(checked(folder, path.name), threads)
+        fixed = made.get_inputs()[0].shape[0]
+        for batch in (fixed,) if isinstance(fixed, int) else BATCHES:
+            images, ask = random_images(batch, size), answerer(made)
+            works[path.name, batch, threads] = lambda ask=ask, images=images: ask(images)
     print(f"{len(works)} timings of {seconds:g} s each, in turns", file=sys.stderr)
     rows = [("file", "images", "threads", "median ms", "95 % below")]
     for (name, batch, threads), found in side_by_side(works, seconds).items():
@@ -233,17 +232,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--bench", action="store_true", help="time every artefact on this machine")
     given = parser.parse_args(arguments)
     folder, paths = Path(__file__).parent, given.paths
-    if paths and (Path(paths[0]) / PREPROCESS).is_file():
+    if paths and all(os.path.isfile(os.path.join(paths[0], name)) for name in (PREPROCESS, CARD)):
         folder, paths = Path(paths[0]), paths[1:]
     try:
         if not (folder / PREPROCESS).is_file():
             raise Refused(f"EXPORT_DIR={(paths or [''])[0]}: is no export; python -m odcheap.export JOB_DIR makes one")
-        if not paths and not given.bench:
-            parser.error("name a picture or a folder of pictures, or --bench")
         return bench(folder) if given.bench else predict(folder, given.model, paths, given.json)
-    except (Refused, ValueError, KeyError, OSError) as error:
-        print(f"error: {plain(error)}", file=sys.stderr)
-        return 1
+    except (Refused, OSError) as error:
+        line = str(error)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        line = f"{folder}: its files do not fit together ({error!r})"
+    print(f"error: {plain(line)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

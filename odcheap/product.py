@@ -49,12 +49,14 @@ def of_run(job_dir: Path, number: int | None = None) -> Product:
         if summary is not None and number is None:
             tensors, metadata = read_safetensors(job_dir / "student.safetensors", OPTION)
             settings, chosen = settings_of(metadata, OPTION, job_dir), summary["selected"]
-            name = called(chosen["student"], chosen["epoch"], chosen["averaged"])
+            name = called(int(chosen["student"]), int(chosen["epoch"]), bool(chosen["averaged"]))
         else:
             tensors, settings, name = of_checkpoint(job_dir, number)
         figures = summary and (summary["selected"] if number is None else summary["students"][number])
-        test_top1 = figures and figures["test_top1"]
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        test_top1 = figures and float(figures["test_top1"])
+    except OptionError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise OptionError(OPTION, job_dir, f"its files are not as odcheap writes them ({error!r})") from error
     network = rebuilt(settings, tensors, OPTION, str(job_dir)).eval()
     standard = built(settings, Standard(), OPTION, str(job_dir)).eval()
@@ -68,7 +70,7 @@ def config_of(job_dir: Path) -> dict[str, Any]:
         raise OptionError(OPTION, job_dir, "holds no run of odcheap (config.yaml is missing)")
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise OptionError(OPTION, path, f"cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise OptionError(OPTION, path, "is no run's config")

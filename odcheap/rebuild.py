@@ -82,6 +82,8 @@ def part(settings: dict[str, Any], name: str, option: str, path: str) -> Any:
         return called(settings[name], of_network)
     except (KeyError, TypeError, AttributeError, ValueError, Failure) as error:
         raise strange(option, path, error) from error
+    except ImportError as error:
+        raise OptionError(option, path, f"its network needs a package that is not here ({error})") from error
 
 
 def strange(option: str, path: str, error: Exception) -> OptionError:

@@ -3,21 +3,25 @@
 import argparse
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
 
 from odcheap import compare, costs, figures, latency, study
+from odcheap.card import code
 from odcheap.cli import console, failed, hydra_line
 from odcheap.compare import Row, Spread, cost_of, ensemble, mean_student, selected_student, teacher_of
 from odcheap.errors import Failure
 from odcheap.files import write_text
+from odcheap.predict import plain
 from odcheap.study import Found
 
 KINDS = ("head", "gated", "mean", "ema", "frozen")
@@ -58,7 +62,7 @@ def status(found: list[Found]) -> int:
     for column in ("run", "state", "what is known"):
         made.add_column(column, overflow="fold")
     for entry in found:
-        made.add_row(Text(entry.folder.name), entry.state, Text(entry.reason))
+        made.add_row(Text(plain(entry.folder.name)), entry.state, Text(plain(entry.reason)))
     console().print(made)
     counts = {state: sum(entry.state == state for entry in found) for state in dict.fromkeys(e.state for e in found)}
     console().print(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -75,12 +79,17 @@ def write(found: list[Found], out: Path, timed: bool) -> int:
     drawn = draw(rows, times, out)
     write_text(out / "report.md", markdown(found, rows, times, drawn))
     write_text(out / "report.csv", as_csv(rows, times))
-    console().print(f"{len(finished)} finished runs of {len(found)}; written: {out}/report.md", soft_wrap=True)
+    console().print(f"{len(finished)} finished runs of {len(found)}; written: {plain(out)}/report.md", soft_wrap=True)
     return 0
 
 
 def draw(rows: list[Row], times: dict[str, float], out: Path) -> list[str]:
-    """Names of the figures that there was something to draw for."""
+    """Names of the figures that there was something to draw for. A $ in somebody's options begins no formula."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        return drawn_plainly(rows, times, out)
+
+
+def drawn_plainly(rows: list[Row], times: dict[str, float], out: Path) -> list[str]:
     by_macs = points(rows, lambda row: scaled(row.of(cost_of("macs")), 1e-6))
     by_time = points(rows, lambda row: times.get(row.name))
     stage = "val" if any("val/student_0/top1" in record for row in rows for record in records_of(row)) else "train"
@@ -150,8 +159,8 @@ def about(found: list[Found]) -> list[str]:
     data = sorted({str(run.summary.get("data", "unknown data")) for run in runs})
     epochs = sorted({str(run.summary.get("epochs", "?")) for run in runs})
     versions = {f"torch {v.get('torch', '?')}" for run in runs if (v := run.summary.get("versions") or {})}
-    text = f"{len(runs)} finished runs on {', '.join(data)}, {', '.join(epochs)} epochs"
-    lines = [text + (f" ({', '.join(sorted(versions))})." if versions else ".")]
+    text = f"{len(runs)} finished runs on {in_cell(', '.join(data))}, {in_cell(', '.join(epochs))} epochs"
+    lines = [text + (f" ({in_cell(', '.join(sorted(versions)))})." if versions else ".")]
     return [*lines, "", SMOKE] if "digits" in data else lines
 
 
@@ -165,7 +174,12 @@ def cell(name: str, value: Any) -> str:
         return f"{text} (not resolved)" if gain and not value.resolved else text
     if isinstance(value, float):
         return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else value
+    return f"{value:,}" if isinstance(value, int) else in_cell(value)
+
+
+def in_cell(text: str) -> str:
+    """Somebody's names and options in a Markdown table: no markup, no further cells."""
+    return re.sub(r"([\\`\[<|])", r"\\\1", plain(text))
 
 
 def differences(rows: list[Row]) -> Iterator[str]:
@@ -178,7 +192,8 @@ def differences(rows: list[Row]) -> Iterator[str]:
         yield "| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"
         yield "|" + "---|" * (1 + len(seeds))
         for name, values in found.items():
-            yield f"| {name} | " + " | ".join(f"{100 * values[s]:+.2f}" if s in values else "" for s in seeds) + " |"
+            gains = [f"{100 * values[s]:+.2f}" if s in values else "" for s in seeds]
+            yield f"| {' | '.join([in_cell(name), *gains])} |"
         yield ""
 
 
@@ -191,7 +206,7 @@ def others(found: list[Found], rows: list[Row]) -> Iterator[str]:
     if unfinished:
         yield "Not in the table:"
         yield ""
-        yield from (f"- `{entry.folder.name}`: {entry.state}; {entry.reason}" for entry in unfinished)
+        yield from (f"- {code(entry.folder.name)}: {entry.state}; {code(entry.reason)}" for entry in unfinished)
 
 
 def as_csv(rows: list[Row], times: dict[str, float]) -> str:

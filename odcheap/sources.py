@@ -13,6 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from odcheap import cache, pictures
 from odcheap.errors import OptionError
+from odcheap.predict import plain
 
 NETWORK_TIMEOUT = 60  # seconds without a byte
 
@@ -61,7 +62,7 @@ def cifar(name: str, data_dir: str, train_images: int, test_images: int, downloa
         return from_tree(root / name, train_images, test_images)
     if not download:
         raise missing(data_dir, name, "and data.load.download is false")
-    print(f"downloading {name} to {data_dir}", flush=True)
+    print(f"downloading {name} to {plain(data_dir)}", flush=True)
     return from_download(official, data_dir, name)
 
 
@@ -106,7 +107,7 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
     every = [path for part in parts.values() for paths in part.values() for path in paths]
 
     def decoded() -> tuple[dict[str, Tensor], list[str]]:
-        print(f"reading {len(every):,} pictures below {tree}, once", flush=True)  # CIFAR's take 20 s
+        print(f"reading {len(every):,} pictures below {plain(tree)}, once", flush=True)  # CIFAR's take 20 s
         train, train_target = decode(parts["train"])
         test, test_target = decode(parts["test"])
         tensors = {"train": train, "train_target": train_target, "test": test, "test_target": test_target}

@@ -21,6 +21,7 @@ from odcheap.pictures import (
     evaluation_transform,
     training_transform,
 )
+from odcheap.predict import plain
 from odcheap.split import fingerprint, stratified
 from odcheap.trees import Tree, digests
 
@@ -37,7 +38,7 @@ class Broken:
                 continue
             self.seen.add(path)
             self.last = path
-            print(f"warning: {reason}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
+            print(f"warning: {plain(reason)}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
             if len(self.seen) > self.limit:
                 allowed = f"more pictures cannot be read, the last one {path}; the last checkpoint is kept"
                 raise OptionError("data.max_broken", self.limit, allowed)
@@ -184,7 +185,8 @@ class StreamedData(pl.LightningDataModule):
         tree = self.load()
         if tree.passed_over:
             count, first = len(tree.passed_over), tree.passed_over[0]
-            print(f"passed over {count:,} files that are no pictures by their names, {first} among them", flush=True)
+            names = f"files that are no pictures by their names, {plain(first)} among them"
+            print(f"passed over {count:,} {names}", flush=True)
         self.classes = tree.classes
         found = digests(tree.train, self.split_seed)
         if tree.val is None:

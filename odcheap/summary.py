@@ -22,6 +22,7 @@ from odcheap import __version__, cost
 from odcheap.callbacks import Record
 from odcheap.files import write_atomic, write_text
 from odcheap.module import DistillationModule, Figures
+from odcheap.predict import plain
 
 
 def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def shown(value: float | None) -> str:
 
 def show(console: Console, summary: dict[str, Any], title: str) -> None:
     """What became of a run, as a title, a table and a few words below it."""
-    console.print(title, soft_wrap=True)
+    console.print(plain(title), soft_wrap=True)
     console.print(table(summary))
     console.print(caption(summary), soft_wrap=True)
 

@@ -20,6 +20,7 @@ from rich.text import Text
 from odcheap import compare, folder, state
 from odcheap.compare import Spread, mean_student, selected_student
 from odcheap.files import write_text
+from odcheap.predict import plain
 from odcheap.summary import shown
 
 WORDS = "ODCHEAP_SWEEP_WORDS"  # names the folder of this sweep's words to its runs in other processes
@@ -48,7 +49,7 @@ class Gather(Callback):
         words.mkdir(parents=True)
         os.environ[WORDS] = str(words.absolute())
         where = config.hydra.sweep.dir
-        print(f"sweep in {where}; how it goes: python -m odcheap.report --status {where}", flush=True)
+        print(f"sweep in {plain(where)}; how it goes: python -m odcheap.report --status {plain(where)}", flush=True)
 
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
         gather()
@@ -109,13 +110,13 @@ def table(outcomes: list[Outcome]) -> Table:
     for name, outcome in zip(short_names([Path(o.job_dir).name for o in outcomes]), outcomes, strict=True):
         summary = outcome.summary
         if summary is None:
-            made.add_row(Text(name), Text(outcome.text), *["-"] * 5)
+            made.add_row(Text(plain(name)), Text(plain(outcome.text)), *["-"] * 5)
             continue
         teacher = (summary["teacher"] or {}).get("test_top1")
         figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
         spent = summary.get("cost")  # a test alone has none
         price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"] if spent else ["-", "-"]
-        made.add_row(Text(name), Text(outcome.text), *figures, shown(teacher), *price)
+        made.add_row(Text(plain(name)), Text(plain(outcome.text)), *figures, shown(teacher), *price)
     return made
 
 

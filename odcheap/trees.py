@@ -16,6 +16,7 @@ from torchvision.datasets import imagenet as archives
 
 from odcheap.errors import OptionError
 from odcheap.pictures import Files, is_named_so
+from odcheap.predict import plain
 from odcheap.split import stratified
 
 PARTS = ("train", "val", "test")
@@ -152,7 +153,7 @@ def digests(files: Files, split_seed: int) -> list[bytes]:
         return whole.digest()
 
     if len(files.names) > MANY:
-        print(f"looking into {len(files.names):,} files below {files.root}", flush=True)
+        print(f"looking into {len(files.names):,} files below {plain(files.root)}", flush=True)
 
     def whole_digest(index: int) -> bytes:
         with open(files.path(index), "rb") as file:
@@ -177,7 +178,7 @@ def unpack(root: Path) -> None:
     except FileExistsError:
         allowed = "another process unpacks here, or one was interrupted: then delete this folder and start again"
         raise OptionError("data_dir", beside, allowed) from None
-    print(f"unpacking ImageNet's archives in {root}, once", flush=True)
+    print(f"unpacking ImageNet's archives in {plain(root)}, once", flush=True)
     try:
         archives.parse_devkit_archive(root)
         archives.parse_train_archive(root, folder=f"{UNPACKING}/train")

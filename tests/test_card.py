@@ -61,7 +61,9 @@ def whole(tmp_path, proven, settings=SETTINGS):
     product = of_run(folder(tmp_path / "run", settings=settings))
     for name in ("student.onnx", "labels.json"):
         (tmp_path / name).write_bytes(b"12345")
-    return card.card(product, tmp_path / "run", [], found((1, 20), (3, 50)), (1, 64), proven, "a machine")
+    return card.card(
+        product, tmp_path / "run", [], found((1, 20), (3, 50)), (1, 64), proven, "a machine", "(n, 3, height, width)"
+    )
 
 
 def test_the_card_says_what_was_checked_and_on_what(tmp_path):

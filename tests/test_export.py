@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,10 +51,13 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
     }
-    assert accuracy(predict.answerer(predict.session(folder / "student.onnx"))) == expected
+    assert accuracy(predict.answerer(predict.session((folder / "student.onnx").read_bytes()))) == expected
     program = torch.export.load(folder / "student.pt2").module()
     for network in (program, load_student(folder / "student.safetensors")):
         assert accuracy(lambda images, n=network: n(torch.from_numpy(images)).detach().numpy()) == expected
+    listed = (folder / "README.md").read_text().partition("## Checks")[2].partition("##")[0]
+    dense = {"student-dense.onnx"} if (folder / "student-dense.onnx").exists() else set()
+    assert set(re.findall(r"- `(.*?)`: \d", listed)) == dense | {f"student.{s}" for s in ("onnx", "pt2", "safetensors")}
     weights = [load_file(path / "student.safetensors") for path in (job_dir, folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
     done = subprocess.run(["sha256sum", "-c", "README.md"], cwd=folder, capture_output=True, text=True)
@@ -71,9 +75,9 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     expected = json.loads((job_dir / "summary.json").read_text())["students"][other]["test_top1"]
     out = capsys.readouterr().out
     assert f"Test accuracy {expected:.4f} on 360 pictures; {expected:.4f} by" in out
-    assert accuracy(predict.answerer(predict.session(tmp_path / "out" / "student-int8.onnx"))) == pytest.approx(
-        expected, abs=0.05
-    )
+    assert accuracy(
+        predict.answerer(predict.session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
+    ) == pytest.approx(expected, abs=0.05)
     assert "In 8-bit integers" in out
     assert not (job_dir / "export").exists()
 
@@ -90,6 +94,44 @@ def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is
     assert export.main([str(job_dir), *QUICK, "--overwrite"]) == 1
     assert "no epoch of this run has finished" in capsys.readouterr().err
     assert (job_dir / "export" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "safetensors"])
+def test_every_kind_of_file_is_held_against_the_trained_network(run, capsys, monkeypatch, suffix):
+    job_dir = run("trainer.max_epochs=1")
+    logits_of = proof.logits_of
+
+    def wrong(path, preprocess, pictures, batch):
+        logits = pictures.logits if path.suffix == ".safetensors" else logits_of(path, preprocess, pictures, batch)
+        return logits + 0.01 * (path.suffix == f".{suffix}")
+
+    monkeypatch.setattr(proof, "logits_of", wrong)
+    assert export.main([str(job_dir), *QUICK]) == 1
+    assert f"error: student.{suffix}: a logit differs" in capsys.readouterr().err
+    assert not (job_dir / "export").exists()
+
+
+def test_another_accuracy_than_the_summary_s_is_an_error(run, capsys):
+    job_dir = run("trainer.max_epochs=1")
+    path = job_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["selected"]["test_top1"] += 0.02
+    path.write_text(json.dumps(summary))
+    assert export.main([str(job_dir), *QUICK]) == 1
+    assert "other images than the run's, or other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_the_dense_file_is_there_where_it_was_faster(run, monkeypatch, ratio):
+    job_dir = run("trainer.max_epochs=1")
+    monkeypatch.setattr(proof, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
+
+    def times(works, seconds):
+        return {key: predict.Timing(ratio if "dense" in key.name else 1.0, 2.0) for key in works}
+
+    monkeypatch.setattr(predict, "side_by_side", times)
+    assert export.main([str(job_dir), *QUICK]) == 0
+    assert (job_dir / "export" / "student-dense.onnx").exists() == (ratio < 1)
 
 
 def test_a_failed_check_leaves_nothing_that_looks_finished(run, capsys, monkeypatch):
@@ -123,7 +165,31 @@ def test_an_older_export_is_replaced_only_when_asked(run, tmp_path, capsys, monk
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert export.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
     assert "is there and is no export" in capsys.readouterr().err
+    (tmp_path / "mine" / "preprocess.json").write_text("{}")  # of somebody else's project
+    assert export.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+    (job_dir / "export" / "engine.trt").write_text("compiled for hours")
+    assert export.main([str(job_dir), *QUICK, "--overwrite"]) == 1
+    assert "(engine.trt is none of an export's files)" in capsys.readouterr().err
+    assert (job_dir / "export" / "engine.trt").exists()
+
+
+def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "student.onnx").write_text("old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.suffix == ".part":
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="busy"), export.beside(out) as folder:
+        (folder / "student.onnx").write_text("new")
+    assert (out / "student.onnx").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +202,9 @@ def test_an_older_export_is_replaced_only_when_asked(run, tmp_path, capsys, monk
         (["run", "--opset", "5"], "--opset=5: must be 7 to"),
         (["run", "--data-dir", "x"], "--data-dir=x: the run's images lie in no folder"),
         (["run", "--out", "run"], "is there and is no export"),
+        (["run", "--out", "/"], "--out=/: is a mount point"),
+        (["run", "--int8", "--batch", "600"], "--batch=600: must be at most 512 with --int8"),
+        (["run", "--int8", "--opset", "11"], "--opset=11: must be 13 or more with --int8"),
     ],
     ids=str,
 )

@@ -1,11 +1,13 @@
 """The export's command for pictures: no torch, any picture, no changed file."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +65,7 @@ def test_a_folder_and_pictures_of_all_kinds_are_answered(export, tmp_path, capsy
     assert predict.main([str(export), str(tmp_path / "in"), str(paths[2]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["path"] for entry in found] == [str(path) for path in paths]
-    ask = predict.answerer(predict.session(export / "student.onnx"))
+    ask = predict.answerer(predict.session((export / "student.onnx").read_bytes()))
     for path, entry in zip(paths, found, strict=True):
         powers = np.exp(ask(predict.prepared(path, PREPROCESS)[None])[0].astype(float))
         assert entry["probability"] == pytest.approx(powers.max() / powers.sum())
@@ -102,7 +104,8 @@ def test_a_file_that_was_changed_after_the_export_is_refused(export, tmp_path, c
     ("arguments", "line"),
     [
         (["NOWHERE", "x.png"], "EXPORT_DIR=NOWHERE: is no export"),
-        (["EXPORT", "EXPORT"], "no pictures there"),
+        (["EXPORT", "EXPORT/predict.py"], "cannot be read as a picture"),
+        (["EXPORT"], "IMAGE_OR_FOLDER: no pictures there"),
         (["EXPORT", "x.png", "--model", "other.onnx"], "other.onnx: cannot be checked"),
         (["EXPORT", "x.png", "--model", "README.md"], "is no file of this export"),
     ],
@@ -119,13 +122,52 @@ def test_what_cannot_be_is_one_line(export, capsys, arguments, line):
 def test_without_its_card_nothing_is_believed(export, tmp_path, capsys):
     (export / "README.md").unlink()
     assert predict.main([str(export), str(noise(tmp_path / "x.png"))]) == 1
-    assert "cannot be checked" in capsys.readouterr().err
+    assert "is no export" in capsys.readouterr().err
 
 
-def test_nothing_asked_is_the_usage(export):
-    with pytest.raises(SystemExit) as stop:
-        predict.main([str(export)])
-    assert stop.value.code == 2
+def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp_path, capsys, monkeypatch):
+    good = noise(tmp_path / "open" / "a.png")
+    os.mkfifo(tmp_path / "open" / "pipe.png")
+    walk = os.walk
+
+    def locked(top, onerror):
+        yield from walk(top, onerror=onerror)
+        onerror(PermissionError(13, "Permission denied", f"{top}/locked"))
+
+    monkeypatch.setattr(predict.os, "walk", locked)
+    assert predict.main([str(export), str(tmp_path / "open"), "x" * 5000, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert [entry["path"] for entry in json.loads(out)] == [str(good)]
+    assert "open/locked cannot be read" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.json", '["a"]'),
+        ("labels.json", "{}"),
+        ("preprocess.json", "[]"),
+        ("labels.json", "3"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_one_line(export, tmp_path, capsys, name, content):
+    (export / name).write_text(content)
+    (export / "README.md").unlink()
+    (export / "README.md").write_text("\n".join(card.sums(export)))
+    pictures_ = [str(noise(tmp_path / f"{'x' * k}.png")) for k in range(1, 9)]
+    assert predict.main([str(export), *pictures_]) == 1
+    assert "its files do not fit together" in capsys.readouterr().err
+
+
+def test_a_provider_that_does_not_work_is_not_taken_for_another(made, monkeypatch):
+    content, real = (made / "student.onnx").read_bytes(), onnxruntime.InferenceSession
+
+    def silently(model, options, providers):
+        return real(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", silently)
+    with pytest.raises(predict.Refused, match="has no working CUDAExecutionProvider here"):
+        predict.session(content, provider="CUDAExecutionProvider")
 
 
 def test_the_copy_works_where_neither_torch_nor_odcheap_is(export, tmp_path):

@@ -1,0 +1,265 @@
+"""Files from strangers, in every place where a file is read: none runs code, writes outside or ends in a traceback."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from odcheap import export, predict, report, sources, trees
+from odcheap.errors import OptionError
+from odcheap.files import seal
+from odcheap.reference import load_checkpoint
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def payloads(mark):
+    """Files that would run code if anybody unpickled them: bare, in PyTorch's formats, sealed like our own."""
+    bomb = Bomb(mark)
+    yield pickle.dumps(bomb)
+    yield pickle.dumps({"state_dict": bomb}, protocol=0)
+    for content in (bomb, {"state_dict": {"a": bomb}}, {"odcheap": bomb, "loops": {}, "state_dict": {}}):
+        for zipped in (True, False):
+            made = io.BytesIO()
+            torch.save(content, made, _use_new_zipfile_serialization=zipped)
+            yield made.getvalue()
+    sealed = made.getvalue()
+    yield sealed[:-2] + seal(hashlib.sha256(sealed))
+    yield b"\x08\x00\x00\x00\x00\x00\x00\x00" + pickle.dumps(bomb)
+    yield b"!!python/object/apply:os.mkdir [" + str(mark).encode() + b"]"
+    yield b'{"__reduce__": "os.system"}'
+    yield b""
+
+
+@pytest.fixture
+def finished(command, tmp_path):
+    assert command(*TINY, "trainer.max_epochs=1", f"job_dir={tmp_path}/run").status == 0
+    return tmp_path / "run"
+
+
+def places(job_dir):
+    """(file to replace, how it is then read): train.py's options, or a command of ours."""
+    newest, student = job_dir / "checkpoints" / "epoch-0000.ckpt", job_dir / "student.safetensors"
+    other = job_dir.parent / "other"
+    yield newest, [f"resume={job_dir}", "trainer.max_epochs=2"]
+    yield newest, [f"resume={newest}", f"job_dir={other}"]
+    yield newest, ["test_only=true", f"resume={job_dir}"]
+    for name in ("w.ckpt", "w.safetensors", "w.pt", "w.pth"):
+        file = job_dir.parent / name
+        yield file, [*TINY, f"weights={file}", f"job_dir={other}"]
+        yield file, [*TINY, "method=kd", f"method.teacher_weights={file}", f"job_dir={other}"]
+        published = ["backbone=resnet18", "method=kd", "method.teacher_network=torchvision/resnet18"]
+        yield file, [*TINY[:2], *published, f"method.teacher_weights={file}", "trainer=cpu", f"job_dir={other}"]
+        yield file, [*TINY[:2], "backbone=resnet18", f"backbone.pretrained={file}", "trainer=cpu", f"job_dir={other}"]
+    yield student, [*TINY, "method=kd", f"method.teacher_weights={job_dir}", f"job_dir={other}"]
+    yield student, export
+    yield newest, export
+    for name in ("summary.json", "config.yaml", "status.json", "metrics.csv"):
+        yield job_dir / name, report
+    for name in ("summary.json", "config.yaml"):
+        yield job_dir / name, export
+
+
+def is_harmless(command, capsys, job_dir, how):
+    if isinstance(how, list):
+        result = command(*how)
+        status, out, err = result
+    else:
+        options = {export: ["--student", "0", "--seconds", "0.01"], report: ["--no-latency"]}[how]
+        status = how.main([str(job_dir), *options])
+        out, err = capsys.readouterr()
+    assert status in (0, 1), (how, err)
+    assert "Traceback" not in out + err, (how, err)
+    assert not err or (err.startswith("error: ") and err.count("\n") == 1), (how, err)
+    return status
+
+
+def none_runs(finished, command, capsys, every):
+    """Puts every so manieth payload into each place; the number of files tried."""
+    tmp_path, tried = finished.parent, 0
+    mark = tmp_path / "owned"
+    for k, (file, how) in enumerate(places(finished)):
+        kept = file.read_bytes() if file.is_file() else None
+        for content in list(payloads(mark))[k % every :: every]:
+            file.write_bytes(content)
+            status = is_harmless(command, capsys, finished, how)
+            reading_pickles = isinstance(how, list) or file.suffix in (".ckpt", ".safetensors")
+            assert status == 1 or not reading_pickles, (file, how, content)
+            assert not mark.exists(), (file, how)
+            tried += 1
+        file.unlink() if kept is None else file.write_bytes(kept)
+    assert not (tmp_path / "other").exists()
+    return tried
+
+
+def test_no_pickle_runs_wherever_it_lies(finished, command, capsys):
+    assert none_runs(finished, command, capsys, every=6) > 50
+
+
+@pytest.mark.slow
+def test_no_pickle_of_any_kind_runs_wherever_it_lies(finished, command, capsys):
+    tried = none_runs(finished, command, capsys, every=1)
+    print(f"\n{tried} hostile files tried")
+    assert tried > 300
+
+
+def test_load_checkpoint_and_the_image_caches_run_nothing(tmp_path, capsys):
+    mark = tmp_path / "owned"
+    for part, count in (("train", 4), ("test", 2)):
+        for k in range(count):
+            folder = tmp_path / "data" / "cifar10" / part / ("cat", "dog")[k % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((32, 32, 3), 20 * k, np.uint8)).save(folder / f"{k}.png")
+    official = tmp_path / "official" / "cifar-10-batches-py"
+    official.mkdir(parents=True)
+    for content in payloads(mark):
+        (tmp_path / "reference.pt").write_bytes(content)
+        with pytest.raises(OptionError):
+            load_checkpoint(tmp_path / "reference.pt")
+        (tmp_path / "data" / ".cifar10.safetensors").write_bytes(content)
+        found = sources.cifar("cifar10", str(tmp_path / "data"), 4, 2, download=False)
+        assert found.train.shape == (4, 3, 32, 32)
+        for name in ("batches.meta", "test_batch", *(f"data_batch_{k}" for k in range(1, 6))):
+            (official / name).write_bytes(content)
+        with pytest.raises(OptionError, match="incomplete or damaged"):
+            sources.cifar("cifar10", str(tmp_path / "official"), 4, 2, download=True)
+        assert not mark.exists()
+    capsys.readouterr()
+
+
+def hostile_tar(path, names):
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            archive.addfile(info, io.BytesIO(b"hi"))
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+        archive.addfile(link)
+
+
+@pytest.mark.parametrize(
+    "which", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"]
+)
+def test_an_archive_that_is_not_the_official_one_is_not_opened(tmp_path, which):
+    root = tmp_path / "data"
+    root.mkdir()
+    for name in {"ILSVRC2012_img_train.tar", which}:
+        hostile_tar(root / name, ["../outside", "/tmp/odcheap-owned", "train/../../outside"])
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(OptionError, match="an archive is missing or damaged"):
+        trees.imagenet(str(root))
+    assert set(tmp_path.rglob("*")) == before
+    assert not Path("/tmp/odcheap-owned").exists()
+
+
+def png_of(width, height):
+    """A PNG that claims to be so large, in a few bytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def pictures_of_strangers():
+    yield "bomb.png", png_of(60_000, 60_000)
+    yield "wide.png", png_of(2**31 - 1, 1)
+    yield "none.png", png_of(0, 0)
+    yield (
+        "bomb.gif",
+        b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0," + struct.pack("<HHHH", 0, 0, 65535, 65535),
+    )
+    yield "bomb.bmp", b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 90_000, 90_000, 1, 24, 0, 0, 1, 1, 0, 0)
+    yield "script.svg", b"<svg onload='alert(1)'/>"
+    yield "code.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(owned) (w) file\nshowpage\n"
+    yield "pickle.jpg", pickle.dumps(Bomb("owned"))
+    yield "empty.webp", b""
+    yield "zeros.tif", b"\0" * 1000
+
+
+@pytest.mark.parametrize(("name", "content"), list(pictures_of_strangers()), ids=lambda value: str(value)[:12])
+def test_a_hostile_picture_is_refused_in_one_line(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(predict.BrokenPicture) as refused:
+        predict.decode(name)
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+EVIL = "a\x1b[31m|`$x^$<b>[m](j)\n# b"
+
+
+def test_names_of_strangers_print_harmlessly(command, tmp_path, capsys):
+    """As labels, file names, a folder and an option, in run, table, report, card and prediction."""
+    for k in range(24):
+        folder = tmp_path / "data" / (EVIL, "other\x07")[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20, 3), 10 * k, np.uint8)).save(folder / f"{k}\x1b[2J.png")
+    (tmp_path / "data" / EVIL / "broken\x1b]0;x\x07.png").write_bytes(b"?")
+    (tmp_path / "data" / EVIL / "text\x1b[2J.txt").write_text("?")
+    options = ["data=imagefolder", f"data_dir={tmp_path / 'data'}", "data.image_size=16", "data.val_size=4"]
+    options += ["data.load.test_size=6", "data.workers=0", "num_stu=1", "method=alone", "backbone=resnet20"]
+    options += ["backbone.depth=8", "trainer=cpu", "trainer.max_epochs=1", "logger=csv", "data.batch_size=8"]
+    result = command(*options, f"job_dir={tmp_path}/run")
+    assert result.status == 0, result.err
+    said = result.out + result.err
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config + "seed_name: " + json.dumps(EVIL) + "\n")
+    other = tmp_path / f"run{EVIL.replace('/', '')}"
+    other.mkdir()
+    for name in ("config.yaml", "summary.json", "metrics.csv"):
+        text = (tmp_path / "run" / name).read_text().replace("seed_name: ", "seed_name: 1 # ")
+        (other / name).write_text(text)
+    (tmp_path / f"failed{EVIL.replace('/', '')}").mkdir()
+    word = {"state": "failed", "reason": EVIL}
+    (tmp_path / f"failed{EVIL.replace('/', '')}" / "status.json").write_text(json.dumps(word))
+    assert report.main([str(tmp_path), "--status"]) == 1
+    assert report.main([str(tmp_path), "--no-latency", "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "<b>" not in text.replace("\\<b>", "").replace("`", "") or "\\<b>" in text
+    assert export.main([str(tmp_path / "run"), "--seconds", "0.01"]) == 0
+    folder = tmp_path / "run" / "export"
+    assert predict.main([str(folder), str(tmp_path / "data")]) == 1
+    said += "".join(capsys.readouterr()) + text + (folder / "README.md").read_text()
+    assert not {sign for sign in said if ord(sign) < 32} - {"\n"}
+    assert "\n# b" not in said
+    assert json.loads((folder / "labels.json").read_text()) == [EVIL, "other\x07"]
+
+
+@given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), st.lists, max_leaves=4))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("name", ["num_stu", "backbone.depth", "method.temperature", "select", "data.val_size"])
+def test_any_value_of_an_option_is_taken_or_refused_in_one_line(command, tmp_path, name, value):
+    """What would be valid is ended before it trains."""
+    text = json.dumps(value, ensure_ascii=False)
+    result = command(*TINY, "test_only=true", "weights=nothing.pt", f"{name}={text}", f"job_dir={tmp_path}/run")
+    assert result.status == 1
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
