@@ -28,6 +28,7 @@ from odcheap.sweeps import Outcome
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
 PATHS += ("method.teacher_weights", "hydra.sweep.dir")
+NULLABLE = ("checkpoint_every", "data.workers")  # numbers that may be left away
 
 
 def say(text: str) -> None:
@@ -175,8 +176,9 @@ def check_types(cfg: DictConfig, overrides: list[str]) -> None:
         kind, value = type(OmegaConf.select(default, key)), OmegaConf.select(cfg, key)
         if kind is bool and not isinstance(value, bool):
             raise OptionError(key, value, "must be true or false")
-        if kind in (int, float) and type(value) not in (int, float, type(None)):
-            raise OptionError(key, value, "must be a number")
+        may_be_none = key in NULLABLE or key.startswith(("trainer.", "logger."))
+        if kind in (int, float) and type(value) not in (int, float) and not (value is None and may_be_none):
+            raise OptionError(key, "null" if value is None else value, "must be a number")
 
 
 def job_dir() -> str:
