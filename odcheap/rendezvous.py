@@ -5,6 +5,7 @@ import time
 import uuid
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from odcheap.errors import Failure
@@ -25,6 +26,17 @@ def join(backend: str) -> None:
     store = dist.TCPStore(address, port, world, is_master=hosts, wait_for_workers=False, multi_tenant=True)
     room = agree(store, rank, world, LIMIT.total_seconds())
     dist.init_process_group(backend, store=dist.PrefixStore(room, store), rank=rank, world_size=world)
+
+
+def refuse_apart(epoch: int, step: int, group: dist.ProcessGroup | None) -> None:
+    """`Failure` in every process where they do not all begin at the same place: each has looked for its checkpoint."""
+    place = torch.tensor([epoch, -epoch, step, -step])
+    dist.all_reduce(place, dist.ReduceOp.MAX, group)
+    last, first, most, least = place.tolist()
+    if (last, most) != (-first, -least):
+        where = f"epochs {-first} to {last}, steps {-least} to {most}"
+        allowed = "a file system that shows new files late? The same command again continues"
+        raise Failure(f"resume: the processes have found different checkpoints ({where}); {allowed}")
 
 
 def agree(store: dist.Store, rank: int, world: int, seconds: float) -> str:

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from odcheap import slurm, state
+from odcheap import rendezvous, slurm, state
 from odcheap.agent import ENDING
 from odcheap.callbacks import Record
 from odcheap.checkpoint import all_paths, step_path
@@ -145,6 +145,7 @@ class Interruption(pl.Callback):
         self.listener.waiting = True
         if trainer.world_size > 1:  # on the CPU, so that no GPU is waited for
             self.group = torch.distributed.new_group(backend="gloo")
+            rendezvous.refuse_apart(trainer.current_epoch, trainer.global_step, self.group)
 
     def on_test_start(self, *_: Any) -> None:
         self.listener.install()

@@ -8,10 +8,12 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import TINY, free_port
 
 import train
+from odcheap import rendezvous
 from odcheap.errors import Failure
 from odcheap.rendezvous import agree, join
 
@@ -124,3 +126,17 @@ def test_a_run_of_two_agents_survives_its_workers_death_bit_for_bit(tmp_path, ki
     undisturbed = run_with_kills(tmp_path, "straight", 0, epochs, dice)
     assert run_with_kills(tmp_path, "killed", kills, epochs, dice) == undisturbed
     assert "continuing from" in (tmp_path / "killed.log").read_text()
+
+
+@pytest.mark.parametrize(("other", "apart"), [((3, 40), False), ((3, 41), True), ((2, 40), True)])
+def test_processes_that_begin_at_different_places_are_refused_everywhere(monkeypatch, other, apart):
+    def all_reduce(place, op, group):
+        epoch, step = other
+        place.copy_(torch.maximum(place, torch.tensor([epoch, -epoch, step, -step])))
+
+    monkeypatch.setattr(rendezvous.dist, "all_reduce", all_reduce)
+    if not apart:
+        rendezvous.refuse_apart(3, 40, None)
+        return
+    with pytest.raises(Failure, match="the processes have found different checkpoints"):
+        rendezvous.refuse_apart(3, 40, None)

@@ -22,7 +22,7 @@ from odcheap.summary import write_student
 from tests.recorder import Recorder
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8]}
+DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
 DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"_target_": "odcheap.convs.Standard"}}
 DIGITS |= {"backbone": {"_target_": "odcheap.backbones.CifarResNet", "_partial_": True, "depth": 8}}
 RECIPE = SGD(lr=0.02, momentum=0.9, nesterov=False, weight_decay=2e-4, decay_norm=True, milestones=(0.5,), gamma=0.1)
