@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from odcheap import deploy, export, predict, proof
+from odcheap.card import STANDARD
 from odcheap.rebuild import load_student
+from odcheap.timings import ORT, TORCH, Key
 
 QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,19 @@ def run(command, tmp_path):
         return tmp_path / name
 
     return made
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Without the bare process and the timings, which other tests have: the dense form then counts as slower."""
+    monkeypatch.setattr(proof, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
+
+    def times(product, wish, files, folder, batches):
+        names = [*(file.name for file in files), STANDARD, "the student"]
+        keys = [Key(name, runtime, batch, 1) for name in names for runtime in (ORT, TORCH) for batch in batches]
+        return {key: predict.Timing(1 + ("dense" in key.name), 2.0) for key in keys}
+
+    monkeypatch.setattr(export, "timed", times)
 
 
 def accuracy(ask):
@@ -82,7 +97,7 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     assert not (job_dir / "export").exists()
 
 
-def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(run, capsys):
+def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(run, light, capsys):
     job_dir = run()
     (job_dir / "summary.json").unlink()
     (job_dir / "student.safetensors").unlink()
@@ -97,7 +112,7 @@ def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "safetensors"])
-def test_every_kind_of_file_is_held_against_the_trained_network(run, capsys, monkeypatch, suffix):
+def test_every_kind_of_file_is_held_against_the_trained_network(run, light, capsys, monkeypatch, suffix):
     job_dir = run("trainer.max_epochs=1")
     logits_of = proof.logits_of
 
@@ -111,7 +126,7 @@ def test_every_kind_of_file_is_held_against_the_trained_network(run, capsys, mon
     assert not (job_dir / "export").exists()
 
 
-def test_another_accuracy_than_the_summary_s_is_an_error(run, capsys):
+def test_another_accuracy_than_the_summary_s_is_an_error(run, light, capsys):
     job_dir = run("trainer.max_epochs=1")
     path = job_dir / "summary.json"
     summary = json.loads(path.read_text())
@@ -134,7 +149,7 @@ def test_the_dense_file_is_there_where_it_was_faster(run, monkeypatch, ratio):
     assert (job_dir / "export" / "student-dense.onnx").exists() == (ratio < 1)
 
 
-def test_a_failed_check_leaves_nothing_that_looks_finished(run, capsys, monkeypatch):
+def test_a_failed_check_leaves_nothing_that_looks_finished(run, light, capsys, monkeypatch):
     job_dir = run("trainer.max_epochs=1")
     right = deploy.to_onnx
 
@@ -152,9 +167,8 @@ def test_a_failed_check_leaves_nothing_that_looks_finished(run, capsys, monkeypa
     assert set(job_dir.iterdir()) == before
 
 
-def test_an_older_export_is_replaced_only_when_asked(run, tmp_path, capsys, monkeypatch):
+def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsys):
     job_dir = run("trainer.max_epochs=1")
-    monkeypatch.setattr(proof, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
     assert export.main([str(job_dir), *QUICK]) == 0
     before = (job_dir / "export" / "README.md").read_text()
     assert export.main([str(job_dir), *QUICK]) == 1
@@ -234,7 +248,7 @@ def test_the_hub_loads_a_student_from_a_clone(run, tmp_path):
     assert done.stdout == "(2, 10)\n", done.stderr
 
 
-def test_pictures_in_folders_are_checked_from_their_own_files(command, tmp_path, capsys, monkeypatch):
+def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tmp_path, capsys):
     from tests.test_pictures import saved
 
     for k in range(24):
@@ -247,7 +261,6 @@ def test_pictures_in_folders_are_checked_from_their_own_files(command, tmp_path,
     result = command(*options, f"job_dir={tmp_path / 'run'}")
     assert result.status == 0, result.err
     capsys.readouterr()
-    monkeypatch.setattr(proof, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
     shutil.move(tmp_path / "pictures", tmp_path / "moved")
     assert export.main([str(tmp_path / "run"), *QUICK]) == 0
     assert "warning: not verified on data" in capsys.readouterr().out
