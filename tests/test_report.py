@@ -89,7 +89,7 @@ def test_what_is_not_finished_is_named(sweep, capsys):
     assert "8 finished" in said.replace("\n", " ")
     assert main([str(sweep), "--no-latency"]) == 0
     text = (sweep / "report" / "report.md").read_text()
-    assert "- `failed`: failed; num_stu=0: must be 1" in text
+    assert "- `failed`: failed; `num_stu=0: must be 1`" in text
     assert "- `od-0`: stopped" in text
 
 

@@ -261,7 +261,7 @@ def test_two_runs_in_one_folder_exclude_each_other(command, tmp_path):
     assert f"job_dir={job_dir}: another process trains here (process {other.process.pid} on" in result.err
     other.process.kill()
     other.end()
-    assert command(*TINY, f"job_dir={job_dir}", "resume=auto").status == 0  # nothing is left behind
+    assert command(*TINY, f"job_dir={job_dir}", "overwrite=true").status == 0  # nothing is left behind
 
 
 def test_resume_auto_starts_continues_and_ends(command, tmp_path):
@@ -538,7 +538,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["block_type=Group", "block_type.groups=5"], "block_type.groups=5: must divide the layer's 16 channels"),
         (["data=cifar10", "data_dir={tmp}/none", "data.load.download=false"], "data_dir={tmp}/none: must hold"),
         (["resume={tmp}/none.ckpt"], "resume={tmp}/none.ckpt: no such file"),
-        (["resume=" + CKPT], "resume=" + CKPT + ": not a whole, plain checkpoint"),
+        (["resume=" + CKPT], "resume=" + CKPT + ": not a whole checkpoint of an odcheap run"),
         (["weights=" + CKPT], "weights=" + CKPT + ": not a whole, plain checkpoint"),
         (["weights={tmp}/none.safetensors"], "weights={tmp}/none.safetensors: no such file"),
         (["job_dir={tmp}/broken.ckpt/run"], "job_dir={tmp}/broken.ckpt/run: cannot be written"),
