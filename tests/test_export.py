@@ -137,14 +137,13 @@ def test_another_accuracy_than_the_summary_s_is_an_error(run, light, capsys):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
-def test_the_dense_file_is_there_where_it_was_faster(run, monkeypatch, ratio):
-    job_dir = run("trainer.max_epochs=1")
-    monkeypatch.setattr(proof, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
+def test_the_dense_file_is_there_where_it_was_faster(run, light, monkeypatch, ratio):
+    job_dir, made = run("trainer.max_epochs=1"), export.timed
 
-    def times(works, seconds):
-        return {key: predict.Timing(ratio if "dense" in key.name else 1.0, 2.0) for key in works}
+    def times(*given):
+        return {key: predict.Timing(ratio if "dense" in key.name else 1.0, 2.0) for key in made(*given)}
 
-    monkeypatch.setattr(predict, "side_by_side", times)
+    monkeypatch.setattr(export, "timed", times)
     assert export.main([str(job_dir), *QUICK]) == 0
     assert (job_dir / "export" / "student-dense.onnx").exists() == (ratio < 1)
 
