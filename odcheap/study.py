@@ -6,11 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from odcheap import state
 from odcheap.checkpoint import all_paths
 from odcheap.compare import Finished
 from odcheap.errors import OptionError, first_line
 from odcheap.folder import options_of
+
+STRANGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what files that we did not write lead to
 
 
 class Found(NamedTuple):
@@ -43,7 +48,7 @@ def of(folder: Path) -> Found:
             return unfinished(folder, json_of(folder / state.NAME) or {})
         history = records(folder / "metrics.csv")
         return Found(folder, "finished", "", Finished(options_of(folder / "config.yaml"), summary, history))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*STRANGE, OmegaConfBaseException, YAMLError, RecursionError) as error:
         return Found(folder, "unreadable", first_line(error))
 
 

@@ -63,3 +63,13 @@ def test_what_holds_no_run_is_refused(tmp_path):
         read([tmp_path])
     with pytest.raises(OptionError, match="no such folder"):
         read([tmp_path / "none"])
+
+
+@pytest.mark.parametrize("config", ["!!python/object/apply:os.mkdir [owned]", "a: &x [*x]", "{", "${oops"])
+def test_a_config_that_is_none_is_told_and_runs_nothing(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    (tmp_path / "run" / "summary.json").write_text('{"finished": true}')
+    assert [found.state for found in read([tmp_path])] == ["unreadable"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
