@@ -47,6 +47,7 @@ class DistillationModule(pl.LightningModule):
         self.teacher_saw_val = teacher_saw_val
         self.scores = nn.ModuleDict({f"{stage}_": Scores(len(self.members), classes) for stage in self.stages})
         self.terms: Terms | None = None
+        self.running: dict[str, Any] = {}
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
         self.confused: list[list[int]] = []
         self.chosen = 0
@@ -64,6 +65,8 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        self.take_on(self.running)  # not when loading: Lightning then still turns all of this into its precision
+        self.running = {}
         if self.capture:
             optimizer = self.optimizers(use_pl_optimizer=False)
             self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.refused)
@@ -186,7 +189,10 @@ class DistillationModule(pl.LightningModule):
         checkpoint["metrics"]["names"] = self.terms.names if self.terms is not None else []
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("metrics", {})
+        self.running = checkpoint.get("metrics", {})
+
+    def take_on(self, saved: dict[str, Any]) -> None:
+        """The running metrics of an epoch that was begun before."""
         if saved.get("names"):
             self.terms = Terms(saved["names"]).to(self.device)
         for name, metric in (("scores", self.scores["train_"]), ("terms", self.terms)):

@@ -135,6 +135,9 @@ class Run:
         if self.cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", "true", "must be false on CPUs: PyTorch has it for GPUs only")
         together.check(self.module.method.students.run, device)
+        made.precision_plugin.convert_module(
+            self.module
+        )  # Lightning would only after it has loaded, and round on the way
         if made.world_size > 1 and launch.by_torchrun() and not torch.distributed.is_initialized():
             rendezvous.join("nccl" if device.type == "cuda" else "gloo")
         return made
@@ -220,10 +223,10 @@ class Run:
 
     def test_only(self) -> dict[str, Any]:
         """Evaluates a checkpoint or given weights, writes `test.json` and nothing else."""
+        trainer = self.trainer(loggers=False)
         if self.start.content is not None:
             self.module.load_state_dict(self.start.content["state_dict"])
             self.record.selected = {"candidate": 0, "epoch": self.start.content["epoch"], "score": -1.0}
-        trainer = self.trainer(loggers=False)
         self.introduce(trainer)
         row = {}
         if watched(self.data):

@@ -39,8 +39,8 @@ class Begun:
                 return
         raise AssertionError("".join(self.said))
 
-    def end(self):
-        overdue = threading.Timer(150, self.process.kill)
+    def end(self, within=150):
+        overdue = threading.Timer(within, self.process.kill)
         overdue.start()
         with self.process:
             self.said += self.process.stdout

@@ -142,9 +142,12 @@ def equal(a, b):
 @pytest.mark.parametrize(
     ("options", "places"),
     [
-        (("block_type=DW", "data.flip=true"), ("epoch-0000-step-0000010", "epoch-0001")),
+        (("block_type=DW", "data.flip=true", "trainer.precision=bf16-true"), ("epoch-0000-step-0000010", "epoch-0001")),
         (("block_type=Shift", "trainer.precision=bf16-mixed"), ("epoch-0001-step-0000010",)),
-        (("block_type=Group", "select=last", "data.val_size=0.5"), ("epoch-0000", "epoch-0001-step-0000010")),
+        (
+            ("block_type=Group", "select=last", "data.val_size=0.5", "trainer.precision=64-true"),
+            ("epoch-0000", "epoch-0001-step-0000010"),
+        ),
     ],
 )
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, options, places):
