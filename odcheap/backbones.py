@@ -15,6 +15,8 @@ from odcheap.errors import OptionError
 
 Conv = Callable[[int, int, int], nn.Module]
 
+DEEPEST = 1202  # of He et al.'s; a slip of the hand would be built until the memory is gone
+
 
 class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2 for small images: stem 3 -> 16, three stages of n blocks with 16, 32 and 64 channels.
@@ -31,8 +33,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, conv: Conv, num_classes: int):
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise OptionError("backbone.depth", depth, "must be 6n + 2 with n >= 1: 8, 14, 20, 26, 32, ...")
+        if not 8 <= depth <= DEEPEST or (depth - 2) % 6:
+            raise OptionError("backbone.depth", depth, f"must be 6n + 2 with n >= 1: 8, 14, 20, 26, ..., {DEEPEST}")
         block = BasicBlock if isinstance(conv, Standard) else CheapBlock
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
@@ -149,8 +151,8 @@ def densenet(depth: int, growth: int, num_classes: int) -> Plain:
     Source: Huang et al., "Densely connected convolutional networks", 2017, section 4.2: three blocks, a first
     convolution of 16 channels. Raises `OptionError` where the depth is not 3n + 4.
     """
-    if depth < 7 or (depth - 4) % 3:
-        raise OptionError("backbone.network.depth", depth, "must be 3n + 4 with n >= 1: 7, 10, ..., 40, ...")
+    if not 7 <= depth <= DEEPEST or (depth - 4) % 3:
+        raise OptionError("backbone.network.depth", depth, "must be 3n + 4 with n >= 1: 7, 10, ..., 40, ..., 1201")
     layers, channels = [conv3x3(3, 16)], 16
     for block in range(3):
         if block:
@@ -177,8 +179,8 @@ def wide_resnet(depth: int, width: int, num_classes: int) -> Plain:
 
     Source: Zagoruyko and Komodakis, "Wide residual networks", 2016. Raises `OptionError` where the depth is not 6n + 4.
     """
-    if depth < 10 or (depth - 4) % 6:
-        raise OptionError("backbone.network.depth", depth, "must be 6n + 4 with n >= 1: 10, 16, 22, 28, ...")
+    if not 10 <= depth <= DEEPEST or (depth - 4) % 6:
+        raise OptionError("backbone.network.depth", depth, "must be 6n + 4 with n >= 1: 10, 16, 22, 28, ..., 1198")
     layers, channels = [conv3x3(3, 16)], 16
     for out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
         for k in range((depth - 4) // 6):

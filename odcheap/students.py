@@ -8,11 +8,13 @@ from odcheap import together
 from odcheap.errors import OptionError
 from odcheap.seeds import seeded
 
+MOST = 100  # more is a slip of the hand, and would be built until the memory is gone
+
 
 class Students(nn.Module):
     """`num_stu` networks made by `build()`; student k's first weights depend on (seed, k) alone.
 
-    `run` is one of the ways of `together`. Raises `OptionError` where `num_stu` is below 1.
+    `run` is one of the ways of `together`. Raises `OptionError` where `num_stu` is below 1 or absurd.
     """
 
     def __init__(
@@ -23,8 +25,8 @@ class Students(nn.Module):
         run: Callable[..., together.Maps] = together.auto,
     ):
         super().__init__()
-        if not isinstance(num_stu, int) or num_stu < 1:
-            raise OptionError("num_stu", num_stu, "must be a whole number, 1 or more")
+        if not isinstance(num_stu, int) or not 1 <= num_stu <= MOST:
+            raise OptionError("num_stu", num_stu, f"must be a whole number, 1 or more, at most {MOST}")
         members = []
         for k in range(num_stu):
             with seeded(seed, "student", k):
