@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> float | None:
 
 def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweeps.Outcome:
     choices = HydraConfig.get().runtime.choices
+    cli.check_paths(cfg)
     launch.check(cfg, choices.trainer, in_sweep)
     launch.share_cores()
     again = in_sweep or slurm.restarted()

@@ -13,6 +13,8 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +30,9 @@ from odcheap.sweeps import Outcome
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
 PATHS += ("method.teacher_weights", "hydra.sweep.dir")
+HYDRA_S_OWN = ("_partial_", "_recursive_", "_convert_", "_args_")
+NEEDED = ("job_dir", "data_dir", "data.load.data_dir")
+LISTS = ("logger", "experiment")  # groups of which several may be chosen
 NULLABLE = ("checkpoint_every", "data.workers")  # numbers that may be left away
 
 
@@ -43,7 +48,10 @@ def start(main: Callable[[], None], conf: Path) -> int:
     sweeps.ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
+        check_choices(sys.argv[1:], conf)
         main()
+    except OptionError as error:
+        return failed(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         sweeps.gather()
         return failed(hydra_line(error, conf))
@@ -62,6 +70,19 @@ def ready(argument: str, conf: Path) -> str:
     """`hydra/launcher=joblib` means our file that builds on this plugin: one of the same name would hide it."""
     ours = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
     return f"{argument}_sweep" if ours else argument
+
+
+def check_choices(arguments: list[str], conf: Path) -> None:
+    """Refuses what is no name where a part is chosen by its name; Hydra's own errors of it are no lines."""
+    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()} - {"hydra"}
+    given = [argument for argument in arguments if folder.key_of(argument) in groups and "=" in argument]
+    for override in OverridesParser.create().parse_overrides(given):
+        group, value = override.key_or_group, override.value()
+        for chosen in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = chosen if isinstance(chosen, list) and group in LISTS else [chosen]
+            if not all(isinstance(name, str | QuotedString | Sweep) for name in names):
+                allowed = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
+                raise OptionError(group, override.input_line.partition("=")[2], f"must be one of {allowed}")
 
 
 def hush() -> None:
@@ -174,11 +195,24 @@ def check_types(cfg: DictConfig, overrides: list[str]) -> None:
     default = compose([o for o in overrides if folder.key_of(o) in groups])
     for key in [folder.key_of(o) for o in overrides if folder.key_of(o) not in groups]:
         kind, value = type(OmegaConf.select(default, key)), OmegaConf.select(cfg, key)
+        if key.rpartition(".")[2] in HYDRA_S_OWN:
+            raise OptionError(key, value, "is no option: it says how conf/ is put together")
+        if kind is DictConfig and not isinstance(value, DictConfig):
+            raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
         if kind is bool and not isinstance(value, bool):
             raise OptionError(key, value, "must be true or false")
         may_be_none = key in NULLABLE or key.startswith(("trainer.", "logger."))
         if kind in (int, float) and type(value) not in (int, float) and not (value is None and may_be_none):
             raise OptionError(key, "null" if value is None else value, "must be a number")
+
+
+def check_paths(cfg: DictConfig) -> None:
+    for key in PATHS:
+        value = OmegaConf.select(cfg, key, default="")
+        if not isinstance(value, str) and (value is not None or key in NEEDED):
+            raise OptionError(
+                key, "null" if value is None else value, "must be a path (./5 where a folder is called 5)"
+            )
 
 
 def job_dir() -> str:

@@ -1,6 +1,7 @@
 """The held-out split: stratified, and a function of the images alone, not of their names, order or source."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def stratified(digests: list[bytes], target: Tensor, val_size: float, name: str 
 
 
 def held_out_count(val_size: float, available: int, name: str) -> int:
-    if not isinstance(val_size, int | float):
+    if not isinstance(val_size, int | float) or not math.isfinite(val_size):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
     count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
     if val_size < 0 or (count != val_size and val_size >= 1):

@@ -27,12 +27,14 @@ TIMED = {"seconds", "images_per_second"}
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
-def combinations():
-    """Each method with each block type and each precision; augmentation and the way to run together go round."""
-    others = itertools.cycle(itertools.product(AUGMENTED, TOGETHER))
-    for name, block, precision in itertools.product(METHODS, BLOCKS, PRECISIONS):
+def combinations(name):
+    """Each block type with each precision; augmentation and the way to run together go round."""
+    others = itertools.islice(itertools.cycle(itertools.product(AUGMENTED, TOGETHER)), METHODS.index(name), None)
+    for block, precision in itertools.product(BLOCKS, PRECISIONS):
         augmented, together = next(others)
-        yield name, [f"block_type={block}", f"trainer.precision={precision}", *augmented, f"together={together}"]
+        if name == "pcl" and precision == "bf16-true":
+            continue  # its averages need weights in 32 bits, and it says so
+        yield [f"block_type={block}", f"trainer.precision={precision}", *augmented, f"together={together}"]
 
 
 def ends_equal(one, two):
@@ -60,37 +62,45 @@ def a_place(job_dir, seed):
     return random.Random(seed).choice(sorted((job_dir / "checkpoints").glob("*step*")))
 
 
-@pytest.mark.slow
-def test_every_method_with_every_block_type_and_precision_resumes_exactly(command, tmp_path, capsys):
-    teacher = ["method=alone", "num_stu=1", "block_type=Standard", f"job_dir={tmp_path}/teacher"]
-    assert command(*TINY, OFTEN[0], *teacher).status == 0
-    for k, (name, options) in enumerate(combinations()):
-        taught = [f"method.teacher_weights={tmp_path}/teacher"] if name == "kd" else []
-        straight, again = tmp_path / f"{k}-straight", tmp_path / f"{k}-again"
-        result = command(*TINY, *OFTEN, f"method={name}", *taught, *options, f"job_dir={straight}")
-        assert result.status == 0, (name, options, result.err)
-        place = a_place(straight, k)
-        result = command(f"resume={place}", f"job_dir={again}")
-        assert result.status == 0, (name, options, result.err)
-        ends_equal(straight, again)
-        with capsys.disabled():
-            print(k, name, *options, place.stem, "equal", flush=True)
+@pytest.fixture
+def taught(command, tmp_path):
+    """A method's options: kd needs a teacher."""
+
+    def options(name):
+        if name == "kd":
+            teacher = ["method=alone", "num_stu=1", "block_type=Standard", f"job_dir={tmp_path}/teacher"]
+            assert command(*TINY, OFTEN[0], *teacher).status == 0
+        return [f"method={name}", *([f"method.teacher_weights={tmp_path}/teacher"] if name == "kd" else [])]
+
+    return options
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_resume_exactly_with_every_method(command, tmp_path, capsys, name):
+def test_every_block_type_and_precision_resumes_exactly(command, taught, tmp_path, capsys, name):
+    given = [*TINY, *OFTEN, *taught(name)]
+    for k, options in enumerate(combinations(name)):
+        straight, again = tmp_path / f"{k}-straight", tmp_path / f"{k}-again"
+        result = command(*given, *options, f"job_dir={straight}")
+        assert result.status == 0, (options, result.err)
+        place = a_place(straight, k)
+        result = command(f"resume={place}", f"job_dir={again}")
+        assert result.status == 0, (options, result.err)
+        ends_equal(straight, again)
+        with capsys.disabled():
+            print(name, *options, place.stem, "equal", flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_resume_exactly(command, taught, tmp_path, capsys, name):
     k = METHODS.index(name)
-    options = [*TWO, f"method={name}", f"block_type={BLOCKS[k % 4]}", f"trainer.precision={PRECISIONS[k % 2]}"]
-    if name == "kd":
-        teacher = ["method=alone", "num_stu=1", "block_type=Standard", f"job_dir={tmp_path}/teacher"]
-        assert command(*TINY, OFTEN[0], *teacher).status == 0
-        options.append(f"method.teacher_weights={tmp_path}/teacher")
+    options = [*TWO, *OFTEN, *taught(name), f"block_type={BLOCKS[k % 4]}", f"trainer.precision={PRECISIONS[k % 2]}"]
     straight, again = tmp_path / "straight", tmp_path / "again"
-    run = Begun(*options, *OFTEN, f"job_dir={straight}", cwd=tmp_path)
+    run = Begun(*options, f"job_dir={straight}", cwd=tmp_path)
     assert run.end() == 0, run.said
     place = a_place(straight, k)
-    run = Begun(*options, *OFTEN, f"resume={place}", f"job_dir={again}", cwd=tmp_path)
+    run = Begun(*options, f"resume={place}", f"job_dir={again}", cwd=tmp_path)
     assert run.end() == 0, run.said
     ends_equal(straight, again)
     with capsys.disabled():

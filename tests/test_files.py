@@ -1,6 +1,7 @@
 import contextlib
 import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -96,3 +97,28 @@ def test_damaged_bytes_are_refused_or_read_and_nothing_else(tmp_path, kind, data
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     with contextlib.suppress(OptionError):
         (read_safetensors if kind == "safetensors" else read_torch)(path)
+
+
+def test_whoever_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path):
+    file = tmp_path / "kept"
+    file.write_bytes(b"old")
+    with open(file, "rb") as reader:
+        write_atomic(file, lambda out: out.write(b"new"))
+        assert reader.read() == b"old"
+
+
+def test_content_is_on_the_disk_before_its_name_is_and_the_name_before_the_call_returns(tmp_path, monkeypatch):
+    done = []
+
+    def told(name, call):
+        def telling(*given):
+            isfile = name == "fsync" and stat.S_ISREG(os.fstat(given[0]).st_mode)
+            done.append("content" if isfile else name)
+            return call(*given)
+
+        return telling
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(f"odcheap.files.os.{name}", told(name, getattr(os, name)))
+    write_atomic(tmp_path / "file", lambda out: out.write(b"new"))
+    assert done == ["content", "replace", "fsync"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 
 from odcheap import export, predict, report, sources, trees
+from odcheap.costs import CONF
 from odcheap.errors import OptionError
 from odcheap.files import seal
 from odcheap.reference import load_checkpoint
@@ -174,20 +178,19 @@ def test_an_archive_that_is_not_the_official_one_is_not_opened(tmp_path, which):
     assert not Path("/tmp/odcheap-owned").exists()
 
 
-def png_of(width, height):
-    """A PNG that claims to be so large, in a few bytes."""
+def png_of(width, height, bits=8, kind=2, rows=bytes(100)):
+    """A PNG that claims to be so large, in a few bytes; `rows` are its pixels, each row after a zero."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
+    head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def pictures_of_strangers():
     yield "bomb.png", png_of(60_000, 60_000)
+    yield "whole_bomb.png", png_of(14_000, 14_000, bits=1, kind=0, rows=bytes(14_000 * 1_751))
     yield "wide.png", png_of(2**31 - 1, 1)
     yield "none.png", png_of(0, 0)
     yield (
@@ -252,16 +255,44 @@ def test_names_of_strangers_print_harmlessly(command, tmp_path, capsys):
     assert json.loads((folder / "labels.json").read_text()) == [EVIL, "other\x07"]
 
 
-@given(
-    value=st.recursive(st.none() | st.booleans() | st.integers(-5, 70) | st.text(max_size=8), st.lists, max_leaves=4)
-)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.parametrize("name", ["num_stu", "backbone.depth", "method.temperature", "select", "data.val_size"])
-def test_any_value_of_an_option_is_taken_or_refused_in_one_line(command, tmp_path, name, value):
+VALUES = ["null", "true", "-1", "0", "1e308", "x", "[]", "{}", "''", "nan", "-inf", "1" + 30 * "0", "[1,[2]]", "{a: 1}"]
+VALUES += ['"\x1b[31m"', "../../x", "[[a,b],{c: d}]"]
+
+
+def options(node, prefix=""):
+    """Every option and every part of a run's config."""
+    for key in node.keys() - {"hydra"}:
+        yield prefix + key
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            yield from options(node[key], f"{prefix}{key}.")
+
+
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    OPTIONS = sorted({*options(compose("config", [*TINY, "job_dir=unused"]))} - {"test_only"})
+
+
+def is_refused_in_one_line(command, tmp_path, name, text):
     """What would be valid is ended before it trains."""
-    text = json.dumps(value, ensure_ascii=False)
-    result = command(*TINY, "test_only=true", "weights=nothing.pt", f"{name}={text}", f"job_dir={tmp_path}/run")
-    assert result.status == 1
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    result = command(*TINY, "test_only=true", "weights=nothing.pt", f"job_dir={tmp_path}/run", f"{name}={text}")
+    assert result.status == 1, (name, text)
+    assert result.err.startswith("error: "), (name, text, result.err)
+    assert result.err.count("\n") == 1, (name, text, result.err)
+    assert "\x1b" not in result.err
+    assert not list(tmp_path.iterdir()), (name, text)
+
+
+@given(
+    name=st.sampled_from(OPTIONS),
+    value=st.recursive(st.none() | st.booleans() | st.integers(-5, 70) | st.text(max_size=8), st.lists, max_leaves=4),
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(command, tmp_path, name, value):
+    is_refused_in_one_line(command, tmp_path, name, json.dumps(value, ensure_ascii=False))
+
+
+@pytest.mark.slow
+def test_every_option_with_every_strange_value_is_taken_or_refused_in_one_line(command, tmp_path, capsys):
+    for name, text in itertools.product(OPTIONS, VALUES):
+        is_refused_in_one_line(command, tmp_path, name, text)
+    with capsys.disabled():
+        print(f"\n{len(OPTIONS) * len(VALUES)} strange values tried of {len(OPTIONS)} options")

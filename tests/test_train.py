@@ -278,7 +278,11 @@ def test_resume_auto_starts_continues_and_ends(command, tmp_path):
     (job_dir / "summary.json").unlink()
     newest = job_dir / "checkpoints" / "epoch-0001.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
+    torn = [job_dir / ".summary.json.1.part", job_dir / "checkpoints" / ".epoch-0002.ckpt.1.part"]
+    for path in torn:
+        path.write_bytes(b"half")
     result = command(*arguments)
+    assert not any(path.exists() for path in torn)
     assert result.status == 0
     assert f"passed over: resume={newest}" in result.out
     assert "continuing from" in result.out
