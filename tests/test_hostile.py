@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import tarfile
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -175,6 +176,25 @@ def test_an_archive_that_is_not_the_official_one_is_not_opened(tmp_path, which):
     with pytest.raises(OptionError, match="an archive is missing or damaged"):
         trees.imagenet(str(root))
     assert set(tmp_path.rglob("*")) == before
+    assert not Path("/tmp/odcheap-owned").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_a_download_that_is_not_the_official_archive_is_not_opened(tmp_path, monkeypatch, name):
+    hostile_tar(tmp_path / "sent.tar.gz", ["../outside", "/tmp/odcheap-owned", "cifar-10-batches-py/batches.meta"])
+    content, root = (tmp_path / "sent.tar.gz").read_bytes(), tmp_path / "data" / "here"
+
+    def sent(*_, **__):
+        answer = io.BytesIO(content)
+        answer.length, answer.url = len(content), None
+        return answer
+
+    monkeypatch.setattr(urllib.request, "urlopen", sent)
+    for _ in range(2):  # the second time it lies there already
+        with pytest.raises(OptionError, match="the download came to nothing"):
+            sources.cifar(name, str(root), 4, 2, download=True)
+    assert [path.suffixes for path in root.iterdir()] == [[".tar", ".gz"]]
+    assert not (tmp_path / "data" / "outside").exists()
     assert not Path("/tmp/odcheap-owned").exists()
 
 
