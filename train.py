@@ -1,6 +1,7 @@
 """Trains cheap students and their online teacher: `python train.py block_type=DW num_stu=4` (see README.md)."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -9,12 +10,12 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from odcheap import cli, folder, launch, run, slurm, sweeps
+from odcheap import cli, folder, launch, run, signals, slurm, sweeps
 from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
 from odcheap.data import check_batches
 from odcheap.seeds import seeded
-from odcheap.signals import Listener, leaving
+from odcheap.signals import Listener, ending_with, leaving
 from odcheap.students import Students
 
 CONF = Path(__file__).parent / "conf"
@@ -25,7 +26,9 @@ def main(cfg: DictConfig) -> float | None:
     """One run; in a sweep, one of its runs. Returns the chosen student's held-out accuracy."""
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     overrides = list(HydraConfig.get().overrides.task)
-    with Listener() as listener:
+    # joblib's own processes go on where their leader is gone; Slurm's and submitit's are meant to.
+    led = "joblib" in str(HydraConfig.get().launcher.get("_target_")) and in_sweep
+    with Listener() as listener, ending_with(signals.STARTER) if led else nullcontext():
         return cli.guarded(lambda: train(cfg, overrides, in_sweep, listener), in_sweep)
 
 

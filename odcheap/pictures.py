@@ -1,6 +1,8 @@
 """Pictures from files, one by one: decoding, augmentation, and what stands in for those that cannot be read."""
 
 import os
+import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +105,20 @@ class EvaluationPictures(Dataset):
 def without_picture(size: int, broken: list[tuple[str, str]], views: int = 1) -> Sample:
     shape = (views, 3, size, size) if views > 1 else (3, size, size)
     return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
+
+
+def leave_signals(_: int) -> None:
+    """In a loader's process: what tells a whole group to end (Slurm, Ctrl-C) is for the run, which saves and then ends
+    this process too. The same signal a second later ends it, as multiprocessing does at its own end.
+    """
+    heard: dict[int, float] = {}
+
+    def hear(signum: int, _: object) -> None:
+        if time.monotonic() > heard.setdefault(signum, time.monotonic()) + 1:
+            os._exit(128 + signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, hear)
 
 
 def collate(samples: list[Sample]) -> Sample:

@@ -24,6 +24,8 @@ from odcheap.module import DistillationModule
 
 SUBMITIT = signal.SIGUSR2  # by which submitit asks for a checkpoint; its handler puts the job back into the queue
 
+STARTER = os.getppid()  # asked before it can be gone
+
 
 class Stopped(SystemExit):
     """A signal has ended the run; the exit status is 128 + its number."""
@@ -106,6 +108,24 @@ class Listener:
             self.worker = None
         if self.heard:
             raise Stopped(self.heard)
+
+
+@contextmanager
+def ending_with(leader: int) -> Iterator[None]:
+    """Meanwhile, where the process that has started this one is gone, it is as if a SIGTERM had come."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == leader:
+            if done.wait(1):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager

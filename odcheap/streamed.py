@@ -19,6 +19,7 @@ from odcheap.pictures import (
     TrainingPictures,
     collate,
     evaluation_transform,
+    leave_signals,
     training_transform,
 )
 from odcheap.predict import plain
@@ -63,6 +64,7 @@ class Stream:
             batch_sampler=self.plan,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )

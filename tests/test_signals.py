@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, Begun
 
 from odcheap.callbacks import Record
-from odcheap.signals import ENDING, Listener, Stopped
+from odcheap.signals import ENDING, Listener, Stopped, ending_with
 
 
 @pytest.fixture
@@ -87,6 +87,14 @@ def test_a_signal_heard_too_late_is_not_forgotten(own_signals):
 
     with pytest.raises(Stopped):
         hears_twice()
+
+
+def test_a_process_whose_starter_is_gone_ends_as_by_a_signal(own_signals):
+    with Listener(), ending_with(os.getppid()):
+        time.sleep(1.5)
+    with pytest.raises(Stopped) as stopped, Listener(), ending_with(os.getppid() + 1):
+        time.sleep(3)
+    assert stopped.value.name == "SIGTERM"
 
 
 def ranks(train_py):

@@ -2,7 +2,11 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from odcheap.callbacks import Record
 from odcheap.data import watched
 from odcheap.errors import OptionError
 from odcheap.streamed import Broken, StreamedData
@@ -229,6 +234,25 @@ def test_a_streamed_run_resumed_in_an_epoch_s_middle_equals_the_straight_run(com
     result = command(f"resume={places[1]}", f"job_dir={again}", "data=imagefolder", "data.workers=1")
     assert result.status == 0, result.err
     assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
+
+
+def test_a_signal_to_the_whole_group_saves_though_the_loader_s_processes_get_it_too(command, tmp_path, monkeypatch):
+    begin = Record.on_train_batch_start
+
+    def send(record, trainer, *given):
+        begin(record, trainer, *given)
+        if given[-1] == 2:
+            group = [str(process.pid) for process in multiprocessing.active_children()] + [str(os.getpid())]
+            subprocess.run(["kill", "-TERM", *group], check=True)  # from elsewhere: its own parent a loader hears
+            time.sleep(0.5)  # the loader's would be gone by now
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Record, "on_train_batch_start", send)
+    base = plant(tmp_path / "mine", {"": {"red": 100, "blue": 100}})
+    result = command(*SMALL, f"data_dir={base}", "data.workers=1", "num_stu=1", f"job_dir={tmp_path}/run")
+    signal.signal(signal.SIGTERM, before)
+    assert result.status == 143, result.err
+    assert result.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
 
 
 def test_imagenet_s_layout_trains_with_a_converted_network(command, tmp_path):

@@ -1,8 +1,10 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import TINY
@@ -59,6 +61,28 @@ def test_several_runs_at_once_each_with_its_share_of_the_threads(tmp_path):
     assert done.returncode == 1
     assert done.stdout.count("│ finished") == 2
     assert done.stdout.count("failed: num_stu=0: must be") == 2
+
+
+@pytest.mark.slow
+def test_joblib_s_processes_save_and_end_where_their_leader_is_killed_and_begin_no_other_run(tmp_path):
+    sweep = [sys.executable, train.__file__, "-m", "hydra/launcher=joblib", *TINY, "seed=0,1,2,3"]
+    sweep += ["trainer.max_epochs=500", f"hydra.sweep.dir={tmp_path}/sweep"]
+    with open(tmp_path / "said", "w") as file:
+        leader = subprocess.Popen(sweep, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
+    until(lambda: (tmp_path / "said").read_text().count("epoch 1 (2/500)") == 2)
+    leader.kill()
+    leader.wait()
+    until(lambda: (tmp_path / "said").read_text().count("SIGTERM: saved; ") == 2)
+    time.sleep(5)
+    os.killpg(leader.pid, signal.SIGKILL)  # joblib's own wait for five minutes for more to do
+    assert sum(1 for path in (tmp_path / "sweep").iterdir() if list(path.glob("checkpoints/*"))) == 2
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 # The sweeper asks for Optuna 2, which calls SQLAlchemy and NumPy by names of its time.
