@@ -123,6 +123,23 @@ def cost_of(name: str) -> Figure:
     return lambda summary: (summary.get("cost") or {}).get(name)
 
 
+def epochs(summary: Summary) -> float | None:
+    return summary.get("epochs")
+
+
+def training_macs(summary: Summary) -> float | None:
+    """Multiply-accumulates of the whole training, kd's teacher's included; None where nobody knows that one's."""
+    cost = summary.get("cost") or {}
+    return cost.get("training_macs_with_teacher")
+
+
+def hours(summary: Summary) -> float | None:
+    """Of training, kd's teacher's included."""
+    taught = (summary.get("cost") or {}).get("teacher") or {}
+    seconds = (summary.get("train_seconds"), taught.get("train_seconds", 0))
+    return None if None in seconds else sum(seconds) / 3600
+
+
 def varying(options: list[dict[str, Any]]) -> set[str]:
     """The options that are not the same in all runs that have them: what only one block type has says nothing more."""
     seen: dict[str, set[str]] = defaultdict(set)

@@ -1,5 +1,7 @@
 """The recipe: optimizer and learning rate schedule."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,12 +9,61 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
+from odcheap.errors import OptionError
+
+Schedule = Callable[[int, int], float]  # (step from 0, steps of the run) -> what the rate is multiplied by
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Multiplies the rate by `gamma` at each milestone, a fraction of the run's steps."""
+
+    milestones: tuple[float, ...]
+    gamma: float
+
+    def __call__(self, step: int, steps: int) -> float:
+        return self.gamma ** sum(step >= round(milestone * steps) for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 to 0. Source: Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts",
+    2017, equation 5 without restarts.
+    """
+
+    def __call__(self, step: int, steps: int) -> float:
+        return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Linear from `start` to 1 at the fraction `peak` of the run, then linear to `end`; momentum stays as it is.
+
+    Source: Smith, Topin, "Super-convergence: very fast training of neural networks using large learning rates", 2018.
+    Raises `OptionError` unless 0 < peak < 1.
+    """
+
+    start: float
+    peak: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < 1:
+            raise OptionError("optimizer.schedule.peak", self.peak, "must be a part of the run: above 0, below 1")
+
+    def __call__(self, step: int, steps: int) -> float:
+        done = step / steps
+        if done < self.peak:
+            return self.start + (1 - self.start) * done / self.peak
+        return 1 + (self.end - 1) * (done - self.peak) / (1 - self.peak)
+
 
 @dataclass(frozen=True)
 class SGD:
-    """SGD with momentum; the rate is multiplied by `gamma` at each milestone, a fraction of the run's steps.
+    """SGD with momentum, its rate `lr` times the schedule's factor.
 
-    `decay_norm=False` exempts batch norm's weights and biases from the weight decay.
+    `decay_norm=False` exempts batch norm's weights and biases from the weight decay, `decay_spatial=False` the
+    convolutions in groups: the spatial operators of DW and Group. `OptionError` where there are none.
     """
 
     lr: float
@@ -20,28 +71,33 @@ class SGD:
     nesterov: bool
     weight_decay: float
     decay_norm: bool
-    milestones: tuple[float, ...]
-    gamma: float
+    decay_spatial: bool
+    schedule: Schedule
 
     def build(self, network: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The schedule is to be stepped once a batch."""
         optimizer = torch.optim.SGD(
-            parameter_groups(network, self.weight_decay, self.decay_norm),
+            parameter_groups(network, self.weight_decay, self.exempt(network)),
             lr=self.lr,
             momentum=self.momentum,
             nesterov=self.nesterov,
             fused=True,  # one pass over the weights; the same arithmetic
         )
         optimizer._step_supports_amp_scaling = False  # with float16 the gradients are unscaled before the guard looks
-        passed = [round(milestone * total_steps) for milestone in self.milestones]
-        return optimizer, LambdaLR(optimizer, lambda step: self.gamma ** sum(step >= at for at in passed))
+        return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step, total_steps))
+
+    def exempt(self, network: nn.Module) -> list[nn.Parameter]:
+        """What no weight decay is for."""
+        layers = [] if self.decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
+        if not self.decay_spatial:
+            spatial = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+            if not spatial:
+                raise OptionError("optimizer.decay_spatial", "false", "needs block_type=DW or Group")
+            layers += spatial
+        return [p for layer in layers for p in layer.parameters()]
 
 
-def parameter_groups(network: nn.Module, weight_decay: float, decay_norm: bool) -> list[dict]:
-    trained = [p for p in network.parameters() if p.requires_grad]
-    if decay_norm:
-        return [{"params": trained, "weight_decay": weight_decay}]
-    of_norms = {id(p) for m in network.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
-    decayed = [p for p in trained if id(p) not in of_norms]
-    exempt = [p for p in trained if id(p) in of_norms]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+def parameter_groups(network: nn.Module, weight_decay: float, exempt: list[nn.Parameter]) -> list[dict]:
+    trained, spared = [p for p in network.parameters() if p.requires_grad], {id(p) for p in exempt}
+    groups = [{"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay}]
+    return groups + [{"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0}] * bool(spared)

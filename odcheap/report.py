@@ -18,7 +18,18 @@ from rich.text import Text
 from odcheap import compare, costs, figures, latency, study
 from odcheap.card import code
 from odcheap.cli import console, failed, hydra_line
-from odcheap.compare import Row, Spread, cost_of, ensemble, mean_student, selected_student, teacher_of
+from odcheap.compare import (
+    Row,
+    Spread,
+    cost_of,
+    ensemble,
+    epochs,
+    hours,
+    mean_student,
+    selected_student,
+    teacher_of,
+    training_macs,
+)
 from odcheap.errors import Failure
 from odcheap.files import write_text
 from odcheap.predict import plain
@@ -28,7 +39,7 @@ KINDS = ("head", "gated", "mean", "ema", "frozen")
 READING = """Test top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
 students after the last epoch, nothing picked; *selected*: the one that was best on held-out images, so for `alone` the
 best of independent students. Gains over `alone` are paired by seed, in percentage points; one smaller than two standard
-errors is *not resolved*. Teachers of different kinds are not comparable."""
+errors is *not resolved*. A PMAC is 10^15 multiply-accumulates. Teachers of different kinds are not comparable."""
 SMOKE = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
@@ -133,9 +144,10 @@ def columns(rows: list[Row], times: dict[str, float]) -> dict[str, list[Any]]:
         "ensemble": [row.of(ensemble) for row in rows],
     }
     made |= {f"teacher ({kind})": [row.of(teacher_of(kind)) for row in rows] for kind in KINDS}
-    for name in ("params", "macs"):
-        costs_found = (row.of(cost_of(name)) for row in rows)
-        made[name] = [None if value is None else round(value.mean) for value in costs_found]
+    for name, figure in (("params", cost_of("params")), ("macs", cost_of("macs")), ("epochs", epochs)):
+        made[name] = [None if (value := row.of(figure)) is None else round(value.mean) for row in rows]
+    made["training PMACs"] = [scaled(row.of(training_macs), 1e-15) for row in rows]
+    made["hours"] = [scaled(row.of(hours), 1) for row in rows]
     made["latency ms"] = [times.get(row.name) for row in rows]
     return {name: values for name, values in made.items() if any(v is not None and v != "" for v in values)}
 

@@ -8,11 +8,11 @@ from odcheap.backbones import CifarResNet
 from odcheap.capture import WARM_UP, CapturedStep, CudaGraphs, single_precision, take
 from odcheap.convs import DW
 from odcheap.methods.od import OnlineDistillation
-from odcheap.optim import SGD
+from odcheap.optim import SGD, Steps
 from odcheap.students import Students
 from tests.recorder import Recorder
 
-RECIPE = SGD(lr=0.02, momentum=0.9, nesterov=False, weight_decay=2e-4, decay_norm=True, milestones=(0.5,), gamma=0.1)
+RECIPE = SGD(0.02, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedule=Steps((0.5,), 0.1))
 SIZES = [8, 8, 8, 5, 8, 8, 5, 8, 8, 5, 5, 8, 5]  # each shape is recorded once it has been seen often enough
 
 

@@ -130,7 +130,8 @@ def test_reference_is_the_2019_code_to_the_letter(composed):
     assert (cfg.data.mean, cfg.data.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
     recipe = (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.nesterov, cfg.optimizer.weight_decay)
     assert recipe == (0.1, 0.9, False, 2e-4)
-    assert (cfg.optimizer.decay_norm, list(cfg.optimizer.milestones), cfg.optimizer.gamma) == (True, [0.5, 0.75], 0.1)
+    schedule = cfg.optimizer.schedule
+    assert (cfg.optimizer.decay_norm, list(schedule.milestones), schedule.gamma) == (True, [0.5, 0.75], 0.1)
     assert (cfg.trainer.max_epochs, cfg.backbone.depth, cfg.num_stu) == (300, 56, 4)
 
 

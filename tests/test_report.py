@@ -13,7 +13,10 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
     (folder / "config.yaml").write_text(f"job_dir: {folder}\nseed: {seed}\nmethod: {target}\n")
     student = {"test_top1": value}
     summary = {"finished": True, "data": data, "epochs": 5, "selected": student}
-    summary["cost"] = {"params": 1000, "macs": 2_000_000}
+    summary["cost"] = {"params": 1000, "macs": 2_000_000, "training_macs_with_teacher": 3e15}
+    summary["train_seconds"] = 7200
+    if method == "kd":
+        summary["cost"]["teacher"] = {"train_seconds": 1800}
     summary["last"] = {"students": [student, student], "ensemble": student, "teacher": None} | more
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.csv").write_text("epoch,val/student_0/top1\n0,0.1\n1,0.2\n")
@@ -43,6 +46,7 @@ def test_the_report(sweep, capsys):
     assert "| od | 3 | 61.00 ± 1.00 | +10.00 ± 0.00 | 61.00 ± 1.00 |" in text
     assert "| dml | 3 | 51.00 ± 1.73 | +0.00 ± 1.00 (not resolved) |" in text
     assert "| dml | -1.00 | +0.00 | +1.00 |" in text
+    assert "| 1,000 | 2,000,000 | 5 | 3 | 2 |" in text
     assert "teacher (head)" in text
     assert "teacher (gated)" not in text
     assert "smoke test" not in text
@@ -51,6 +55,12 @@ def test_the_report(sweep, capsys):
     assert [row["method"] for row in rows] == ["alone", "dml", "od"]
     assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
     assert (rows[0]["gain mean"], rows[0]["latency ms"], rows[2]["latency ms"]) == ("", "0.5", "")
+
+
+def test_a_teacher_s_own_training_is_counted(tmp_path):
+    plant(tmp_path / "kd", "kd")
+    assert main([str(tmp_path), "--no-latency"]) == 0
+    assert "| 3 | 2.5 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_run_that_is_there_twice_counts_once(sweep, tmp_path):

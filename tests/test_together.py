@@ -8,7 +8,7 @@ from odcheap.backbones import CifarResNet
 from odcheap.convs import DW, Group, Shift
 from odcheap.errors import OptionError
 from odcheap.methods.od import OnlineDistillation
-from odcheap.optim import SGD
+from odcheap.optim import SGD, Steps
 from odcheap.students import Students
 
 
@@ -16,7 +16,7 @@ def trained(block_type, run, dtype, steps=10):
     """The method after some training steps on random images, the students run in that way."""
     torch.manual_seed(0)  # the teacher's head
     method = OnlineDistillation(Students(lambda: CifarResNet(14, block_type, 10), 3, seed=0, run=run)).to(dtype)
-    recipe = SGD(lr=0.01, momentum=0.9, nesterov=False, weight_decay=2e-4, decay_norm=True, milestones=(), gamma=0.1)
+    recipe = SGD(0.01, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedule=Steps((), 0.1))
     optimizer, _ = recipe.build(method, steps)
     random = torch.Generator().manual_seed(0)
     for _ in range(steps):

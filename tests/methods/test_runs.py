@@ -16,7 +16,7 @@ from odcheap.capture import CapturedStep, take
 from odcheap.convs import DW, Standard
 from odcheap.costs import CONF
 from odcheap.method import Method
-from odcheap.optim import SGD
+from odcheap.optim import SGD, Steps
 from odcheap.students import Students
 from odcheap.summary import write_student
 from tests.recorder import Recorder
@@ -25,7 +25,7 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
 DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"_target_": "odcheap.convs.Standard"}}
 DIGITS |= {"backbone": {"_target_": "odcheap.backbones.CifarResNet", "_partial_": True, "depth": 8}}
-RECIPE = SGD(lr=0.02, momentum=0.9, nesterov=False, weight_decay=2e-4, decay_norm=True, milestones=(0.5,), gamma=0.1)
+RECIPE = SGD(0.02, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedule=Steps((0.5,), 0.1))
 
 
 @pytest.fixture
