@@ -74,7 +74,8 @@ def ready(argument: str, conf: Path) -> str:
 
 def check_choices(arguments: list[str], conf: Path) -> None:
     """Refuses what is no name where a part is chosen by its name; Hydra's own errors of it are no lines."""
-    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()} - {"hydra"}
+    places = [place.relative_to(conf) for place in conf.rglob("*") if place.is_dir()]
+    groups = {str(place) for place in places if "hydra" not in place.parts}
     given = [argument for argument in arguments if folder.key_of(argument) in groups and "=" in argument]
     for override in OverridesParser.create().parse_overrides(given):
         group, value = override.key_or_group, override.value()

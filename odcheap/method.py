@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from odcheap.averages import Averages
 from odcheap.errors import OptionError
 from odcheap.students import Students
 
@@ -27,27 +28,36 @@ class Method(nn.Module):
             name = type(self).__module__.rpartition(".")[2]
             raise OptionError("num_stu", len(students), f"must be {self.fewest} or more with method={name}")
         self.students = students
+        self.averages: Averages | None = None
 
     def candidates(self) -> list[nn.Module]:
         """The networks of which the best becomes the product: the students, then their averages where there are any."""
-        return list(self.students.members)
+        return [*self.students.members, *(self.averages.members if self.averages is not None else ())]
 
     def frozen(self) -> list[nn.Module]:
         """Networks that each training step runs without a backward pass."""
-        return []
+        return [] if self.averages is None else list(self.averages.members)
 
     def clipped_together(self) -> list[list[nn.Parameter]]:
         """The parameters by groups, each of which has one norm where gradients are clipped."""
         return [list(self.parameters())]
+
+    def averaged(self, images: Tensor) -> dict[str, Tensor]:
+        """`average_logits` (S, N, K), where there are averages."""
+        return {} if self.averages is None else {"average_logits": self.averages.logits(images)}
 
     def at_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch (from 0) of a run of so many."""
 
     def after_step(self) -> None:
         """Called after each step of the optimizer."""
+        if self.averages is not None:
+            self.averages.follow(self.students)
 
     def weights_loaded(self) -> None:
         """Called when the students have weights from elsewhere and the method's own parts have not."""
+        if self.averages is not None:
+            self.averages.begin_with(self.students)
 
     def check_classes(self, classes: list[str]) -> None:
         """`OptionError` where a teacher from elsewhere knows other classes."""
@@ -83,9 +93,16 @@ def summed(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return terms | {"loss": torch.stack(list(terms.values())).sum()}
 
 
-def cross_entropies(logits: Tensor, target: Tensor, name: str) -> dict[str, Tensor]:
-    """Of each student's logits (S, N, K), called `<name>_<k>`."""
-    return {f"{name}_{k}": nn.functional.cross_entropy(own, target) for k, own in enumerate(logits)}
+def cross_entropies(logits: Tensor, target: Tensor, name: str, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """Of each student's logits (S, N, K), called `<name>_<k>`; `smoothing` of a label goes to all classes alike."""
+    found = (nn.functional.cross_entropy(own, target, label_smoothing=smoothing) for own in logits)
+    return {f"{name}_{k}": value for k, value in enumerate(found)}
+
+
+def check_smoothing(smoothing: float) -> None:
+    """Raises `OptionError` unless 0 <= smoothing < 1. Source: Szegedy et al., 2016, section 7."""
+    if not 0 <= smoothing < 1:
+        raise OptionError("method.label_smoothing", smoothing, "must be 0 or more and below 1")
 
 
 def each(values: Tensor, name: str) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from odcheap.averages import Averages
 from odcheap.losses import check_distillation, soft_kl
-from odcheap.method import Method, summed
+from odcheap.method import Method, check_smoothing, summed
 from odcheap.students import Students
 
 
@@ -23,7 +24,8 @@ class OnlineDistillation(Method):
 
     `kl_reduction`: "batchmean" (the textbook's) or "mean" (the 2019 code's; smaller by the number of classes).
     `detach_teacher`: the KL's gradient reaches the students only. `normalise=False` leaves out the teacher's BN and
-    ReLU. Raises `OptionError`.
+    ReLU. `label_smoothing` is for the labels of all. `average_decay`: averages of the students' weights over the steps
+    are candidates too, for S more forward passes a step (None: there are none). Raises `OptionError`.
     """
 
     teacher_kind = "head"
@@ -35,10 +37,15 @@ class OnlineDistillation(Method):
         kl_reduction: str = "batchmean",
         detach_teacher: bool = False,
         normalise: bool = True,
+        label_smoothing: float = 0.0,
+        average_decay: float | None = None,
     ):
         super().__init__(students)
         check_distillation(temperature, kl_reduction)
+        check_smoothing(label_smoothing)
         self.temperature, self.kl_reduction, self.detach_teacher = temperature, kl_reduction, detach_teacher
+        self.label_smoothing = label_smoothing
+        self.averages = None if average_decay is None else Averages(students, average_decay)
         width = len(students) * students.num_features
         self.norm = nn.BatchNorm2d(width) if normalise else None
         self.fc = nn.Linear(width, students.num_classes)
@@ -48,15 +55,16 @@ class OnlineDistillation(Method):
         together = torch.cat(features, dim=1)
         if self.norm is not None:
             together = F.relu(self.norm(together), inplace=True)
-        return {"student_logits": student_logits, "teacher_logits": self.fc(together.mean((2, 3)))}
+        outputs = {"student_logits": student_logits, "teacher_logits": self.fc(together.mean((2, 3)))}
+        return outputs | self.averaged(images)
 
     def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """Terms `ce_teacher`, `ce_student_k`, `kl_student_k` (with its T^2) and their sum, `loss`."""
         teacher = outputs["teacher_logits"]
         example = teacher.detach() if self.detach_teacher else teacher
-        terms = {"ce_teacher": F.cross_entropy(teacher, target)}
+        terms = {"ce_teacher": F.cross_entropy(teacher, target, label_smoothing=self.label_smoothing)}
         for k, student in enumerate(outputs["student_logits"]):
             kl = soft_kl(student, example, self.temperature, self.kl_reduction)
-            terms[f"ce_student_{k}"] = F.cross_entropy(student, target)
+            terms[f"ce_student_{k}"] = F.cross_entropy(student, target, label_smoothing=self.label_smoothing)
             terms[f"kl_student_{k}"] = self.temperature**2 * kl
         return summed(terms)

@@ -13,65 +13,40 @@ batches, S more without a backward pass. The paper deploys an average: they are 
 peers are branches of one network; ours are whole networks that share nothing but the ensemble's classifier.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.errors import OptionError
+from odcheap.averages import Averages
 from odcheap.losses import check_distillation, soft_kl
 from odcheap.method import Method, RampUp, cross_entropies, each, summed
 from odcheap.students import Students
 
 
 class PeerCollaborativeLearning(Method):
-    """`decay` bounds d; `ramp_up` is a part of the run's epochs. Raises `OptionError`."""
+    """`average_decay` bounds d; `ramp_up` is a part of the run's epochs. Raises `OptionError`."""
 
     teacher_kind = "head"
     own_views = True
     fewest = 2
-    steps: Tensor
 
-    def __init__(self, students: Students, temperature: float = 3.0, decay: float = 0.999, ramp_up: float = 80 / 300):
+    def __init__(
+        self, students: Students, temperature: float = 3.0, average_decay: float = 0.999, ramp_up: float = 80 / 300
+    ):
         super().__init__(students)
         check_distillation(temperature)
-        if not 0 <= decay < 1:
-            raise OptionError("method.decay", decay, "must be 0 or more and below 1")
-        self.temperature, self.decay, self.ramp = temperature, decay, RampUp(ramp_up)
+        self.temperature, self.ramp = temperature, RampUp(ramp_up)
         self.fc = nn.Linear(len(students) * students.num_features, students.num_classes)
-        self.averages = copy.deepcopy(students).requires_grad_(False)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def candidates(self) -> list[nn.Module]:
-        return [*self.students.members, *self.averages.members]
-
-    def frozen(self) -> list[nn.Module]:
-        return list(self.averages.members)
+        self.averages = Averages(students, average_decay)
 
     def at_epoch(self, epoch: int, epochs: int) -> None:
         self.ramp.at_epoch(epoch, epochs)
 
-    def weights_loaded(self) -> None:
-        self.averages.load_state_dict(self.students.state_dict())
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        if self.fc.weight.dtype in (torch.bfloat16, torch.float16):
-            allowed = "method=pcl needs weights in 32 bits (bf16-mixed has them): averages move by thousandths"
-            raise OptionError("trainer.precision", str(self.fc.weight.dtype).removeprefix("torch."), allowed)
-        self.steps += 1
-        decay = (1 - 1 / self.steps).clamp(max=self.decay)
-        for average, weight in zip(self.averages.parameters(), self.students.parameters(), strict=True):
-            average.lerp_(weight, (1 - decay).to(weight.dtype))
-
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """`average_logits` (S, N, K) besides."""
         features, logits = self.students(images)
-        with torch.no_grad():
-            averages = self.averages(images)[1]
         teacher = self.fc(torch.cat([f.mean((2, 3)) for f in features], dim=1))
-        return {"student_logits": logits, "teacher_logits": teacher, "average_logits": averages}
+        return {"student_logits": logits, "teacher_logits": teacher} | self.averaged(images)
 
     def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """Terms `L_ce_k`, `L_ce_t`, `L_pe_k` (from the ensemble) and `L_pm_k` (from the averages), with w T^2."""

@@ -1,14 +1,33 @@
+import numpy as np
 import pytest
 import torch
 
+from odcheap.errors import OptionError
 from odcheap.method import Method
 from odcheap.methods.alone import Alone
-from tests.methods.formulas import ce, check, logits, reached, students, terms
+from odcheap.methods.od import OnlineDistillation
+from tests.methods.formulas import CLASSES, TARGET, ce, check, logits, reached, softmax, students, terms
 
 
 def test_the_loss_is_that_of_the_labels():
     z = logits(3)
     check(terms(Alone(students()), student_logits=z), {f"ce_{k}": ce(z[k]) for k in range(3)})
+
+
+@pytest.mark.parametrize("make", [Alone, OnlineDistillation])
+def test_smoothed_labels(make):
+    """A part of the label is divided among all classes."""
+    z, smoothing = logits(2), 0.2
+    label = (1 - smoothing) * np.eye(CLASSES)[TARGET] + smoothing / CLASSES
+    method = make(students(2), label_smoothing=smoothing)
+    found = terms(method, student_logits=z, teacher_logits=z[0])
+    for k in range(2):
+        name = f"ce_{k}" if make is Alone else f"ce_student_{k}"
+        assert found[name] == pytest.approx(-(label * np.log(softmax(z[k]))).sum(1).mean())
+    if make is OnlineDistillation:
+        assert found["ce_teacher"] == pytest.approx(found["ce_student_0"])
+    with pytest.raises(OptionError, match="method.label_smoothing=1: must be 0 or more and below 1"):
+        make(students(2), label_smoothing=1)
 
 
 def test_each_term_reaches_its_own_student_only():

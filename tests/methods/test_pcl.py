@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from odcheap.errors import OptionError
 from odcheap.methods.alone import Alone
 from odcheap.methods.pcl import PeerCollaborativeLearning
 from odcheap.weights import Weights, below, load_weights
@@ -27,20 +26,6 @@ def test_what_is_imitated_is_a_given():
     assert reached(method, "L_ce_t") == {"student_0", "student_1", "student_2", "fc"}
 
 
-def test_averages_follow_the_weights_after_each_step():
-    """True means at first, then with the decay."""
-    method = PeerCollaborativeLearning(students(2), decay=0.75).double()
-    weight, average = method.students.members[1].fc.weight, method.averages.members[1].fc.weight
-    expected = average.clone()
-    for step in range(8):
-        with torch.no_grad():
-            weight.copy_(torch.full_like(weight, step**2))
-        method.after_step()
-        decay = min(1 - 1 / (step + 1), 0.75)
-        expected = decay * expected + (1 - decay) * step**2
-        torch.testing.assert_close(average, expected)
-
-
 def test_averages_begin_with_weights_that_were_loaded():
     method, other = PeerCollaborativeLearning(students(2)), Alone(students(2))
     with torch.no_grad():
@@ -49,11 +34,6 @@ def test_averages_begin_with_weights_that_were_loaded():
     weights = Weights("FILE", [below(content, f"method.students.members.{k}.") for k in range(2)], {}, None)
     load_weights(method, weights)
     assert torch.equal(method.averages.members[1].bn1.running_mean, torch.full((16,), 3.0))
-
-
-def test_sixteen_bits_are_too_few_for_an_average():
-    with pytest.raises(OptionError, match="trainer.precision=bfloat16: method=pcl needs weights in 32 bits"):
-        PeerCollaborativeLearning(students(2)).bfloat16().after_step()
 
 
 def test_averages_keep_their_own_batch_norm_s_statistics():
@@ -80,9 +60,3 @@ def test_students_then_averages_are_to_be_chosen_from():
     method = PeerCollaborativeLearning(students(2))
     assert method.candidates() == [*method.students.members, *method.averages.members]
     assert not any(p.requires_grad for p in method.averages.parameters())
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_the_decay_is_below_one(decay):
-    with pytest.raises(OptionError, match=f"method.decay={decay}: must be 0 or more and below 1"):
-        PeerCollaborativeLearning(students(), decay=decay)

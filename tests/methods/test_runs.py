@@ -113,7 +113,7 @@ def test_a_run_calls_the_method_before_each_epoch_and_after_each_step(command, t
     for epoch in (0, 1):
         path = tmp_path / "run" / "checkpoints" / f"epoch-{epoch:04d}.ckpt"
         state = torch.load(path, weights_only=True)["state_dict"]
-        assert state["method.steps"] == (epoch + 1) * steps // 2
+        assert state["method.averages.steps"] == (epoch + 1) * steps // 2
         assert state["method.ramp.weight"].item() == pytest.approx(math.exp(-5 * (1 - epoch / 2) ** 2))
 
 
@@ -138,7 +138,7 @@ def test_recorded_steps_train_as_plain_ones_do(made, name):
             _ = step(images, target) if recorded else take(method, optimizer, images, target)
             schedule.step()
         assert not recorded or step.recordings
-        assert name != "pcl" or method.steps == 8
+        assert name != "pcl" or method.averages.steps == 8
         states.append(method.state_dict())
     for key, expected in states[0].items():
         torch.testing.assert_close(states[1][key], expected, atol=1e-9, rtol=1e-9, msg=key)
