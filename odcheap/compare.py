@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,9 +82,10 @@ def rows(runs: Iterable[Finished]) -> list[Row]:
         told = {key for key in told if not key.startswith("data.")} | {"data.name"}
     by_setting: dict[str, dict[str, dict[Any, Finished]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        own = varying([r.options for r in runs if r.options.get(METHOD) == run.options.get(METHOD)])
-        method = labelled(run.options, own & {key for key in run.options if key.startswith("method.")} | {METHOD})
-        by_setting[labelled(run.options, told)][method].setdefault(run.options.get(SEED), run)
+        alike = [r.options for r in runs if r.options.get(METHOD) == run.options.get(METHOD)]
+        own = {key for key in varying(alike) if key.startswith("method.")} - usual(run.options, alike) | {METHOD}
+        setting = labelled(run.options, told - usual(run.options, [r.options for r in runs]))
+        by_setting[setting][labelled(run.options, own)].setdefault(run.options.get(SEED), run)
     found = []
     for setting, methods in by_setting.items():
         baseline = methods.get(BASELINE, {})
@@ -140,6 +141,16 @@ def hours(summary: Summary) -> float | None:
     return None if None in seconds else sum(seconds) / 3600
 
 
+def held_out(summary: Any) -> Any:
+    """The same summary with the held-out images' figures in place of the test's, for decisions."""
+    if isinstance(summary, list):
+        return [held_out(value) for value in summary]
+    if not isinstance(summary, dict):
+        return summary
+    found = {key: held_out(value) for key, value in summary.items()}
+    return found | {key: found.get(f"val_{key[5:]}") for key in found if key.startswith("test_")}
+
+
 def varying(options: list[dict[str, Any]]) -> set[str]:
     """The options that are not the same in all runs that have them: what only one block type has says nothing more."""
     seen: dict[str, set[str]] = defaultdict(set)
@@ -147,6 +158,16 @@ def varying(options: list[dict[str, Any]]) -> set[str]:
         for key, value in own.items():
             seen[key].add(repr(value))
     return {key for key, values in seen.items() if len(values) > 1}
+
+
+def usual(own: dict[str, Any], options: list[dict[str, Any]]) -> set[str]:
+    """Those of a run's options, choices of parts aside, that more than two thirds of the runs share and need not be
+    named: a study of one factor at a time then names the factor.
+    """
+    counts = Counter((key, repr(value)) for others in options for key, value in others.items())
+    having = Counter(key for others in options for key in others)
+    named = {key for key in own if not key.endswith("_target_")}
+    return {key for key in named if 3 * counts[key, repr(own[key])] > 2 * having[key]}
 
 
 def name_of(target: str) -> str:

@@ -43,7 +43,7 @@ def trade_off(points: list[Point], unit: str) -> Figure:
     front = pareto([(p.cost, p.accuracy.mean) for p in points])
     axes.step([x for x, _ in front], [100 * y for _, y in front], where="post", color="#BBBBBB", zorder=0)
     axes.set_xlabel(unit)
-    axes.set_ylabel("test top-1 of the selected student, %\n(bars: deviation over seeds)")
+    axes.set_ylabel("top-1 of the selected student, %\n(bars: deviation over seeds)")
     axes.set_title("Which student for which price (grey: nothing is both cheaper and better)", loc="left", fontsize=11)
     axes.margins(x=0.25, y=0.1)
     below_hundred(axes)

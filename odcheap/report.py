@@ -36,10 +36,11 @@ from odcheap.predict import plain
 from odcheap.study import Found
 
 KINDS = ("head", "gated", "mean", "ema", "frozen")
-READING = """Test top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
+READING = """Top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
 students after the last epoch, nothing picked; *selected*: the one that was best on held-out images, so for `alone` the
 best of independent students. Gains over `alone` are paired by seed, in percentage points; one smaller than two standard
-errors is *not resolved*. A PMAC is 10^15 multiply-accumulates. Teachers of different kinds are not comparable."""
+errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15 multiply-accumulates. Teachers of
+different kinds are not comparable."""
 SMOKE = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
@@ -50,6 +51,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="where the report goes (default: report/ in the first DIR)")
     parser.add_argument("--status", action="store_true", help="only say which runs are finished, running, failed")
     parser.add_argument("--no-latency", action="store_true", help="do not time the students in ONNX Runtime")
+    parser.add_argument(
+        "--val", action="store_true", help="figures of the held-out images: to decide by, not to publish"
+    )
     parser.add_argument("--costs", action="store_true", help="what every network of conf/ costs with every block type")
     given = parser.parse_args(arguments)
     try:
@@ -60,7 +64,7 @@ def main(arguments: list[str]) -> int:
         found = study.read(given.dirs)
         if given.status:
             return status(found)
-        return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency)
+        return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency, given.val)
     except (HydraException, OmegaConfBaseException) as error:
         return failed(hydra_line(error, costs.CONF))
     except Failure as error:
@@ -80,7 +84,9 @@ def status(found: list[Found]) -> int:
     return int("failed" in counts)
 
 
-def write(found: list[Found], out: Path, timed: bool) -> int:
+def write(found: list[Found], out: Path, timed: bool, val: bool) -> int:
+    if val:
+        found = [e._replace(run=e.run._replace(summary=compare.held_out(e.run.summary))) if e.run else e for e in found]
     finished = [entry for entry in found if entry.run is not None]
     if not finished:
         raise Failure(f"no finished run among {len(found)}; --status says more")
@@ -88,7 +94,7 @@ def write(found: list[Found], out: Path, timed: bool) -> int:
     times = latency.measured(finished) if timed else {}
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw(rows, times, out)
-    write_text(out / "report.md", markdown(found, rows, times, drawn))
+    write_text(out / "report.md", markdown(found, rows, times, drawn, "Held-out images" if val else "Test images"))
     write_text(out / "report.csv", as_csv(rows, times))
     console().print(f"{len(finished)} finished runs of {len(found)}; written: {plain(out)}/report.md", soft_wrap=True)
     return 0
@@ -152,14 +158,14 @@ def columns(rows: list[Row], times: dict[str, float]) -> dict[str, list[Any]]:
     return {name: values for name, values in made.items() if any(v is not None and v != "" for v in values)}
 
 
-def markdown(found: list[Found], rows: list[Row], times: dict[str, float], drawn: list[str]) -> str:
+def markdown(found: list[Found], rows: list[Row], times: dict[str, float], drawn: list[str], images: str) -> str:
     lines = ["# Report", "", *about(found), ""]
     table = columns(rows, times)
     lines += ["| " + " | ".join(table) + " |", "|" + "---|" * len(table)]
     lines += [
         "| " + " | ".join(cell(name, values[k]) for name, values in table.items()) + " |" for k in range(len(rows))
     ]
-    lines += ["", READING]
+    lines += ["", f"{images}. {READING}"]
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)"]
     lines += ["", *differences(rows), *others(found, rows)]

@@ -59,6 +59,15 @@ def test_a_method_s_own_options_tell_its_runs_apart():
     assert all(row.setting == "" for row in found)
 
 
+def test_of_one_factor_at_a_time_the_factor_is_named_and_nothing_is_mixed_up():
+    usual = {"num_stu": 4, "method.temperature": 4.0, "lr": 0.1, "a": 0}
+    changed = [{}, {"num_stu": 1}, {"num_stu": 8}, {"method.temperature": 1.0}, {"lr": 0.2}, {"lr": 0.3}, {"a": 1}]
+    found = rows([run("od", seed, (0.5,), 0.5, **(usual | own)) for own in changed for seed in (0, 1)])
+    names = ["od", "od, num_stu=1", "od, num_stu=8", "od temperature=1.0", "od, lr=0.2", "od, lr=0.3", "od, a=1"]
+    assert sorted(row.name for row in found) == sorted(names)
+    assert all(len(row.by_seed) == 2 for row in found)
+
+
 def test_a_data_set_is_named_by_its_name_alone():
     runs = [run("alone", 0, (0.5,), 0.5, **{"data.name": n, "data.flip": n == "a"}) for n in "ab"]
     assert [row.setting for row in rows(runs)] == ["data.name=a", "data.name=b"]

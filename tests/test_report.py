@@ -11,7 +11,7 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
     folder.mkdir(parents=True)
     target = f"{{_target_: odcheap.methods.{method}.Class}}"
     (folder / "config.yaml").write_text(f"job_dir: {folder}\nseed: {seed}\nmethod: {target}\n")
-    student = {"test_top1": value}
+    student = {"test_top1": value, "val_top1": value + 0.02}
     summary = {"finished": True, "data": data, "epochs": 5, "selected": student}
     summary["cost"] = {"params": 1000, "macs": 2_000_000, "training_macs_with_teacher": 3e15}
     summary["train_seconds"] = 7200
@@ -55,6 +55,14 @@ def test_the_report(sweep, capsys):
     assert [row["method"] for row in rows] == ["alone", "dml", "od"]
     assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
     assert (rows[0]["gain mean"], rows[0]["latency ms"], rows[2]["latency ms"]) == ("", "0.5", "")
+
+
+def test_to_decide_there_are_the_held_out_images(sweep):
+    assert main([str(sweep), "--val", "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "| od | 3 | 63.00 ± 1.00 | +10.00 ± 0.00 | 63.00 ± 1.00 |" in text
+    assert "61.00" not in text
+    assert "Held-out images. Top-1" in text
 
 
 def test_a_teacher_s_own_training_is_counted(tmp_path):
