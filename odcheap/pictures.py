@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,16 +109,17 @@ def without_picture(size: int, broken: list[tuple[str, str]], views: int = 1) ->
 
 def leave_signals(_: int) -> None:
     """In a loader's process: what tells a whole group to end (Slurm, Ctrl-C) is for the run, which saves and then ends
-    this process too. The same signal a second later ends it, as multiprocessing does at its own end.
+    this process too. Only the run's own signal, multiprocessing's at exit, ends it.
     """
-    heard: dict[int, float] = {}
+    those, run = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}, os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, those)
 
-    def hear(signum: int, _: object) -> None:
-        if time.monotonic() > heard.setdefault(signum, time.monotonic()) + 1:
-            os._exit(128 + signum)
+    def wait() -> None:
+        while signal.sigwaitinfo(those).si_pid != run:
+            pass
+        os._exit(0)
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, hear)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(samples: list[Sample]) -> Sample:
