@@ -21,7 +21,7 @@ class Averages(Students):
 
     def __init__(self, students: Students, decay: float):
         nn.Module.__init__(self)  # nothing is built anew
-        if not isinstance(decay, int | float) or not 0 <= decay < 1:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise OptionError("method.average_decay", decay, "must be a number, 0 or more and below 1")
         self.members, self.run = copy.deepcopy(students.members).requires_grad_(False), students.run
         self.decay = decay

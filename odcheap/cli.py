@@ -14,7 +14,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -81,7 +81,7 @@ def check_choices(arguments: list[str], conf: Path) -> None:
         group, value = override.key_or_group, override.value()
         for chosen in value.list if isinstance(value, ChoiceSweep) else [value]:
             names = chosen if isinstance(chosen, list) and group in LISTS else [chosen]
-            if not all(isinstance(name, str | QuotedString | Sweep) for name in names):
+            if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
                 allowed = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
                 raise OptionError(group, override.input_line.partition("=")[2], f"must be one of {allowed}")
 

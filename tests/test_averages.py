@@ -30,7 +30,7 @@ def test_sixteen_bits_are_too_few_for_an_average():
         Averages(few := students(2).bfloat16(), 0.9).follow(few)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, "x"])
+@pytest.mark.parametrize("decay", [-0.1, 1.0, "x", False])
 def test_the_decay_is_below_one(decay):
     with pytest.raises(OptionError, match=f"method.average_decay={decay}: must be a number, 0 or more and below 1"):
         Averages(students(), decay)
