@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from multiprocessing import current_process
 from pathlib import Path
 
 import hydra
@@ -26,8 +27,7 @@ def main(cfg: DictConfig) -> float | None:
     """One run; in a sweep, one of its runs. Returns the chosen student's held-out accuracy."""
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     overrides = list(HydraConfig.get().overrides.task)
-    # joblib's own processes go on where their leader is gone; Slurm's and submitit's are meant to.
-    led = "joblib" in str(HydraConfig.get().launcher.get("_target_")) and in_sweep
+    led = current_process().name != "MainProcess"  # joblib's: they would go on for hours where their leader is gone
     with Listener() as listener, ending_with(signals.STARTER) if led else nullcontext():
         return cli.guarded(lambda: train(cfg, overrides, in_sweep, listener), in_sweep)
 

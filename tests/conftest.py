@@ -1,6 +1,7 @@
 """What several rooms' tests share: a tiny run, and the command line called as a user would."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,14 +24,13 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEO
 
 
 class Begun:
-    """`python train.py` in a process of its own, read line by line."""
+    """`python train.py` in a process and a process group of its own, read line by line."""
 
-    def __init__(self, *arguments, cwd):
+    def __init__(self, *arguments, cwd, given=TINY):
         self.cwd, self.said = cwd, []
-        command = [sys.executable, train.__file__, *TINY, *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=cwd, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        command = [sys.executable, train.__file__, *given, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, cwd=cwd, env=ONE_THREAD, start_new_session=True, **pipes)
 
     def until(self, words):
         for line in self.process.stdout:
@@ -40,7 +40,7 @@ class Begun:
         raise AssertionError("".join(self.said))
 
     def end(self, within=150):
-        overdue = threading.Timer(within, self.process.kill)
+        overdue = threading.Timer(within, os.killpg, (self.process.pid, signal.SIGKILL))
         overdue.start()
         with self.process:
             self.said += self.process.stdout

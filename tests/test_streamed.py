@@ -2,20 +2,17 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import Begun
 from PIL import Image
 
-from odcheap.callbacks import Record
 from odcheap.data import watched
 from odcheap.errors import OptionError
 from odcheap.streamed import Broken, StreamedData
@@ -236,23 +233,20 @@ def test_a_streamed_run_resumed_in_an_epoch_s_middle_equals_the_straight_run(com
     assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
 
 
-def test_a_signal_to_the_whole_group_saves_though_the_loader_s_processes_get_it_too(command, tmp_path, monkeypatch):
-    begin = Record.on_train_batch_start
-
-    def send(record, trainer, *given):
-        begin(record, trainer, *given)
-        if given[-1] == 2:
-            group = [str(process.pid) for process in multiprocessing.active_children()] + [str(os.getpid())]
-            subprocess.run(["kill", "-TERM", *group], check=True)  # from elsewhere: its own parent a loader hears
-            time.sleep(0.5)  # the loader's would be gone by now
-
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(Record, "on_train_batch_start", send)
+def test_a_run_and_its_loader_s_processes_end(tmp_path):
+    """After its work, after a failure, and by a signal to the whole group, which reaches the loader's too."""
     base = plant(tmp_path / "mine", {"": {"red": 100, "blue": 100}})
-    result = command(*SMALL, f"data_dir={base}", "data.workers=1", "num_stu=1", f"job_dir={tmp_path}/run")
-    signal.signal(signal.SIGTERM, before)
-    assert result.status == 143, result.err
-    assert result.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
+    given = [*SMALL, f"data_dir={base}", "data.workers=2", "num_stu=1"]
+    done, failed, told = (
+        Begun(*options, f"job_dir={tmp_path}/{name}", cwd=tmp_path, given=given)
+        for name, options in {"done": [], "failed": ["optimizer.lr=1e30"], "told": ["trainer.max_epochs=500"]}.items()
+    )
+    told.until("epoch 1 (2/500)")
+    os.killpg(told.process.pid, signal.SIGTERM)
+    runs = (done, failed, told)
+    assert [run.end(within=60) for run in runs] == [0, 1, 143], [run.said[-3:] for run in runs]
+    assert "is not finite" in failed.said[-1]
+    assert told.said[-1] == f"SIGTERM: saved; resume={tmp_path}/told continues\n"
 
 
 def test_imagenet_s_layout_trains_with_a_converted_network(command, tmp_path):

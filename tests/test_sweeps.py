@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -76,6 +77,17 @@ def test_joblib_s_processes_save_and_end_where_their_leader_is_killed_and_begin_
     time.sleep(5)
     os.killpg(leader.pid, signal.SIGKILL)  # joblib's own wait for five minutes for more to do
     assert sum(1 for path in (tmp_path / "sweep").iterdir() if list(path.glob("checkpoints/*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_the_shell_that_began_it_is_gone(tmp_path):
+    """With one run at a time joblib's leader does the work itself."""
+    sweep = [sys.executable, train.__file__, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1", *TINY]
+    sweep = shlex.join([*sweep, "trainer.max_epochs=20", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"])
+    shell = f"{sweep} > said 2>&1 & until grep -q 'epoch 1 ' said; do sleep 0.1; done"
+    subprocess.run(["sh", "-c", shell], cwd=tmp_path, check=True, timeout=60)
+    until(lambda: "│ finished" in (tmp_path / "said").read_text() or "SIGTERM" in (tmp_path / "said").read_text())
+    assert (tmp_path / "said").read_text().count("│ finished") == 2
 
 
 def until(true, seconds=60):
