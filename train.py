@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from odcheap import cli, folder, launch, run, signals, slurm, sweeps
+from odcheap import cli, folder, launch, options, run, signals, slurm, sweeps
 from odcheap.adapters import check_image_size
 from odcheap.convs import Standard
 from odcheap.data import check_batches
@@ -34,12 +34,12 @@ def main(cfg: DictConfig) -> float | None:
 
 def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweeps.Outcome:
     choices = HydraConfig.get().runtime.choices
-    cli.check_paths(cfg)
+    options.check_paths(cfg)
     launch.check(cfg, choices.trainer, in_sweep)
     launch.share_cores()
     again = in_sweep or slurm.restarted()
     by_default = "auto" if again else None
-    start = folder.plan(cfg, overrides, cli.compose, cli.say, by_default, slurm.restarted())
+    start = folder.plan(cfg, overrides, options.compose, cli.say, by_default, slurm.restarted())
     if start.finished:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
         return sweeps.Outcome(str(start.job_dir), "was finished", folder.summary_of(start.job_dir))
@@ -51,7 +51,7 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Liste
 
 def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> sweeps.Outcome:
     cfg = start.cfg
-    cli.check_types(cfg, start.overrides)
+    options.check_types(cfg, start.overrides)
     run.check(cfg)
     data = instantiate(cfg.data)
     data.read()
@@ -67,6 +67,9 @@ def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> s
     )
     with seeded(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)
+    recipe = instantiate(cfg.optimizer)
+    recipe.exempt(method)  # refuses what does not go together, before there is a folder
+    method.check_precision(str(cfg.trainer.precision))
     check_image_size(students.members[0], data.image_size, choices.backbone)
     run.start_weights(start, method, data)
     folder.make_folder(start.job_dir)
@@ -75,7 +78,7 @@ def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> s
         return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
-    trial = run.Run(start, data, method, instantiate(cfg.optimizer), listener)
+    trial = run.Run(start, data, method, recipe, listener)
     summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
     return sweeps.Outcome(str(start.job_dir), "finished", summary)
 

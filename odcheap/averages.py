@@ -39,10 +39,15 @@ class Averages(Students):
         decay = (1 - 1 / self.steps).clamp(max=self.decay)
         pairs = zip(self.members.parameters(), students.members.parameters(), strict=True)
         for average, weight in pairs:
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                allowed = "averages, which move by thousandths, need weights in 32 bits (bf16-mixed has them)"
-                raise OptionError("trainer.precision", str(weight.dtype).removeprefix("torch."), allowed)
+            refuse_few_bits(str(weight.dtype).removeprefix("torch."))
             average.lerp_(weight, (1 - decay).to(weight.dtype))
 
     def begin_with(self, students: Students) -> None:
         self.members.load_state_dict(students.members.state_dict())
+
+
+def refuse_few_bits(precision: str) -> None:
+    """Raises `OptionError` for a type, or a precision in Lightning's terms, whose weights have fewer than 32 bits."""
+    if precision in ("bf16-true", "16-true", "bfloat16", "float16"):
+        allowed = "averages, which move by thousandths, need weights in 32 bits (bf16-mixed has them)"
+        raise OptionError("trainer.precision", precision, allowed)

@@ -13,27 +13,18 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from odcheap import folder, launch, mishaps, state, sweeps
+from odcheap import folder, launch, mishaps, options, state, sweeps
 from odcheap.errors import Failure, OptionError, first_line
 from odcheap.predict import plain
 from odcheap.sweeps import Outcome
-
-PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
-PATHS += ("method.teacher_weights", "hydra.sweep.dir")
-HYDRA_S_OWN = ("_partial_", "_recursive_", "_convert_", "_args_")
-NEEDED = ("job_dir", "data_dir", "data.load.data_dir")
-LISTS = ("logger", "experiment")  # groups of which several may be chosen
-NULLABLE = ("checkpoint_every", "data.workers")  # numbers that may be left away
 
 
 def say(text: str) -> None:
@@ -44,11 +35,11 @@ def say(text: str) -> None:
 
 def start(main: Callable[[], None], conf: Path) -> int:
     """Runs Hydra's main, whose config lies in `conf`, and returns the exit status."""
-    sys.argv[1:] = [ready(launch.quoted(a) if a.partition("=")[0] in PATHS else a, conf) for a in sys.argv[1:]]
+    sys.argv[1:] = [ready(launch.quoted(a) if a.partition("=")[0] in options.PATHS else a, conf) for a in sys.argv[1:]]
     sweeps.ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
-        check_choices(sys.argv[1:], conf)
+        options.check_choices(sys.argv[1:], conf)
         main()
     except OptionError as error:
         return failed(str(error))
@@ -70,20 +61,6 @@ def ready(argument: str, conf: Path) -> str:
     """`hydra/launcher=joblib` means our file that builds on this plugin: one of the same name would hide it."""
     ours = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
     return f"{argument}_sweep" if ours else argument
-
-
-def check_choices(arguments: list[str], conf: Path) -> None:
-    """Refuses what is no name where a part is chosen by its name; Hydra's own errors of it are no lines."""
-    places = [place.relative_to(conf) for place in conf.rglob("*") if place.is_dir()]
-    groups = {str(place) for place in places if "hydra" not in place.parts}
-    given = [argument for argument in arguments if folder.key_of(argument) in groups and "=" in argument]
-    for override in OverridesParser.create().parse_overrides(given):
-        group, value = override.key_or_group, override.value()
-        for chosen in value.list if isinstance(value, ChoiceSweep) else [value]:
-            names = chosen if isinstance(chosen, list) and group in LISTS else [chosen]
-            if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
-                allowed = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
-                raise OptionError(group, override.input_line.partition("=")[2], f"must be one of {allowed}")
 
 
 def hush() -> None:
@@ -183,37 +160,6 @@ def explained(error: BaseException) -> str:
         where = str(error).rpartition("full_key: ")[2].strip() or "config"
         return f"{where}: {first_line(error.__cause__ or error)}"
     return f"trainer: {first_line(error)}"
-
-
-def compose(overrides: list[str]) -> DictConfig:
-    """The config of these overrides; inside a run of Hydra's only."""
-    return hydra.compose("config", overrides=[launch.quoted(o) for o in overrides])
-
-
-def check_types(cfg: DictConfig, overrides: list[str]) -> None:
-    """Refuses a word for a number or for a switch: an option is of its default's kind."""
-    groups = set(HydraConfig.get().runtime.choices)
-    default = compose([o for o in overrides if folder.key_of(o) in groups])
-    for key in [folder.key_of(o) for o in overrides if folder.key_of(o) not in groups]:
-        kind, value = type(OmegaConf.select(default, key)), OmegaConf.select(cfg, key)
-        if key.rpartition(".")[2] in HYDRA_S_OWN:
-            raise OptionError(key, value, "is no option: it says how conf/ is put together")
-        if kind is DictConfig and not isinstance(value, DictConfig):
-            raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
-        if kind is bool and not isinstance(value, bool):
-            raise OptionError(key, value, "must be true or false")
-        may_be_none = key in NULLABLE or key.startswith(("trainer.", "logger."))
-        if kind in (int, float) and type(value) not in (int, float) and not (value is None and may_be_none):
-            raise OptionError(key, "null" if value is None else value, "must be a number")
-
-
-def check_paths(cfg: DictConfig) -> None:
-    for key in PATHS:
-        value = OmegaConf.select(cfg, key, default="")
-        if not isinstance(value, str) and (value is not None or key in NEEDED):
-            raise OptionError(
-                key, "null" if value is None else value, "must be a path (./5 where a folder is called 5)"
-            )
 
 
 def job_dir() -> str:

@@ -180,6 +180,10 @@ class InMemoryData(pl.LightningDataModule):
         """Loads the images and makes the split, once."""
         if self.images is None:
             self.images = self.load()
+            side = self.shorter_side
+            if not 0 <= self.augment.crop_padding < side:
+                allowed = f"must be 0 or more, below the images' {side} pixels a side"
+                raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
             digests = pixel_digests(self.images.train, self.split_seed)
             self.split = stratified(digests, self.images.train_target, self.val_size)
             self.fingerprint = self.split.fingerprint

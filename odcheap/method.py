@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from odcheap.averages import Averages
+from odcheap.averages import Averages, refuse_few_bits
 from odcheap.errors import OptionError
 from odcheap.students import Students
 
@@ -61,6 +61,11 @@ class Method(nn.Module):
 
     def check_classes(self, classes: list[str]) -> None:
         """`OptionError` where a teacher from elsewhere knows other classes."""
+
+    def check_precision(self, precision: str) -> None:
+        """`OptionError` where its weights would have too few bits for their averages."""
+        if self.averages is not None:
+            refuse_few_bits(precision)
 
     def saw_held_out(self, split: str) -> bool:
         """Whether a teacher from elsewhere may have been trained on this split's held-out images."""

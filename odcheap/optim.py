@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
+from odcheap.convs import CheapConv
 from odcheap.errors import OptionError
 
 Schedule = Callable[[int, int], float]  # (step from 0, steps of the run) -> what the rate is multiplied by
@@ -16,10 +17,17 @@ Schedule = Callable[[int, int], float]  # (step from 0, steps of the run) -> wha
 
 @dataclass(frozen=True)
 class Steps:
-    """Multiplies the rate by `gamma` at each milestone, a fraction of the run's steps."""
+    """Multiplies the rate by `gamma` at each milestone, a fraction of the run's steps. Raises `OptionError`."""
 
     milestones: tuple[float, ...]
     gamma: float
+
+    def __post_init__(self) -> None:
+        if not all(0 < milestone < 1 for milestone in self.milestones):
+            allowed = "must be fractions of the run: above 0, below 1"
+            raise OptionError("optimizer.schedule.milestones", list(self.milestones), allowed)
+        if not self.gamma > 0:
+            raise OptionError("optimizer.schedule.gamma", self.gamma, "must be above 0")
 
     def __call__(self, step: int, steps: int) -> float:
         return self.gamma ** sum(step >= round(milestone * steps) for milestone in self.milestones)
@@ -40,7 +48,7 @@ class OneCycle:
     """Linear from `start` to 1 at the fraction `peak` of the run, then linear to `end`; momentum stays as it is.
 
     Source: Smith, Topin, "Super-convergence: very fast training of neural networks using large learning rates", 2018.
-    Raises `OptionError` unless 0 < peak < 1.
+    Raises `OptionError` unless 0 < peak < 1, start and end are 0 or more.
     """
 
     start: float
@@ -50,6 +58,9 @@ class OneCycle:
     def __post_init__(self) -> None:
         if not 0 < self.peak < 1:
             raise OptionError("optimizer.schedule.peak", self.peak, "must be a part of the run: above 0, below 1")
+        for name, value in {"start": self.start, "end": self.end}.items():
+            if not value >= 0:
+                raise OptionError(f"optimizer.schedule.{name}", value, "must be 0 or more")
 
     def __call__(self, step: int, steps: int) -> float:
         done = step / steps
@@ -62,8 +73,8 @@ class OneCycle:
 class SGD:
     """SGD with momentum, its rate `lr` times the schedule's factor.
 
-    `decay_norm=False` exempts batch norm's weights and biases from the weight decay, `decay_spatial=False` the
-    convolutions in groups: the spatial operators of DW and Group. `OptionError` where there are none.
+    `decay_norm=False` exempts batch norm's weights and biases from the weight decay, `decay_spatial=False` the spatial
+    operators of DW and Group. Raises `OptionError`.
     """
 
     lr: float
@@ -73,6 +84,16 @@ class SGD:
     decay_norm: bool
     decay_spatial: bool
     schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise OptionError("optimizer.lr", self.lr, "must be above 0")
+        if not 0 <= self.momentum < 1:
+            raise OptionError("optimizer.momentum", self.momentum, "must be 0 or more, below 1")
+        if self.nesterov and self.momentum == 0:
+            raise OptionError("optimizer.nesterov", "true", "needs a momentum above 0")
+        if not self.weight_decay >= 0:
+            raise OptionError("optimizer.weight_decay", self.weight_decay, "must be 0 or more")
 
     def build(self, network: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The schedule is to be stepped once a batch."""
@@ -87,14 +108,13 @@ class SGD:
         return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step, total_steps))
 
     def exempt(self, network: nn.Module) -> list[nn.Parameter]:
-        """What no weight decay is for."""
-        layers = [] if self.decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
-        if not self.decay_spatial:
-            spatial = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-            if not spatial:
-                raise OptionError("optimizer.decay_spatial", "false", "needs block_type=DW or Group")
-            layers += spatial
-        return [p for layer in layers for p in layer.parameters()]
+        """What no weight decay is for. Raises `OptionError` where `decay_spatial=False` finds nothing."""
+        norms = [] if self.decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
+        pairs = [] if self.decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
+        spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
+        if not (spatial or self.decay_spatial):
+            raise OptionError("optimizer.decay_spatial", "false", "needs block_type=DW or Group")
+        return spatial + [p for norm in norms for p in norm.parameters()]
 
 
 def parameter_groups(network: nn.Module, weight_decay: float, exempt: list[nn.Parameter]) -> list[dict]:

@@ -48,6 +48,10 @@ def check(cfg: DictConfig) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise OptionError(name, value, "must be a whole number, 1 or more")
+    if cfg.max_skipped < 0:
+        raise OptionError("max_skipped", cfg.max_skipped, "must be 0 or more")
+    if cfg.checkpoint_every is not None and cfg.checkpoint_every < 0:
+        raise OptionError("checkpoint_every", cfg.checkpoint_every, "must be 0 or more minutes, or null")
 
 
 def start_weights(start: Start, method: Method, data: pl.LightningDataModule) -> None:

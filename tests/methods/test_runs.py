@@ -22,6 +22,7 @@ from odcheap.summary import write_student
 from tests.recorder import Recorder
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+AVERAGED = {f"{name}, averaged": [f"method={name}", "method.average_decay=0.9"] for name in ("alone", "od")}
 DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
 DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"_target_": "odcheap.convs.Standard"}}
 DIGITS |= {"backbone": {"_target_": "odcheap.backbones.CifarResNet", "_partial_": True, "depth": 8}}
@@ -30,11 +31,11 @@ RECIPE = SGD(0.02, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedu
 
 @pytest.fixture
 def options(tmp_path):
-    """A method's options: kd needs a teacher's weights."""
+    """A method's options, also where it is asked for averages: kd needs a teacher's weights."""
     torch.manual_seed(0)
     write_student(tmp_path / "teacher.safetensors", CifarResNet(8, Standard(), 10), DIGITS)
     given = {"kd": [f"method.teacher_weights={tmp_path}/teacher.safetensors"]}
-    return lambda name: [f"method={name}", *given.get(name, [])]
+    return lambda name: AVERAGED.get(name) or [f"method={name}", *given.get(name, [])]
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_converted_network_of_torchvision_takes_a_step(made, name):
     assert take(method, optimizer, *batch(method, size=4, side=64)).finite
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *AVERAGED])
 def test_recorded_steps_train_as_plain_ones_do(made, name):
     """Averages and growing weights belong to the recorded step."""
     states = []
@@ -138,13 +139,13 @@ def test_recorded_steps_train_as_plain_ones_do(made, name):
             _ = step(images, target) if recorded else take(method, optimizer, images, target)
             schedule.step()
         assert not recorded or step.recordings
-        assert name != "pcl" or method.averages.steps == 8
+        assert (name == "pcl" or name in AVERAGED) == (method.averages is not None and method.averages.steps == 8)
         states.append(method.state_dict())
     for key, expected in states[0].items():
         torch.testing.assert_close(states[1][key], expected, atol=1e-9, rtol=1e-9, msg=key)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *AVERAGED])
 def test_a_run_beats_chance_and_resumes_exactly(command, options, name, tmp_path):
     straight, again = tmp_path / "straight", tmp_path / "again"
     given = [*TINY, "data.val_size=237", "trainer.max_epochs=4", "checkpoint_every=0", "checkpoint_keep=100"]
@@ -222,13 +223,14 @@ def test_a_run_goes_on_with_its_own_teacher_only(command, tmp_path):
     assert result.status == 0, result.err
 
 
-def test_an_average_can_be_the_product(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["pcl", "od, averaged"])
+def test_an_average_can_be_the_product(command, options, tmp_path, monkeypatch, name):
     def choose(self, epoch, module):
         self.selected = {"candidate": 3, "epoch": epoch, "score": 0.5}
 
     monkeypatch.setattr("odcheap.callbacks.Record.choose", choose)
     job_dir = tmp_path / "run"
-    result = command(*TINY, "method=pcl", f"job_dir={job_dir}")
+    result = command(*TINY, *options(name), f"job_dir={job_dir}")
     assert result.status == 0, result.err
     assert "average of student 1 <- chosen" in result.out
     found = json.loads((job_dir / "summary.json").read_text())

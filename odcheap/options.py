@@ -1,0 +1,94 @@
+"""Values that no option may have, refused by name before any part is built with them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from odcheap import folder, launch
+from odcheap.errors import OptionError
+
+PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
+PATHS += ("method.teacher_weights", "hydra.sweep.dir")
+HYDRA_S_OWN = ("_partial_", "_recursive_", "_convert_", "_args_")
+NEEDED = ("job_dir", "data_dir", "data.load.data_dir")
+LISTS = ("logger", "experiment")  # groups of which several may be chosen
+NULLABLE = ("checkpoint_every", "data.workers")  # numbers that may be left away
+FRACTIONS = ("checkpoint_every", "data.val_size", "data.load.test_size")  # not whole, whatever their defaults are
+MOST = 2**53  # beyond it not every whole number is a float of its own
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The config of these overrides; inside a run of Hydra's only."""
+    return hydra.compose("config", overrides=[launch.quoted(o) for o in overrides])
+
+
+def check_choices(arguments: list[str], conf: Path) -> None:
+    """Refuses what is no name where a part is chosen by its name; Hydra's own errors of it are no lines."""
+    places = [place.relative_to(conf) for place in conf.rglob("*") if place.is_dir()]
+    groups = {str(place) for place in places if "hydra" not in place.parts}
+    given = [argument for argument in arguments if folder.key_of(argument) in groups and "=" in argument]
+    for override in OverridesParser.create().parse_overrides(given):
+        group, value = override.key_or_group, override.value()
+        for chosen in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = chosen if isinstance(chosen, list) and group in LISTS else [chosen]
+            if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
+                allowed = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
+                raise OptionError(group, override.input_line.partition("=")[2], f"must be one of {allowed}")
+
+
+def check_paths(cfg: DictConfig) -> None:
+    for key in PATHS:
+        value = OmegaConf.select(cfg, key, default="")
+        if not isinstance(value, str) and (value is not None or key in NEEDED):
+            allowed = "must be a path (./5 where a folder is called 5)"
+            raise OptionError(key, "null" if value is None else value, allowed)
+
+
+def check_types(cfg: DictConfig, overrides: list[str]) -> None:
+    """Refuses a word for a number, half a piece and the like: an option is of its default's kind."""
+    groups = set(HydraConfig.get().runtime.choices)
+    default = compose([o for o in overrides if folder.key_of(o) in groups])
+    for key in [folder.key_of(o) for o in overrides if folder.key_of(o) not in groups]:
+        value = OmegaConf.select(cfg, key)
+        if key.replace(".", "/") in groups:
+            raise OptionError(key, value, f"is a part, chosen as {key.replace('.', '/')}=NAME")
+        check_type(key, value, OmegaConf.select(default, key))
+
+
+def check_type(key: str, value: Any, default: Any) -> None:
+    """Raises `OptionError` where `value` is not of the kind of `default`. Lightning sees to what is its own."""
+    not_ours = key.startswith(("trainer.", "logger."))
+    if key.rpartition(".")[2] in HYDRA_S_OWN:
+        raise OptionError(key, value, "is no option: it says how conf/ is put together")
+    if isinstance(default, DictConfig) and not isinstance(value, DictConfig):
+        raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
+    whole_part = isinstance(value, DictConfig) and "_target_" in value
+    if key.startswith("logger.") and key.count(".") == 1 and not (value is None or whole_part):
+        raise OptionError(key, value, "is a part, chosen as logger=NAME")
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise OptionError(key, value, "must be true or false")
+    if isinstance(default, str) and not isinstance(value, str) and key != "capture" and not not_ours:
+        raise OptionError(key, "null" if value is None else value, "must be a word")
+    if isinstance(default, ListConfig):
+        if not isinstance(value, ListConfig):
+            example = f"{key}={list(default)}".replace(" ", "")
+            raise OptionError(key, value, f"must be a list, such as {example}")
+        for entry in value:
+            check_number(key, entry, whole=False)
+    if type(default) in (int, float) and not (value is None and (key in NULLABLE or not_ours)):
+        check_number(key, value, whole=type(default) is int and key not in FRACTIONS and not not_ours)
+
+
+def check_number(key: str, value: Any, whole: bool) -> None:
+    if type(value) not in (int, float):
+        raise OptionError(key, "null" if value is None else value, "must be a number")
+    if not math.isfinite(value) or abs(value) > MOST:
+        raise OptionError(key, value, "must be a number, none beyond 2^53")
+    if whole and type(value) is not int:
+        raise OptionError(key, value, "must be a whole number")

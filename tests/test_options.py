@@ -1,0 +1,81 @@
+"""Values that no option may have."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from odcheap.costs import CONF
+from odcheap.errors import OptionError
+from odcheap.options import check_choices, check_paths, check_type
+
+PART = OmegaConf.create({"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "default", "words"),
+    [
+        ("num_stu", "four", 4, "num_stu=four: must be a number"),
+        ("num_stu", True, 4, "num_stu=True: must be a number"),
+        ("num_stu", None, 4, "num_stu=null: must be a number"),
+        ("num_stu", 2.5, 4, "num_stu=2.5: must be a whole number"),
+        ("seed", 10**30, 0, r"none beyond 2\^53"),
+        ("optimizer.lr", float("nan"), 0.1, "optimizer.lr=nan: must be a number, none beyond"),
+        ("optimizer.lr", -float("inf"), 0.1, "optimizer.lr=-inf: must be a number, none beyond"),
+        ("overwrite", 1, False, "overwrite=1: must be true or false"),
+        ("data.load", "x", PART, "data.load=x: must be a part with options of its own"),
+        ("data.mean", 0.5, OmegaConf.create([0.1, 0.2]), "must be a list, such as data.mean=.0.1,0.2."),
+        ("data.mean", OmegaConf.create(["x"]), OmegaConf.create([0.1]), "data.mean=x: must be a number"),
+        ("select", None, "val", "select=null: must be a word"),
+        ("logger.csv", OmegaConf.create([1]), None, "logger.csv=.1.: is a part, chosen as logger=NAME"),
+        ("method._partial_", False, True, "is no option"),
+    ],
+)
+def test_what_is_not_of_the_default_s_kind_is_refused(key, value, default, words):
+    with pytest.raises(OptionError, match=words):
+        check_type(key, value, default)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [
+        ("data.val_size", 0.1, 5000),
+        ("checkpoint_every", None, 15),
+        ("checkpoint_every", 0.5, 15),
+        ("optimizer.lr", 1, 0.1),
+        ("data.mean", OmegaConf.create([0, 0.5]), OmegaConf.create([0.1, 0.2])),
+        ("resume", "auto", None),
+        ("capture", True, "auto"),
+        ("logger.mine", OmegaConf.create({"_target_": "x"}), None),
+        ("logger.csv", None, None),
+        ("trainer.devices", "auto", "1"),
+        ("trainer.log_every_n_steps", None, 1),
+    ],
+)
+def test_what_an_option_may_be_is_taken(key, value, default):
+    check_type(key, value, default)
+
+
+@pytest.mark.parametrize(
+    "given", ["method=od,dml", "method=glob(*)", "experiment=[cifar10_od,short]", "seed=3", "x=[1]"]
+)
+def test_names_of_parts_are_taken_in_sweeps_too(given):
+    check_choices(["-m", given], CONF)
+
+
+@pytest.mark.parametrize("given", ["method=3", "method=[od,dml]", "block_type={DW: 1}", "optimizer/schedule=null"])
+def test_what_names_no_part_is_refused_with_the_names(given):
+    with pytest.raises(OptionError, match=r"must be one of \w+, \w+"):
+        check_choices([given], CONF)
+
+
+def test_paths_are_words():
+    check_paths(OmegaConf.create({"resume": None, "job_dir": "5", "data_dir": "data"}))
+    with pytest.raises(OptionError, match="job_dir=5: must be a path"):
+        check_paths(OmegaConf.create({"job_dir": 5}))
+    with pytest.raises(OptionError, match="data_dir=null: must be a path"):
+        check_paths(OmegaConf.create({"data_dir": None}))
+
+
+def test_a_part_given_like_a_value_is_told_how_it_is_chosen(command, tmp_path):
+    result = command("data=digits", "optimizer.schedule=cosine", f"job_dir={tmp_path}/run")
+    assert (result.status, result.out) == (1, "")
+    assert result.err == "error: optimizer.schedule=cosine: is a part, chosen as optimizer/schedule=NAME\n"
