@@ -52,7 +52,7 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Liste
 def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> sweeps.Outcome:
     cfg = start.cfg
     options.check_types(cfg, start.overrides)
-    run.check(cfg)
+    options.check_values(cfg)
     data = instantiate(cfg.data)
     data.read()
     check_batches(data, launch.processes(cfg))
@@ -72,8 +72,8 @@ def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> s
     method.check_precision(str(cfg.trainer.precision))
     check_image_size(students.members[0], data.image_size, choices.backbone)
     run.start_weights(start, method, data)
-    folder.make_folder(start.job_dir)
     if launch.needs_processes(cfg):
+        folder.make_folder(start.job_dir)
         launch.start_processes(Path(__file__), start, listener)
         return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
     with seeded(cfg.seed, "standard"):

@@ -16,6 +16,7 @@ from odcheap.errors import OptionError
 Conv = Callable[[int, int, int], nn.Module]
 
 DEEPEST = 1202  # of He et al.'s; a slip of the hand would be built until the memory is gone
+WIDEST = 100  # of a wide ResNet's factor and a DenseNet's growth: published ones are 20 and 48 at most
 
 
 class CifarResNet(nn.Module):
@@ -149,10 +150,11 @@ def densenet(depth: int, growth: int, num_classes: int) -> Plain:
     """DenseNet without bottlenecks or compression, (N, 3, H, W) -> maps (N, C, H/4, W/4).
 
     Source: Huang et al., "Densely connected convolutional networks", 2017, section 4.2: three blocks, a first
-    convolution of 16 channels. Raises `OptionError` where the depth is not 3n + 4.
+    convolution of 16 channels. Raises `OptionError` where the depth is not 3n + 4 or the growth not 1 to 100.
     """
     if not 7 <= depth <= DEEPEST or (depth - 4) % 3:
         raise OptionError("backbone.network.depth", depth, "must be 3n + 4 with n >= 1: 7, 10, ..., 40, ..., 1201")
+    check_width("growth", growth)
     layers, channels = [conv3x3(3, 16)], 16
     for block in range(3):
         if block:
@@ -161,6 +163,11 @@ def densenet(depth: int, growth: int, num_classes: int) -> Plain:
             layers.append(DenseLayer(channels, growth))
             channels += growth
     return Plain(nn.Sequential(*layers, before(channels)), channels, num_classes)
+
+
+def check_width(name: str, value: int) -> None:
+    if not isinstance(value, int) or not 1 <= value <= WIDEST:
+        raise OptionError(f"backbone.network.{name}", value, f"must be a whole number, 1 to {WIDEST}")
 
 
 class DenseLayer(nn.Module):
@@ -177,10 +184,12 @@ class DenseLayer(nn.Module):
 def wide_resnet(depth: int, width: int, num_classes: int) -> Plain:
     """Wide ResNet with activations before the convolutions, (N, 3, H, W) -> maps (N, 64 * width, H/4, W/4).
 
-    Source: Zagoruyko and Komodakis, "Wide residual networks", 2016. Raises `OptionError` where the depth is not 6n + 4.
+    Source: Zagoruyko and Komodakis, "Wide residual networks", 2016. Raises `OptionError` where the depth is not 6n + 4
+    or the width not 1 to 100.
     """
     if not 10 <= depth <= DEEPEST or (depth - 4) % 6:
         raise OptionError("backbone.network.depth", depth, "must be 6n + 4 with n >= 1: 10, 16, 22, 28, ..., 1198")
+    check_width("width", width)
     layers, channels = [conv3x3(3, 16)], 16
     for out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
         for k in range((depth - 4) // 6):

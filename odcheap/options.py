@@ -20,7 +20,13 @@ NEEDED = ("job_dir", "data_dir", "data.load.data_dir")
 LISTS = ("logger", "experiment")  # groups of which several may be chosen
 NULLABLE = ("checkpoint_every", "data.workers")  # numbers that may be left away
 FRACTIONS = ("checkpoint_every", "data.val_size", "data.load.test_size")  # not whole, whatever their defaults are
-MOST = 2**53  # beyond it not every whole number is a float of its own
+CHOICES = {
+    "capture": ("auto", True, False),
+    "select": ("val", "last", "test"),
+    "on_nonfinite": ("stop", "skip"),
+    "weights_head": ("keep", "new"),
+}
+MOST = 2**53  # of whole numbers: beyond it not every one is a float of its own
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -68,6 +74,8 @@ def check_type(key: str, value: Any, default: Any) -> None:
         raise OptionError(key, value, "is no option: it says how conf/ is put together")
     if isinstance(default, DictConfig) and not isinstance(value, DictConfig):
         raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
+    if key in ("data.seed", "data.select"):
+        raise OptionError(key, value, f"is no option of its own: give {key.removeprefix('data.')}")
     whole_part = isinstance(value, DictConfig) and "_target_" in value
     if key.startswith("logger.") and key.count(".") == 1 and not (value is None or whole_part):
         raise OptionError(key, value, "is a part, chosen as logger=NAME")
@@ -85,10 +93,27 @@ def check_type(key: str, value: Any, default: Any) -> None:
         check_number(key, value, whole=type(default) is int and key not in FRACTIONS and not not_ours)
 
 
+def check_values(cfg: DictConfig) -> None:
+    """Refuses what no part would refuse before the training has begun."""
+    for name in sorted(OmegaConf.missing_keys(cfg)):
+        raise OptionError(name, "???", "must be given")
+    for name, allowed in CHOICES.items():
+        if cfg[name] not in allowed:
+            raise OptionError(name, cfg[name], f"must be one of {', '.join(map(str, allowed)).lower()}")
+    counts = {"trainer.max_epochs": cfg.trainer.max_epochs, "checkpoint_keep": cfg.checkpoint_keep}
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(name, value, "must be a whole number, 1 or more")
+    if cfg.max_skipped < 0:
+        raise OptionError("max_skipped", cfg.max_skipped, "must be 0 or more")
+    if cfg.checkpoint_every is not None and cfg.checkpoint_every < 0:
+        raise OptionError("checkpoint_every", cfg.checkpoint_every, "must be 0 or more minutes, or null")
+
+
 def check_number(key: str, value: Any, whole: bool) -> None:
     if type(value) not in (int, float):
         raise OptionError(key, "null" if value is None else value, "must be a number")
-    if not math.isfinite(value) or abs(value) > MOST:
-        raise OptionError(key, value, "must be a number, none beyond 2^53")
+    if not math.isfinite(value) or (type(value) is int and abs(value) > MOST):
+        raise OptionError(key, value, "must be finite, and a whole number within 2^53")
     if whole and type(value) is not int:
         raise OptionError(key, value, "must be a whole number")

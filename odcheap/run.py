@@ -29,29 +29,6 @@ logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greeting
 
 
 CAPTURED_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 scales its loss anew
-CHOICES = {
-    "capture": ("auto", True, False),
-    "select": ("val", "last", "test"),
-    "on_nonfinite": ("stop", "skip"),
-    "weights_head": ("keep", "new"),
-}
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuses what no part would refuse before the training has begun."""
-    for name in sorted(OmegaConf.missing_keys(cfg)):
-        raise OptionError(name, "???", "must be given")
-    for name, allowed in CHOICES.items():
-        if cfg[name] not in allowed:
-            raise OptionError(name, cfg[name], f"must be one of {', '.join(map(str, allowed)).lower()}")
-    counts = {"trainer.max_epochs": cfg.trainer.max_epochs, "checkpoint_keep": cfg.checkpoint_keep}
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise OptionError(name, value, "must be a whole number, 1 or more")
-    if cfg.max_skipped < 0:
-        raise OptionError("max_skipped", cfg.max_skipped, "must be 0 or more")
-    if cfg.checkpoint_every is not None and cfg.checkpoint_every < 0:
-        raise OptionError("checkpoint_every", cfg.checkpoint_every, "must be 0 or more minutes, or null")
 
 
 def start_weights(start: Start, method: Method, data: pl.LightningDataModule) -> None:
@@ -149,6 +126,7 @@ class Run:
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
         """Trains, tests the selected epoch and the last one, writes the folder, returns the summary."""
         trainer = self.trainer(loggers=True)
+        make_folder(self.start.job_dir)
         with state.occupied(self.start.job_dir) if trainer.is_global_zero else nullcontext():
             return self.train_and_test(trainer, standard)
 
@@ -228,6 +206,7 @@ class Run:
     def test_only(self) -> dict[str, Any]:
         """Evaluates a checkpoint or given weights, writes `test.json` and nothing else."""
         trainer = self.trainer(loggers=False)
+        make_folder(self.start.job_dir)
         if self.start.content is not None:
             self.module.load_state_dict(self.start.content["state_dict"])
             self.record.selected = {"candidate": 0, "epoch": self.start.content["epoch"], "score": -1.0}
@@ -244,7 +223,6 @@ class Run:
         result = {"selected": self.chosen(found), **found}
         result |= {"split": self.data.fingerprint, "versions": summary.versions()}
         if trainer.is_global_zero:
-            make_folder(self.start.job_dir)
             summary.write_json(self.start.job_dir / "test.json", result)
             summary.show(self.console, result, f"{self.start.job_dir}: test only")
         return result

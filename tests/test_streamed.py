@@ -286,6 +286,11 @@ def test_networks_and_pictures_that_do_not_go_together_are_refused_by_name(comma
         (["backbone=resnet18", "block_type=Standard", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K"),
         (["backbone=resnet18", "backbone.init=svd"], "backbone.init=svd: must be one of auto, fit, kaiming"),
         (["backbone=densenet40", "backbone.network.depth=41"], "backbone.network.depth=41: must be 3n + 4"),
+        (["backbone=densenet40", "backbone.network.growth=10000"], "backbone.network.growth=10000: must be a whole"),
+        (
+            ["backbone=wrn16_4", "backbone.network.width=0"],
+            "backbone.network.width=0: must be a whole number, 1 to 100",
+        ),
     ],
 )
 def test_bad_networks_are_one_line(command, tmp_path, options, message):
