@@ -4,9 +4,10 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from odcheap.errors import Failure
 from odcheap.predict import plain
 
 BASELINE = "alone"
@@ -47,12 +48,13 @@ def spread(values: list[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Row:
-    """A method in one setting: its runs by seed, and those of `alone` (none where it is `alone`)."""
+    """A method in one setting: its runs by seed, and those of its baseline (none where it is that itself)."""
 
     setting: str
     method: str
     by_seed: dict[Any, Finished]
     baseline: dict[Any, Finished]
+    over: str = BASELINE  # the baseline's name
 
     def of(self, figure: Figure) -> Spread | None:
         found = (figure(run.summary) for run in self.by_seed.values())
@@ -92,6 +94,14 @@ def rows(runs: Iterable[Finished]) -> list[Row]:
         for method in sorted(methods, key=lambda name: name != BASELINE):
             found.append(Row(setting, method, methods[method], {} if method == BASELINE else baseline))
     return found
+
+
+def against(found: list[Row], name: str) -> list[Row]:
+    """The same rows with the one so named as the baseline of all, whatever their settings; `Failure` without it."""
+    named = {row.name: row.by_seed for row in found}
+    if name not in named:
+        raise Failure(f"--against={name}: must be one of {'; '.join(sorted(named))}")
+    return [replace(row, baseline={} if row.name == name else named[name], over=name) for row in found]
 
 
 def mean_student(summary: Summary) -> float | None:

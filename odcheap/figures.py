@@ -99,7 +99,7 @@ def below_hundred(axes: Axes) -> None:
 
 
 def gains(rows: list[Row]) -> Figure:
-    """Each method's gain over `alone`, with two standard errors; hollow where zero is among them."""
+    """Each method's gain over its baseline, with two standard errors; hollow where zero is among them."""
     found = [(row, row.gain(mean_student)) for row in rows if row.baseline]
     found = [(row, gain) for row, gain in found if gain is not None]
     figure = Figure(figsize=(8, 1.4 + 0.34 * max(1, len(found))), layout="constrained")
@@ -112,7 +112,8 @@ def gains(rows: list[Row]) -> Figure:
     axes.axvline(0, color="#BBBBBB", zorder=0)
     axes.margins(y=0.5 / max(1, len(found)))
     axes.set_yticks(range(len(found)), [row.name for row, _ in reversed(found)])
-    axes.set_xlabel("gain of the mean student over alone, same seed, percentage points (bars: two standard errors)")
+    over = found[0][0].over
+    axes.set_xlabel(f"gain of the mean student over {over}, same seed,\npercentage points (bars: two standard errors)")
     seeds = " or ".join(map(str, sorted({gain.n for _, gain in found})))
     axes.set_title(f"What the methods bring (n = {seeds}; hollow: not resolved)", loc="left", fontsize=11)
     return cleared(figure)

@@ -5,12 +5,13 @@ from torch import Tensor
 from odcheap.errors import OptionError
 
 REDUCTIONS = ("batchmean", "mean")
+HOTTEST = 1e6  # its square times a loss is still far from the largest float32
 
 
 def check_distillation(temperature: float, reduction: str = "batchmean") -> None:
-    """Raises `OptionError` unless the temperature is above 0 and the reduction is known."""
-    if not temperature > 0:
-        raise OptionError("method.temperature", temperature, "must be above 0")
+    """Raises `OptionError` unless the temperature is above 0, at most a million, and the reduction is known."""
+    if not 0 < temperature <= HOTTEST:
+        raise OptionError("method.temperature", temperature, "must be above 0, at most a million")
     if reduction not in REDUCTIONS:
         raise OptionError("method.kl_reduction", reduction, f"must be one of {', '.join(REDUCTIONS)}")
 

@@ -18,18 +18,7 @@ from rich.text import Text
 from odcheap import compare, costs, figures, latency, study
 from odcheap.card import code
 from odcheap.cli import console, failed, hydra_line
-from odcheap.compare import (
-    Row,
-    Spread,
-    cost_of,
-    ensemble,
-    epochs,
-    hours,
-    mean_student,
-    selected_student,
-    teacher_of,
-    training_macs,
-)
+from odcheap.compare import Row, Spread, cost_of, mean_student, selected_student
 from odcheap.errors import Failure
 from odcheap.files import write_text
 from odcheap.predict import plain
@@ -38,9 +27,9 @@ from odcheap.study import Found
 KINDS = ("head", "gated", "mean", "ema", "frozen")
 READING = """Top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
 students after the last epoch, nothing picked; *selected*: the one that was best on held-out images, so for `alone` the
-best of independent students. Gains over `alone` are paired by seed, in percentage points; one smaller than two standard
-errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15 multiply-accumulates. Teachers of
-different kinds are not comparable."""
+best of independent students. Gains over `{over}` are paired by seed, in percentage points; one smaller than two
+standard errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15 multiply-accumulates.
+Teachers of different kinds are not comparable."""
 SMOKE = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
@@ -54,6 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--val", action="store_true", help="figures of the held-out images: to decide by, not to publish"
     )
+    parser.add_argument("--against", metavar="ROW", help="gains are over this row, such as od, and not over alone")
     parser.add_argument("--costs", action="store_true", help="what every network of conf/ costs with every block type")
     given = parser.parse_args(arguments)
     try:
@@ -64,7 +54,7 @@ def main(arguments: list[str]) -> int:
         found = study.read(given.dirs)
         if given.status:
             return status(found)
-        return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency, given.val)
+        return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency, given.val, given.against)
     except (HydraException, OmegaConfBaseException) as error:
         return failed(hydra_line(error, costs.CONF))
     except Failure as error:
@@ -84,13 +74,14 @@ def status(found: list[Found]) -> int:
     return int("failed" in counts)
 
 
-def write(found: list[Found], out: Path, timed: bool, val: bool) -> int:
+def write(found: list[Found], out: Path, timed: bool, val: bool, against: str | None) -> int:
     if val:
         found = [e._replace(run=e.run._replace(summary=compare.held_out(e.run.summary))) if e.run else e for e in found]
     finished = [entry for entry in found if entry.run is not None]
     if not finished:
         raise Failure(f"no finished run among {len(found)}; --status says more")
     rows = compare.rows(entry.run for entry in finished)
+    rows = rows if against is None else compare.against(rows, against)
     times = latency.measured(finished) if timed else {}
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw(rows, times, out)
@@ -147,13 +138,13 @@ def columns(rows: list[Row], times: dict[str, float]) -> dict[str, list[Any]]:
         "gain": [row.gain(mean_student) for row in rows],
         "selected": [row.of(selected_student) for row in rows],
         "selected gain": [row.gain(selected_student) for row in rows],
-        "ensemble": [row.of(ensemble) for row in rows],
+        "ensemble": [row.of(compare.ensemble) for row in rows],
     }
-    made |= {f"teacher ({kind})": [row.of(teacher_of(kind)) for row in rows] for kind in KINDS}
-    for name, figure in (("params", cost_of("params")), ("macs", cost_of("macs")), ("epochs", epochs)):
+    made |= {f"teacher ({kind})": [row.of(compare.teacher_of(kind)) for row in rows] for kind in KINDS}
+    for name, figure in (("params", cost_of("params")), ("macs", cost_of("macs")), ("epochs", compare.epochs)):
         made[name] = [None if (value := row.of(figure)) is None else round(value.mean) for row in rows]
-    made["training PMACs"] = [scaled(row.of(training_macs), 1e-15) for row in rows]
-    made["hours"] = [scaled(row.of(hours), 1) for row in rows]
+    made["training PMACs"] = [scaled(row.of(compare.training_macs), 1e-15) for row in rows]
+    made["hours"] = [scaled(row.of(compare.hours), 1) for row in rows]
     made["latency ms"] = [times.get(row.name) for row in rows]
     return {name: values for name, values in made.items() if any(v is not None and v != "" for v in values)}
 
@@ -165,7 +156,7 @@ def markdown(found: list[Found], rows: list[Row], times: dict[str, float], drawn
     lines += [
         "| " + " | ".join(cell(name, values[k]) for name, values in table.items()) + " |" for k in range(len(rows))
     ]
-    lines += ["", f"{images}. {READING}"]
+    lines += ["", f"{images}. {READING.format(over=in_cell(rows[0].over))}"]
     for name in drawn:
         lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)"]
     lines += ["", *differences(rows), *others(found, rows)]

@@ -2,7 +2,8 @@ import statistics
 
 import pytest
 
-from odcheap.compare import Finished, Spread, mean_student, rows, selected_student, teacher_of
+from odcheap.compare import Finished, Spread, against, mean_student, rows, selected_student, teacher_of
+from odcheap.errors import Failure
 
 
 def run(method, seed, students, selected, **options):
@@ -50,6 +51,19 @@ def test_settings_are_compared_within_themselves():
     ]  # fmt: skip
     assert [found[k].gain(mean_student).mean for k in (1, 3)] == pytest.approx([0.2, 0.4])
     assert found[0].gain(mean_student) is found[2].gain(mean_student) is None
+
+
+def test_gains_over_a_named_row_are_paired_by_seed_across_settings():
+    runs = [run("od", seed, (0.5 + 0.1 * seed,), 0.5, num_stu=4) for seed in (0, 1)]
+    runs += [run("od", seed, (0.6 + 0.2 * seed,), 0.5, num_stu=8) for seed in (0, 1)]
+    found = rows([*runs, run("od", 0, (0.4,), 0.5, num_stu=2), run("alone", 0, (0.45,), 0.5, num_stu=4)])
+    gains = {row.name: row.gain(mean_student) for row in against(found, "od, num_stu=4")}
+    assert gains["od, num_stu=4"] is None
+    assert gains["od, num_stu=8"] == Spread(2, pytest.approx(0.15), pytest.approx(statistics.stdev([0.1, 0.2])))
+    assert gains["od, num_stu=2"].mean == pytest.approx(-0.1)
+    assert gains["alone, num_stu=4"].mean == pytest.approx(-0.05)
+    with pytest.raises(Failure, match="--against=dml: must be one of alone, num_stu=4; od, num_stu=2; od"):
+        against(found, "dml")
 
 
 def test_a_method_s_own_options_tell_its_runs_apart():

@@ -65,6 +65,15 @@ def test_to_decide_there_are_the_held_out_images(sweep):
     assert "Held-out images. Top-1" in text
 
 
+def test_gains_may_be_over_another_row(sweep, capsys):
+    assert main([str(sweep), "--against", "od", "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "| alone | 3 | 51.00 ± 1.00 | -10.00 ± 0.00 |" in text
+    assert "Gains over `od` are paired by seed" in text
+    assert main([str(sweep), "--against", "kd", "--no-latency"]) == 1
+    assert capsys.readouterr().err == "error: --against=kd: must be one of alone; dml; od\n"
+
+
 def test_a_teacher_s_own_training_is_counted(tmp_path):
     plant(tmp_path / "kd", "kd")
     assert main([str(tmp_path), "--no-latency"]) == 0
