@@ -1,19 +1,27 @@
-"""How long finished runs' students take here, each kind of network once."""
+"""How long finished runs' students take here, and the standard network in their place, each kind once."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from odcheap import compare, deploy
+from odcheap.convs import Standard
 from odcheap.errors import Failure
 from odcheap.files import read_safetensors
-from odcheap.rebuild import rebuilt, settings_of
+from odcheap.rebuild import built, rebuilt, settings_of
 from odcheap.study import Found
 
 
-def measured(found: list[Found], seconds: float = 1.0) -> dict[str, float]:
-    """Milliseconds of one picture by the row's name; nothing for a student that cannot be rebuilt."""
+class Times(NamedTuple):
+    """Milliseconds of one picture."""
+
+    student: float
+    standard: float
+
+
+def measured(found: list[Found], seconds: float = 1.0) -> dict[str, Times]:
+    """By the row's name; nothing for a student that cannot be rebuilt."""
     folders = {id(entry.run): entry.folder for entry in found}
-    by_network: dict[str, float | None] = {}
-    times: dict[str, float] = {}
+    by_network: dict[str, Times | None] = {}
+    times: dict[str, Times] = {}
     for row in compare.rows(entry.run for entry in found):
         run = next(iter(row.by_seed.values()))
         kind = repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
@@ -24,13 +32,15 @@ def measured(found: list[Found], seconds: float = 1.0) -> dict[str, float]:
     return times
 
 
-def of(path: Any, seconds: float) -> float | None:
+def of(path: Any, seconds: float) -> Times | None:
     """None where the student cannot be rebuilt, as one of an older version."""
     try:
         tensors, metadata = read_safetensors(path)
         settings = settings_of(metadata, "student", path)
-        network = rebuilt(settings, tensors, "student", str(path))
+        student = rebuilt(settings, tensors, "student", str(path))
+        standard = built(settings, Standard(), "student", str(path)).eval()
     except Failure:
         return None
     size = tuple(settings["image_size"])
-    return 1000 * deploy.latency(deploy.fastest_onnx(network, size), size, 1, seconds)
+    models = (deploy.fastest_onnx(network, size) for network in (student, standard))
+    return Times(*(1000 * deploy.latency(model, size, 1, seconds) for model in models))

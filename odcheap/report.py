@@ -21,6 +21,7 @@ from odcheap.cli import console, failed, hydra_line
 from odcheap.compare import Row, Spread, cost_of, mean_student, selected_student
 from odcheap.errors import Failure
 from odcheap.files import write_text
+from odcheap.latency import Times
 from odcheap.predict import plain
 from odcheap.study import Found
 
@@ -29,7 +30,8 @@ READING = """Top-1 in per cent, mean ± sample deviation over n seeds (none with
 students after the last epoch, nothing picked; *selected*: the one that was best on held-out images, so for `alone` the
 best of independent students. Gains over `{over}` are paired by seed, in percentage points; one smaller than two
 standard errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15 multiply-accumulates.
-Teachers of different kinds are not comparable."""
+Milliseconds are of one picture in ONNX Runtime here, the student's and the standard network's. Teachers of different
+kinds are not comparable."""
 SMOKE = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
@@ -91,15 +93,15 @@ def write(found: list[Found], out: Path, timed: bool, val: bool, against: str | 
     return 0
 
 
-def draw(rows: list[Row], times: dict[str, float], out: Path) -> list[str]:
+def draw(rows: list[Row], times: dict[str, Times], out: Path) -> list[str]:
     """Names of the figures that there was something to draw for. A $ in somebody's options begins no formula."""
     with matplotlib.rc_context({"text.parse_math": False}):
         return drawn_plainly(rows, times, out)
 
 
-def drawn_plainly(rows: list[Row], times: dict[str, float], out: Path) -> list[str]:
+def drawn_plainly(rows: list[Row], times: dict[str, Times], out: Path) -> list[str]:
     by_macs = points(rows, lambda row: scaled(row.of(cost_of("macs")), 1e-6))
-    by_time = points(rows, lambda row: times.get(row.name))
+    by_time = points(rows, lambda row: times[row.name].student if row.name in times else None)
     stage = "val" if any("val/student_0/top1" in record for row in rows for record in records_of(row)) else "train"
     made = {
         "accuracy_macs": figures.trade_off(by_macs, "multiply-accumulates of one picture, millions")
@@ -128,7 +130,7 @@ def points(rows: list[Row], cost: Any) -> list[figures.Point]:
     return [figures.Point(r.method, r.setting, x, y) for r, x, y in found if x is not None and y is not None]
 
 
-def columns(rows: list[Row], times: dict[str, float]) -> dict[str, list[Any]]:
+def columns(rows: list[Row], times: dict[str, Times]) -> dict[str, list[Any]]:
     """The report's table, column by column: text, whole numbers, floats and spreads; None is a gap."""
     made: dict[str, list[Any]] = {
         "setting": [row.setting for row in rows],
@@ -145,11 +147,12 @@ def columns(rows: list[Row], times: dict[str, float]) -> dict[str, list[Any]]:
         made[name] = [None if (value := row.of(figure)) is None else round(value.mean) for row in rows]
     made["training PMACs"] = [scaled(row.of(compare.training_macs), 1e-15) for row in rows]
     made["hours"] = [scaled(row.of(compare.hours), 1) for row in rows]
-    made["latency ms"] = [times.get(row.name) for row in rows]
+    for column, part in (("latency ms", "student"), ("standard ms", "standard")):
+        made[column] = [getattr(times[row.name], part) if row.name in times else None for row in rows]
     return {name: values for name, values in made.items() if any(v is not None and v != "" for v in values)}
 
 
-def markdown(found: list[Found], rows: list[Row], times: dict[str, float], drawn: list[str], images: str) -> str:
+def markdown(found: list[Found], rows: list[Row], times: dict[str, Times], drawn: list[str], images: str) -> str:
     lines = ["# Report", "", *about(found), ""]
     table = columns(rows, times)
     lines += ["| " + " | ".join(table) + " |", "|" + "---|" * len(table)]
@@ -218,7 +221,7 @@ def others(found: list[Found], rows: list[Row]) -> Iterator[str]:
         yield from (f"- {code(entry.folder.name)}: {entry.state}; {code(entry.reason)}" for entry in unfinished)
 
 
-def as_csv(rows: list[Row], times: dict[str, float]) -> str:
+def as_csv(rows: list[Row], times: dict[str, Times]) -> str:
     """The same table, with unrounded fractions: a spread is three columns."""
     text = io.StringIO()
     table = {}

@@ -122,6 +122,27 @@ def test_experiments_compose(composed, experiment):
     instantiate(cfg.optimizer)
 
 
+@pytest.mark.parametrize(
+    ("short", "options"),
+    [
+        ([], []),
+        (["cifar10_short"], ["trainer.max_epochs=120"]),
+        (["short"], ["num_stu=1", "trainer.max_epochs=30"]),
+    ],
+)
+def test_matched_compute_is_one_student_for_as_long_as_all_of_od_s(composed, short, options):
+    """In each form, by the command that its recipe tells."""
+    one, all_of_them = (
+        composed(f"experiment=[{','.join([name, *short])}]", "block_type=DW", *given)
+        for name, given in (("cifar10_matched", options), ("cifar10_od", []))
+    )
+    assert one.num_stu == 1
+    assert one.trainer.max_epochs == all_of_them.num_stu * all_of_them.trainer.max_epochs
+    assert one.optimizer == all_of_them.optimizer
+    head = (CONF / "experiment" / "cifar10_matched.yaml").read_text().partition("defaults:")[0]
+    assert not short or f"experiment=[{','.join(['cifar10_matched', *short])}] {' '.join(options)}" in head
+
+
 def test_reference_is_the_2019_code_to_the_letter(composed):
     cfg = composed("experiment=reference")
     assert (cfg.method.kl_reduction, cfg.method.temperature, cfg.method.detach_teacher) == ("mean", 4.0, False)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 from odcheap import latency
 from odcheap.backbones import CifarResNet
 from odcheap.compare import Finished
-from odcheap.convs import DW
+from odcheap.convs import DW, Standard
 from odcheap.study import Found
 from odcheap.summary import write_student
 
@@ -28,11 +28,15 @@ def run(folder, method, settings=SETTINGS):
 
 def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
     calls = []
-    fast = SimpleNamespace(fastest_onnx=lambda *_: b"", latency=lambda *given: calls.append(given) or 0.002)
+    fast = SimpleNamespace(
+        fastest_onnx=lambda network, _: sum(p.numel() for p in network.parameters()),
+        latency=lambda size, *_: calls.append(size) or size,
+    )
     monkeypatch.setattr(latency, "deploy", fast)
     found = [run(tmp_path / name, name) for name in ("alone", "od")]
-    assert latency.measured(found) == {"alone": 2.0, "od": 2.0}
-    assert len(calls) == 1
+    student, standard = (sum(p.numel() for p in CifarResNet(8, conv, 2).parameters()) for conv in (DW(), Standard()))
+    assert latency.measured(found) == dict.fromkeys(("alone", "od"), (1000 * student, 1000 * standard))
+    assert calls == [student, standard]
 
 
 def test_a_student_that_cannot_be_rebuilt_is_a_gap(tmp_path):

@@ -25,7 +25,7 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "measured", lambda found: {"alone": 0.5})
+    monkeypatch.setattr(latency, "measured", lambda found: {"alone": latency.Times(0.5, 1.5)})
     folder = tmp_path / "sweep"
     for seed, value in enumerate((0.50, 0.52, 0.51)):
         plant(folder / f"alone-{seed}", "alone", seed, value)
@@ -54,7 +54,8 @@ def test_the_report(sweep, capsys):
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["alone", "dml", "od"]
     assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
-    assert (rows[0]["gain mean"], rows[0]["latency ms"], rows[2]["latency ms"]) == ("", "0.5", "")
+    assert [rows[0][name] for name in ("gain mean", "latency ms", "standard ms")] == ["", "0.5", "1.5"]
+    assert rows[2]["latency ms"] == rows[2]["standard ms"] == ""
 
 
 def test_to_decide_there_are_the_held_out_images(sweep):
