@@ -323,7 +323,7 @@ def one_step(command, tmp_path, monkeypatch):
     name=st.sampled_from(OPTIONS),
     value=st.recursive(st.none() | st.booleans() | st.integers(-5, 70) | st.text(max_size=8), st.lists, max_leaves=4),
 )
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_of_any_option_is_taken_or_refused_in_one_line(one_step, name, value):
     one_step(name, json.dumps(value, ensure_ascii=False))
 
