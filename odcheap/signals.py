@@ -137,7 +137,7 @@ def leaving(job_dir: Path, listener: Listener, again: bool) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        if rank_zero_only.rank in (0, None) and job_dir.is_dir():
+        if rank_zero_only.rank in (0, None):
             leave(stop, job_dir, listener, again)
         raise
 
@@ -145,7 +145,8 @@ def leaving(job_dir: Path, listener: Listener, again: bool) -> Iterator[None]:
 def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None:
     by_worker = listener.led and state.read(job_dir).get("state") == "stopped"
     if not by_worker:
-        state.mark(job_dir, "stopped", stop.name)
+        if job_dir.is_dir():  # it is made late, so that what is refused leaves none
+            state.mark(job_dir, "stopped", stop.name)
         way = f"saved; resume={job_dir} continues" if all_paths(job_dir) else "nothing was saved yet"
         by_cluster = stop.signum != signal.SIGINT and not listener.requeue_by_submitit and again
         print(f"{stop.name}: {way}{slurm.requeue() if by_cluster else ''}", flush=True)

@@ -45,6 +45,7 @@ class Begun:
         with self.process:
             self.said += self.process.stdout
             status = self.process.wait()
+        assert overdue.is_alive(), "it, or a process that it has started, had to be ended"
         overdue.cancel()
         return status
 

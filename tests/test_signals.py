@@ -60,6 +60,13 @@ def test_a_signal_while_testing_ends_the_run_which_is_then_completed(tmp_path, c
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+def test_a_signal_before_there_is_a_folder_has_its_line_too(tmp_path, command, own_signals, monkeypatch):
+    monkeypatch.setattr("odcheap.run.Run.trainer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    run = command(*TINY, f"job_dir={tmp_path}/run")
+    assert (run.status, run.out) == (143, "SIGTERM: nothing was saved yet\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     """Both come while the process sleeps, so no step can have ended between them."""
     run = Begun("trainer.max_epochs=300", "job_dir=run", cwd=tmp_path)
