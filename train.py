@@ -72,13 +72,14 @@ def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> s
     method.check_precision(str(cfg.trainer.precision))
     check_image_size(students.members[0], data.image_size, choices.backbone)
     run.start_weights(start, method, data)
-    if launch.needs_processes(cfg):
-        folder.make_folder(start.job_dir)
-        launch.start_processes(Path(__file__), start, listener)
-        return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
     trial = run.Run(start, data, method, recipe, listener)
+    if launch.needs_processes(cfg):
+        trial.trainer(loggers=False)  # what Lightning refuses is one line here, and one of each process there
+        folder.make_folder(start.job_dir)
+        launch.start_processes(Path(__file__), start, listener)
+        return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
     summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
     return sweeps.Outcome(str(start.job_dir), "finished", summary)
 

@@ -120,7 +120,7 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
         sweeps.leave_word(Outcome(job_dir(), "failed: ended without a word (killed, or out of memory?)", None))
     try:
         outcome = job()
-    except (Failure, InstantiationException, MisconfigurationException) as error:
+    except (Failure, InstantiationException, MisconfigurationException, OmegaConfBaseException) as error:
         line = explained(error)
         if not in_sweep:
             sys.exit(failed(line))
@@ -159,6 +159,8 @@ def explained(error: BaseException) -> str:
     if isinstance(error, InstantiationException):
         where = str(error).rpartition("full_key: ")[2].strip() or "config"
         return f"{where}: {first_line(error.__cause__ or error)}"
+    if isinstance(error, OmegaConfBaseException):
+        return f"{first_line(error)} (python train.py --help shows every option)"
     return f"trainer: {first_line(error)}"
 
 

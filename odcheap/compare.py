@@ -101,6 +101,8 @@ def against(found: list[Row], name: str) -> list[Row]:
     named = {row.name: row.by_seed for row in found}
     if name not in named:
         raise Failure(f"--against={name}: must be one of {'; '.join(sorted(named))}")
+    if not any(row.by_seed.keys() & named[name].keys() for row in found if row.name != name):
+        raise Failure(f"--against={name}: no other row has a run with one of its seeds, {sorted(named[name])}")
     return [replace(row, baseline={} if row.name == name else named[name], over=name) for row in found]
 
 

@@ -6,10 +6,11 @@ class Failure(Exception):
 
 
 class OptionError(Failure, ValueError):
-    """Names the option, its value and what is allowed."""
+    """Names the option, its value (as it would be given) and what is allowed."""
 
     def __init__(self, option: str, value: object, allowed: str):
-        super().__init__(f"{option}={value}: {allowed}")
+        given = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        super().__init__(f"{option}={given}: {allowed}")
 
     def within(self, group: str) -> "OptionError":
         """The same of the option as it is called in this group of `conf/`."""

@@ -84,7 +84,7 @@ def plan(
     if restarted and not cfg.overwrite and all_paths(Path(cfg.job_dir)):
         resume = "auto"
     if cfg.test_only and not (cfg.resume or cfg.weights):
-        raise OptionError("test_only", "true", "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
+        raise OptionError("test_only", True, "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
     if not resume or (cfg.test_only and not cfg.resume):
         return start_anew(cfg, overrides)
     found = locate(cfg, resume, say)
@@ -149,7 +149,7 @@ def reapply(
 ) -> tuple[DictConfig, list[str]]:
     given = {key_of(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
     kept = [o for o in trust.kept(about["overrides"]) if key_of(o) not in given]
-    merged = [*kept, *(o for o in overrides if key_of(o) != "job_dir"), f"job_dir={job_dir}"]
+    merged = [*kept, *(o for o in overrides if key_of(o) != "job_dir"), f"job_dir={os.path.join('.', job_dir)}"]
     cfg = compose(merged)
     before, now = flat(about["config"]), flat(OmegaConf.to_container(cfg, resolve=True))
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):

@@ -9,6 +9,8 @@ from torch import Tensor
 from odcheap.errors import OptionError
 from odcheap.seeds import generator
 
+LARGEST_SIDE = 4096  # pixels; a slip of the hand would fill the memory
+
 
 @dataclass(frozen=True)
 class Augmentation:

@@ -95,7 +95,8 @@ def start_processes(script: Path, start: Start, listener: Listener) -> None:
     overrides = [o for o in start.overrides if key_of(o) != "job_dir"]
     if start.checkpoint is not None and not any(key_of(o) == "resume" for o in overrides):
         overrides.append("resume=auto")  # a sweep's default, which the process of its own does not have
-    overrides += [f"job_dir={start.job_dir}", "hydra.mode=RUN"]  # an experiment may make every command a sweep
+    overrides.append(f"job_dir={os.path.join('.', start.job_dir)}")
+    overrides.append("hydra.mode=RUN")  # an experiment may make every command a sweep
     command = [sys.executable, "-m", "odcheap.agent", "--standalone", f"--nproc-per-node={devices}", str(script)]
     command += [quoted(o) for o in overrides]
     own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))}

@@ -5,13 +5,13 @@ from torch import Tensor
 from odcheap.errors import OptionError
 
 REDUCTIONS = ("batchmean", "mean")
-HOTTEST = 1e6  # its square times a loss is still far from the largest float32
+COLDEST, HOTTEST = 1e-6, 1e6  # logits over the one, and its square times a loss, stay far from float32's end
 
 
 def check_distillation(temperature: float, reduction: str = "batchmean") -> None:
-    """Raises `OptionError` unless the temperature is above 0, at most a million, and the reduction is known."""
-    if not 0 < temperature <= HOTTEST:
-        raise OptionError("method.temperature", temperature, "must be above 0, at most a million")
+    """Raises `OptionError` unless the temperature is from 1e-6 to 1e6 and the reduction is known."""
+    if not COLDEST <= temperature <= HOTTEST:
+        raise OptionError("method.temperature", temperature, "must be above 0: from 1e-6 to 1e6")
     if reduction not in REDUCTIONS:
         raise OptionError("method.kl_reduction", reduction, f"must be one of {', '.join(REDUCTIONS)}")
 

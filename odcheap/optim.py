@@ -91,7 +91,7 @@ class SGD:
         if not 0 <= self.momentum < 1:
             raise OptionError("optimizer.momentum", self.momentum, "must be 0 or more, below 1")
         if self.nesterov and self.momentum == 0:
-            raise OptionError("optimizer.nesterov", "true", "needs a momentum above 0")
+            raise OptionError("optimizer.nesterov", True, "needs a momentum above 0")
         if not self.weight_decay >= 0:
             raise OptionError("optimizer.weight_decay", self.weight_decay, "must be 0 or more")
 
@@ -113,7 +113,8 @@ class SGD:
         pairs = [] if self.decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
         spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
         if not (spatial or self.decay_spatial):
-            raise OptionError("optimizer.decay_spatial", "false", "needs block_type=DW or Group")
+            allowed = "finds none of the spatial operators that block_type=DW or Group puts in"
+            raise OptionError("optimizer.decay_spatial", False, allowed)
         return spatial + [p for norm in norms for p in norm.parameters()]
 
 

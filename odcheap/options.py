@@ -1,6 +1,5 @@
 """Values that no option may have, refused by name before any part is built with them."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,24 @@ PATHS += ("method.teacher_weights", "hydra.sweep.dir")
 HYDRA_S_OWN = ("_partial_", "_recursive_", "_convert_", "_args_")
 NEEDED = ("job_dir", "data_dir", "data.load.data_dir")
 LISTS = ("logger", "experiment")  # groups of which several may be chosen
-NULLABLE = ("checkpoint_every", "data.workers")  # numbers that may be left away
+NULLABLE = ("checkpoint_every",)  # numbers that may be left away
 FRACTIONS = ("checkpoint_every", "data.val_size", "data.load.test_size")  # not whole, whatever their defaults are
+COUNTS = ("trainer.max_epochs", "trainer.devices", "trainer.num_nodes", "checkpoint_keep")  # from 1
 CHOICES = {
     "capture": ("auto", True, False),
     "select": ("val", "last", "test"),
     "on_nonfinite": ("stop", "skip"),
     "weights_head": ("keep", "new"),
 }
+INSTEAD_OF_NULL = {
+    "method.teacher_network": "torchvision/resnet50",
+    "method.teacher_mean": ListConfig([0.5]),
+    "method.teacher_std": ListConfig([0.5]),
+    "method.teacher_size": 224,
+    "data.workers": 2,
+}
 MOST = 2**53  # of whole numbers: beyond it not every one is a float of its own
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of what networks compute with, in 32 bits
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -42,7 +50,7 @@ def check_choices(arguments: list[str], conf: Path) -> None:
     for override in OverridesParser.create().parse_overrides(given):
         group, value = override.key_or_group, override.value()
         for chosen in value.list if isinstance(value, ChoiceSweep) else [value]:
-            names = chosen if isinstance(chosen, list) and group in LISTS else [chosen]
+            names = chosen if isinstance(chosen, list) and group in LISTS and chosen else [chosen]
             if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
                 allowed = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
                 raise OptionError(group, override.input_line.partition("=")[2], f"must be one of {allowed}")
@@ -53,7 +61,7 @@ def check_paths(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default="")
         if not isinstance(value, str) and (value is not None or key in NEEDED):
             allowed = "must be a path (./5 where a folder is called 5)"
-            raise OptionError(key, "null" if value is None else value, allowed)
+            raise OptionError(key, value, allowed)
 
 
 def check_types(cfg: DictConfig, overrides: list[str]) -> None:
@@ -64,33 +72,52 @@ def check_types(cfg: DictConfig, overrides: list[str]) -> None:
         value = OmegaConf.select(cfg, key)
         if key.replace(".", "/") in groups:
             raise OptionError(key, value, f"is a part, chosen as {key.replace('.', '/')}=NAME")
-        check_type(key, value, OmegaConf.select(default, key))
+        check_tree(key, value, OmegaConf.select(default, key))
+
+
+def check_tree(key: str, value: Any, default: Any) -> None:
+    """`check_type` of a value and, where it is a part, of all that is in it."""
+    check_type(key, value, default)
+    if not isinstance(value, DictConfig) or not isinstance(default, DictConfig):
+        return
+    for name in value:
+        if OmegaConf.is_missing(value, name) or (name in HYDRA_S_OWN and value[name] == default.get(name)):
+            continue
+        check_tree(f"{key}.{name}", value[name], None if OmegaConf.is_missing(default, name) else default.get(name))
 
 
 def check_type(key: str, value: Any, default: Any) -> None:
     """Raises `OptionError` where `value` is not of the kind of `default`. Lightning sees to what is its own."""
-    not_ours = key.startswith(("trainer.", "logger."))
-    if key.rpartition(".")[2] in HYDRA_S_OWN:
-        raise OptionError(key, value, "is no option: it says how conf/ is put together")
-    if isinstance(default, DictConfig) and not isinstance(value, DictConfig):
-        raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
-    if key in ("data.seed", "data.select"):
-        raise OptionError(key, value, f"is no option of its own: give {key.removeprefix('data.')}")
-    whole_part = isinstance(value, DictConfig) and "_target_" in value
-    if key.startswith("logger.") and key.count(".") == 1 and not (value is None or whole_part):
-        raise OptionError(key, value, "is a part, chosen as logger=NAME")
+    check_part(key, value, default)
+    default = INSTEAD_OF_NULL.get(key) if default is None and value is not None else default
+    lightning_s = key.startswith("trainer.") and key not in COUNTS
+    optional = value is None and (key in NULLABLE or key.startswith(("trainer.", "logger.")))
     if isinstance(default, bool) and not isinstance(value, bool):
         raise OptionError(key, value, "must be true or false")
-    if isinstance(default, str) and not isinstance(value, str) and key != "capture" and not not_ours:
-        raise OptionError(key, "null" if value is None else value, "must be a word")
+    if isinstance(default, str) and key not in CHOICES and not (isinstance(value, str) or lightning_s or optional):
+        hint = "" if value is None else f"; in quotes what looks like none: {key}='\"{value}\"'"
+        raise OptionError(key, value, f"must be a word{hint}")
     if isinstance(default, ListConfig):
         if not isinstance(value, ListConfig):
             example = f"{key}={list(default)}".replace(" ", "")
             raise OptionError(key, value, f"must be a list, such as {example}")
         for entry in value:
             check_number(key, entry, whole=False)
-    if type(default) in (int, float) and not (value is None and (key in NULLABLE or not_ours)):
-        check_number(key, value, whole=type(default) is int and key not in FRACTIONS and not not_ours)
+    if type(default) in (int, float) and not optional:
+        check_number(key, value, whole=type(default) is int and key not in FRACTIONS and not lightning_s)
+
+
+def check_part(key: str, value: Any, default: Any) -> None:
+    """`OptionError` where a part is given as a value, or a value that is set elsewhere."""
+    if key.rpartition(".")[2] in HYDRA_S_OWN:
+        raise OptionError(key, value, "is no option: it says how conf/ is put together")
+    whole = (isinstance(value, DictConfig) and "_target_" in value) or (value is None and default is None)
+    if key.startswith("logger.") and key.count(".") == 1 and not whole:
+        raise OptionError(key, value, "is a part, chosen as logger=NAME")
+    if isinstance(default, DictConfig) and not isinstance(value, DictConfig):
+        raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
+    if key in ("data.seed", "data.select"):
+        raise OptionError(key, value, f"is no option of its own: give {key.removeprefix('data.')}")
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -98,11 +125,11 @@ def check_values(cfg: DictConfig) -> None:
     for name in sorted(OmegaConf.missing_keys(cfg)):
         raise OptionError(name, "???", "must be given")
     for name, allowed in CHOICES.items():
-        if cfg[name] not in allowed:
+        if not any(type(cfg[name]) is type(one) and cfg[name] == one for one in allowed):  # 0 is not false
             raise OptionError(name, cfg[name], f"must be one of {', '.join(map(str, allowed)).lower()}")
-    counts = {"trainer.max_epochs": cfg.trainer.max_epochs, "checkpoint_keep": cfg.checkpoint_keep}
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+    for name in COUNTS:
+        value = OmegaConf.select(cfg, name)
+        if type(value) is not int or value < 1:
             raise OptionError(name, value, "must be a whole number, 1 or more")
     if cfg.max_skipped < 0:
         raise OptionError("max_skipped", cfg.max_skipped, "must be 0 or more")
@@ -112,8 +139,10 @@ def check_values(cfg: DictConfig) -> None:
 
 def check_number(key: str, value: Any, whole: bool) -> None:
     if type(value) not in (int, float):
-        raise OptionError(key, "null" if value is None else value, "must be a number")
-    if not math.isfinite(value) or (type(value) is int and abs(value) > MOST):
-        raise OptionError(key, value, "must be finite, and a whole number within 2^53")
+        raise OptionError(key, value, "must be a number")
+    if type(value) is int and abs(value) > MOST:
+        raise OptionError(key, value, "must be within 2^53, as every whole number")
+    if type(value) is float and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
+        raise OptionError(key, value, "must be finite, also in 32 bits: from 1.2e-38 to 1.7e38, or zero")
     if whole and type(value) is not int:
         raise OptionError(key, value, "must be a whole number")

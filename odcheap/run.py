@@ -69,7 +69,7 @@ def captures(cfg: DictConfig) -> bool:
         return False
     reasons = [reason for reason, holds in against.items() if holds]
     if cfg.capture is True and reasons:
-        raise OptionError("capture", "true", f"cannot be: {reasons[0]}")
+        raise OptionError("capture", True, f"cannot be: {reasons[0]}")
     return cfg.capture is not False and not reasons
 
 
@@ -78,7 +78,7 @@ def not_captured(reason: str) -> None:
 
 
 def must_capture(reason: str) -> None:
-    raise OptionError("capture", "true", f"cannot be: {reason}")
+    raise OptionError("capture", True, f"cannot be: {reason}")
 
 
 class Run:
@@ -114,7 +114,7 @@ class Run:
         )
         device = made.strategy.root_device
         if self.cfg.trainer.sync_batchnorm and device.type == "cpu":
-            raise OptionError("trainer.sync_batchnorm", "true", "must be false on CPUs: PyTorch has it for GPUs only")
+            raise OptionError("trainer.sync_batchnorm", True, "must be false on CPUs: PyTorch has it for GPUs only")
         together.check(self.module.method.students.run, device)
         made.precision_plugin.convert_module(
             self.module

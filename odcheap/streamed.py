@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from odcheap.data import Batch, BatchOrder, check_batches
 from odcheap.errors import Failure, OptionError
-from odcheap.images import Normalisation, stacked
+from odcheap.images import LARGEST_SIDE, Normalisation, stacked
 from odcheap.pictures import (
     NO_TARGET,
     TRIES,
@@ -167,12 +167,11 @@ class StreamedData(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_size, self.split_seed = val_size, split_seed
         self.pixels, self.norm, self.workers = image_size, Normalisation(tuple(mean), tuple(std)), workers
-        for option, value in (("crop_ratio", crop_ratio), ("min_scale", min_scale)):
-            if not 0 < value <= 1:
-                raise OptionError(f"data.{option}", value, "must be above 0 and at most 1")
-        for option, value, least in (("image_size", image_size, 1), ("workers", workers or 0, 0)):
-            if not isinstance(value, int) or value < least:
-                raise OptionError(f"data.{option}", value, f"must be a whole number, {least} or more")
+        ranges = {"crop_ratio": (crop_ratio, 0.1, 1), "min_scale": (min_scale, 1e-6, 1)}
+        ranges |= {"image_size": (image_size, 1, LARGEST_SIDE), "workers": (workers or 0, 0, 1024)}
+        for option, (value, least, most) in ranges.items():
+            if not least <= value <= most:
+                raise OptionError(f"data.{option}", value, f"must be from {least} to {most}")
         self.augment = training_transform(image_size, min_scale, flip)
         self.shorter_side = round(image_size / crop_ratio)
         self.centre = evaluation_transform(image_size, self.shorter_side)

@@ -14,6 +14,7 @@ from odcheap.adapters import timm_backbone, torchvision_backbone
 from odcheap.convs import Standard
 from odcheap.errors import OptionError
 from odcheap.files import read_safetensors
+from odcheap.images import LARGEST_SIDE
 from odcheap.pretrained import load_pretrained
 from odcheap.rebuild import rebuilt, settings_of
 
@@ -110,6 +111,7 @@ def read_teacher(
     `published` then names the network, as `torchvision/resnet50` or `timm/resnet18d`. None for `mean`, `std` and `size`
     (pixels a side) means the run's own, or ImageNet's. Raises `OptionError`.
     """
+    check_given(mean, std, size)
     made_with = (images_mean, images_std)
     if published is not None:
         network = of_library(published, path, num_classes)
@@ -123,6 +125,15 @@ def read_teacher(
         raise OptionError(OPTION, path, f"the teacher has {network.num_classes} classes, the data {num_classes}")
     expects = mean or settings["mean"], std or settings["std"], size or settings["image_size"][-1]
     return Teacher(network, made_with, *expects, settings["classes"], settings["split"], history_of(file), str(path))
+
+
+def check_given(mean: Sequence[float] | None, std: Sequence[float] | None, size: int | None) -> None:
+    for option, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or (option == "std" and min(values) <= 0)):
+            allowed = "must be three numbers, and std's above zero"
+            raise OptionError(f"method.teacher_{option}", list(values), allowed)
+    if size is not None and not 1 <= size <= LARGEST_SIDE:
+        raise OptionError("method.teacher_size", size, f"must be 1 to {LARGEST_SIDE} pixels a side")
 
 
 def history_of(student: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import urllib.request
 import zlib
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
+import train
 from odcheap import export, predict, report, sources, trees
 from odcheap.callbacks import Record
 from odcheap.costs import CONF
@@ -289,12 +292,48 @@ def options(node, prefix=""):
             yield from options(node[key], f"{prefix}{key}.")
 
 
-with initialize_config_dir(str(CONF), version_base="1.3"):
-    OPTIONS = sorted({*options(compose("config", [*TINY, "job_dir=unused"]))} - {"test_only"})
+ON_DIGITS = [option for option in TINY if not option.startswith("backbone")]
+PICTURES = ["data=imagefolder", "data_dir=PICTURES", "data.image_size=32", "data.val_size=4", "data.load.test_size=6"]
+PICTURES += ["data.workers=0", "data.batch_size=8", "num_stu=1", "method=alone", "trainer=cpu", "logger=csv"]
+SETTINGS = [TINY, [*TINY, "method=kd", "method.teacher_weights=TEACHER"]]
+SETTINGS += [[*TINY, f"method={name}"] for name in ("alone", "dml", "ffl", "kdcl", "okddip", "one", "pcl")]
+SETTINGS += [[*TINY, "optimizer/schedule=one_cycle"], [*TINY, "block_type=Group", "logger=tensorboard"]]
+SETTINGS += [[*ON_DIGITS, "backbone=resnet56_converted", "backbone.network.depth=8"]]
+SETTINGS += [[*ON_DIGITS, "backbone=wrn16_4", "backbone.network.depth=10", "backbone.network.width=1"]]
+SETTINGS += [[*ON_DIGITS, "backbone=densenet40", "backbone.network.depth=7"], [*PICTURES, "backbone=torchvision"]]
+
+
+def options_by_setting():
+    """(setting, option) for all options of conf/, each in the first setting that has it, and as a part's entry too."""
+    seen = {"test_only"}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for k, setting in enumerate(SETTINGS):
+            for name in sorted({*options(compose("config", [*setting, "job_dir=unused"]))} - seen):
+                seen.add(name)
+                yield k, f"{name}={{}}"
+                if name.count(".") > 1:
+                    part, _, last = name.rpartition(".")
+                    yield k, f"{part}={{{{{last}: {{}}}}}}"
+
+
+OPTIONS = list(options_by_setting())
+
+
+@pytest.fixture(scope="session")
+def files_given(tmp_path_factory):
+    """What the settings need of files."""
+    where = tmp_path_factory.mktemp("given")
+    for k in range(24):
+        (where / "pictures" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20, 3), 10 * k, np.uint8)).save(where / "pictures" / "ab"[k % 2] / f"{k}.png")
+    subprocess.run(
+        [sys.executable, train.__file__, *TINY, "trainer.max_epochs=1", f"job_dir={where}/run"], check=True, cwd=where
+    )
+    return {"TEACHER": f"{where}/run", "PICTURES": f"{where}/pictures"}
 
 
 @pytest.fixture
-def one_step(command, tmp_path, monkeypatch):
+def one_step(command, tmp_path, monkeypatch, files_given):
     """Runs with an option so given: refused with nothing written, or taken until the first step's end."""
 
     def reached(*_):
@@ -302,16 +341,20 @@ def one_step(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Record, "on_train_batch_end", reached)
 
-    def run(name, text):
-        not_to_write_anywhere = ["test_only=true", "weights=nothing.pt"] if name == "job_dir" else []
-        result = command(*TINY, f"job_dir={tmp_path}/run", *not_to_write_anywhere, f"{name}={text}")
+    def run(place, text):
+        setting, option = SETTINGS[place[0]], place[1].format(text)
+        for word, path in files_given.items():
+            setting = [one.replace(word, path) for one in setting]
+        not_to_write_anywhere = ["test_only=true", "weights=nothing.pt"] if option.startswith("job_dir") else []
+        result = command(*setting, f"job_dir={tmp_path}/run", *not_to_write_anywhere, option)
+        name = (place[0], option)
         err = result.err
-        assert result.status == 1, (name, text)
-        assert err.startswith("error: "), (name, text, err)
-        assert err.count("\n") == 1, (name, text, err)
+        assert result.status == 1, name
+        assert err.startswith("error: "), (name, err)
+        assert err.count("\n") == 1, (name, err)
         assert "\x1b" not in result.out + err
         taken = err == "error: the first step has ended\n"
-        assert taken or not list(tmp_path.iterdir()), (name, text, err)
+        assert taken or not list(tmp_path.iterdir()), (name, err)
         for path in tmp_path.iterdir():
             shutil.rmtree(path)
         return taken
@@ -320,25 +363,26 @@ def one_step(command, tmp_path, monkeypatch):
 
 
 @given(
-    name=st.sampled_from(OPTIONS),
+    place=st.sampled_from(OPTIONS),
     value=st.recursive(st.none() | st.booleans() | st.integers(-5, 70) | st.text(max_size=8), st.lists, max_leaves=4),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value_of_any_option_is_taken_or_refused_in_one_line(one_step, name, value):
-    one_step(name, json.dumps(value, ensure_ascii=False))
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(one_step, place, value):
+    one_step(place, json.dumps(value, ensure_ascii=False))
 
 
 @pytest.mark.slow
 def test_every_option_with_every_strange_value_is_taken_or_refused_in_one_line(one_step, capsys):
     taken, wrong = 0, []
-    for name, text in itertools.product(OPTIONS, VALUES):
+    for place, text in itertools.product(OPTIONS, VALUES):
         try:
-            taken += one_step(name, text)
+            taken += one_step(place, text)
         except AssertionError as error:
             wrong.append(error)
             with capsys.disabled():
-                print(f"{name}={text}: {error}", flush=True)
+                print(f"{place} {text}: {error}", flush=True)
+    told = f"{len(OPTIONS) * len(VALUES)} strange values in {len(OPTIONS)} places of {len(SETTINGS)} settings"
     with capsys.disabled():
-        print(f"\n{len(OPTIONS) * len(VALUES)} strange values tried of {len(OPTIONS)} options, {taken} taken")
+        print(f"\n{told} tried, {taken} taken")
     assert not wrong
     assert taken > len(OPTIONS) / 2

@@ -82,5 +82,8 @@ def test_weight_decay_spares_what_it_is_told_to(decay_norm, decay_spatial):
 @pytest.mark.parametrize("conv", [Shift(), Standard()])
 def test_to_spare_spatial_operators_that_are_not_there_is_refused(conv):
     recipe = SGD(decay_norm=True, decay_spatial=False, schedule=STEPS, **RECIPE)
-    with pytest.raises(OptionError, match="optimizer.decay_spatial=false: needs block_type=DW or Group"):
+    with pytest.raises(
+        OptionError,
+        match="optimizer.decay_spatial=false: finds none of the spatial operators that block_type=DW or Group puts in",
+    ):
         recipe.build(CifarResNet(8, conv, 10), 10)
