@@ -26,7 +26,7 @@ CONF = Path(__file__).parent / "conf"
 def main(cfg: DictConfig) -> float | None:
     """One run; in a sweep, one of its runs. Returns the chosen student's held-out accuracy."""
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides = cli.overrides()
     led = current_process().name != "MainProcess"  # joblib's: they would go on for hours where their leader is gone
     with Listener() as listener, ending_with(signals.STARTER) if led else nullcontext():
         return cli.guarded(lambda: train(cfg, overrides, in_sweep, listener), in_sweep)

@@ -173,7 +173,12 @@ def job_dir() -> str:
 
 
 def run_name() -> str:
-    return folder.run_name(list(HydraConfig.get().overrides.task))
+    return folder.run_name(overrides())
+
+
+def overrides() -> list[str]:
+    """The options as they were given, with what stands for another's value still in them."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
 
 
 def precision(accelerator: str) -> str:

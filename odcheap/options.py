@@ -26,6 +26,7 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "weights_head": ("keep", "new"),
 }
+ELSEWHERE = {"data.seed": "seed", "data.select": "select", "method.mean": "data.mean", "method.std": "data.std"}
 INSTEAD_OF_NULL = {
     "method.teacher_network": "torchvision/resnet50",
     "method.teacher_mean": ListConfig([0.5]),
@@ -116,8 +117,8 @@ def check_part(key: str, value: Any, default: Any) -> None:
         raise OptionError(key, value, "is a part, chosen as logger=NAME")
     if isinstance(default, DictConfig) and not isinstance(value, DictConfig):
         raise OptionError(key, value, f"must be a part with options of its own, such as {key}.NAME=VALUE")
-    if key in ("data.seed", "data.select"):
-        raise OptionError(key, value, f"is no option of its own: give {key.removeprefix('data.')}")
+    if key in ELSEWHERE:
+        raise OptionError(key, value, f"is no option of its own: give {ELSEWHERE[key]}")
 
 
 def check_values(cfg: DictConfig) -> None:

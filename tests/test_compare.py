@@ -64,6 +64,8 @@ def test_gains_over_a_named_row_are_paired_by_seed_across_settings():
     assert gains["alone, num_stu=4"].mean == pytest.approx(-0.05)
     with pytest.raises(Failure, match="--against=dml: must be one of alone, num_stu=4; od, num_stu=2; od"):
         against(found, "dml")
+    with pytest.raises(Failure, match=r"--against=od: no other row has a run with one of its seeds, \[5\]"):
+        against(rows([run("od", 5, (0.5,), 0.5), run("alone", 4, (0.5,), 0.5)]), "od")
 
 
 def test_a_method_s_own_options_tell_its_runs_apart():

@@ -120,6 +120,7 @@ def test_experiments_compose(composed, experiment):
     cfg = composed(f"experiment={experiment}")
     assert cfg.trainer.max_epochs >= 1
     instantiate(cfg.optimizer)
+    instantiate(composed(f"experiment={experiment}", "optimizer/schedule=cosine").optimizer)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def test_libraries_are_named(name, run):
         read(run[0], name)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("mean", [0.5]), ("std", [0.0, 0.0, 0.0]), ("std", [1, 1, -1]), ("size", 0), ("size", 10**6)]
+)
+def test_numbers_that_no_picture_has_are_refused(run, option, value):
+    with pytest.raises(OptionError, match=f"method.teacher_{option}="):
+        read(run[0], **{option: value})
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(OptionError, match=r"method.teacher_weights=.*student.safetensors: no such file"):
         read(tmp_path)

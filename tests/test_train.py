@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import hydra
 import pytest
@@ -267,9 +268,9 @@ def test_two_runs_in_one_folder_exclude_each_other(command, tmp_path):
     assert command(*TINY, f"job_dir={job_dir}", "overwrite=true").status == 0  # nothing is left behind
 
 
-def test_resume_auto_starts_continues_and_ends(command, tmp_path):
-    job_dir = tmp_path / "run"
-    arguments = [*TINY, f"job_dir={job_dir}", "resume=auto"]
+def test_resume_auto_starts_continues_and_ends(command):
+    job_dir = Path("5")  # in the working directory; without the ./ it would be a number
+    arguments = [*TINY, f"job_dir=./{job_dir}", "resume=auto", "data.split_seed=${seed}"]
     assert command(*arguments).status == 0
     whole = summary(job_dir)
     result = command(*arguments)
@@ -572,7 +573,11 @@ CKPT = "{tmp}/broken.ckpt"
         (["data.eval_batch_size=0"], "data.eval_batch_size=0: must be a whole number, 1 or more"),
         (["data.val_size=1436"], "data.val_size=1436: must leave 2 images or more to train on"),
         (["num_stu=[1"], ""),
-        (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: needs block_type=DW"),
+        (["num_stu=${nope}"], "Interpolation key 'nope' not found"),
+        (["trainer.strategy=ddp", "trainer.devices=2", "trainer.precision=7"], "trainer: "),
+        (["trainer.devices=auto"], "trainer.devices=auto: must be a number"),
+        (["capture=0"], "capture=0: must be one of auto, true, false"),
+        (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: finds none"),
         (["method.average_decay=0.9", "trainer.precision=bf16-true"], "trainer.precision=bf16-true: averages, which"),
         (["data.crop_padding=8"], "data.crop_padding=8: must be 0 or more, below the images' 8 pixels a side"),
         (["checkpoint_every=-1"], "checkpoint_every=-1: must be 0 or more minutes, or null"),
