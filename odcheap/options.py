@@ -15,7 +15,7 @@ from odcheap.errors import OptionError
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
 PATHS += ("method.teacher_weights", "hydra.sweep.dir")
 HYDRA_S_OWN = ("_partial_", "_recursive_", "_convert_", "_args_")
-NEEDED = ("job_dir", "data_dir", "data.load.data_dir")
+NEEDED = ("job_dir", "data_dir", "data.load.data_dir", "method.teacher_weights")
 LISTS = ("logger", "experiment")  # groups of which several may be chosen
 NULLABLE = ("checkpoint_every",)  # numbers that may be left away
 FRACTIONS = ("checkpoint_every", "data.val_size", "data.load.test_size")  # not whole, whatever their defaults are

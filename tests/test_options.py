@@ -110,6 +110,8 @@ def test_paths_are_words():
         check_paths(OmegaConf.create({"job_dir": 5}))
     with pytest.raises(OptionError, match="data_dir=null: must be a path"):
         check_paths(OmegaConf.create({"data_dir": None}))
+    with pytest.raises(OptionError, match="method.teacher_weights=null: must be a path"):
+        check_paths(OmegaConf.create({"method": {"teacher_weights": None}}))
 
 
 def test_a_part_given_like_a_value_is_told_how_it_is_chosen(command, tmp_path):
