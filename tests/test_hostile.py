@@ -8,8 +8,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import urllib.request
 import zlib
@@ -25,13 +23,16 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-import train
 from odcheap import export, predict, report, sources, trees
+from odcheap.backbones import CifarResNet
 from odcheap.callbacks import Record
+from odcheap.convs import Standard
 from odcheap.costs import CONF
 from odcheap.errors import Failure, OptionError
 from odcheap.files import seal
 from odcheap.reference import load_checkpoint
+from odcheap.summary import write_student
+from tests.test_teacher import SETTINGS as STUDENT
 
 
 class Bomb:
@@ -326,10 +327,10 @@ def files_given(tmp_path_factory):
     for k in range(24):
         (where / "pictures" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 20, 3), 10 * k, np.uint8)).save(where / "pictures" / "ab"[k % 2] / f"{k}.png")
-    subprocess.run(
-        [sys.executable, train.__file__, *TINY, "trainer.max_epochs=1", f"job_dir={where}/run"], check=True, cwd=where
-    )
-    return {"TEACHER": f"{where}/run", "PICTURES": f"{where}/pictures"}
+    classes = [str(digit) for digit in range(10)]
+    teacher = CifarResNet(8, Standard(), len(classes))
+    write_student(where / "student.safetensors", teacher, STUDENT | {"classes": classes})
+    return {"TEACHER": str(where), "PICTURES": f"{where}/pictures"}
 
 
 @pytest.fixture
