@@ -301,7 +301,10 @@ SETTINGS += [[*TINY, f"method={name}"] for name in ("alone", "dml", "ffl", "kdcl
 SETTINGS += [[*TINY, "optimizer/schedule=one_cycle"], [*TINY, "block_type=Group", "logger=tensorboard"]]
 SETTINGS += [[*ON_DIGITS, "backbone=resnet56_converted", "backbone.network.depth=8"]]
 SETTINGS += [[*ON_DIGITS, "backbone=wrn16_4", "backbone.network.depth=10", "backbone.network.width=1"]]
-SETTINGS += [[*ON_DIGITS, "backbone=densenet40", "backbone.network.depth=7"], [*PICTURES, "backbone=torchvision"]]
+SETTINGS += [
+    [*ON_DIGITS, "backbone=densenet40", "backbone.network.depth=7"],
+    [*PICTURES, "backbone=torchvision", "backbone.name=resnet18"],
+]
 
 
 def options_by_setting():
@@ -375,6 +378,8 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(one_step, place
 @pytest.mark.slow
 def test_every_option_with_every_strange_value_is_taken_or_refused_in_one_line(one_step, capsys):
     taken, wrong = 0, []
+    for k in range(len(SETTINGS)):
+        assert one_step((k, "seed={}"), "3"), SETTINGS[k]  # or all of its values would be refused for its own sake
     for place, text in itertools.product(OPTIONS, VALUES):
         try:
             taken += one_step(place, text)
