@@ -15,6 +15,7 @@ from odcheap import cache, pictures
 from odcheap.errors import OptionError
 from odcheap.predict import plain
 
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 NETWORK_TIMEOUT = 60  # seconds without a byte
 
 
@@ -46,9 +47,11 @@ def digits() -> Images:
 def cifar(name: str, data_dir: str, train_images: int, test_images: int, download: bool) -> Images:
     """CIFAR-10 or -100 from the official files, a tree `<data_dir>/<name>/{train,test}/<class>/*`, or a download.
 
-    Raises `OptionError` where none of these is there and whole.
+    Raises `OptionError` where none of these is there and whole, or the name is neither.
     """
-    official = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    if name not in CIFAR:
+        raise OptionError("data.load.name", name, f"must be one of {', '.join(CIFAR)}")
+    official = CIFAR[name]
     root = Path(data_dir)
     if root.exists() and not root.is_dir():
         raise OptionError("data_dir", data_dir, "must be a folder")

@@ -305,6 +305,8 @@ SETTINGS += [
     [*ON_DIGITS, "backbone=densenet40", "backbone.network.depth=7"],
     [*PICTURES, "backbone=torchvision", "backbone.name=resnet18"],
 ]
+SMALL_TREE = ["data.load.train_images=24", "data.load.test_images=24", "data.load.download=false", "data.val_size=4"]
+SETTINGS += [[*TINY[2:], "data=cifar10", "data_dir=TREE", "data.batch_size=8", *SMALL_TREE]]
 
 
 def options_by_setting():
@@ -327,13 +329,15 @@ OPTIONS = list(options_by_setting())
 def files_given(tmp_path_factory):
     """What the settings need of files."""
     where = tmp_path_factory.mktemp("given")
-    for k in range(24):
-        (where / "pictures" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((20, 20, 3), 10 * k, np.uint8)).save(where / "pictures" / "ab"[k % 2] / f"{k}.png")
+    for part in ("pictures", "tree/cifar10/train", "tree/cifar10/test"):
+        for k in range(24):
+            path = where / part / "ab"[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((32, 32, 3), 10 * k, np.uint8)).save(path)
     classes = [str(digit) for digit in range(10)]
     teacher = CifarResNet(8, Standard(), len(classes))
     write_student(where / "student.safetensors", teacher, STUDENT | {"classes": classes})
-    return {"TEACHER": str(where), "PICTURES": f"{where}/pictures"}
+    return {"TEACHER": str(where), "PICTURES": f"{where}/pictures", "TREE": f"{where}/tree"}
 
 
 @pytest.fixture

@@ -575,6 +575,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["num_stu=[1"], ""),
         (["num_stu=${nope}"], "Interpolation key 'nope' not found"),
         (["trainer.strategy=ddp", "trainer.devices=2", "trainer.precision=7"], "trainer: "),
+        (["data=cifar10", "data.load.name=x"], "data.load.name=x: must be one of cifar10, cifar100"),
         (["trainer.devices=auto"], "trainer.devices=auto: must be a number"),
         (["capture=0"], "capture=0: must be one of auto, true, false"),
         (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: finds none"),
