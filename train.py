@@ -35,11 +35,12 @@ def main(cfg: DictConfig) -> float | None:
 def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweeps.Outcome:
     choices = HydraConfig.get().runtime.choices
     options.check_paths(cfg)
+    options.check_types(cfg, overrides)
     launch.check(cfg, choices.trainer, in_sweep)
     launch.share_cores()
     again = in_sweep or slurm.restarted()
     by_default = "auto" if again else None
-    start = folder.plan(cfg, overrides, options.compose, cli.say, by_default, slurm.restarted())
+    start = folder.plan(cfg, overrides, options.checked, cli.say, by_default, slurm.restarted())
     if start.finished:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
         return sweeps.Outcome(str(start.job_dir), "was finished", folder.summary_of(start.job_dir))
@@ -51,7 +52,6 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Liste
 
 def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> sweeps.Outcome:
     cfg = start.cfg
-    options.check_types(cfg, start.overrides)
     options.check_values(cfg)
     data = instantiate(cfg.data)
     data.read()

@@ -25,6 +25,9 @@ from odcheap import folder, launch, mishaps, options, state, sweeps
 from odcheap.errors import Failure, OptionError, first_line
 from odcheap.predict import plain
 from odcheap.sweeps import Outcome
+from odcheap.trust import CONF
+
+EXPLAINED = (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
 
 
 def say(text: str) -> None:
@@ -78,7 +81,8 @@ def hydra_line(error: Exception, conf: Path) -> str:
             return f"{group}={name}: needs the extra sweep: uv sync --extra sweep, or pip install 'odcheap[sweep]'"
         return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}"
     if "Could not override" in str(error) and any(arg.startswith("resume=") for arg in sys.argv):
-        return f"{first_line(error)}; beside resume name the choice that has this option too, such as data=imagefolder"
+        ways = "such as data=imagefolder or logger=tensorboard"
+        return f"{first_line(error)}; beside resume name the choice that has this option too, {ways}"
     return f"{first_line(error)}{nearest(error, conf)} (python train.py --help shows every option)"
 
 
@@ -120,7 +124,7 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
         sweeps.leave_word(Outcome(job_dir(), "failed: ended without a word (killed, or out of memory?)", None))
     try:
         outcome = job()
-    except (Failure, InstantiationException, MisconfigurationException, OmegaConfBaseException) as error:
+    except EXPLAINED as error:
         line = explained(error)
         if not in_sweep:
             sys.exit(failed(line))
@@ -159,8 +163,8 @@ def explained(error: BaseException) -> str:
     if isinstance(error, InstantiationException):
         where = str(error).rpartition("full_key: ")[2].strip() or "config"
         return f"{where}: {first_line(error.__cause__ or error)}"
-    if isinstance(error, OmegaConfBaseException):
-        return f"{first_line(error)} (python train.py --help shows every option)"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return hydra_line(error, CONF)
     return f"trainer: {first_line(error)}"
 
 

@@ -69,6 +69,9 @@ def check(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
     if trainer == "multinode" and not by_torchrun() and not slurm.in_step():
         allowed = "start it with torchrun --nnodes=N --nproc-per-node=M, or with srun; trainer=ddp is for one machine"
         raise OptionError("trainer", trainer, allowed)
+    if cfg.trainer.num_nodes != 1 and nodes() == 1:
+        allowed = "1 machine has been told of; torchrun or srun starts several, with trainer=multinode"
+        raise OptionError("trainer.num_nodes", cfg.trainer.num_nodes, allowed)
     started = nodes() * devices()
     if started > 1 and processes(cfg) != started:
         raise OptionError("trainer", trainer, f"{started} processes were started; trainer=multinode makes them one run")

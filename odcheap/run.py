@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from odcheap import launch, rendezvous, state, summary, together
@@ -15,7 +16,7 @@ from odcheap.callbacks import Narrator, Record
 from odcheap.checkpoint import AtomicCheckpointIO, epoch_path, read_run
 from odcheap.cli import console, say
 from odcheap.data import SELECT_BY, watched
-from odcheap.errors import OptionError
+from odcheap.errors import OptionError, first_line
 from odcheap.files import write_text
 from odcheap.folder import Start, make_folder, prepare
 from odcheap.guard import Guard
@@ -81,6 +82,15 @@ def must_capture(reason: str) -> None:
     raise OptionError("capture", True, f"cannot be: {reason}")
 
 
+def begin_logging(loggers: dict[str, Logger]) -> None:
+    """`OptionError` where one cannot begin: whatever a logger's library raises, it is about what it was given."""
+    for name, logger in loggers.items():
+        try:
+            _ = logger.experiment
+        except Exception as error:
+            raise OptionError("logger", name, f"cannot begin: {first_line(error)}") from error
+
+
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
@@ -108,7 +118,7 @@ class Run:
         made = instantiate(
             self.cfg.trainer,
             callbacks=[guard, self.record, narrator, Interruption(self.listener, self.record, guard)],
-            logger=[instantiate(part) for part in self.cfg.logger.values() if part] if loggers else False,
+            logger=[instantiate(part) for part in self.loggers().values()] if loggers else False,
             plugins=[AtomicCheckpointIO(), launch.environment()],
             limit_val_batches=1.0 if watched(self.data) else 0,
         )
@@ -123,6 +133,9 @@ class Run:
             rendezvous.join("nccl" if device.type == "cuda" else "gloo")
         return made
 
+    def loggers(self) -> dict[str, DictConfig]:
+        return {name: part for name, part in self.cfg.logger.items() if part}
+
     def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
         """Trains, tests the selected epoch and the last one, writes the folder, returns the summary."""
         trainer = self.trainer(loggers=True)
@@ -133,6 +146,7 @@ class Run:
     def train_and_test(self, trainer: pl.Trainer, standard: nn.Module) -> dict[str, Any]:
         if trainer.is_global_zero:
             prepare(self.start)
+            begin_logging(dict(zip(self.loggers(), trainer.loggers, strict=True)))
             write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
             state.mark(self.start.job_dir, "running")
         self.introduce(trainer)

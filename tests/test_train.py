@@ -576,7 +576,12 @@ CKPT = "{tmp}/broken.ckpt"
         (["num_stu=${nope}"], "Interpolation key 'nope' not found"),
         (["trainer.strategy=ddp", "trainer.devices=2", "trainer.precision=7"], "trainer: "),
         (["data=cifar10", "data.load.name=x"], "data.load.name=x: must be one of cifar10, cifar100"),
-        (["trainer.devices=auto"], "trainer.devices=auto: must be a number"),
+        (["trainer.devices=auto"], "trainer.devices=auto: must be a number; CUDA_VISIBLE_DEVICES says which GPUs"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes=2: 1 machine has been told of; torchrun or srun starts several"),
+        (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn: must be one of auto, ddp"),
+        (["num_stu=???"], "num_stu=???: must be given"),
+        (["+method.alpha=3"], "method.alpha=3: is no option of this method"),
+        (["+logger.csv.x=1"], "logger.csv={'x': 1}: is a part, chosen as logger=NAME"),
         (["capture=0"], "capture=0: must be one of auto, true, false"),
         (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: finds none"),
         (["method.average_decay=0.9", "trainer.precision=bf16-true"], "trainer.precision=bf16-true: averages, which"),
@@ -595,6 +600,13 @@ def test_bad_input_is_one_line_without_a_traceback_and_nothing_is_lost(command, 
     assert result.err.count("\n") == 1
     assert "Traceback" not in result.err + result.out
     assert hashes(tmp_path) == before
+
+
+def test_a_logger_that_cannot_begin_ends_the_run_in_one_line_before_it_trains(command, tmp_path):
+    result = command(*TINY[:-1], "logger=tensorboard", "+logger.tensorboard.nope=1", f"job_dir={tmp_path}/run")
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert result.err.startswith("error: logger=tensorboard: cannot begin: SummaryWriter")
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_another_class_count_is_refused_by_name(finished, command, tmp_path):
