@@ -96,7 +96,7 @@ def test_what_is_in_a_part_is_looked_at_too():
         value = OmegaConf.merge(default, {"network": given})
         with pytest.raises(OptionError, match=r"backbone\.network\.(depth|conv|conv\.a|_partial_)="):
             check_tree("backbone", value, default)
-    check_tree("backbone", OmegaConf.merge(default, {"network": {"depth": 20}}), default)
+    check_tree("backbone", OmegaConf.merge(default, {"network": {"depth": 20}, "needed": "x"}), default)
     with pytest.raises(OptionError, match="backbone.network.new=x: is no option of this backbone"):
         check_tree("backbone", OmegaConf.merge(default, {"network": {"new": "x"}}), default)
 
