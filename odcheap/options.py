@@ -107,9 +107,8 @@ def check_tree(key: str, value: Any, default: Any) -> None:
 
 def check_known(part: str, name: str, value: Any, default: DictConfig | None) -> None:
     """`OptionError` for an option that is added to a part which does not have it; libraries have more than conf/."""
-    if (
-        part and not f"{part}.".startswith(LIBRARIES_OWN) and name not in (default or {}).keys()
-    ):  # `in` alone passes over ???
+    known = list(default or {})  # a DictConfig's own `in` passes over what must be given, ???
+    if part and not f"{part}.".startswith(LIBRARIES_OWN) and name not in known:
         raise OptionError(f"{part}.{name}", value, f"is no option of this {part.partition('.')[0]}")
 
 
