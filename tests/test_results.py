@@ -12,7 +12,7 @@ def table(text):
 
 
 def test_the_table_of_results_is_the_report_of_the_kept_runs(tmp_path):
-    """In the README each row has one column more, a time that only a machine can tell."""
+    """In the README each row has two columns more, times that only a machine can tell."""
     results = ROOT / "results" / "cifar10_short"
     assert report.main([str(results), "--no-latency", "--out", str(tmp_path)]) == 0
     rows = table((tmp_path / "report.md").read_text().partition("Gain of the mean student by seed")[0])
