@@ -32,7 +32,9 @@ def test_sixteen_bits_are_too_few_for_an_average():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, "x", False])
 def test_the_decay_is_below_one(decay):
-    with pytest.raises(OptionError, match=f"method.average_decay={str(decay).lower()}: must be a number, 0 or more and below 1"):
+    with pytest.raises(
+        OptionError, match=f"method.average_decay={str(decay).lower()}: must be a number, 0 or more and below 1"
+    ):
         Averages(students(), decay)
 
 
