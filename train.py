@@ -11,13 +11,17 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from odcheap import cli, folder, launch, options, run, signals, slurm, sweeps
-from odcheap.adapters import check_image_size
-from odcheap.convs import Standard
-from odcheap.data import check_batches
-from odcheap.seeds import seeded
-from odcheap.signals import Listener, ending_with, leaving
-from odcheap.students import Students
+from odcheap import cli
+from odcheap.config import options
+from odcheap.data.in_memory import check_batches
+from odcheap.distributed import launch, signals, slurm
+from odcheap.distributed.signals import Listener, ending_with, leaving
+from odcheap.layers.cheap_conv import Standard
+from odcheap.methods.students import Students
+from odcheap.models.wrappers import check_image_size
+from odcheap.runs import resume
+from odcheap.training import experiment, sweep
+from odcheap.utils.seeds import seeded
 
 CONF = Path(__file__).parent / "conf"
 
@@ -32,7 +36,7 @@ def main(cfg: DictConfig) -> float | None:
         return cli.guarded(lambda: train(cfg, overrides, in_sweep, listener), in_sweep)
 
 
-def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweeps.Outcome:
+def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Listener) -> sweep.Outcome:
     choices = HydraConfig.get().runtime.choices
     options.check_paths(cfg)
     options.check_types(cfg, overrides)
@@ -40,17 +44,17 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Liste
     launch.share_cores()
     again = in_sweep or slurm.restarted()
     by_default = "auto" if again else None
-    start = folder.plan(cfg, overrides, options.checked, cli.say, by_default, slurm.restarted())
+    start = resume.plan(cfg, overrides, options.checked, cli.say, by_default, slurm.restarted())
     if start.finished:
         cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
-        return sweeps.Outcome(str(start.job_dir), "was finished", folder.summary_of(start.job_dir))
+        return sweep.Outcome(str(start.job_dir), "was finished", resume.summary_of(start.job_dir))
     if cfg.test_only:
         return carry_out(start, choices, listener)
     with leaving(start.job_dir, listener, again=not cfg.overwrite):
         return carry_out(start, choices, listener)
 
 
-def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> sweeps.Outcome:
+def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> sweep.Outcome:
     cfg = start.cfg
     options.check_values(cfg)
     data = instantiate(cfg.data)
@@ -71,17 +75,17 @@ def carry_out(start: folder.Start, choices: DictConfig, listener: Listener) -> s
     recipe.exempt(method)  # refuses what does not go together, before there is a folder
     method.check_precision(str(cfg.trainer.precision))
     check_image_size(students.members[0], data.image_size, choices.backbone)
-    run.start_weights(start, method, data)
+    experiment.start_weights(start, method, data)
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
-    trial = run.Run(start, data, method, recipe, listener)
+    trial = experiment.Run(start, data, method, recipe, listener)
     if launch.needs_processes(cfg):
         trial.trainer(loggers=False)  # what Lightning refuses is one line here, and one of each process there
-        folder.make_folder(start.job_dir)
+        resume.make_folder(start.job_dir)
         launch.start_processes(Path(__file__), start, listener)
-        return sweeps.Outcome(str(start.job_dir), "finished", folder.result_of(start))
+        return sweep.Outcome(str(start.job_dir), "finished", resume.result_of(start))
     summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
-    return sweeps.Outcome(str(start.job_dir), "finished", summary)
+    return sweep.Outcome(str(start.job_dir), "finished", summary)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,15 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from odcheap import folder, launch, mishaps, options, state, sweeps
-from odcheap.errors import Failure, OptionError, first_line
+from odcheap.config import options
+from odcheap.distributed import launch
 from odcheap.predict import plain
-from odcheap.sweeps import Outcome
-from odcheap.trust import CONF
+from odcheap.runs import resume, status
+from odcheap.runs.trust import CONF
+from odcheap.training import sweep
+from odcheap.training.sweep import Outcome
+from odcheap.utils import mishaps
+from odcheap.utils.errors import Failure, OptionError, first_line
 
 EXPLAINED = (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
 
@@ -39,7 +43,7 @@ def say(text: str) -> None:
 def start(main: Callable[[], None], conf: Path) -> int:
     """Runs Hydra's main, whose config lies in `conf`, and returns the exit status."""
     sys.argv[1:] = [ready(launch.quoted(a) if a.partition("=")[0] in options.PATHS else a, conf) for a in sys.argv[1:]]
-    sweeps.ended.clear()
+    sweep.ended.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they come out below as one line
     try:
         options.check_choices(sys.argv[1:], conf)
@@ -47,17 +51,17 @@ def start(main: Callable[[], None], conf: Path) -> int:
     except OptionError as error:
         return failed(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        sweeps.gather()
+        sweep.gather()
         return failed(hydra_line(error, conf))
     except Exception as error:  # of a launcher or sweeper: what the runs themselves raise is dealt with in `guarded`
-        if not sweeps.gather():
+        if not sweep.gather():
             raise
         failed(f"the sweep ended before its time, the same command continues it: {type(error).__name__}: {error}")
-        sweeps.show(console(), sweeps.ended)
+        sweep.show(console(), sweep.ended)
         return 1
-    if sweeps.ended:
-        sweeps.show(console(), sweeps.ended)
-    return int(any(outcome.summary is None for outcome in sweeps.ended))
+    if sweep.ended:
+        sweep.show(console(), sweep.ended)
+    return int(any(outcome.summary is None for outcome in sweep.ended))
 
 
 def ready(argument: str, conf: Path) -> str:
@@ -92,7 +96,7 @@ def nearest(error: Exception, conf: Path) -> str:
     if unknown is None:
         return ""
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        known = folder.flat(OmegaConf.to_container(hydra.compose("config"), resolve=False))
+        known = resume.flat(OmegaConf.to_container(hydra.compose("config"), resolve=False))
     names = {".".join(name.split(".")[:depth]) for name in known for depth in (1, 2)}
     close = difflib.get_close_matches(unknown[1], sorted(names), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
@@ -121,7 +125,7 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
     """Runs the job. A failure ends a single run with one line, and in a sweep lets the others go on."""
     hush()  # here, where also a launcher's processes come by
     if in_sweep:  # for the time being
-        sweeps.leave_word(Outcome(job_dir(), "failed: ended without a word (killed, or out of memory?)", None))
+        sweep.leave_word(Outcome(job_dir(), "failed: ended without a word (killed, or out of memory?)", None))
     try:
         outcome = job()
     except EXPLAINED as error:
@@ -140,7 +144,7 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
             traceback.print_exc()
         outcome = failure(line or f"{type(error).__name__}: {first_line(error)}")
     if in_sweep:
-        sweeps.leave_word(outcome)
+        sweep.leave_word(outcome)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
 
 
@@ -149,7 +153,7 @@ def failure(line: str) -> Outcome:
     where = Path(job_dir())
     with contextlib.suppress(OSError):  # a folder that cannot be written may be the failure
         where.mkdir(parents=True, exist_ok=True)
-        state.mark(where, "failed", line)
+        status.mark(where, "failed", line)
     return Outcome(str(where), f"failed: {line}", None)
 
 
@@ -177,7 +181,7 @@ def job_dir() -> str:
 
 
 def run_name() -> str:
-    return folder.run_name(overrides())
+    return resume.run_name(overrides())
 
 
 def overrides() -> list[str]:

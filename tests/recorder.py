@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from odcheap.capture import Taken
+from odcheap.training.train_step import Taken
 
 
 class Recorder:

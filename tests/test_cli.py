@@ -2,7 +2,7 @@ import pytest
 
 from odcheap import cli
 from odcheap.cli import explained
-from odcheap.errors import OptionError
+from odcheap.utils.errors import OptionError
 
 
 def test_the_reason_under_a_wrapped_error_is_told():

@@ -11,13 +11,15 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers.test_fuse import settled
 from PIL import Image
 
-from odcheap import card, deploy, pictures, predict
-from odcheap.backbones import CifarResNet
-from odcheap.convs import DW
-from odcheap.forms import Normalised
-from tests.test_forms import settled
+from odcheap import predict
+from odcheap.data import image_files
+from odcheap.export import model_card, onnx
+from odcheap.layers.cheap_conv import DW
+from odcheap.layers.fuse import Normalised
+from odcheap.models.cifar import CifarResNet
 
 PREPROCESS = {"shorter_side": 18, "size": [16, 16], "interpolation": "bilinear"}
 
@@ -27,11 +29,11 @@ def made(tmp_path_factory):
     """An export of a student that was never trained, for two pictures at a time."""
     folder = tmp_path_factory.mktemp("export")
     network = Normalised(settled(CifarResNet(8, DW(), 3)), [0.5] * 3, [0.2] * 3).float().eval()
-    (folder / "student.onnx").write_bytes(deploy.to_onnx(deploy.program(network, (3, 16, 16), batch=2)))
+    (folder / "student.onnx").write_bytes(onnx.to_onnx(onnx.program(network, (3, 16, 16), batch=2)))
     (folder / "preprocess.json").write_text(json.dumps(PREPROCESS))
     (folder / "labels.json").write_text(json.dumps(["cat", "do\x1bg", "größe"]))
     shutil.copyfile(predict.__file__, folder / "predict.py")
-    (folder / "README.md").write_text("\n".join(["# card", "```", *card.sums(folder), "```"]))
+    (folder / "README.md").write_text("\n".join(["# card", "```", *model_card.sums(folder), "```"]))
     return folder
 
 
@@ -54,7 +56,7 @@ def test_a_picture_is_prepared_as_in_training(tmp_path_factory, width, height, s
     if max(width, height) > predict.SLIMMEST * min(width, height):
         return
     ours = predict.prepared(path, {"shorter_side": shorter, "size": [8, 8], "interpolation": "bilinear"})
-    theirs = pictures.evaluation_transform(8, shorter)(predict.decode(path))
+    theirs = image_files.evaluation_transform(8, shorter)(predict.decode(path))
     assert np.array_equal(ours, theirs.numpy().astype(np.float32) / np.float32(255))
 
 
@@ -153,7 +155,7 @@ def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp
 def test_files_that_do_not_fit_together_are_one_line(export, tmp_path, capsys, name, content):
     (export / name).write_text(content)
     (export / "README.md").unlink()
-    (export / "README.md").write_text("\n".join(card.sums(export)))
+    (export / "README.md").write_text("\n".join(model_card.sums(export)))
     pictures_ = [str(noise(tmp_path / f"{'x' * k}.png")) for k in range(1, 9)]
     assert predict.main([str(export), *pictures_]) == 1
     assert "its files do not fit together" in capsys.readouterr().err

@@ -9,9 +9,9 @@ draw from one generator.)
 
 from torch import Tensor, nn
 
-from odcheap.averages import Averages
-from odcheap.method import Method, check_smoothing, cross_entropies, summed
-from odcheap.students import Students
+from odcheap.methods.base import Method, check_smoothing, cross_entropies, summed
+from odcheap.methods.ema import Averages
+from odcheap.methods.students import Students
 
 
 class Alone(Method):

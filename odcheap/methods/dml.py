@@ -12,9 +12,9 @@ which each imitates the mean of the others, is not offered.
 
 from torch import Tensor
 
-from odcheap.losses import check_distillation, soft_kl
-from odcheap.method import Method, cross_entropies, each, summed
-from odcheap.students import Students
+from odcheap.methods.base import Method, cross_entropies, each, summed
+from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.students import Students
 
 
 class DeepMutualLearning(Method):

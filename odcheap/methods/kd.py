@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from odcheap.errors import OptionError
-from odcheap.losses import check_distillation, soft_kl
-from odcheap.method import Method, cross_entropies, each, summed
-from odcheap.students import Students
-from odcheap.teacher import Teacher, read_teacher
+from odcheap.methods.base import Method, cross_entropies, each, summed
+from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.students import Students
+from odcheap.methods.teacher import Teacher, read_teacher
+from odcheap.utils.errors import OptionError
 
 
 class OfflineDistillation(Method):

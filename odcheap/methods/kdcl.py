@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odcheap.errors import OptionError
-from odcheap.losses import check_distillation, soft_kl
-from odcheap.method import Method, cross_entropies, each, summed
-from odcheap.students import Students
+from odcheap.methods.base import Method, cross_entropies, each, summed
+from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.students import Students
+from odcheap.utils.errors import OptionError
 
 TARGETS = ("minlogit", "naive")
 

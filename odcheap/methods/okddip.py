@@ -16,9 +16,9 @@ to listen to.
 import torch
 from torch import Tensor, nn
 
-from odcheap.losses import check_distillation
-from odcheap.method import Method, RampUp, cross_entropies, each, summed
-from odcheap.students import Students
+from odcheap.methods.base import Method, RampUp, cross_entropies, each, summed
+from odcheap.methods.losses import check_distillation
+from odcheap.methods.students import Students
 
 
 class DiversePeers(Method):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.losses import check_distillation, soft_kl
-from odcheap.method import Method, RampUp, cross_entropies, each, summed
-from odcheap.students import Students
+from odcheap.methods.base import Method, RampUp, cross_entropies, each, summed
+from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.students import Students
 
 
 class NativeEnsemble(Method):

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from odcheap.backbones import CifarResNet
-from odcheap.convs import DW
-from odcheap.method import Method
-from odcheap.students import Students
+from odcheap.layers.cheap_conv import DW
+from odcheap.methods.base import Method
+from odcheap.methods.students import Students
+from odcheap.models.cifar import CifarResNet
 
 CLASSES, IMAGES = 5, 7
 TARGET = np.arange(IMAGES) % CLASSES

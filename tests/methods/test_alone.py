@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from methods.formulas import CLASSES, TARGET, ce, check, logits, reached, softmax, students, terms
 
-from odcheap.errors import OptionError
-from odcheap.method import Method
 from odcheap.methods.alone import Alone
+from odcheap.methods.base import Method
 from odcheap.methods.od import OnlineDistillation
-from tests.methods.formulas import CLASSES, TARGET, ce, check, logits, reached, softmax, students, terms
+from odcheap.utils.errors import OptionError
 
 
 def test_the_loss_is_that_of_the_labels():

@@ -1,8 +1,8 @@
 import pytest
+from methods.formulas import ce, check, logits, reached, soft, students, terms
 
-from odcheap.errors import OptionError
 from odcheap.methods.dml import DeepMutualLearning
-from tests.methods.formulas import ce, check, logits, reached, soft, students, terms
+from odcheap.utils.errors import OptionError
 
 
 @pytest.mark.parametrize("num_stu", [2, 3, 4])

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from methods.formulas import ce, check, logits, reached, soft, students, terms
 from torch.nn import functional as F
 
 from odcheap.methods.ffl import FeatureFusion
-from tests.methods.formulas import ce, check, logits, reached, soft, students, terms
 
 
 @pytest.mark.parametrize("num_stu", [2, 4])

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from methods.formulas import CLASSES, ce, check, logits, reached, soft, students, terms
 
-from odcheap.backbones import CifarResNet
-from odcheap.convs import Standard
-from odcheap.errors import OptionError
+from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.kd import OfflineDistillation
-from odcheap.teacher import Teacher
-from tests.methods.formulas import CLASSES, ce, check, logits, reached, soft, students, terms
+from odcheap.methods.teacher import Teacher
+from odcheap.models.cifar import CifarResNet
+from odcheap.utils.errors import OptionError
 
 HALF = (0.5,) * 3
 

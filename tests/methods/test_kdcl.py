@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from methods.formulas import CLASSES, IMAGES, TARGET, ce, check, logits, reached, soft, softmax, students, terms
 
-from odcheap.errors import OptionError
 from odcheap.methods.kdcl import CollaborativeLearning
-from tests.methods.formulas import CLASSES, IMAGES, TARGET, ce, check, logits, reached, soft, softmax, students, terms
+from odcheap.utils.errors import OptionError
 
 
 def min_logit(z):

@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from odcheap.backbones import CifarResNet
-from odcheap.convs import DW
-from odcheap.errors import OptionError
+from odcheap.layers.cheap_conv import DW
 from odcheap.methods.od import OnlineDistillation
-from odcheap.students import Students
+from odcheap.methods.students import Students
+from odcheap.models.cifar import CifarResNet
+from odcheap.utils.errors import OptionError
 
 
 def made(num_stu=3, **options) -> OnlineDistillation:

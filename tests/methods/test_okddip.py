@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from methods.formulas import IMAGES, ce, check, kl, logits, reached, softmax, students, terms
 
 from odcheap.methods.okddip import DiversePeers
-from tests.methods.formulas import IMAGES, ce, check, kl, logits, reached, softmax, students, terms
 
 
 @pytest.mark.parametrize("num_stu", [2, 3, 4])

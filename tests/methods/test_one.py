@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from methods.formulas import ce, check, logits, reached, soft, softmax, students, terms
 
 from odcheap.methods.one import NativeEnsemble
-from tests.methods.formulas import ce, check, logits, reached, soft, softmax, students, terms
 
 
 @pytest.mark.parametrize("num_stu", [2, 4])

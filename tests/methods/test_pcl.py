@@ -1,10 +1,10 @@
 import pytest
 import torch
+from methods.formulas import ce, check, logits, reached, soft, students, terms
 
 from odcheap.methods.alone import Alone
 from odcheap.methods.pcl import PeerCollaborativeLearning
-from odcheap.weights import Weights, below, load_weights
-from tests.methods.formulas import ce, check, logits, reached, soft, students, terms
+from odcheap.runs.load import Weights, below, load_weights
 
 
 @pytest.mark.parametrize("num_stu", [2, 3, 4])

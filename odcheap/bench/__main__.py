@@ -1,0 +1,5 @@
+"""Runs the benchmark: `python -m odcheap.bench`."""
+
+from odcheap.bench.command import main
+
+raise SystemExit(main())

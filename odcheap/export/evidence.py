@@ -1,0 +1,126 @@
+"""The pictures that an export is proven with, and what the trained network answers to them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor, nn
+
+from odcheap.cli import console
+from odcheap.data.image_files import NO_TARGET, EvaluationPictures, decode, evaluation_transform
+from odcheap.data.image_folder import StreamedData
+from odcheap.data.transforms import Normalisation
+from odcheap.models.build import called
+from odcheap.utils.errors import Failure, OptionError, first_line
+
+DATA = {"odcheap.data.in_memory.InMemoryData", "odcheap.data.image_folder.StreamedData"}
+DATA |= {
+    "odcheap.data.cifar.cifar",
+    "odcheap.data.cifar.digits",
+    "odcheap.data.folders.folders",
+    "odcheap.data.folders.imagenet",
+}
+NOISE = 64  # pictures where there are none
+BATCH = 250
+
+
+class Sample(NamedTuple):
+    """An image (C, H, W) uint8, its label, its own file where it has one."""
+
+    image: Tensor
+    label: int
+    path: Path | None
+
+
+class Pictures(NamedTuple):
+    """Files, their labels (None for noise), and the trained network's logits on the pixels that training sees."""
+
+    files: list[Path]
+    target: np.ndarray | None
+    logits: np.ndarray
+
+    def top1(self, logits: np.ndarray) -> float | None:
+        return None if self.target is None else float((logits.argmax(1) == self.target).mean())
+
+
+def data_of(config: dict[str, Any], data_dir: str | None) -> pl.LightningDataModule:
+    """The run's own images, read from `data_dir` (None: where the run had them); nothing is downloaded.
+
+    Raises `OptionError` where they are not there.
+    """
+    try:
+        load = dict(config["data"]["load"])
+        own = {"data_dir": data_dir or load.get("data_dir"), "download": False}
+        load |= {option: value for option, value in own.items() if option in load}
+        data = called(config["data"] | {"load": load}, DATA.__contains__)
+        data.read()
+    except OptionError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OptionError("JOB_DIR", "config.yaml", f"describes no data of odcheap's ({first_line(error)})") from error
+    return data
+
+
+def samples(data: pl.LightningDataModule, part: str, limit: int | None = None) -> Iterator[Sample]:
+    """The readable images of "train" or "test" as evaluation sees them; `limit` of them from all over the part."""
+    count = len(data.labels[part])
+    index = range(count) if limit is None else range(0, count, -(-count // limit))
+    if isinstance(data, StreamedData):
+        files = data.parts[part]
+        pictures = EvaluationPictures(files, data.centre, data.pixels)
+        found = ((pictures[k], files.path(k)) for k in index)
+        yield from (Sample(s.image, int(s.target), path) for s, path in found if int(s.target) != NO_TARGET)
+        return
+    held = data.images
+    if part == "test":
+        yield from (Sample(held.test[k], int(held.test_target[k]), (held.test_files or {k: None})[k]) for k in index)
+    else:
+        own = data.split.train[index.start : index.stop : index.step]
+        yield from (Sample(held.train[k], int(held.train_target[k]), None) for k in own)
+
+
+@torch.inference_mode()
+def of_data(data: pl.LightningDataModule, network: nn.Module, beside: Path) -> Pictures:
+    """The test images, with the logits of the network as training evaluates it; those without files are written."""
+    files, target, logits, waiting = [], [], [], []
+    for image, label, path in watched(samples(data, "test"), len(data.labels["test"]), "the trained network"):
+        files.append(path or written(image, beside / f"{len(files):06d}.png"))
+        target.append(label)
+        waiting.append(image)
+        if len(waiting) == BATCH:
+            logits.append(network(data.norm.apply(torch.stack(waiting))))
+            waiting = []
+    if waiting:
+        logits.append(network(data.norm.apply(torch.stack(waiting))))
+    if not files:
+        raise Failure("data_dir: none of the test pictures can be read")
+    return Pictures(files, np.array(target), torch.cat(logits).numpy())
+
+
+@torch.inference_mode()
+def of_noise(settings: dict[str, Any], network: nn.Module, beside: Path) -> Pictures:
+    """Pictures of noise, soft and hard, for a proof without data."""
+    random, size = torch.Generator().manual_seed(0), settings["image_size"]
+    contrast = torch.linspace(0.1, 1, NOISE)[:, None, None, None]
+    images = (127.5 + 127.5 * contrast * (2 * torch.rand(NOISE, *size, generator=random) - 1)).round().byte()
+    files = [written(image, beside / f"{k:06d}.png") for k, image in enumerate(images)]
+    middle = evaluation_transform(size[-1], settings["shorter_side"])
+    seen = torch.stack([middle(decode(file)) for file in files])
+    norm = Normalisation(tuple(settings["mean"]), tuple(settings["std"]))
+    return Pictures(files, None, network(norm.apply(seen)).numpy())
+
+
+def written(image: Tensor, path: Path) -> Path:
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+def watched(items: Iterator, count: int, what: str) -> Iterator:
+    """The same, with progress on a terminal."""
+    shown = console()
+    return track(items, what, total=count, console=shown, transient=True, disable=not shown.is_terminal)

@@ -1,0 +1,1 @@
+"""Cheap convolutions and the operators they are made of."""

@@ -1,0 +1,1 @@
+"""Backbones, wrappers of torchvision and timm networks, and conversion to cheap convolutions."""

@@ -1,0 +1,1 @@
+"""The LightningModule, callbacks and the experiment."""

@@ -1,0 +1,1 @@
+"""Errors, file access and random seeds."""

@@ -1,0 +1,202 @@
+"""The layouts of class folders, and what is wrong with some of them."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import scipy.io
+from torchvision.datasets import imagenet as archives
+from torchvision.datasets.utils import calculate_md5
+
+from odcheap.data import folders
+from odcheap.utils.errors import OptionError
+
+
+def grow(base, **counts):
+    """`grow(base, train={"cat": 3})` makes the files; the part "root" is the base itself."""
+    for part, classes in counts.items():
+        for name, count in classes.items():
+            folder = base / part.replace("root", ".") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for k in range(count):
+                (folder / f"{k}.jpg").write_bytes(f"{part} {name} {k}".encode())
+    return str(base)
+
+
+TWO = {"cat": 20, "dog": 10}
+
+
+@pytest.mark.parametrize(
+    ("parts", "train", "val", "test"),
+    [
+        (("root",), 27, None, 3),
+        (("train",), 27, None, 3),
+        (("train", "val"), 30, None, 30),
+        (("train", "test"), 30, None, 30),
+        (("train", "val", "test"), 30, 30, 30),
+    ],
+)
+def test_the_layouts(tmp_path, parts, train, val, test):
+    tree = folders.folders(grow(tmp_path, **dict.fromkeys(parts, TWO)), test_size=0.1, split_seed=0)
+    assert tree.classes == ["cat", "dog"]
+    assert (len(tree.train.names), tree.val and len(tree.val.names), len(tree.test.names)) == (train, val, test)
+    for part in (tree.train, tree.val, tree.test):
+        for k in range(len(part.names) if part else 0):
+            assert part.path(k).is_file()
+            assert part.path(k).parent.name == tree.classes[part.target[k]]
+
+
+def test_a_lone_val_is_the_test_and_beside_a_test_it_is_not(tmp_path):
+    lone = folders.folders(grow(tmp_path / "a", train=TWO, val=TWO), 0.1, 0)
+    assert {name.split(b"/")[0] for name in lone.test.names} == {b"val"}
+    both = folders.folders(grow(tmp_path / "b", train=TWO, val=TWO, test=TWO), 0.1, 0)
+    assert {name.split(b"/")[0] for name in both.test.names} == {b"test"}
+    assert {name.split(b"/")[0] for name in both.val.names} == {b"val"}
+
+
+def test_what_is_split_off_is_stratified_and_depends_on_the_seed_and_the_contents_alone(tmp_path):
+    grow(tmp_path, root={"cat": 40, "dog": 10})
+
+    def contents(seed):
+        test = folders.folders(str(tmp_path), 0.2, seed).test
+        return sorted(test.path(k).read_text() for k in range(len(test.names)))
+
+    before = contents(0)
+    assert sum("dog" in text for text in before) == 2
+    assert len(before) == 10
+    assert contents(1) != before
+    for k, file in enumerate(sorted((tmp_path / "cat").iterdir())):
+        file.rename(tmp_path / "cat" / f"renamed{99 - k}.jpg")
+    assert contents(0) == before
+
+
+def test_folders_within_a_class_belong_to_it_and_other_files_are_passed_over(tmp_path):
+    grow(tmp_path, train=TWO, test=TWO)
+    (tmp_path / "train/cat/more/deep").mkdir(parents=True)
+    (tmp_path / "train/cat/more/deep/x.png").write_bytes(b"x")
+    (tmp_path / "train/cat/notes.txt").write_text("")
+    (tmp_path / "train/cat/.DS_Store").write_text("")
+    (tmp_path / "train/.cache").mkdir()
+    for link, target in (("back", ".."), ("self", ".")):
+        (tmp_path / "train/cat" / link).symlink_to(target)
+    tree = folders.folders(str(tmp_path), 0.1, 0)
+    assert len(tree.train.names) == 31
+    assert sorted(tree.passed_over) == ["train/cat/back", "train/cat/notes.txt", "train/cat/self"]
+
+
+def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):
+    grow(tmp_path / "far", root={"bird": 1, "fish": 1})
+    grow(tmp_path / "near", root={"cat": 8})
+    for name in ("bird", "fish"):
+        (tmp_path / "near" / name).symlink_to(tmp_path / "far" / name)
+    tree = folders.folders(str(tmp_path / "near"), 0.3, 0)
+    assert np.bincount(tree.train.target).tolist() == [1, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (
+            {"train": TWO, "test": {"cat": 1, "bird": 1}},
+            "must have the same classes: bird is only in test",
+        ),
+        ({"train": TWO, "test": {"cat": 1}}, "dog is only in train"),
+        ({"root": {"cat": 3, "dog": 0}}, "dog: this class has no pictures"),
+        ({"root": {"cat": 3}}, "needs two classes or more"),
+        ({"val": TWO, "test": TWO}, "has val and test but no train"),
+        ({"train": TWO, "valid": TWO}, "valid: folders of classes are called train, val and test: rename it"),
+        ({"Train": TWO, "Test": TWO}, "Test: folders of classes are called train, val and test"),
+        ({"training": TWO, "validation": TWO}, "training: folders of classes are called"),
+        ({"root": {"bus": 3, "car": 3, "train": 3}}, "train: is taken for pictures to train, not for a class"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, counts, message):
+    with pytest.raises(OptionError, match=f"data_dir=.*{message}"):
+        folders.folders(grow(tmp_path, **counts), 0.1, 0)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(OptionError, match=r"data_dir=.*nowhere: no such folder"):
+        folders.folders(str(tmp_path / "nowhere"), 0.1, 0)
+    with pytest.raises(OptionError, match="needs two classes or more"):
+        folders.folders(str(tmp_path), 0.1, 0)
+    with pytest.raises(OptionError, match=r"must hold train/<wnid>.*ILSVRC2012_img_train.tar"):
+        folders.imagenet(str(tmp_path))
+    with pytest.raises(OptionError, match=r"data.load.test_size=0: there is no test folder"):
+        folders.folders(grow(tmp_path, root=TWO), 0, 0)
+
+
+def test_digests_tell_files_apart_at_either_end(tmp_path):
+    for k, content in enumerate([b"a" + b"x" * 20000, b"x" * 20000 + b"a", b"x" * 20001, b"x" * 20001]):
+        (tmp_path / str(k)).write_bytes(content)
+    found = folders.digests(folders.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0)
+    assert len(set(found)) == 4
+    assert found[2] == found[3]
+
+
+def test_files_that_differ_in_the_middle_only_are_told_apart(tmp_path):
+    """Scans with white margins."""
+    for k in range(5):
+        content = bytearray(b"\xff" * 20_000)
+        content[10_000] = k
+        (tmp_path / str(k)).write_bytes(content)
+    files = folders.Files(str(tmp_path), np.array([str(k).encode() for k in range(5)]), np.zeros(5))
+    assert len(set(folders.digests(files, 0))) == 5
+
+
+def archive(path, members):
+    """A tar file of (name, content); content may be a list of members: a tar within."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for file in members:
+            tar.add(file, arcname=str(file.relative_to(path.parent / "raw")))
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """ImageNet's three archives in the small: two classes, their own checksums."""
+    raw = tmp_path / "raw"
+    wnids = ["n01", "n02"]
+    for wnid in wnids:
+        grow(raw / "pictures", root={wnid: 3})
+        inner = tmp_path / "raw" / f"{wnid}.tar"
+        with tarfile.open(inner, "w") as tar:
+            for file in sorted((raw / "pictures" / wnid).iterdir()):
+                tar.add(file, arcname=file.name)
+    archive(tmp_path / "ILSVRC2012_img_train.tar", [raw / f"{wnid}.tar" for wnid in wnids])
+    for k in range(4):
+        (raw / f"ILSVRC2012_val_{k:08d}.JPEG").write_bytes(f"val {k}".encode())
+    archive(tmp_path / "ILSVRC2012_img_val.tar", sorted(raw.glob("*.JPEG")))
+    kit = raw / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    synsets = np.array(
+        [(1, "n01", "cat, house cat", "", 0), (2, "n02", "dog", "", 0)],
+        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")],
+    )
+    scipy.io.savemat(kit / "meta.mat", {"synsets": synsets})
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n1\n2\n")
+    archive(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", [kit.parent])
+    meta = {part: (name, calculate_md5(tmp_path / name)) for part, (name, _) in archives.ARCHIVE_META.items()}
+    monkeypatch.setattr(archives, "ARCHIVE_META", meta)
+    return tmp_path
+
+
+def test_the_official_archives_are_unpacked_once(official, capsys):
+    for _ in range(2):
+        tree = folders.imagenet(str(official))
+        assert tree.classes == ["n01", "n02"]
+        assert (len(tree.train.names), len(tree.test.names)) == (6, 4)
+        assert sorted(tree.test.path(k).read_text() for k in range(4) if tree.test.target[k] == 0) == ["val 1", "val 2"]
+    assert capsys.readouterr().out.count("unpacking") == 1
+    assert not (official / folders.UNPACKING).exists()
+
+
+def test_damaged_and_half_unpacked_archives_are_refused(official):
+    (official / folders.UNPACKING).mkdir()
+    with pytest.raises(OptionError, match="another process unpacks here, or one was interrupted"):
+        folders.imagenet(str(official))
+    (official / folders.UNPACKING).rmdir()
+    (official / "ILSVRC2012_img_val.tar").write_bytes(b"?")
+    with pytest.raises(OptionError, match="an archive is missing or damaged"):
+        folders.imagenet(str(official))
+    assert not (official / "train").exists()

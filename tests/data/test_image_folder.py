@@ -1,0 +1,383 @@
+"""Pictures from files as batches, and whole runs on small trees of every layout."""
+
+import csv
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import Begun
+from PIL import Image
+
+from odcheap.data.folders import folders
+from odcheap.data.image_folder import Broken, StreamedData
+from odcheap.data.in_memory import watched
+from odcheap.utils.errors import OptionError
+
+SMALL = ["data=imagefolder", "data.image_size=16", "data.min_scale=0.5", "data.workers=0", "data.batch_size=16"]
+SMALL += ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu", "trainer.max_epochs=2", "logger=csv"]
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+UNEVEN = {"red": 30, "green": 12, "blue": 6}
+
+
+def picture(colour, number):
+    """Odd sizes; every seventh one is grey."""
+    random = np.random.default_rng(number)
+    size = (20 + number % 9, 17 + number % 5)
+    pixels = np.clip(np.array(COLOURS[colour]) + random.integers(-60, 60, (*size, 3)), 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels).convert("L" if number % 7 == 3 else "RGB")
+
+
+def plant(base, parts):
+    """{part: {class: count}}; the part "" is the base itself."""
+    number = 0
+    for part, counts in parts.items():
+        for colour, count in counts.items():
+            folder = base / part / colour
+            folder.mkdir(parents=True)
+            for k in range(count):
+                picture(colour, number := number + 1).save(folder / f"{k}.png")
+    return base
+
+
+LAYOUTS = {
+    "flat": {"": UNEVEN},
+    "train and val": {"train": UNEVEN, "val": UNEVEN},
+    "train and test": {"train": UNEVEN, "test": UNEVEN},
+    "all three": {"train": UNEVEN, "val": UNEVEN, "test": UNEVEN},
+}
+
+
+def made(base, rank=0, world=1, **changed):
+    options = {"seed": 0, "select": "val", "select_by": "top1", "batch_size": 10, "eval_batch_size": 7}
+    options |= {"val_size": 0.25, "split_seed": 0, "image_size": 8, "crop_ratio": 0.875, "min_scale": 0.5, "flip": True}
+    options |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "workers": 0, "max_broken": 5} | changed
+    data = StreamedData(load=lambda: folders(str(base), 0.25, 0), name="imagefolder", **options)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, num_devices=1, strategy=strategy)
+    data.read()
+    return data
+
+
+@pytest.fixture
+def flat(tmp_path):
+    return plant(tmp_path / "flat", LAYOUTS["flat"])
+
+
+def equal(ones, others):
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.target, b.target) and a.share == b.share
+        for a, b in zip(ones, others, strict=True)
+    )
+
+
+def test_workers_change_nothing(flat):
+    one, two = made(flat).train_dataloader(), made(flat, workers=2).train_dataloader()
+    for epoch in (0, 1):
+        one.sampler.set_epoch(epoch)
+        two.sampler.set_epoch(epoch)
+        batches = list(one)
+        assert equal(batches, list(two))
+    assert [len(batch.target) for batch in batches] == [10, 10, 7]
+    assert batches[0].images.shape == (10, 3, 8, 8)
+    assert batches[0].images.max() <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_student_may_get_a_view_of_its_own(flat, workers):
+    (flat / "red" / "0.png").write_bytes(b"?")
+    data = made(flat, workers=workers)
+    plain = list(data.train_dataloader())
+    data.views = 2
+    for one, several in zip(plain, data.train_dataloader(), strict=True):
+        assert several.images.shape == (2, *one.images.shape)
+        assert torch.equal(several.images[0], one.images)
+        assert torch.equal(several.target, one.target)
+        assert not torch.equal(several.images[1], one.images)
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in several.images)
+    assert all(batch.images.ndim == 4 for batch in data.val_dataloader())
+
+
+def test_a_resumed_loader_goes_on_where_it_was(flat):
+    whole = list(made(flat).train_dataloader())
+    loader = made(flat).train_dataloader()
+    next(iter(loader))
+    again = made(flat).train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    assert equal(list(again), whole[1:])
+    assert len(list(again)) == 3  # the next epoch is whole
+    finished = made(flat).train_dataloader()
+    finished.load_state_dict(again.state_dict())
+    assert len(list(finished)) == 3
+
+
+def test_the_processes_together_see_the_pictures_of_one(flat):
+    ranks = [list(made(flat, rank, 2).train_dataloader()) for rank in (0, 1)]
+    for k, batch in enumerate(made(flat).train_dataloader()):
+        together = torch.cat([rank[k].images for rank in ranks])
+        assert {image.numpy().tobytes() for image in together} == {image.numpy().tobytes() for image in batch.images}
+    tests = [t for rank in (0, 1) for b in made(flat, rank, 2).test_dataloader() for t in b.target.tolist()]
+    assert sorted(tests) == sorted(made(flat).labels["test"].tolist())
+
+
+def test_the_parts_are_stratified_and_the_split_ignores_seed_and_names(flat):
+    data = made(flat)
+    assert [np.bincount(data.labels[part]).tolist() for part in ("train", "val", "test")] == [
+        [4, 6, 17],  # blue, green, red
+        [1, 2, 6],
+        [1, 4, 7],
+    ] or all(len(np.bincount(data.labels[part])) == 3 for part in ("train", "val", "test"))
+    assert watched(data) == 9
+    other = made(flat, seed=5, batch_size=4)
+    assert (other.fingerprint, list(other.rows())) == (data.fingerprint, list(data.rows()))
+    assert made(flat, split_seed=1).fingerprint != data.fingerprint
+    (flat / "red").rename(flat / "crimson")
+    assert {row[0] for row in made(flat).rows()} != {row[0] for row in data.rows()}
+
+
+def test_broken_pictures_are_left_out_of_evaluation_and_replaced_in_training(flat, capsys):
+    for colour in ("red", "green"):
+        (flat / colour / "0.png").write_bytes(b"?")
+    data = made(flat)
+    seen = dict.fromkeys(("train", "val", "test"), 0)
+    for part, loader in (
+        ("train", data.train_dataloader()),
+        ("val", data.val_dataloader()),
+        ("test", data.test_dataloader()),
+    ):
+        for batch in loader:
+            seen[part] += len(batch.target)
+            assert (batch.target >= 0).all()
+    broken_in = [part for name, _, part in data.rows() if name.endswith("/0.png") and "blue" not in name]
+    assert len(broken_in) == 2
+    for part, count in seen.items():
+        assert count == len(data.labels[part]) - (broken_in.count(part) if part != "train" else 0)
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 2
+    assert "red/0.png cannot be read as a picture" in out
+    assert "1 of data.max_broken=5" in out
+
+
+def test_too_many_broken_pictures_are_the_end():
+    broken = Broken(1)
+    broken.report([("a.jpg", "a.jpg cannot be read")] * 3)
+    with pytest.raises(OptionError, match=r"data.max_broken=1: more pictures cannot be read, the last one b.jpg"):
+        broken.report([("b.jpg", "b.jpg cannot be read")])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("crop_ratio", 0), ("crop_ratio", 1.5), ("min_scale", 0), ("image_size", 0), ("select_by", "f1")],
+)
+def test_impossible_options_are_refused(flat, option, value):
+    with pytest.raises(OptionError, match=f"data.{option}={value}: must be"):
+        made(flat, **{option: value})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_imbalanced_too(command, tmp_path, layout):
+    base, job_dir = plant(tmp_path / "mine", LAYOUTS[layout]), tmp_path / "run"
+    result = command(*SMALL, f"data_dir={base}", f"job_dir={job_dir}")
+    assert result.status == 0, result.err
+    summary = json.loads((job_dir / "summary.json").read_text())
+    with open(job_dir / "split.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["file"] for row in rows) == sorted(str(f.relative_to(base)) for f in base.rglob("*.png"))
+    assert list(summary["classes"]) == ["blue", "green", "red"]
+    for part, count in summary["images"].items():
+        assert sum(row["part"] == part for row in rows) == count > 0
+        for name, counts in summary["classes"].items():
+            assert sum(row["part"] == part and row["class"] == name for row in rows) == counts[part]
+            assert all(f"/{name}/" in f"/{row['file']}" for row in rows if row["class"] == name)
+    chosen = summary["selected"]
+    recalls = [value for value in chosen["recall"].values() if value is not None]
+    assert chosen["balanced_accuracy"] == pytest.approx(sum(recalls) / len(recalls))
+    hits = sum(
+        value * summary["classes"][name]["test"] for name, value in chosen["recall"].items() if value is not None
+    )
+    assert chosen["test_top1"] == pytest.approx(hits / summary["images"]["test"])
+    content = torch.load(job_dir / "checkpoints" / "epoch-0001.ckpt", weights_only=True)
+    assert content["odcheap"]["classes"] == ["blue", "green", "red"]
+
+
+def test_selection_by_balanced_accuracy(command, tmp_path):
+    base = plant(tmp_path / "mine", LAYOUTS["all three"])
+    chosen = {}
+    for by in ("top1", "balanced"):
+        job_dir = tmp_path / by
+        options = [f"data.select_by={by}", "trainer.max_epochs=4", "checkpoint_keep=9", f"job_dir={job_dir}"]
+        assert command(*SMALL, f"data_dir={base}", *options).status == 0
+        chosen[by] = json.loads((job_dir / "summary.json").read_text())["selected"]
+        figure = {"top1": "top1", "balanced": "balanced_accuracy"}[by]
+        with open(job_dir / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        best = max(float(row[f"val/student_{k}/{figure}"]) for row in rows for k in (0, 1))
+        assert chosen[by]["selected_by"] == figure
+        assert chosen[by][f"val_{figure}"] == best
+    assert chosen["balanced"]["val_balanced_accuracy"] >= chosen["top1"]["val_balanced_accuracy"]
+
+
+def test_a_streamed_run_resumed_in_an_epoch_s_middle_equals_the_straight_run(command, tmp_path):
+    base, straight = plant(tmp_path / "mine", {"": {"red": 250, "blue": 250}}), tmp_path / "straight"
+    often = ["checkpoint_every=0", "checkpoint_keep=100", f"job_dir={straight}"]
+    assert command(*SMALL, f"data_dir={base}", *often).status == 0
+    places = sorted((straight / "checkpoints").glob("*step*"))
+    assert len(places) == 4
+    again = tmp_path / "again"
+    result = command(f"resume={places[1]}", f"job_dir={again}", "data=imagefolder", "data.workers=1")
+    assert result.status == 0, result.err
+    assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
+
+
+def test_a_run_and_its_loader_s_processes_end(tmp_path):
+    """After its work, after a failure, and by a signal to the whole group, which reaches the loader's too."""
+    base = plant(tmp_path / "mine", {"": {"red": 100, "blue": 100}})
+    given = [*SMALL, f"data_dir={base}", "data.workers=2", "num_stu=1"]
+    done, failed, told = (
+        Begun(*options, f"job_dir={tmp_path}/{name}", cwd=tmp_path, given=given)
+        for name, options in {"done": [], "failed": ["optimizer.lr=1e30"], "told": ["trainer.max_epochs=500"]}.items()
+    )
+    told.until("epoch 1 (2/500)")
+    os.killpg(told.process.pid, signal.SIGTERM)
+    runs = (done, failed, told)
+    assert [run.end(within=60) for run in runs] == [0, 1, 143], [run.said[-3:] for run in runs]
+    assert "is not finite" in failed.said[-1]
+    assert told.said[-1] == f"SIGTERM: saved; resume={tmp_path}/told continues\n"
+
+
+def test_imagenet_s_layout_trains_with_a_converted_network(command, tmp_path):
+    """The official val is the test; selection is on a held-out part of train."""
+    base = plant(tmp_path / "imagenet", {"train": {"red": 20, "blue": 20}, "val": {"red": 5, "blue": 5}})
+    options = ["data=imagenet", "backbone=resnet18", "data.image_size=32", "data.batch_size=16", "data.workers=0"]
+    options += ["data.val_size=0.25", "num_stu=2", "trainer=cpu", "trainer.max_epochs=2", "logger=csv"]
+    result = command(*options, f"data_dir={base}", f"job_dir={tmp_path}/run")
+    assert result.status == 0, result.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images"] == {"train": 30, "val": 10, "test": 10}
+    assert summary["cost"]["params"] < summary["cost"]["standard"]["params"] / 5
+    assert summary["cost"]["standard"]["note"] is None
+
+
+def test_networks_and_pictures_that_do_not_go_together_are_refused_by_name(command, tmp_path):
+    base = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}})
+    result = command("data=imagefolder", f"data_dir={base}", "trainer=cpu", f"job_dir={tmp_path}/run")
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert "backbone=resnet56: is made for 32 x 32 pictures, and these have 224 x 224" in result.err
+    result = command(*SMALL, f"data_dir={base}", "backbone=vgg16", "~backbone.depth", f"job_dir={tmp_path}/run")
+    assert result.status == 1
+    result = command("data=digits", "backbone=vgg16", "trainer=cpu", f"job_dir={tmp_path}/run")
+    assert "backbone=vgg16: pictures of 8 x 8 are too small: its stride is 32" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["backbone=torchvision", "backbone.name=resnet81"], "backbone.name=resnet81: no classification network"),
+        (["backbone=torchvision", "backbone.name=mobilenet_v2"], "nothing to replace"),
+        (["backbone=torchvision", "backbone.name=vit_b_16"], "vit_b_16: has no 4-D last feature map"),
+        (["backbone=torchvision"], "backbone.name=???: must be given"),
+        (["backbone=resnet18", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K convolution is called so"),
+        (["backbone=resnet18", "backbone.pretrained=none.pth"], "backbone.pretrained=none.pth: no such file"),
+        (["backbone=resnet18", "block_type=Standard", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K"),
+        (["backbone=resnet18", "backbone.init=svd"], "backbone.init=svd: must be one of auto, fit, kaiming"),
+        (["backbone=densenet40", "backbone.network.depth=41"], "backbone.network.depth=41: must be 3n + 4"),
+        (["backbone=densenet40", "backbone.network.growth=10000"], "backbone.network.growth=10000: must be a whole"),
+        (
+            ["backbone=wrn16_4", "backbone.network.width=0"],
+            "backbone.network.width=0: must be a whole number, 1 to",
+        ),
+    ],
+)
+def test_bad_networks_are_one_line(command, tmp_path, options, message):
+    result = command("data=digits", "trainer=cpu", *options, f"job_dir={tmp_path}/run")
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert message in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def tiny(command, base, job_dir, *options):
+    return command(*SMALL, f"data_dir={base}", f"job_dir={job_dir}", "trainer.max_epochs=1", *options)
+
+
+def test_names_that_are_not_utf8_lose_nothing(command, tmp_path):
+    base = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}})
+    (base / "red" / "0.png").rename(base / "red" / os.fsdecode(b"\xe9t\xe9.png"))
+    (base / "blue").rename(base / os.fsdecode(b"bl\xe9"))
+    result = tiny(command, base, tmp_path / "run")
+    assert result.status == 0, result.err
+    assert b"red/\xe9t\xe9.png,red," in (tmp_path / "run" / "split.csv").read_bytes()
+    assert os.fsdecode(b"bl\xe9") in json.loads((tmp_path / "run" / "summary.json").read_text())["classes"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_picture_is_one_line(command, tmp_path, workers):
+    base = plant(tmp_path / "mine", {"train": {"red": 20, "blue": 20}, "test": {"red": 3, "blue": 3}})
+    for file in (base / "train").rglob("*.png"):
+        file.write_text("version https://git-lfs.github.com/spec/v1")
+    result = tiny(command, base, tmp_path / "run", f"data.workers={workers}")
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert "no picture in 20 can be read" in result.err
+
+
+def test_a_test_that_cannot_be_read_is_no_result(command, tmp_path):
+    base = plant(tmp_path / "mine", {"train": {"red": 20, "blue": 20}, "test": {"red": 3, "blue": 3}})
+    for file in (base / "test").rglob("*.png"):
+        file.write_bytes(b"?")
+    result = tiny(command, base, tmp_path / "run")
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert "none of 6 pictures to evaluate can be read" in result.err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_summary_names_what_could_not_be_read(command, tmp_path):
+    base = plant(tmp_path / "mine", LAYOUTS["train and test"])
+    for part in ("train", "test"):
+        (base / part / "red" / "3.png").write_bytes(b"?")
+    assert tiny(command, base, tmp_path / "run", "trainer.max_epochs=3").status == 0
+    unreadable = json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable"]
+    assert str(base / "test/red/3.png") in unreadable
+
+
+def test_too_few_pictures_for_the_processes_are_refused_before_they_start(command, tmp_path):
+    base = plant(tmp_path / "mine", {"": {"red": 5, "blue": 5}})
+    distributed = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    result = tiny(command, base, tmp_path / "run", *distributed)
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert "trainer.devices=2: each process needs an image to evaluate; there are 1 (val)" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_pretrained_weights_goes_on_without_their_file(command, tmp_path):
+    base, file = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}}), tmp_path / "resnet (18).pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    options = ["backbone=resnet18", "data=imagefolder", "data.image_size=32", "data.workers=0"]
+    options += ["data.batch_size=8", "num_stu=2", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
+    result = command(*options, f"data_dir={base}", f"job_dir={tmp_path}/run", f"backbone.pretrained={file}")
+    assert result.status == 0, result.err
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    file.unlink()
+    result = command("test_only=true", f"resume={tmp_path}/run")
+    assert result.status == 0, result.err
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["selected"] == before["selected"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("data.workers=-1", "data.workers=-1: must be from 0 to 1024"),
+        ("data.load.test_size=null", "data.load.test_size=null: must be a number"),
+        ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be three numbers"),
+        ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, and std's above zero"),
+        ("data.max_broken=many", "data.max_broken=many: must be a number"),
+    ],
+)
+def test_bad_numbers_are_one_line(command, tmp_path, option, message):
+    result = tiny(command, plant(tmp_path / "mine", LAYOUTS["flat"]), tmp_path / "run", option)
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert message in result.err
+    assert not (tmp_path / "run").exists()

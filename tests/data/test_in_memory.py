@@ -1,0 +1,158 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from odcheap.data.cifar import digits
+from odcheap.data.in_memory import BatchOrder, EvalBatches, InMemoryData, TrainBatches, watched
+from odcheap.data.transforms import Augmentation, Normalisation
+from odcheap.utils.errors import OptionError
+
+PLAIN = Normalisation((0.0,) * 3, (1.0,) * 3)
+
+
+@given(count=st.integers(8, 200), batch_size=st.integers(8, 64), world=st.integers(1, 4))
+def test_the_processes_together_see_the_batches_of_one(count, batch_size, world):
+    one = BatchOrder(count, batch_size, seed=0).batches()
+    ranks = [BatchOrder(count, batch_size, 0, rank, world).batches() for rank in range(world)]
+    assert {len(rank) for rank in ranks} == {len(BatchOrder(count, batch_size, 0, 0, world))}
+    for k in range(len(ranks[0])):
+        together = torch.cat([rank[k][0] for rank in ranks])
+        assert sorted(together.tolist()) == sorted(one[k][0].tolist())
+        assert sum(rank[k][1] for rank in ranks) == pytest.approx(world)
+        for index, share in (rank[k] for rank in ranks):
+            assert share == pytest.approx(len(index) * world / len(one[k][0]))
+            assert len(index) >= 2
+    seen = sum(len(batch) for batch, _ in one)
+    assert count - seen < 2
+    assert len({i for batch, _ in one for i in batch.tolist()}) == seen
+
+
+def test_order_depends_on_seed_and_epoch():
+    def first(seed, epoch):
+        order = BatchOrder(100, 10, seed)
+        order.set_epoch(epoch)
+        return order.batches()[0][0].tolist()
+
+    assert first(0, 1) == first(0, 1)
+    assert first(0, 1) != first(0, 2)
+    assert first(0, 1) != first(1, 1)
+
+
+def batches(order=None):
+    images = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    order = order or BatchOrder(50, 8, seed=0)
+    return TrainBatches(images, torch.arange(50), order, Augmentation(True, 1), PLAIN)
+
+
+def test_a_resumed_loader_goes_on_where_it_was():
+    whole = list(batches())
+    interrupted = iter(loader := batches())
+    for _ in range(3):
+        next(interrupted)
+    again = batches()
+    again.load_state_dict(loader.state_dict())
+    rest = list(again)
+    assert len(rest) == len(whole) - 3
+    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[3:], strict=True))
+    assert len(list(again)) == len(whole)  # and the next epoch is whole
+
+
+def test_a_loader_saved_at_the_epoch_s_end_starts_the_next_one_at_its_beginning():
+    loader = batches()
+    list(loader)
+    again = batches()
+    again.load_state_dict(loader.state_dict())
+    assert len(list(again)) == len(loader)
+
+
+def test_augmentation_belongs_to_the_sample_whatever_the_batch():
+    small, large = batches(BatchOrder(50, 5, seed=0)), batches(BatchOrder(50, 25, seed=0))
+    by_sample = [
+        {int(t): image for batch in loader for t, image in zip(batch.target, batch.images, strict=True)}
+        for loader in (small, large)
+    ]
+    assert all(torch.equal(by_sample[0][k], by_sample[1][k]) for k in range(50))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_every_image_once(world):
+    target = torch.arange(25)
+    images = torch.zeros(25, 3, 2, 2, dtype=torch.uint8)
+    loaders = [EvalBatches(images, target, 4, PLAIN, rank, world) for rank in range(world)]
+    seen = [t for loader in loaders for batch in loader for t in batch.target.tolist()]
+    assert sorted(seen) == list(range(25))
+    assert all(len(list(loader)) == len(loader) for loader in loaders)
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(1, 1), (3, 2), (0, 1), ("8", 1)])
+def test_too_small_a_global_batch_is_refused(batch_size, world):
+    with pytest.raises(OptionError, match=f"data.batch_size={batch_size}: must be a whole number"):
+        BatchOrder(100, batch_size, 0, 0, world)
+
+
+def digits_data(**changed):
+    options = {
+        "seed": 0,
+        "select": "val",
+        "select_by": "top1",
+        "batch_size": 64,
+        "eval_batch_size": 100,
+        "val_size": 237,
+        "split_seed": 0,
+    }
+    options |= {"flip": False, "crop_padding": 1, "mean": (0.3,) * 3, "std": (0.4,) * 3} | changed
+    data = InMemoryData(load=digits, name="digits", **options)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    data.read()
+    return data
+
+
+def test_the_split_ignores_the_seed_and_the_batch_size_is_global():
+    one, two = digits_data(seed=0), digits_data(seed=1, batch_size=32)
+    assert one.split.fingerprint == two.split.fingerprint
+    assert len(two.train_dataloader()) == 38  # 1,200 / 32, rounded up
+    two.trainer.world_size = 2
+    assert len(two.train_dataloader()) == 38
+    assert len(next(iter(two.train_dataloader())).target) == 16
+
+
+def test_each_student_may_get_a_view_of_its_own():
+    data = digits_data()
+    plain = next(iter(data.train_dataloader()))
+    data.views = 3
+    several = next(iter(data.train_dataloader()))
+    assert several.images.shape == (3, *plain.images.shape)
+    assert torch.equal(several.images[0], plain.images)
+    assert torch.equal(several.target, plain.target)
+    assert not torch.equal(several.images[1], several.images[0])
+    assert not torch.equal(several.images[1], several.images[2])
+    assert next(iter(data.val_dataloader())).images.ndim == 4
+
+
+def test_selection_on_test_watches_the_test_images_and_none_without_held_out_ones():
+    assert len(digits_data(select="test", val_size=0).val_dataloader().target) == 360
+    assert watched(digits_data(select="last", val_size=0)) == 0
+    assert len(digits_data().val_dataloader().target) == 237
+    with pytest.raises(OptionError, match="data.val_size=0: select=val needs held-out images"):
+        digits_data(val_size=0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_averaged_over_processes_are_those_of_one(world):
+    """Without batch norm a distributed step is exactly the global one, the uneven last batch too."""
+    random = torch.Generator().manual_seed(0)
+    inputs, target = torch.randn(29, 5, dtype=torch.double, generator=random), torch.arange(29) % 4
+    weight = torch.zeros(5, 4, dtype=torch.double, requires_grad=True)
+
+    def gradient(index, share):
+        loss = torch.nn.functional.cross_entropy(inputs[index] @ weight, target[index]) * share
+        return torch.autograd.grad(loss, weight)[0]
+
+    ranks = [BatchOrder(29, 8, 0, rank, world).batches() for rank in range(world)]
+    for k, (index, _) in enumerate(BatchOrder(29, 8, 0).batches()[: len(ranks[0])]):
+        mean = sum(gradient(*rank[k]) for rank in ranks) / world
+        torch.testing.assert_close(mean, gradient(index, 1.0), rtol=1e-12, atol=1e-14)

@@ -1,0 +1,144 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY, free_port
+
+import train
+from odcheap.distributed import rendezvous
+from odcheap.distributed.rendezvous import agree, join
+from odcheap.utils.errors import Failure
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+
+
+def client(store):
+    return dist.TCPStore("127.0.0.1", store.port, 1, is_master=False, timeout=timedelta(seconds=20))
+
+
+def together(store, world, order):
+    """The room that each process finds, when they come in this order."""
+    found = {}
+
+    def come(rank):
+        found[rank] = agree(client(store), rank, world, 20)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in order]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert found.keys() == set(range(world))
+    return set(found.values())
+
+
+def test_all_meet_in_one_room_and_no_attempt_in_that_of_an_earlier_one(store):
+    rooms = [together(store, 3, order) for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1))]
+    assert [len(room) for room in rooms] == [1, 1, 1, 1]
+    assert len(set.union(*rooms)) == 4
+
+
+def test_whoever_died_while_waiting_is_not_waited_for(store):
+    """A first attempt loses process 0, then one loses process 1 after its answer; the third finds together."""
+    with pytest.raises(Failure, match="process 1 of 2 waited 0 s in vain for process 0"):
+        agree(store, 1, 2, 0.1)
+    with pytest.raises(Failure, match="process 0 waited in vain for process 1"):
+        agree(store, 0, 2, 0.1)
+    with pytest.raises(Failure):  # it answers the question of a process 0 that has gone
+        agree(store, 1, 2, 0.3)
+    assert len(together(store, 2, (1, 0))) == 1
+
+
+def test_each_attempt_has_a_room_of_its_own_in_torchrun_s_store(store, monkeypatch):
+    rooms = []
+    monkeypatch.setattr(
+        "odcheap.distributed.rendezvous.dist.init_process_group", lambda *_, store, **__: rooms.append(store)
+    )
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (agent | {"RANK": "0", "WORLD_SIZE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        join("gloo")
+    rooms[0].set("address", "of one that has died")
+    assert not rooms[1].check(["address"])
+
+
+def agents(job_dir, port, restarts, epochs, cwd):
+    """Two agents of torchrun, as on two machines."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--max-restarts={restarts}"]
+    command += [train.__file__, *TINY, "trainer=multinode", "trainer.accelerator=cpu", f"trainer.max_epochs={epochs}"]
+    command += [f"job_dir={job_dir}", "resume=auto", "checkpoint_every=0"]
+    own = {"cwd": cwd, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # two processes share two cores
+    with open(f"{job_dir}.log", "a") as log:
+        return [subprocess.Popen(command, stdout=log, stderr=log, **own) for _ in range(2)]
+
+
+def worker(agent):
+    """The agent's own worker, once it is there; None where the agent has ended."""
+    while agent.poll() is None:
+        found = subprocess.run(["pgrep", "-P", str(agent.pid), "-f", "train.py"], capture_output=True, text=True)
+        if found.stdout:
+            return int(found.stdout.split()[0])
+        time.sleep(0.05)
+    return None
+
+
+def until_in(log, words):
+    end = time.monotonic() + 120
+    while words not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+def run_with_kills(tmp_path, name, kills, epochs, dice):
+    """Trains with two agents and kills a worker so many times at a random moment; the student's weights."""
+    running = agents(tmp_path / name, free_port(), 2 * kills, epochs, tmp_path)
+    try:
+        for attempt in range(kills):
+            if attempt == 0:  # one kill for certain within the training
+                until_in(tmp_path / f"{name}.log", "epoch 2 ")
+            time.sleep(dice.uniform(0, 1) if attempt == 0 else dice.uniform(0, 18))
+            victim = worker(dice.choice(running))
+            assert victim, "the run ended before all kills"
+            os.kill(victim, signal.SIGKILL)
+        assert [agent.wait(timeout=240) for agent in running] == [0, 0], (tmp_path / f"{name}.log").read_text()
+    finally:
+        for agent in running:
+            agent.kill()
+            agent.wait()
+    return (tmp_path / name / "student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 20), pytest.param(10, 400, marks=pytest.mark.slow)])
+def test_a_run_of_two_agents_survives_its_workers_death_bit_for_bit(tmp_path, kills, epochs):
+    dice = random.Random(kills)
+    undisturbed = run_with_kills(tmp_path, "straight", 0, epochs, dice)
+    assert run_with_kills(tmp_path, "killed", kills, epochs, dice) == undisturbed
+    assert "continuing from" in (tmp_path / "killed.log").read_text()
+
+
+@pytest.mark.parametrize(("other", "apart"), [((3, 40), False), ((3, 41), True), ((2, 40), True)])
+def test_processes_that_begin_at_different_places_are_refused_everywhere(monkeypatch, other, apart):
+    def all_reduce(place, op, group):
+        epoch, step = other
+        place.copy_(torch.maximum(place, torch.tensor([epoch, -epoch, step, -step])))
+
+    monkeypatch.setattr(rendezvous.dist, "all_reduce", all_reduce)
+    if not apart:
+        rendezvous.refuse_apart(3, 40, None)
+        return
+    with pytest.raises(Failure, match="the processes have found different checkpoints"):
+        rendezvous.refuse_apart(3, 40, None)

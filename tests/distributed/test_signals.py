@@ -1,0 +1,147 @@
+"""Signals to real runs, in this process and in others."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import TINY, Begun
+
+from odcheap.distributed.signals import ENDING, Listener, Stopped, ending_with
+from odcheap.training.callbacks import Record
+
+
+@pytest.fixture
+def own_signals():
+    """Puts back what this process did on signals before."""
+    before = {signum: signal.getsignal(signum) for signum in ENDING}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_the_step_and_the_run_ends_as_if_nothing_had_been(
+    tmp_path, command, own_signals, monkeypatch, name
+):
+    """It comes in the third step of the third epoch."""
+    signum, begin = getattr(signal, name), Record.on_train_batch_start
+
+    def send(record, trainer, *given):
+        begin(record, trainer, *given)
+        if (trainer.current_epoch, given[-1]) == (2, 2):
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(Record, "on_train_batch_start", send)
+    given = [*TINY, "trainer.max_epochs=4"]
+    run = command(*given, f"job_dir={tmp_path}/run")
+    assert run.status == 128 + signum
+    assert run.out.endswith(f"{name}: saved; resume={tmp_path}/run continues\n")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+    monkeypatch.undo()
+    again = command(*given, f"job_dir={tmp_path}/run", "resume=auto")
+    assert again.status == 0
+    assert "run/checkpoints/epoch-0002-step-0000003.ckpt\n" in again.out.partition("continuing from")[2]
+    assert command(*given, f"job_dir={tmp_path}/straight").status == 0
+    found, straight = (tmp_path / folder / "student.safetensors" for folder in ("run", "straight"))
+    assert found.read_bytes() == straight.read_bytes()
+
+
+def test_a_signal_while_testing_ends_the_run_which_is_then_completed(tmp_path, command, own_signals, monkeypatch):
+    monkeypatch.setattr("odcheap.training.experiment.summary.results", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    run = command(*TINY, f"job_dir={tmp_path}/run")
+    assert run.status == 143
+    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
+    monkeypatch.undo()
+    assert command(*TINY, f"job_dir={tmp_path}/run", "resume=auto").status == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_signal_before_there_is_a_folder_has_its_line_too(tmp_path, command, own_signals, monkeypatch):
+    monkeypatch.setattr(
+        "odcheap.training.experiment.Run.trainer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    run = command(*TINY, f"job_dir={tmp_path}/run")
+    assert (run.status, run.out) == (143, "SIGTERM: nothing was saved yet\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    """Both come while the process sleeps, so no step can have ended between them."""
+    run = Begun("trainer.max_epochs=300", "job_dir=run", cwd=tmp_path)
+    run.until("epoch 1 (2/300)")
+    for signum in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        run.process.send_signal(signum)
+        time.sleep(0.2)
+    assert run.end() in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert "Traceback" not in "".join(run.said)
+    assert not any("saved" in line for line in run.said)
+
+
+def test_what_a_launcher_s_process_was_stopped_by_reaches_its_leader():
+    found = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM)))
+    assert (found.code, found.name) == (143, "SIGTERM")
+
+
+def test_a_signal_heard_too_late_is_not_forgotten(own_signals):
+    def hears_twice():
+        with Listener() as listener:
+            listener.waiting = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # the same at once: from a starter, and with all of a group
+            assert listener.heard == signal.SIGTERM
+
+    with pytest.raises(Stopped):
+        hears_twice()
+
+
+def test_a_process_whose_starter_is_gone_ends_as_by_a_signal(own_signals):
+    with Listener(), ending_with(os.getppid()):
+        time.sleep(1.5)
+    with pytest.raises(Stopped) as stopped, Listener(), ending_with(os.getppid() + 1):
+        time.sleep(3)
+    assert stopped.value.name == "SIGTERM"
+
+
+def ranks(train_py):
+    """Process ids by rank of the workers that this process tree holds."""
+    found = {}
+    listed = subprocess.run(["pgrep", "-f", str(train_py)], capture_output=True, text=True).stdout.split()
+    for pid in listed:
+        try:
+            with open(f"/proc/{pid}/environ") as file:
+                environment = dict(entry.split("=", 1) for entry in file.read().split("\0") if "=" in entry)
+        except OSError:
+            continue
+        if "RANK" in environment:
+            found[int(environment["RANK"])] = int(pid)
+    return found
+
+
+@pytest.mark.parametrize("whom", [pytest.param("leader", marks=pytest.mark.slow), "rank 1"])
+def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, whom):
+    job_dir = tmp_path / "run"
+    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=60", f"job_dir={job_dir}", cwd=tmp_path)
+    run.until("epoch 1 (2/60)")
+    os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM
+    assert run.said[-1] == f"SIGTERM: saved; resume={job_dir} continues\n"
+    assert ranks(f"job_dir={job_dir}") == {}
+    assert json.loads((job_dir / "status.json").read_text())["reason"] == "SIGTERM"
+
+
+@pytest.mark.parametrize("whom", ["leader", pytest.param("rank 1", marks=pytest.mark.slow)])
+def test_no_process_outlives_another_that_was_killed(tmp_path, whom):
+    job_dir = tmp_path / "run"
+    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=300", f"job_dir={job_dir}", cwd=tmp_path)
+    run.until("epoch 1 (2/300)")
+    os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGKILL)
+    if whom == "leader":
+        assert run.end() == -signal.SIGKILL  # its workers hold the pipe: they have ended too
+    else:
+        assert run.end() == 1
+        assert "error: process 1 was killed by SIGKILL (out of memory?); the others were ended\n" in run.said
+    assert ranks(f"job_dir={job_dir}") == {}

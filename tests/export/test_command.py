@@ -1,0 +1,274 @@
+"""From a run to files for a device, as a user would; its parts are tested in their own rooms."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from odcheap import predict
+from odcheap.export import command, verify
+from odcheap.export import onnx as onnx_export
+from odcheap.export.latency import ORT, TORCH, Key
+from odcheap.export.model_card import STANDARD
+from odcheap.models.build import load_student
+
+QUICK = ["--seconds", "0.005"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    def made(*options, name="run"):
+        result = command(*TINY, *options, f"job_dir={tmp_path / name}")
+        assert result.status == 0, result.err
+        return tmp_path / name
+
+    return made
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Without the bare process and the timings, which other tests have: the dense form then counts as slower."""
+    monkeypatch.setattr(verify, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
+
+    def times(product, wish, files, folder, batches):
+        names = [*(file.name for file in files), STANDARD, "the student"]
+        keys = [Key(name, runtime, batch, 1) for name in names for runtime in (ORT, TORCH) for batch in batches]
+        return {key: predict.Timing(1 + ("dense" in key.name), 2.0) for key in keys}
+
+    monkeypatch.setattr(command, "timed", times)
+
+
+def accuracy(ask):
+    raw = load_digits()
+    grey = np.round(raw.images[::5] * 255 / 16).astype(np.float32) / 255
+    return float((ask(np.repeat(grey[:, None], 3, axis=1)).argmax(1) == raw.target[::5]).mean())
+
+
+@pytest.mark.parametrize("block_type", ["DW", "Shift", "Group", "Standard"])
+def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys):
+    job_dir = run(f"block_type={block_type}", "trainer.max_epochs=1")
+    capsys.readouterr()
+    assert command.main([str(job_dir), *QUICK]) == 0
+    out, folder = capsys.readouterr().out, job_dir / "export"
+    expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
+    assert f"Test accuracy {expected:.4f} on 360 pictures; {expected:.4f} by the run's summary, in 32-true." in out
+    names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
+    assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
+        f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
+    }
+    assert accuracy(predict.answerer(predict.session((folder / "student.onnx").read_bytes()))) == expected
+    program = torch.export.load(folder / "student.pt2").module()
+    for network in (program, load_student(folder / "student.safetensors")):
+        assert accuracy(lambda images, n=network: n(torch.from_numpy(images)).detach().numpy()) == expected
+    listed = (folder / "README.md").read_text().partition("## Checks")[2].partition("##")[0]
+    dense = {"student-dense.onnx"} if (folder / "student-dense.onnx").exists() else set()
+    assert set(re.findall(r"- `(.*?)`: \d", listed)) == dense | {f"student.{s}" for s in ("onnx", "pt2", "safetensors")}
+    weights = [load_file(path / "student.safetensors") for path in (job_dir, folder)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
+    done = subprocess.run(["sha256sum", "-c", "README.md"], cwd=folder, capture_output=True, text=True)
+    assert done.stdout.count(": OK") == len(list(folder.iterdir())) - 1
+
+
+def test_another_student_static_and_in_integers(run, tmp_path, capsys):
+    job_dir = run()
+    other = 1 - json.loads((job_dir / "summary.json").read_text())["selected"]["student"]
+    options = ["--student", str(other), "--batch", "4", "--opset", "13", "--int8", "--out", str(tmp_path / "out")]
+    assert command.main([str(job_dir), *QUICK, *options]) == 0
+    model = onnx.load(tmp_path / "out" / "student.onnx")
+    assert model.opset_import[0].version == 13
+    assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [4, 3, 8, 8]
+    expected = json.loads((job_dir / "summary.json").read_text())["students"][other]["test_top1"]
+    out = capsys.readouterr().out
+    assert f"Test accuracy {expected:.4f} on 360 pictures; {expected:.4f} by" in out
+    assert accuracy(
+        predict.answerer(predict.session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
+    ) == pytest.approx(expected, abs=0.05)
+    assert "In 8-bit integers" in out
+    assert not (job_dir / "export").exists()
+
+
+def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(run, light, capsys):
+    job_dir = run()
+    (job_dir / "summary.json").unlink()
+    (job_dir / "student.safetensors").unlink()
+    assert command.main([str(job_dir), *QUICK]) == 0
+    card = (job_dir / "export" / "README.md").read_text()
+    assert "which has not finished" in card
+    for path in (job_dir / "checkpoints").iterdir():
+        path.unlink()
+    assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1
+    assert "no epoch of this run has finished" in capsys.readouterr().err
+    assert (job_dir / "export" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "safetensors"])
+def test_every_kind_of_file_is_held_against_the_trained_network(run, light, capsys, monkeypatch, suffix):
+    job_dir = run("trainer.max_epochs=1")
+    logits_of = verify.logits_of
+
+    def wrong(path, preprocess, pictures, batch):
+        logits = pictures.logits if path.suffix == ".safetensors" else logits_of(path, preprocess, pictures, batch)
+        return logits + 0.01 * (path.suffix == f".{suffix}")
+
+    monkeypatch.setattr(verify, "logits_of", wrong)
+    assert command.main([str(job_dir), *QUICK]) == 1
+    assert f"error: student.{suffix}: a logit differs" in capsys.readouterr().err
+    assert not (job_dir / "export").exists()
+
+
+def test_another_accuracy_than_the_summary_s_is_an_error(run, light, capsys):
+    job_dir = run("trainer.max_epochs=1")
+    path = job_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["selected"]["test_top1"] += 0.02
+    path.write_text(json.dumps(summary))
+    assert command.main([str(job_dir), *QUICK]) == 1
+    assert "other images than the run's, or other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_the_dense_file_is_there_where_it_was_faster(run, light, monkeypatch, ratio):
+    job_dir, made = run("trainer.max_epochs=1"), command.timed
+
+    def times(*given):
+        return {key: predict.Timing(ratio if "dense" in key.name else 1.0, 2.0) for key in made(*given)}
+
+    monkeypatch.setattr(command, "timed", times)
+    assert command.main([str(job_dir), *QUICK]) == 0
+    assert (job_dir / "export" / "student-dense.onnx").exists() == (ratio < 1)
+
+
+def test_a_failed_check_leaves_nothing_that_looks_finished(run, light, capsys, monkeypatch):
+    job_dir = run("trainer.max_epochs=1")
+    right = onnx_export.to_onnx
+
+    def wrong(program, opset):
+        model = onnx.load_from_string(right(program, opset))
+        tensor = next(t for t in model.graph.initializer if len(t.dims) == 4)
+        values = onnx.numpy_helper.to_array(tensor) * 1.01
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), tensor.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(onnx_export, "to_onnx", wrong)
+    before = set(job_dir.iterdir())
+    assert command.main([str(job_dir), *QUICK]) == 1
+    assert "error: student.onnx: a logit differs from the trained network's by" in capsys.readouterr().err
+    assert set(job_dir.iterdir()) == before
+
+
+def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsys):
+    job_dir = run("trainer.max_epochs=1")
+    assert command.main([str(job_dir), *QUICK]) == 0
+    before = (job_dir / "export" / "README.md").read_text()
+    assert command.main([str(job_dir), *QUICK]) == 1
+    assert "holds an export; --overwrite replaces it" in capsys.readouterr().err
+    assert (job_dir / "export" / "README.md").read_text() == before
+    assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    assert command.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
+    assert "is there and is no export" in capsys.readouterr().err
+    (tmp_path / "mine" / "preprocess.json").write_text("{}")  # of somebody else's project
+    assert command.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+    (job_dir / "export" / "engine.trt").write_text("compiled for hours")
+    assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1
+    assert "(engine.trt is none of an export's files)" in capsys.readouterr().err
+    assert (job_dir / "export" / "engine.trt").exists()
+
+
+def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "student.onnx").write_text("old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.suffix == ".part":
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="busy"), command.beside(out) as folder:
+        (folder / "student.onnx").write_text("new")
+    assert (out / "student.onnx").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["NOWHERE"], "JOB_DIR=NOWHERE: no such folder"),
+        (["."], "holds no run of odcheap"),
+        (["run", "--student", "2"], "--student=2: must be 0 to 1"),
+        (["run", "--batch", "0"], "--batch=0: must be 1 or more"),
+        (["run", "--opset", "5"], "--opset=5: must be 7 to"),
+        (["run", "--data-dir", "x"], "--data-dir=x: the run's images lie in no folder"),
+        (["run", "--out", "run"], "is there and is no export"),
+        (["run", "--out", "/"], "--out=/: is a mount point"),
+        (["run", "--int8", "--batch", "600"], "--batch=600: must be at most 512 with --int8"),
+        (["run", "--int8", "--opset", "11"], "--opset=11: must be 13 or more with --int8"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_line(run, tmp_path, capsys, options, line):
+    run("trainer.max_epochs=1")
+    capsys.readouterr()
+    assert command.main([*options, *QUICK]) == 1
+    err = capsys.readouterr().err
+    assert line in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_the_hub_loads_a_student_from_a_clone(run, tmp_path):
+    job_dir = run("trainer.max_epochs=1")
+    path = str(job_dir / "student.safetensors")
+    code = f"import torch; s = torch.hub.load({str(ROOT)!r}, 'student', source='local', path={path!r}); "
+    code += "print(tuple(s(torch.zeros(2, 3, 8, 8)).shape))"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['pytorch_lightning', 'hydra', 'omegaconf'])); "
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", blocked + code],
+        cwd=tmp_path,
+        env=os.environ | {"TORCH_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "(2, 10)\n", done.stderr
+
+
+def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tmp_path, capsys):
+    from tests.test_pictures import saved
+
+    for k in range(24):
+        folder = tmp_path / "pictures" / ("dark", "bright")[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        saved(folder / f"{k}.png", size=(30 + k, 40), mode=("RGB", "L", "LA")[k % 3])
+    options = ["data=imagefolder", f"data_dir={tmp_path / 'pictures'}", "data.image_size=32", "data.val_size=4"]
+    options += ["data.load.test_size=6", "data.workers=0", "num_stu=1", "method=alone", "backbone=resnet20"]
+    options += ["backbone.depth=8", "trainer=cpu", "trainer.max_epochs=1", "logger=csv", "data.batch_size=8"]
+    result = command(*options, f"job_dir={tmp_path / 'run'}")
+    assert result.status == 0, result.err
+    capsys.readouterr()
+    shutil.move(tmp_path / "pictures", tmp_path / "moved")
+    assert command.main([str(tmp_path / "run"), *QUICK]) == 0
+    assert "warning: not verified on data" in capsys.readouterr().out
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "**not verified on data**" in card.split("```")[0]
+    assert command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 0
+    assert "on 6 pictures" in capsys.readouterr().out
+    (tmp_path / "moved" / "dark" / "0.png").unlink()
+    assert command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 1
+    assert "holds other images than the run was trained with" in capsys.readouterr().err

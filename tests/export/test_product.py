@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from odcheap.export import product
+from odcheap.layers.cheap_conv import DW, Standard
+from odcheap.models.cifar import CifarResNet
+from odcheap.training.summary import write_student
+from odcheap.utils.errors import OptionError
+
+SETTINGS = {
+    "backbone": {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8},
+    "block_type": {"_target_": "odcheap.layers.cheap_conv.DW"},
+    "classes": ["cat", "dog", "bird"],
+    "split": "abc",
+    "image_size": [3, 16, 16],
+    "shorter_side": 18,
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.5, 0.6, 0.7],
+}
+CONFIG = "data: {name: x}\ntrainer: {precision: 32-true}\n"
+CHOSEN = {"student": 1, "epoch": 4, "averaged": False, "test_top1": 0.5}
+
+
+def folder(
+    path, network=None, settings=SETTINGS, summary=True, config="data: {name: x}\ntrainer: {precision: 32-true}\n"
+):
+    """A finished run's folder, without the run."""
+    path.mkdir(exist_ok=True)
+    (path / "config.yaml").write_text(config)
+    write_student(path / "student.safetensors", network or CifarResNet(8, DW(), 3), settings)
+    found = {"selected": CHOSEN, "students": [{"test_top1": 0.4}, {"test_top1": 0.5}], "finished": summary}
+    (path / "summary.json").write_text(json.dumps(found))
+    return path
+
+
+def test_the_chosen_student_comes_back_with_its_standard_network(tmp_path):
+    network = CifarResNet(8, DW(), 3).eval()
+    found = product.of_run(folder(tmp_path / "run", network))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(found.network(images), network(images))
+    assert str(found.standard) == str(CifarResNet(8, Standard(), 3))
+    assert (found.name, found.test_top1, found.image_size) == ("student 1 of epoch 4", 0.5, (3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"settings": SETTINGS | {"block_type": {"_target_": "os.system", "command": "touch owned"}}},
+            "build no network",
+        ),
+        ({"settings": SETTINGS | {"classes": ["a", "b"]}}, "its weights are another network's: fc"),
+        ({"settings": {}}, "is no student of a run"),
+        ({"settings": SETTINGS | {"image_size": [3, 10**6, 10**6]}}, "is no student of a run"),
+        ({"settings": SETTINGS | {"std": [1, 2, "3"]}}, "is no student of a run"),
+        ({"settings": SETTINGS | {"shorter_side": True}}, "is no student of a run"),
+        ({"settings": SETTINGS | {"classes": "abc"}}, "is no student of a run"),
+        ({"network": CifarResNet(14, DW(), 3)}, "its weights are another network's: layer"),
+        ({"config": "{"}, "cannot be read"),
+        ({"config": "[]"}, "is no run's config"),
+        ({"config": "data: 3\n"}, "is no run's config"),
+        ({"summary": False}, "no epoch of this run has finished"),
+    ],
+    ids=str,
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, monkeypatch, change, line):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=f"JOB_DIR=.*{line}"):
+        product.of_run(folder(tmp_path / "run", **change))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_config_is_data_and_nothing_in_it_is_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "42")
+    path = folder(tmp_path / "run", config="data: {name: '${oc.env:SECRET}'}\n")
+    assert product.config_of(path)["data"]["name"] == "${oc.env:SECRET}"
+    with pytest.raises(OptionError, match="holds no run of odcheap"):
+        product.config_of(tmp_path)
+
+
+def test_weights_without_settings_are_no_student(tmp_path):
+    path = folder(tmp_path / "run")
+    save_file(CifarResNet(8, DW(), 3).state_dict(), path / "student.safetensors")
+    with pytest.raises(OptionError, match="it does not say what its network is"):
+        product.of_run(path)
+    (path / "student.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(OptionError, match="not a whole safetensors file"):
+        product.of_run(path)
+    assert OmegaConf.load(path / "config.yaml").data.name == "x"

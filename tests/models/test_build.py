@@ -1,0 +1,73 @@
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from odcheap.models.build import rebuilt
+from odcheap.report.costs import CONF
+from odcheap.utils.errors import OptionError
+
+DW = {"_target_": "odcheap.layers.cheap_conv.DW"}
+NETWORK = {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8}
+
+
+def settings(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["job_dir=unused", *overrides])
+    return cfg, {"classes": ["a", "b", "c"], **OmegaConf.to_container(cfg, resolve=True)}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["backbone=resnet20", "block_type=Group", "block_type.groups=2"],
+        ["backbone=resnet20", "block_type=Standard"],
+        ["backbone=resnet56_converted", "block_type=Shift"],
+        ["backbone=mobilenetv2"],
+        ["backbone=resnet18", "backbone.pretrained=gone.pth"],
+    ],
+    ids=" ".join,
+)
+def test_a_network_comes_back_as_it_was(overrides):
+    cfg, kept = settings(*overrides)
+    if "pretrained" in cfg.backbone:
+        cfg.backbone.pretrained = None
+    network = instantiate(cfg.backbone)(conv=instantiate(cfg.block_type), num_classes=3).eval()
+    again = rebuilt(kept, network.state_dict(), "weights", "FILE").eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images), network(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"backbone": {"_target_": "os.system", "command": "touch owned"}}, "its settings build no network"),
+        ({"backbone": {"_target_": "odcheap.models.cifar.torch.load", "f": "x"}}, "its settings build no network"),
+        ({"backbone": {**NETWORK, "_target_": "odcheap.models.cifar.nn"}}, "its settings build no network"),
+        (
+            {"backbone": {**NETWORK, "_target_": "odcheap.models.wrappers.load_pretrained"}},
+            "its settings build no network",
+        ),
+        ({"backbone": {**NETWORK, "_target_": "odcheap.layers.cheap_conv.__init__"}}, "its settings build no network"),
+        ({"backbone": {**NETWORK, "width": 3}}, "its settings build no network"),
+        ({"backbone": {**NETWORK, "depth": 9}}, "its settings build no network"),
+        ({"block_type": "DW"}, "its settings build no network"),
+        ({"classes": None}, "its settings build no network"),
+        ({"block_type": {"_target_": "odcheap.layers.cheap_conv.Shift"}}, "its weights are another network's: layer"),
+    ],
+)
+def test_strange_settings_are_refused(change, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = {"classes": ["a", "b"], "backbone": NETWORK, "block_type": DW}
+    tensors = rebuilt(kept, state(kept), "weights", "FILE").state_dict()
+    with pytest.raises(OptionError, match=f"weights=FILE: {line}"):
+        rebuilt(kept | change, tensors, "weights", "FILE")
+    assert not list(tmp_path.iterdir())
+
+
+def state(kept):
+    from odcheap.layers.cheap_conv import DW
+    from odcheap.models.cifar import CifarResNet
+
+    return CifarResNet(8, DW(), len(kept["classes"])).state_dict()

@@ -1,0 +1,360 @@
+"""The conversion, held against hand counts, hand-built networks and the families of torchvision and timm."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from odcheap.layers.cheap_conv import CheapConv, Shift2d, Standard
+from odcheap.models import flops
+from odcheap.models.cifar import CifarResNet
+from odcheap.models.convert import Conversion, cheapen, spatial_convs, table
+
+TYPES = ["Shift", "DW", "Group"]
+CONVERTED = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_v2_s", "googlenet", "inception_v3", "resnet18"]
+CONVERTED += ["regnet_x_8gf", "squeezenet1_1", "vgg11"]
+NOTHING = ["efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d"]
+NOTHING += ["shufflenet_v2_x0_5"]
+TIMM = ["resnet18d", "densenet121", "gernet_s", "cspresnet50", "dla34", "hrnet_w18_small", "vovnet39a", "selecsls42b"]
+TIMM += ["res2net50_14w_8s", "repvgg_a0", "tf_efficientnetv2_b0"]
+TRANSFORMERS = ("vit", "swin", "maxvit")
+ALL = [n for n in torchvision.models.list_models(module=torchvision.models) if not n.startswith(TRANSFORMERS)]
+
+
+def build(name: str) -> nn.Module:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}  # theirs takes ten seconds
+    options |= {"aux_logits": False} if name == "inception_v3" else {}  # needs pictures of 299 pixels
+    return torchvision.models.get_model(name, weights=None, num_classes=7, **options)
+
+
+def outputs(network, x):
+    """All that a network returns: two of them have auxiliary classifiers."""
+    out = network(x)
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def by_hand(conv: nn.Conv2d, block_type: str, pixels: int) -> tuple[int, int]:
+    """Parameters and MACs of a pair with `pixels` outputs, from the definition."""
+    taps, c, out = conv.kernel_size[0] * conv.kernel_size[1], conv.in_channels, conv.out_channels
+    groups = max(g for g in range(1, 5) if c % g == 0)
+    spatial = {"Shift": 0, "DW": c * taps, "Group": c * (c // groups) * taps}[block_type]
+    mixing = c * out
+    return spatial + mixing + (out if conv.bias is not None else 0), (spatial + mixing) * pixels
+
+
+def check_conversion(before: nn.Module, block_type: str, size: int) -> None:
+    after = cheapen(before, block_type)
+    made = table(before, after, (3, size, size))
+    expected = list(made.params[:1] + made.macs[:1])
+    for row in made.rows:
+        conv, now = before.get_submodule(row.name), after.get_submodule(row.name)
+        if not isinstance(now, CheapConv):
+            assert "kept: " in row.after
+            reasons = ("the stem", "groups already", "of its own", "moves none of", "no number of groups")
+            assert any(reason in row.after for reason in reasons)
+            assert (row.after == "kept: the stem") == (row is made.rows[0])
+            plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.in_channels >= 9
+            assert not plain or row is made.rows[0] or conv.in_channels % 2
+            continue
+        pixels = row.macs[0] // conv.weight.numel()
+        assert (row.params[1], row.macs[1]) == by_hand(conv, block_type, pixels), row
+        expected[0] += row.params[1] - row.params[0]
+        expected[1] += row.macs[1] - row.macs[0]
+    assert [made.params[1], made.macs[1]] == expected
+    assert (flops.params(after), flops.macs(after, (3, size, size))) == (made.params[1], made.macs[1])
+    x = torch.randn(2, 3, size, size)
+    shapes = [out.shape for out in outputs(before, x)]
+    found = outputs(after, x)
+    assert [out.shape for out in found] == shapes
+    sum(out.square().sum() for out in found).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in after.parameters())
+
+
+@pytest.mark.parametrize("block_type", TYPES)
+@pytest.mark.parametrize("name", CONVERTED)
+def test_torchvision_networks(name, block_type):
+    check_conversion(build(name), block_type, 96 if name != "vgg11" else 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_type", TYPES)
+@pytest.mark.parametrize("name", ALL)
+def test_every_torchvision_network(name, block_type):
+    before = build(name)
+    if list(replaceable(before)):
+        check_conversion(before, block_type, 96)
+    else:
+        with pytest.raises(ValueError, match="nothing to replace"):
+            cheapen(before, block_type)
+
+
+def replaceable(model):
+    return [c for c in list(spatial_convs(model).values())[1:] if c.groups == 1]
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_networks_with_nothing_to_replace_are_refused(name):
+    before = build(name)
+    assert not replaceable(before)
+    with pytest.raises(ValueError, match=r"block_type=DW: nothing to replace.*the stem"):
+        cheapen(before, "DW")
+
+
+def check_timm(name, block_type):
+    timm = pytest.importorskip("timm")
+    check_conversion(timm.create_model(name, num_classes=7), block_type, 64)
+
+
+@pytest.mark.parametrize(("name", "block_type"), list(zip(TIMM, itertools.cycle(TYPES), strict=False)))
+def test_timm_networks(name, block_type):
+    check_timm(name, block_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_type", TYPES)
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_networks_with_every_type(name, block_type):
+    check_timm(name, block_type)
+
+
+@pytest.mark.parametrize(
+    ("block_type", "parameters", "multiplications"),
+    [("Shift", 102_106, 14_598_784), ("DW", 119_818, 19_188_352), ("Group", 311_194, 45_564_544)],
+)
+def test_the_converted_resnet56_costs_what_a_hand_count_says(block_type, parameters, multiplications):
+    """The reference's figures for the stride on the spatial operator."""
+    after = cheapen(CifarResNet(56, Standard(), 10), block_type)
+    assert (flops.params(after), flops.macs(after, (3, 32, 32))) == (parameters, multiplications)
+
+
+def test_a_conversion_by_hand_gives_the_same_outputs():
+    before = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, (3, 5), stride=(2, 1), padding=(1, 2), bias=True),
+        nn.BatchNorm2d(20),
+        nn.Conv2d(20, 8, 1),
+    ).double()
+    after = cheapen(before, "DW", init="kaiming")
+    torch.nn.init.normal_(after[2].pointwise.bias)
+    hand = copy.deepcopy(before)
+    hand[2] = nn.Sequential(
+        nn.Conv2d(12, 12, (3, 5), stride=(2, 1), padding=(1, 2), groups=12, bias=False), nn.Conv2d(12, 20, 1)
+    ).double()
+    hand[2][0].weight.data = after[2].spatial.weight.data
+    hand[2][1].weight.data, hand[2][1].bias.data = after[2].pointwise.weight.data, after[2].pointwise.bias.data
+    x = torch.randn(2, 3, 9, 11, dtype=torch.double)
+    torch.testing.assert_close(after.eval()(x), hand.eval()(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_type", TYPES)
+def test_the_stride_may_stand_on_either_layer(block_type):
+    after = cheapen(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 3, stride=2, padding=1)), block_type)
+    dear = copy.deepcopy(after)
+    dear[1].spatial.stride, dear[1].pointwise.stride = (1, 1), (2, 2)
+    x = torch.randn(2, 3, 13, 10)
+    torch.testing.assert_close(after(x), dear(x))
+
+
+kernels = st.tuples(st.integers(1, 5), st.integers(1, 5)).filter(lambda size: max(size) > 1)
+
+
+@given(data=st.data(), kernel=kernels, mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("block_type", TYPES)
+def test_any_window_keeps_the_shape_for_any_image(block_type, data, kernel, mode):
+    dilation = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = data.draw(st.one_of(st.sampled_from(["same", "valid"]), st.tuples(st.integers(0, 3), st.integers(0, 3))))
+    stride = (1, 1) if padding == "same" else data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch: "same" with an even kernel copies the image
+        conv = nn.Conv2d(26, 5, kernel, stride, padding, dilation, padding_mode=mode)
+        x = torch.randn(1, 26, data.draw(st.integers(9, 16)), data.draw(st.integers(9, 16)))
+        (after,) = [cheapen(nn.Sequential(conv), block_type, keep=())]
+        assert after(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize("block_type", ["DW", "Group"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_the_border_is_that_of_the_replaced_convolution(block_type, mode):
+    conv = nn.Conv2d(8, 6, 3, padding=2, padding_mode=mode, dilation=2)
+    after = cheapen(nn.Sequential(conv), block_type, keep=())[0]
+    x = torch.randn(1, 8, 7, 6)
+    padded = nn.functional.pad(x, (2, 2, 2, 2), mode="constant" if mode == "zeros" else mode)
+    spatial = nn.functional.conv2d(padded, after.spatial.weight, dilation=2, groups=after.spatial.groups)
+    torch.testing.assert_close(after(x), after.pointwise(spatial))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+@pytest.mark.parametrize(
+    "window", [{"padding": 1}, {"padding": "same"}, {"stride": 2}, {"dilation": 2, "padding": (0, 2)}]
+)
+def test_a_converted_shift_is_a_convolution_with_ones_where_it_reads(window, mode):
+    conv = nn.Conv2d(10, 10, (3, 2), bias=False, padding_mode=mode, **window)
+    shift = cheapen(nn.Sequential(conv), "Shift", keep=())[0].spatial
+    assert isinstance(shift, Shift2d)
+    with torch.no_grad():
+        conv.weight.zero_()
+        for c in range(10):
+            row, column = (c // 2 % 3, c % 2) if c < 6 else (1, 1)
+            conv.weight[c, c, row, column] = 1
+    x = torch.randn(2, 10, 9, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.testing.assert_close(shift(x), conv(x))
+
+
+@pytest.mark.parametrize("block_type", TYPES)
+def test_fit_reproduces_what_a_pair_can_express(block_type):
+    """A network that is already cheap, written with dense kernels, is converted without any loss."""
+    cheap = cheapen(small(), block_type, init="kaiming").double()
+    torch.nn.init.normal_(cheap[2].pointwise.bias)
+    dense = small().double()
+    impulse = torch.eye(18, dtype=torch.double)[:, :, None, None] * torch.zeros(1, 1, 5, 5).index_fill(
+        2, torch.tensor(2), 1
+    )
+    impulse = impulse * torch.zeros(1, 1, 5, 5).index_fill(3, torch.tensor(2), 1)
+    with torch.no_grad():
+        response = cheap[2](impulse) - cheap[2].pointwise.bias[None, :, None, None]  # (I, O, 5, 5), mirrored kernels
+        dense[2].weight.copy_(response[:, :, 1:4, 1:4].flip(2, 3).transpose(0, 1))
+        dense[2].bias.copy_(cheap[2].pointwise.bias)
+        dense[0].load_state_dict(cheap[0].state_dict())
+    again = cheapen(dense, block_type, init="fit")
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    torch.testing.assert_close(again(x), dense(x))
+    torch.testing.assert_close(again(x), cheap(x))
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 18, 3), nn.ReLU(), nn.Conv2d(18, 6, 3, padding=1))
+
+
+def test_auto_fits_what_was_trained_and_starts_the_rest_anew():
+    fresh = CifarResNet(8, Standard(), 10)
+    trained = copy.deepcopy(fresh)
+    trained(torch.randn(4, 3, 16, 16))
+    assert weights_equal(cheapen(trained, "Shift"), cheapen(trained, "Shift", init="fit"))
+    assert not weights_equal(cheapen(fresh, "Shift"), cheapen(fresh, "Shift", init="fit"))
+    plain = small()
+    assert not weights_equal(cheapen(plain, "Shift"), cheapen(plain, "Shift", init="fit"))
+    nn.init.normal_(plain[2].weight)
+    assert weights_equal(cheapen(plain, "Shift"), cheapen(plain, "Shift", init="fit"))
+
+
+def test_networks_whose_normalisation_tells_nothing_are_judged_by_their_weights():
+    for norm, trained in ((nn.InstanceNorm2d, False), (torchvision.ops.FrozenBatchNorm2d, True)):
+        network = nn.Sequential(nn.Conv2d(3, 18, 3), norm(18), nn.Conv2d(18, 6, 3))
+        assert weights_equal(cheapen(network, "Shift"), cheapen(network, "Shift", init="fit")) is False
+        if trained:
+            network[1].running_mean.fill_(0.5)
+        else:
+            nn.init.normal_(network[2].weight)
+        assert weights_equal(cheapen(network, "Shift"), cheapen(network, "Shift", init="fit"))
+
+
+def test_the_table_leaves_the_modes_as_they_are():
+    before = build("resnet18").train()
+    before.bn1.eval()
+    table(before, cheapen(before, "DW"), (3, 32, 32))
+    assert before.training
+    assert before.layer1.training
+    assert not before.bn1.training
+
+
+def test_a_converted_shift_takes_a_single_image_too():
+    after = cheapen(small(), "Shift")
+    image = torch.randn(3, 9, 9)
+    torch.testing.assert_close(after(image), after(image[None])[0])
+
+
+def weights_equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_the_given_network_stays_as_it_is_and_untouched_layers_keep_their_weights():
+    before = build("resnet18").eval()
+    state = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    after = cheapen(before, "DW")
+    assert all(torch.equal(before.state_dict()[name], tensor) for name, tensor in state.items())
+    assert torch.equal(after.conv1.weight, before.conv1.weight)
+    assert torch.equal(after.fc.weight, before.fc.weight)
+    assert not any(m.training for m in after.modules())
+    assert {id(p) for p in after.parameters()}.isdisjoint({id(p) for p in before.parameters()})
+
+
+def test_a_layer_used_in_two_places_stays_one():
+    layer = nn.Conv2d(12, 12, 3, padding=1)
+    after = cheapen(nn.Sequential(nn.Conv2d(3, 12, 3), layer, layer), "DW")
+    assert after[1] is after[2]
+    assert isinstance(after[1], CheapConv)
+
+
+def test_keep_takes_names_modules_and_patterns_and_refuses_strangers():
+    before = build("resnet18")
+    after = cheapen(before, "DW", keep=["conv1", "layer1", "layer4.*.conv2"])
+    kept = {name for name in spatial_convs(before) if not isinstance(after.get_submodule(name), CheapConv)}
+    expected = {"conv1", *(f"layer1.{b}.conv{c}" for b in (0, 1) for c in (1, 2)), "layer4.0.conv2", "layer4.1.conv2"}
+    assert kept == expected
+    assert isinstance(cheapen(before, "DW", keep=()).conv1, CheapConv)
+    with pytest.raises(ValueError, match=r"keep=layer1.0.conv3: no K x K convolution.*layer1.0.conv1"):
+        cheapen(before, "DW", keep=["layer1.0.conv3"])
+
+
+def test_a_shift_layer_with_too_few_channels_is_kept_and_listed():
+    before = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 5), nn.Conv2d(24, 16, 3))
+    after = cheapen(before, "Shift")
+    made = str(table(before, after, (3, 32, 32)))
+    assert [type(layer) for layer in after] == [nn.Conv2d] * 3 + [CheapConv]
+    assert "kept: the stem" in made
+    assert "kept: a shift of 9 taps moves none of 8 channels" in made
+    assert "kept: a shift of 25 taps moves none of 16 channels" in made
+
+
+def test_group_takes_the_largest_divisor_and_the_table_says_so():
+    before = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 7, 3), nn.Conv2d(7, 8, 3), nn.Conv2d(8, 8, 3))
+    after = cheapen(before, "Group", groups=4)
+    made = table(before, after, (3, 32, 32))
+    assert [row.after for row in made.rows] == [
+        "kept: the stem",
+        "groups 3 + 1 x 1",
+        "kept: no number of groups up to 4 divides its 7 channels",
+        "groups 4 + 1 x 1",
+    ]
+    assert isinstance(made, Conversion)
+
+
+class Odd(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_convolutions_of_another_kind_are_kept_and_listed():
+    odd, computed = Odd(12, 12, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3))
+    before = nn.Sequential(nn.Conv2d(3, 12, 3), odd, computed, nn.Conv2d(12, 12, 3, groups=2), nn.Conv2d(12, 12, 3))
+    rows = table(before, cheapen(before, "DW"), (3, 32, 32)).rows
+    assert [row.after for row in rows[1:]] == [
+        "kept: a Odd computes in a way of its own",
+        "kept: its weights are computed from others",
+        "kept: in 2 groups already",
+        "depth-wise + 1 x 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("block_type", "options", "message"),
+    [
+        ("Dw", {}, "block_type=Dw: must be one of Shift, DW, Group"),
+        ("Group", {"groups": 0}, "block_type.groups=0: must be a whole number"),
+        ("DW", {"keep": 5}, "keep=5: must be a list of names"),
+        ("DW", {"init": "svd"}, "init=svd: must be one of auto, fit, kaiming"),
+    ],
+)
+def test_unknown_words_are_refused(block_type, options, message):
+    with pytest.raises(ValueError, match=message):
+        cheapen(small(), block_type, **options)

@@ -1,0 +1,137 @@
+import csv
+import json
+
+import pytest
+
+from odcheap.report import latency
+from odcheap.report.command import main
+
+
+def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
+    folder.mkdir(parents=True)
+    target = f"{{_target_: odcheap.methods.{method}.Class}}"
+    (folder / "config.yaml").write_text(f"job_dir: {folder}\nseed: {seed}\nmethod: {target}\n")
+    student = {"test_top1": value, "val_top1": value + 0.02}
+    summary = {"finished": True, "data": data, "epochs": 5, "selected": student}
+    summary["cost"] = {"params": 1000, "macs": 2_000_000, "training_macs_with_teacher": 3e15}
+    summary["train_seconds"] = 7200
+    if method == "kd":
+        summary["cost"]["teacher"] = {"train_seconds": 1800}
+    summary["last"] = {"students": [student, student], "ensemble": student, "teacher": None} | more
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.csv").write_text("epoch,val/student_0/top1\n0,0.1\n1,0.2\n")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "measured", lambda found: {"alone": latency.Times(0.5, 1.5)})
+    folder = tmp_path / "sweep"
+    for seed, value in enumerate((0.50, 0.52, 0.51)):
+        plant(folder / f"alone-{seed}", "alone", seed, value)
+        plant(folder / f"od-{seed}", "od", seed, value + 0.1, teacher={"kind": "head", "test_top1": 0.9})
+        plant(folder / f"dml-{seed}", "dml", seed, value + 0.01 * (seed - 1))
+    return folder
+
+
+def test_the_report(sweep, capsys):
+    assert main([str(sweep)]) == 0
+    assert "9 finished runs of 9" in capsys.readouterr().out.replace("\n", " ")
+    out = sweep / "report"
+    names = {path.name for path in out.iterdir()}
+    drawn = ("accuracy_macs", "accuracy_latency", "gains", "curves")
+    figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    assert names == figures | {"report.md", "report.csv"}
+    text = (out / "report.md").read_text()
+    assert "| od | 3 | 61.00 ± 1.00 | +10.00 ± 0.00 | 61.00 ± 1.00 |" in text
+    assert "| dml | 3 | 51.00 ± 1.73 | +0.00 ± 1.00 (not resolved) |" in text
+    assert "| dml | -1.00 | +0.00 | +1.00 |" in text
+    assert "| 1,000 | 2,000,000 | 5 | 3 | 2 |" in text
+    assert "teacher (head)" in text
+    assert "teacher (gated)" not in text
+    assert "smoke test" not in text
+    with open(out / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["alone", "dml", "od"]
+    assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
+    assert [rows[0][name] for name in ("gain mean", "latency ms", "standard ms")] == ["", "0.5", "1.5"]
+    assert rows[2]["latency ms"] == rows[2]["standard ms"] == ""
+
+
+def test_to_decide_there_are_the_held_out_images(sweep):
+    assert main([str(sweep), "--val", "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "| od | 3 | 63.00 ± 1.00 | +10.00 ± 0.00 | 63.00 ± 1.00 |" in text
+    assert "61.00" not in text
+    assert "Held-out images. Top-1" in text
+
+
+def test_gains_may_be_over_another_row(sweep, capsys):
+    assert main([str(sweep), "--against", "od", "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "| alone | 3 | 51.00 ± 1.00 | -10.00 ± 0.00 |" in text
+    assert "Gains over `od` are paired by seed" in text
+    assert main([str(sweep), "--against", "kd", "--no-latency"]) == 1
+    assert capsys.readouterr().err == "error: --against=kd: must be one of alone; dml; od\n"
+
+
+def test_a_teacher_s_own_training_is_counted(tmp_path):
+    plant(tmp_path / "kd", "kd")
+    assert main([str(tmp_path), "--no-latency"]) == 0
+    assert "| 3 | 2.5 |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_run_that_is_there_twice_counts_once(sweep, tmp_path):
+    plant(tmp_path / "copy", "od", 0, 0.9)
+    assert main([str(sweep), str(tmp_path / "copy"), "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "| od | 3 | 61.00 ± 1.00 |" in text
+    assert "1 finished runs have the options and the seed of another one" in text
+
+
+def test_a_report_goes_where_it_is_told_and_again(sweep, tmp_path):
+    for _ in range(2):
+        assert main([str(sweep), "--out", str(tmp_path / "here"), "--no-latency"]) == 0
+    assert not (sweep / "report").exists()
+    assert not (tmp_path / "here" / "accuracy_latency.png").exists()
+
+
+def test_digits_are_called_a_smoke_test_and_gaps_are_no_crash(tmp_path, sweep):
+    plant(tmp_path / "old", "alone", 0, data="digits")
+    (tmp_path / "old" / "summary.json").write_text('{"finished": true, "data": "digits"}')
+    (tmp_path / "old" / "metrics.csv").unlink()
+    assert main([str(tmp_path / "old"), "--no-latency"]) == 0
+    text = (tmp_path / "old" / "report" / "report.md").read_text()
+    assert "digits is a smoke test" in text
+    assert "| alone | 1 |" in text
+    assert main([str(tmp_path / "old"), str(sweep), "--out", str(tmp_path / "both")]) == 0
+
+
+def test_what_is_not_finished_is_named(sweep, capsys):
+    (sweep / "failed").mkdir()
+    (sweep / "failed" / "status.json").write_text('{"state": "failed", "reason": "num_stu=0: must be 1"}')
+    (sweep / "od-0" / "summary.json").unlink()
+    assert main([str(sweep), "--status"]) == 1
+    said = capsys.readouterr().out
+    assert "num_stu=0: must be 1" in said
+    assert "8 finished" in said.replace("\n", " ")
+    assert main([str(sweep), "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "- `failed`: failed; `num_stu=0: must be 1`" in text
+    assert "- `od-0`: stopped" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [(["none"], "DIR=none: no such folder"), (["."], "DIR=.: holds no run of odcheap")],
+)
+def test_bad_folders_are_one_line(arguments, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_nothing_finished_is_one_line(tmp_path, capsys):
+    (plant(tmp_path / "run") / "summary.json").unlink()
+    assert main([str(tmp_path)]) == 1
+    assert "no finished run among 1; --status says more" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, prune, read_run, step_path
+from odcheap.utils.errors import OptionError
+from odcheap.utils.files import write_sealed
+
+
+def run_content(**more):
+    """As little as a checkpoint of a run may hold."""
+    about = {"overrides": ["seed=1"], "config": {}, "split": "abc", "classes": ["a", "b"], "student": {}}
+    record = {"history": [], "selected": {"candidate": 0, "epoch": 0}}
+    known = {"odcheap": about, "loops": {}, "epoch": 0, "state_dict": {}, "callbacks": {"Record": record}}
+    return known | more
+
+
+def write(path, number):
+    path.parent.mkdir(exist_ok=True)
+    write_sealed(path, run_content(number=number))
+
+
+def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path):
+    paths = [epoch_path(tmp_path, 0), step_path(tmp_path, 1, 20), step_path(tmp_path, 1, 100), epoch_path(tmp_path, 1)]
+    for number, path in enumerate(paths):
+        write(path, number)
+    assert all_paths(tmp_path) == paths
+    paths[3].write_bytes(paths[3].read_bytes()[:50])
+    paths[2].write_bytes(b"")
+    said = []
+    path, content = newest_usable(tmp_path, said.append)
+    assert (path, content["number"]) == (paths[1], 1)
+    assert [f"passed over: resume={p}" in line for p, line in zip(paths[:1:-1], said, strict=True)] == [True, True]
+
+
+def test_none_is_usable_where_there_is_none(tmp_path):
+    assert newest_usable(tmp_path, print) is None
+
+
+def test_the_number_kept_is_bounded_and_the_selected_one_stays(tmp_path):
+    paths = [epoch_path(tmp_path, k) for k in range(8)]
+    for path in paths:
+        write(path, 0)
+        prune(tmp_path, keep=2, selected=paths[1])
+    assert all_paths(tmp_path) == [paths[1], paths[6], paths[7]]
+
+
+def test_files_that_are_no_run_s_are_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(OptionError, match=r"resume=.*other.ckpt: not a whole checkpoint of an odcheap run.*weights="):
+        read_run(tmp_path / "other.ckpt")
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+    """PyTorch's own reader lets nine of ten pass."""
+    path = tmp_path / "x.ckpt"
+    write_sealed(path, run_content(weights=torch.randn(300)))
+    whole = path.read_bytes()
+    assert torch.load(path, weights_only=True)["weights"].shape == (300,)
+    for place in [*range(0, len(whole), 7), *range(len(whole) - 100, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(OptionError, match="its checksum is missing or another"):
+            read_run(path)
+    for end in range(0, len(whole), 11):
+        path.write_bytes(whole[:end])
+        with pytest.raises(OptionError, match="its checksum is missing or another"):
+            read_run(path)
+    path.write_bytes(whole)
+    assert read_run(path)["odcheap"]["overrides"] == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"odcheap": {}},
+        {"odcheap": "x"},
+        {"odcheap": run_content()["odcheap"] | {"overrides": [{"a": 1}]}},
+        {"odcheap": run_content()["odcheap"] | {"classes": None}},
+        {"callbacks": None},
+        {"callbacks": {"Record": {"history": 3}}},
+        {"callbacks": {"Record": {"history": [], "selected": {"candidate": "../x", "epoch": 0}}}},
+        {"epoch": "0"},
+    ],
+    ids=str,
+)
+def test_one_that_somebody_made_up_is_refused(tmp_path, change):
+    write_sealed(tmp_path / "x.ckpt", run_content() | change)
+    with pytest.raises(OptionError, match="not a checkpoint of an odcheap run"):
+        read_run(tmp_path / "x.ckpt")

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from odcheap.layers.cheap_conv import DW, Group
+from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.students import Students
+from odcheap.models.cifar import CifarResNet
+from odcheap.runs.load import STUDENT, Weights, below, load_weights
+from odcheap.utils.errors import OptionError
+
+
+def made(num_stu=2, classes=10, conv=None, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OnlineDistillation(Students(lambda: CifarResNet(8, conv or DW(), classes), num_stu, seed))
+
+
+def weights_of(method, lone=False):
+    state = {f"method.{name}": t.clone() for name, t in method.state_dict().items()}
+    students = [below(state, f"{STUDENT}{k}.") for k in range(1 if lone else len(method.students))]
+    own = {n: t for n, t in below(state, "method.").items() if not n.startswith("students.")}
+    return Weights("FILE", students, {} if lone else own, None)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_all_parts_are_loaded():
+    source, target = made(seed=1), made()
+    load_weights(target, weights_of(source))
+    assert same(source, target)
+
+
+def test_a_lone_student_goes_to_student_0_and_the_others_stay():
+    source, target, untouched = made(seed=1), made(3), made(3)
+    load_weights(target, weights_of(source, lone=True))
+    assert same(source.students.members[0], target.students.members[0])
+    for k in (1, 2):
+        assert same(untouched.students.members[k], target.students.members[k])
+    assert same(untouched.fc, target.fc)
+
+
+def test_a_new_head_keeps_the_bodies_only():
+    source, target, untouched = made(seed=1, classes=7), made(), made()
+    load_weights(target, weights_of(source), new_head=True)
+    for k in range(2):
+        assert torch.equal(source.students.members[k].conv1.weight, target.students.members[k].conv1.weight)
+        assert same(untouched.students.members[k].fc, target.students.members[k].fc)
+    assert same(untouched.fc, target.fc)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (made(3), "holds 3 students; num_stu=2"),
+        (made(classes=7), "has 7 classes, the data 10; weights_head=new keeps the bodies only"),
+        (made(conv=Group(4)), r"another architecture: layer1.0.conv1.spatial.weight is \(16, 4, 3, 3\) in the file"),
+    ],
+)
+def test_other_mismatches_are_refused_and_nothing_changes(source, reason):
+    target, untouched = made(), made()
+    with pytest.raises(OptionError, match=f"weights=FILE: {reason}"):
+        load_weights(target, weights_of(source))
+    assert same(target, untouched)

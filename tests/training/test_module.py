@@ -1,0 +1,101 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from odcheap.layers.cheap_conv import DW
+from odcheap.methods.alone import Alone
+from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.pcl import PeerCollaborativeLearning
+from odcheap.methods.students import Students
+from odcheap.models.cifar import CifarResNet
+from odcheap.training.module import DistillationModule
+from odcheap.training.optim import SGD
+
+RECIPE = SGD(0.1, 0.9, False, 2e-4, True, (0.5,), 0.1)
+
+
+def made(classes):
+    method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), classes), 2, seed=0))
+    return DistillationModule(method, RECIPE, seed=0, classes=classes, about={})
+
+
+def logits(classes, images=30):
+    random = torch.Generator().manual_seed(0)
+    return {
+        "student_logits": torch.randn(2, images, classes, generator=random),
+        "teacher_logits": torch.randn(images, classes, generator=random),
+    }
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_null_with_five_classes_or_fewer(classes):
+    module = made(classes)
+    module.scores["val_"].update(module.member_logits(logits(classes)), torch.arange(30) % classes)
+    figures = module.finish("val")
+    assert all((value is None) == (classes == 5) for value in figures["top5"])
+    assert all(0 <= value <= 1 for value in figures["top1"] + figures["balanced_accuracy"])
+
+
+def test_the_ensemble_is_the_mean_softmax_of_the_students():
+    outputs = logits(7)
+    module = made(7)
+    assert module.members == ["student_0", "student_1", "teacher", "ensemble"]
+    members = module.member_logits(outputs)
+    probabilities = outputs["student_logits"].softmax(-1)
+    torch.testing.assert_close(members[3].softmax(-1), (probabilities[0] + probabilities[1]) / 2)
+    assert torch.equal(members[2], outputs["teacher_logits"])
+
+
+def test_averages_stand_behind_the_students():
+    method = PeerCollaborativeLearning(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
+    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={})
+    assert module.members == ["student_0", "student_1", "average_0", "average_1", "teacher", "ensemble"]
+    outputs = logits(5) | {"average_logits": torch.full((2, 30, 5), 7.0)}
+    members = module.member_logits(outputs)
+    assert torch.equal(members[2:4], outputs["average_logits"])
+    assert torch.equal(members[4], outputs["teacher_logits"])
+    torch.testing.assert_close(members[5].softmax(-1), outputs["student_logits"].softmax(-1).mean(0))
+
+
+def test_a_teacher_that_saw_the_held_out_images_has_no_figure_there():
+    method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
+    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={}, teacher_saw_val=True)
+    for stage in ("val", "test"):
+        module.scores[f"{stage}_"].update(module.member_logits(logits(5)), torch.arange(30) % 5)
+        figures = module.finish(stage)
+        for name in ("top1", "balanced_accuracy"):
+            assert [value is None for value in figures[name]] == [False, False, stage == "val", False]
+
+
+@pytest.mark.parametrize("kind", [Alone, OnlineDistillation])
+def test_students_that_share_nothing_are_clipped_apart(kind):
+    method = kind(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
+    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={})
+    for p in method.parameters():
+        p.grad = torch.ones_like(p)
+    module.configure_gradient_clipping(None, 1.0, "norm")
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in s.parameters()]) for s in method.students.members]
+    assert [norm.item() == pytest.approx(1.0, rel=1e-3) for norm in norms] == [kind is Alone] * 2
+    whole = torch.nn.utils.get_total_norm([p.grad for p in method.parameters()])
+    assert (whole.item() == pytest.approx(1.0, rel=1e-3)) == (kind is not Alone)
+
+
+def test_every_process_evaluates_with_the_first_one_s_statistics(monkeypatch):
+    module, sent = made(5), []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, src: sent.append((id(buffer), src)))
+    module._trainer = SimpleNamespace(world_size=2)
+    for start in (module.on_validation_epoch_start, module.on_test_epoch_start):
+        sent.clear()
+        start()
+        assert sent == [(id(buffer), 0) for buffer in module.method.buffers()]
+
+
+def test_only_the_method_s_weights_are_in_a_checkpoint():
+    module = made(5)
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    assert content["state_dict"].keys() == {f"method.{name}" for name in module.method.state_dict()}
+    other = made(5)
+    other.load_state_dict(content["state_dict"])
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,124 @@
+import contextlib
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from odcheap.utils.errors import OptionError
+from odcheap.utils.files import read_safetensors, read_torch, write_atomic
+
+
+class Bomb:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, zipped):
+    file, mark = tmp_path / "bomb.pt", tmp_path / "ran"
+    torch.save({"state_dict": Bomb(mark)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(OptionError, match=r"weights=.*bomb.pt: not a whole, plain checkpoint"):
+        read_torch(file, "weights")
+    file.write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(OptionError, match="not a whole, plain checkpoint"):
+        read_torch(file, "weights")
+    assert not mark.exists()
+
+
+def test_truncated_files_at_every_tenth_are_refused(tmp_path):
+    file = tmp_path / "whole.pt"
+    torch.save({"state_dict": {"a": torch.randn(100)}}, file)
+    whole = file.read_bytes()
+    for tenth in range(10):
+        file.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(OptionError, match="not a"):
+            read_torch(file)
+    file.write_bytes(whole)
+    assert read_torch(file)["state_dict"]["a"].shape == (100,)
+
+
+def test_missing_foreign_and_other_content_is_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"resume=.*nothing.ckpt: no such file"):
+        read_torch(tmp_path / "nothing.ckpt", "resume")
+    (tmp_path / "text").write_text("hello, this is no checkpoint at all")
+    with pytest.raises(OptionError, match="not a whole, plain checkpoint"):
+        read_torch(tmp_path / "text")
+    torch.save([1, 2], tmp_path / "list")
+    with pytest.raises(OptionError, match="it holds a list, not a dict"):
+        read_torch(tmp_path / "list")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    file = tmp_path / "student.safetensors"
+    save_file({"a": torch.ones(3)}, file, metadata={"odcheap": "{}"})
+    assert read_safetensors(file)[1] == {"odcheap": "{}"}
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(OptionError, match="not a whole safetensors file"):
+        read_safetensors(file)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "kept"
+    file.write_bytes(b"old")
+
+    def fail(out):
+        out.write(b"half of the n")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(file, fail)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+    write_atomic(file, lambda out: out.write(b"new"))
+    assert file.read_bytes() == b"new"
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_bytes_are_refused_or_read_and_nothing_else(tmp_path, kind, data):
+    path = tmp_path / f"x.{kind}"
+    tensors = {"state_dict": {"a": torch.ones(5), "b": torch.zeros(2, 3)}}
+    if kind == "safetensors":
+        save_file(tensors["state_dict"], path, metadata={"odcheap": "{}"})
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    with contextlib.suppress(OptionError):
+        (read_safetensors if kind == "safetensors" else read_torch)(path)
+
+
+def test_whoever_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path):
+    file = tmp_path / "kept"
+    file.write_bytes(b"old")
+    with open(file, "rb") as reader:
+        write_atomic(file, lambda out: out.write(b"new"))
+        assert reader.read() == b"old"
+
+
+def test_content_is_on_the_disk_before_its_name_is_and_the_name_before_the_call_returns(tmp_path, monkeypatch):
+    done = []
+
+    def told(name, call):
+        def telling(*given):
+            isfile = name == "fsync" and stat.S_ISREG(os.fstat(given[0]).st_mode)
+            done.append("content" if isfile else name)
+            return call(*given)
+
+        return telling
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(f"odcheap.utils.files.os.{name}", told(name, getattr(os, name)))
+    write_atomic(tmp_path / "file", lambda out: out.write(b"new"))
+    assert done == ["content", "replace", "fsync"]
