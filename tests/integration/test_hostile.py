@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
-from tests.test_teacher import SETTINGS as STUDENT
 
 from odcheap import predict
 from odcheap.data import cifar, folders
@@ -36,6 +35,7 @@ from odcheap.training.callbacks import Record
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import seal
+from tests.methods.test_teacher import SETTINGS as STUDENT
 
 
 class Bomb:

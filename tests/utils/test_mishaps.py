@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 from conftest import Begun
-from tests.test_signals import ranks
 
 from odcheap.utils import mishaps
+from tests.distributed.test_signals import ranks
 
 
 @pytest.mark.parametrize(
