@@ -23,7 +23,7 @@ from rich.console import Console
 
 from odcheap.config import options
 from odcheap.distributed import launch
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.runs import resume, status
 from odcheap.runs.trust import CONF
 from odcheap.training import sweep
@@ -37,7 +37,7 @@ EXPLAINED = (Failure, HydraException, MisconfigurationException, OmegaConfBaseEx
 def say(text: str) -> None:
     """A line for the user, from one process only."""
     if rank_zero_only.rank in (0, None):
-        print(plain(text), flush=True)
+        print(escape_control_chars(text), flush=True)
 
 
 def start(main: Callable[[], None], conf: Path) -> int:
@@ -110,14 +110,14 @@ def console() -> Console:
 
 def failed(line: str) -> int:
     if rank_zero_only.rank in (0, None):
-        print(f"error: {plain(line)}", file=sys.stderr, flush=True)
+        print(f"error: {escape_control_chars(line)}", file=sys.stderr, flush=True)
     return 1
 
 
 def failed_here(line: str) -> int:
     """Of what befell this process and perhaps no other."""
     rank = f"process {rank_zero_only.rank}: " if torch.distributed.is_initialized() else ""
-    print(f"error: {rank}{plain(line)}", file=sys.stderr, flush=True)
+    print(f"error: {rank}{escape_control_chars(line)}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -1,7 +1,8 @@
-"""`python -m odcheap.predict EXPORT_DIR IMAGE_OR_FOLDER...`: what an exported student sees in pictures.
+"""Classifies image files with an exported student: `python predict.py IMAGE_OR_FOLDER...`.
 
-Needs onnxruntime, numpy and pillow. An export folder holds a copy of this very file: `python predict.py IMAGE...` works
-there without odcheap.
+It needs numpy, Pillow and onnxruntime only. An export folder holds a copy of this file, which works there without
+odcheap and without PyTorch; `odcheap predict EXPORT_DIR IMAGE_OR_FOLDER...` does the same from anywhere. Every image
+file is decoded, resized and cropped as in training.
 """
 
 import argparse
@@ -20,47 +21,60 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-SLIMMEST = 100  # a picture's longer side over its shorter one
-SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-PREPROCESS, LABELS, CARD = "preprocess.json", "labels.json", "README.md"
-SUM = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # a line of the card: sha256 and file
-AT_ONCE = 32  # pictures
-BATCHES, ROUNDS, PAUSE = (1, 64), 5, 0.02  # of timings; in the pause (seconds) another session's threads fall asleep
+MAX_ASPECT_RATIO = 100  # longer side over shorter side
+IMAGE_SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+PREPROCESS_FILE, LABELS_FILE, CARD_FILE = "preprocess.json", "labels.json", "README.md"
+CHECKSUM_LINE = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # in the model card: sha256 and file name
+BATCH_SIZE = 32  # images that are in memory at the same time
+TIMED_BATCH_SIZES, TIMING_ROUNDS = (1, 64), 5
+TIMING_PAUSE = 0.02  # seconds between two timings, in which the threads of the other session go idle
+
+Predictor = Callable[[np.ndarray], np.ndarray]  # images (n, 3, H, W) in [0, 1] -> logits (n, K)
 
 
-class Refused(ValueError):
-    """One line on what cannot be done with what was given."""
+class PredictError(ValueError):
+    """A request that cannot be carried out; the text is one line for the user."""
 
 
-class BrokenPicture(Refused):
-    """A file that is no picture, or only a part of one."""
+class ImageError(PredictError):
+    """A file that is no image, is damaged, or has pixels of an unknown range."""
 
 
 class Timing(NamedTuple):
-    p50: float  # seconds: the median, and what 95 of 100 stay below
+    """Seconds of one call: the median and the 95th percentile."""
+
+    p50: float
     p95: float
 
 
-def decode(path: str | Path) -> Image.Image:
-    """The picture in RGB, upright as its EXIF data say; `BrokenPicture` where it cannot be read as a whole."""
+def decode_image(path: str | Path) -> Image.Image:
+    """Reads an image file as RGB, rotated as its EXIF data say.
+
+    Raises:
+        ImageError: The file cannot be decoded completely, or one side is more than 100 times the other.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks about odd EXIF data, very many pixels; errors matter
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of very many pixels; only errors matter
             with Image.open(path) as image:
                 ImageOps.exif_transpose(image, in_place=True)
-                rgb = to_rgb(image)
-    except (Exception, MemoryError) as error:  # on damaged files Pillow's many readers raise errors of every kind
+                rgb = convert_to_rgb(image)
+    except (Exception, MemoryError) as error:  # Pillow's many readers raise errors of every kind on damaged files
         reason = str(error).partition("\n")[0][:160] or type(error).__name__
-        raise BrokenPicture(f"{path} cannot be read as a picture ({reason})") from error
-    if max(rgb.size) > SLIMMEST * min(rgb.size):
-        raise BrokenPicture(f"{path} has {rgb.width} x {rgb.height} pixels: too slim to be made square")
+        raise ImageError(f"{path} cannot be read as an image ({reason})") from error
+    if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
+        raise ImageError(f"{path} has {rgb.width} x {rgb.height} pixels: too narrow to be resized to a square")
     return rgb
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey repeated, CMYK and palettes translated, alpha left out; 16-bit grey divided by 256: Pillow would clip it."""
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any Pillow mode to RGB; alpha is dropped, 16-bit gray is divided by 256 (Pillow itself would clip it).
+
+    Raises:
+        ImageError: The pixels have 32 bits, so their range is unknown.
+    """
     if image.mode in ("I", "F"):
-        raise BrokenPicture(f"32-bit pixels ({image.mode}), whose range nobody tells")
+        raise ImageError(f"32-bit pixels of mode {image.mode}, whose range is unknown")
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -68,9 +82,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def prepared(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray:
-    """The picture as the network wants it, (3, H, W) float32 in [0, 1]: the middle of it, at the shorter side given."""
-    image, (height, width), shorter = decode(path), preprocess["size"], preprocess["shorter_side"]
+def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray:
+    """Reads an image file as the network's input.
+
+    Args:
+        path: The image file.
+        preprocess: The content of `preprocess.json`: the image is resized to `shorter_side`, and its center of `size`
+            (height, width) is cut out.
+
+    Returns:
+        float32 of shape (3, height, width) in [0, 1].
+    """
+    image, (height, width), shorter = decode_image(path), preprocess["size"], preprocess["shorter_side"]
     scaled = tuple(shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size)
     image = image.resize(scaled, Image.Resampling[preprocess["interpolation"].upper()])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -78,171 +101,228 @@ def prepared(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(255)
 
 
-def session(model: bytes, threads: int = 0, provider: str = "CPUExecutionProvider") -> Any:
-    """An ONNX Runtime session; `threads=0` takes all cores. `Refused` where it cannot be."""
+def create_session(model: bytes, threads: int = 0, provider: str = "CPUExecutionProvider") -> Any:
+    """Creates an ONNX Runtime session.
+
+    Args:
+        model: The content of an ONNX file.
+        threads: Number of threads; 0 uses all cores.
+        provider: ONNX Runtime's name of the device.
+
+    Raises:
+        PredictError: The model cannot be loaded, or the provider does not work on this machine.
+    """
     try:
-        import onnxruntime  # here: whoever only decodes pictures does without it
+        import onnxruntime  # here, because decoding images does not need it
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        made = onnxruntime.InferenceSession(model, options, providers=[provider])
-    except Exception as error:  # its own errors have no common kind
-        raise Refused(f"ONNX Runtime cannot load the model ({str(error)[:160]})") from error
-    if provider not in made.get_providers():
-        raise Refused(f"ONNX Runtime has no working {provider} here and would silently take another")
-    return made
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # its errors have no common base class
+        raise PredictError(f"ONNX Runtime cannot load the model ({str(error)[:160]})") from error
+    if provider not in session.get_providers():
+        raise PredictError(f"ONNX Runtime has no working {provider} here and would silently use another one")
+    return session
 
 
-def answerer(made: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Images (n, 3, H, W) -> logits (n, K)."""
-    (images,) = made.get_inputs()
-    fixed = images.shape[0] if isinstance(images.shape[0], int) else None
-    return in_batches(lambda batch: made.run(None, {images.name: batch})[0], fixed)
+def create_predictor(session: Any) -> Predictor:
+    """Wraps an ONNX Runtime session as a function from images (n, 3, H, W) to logits (n, K)."""
+    (images,) = session.get_inputs()
+    batch_size = images.shape[0] if isinstance(images.shape[0], int) else None
+    return pad_batches(lambda batch: session.run(None, {images.name: batch})[0], batch_size)
 
 
-def in_batches(run: Callable[[np.ndarray], np.ndarray], fixed: int | None) -> Callable[[np.ndarray], np.ndarray]:
-    """The same for any number of images where `run` takes `fixed` of them: the last image fills up."""
-    if fixed is None:
+def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
+    """Lets a function that takes exactly `batch_size` images take any number: the last image is repeated.
+
+    With `batch_size=None` the function already takes any number and is returned unchanged.
+    """
+    if batch_size is None:
         return run
 
-    def ask(batch: np.ndarray) -> np.ndarray:
-        whole = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % fixed, axis=0)])
-        return np.concatenate([run(part) for part in np.split(whole, len(whole) // fixed)])[: len(batch)]
+    def predict(images: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([images, np.repeat(images[-1:], -len(images) % batch_size, axis=0)])
+        return np.concatenate([run(batch) for batch in np.split(padded, len(padded) // batch_size)])[: len(images)]
 
-    return ask
+    return predict
 
 
-def answers(
-    ask: Callable[[np.ndarray], np.ndarray], paths: list[Path], preprocess: dict[str, Any]
-) -> Iterator[tuple[Path, np.ndarray | BrokenPicture]]:
-    """For each file its logits (K,), or why there are none; a few pictures are in memory at once."""
-    for k in range(0, len(paths), AT_ONCE):
-        found: dict[Path, np.ndarray | BrokenPicture] = {}
-        for path in paths[k : k + AT_ONCE]:
+def predict_files(
+    predictor: Predictor, paths: list[Path], preprocess: dict[str, Any]
+) -> Iterator[tuple[Path, np.ndarray | ImageError]]:
+    """Yields each file with its logits (K,), or with the error that says why it has none."""
+    for k in range(0, len(paths), BATCH_SIZE):
+        results: dict[Path, np.ndarray | ImageError] = {}
+        for path in paths[k : k + BATCH_SIZE]:
             try:
-                found[path] = prepared(path, preprocess)
-            except BrokenPicture as error:
-                found[path] = error
-        readable = [path for path, value in found.items() if isinstance(value, np.ndarray)]
-        if readable:
-            found |= zip(readable, ask(np.stack([found[path] for path in readable])), strict=True)
-        yield from found.items()
+                results[path] = preprocess_image(path, preprocess)
+            except ImageError as error:
+                results[path] = error
+        images = {path: image for path, image in results.items() if isinstance(image, np.ndarray)}
+        if images:
+            results |= zip(images, predictor(np.stack(list(images.values()))), strict=True)
+        yield from results.items()
 
 
-def checked(folder: Path, name: str) -> bytes:
-    """The file's content; `Refused` unless its sha256 is the one in the export's card."""
+def read_verified(folder: Path, name: str) -> bytes:
+    """Reads a file of an export and compares its sha256 with the one in the model card.
+
+    Raises:
+        PredictError: The file is not listed in the card, or was changed after the export.
+    """
     try:
-        card, content = (folder / CARD).read_text(encoding="utf-8"), (folder / name).read_bytes()
+        card, content = (folder / CARD_FILE).read_text(encoding="utf-8"), (folder / name).read_bytes()
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{folder / name}: cannot be checked ({error})") from error
-    known = {found[2]: found[1] for found in SUM.finditer(card)}
-    if name not in known:
-        raise Refused(f"{folder / name}: is no file of this export; there are {', '.join(known) or 'none'}")
-    if hashlib.sha256(content).hexdigest() != known[name]:
-        raise Refused(f"{folder / name}: was changed after the export (its sha256 in {CARD} is another)")
+        raise PredictError(f"{folder / name}: cannot be checked ({error})") from error
+    checksums = {match[2]: match[1] for match in CHECKSUM_LINE.finditer(card)}
+    if name not in checksums:
+        files = ", ".join(checksums) or "no files"
+        raise PredictError(f"{folder / name}: is not a file of this export, which has {files}")
+    if hashlib.sha256(content).hexdigest() != checksums[name]:
+        raise PredictError(f"{folder / name}: was changed after the export (its sha256 differs from {CARD_FILE})")
     return content
 
 
-def pictures_in(given: list[str]) -> Iterator[Path]:
-    """The files, and those below folders that are pictures by their names; what cannot be looked into itself."""
-    for top in given:
-        found: list[Path] = []
-        for where, _, names in os.walk(top, onerror=lambda error, found=found: found.append(Path(error.filename))):
-            named = (Path(where, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != ".")
-            found += filter(os.path.isfile, named)
-        yield from sorted(found)
+def find_images(paths: list[str]) -> Iterator[Path]:
+    """Yields the given files, and all image files below the given folders.
+
+    A path or folder that cannot be opened is yielded too, so that reading it gives an error message.
+    """
+    for top in paths:
+        files: list[Path] = []
+        for parent, _, names in os.walk(top, onerror=lambda error, files=files: files.append(Path(error.filename))):
+            images = (Path(parent, n) for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))
+            files += filter(os.path.isfile, images)
+        yield from sorted(files)
 
 
-def plain(text: object) -> str:
-    """What a terminal shows as it is: control signs, line ends and the like become visible escapes."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(text))
+def escape_control_chars(text: object) -> str:
+    r"""Makes text safe to print: control characters and line ends become visible escapes.
+
+    Example:
+        >>> escape_control_chars("two\nlines")
+        'two\\nlines'
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
-def predict(folder: Path, model: str, given: list[str], as_json: bool) -> int:
-    preprocess, labels = (json.loads(checked(folder, name)) for name in (PREPROCESS, LABELS))
-    ask = answerer(session(checked(folder, model)))
-    if not (paths := list(dict.fromkeys(pictures_in(given)))):
-        raise Refused(
-            f"{', '.join(given) or 'IMAGE_OR_FOLDER'}: no pictures there ({', '.join(sorted(SUFFIXES)[:6])}, ...)"
-        )
+def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -> int:
+    """Prints the classes of all images; returns 1 if an image could not be read, else 0."""
+    preprocess, labels = (json.loads(read_verified(folder, name)) for name in (PREPROCESS_FILE, LABELS_FILE))
+    predictor = create_predictor(create_session(read_verified(folder, model)))
+    files = list(dict.fromkeys(find_images(paths)))
+    if not files:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES)[:6])
+        raise PredictError(f"{', '.join(paths) or 'IMAGE_OR_FOLDER'}: no images found ({suffixes}, ...)")
     rows = []
-    for path, logits in answers(ask, paths, preprocess):
-        if isinstance(logits, BrokenPicture):
-            print(f"error: {plain(logits)}", file=sys.stderr)
+    for path, logits in predict_files(predictor, files, preprocess):
+        if isinstance(logits, ImageError):
+            print(f"error: {escape_control_chars(logits)}", file=sys.stderr)
             continue
-        shares = np.exp(logits.astype(np.float64) - logits.max())
-        shares /= shares.sum()
-        rows.append((path, [(labels[k], float(shares[k])) for k in np.argsort(-shares, kind="stable")[:3]]))
+        probabilities = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities /= probabilities.sum()
+        top3 = np.argsort(-probabilities, kind="stable")[:3]
+        rows.append((path, [(labels[k], float(probabilities[k])) for k in top3]))
     if as_json:
-        found = [{"path": str(p), "label": best[0][0], "probability": best[0][1]} for p, best in rows]
-        print(json.dumps(found, indent=1))
+        results = [{"path": str(path), "label": top[0][0], "probability": top[0][1]} for path, top in rows]
+        print(json.dumps(results, indent=1))
     else:
-        show([(plain(p), *(f"{plain(name)} {share:.3f}" for name, share in best)) for p, best in rows])
-    return int(len(rows) < len(paths))
+        print_table(
+            [
+                (escape_control_chars(path), *(f"{escape_control_chars(n)} {p:.3f}" for n, p in top))
+                for path, top in rows
+            ]
+        )
+    return int(len(rows) < len(files))
 
 
-def show(rows: list[tuple[str, ...]]) -> None:
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Prints rows of text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
+    """Returns the same random images each time, float32 (batch, *size) in [0, 1)."""
     return np.random.default_rng(0).random((batch, *size), dtype=np.float32)
 
 
-def side_by_side(works: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, Timing]:
-    """What each takes, over about so many seconds each, in turns: what slows the machine down slows all of them."""
-    taken: dict[Any, list[float]] = {name: [] for name in works}
-    for turn in range(ROUNDS):
-        for name, work in works.items():
-            time.sleep(PAUSE)
-            work()
-            end = time.perf_counter() + seconds / ROUNDS
-            while time.perf_counter() < end or len(taken[name]) <= turn:
-                began = time.perf_counter()
-                work()
-                taken[name].append(time.perf_counter() - began)
-    return {name: Timing(statistics.median(t), sorted(t)[int(0.95 * (len(t) - 1))]) for name, t in taken.items()}
+def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, Timing]:
+    """Times functions one after another, in several rounds, so that a slow phase of the machine slows all of them.
+
+    Args:
+        functions: The functions by name.
+        seconds: Time spent on each function in all rounds together.
+
+    Returns:
+        The time of one call by name.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in functions}
+    for completed in range(TIMING_ROUNDS):
+        for name, function in functions.items():
+            time.sleep(TIMING_PAUSE)
+            function()
+            end = time.perf_counter() + seconds / TIMING_ROUNDS
+            while time.perf_counter() < end or len(times[name]) <= completed:
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(t), sorted(t)[int(0.95 * (len(t) - 1))]) for name, t in times.items()}
 
 
-def bench(folder: Path, seconds: float = 2.0) -> int:
-    """Times every artefact here, with one thread and with all."""
-    size, works = (3, *json.loads(checked(folder, PREPROCESS))["size"]), {}
+def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
+    """Times every ONNX file of the export, with one thread and with all; returns 0."""
+    size: tuple[int, int, int] = (3, *json.loads(read_verified(folder, PREPROCESS_FILE))["size"])
+    functions = {}
     for path, threads in [(path, threads) for path in sorted(folder.glob("*.onnx")) for threads in (1, 0)]:
-        made = session(checked(folder, path.name), threads)
-        fixed = made.get_inputs()[0].shape[0]
-        for batch in (fixed,) if isinstance(fixed, int) else BATCHES:
-            images, ask = random_images(batch, size), answerer(made)
-            works[path.name, batch, threads] = lambda ask=ask, images=images: ask(images)
-    print(f"{len(works)} timings of {seconds:g} s each, in turns", file=sys.stderr)
-    rows = [("file", "images", "threads", "median ms", "95 % below")]
-    for (name, batch, threads), found in side_by_side(works, seconds).items():
-        rows.append((name, str(batch), str(threads or "all"), *(f"{1000 * time:.3f}" for time in found)))
-    show(rows)
+        session = create_session(read_verified(folder, path.name), threads)
+        fixed = session.get_inputs()[0].shape[0]
+        for batch in (fixed,) if isinstance(fixed, int) else TIMED_BATCH_SIZES:
+            images, predictor = random_images(batch, size), create_predictor(session)
+            functions[path.name, batch, threads] = lambda predictor=predictor, images=images: predictor(images)
+    print(f"{len(functions)} timings of {seconds:g} s each", file=sys.stderr)
+    rows: list[tuple[str, ...]] = [("file", "images", "threads", "median ms", "95 % below")]
+    for (name, batch, threads), timing in time_alternately(functions, seconds).items():
+        rows.append((name, str(batch), str(threads or "all"), *(f"{1000 * time:.3f}" for time in timing)))
+    print_table(rows)
     return 0
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 where a picture could not be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", metavar="EXPORT_DIR IMAGE_OR_FOLDER", help="EXPORT_DIR: if not beside this")
-    parser.add_argument("--model", default="student.onnx", help="another file of the export (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="a list of {path, label, probability}")
-    parser.add_argument("--bench", action="store_true", help="time every artefact on this machine")
-    given = parser.parse_args(arguments)
-    folder, paths = Path(__file__).parent, given.paths
-    if paths and all(os.path.isfile(os.path.join(paths[0], name)) for name in (PREPROCESS, CARD)):
+def main(arguments: list[str], prog: str | None = None) -> int:
+    """Runs the command and returns the exit status: 1 if an image could not be read."""
+    parser = argparse.ArgumentParser(
+        prog,
+        usage="%(prog)s [-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="[EXPORT_DIR] IMAGE_OR_FOLDER",
+        help="EXPORT_DIR: the export, unless this file lies in it; then image files, and folders to search for them",
+    )
+    parser.add_argument(
+        "--model", metavar="FILE", default="student.onnx", help="another ONNX file of the export (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of {path, label, probability}")
+    parser.add_argument("--bench", action="store_true", help="time every ONNX file of the export on this machine")
+    options = parser.parse_args(arguments)
+    folder, paths = Path(__file__).parent, options.paths
+    if paths and all(os.path.isfile(os.path.join(paths[0], name)) for name in (PREPROCESS_FILE, CARD_FILE)):
         folder, paths = Path(paths[0]), paths[1:]
     try:
-        if not (folder / PREPROCESS).is_file():
-            raise Refused(f"EXPORT_DIR={(paths or [''])[0]}: is no export; python -m odcheap.export JOB_DIR makes one")
-        return bench(folder) if given.bench else predict(folder, given.model, paths, given.json)
-    except (Refused, OSError) as error:
+        if not (folder / PREPROCESS_FILE).is_file():
+            raise PredictError(f"EXPORT_DIR={(paths or [''])[0]}: is no export; odcheap export JOB_DIR makes one")
+        if options.bench:
+            return benchmark_models(folder)
+        return classify_images(folder, options.model, paths, options.json)
+    except (PredictError, OSError) as error:
         line = str(error)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         line = f"{folder}: its files do not fit together ({error!r})"
-    print(f"error: {plain(line)}", file=sys.stderr)
+    print(f"error: {escape_control_chars(line)}", file=sys.stderr)
     return 1
 
 

@@ -53,10 +53,10 @@ def noise(path, size=(20, 17), mode="RGB"):
 @settings(max_examples=60, deadline=None)
 def test_a_picture_is_prepared_as_in_training(tmp_path_factory, width, height, shorter):
     path = noise(tmp_path_factory.mktemp("x") / "x.png", (width, height))
-    if max(width, height) > predict.SLIMMEST * min(width, height):
+    if max(width, height) > predict.MAX_ASPECT_RATIO * min(width, height):
         return
-    ours = predict.prepared(path, {"shorter_side": shorter, "size": [8, 8], "interpolation": "bilinear"})
-    theirs = image_files.evaluation_transform(8, shorter)(predict.decode(path))
+    ours = predict.preprocess_image(path, {"shorter_side": shorter, "size": [8, 8], "interpolation": "bilinear"})
+    theirs = image_files.evaluation_transform(8, shorter)(predict.decode_image(path))
     assert np.array_equal(ours, theirs.numpy().astype(np.float32) / np.float32(255))
 
 
@@ -67,9 +67,9 @@ def test_a_folder_and_pictures_of_all_kinds_are_answered(export, tmp_path, capsy
     assert predict.main([str(export), str(tmp_path / "in"), str(paths[2]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["path"] for entry in found] == [str(path) for path in paths]
-    ask = predict.answerer(predict.session((export / "student.onnx").read_bytes()))
+    ask = predict.create_predictor(predict.create_session((export / "student.onnx").read_bytes()))
     for path, entry in zip(paths, found, strict=True):
-        powers = np.exp(ask(predict.prepared(path, PREPROCESS)[None])[0].astype(float))
+        powers = np.exp(ask(predict.preprocess_image(path, PREPROCESS)[None])[0].astype(float))
         assert entry["probability"] == pytest.approx(powers.max() / powers.sum())
         assert entry["label"] == ["cat", "do\x1bg", "größe"][powers.argmax()]
 
@@ -90,7 +90,7 @@ def test_a_corrupt_picture_among_good_ones_is_named_and_the_others_are_done(expo
     out, err = capsys.readouterr()
     assert [entry["path"] for entry in json.loads(out)] == [str(good[0]), str(good[2])]
     assert err.count("error: ") == 2
-    assert "1.png cannot be read as a picture" in err
+    assert "1.png cannot be read as an image" in err
     assert "none.png" in err
 
 
@@ -106,10 +106,10 @@ def test_a_file_that_was_changed_after_the_export_is_refused(export, tmp_path, c
     ("arguments", "line"),
     [
         (["NOWHERE", "x.png"], "EXPORT_DIR=NOWHERE: is no export"),
-        (["EXPORT", "EXPORT/predict.py"], "cannot be read as a picture"),
-        (["EXPORT"], "IMAGE_OR_FOLDER: no pictures there"),
+        (["EXPORT", "EXPORT/predict.py"], "cannot be read as an image"),
+        (["EXPORT"], "IMAGE_OR_FOLDER: no images found"),
         (["EXPORT", "x.png", "--model", "other.onnx"], "other.onnx: cannot be checked"),
-        (["EXPORT", "x.png", "--model", "README.md"], "is no file of this export"),
+        (["EXPORT", "x.png", "--model", "README.md"], "is not a file of this export"),
     ],
 )
 def test_what_cannot_be_is_one_line(export, capsys, arguments, line):
@@ -168,8 +168,8 @@ def test_a_provider_that_does_not_work_is_not_taken_for_another(made, monkeypatc
         return real(model, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", silently)
-    with pytest.raises(predict.Refused, match="has no working CUDAExecutionProvider here"):
-        predict.session(content, provider="CUDAExecutionProvider")
+    with pytest.raises(predict.PredictError, match="has no working CUDAExecutionProvider here"):
+        predict.create_session(content, provider="CUDAExecutionProvider")
 
 
 def test_the_copy_works_where_neither_torch_nor_odcheap_is(export, tmp_path):
@@ -184,7 +184,7 @@ def test_the_copy_works_where_neither_torch_nor_odcheap_is(export, tmp_path):
 
 
 def test_every_artefact_is_timed(export, capsys, monkeypatch):
-    monkeypatch.setattr(predict.bench, "__defaults__", (0.01,))
+    monkeypatch.setattr(predict.benchmark_models, "__defaults__", (0.01,))
     assert predict.main([str(export), "--bench"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[:3] for row in rows[1:]] == [["student.onnx", "2", "1"], ["student.onnx", "2", "all"]]

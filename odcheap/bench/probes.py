@@ -21,7 +21,7 @@ from odcheap.layers import fuse
 from odcheap.layers.cheap_conv import DW, Group, Shift, Shift2d, Standard
 from odcheap.methods import parallel
 from odcheap.models.cifar import Conv
-from odcheap.predict import side_by_side
+from odcheap.predict import time_alternately
 from odcheap.utils.errors import Failure, first_line
 
 WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels and side of the maps in the stages of a CIFAR ResNet
@@ -169,7 +169,7 @@ def network_of(cfg: DictConfig, conv: Conv) -> nn.Module:
 
 def in_turns(files: dict[str, bytes], size: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
     """Each at the number of threads that takes least; `times_n` is how often faster than "Standard"."""
-    found = side_by_side(latency.in_onnxruntime(files, size, (1, 64)), seconds)
+    found = time_alternately(latency.in_onnxruntime(files, size, (1, 64)), seconds)
     ms = {(name, n): 1000 * latency.fastest(found, name, latency.ORT, n).p50 for name in files for n in (1, 64)}
     rows = []
     for name in files:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from odcheap.data import cache, image_files
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.utils.errors import OptionError
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -65,7 +65,7 @@ def cifar(name: str, data_dir: str, train_images: int, test_images: int, downloa
         return from_tree(root / name, train_images, test_images)
     if not download:
         raise missing(data_dir, name, "and data.load.download is false")
-    print(f"downloading {name} to {plain(data_dir)}", flush=True)
+    print(f"downloading {name} to {escape_control_chars(data_dir)}", flush=True)
     return from_download(official, data_dir, name)
 
 
@@ -110,7 +110,7 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
     every = [path for part in parts.values() for paths in part.values() for path in paths]
 
     def decoded() -> tuple[dict[str, Tensor], list[str]]:
-        print(f"reading {len(every):,} pictures below {plain(tree)}, once", flush=True)  # CIFAR's take 20 s
+        print(f"reading {len(every):,} pictures below {escape_control_chars(tree)}, once", flush=True)  # CIFAR's take 20 s
         train, train_target = decode(parts["train"])
         test, test_target = decode(parts["test"])
         tensors = {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
@@ -146,6 +146,6 @@ def decode(files: dict[str, list[Path]]) -> tuple[Tensor, Tensor]:
 def decode_one(path: Path) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
-        return np.asarray(image_files.decode(path))
-    except image_files.BrokenPicture as error:
+        return np.asarray(image_files.decode_image(path))
+    except image_files.ImageError as error:
         raise OptionError("data_dir", path, str(error).removeprefix(f"{path} ")) from error

@@ -16,7 +16,7 @@ from torchvision.datasets import imagenet as archives
 
 from odcheap.data.image_files import Files, is_named_so
 from odcheap.data.splits import stratified
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.utils.errors import OptionError
 
 PARTS = ("train", "val", "test")
@@ -153,7 +153,7 @@ def digests(files: Files, split_seed: int) -> list[bytes]:
         return whole.digest()
 
     if len(files.names) > MANY:
-        print(f"looking into {len(files.names):,} files below {plain(files.root)}", flush=True)
+        print(f"looking into {len(files.names):,} files below {escape_control_chars(files.root)}", flush=True)
 
     def whole_digest(index: int) -> bytes:
         with open(files.path(index), "rb") as file:
@@ -178,7 +178,7 @@ def unpack(root: Path) -> None:
     except FileExistsError:
         allowed = "another process unpacks here, or one was interrupted: then delete this folder and start again"
         raise OptionError("data_dir", beside, allowed) from None
-    print(f"unpacking ImageNet's archives in {plain(root)}, once", flush=True)
+    print(f"unpacking ImageNet's archives in {escape_control_chars(root)}, once", flush=True)
     try:
         archives.parse_devkit_archive(root)
         archives.parse_train_archive(root, folder=f"{UNPACKING}/train")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from odcheap.data.transforms import stacked, stream_of
-from odcheap.predict import SUFFIXES, BrokenPicture, decode  # there, since that file must do without others
+from odcheap.predict import IMAGE_SUFFIXES, ImageError, decode_image
 from odcheap.utils.seeds import seeded
 
 TRIES = 20  # successive pictures that may be broken before that is the end
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
 def is_named_so(name: str) -> bool:
     """Whether a file is a picture by its name; hidden ones are not."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
@@ -75,8 +75,8 @@ class TrainingPictures(Dataset):
         for k in range(min(TRIES, len(self.files.names))):
             i = (index + k) % len(self.files.names)
             try:
-                picture = decode(self.files.path(i))
-            except BrokenPicture as error:
+                picture = decode_image(self.files.path(i))
+            except ImageError as error:
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
             seen = [self.view(picture, epoch, index, view) for view in range(self.views)]
@@ -96,8 +96,8 @@ class EvaluationPictures(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            picture = decode(self.files.path(index))
-        except BrokenPicture as error:
+            picture = decode_image(self.files.path(index))
+        except ImageError as error:
             return without_picture(self.size, [(str(self.files.path(index)), str(error))])
         return Sample(self.transform(picture), torch.tensor(self.files.target[index]), [])
 

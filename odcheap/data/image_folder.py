@@ -23,7 +23,7 @@ from odcheap.data.image_files import (
 from odcheap.data.in_memory import Batch, BatchOrder, check_batches
 from odcheap.data.splits import fingerprint, stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalisation, stacked
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.utils.errors import Failure, OptionError
 
 
@@ -39,7 +39,7 @@ class Broken:
                 continue
             self.seen.add(path)
             self.last = path
-            print(f"warning: {plain(reason)}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
+            print(f"warning: {escape_control_chars(reason)}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
             if len(self.seen) > self.limit:
                 allowed = f"more pictures cannot be read, the last one {path}; the last checkpoint is kept"
                 raise OptionError("data.max_broken", self.limit, allowed)
@@ -186,7 +186,7 @@ class StreamedData(pl.LightningDataModule):
         tree = self.load()
         if tree.passed_over:
             count, first = len(tree.passed_over), tree.passed_over[0]
-            names = f"files that are no pictures by their names, {plain(first)} among them"
+            names = f"files that are no pictures by their names, {escape_control_chars(first)} among them"
             print(f"passed over {count:,} {names}", flush=True)
         self.classes = tree.classes
         found = digests(tree.train, self.split_seed)

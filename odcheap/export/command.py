@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     try:
         check(wish)
         export(of_run(given.job_dir, given.student), wish)
-    except (Failure, predict.Refused) as error:
+    except (Failure, predict.PredictError) as error:
         return failed(str(error))
     except KeyboardInterrupt:
         failed("interrupted: nothing was written")
@@ -101,10 +101,10 @@ def check(wish: Wish) -> None:
 
 def exported(folder: Path) -> set[str]:
     """The names that the card in this folder lists, its own among them; none where there is no card."""
-    path = folder / predict.CARD
+    path = folder / predict.CARD_FILE
     text = path.read_text(errors="replace") if path.is_file() else ""
-    names = {found[2] for found in predict.SUM.finditer(text)}
-    return names | {predict.CARD} if predict.PREPROCESS in names else set()
+    names = {found[2] for found in predict.CHECKSUM_LINE.finditer(text)}
+    return names | {predict.CARD_FILE} if predict.PREPROCESS_FILE in names else set()
 
 
 def export(product: Product, wish: Wish) -> None:
@@ -114,7 +114,7 @@ def export(product: Product, wish: Wish) -> None:
     preprocess = preprocessing(product)
     with beside(wish.out) as folder:
         files = write_files(product, wish, data, preprocess, folder)
-        batches = predict.BATCHES if wish.batch is None else (wish.batch,)
+        batches = predict.TIMED_BATCH_SIZES if wish.batch is None else (wish.batch,)
         found = timed(product, wish, files, folder, batches)
         if any(file.name == DENSE for file in files) and not faster(found, DENSE, batches):
             (folder / DENSE).unlink()
@@ -126,7 +126,7 @@ def export(product: Product, wish: Wish) -> None:
         text = model_card.card(
             product, folder, files, found, batches, proven, machine, shape_of(folder / "student.onnx")
         )
-        write_text(folder / predict.CARD, text)
+        write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.first_words(text).split("\n"), f"written: {wish.out}"]:
         say(line)
 
@@ -195,8 +195,8 @@ def write_files(
 ) -> list[File]:
     """All but the card; the files that ONNX Runtime runs are returned."""
     summary.write_student(folder / "student.safetensors", product.network, product.settings)
-    write_text(folder / predict.PREPROCESS, json.dumps(preprocess, indent=2) + "\n")
-    write_text(folder / predict.LABELS, json.dumps(product.settings["classes"], indent=1) + "\n")
+    write_text(folder / predict.PREPROCESS_FILE, json.dumps(preprocess, indent=2) + "\n")
+    write_text(folder / predict.LABELS_FILE, json.dumps(product.settings["classes"], indent=1) + "\n")
     shutil.copyfile(predict.__file__, folder / "predict.py")
     cheap = normalised(cheap_form(product.network), product)
     program = onnx.program(cheap, product.image_size, wish.batch)
@@ -222,7 +222,7 @@ def normalised(network: nn.Module, product: Product) -> nn.Module:
 
 def calibration(data: pl.LightningDataModule, batch: int | None) -> Iterator[np.ndarray]:
     images = (sample.image.numpy() for sample in evidence.samples(data, "train", CALIBRATION))
-    while chunk := list(itertools.islice(images, batch or predict.AT_ONCE)):
+    while chunk := list(itertools.islice(images, batch or predict.BATCH_SIZE)):
         if batch is None or len(chunk) == batch:
             yield np.stack(chunk).astype(np.float32) / np.float32(255)
 
@@ -234,12 +234,12 @@ def timed(product: Product, wish: Wish, files: list[File], folder: Path, batches
     works = latency.in_onnxruntime(models, size, batches)
     works |= latency.in_torch({"the student": normalised(product.network, product), STANDARD: standard}, size, batches)
     say(f"timing {len(works)} ways, {wish.seconds:g} s each, in turns")
-    return predict.side_by_side(works, wish.seconds)
+    return predict.time_alternately(works, wish.seconds)
 
 
 def shape_of(path: Path) -> str:
     """What the file takes: `(n, 3, height, width)`, with numbers where they are fixed."""
-    (images,) = predict.session(path.read_bytes()).get_inputs()
+    (images,) = predict.create_session(path.read_bytes()).get_inputs()
     return f"({', '.join(map(str, images.shape))})"
 
 

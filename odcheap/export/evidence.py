@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from odcheap.cli import console
-from odcheap.data.image_files import NO_TARGET, EvaluationPictures, decode, evaluation_transform
+from odcheap.data.image_files import NO_TARGET, EvaluationPictures, decode_image, evaluation_transform
 from odcheap.data.image_folder import StreamedData
 from odcheap.data.transforms import Normalisation
 from odcheap.models.build import called
@@ -110,7 +110,7 @@ def of_noise(settings: dict[str, Any], network: nn.Module, beside: Path) -> Pict
     images = (127.5 + 127.5 * contrast * (2 * torch.rand(NOISE, *size, generator=random) - 1)).round().byte()
     files = [written(image, beside / f"{k:06d}.png") for k, image in enumerate(images)]
     middle = evaluation_transform(size[-1], settings["shorter_side"])
-    seen = torch.stack([middle(decode(file)) for file in files])
+    seen = torch.stack([middle(decode_image(file)) for file in files])
     norm = Normalisation(tuple(settings["mean"]), tuple(settings["std"]))
     return Pictures(files, None, network(norm.apply(seen)).numpy())
 

@@ -34,8 +34,8 @@ def in_onnxruntime(models: dict[str, bytes], size: tuple[int, int, int], batches
     for name, model in models.items():
         for runtime, provider, threads in ways:
             try:
-                ask = predict.answerer(predict.session(model, threads, provider))
-            except predict.Refused as error:
+                ask = predict.create_predictor(predict.create_session(model, threads, provider))
+            except predict.PredictError as error:
                 if provider != CUDA:
                     raise
                 print(f"not timed: {error}", flush=True)

@@ -13,7 +13,7 @@ from odcheap.export.latency import ORT, TORCH, Found
 from odcheap.export.product import Product
 from odcheap.export.verify import Proven
 from odcheap.models import flops
-from odcheap.predict import Timing, plain
+from odcheap.predict import Timing, escape_control_chars
 from odcheap.training.summary import versions
 
 STANDARD, DENSE = "the standard network", "student-dense.onnx"
@@ -55,7 +55,7 @@ def first_words(text: str) -> str:
 
 def code(text: object) -> str:
     """Somebody's text as it is: no markup, no line ends, no escapes of terminals."""
-    return f"`{plain(text).replace('`', chr(39))}`"
+    return f"`{escape_control_chars(text).replace('`', chr(39))}`"
 
 
 def title(product: Product) -> str:
@@ -95,7 +95,7 @@ def images(batch: int) -> str:
 def accuracy(product: Product, proven: Proven) -> list[str]:
     lines = []
     if proven.of_data:
-        precision = plain(product.config.get("trainer", {}).get("precision"))
+        precision = escape_control_chars(product.config.get("trainer", {}).get("precision"))
         own = f"; {product.test_top1:.4f} by the run's summary, in {precision}" if product.test_top1 is not None else ""
         lines.append(f"Test accuracy {proven.top1['student.onnx']:.4f} on {proven.pictures:,} pictures{own}.")
     elif product.test_top1 is not None:
@@ -178,7 +178,8 @@ def checks(proven: Proven) -> list[str]:
 def origin(product: Product) -> list[str]:
     summary, config = product.summary or {}, product.config
     lines = [
-        f"- {plain(product.name)} of the run {code(product.job_dir)}" + ("" if summary else " (which has not finished)")
+        f"- {escape_control_chars(product.name)} of the run {code(product.job_dir)}"
+        + ("" if summary else " (which has not finished)")
     ]
     known = {"data": summary.get("data"), "epochs": summary.get("epochs"), "split": product.settings["split"]}
     seconds = summary.get("train_seconds")

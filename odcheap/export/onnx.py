@@ -111,6 +111,6 @@ def latency(model: bytes, image_size: tuple[int, int, int], batch: int, seconds:
     With one thread or with all, whichever takes less: for one small picture that is often the one.
     """
     images = predict.random_images(batch, image_size)
-    asks = {threads: predict.answerer(predict.session(model, threads)) for threads in (1, 0)}
+    asks = {threads: predict.create_predictor(predict.create_session(model, threads)) for threads in (1, 0)}
     works = {threads: lambda ask=ask: ask(images) for threads, ask in asks.items()}
-    return min(found.p50 for found in predict.side_by_side(works, seconds / 2).values())
+    return min(found.p50 for found in predict.time_alternately(works, seconds / 2).values())

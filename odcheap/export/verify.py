@@ -33,7 +33,7 @@ student, preprocess, files, out = sys.argv[1:]
 network = load_student(student)
 ask = lambda images: network(torch.from_numpy(images)).numpy()
 with torch.inference_mode():
-    found = predict.answers(ask, [Path(f) for f in json.loads(Path(files).read_text())], json.loads(preprocess))
+    found = predict.predict_files(ask, [Path(f) for f in json.loads(Path(files).read_text())], json.loads(preprocess))
     numpy.save(out, numpy.stack([logits for _, logits in found]))
 """
 
@@ -106,8 +106,10 @@ def logits_of(path: Path, preprocess: dict[str, Any], pictures: Pictures, batch:
 
 def onnx_logits(path: Path, preprocess: dict[str, Any], pictures: Pictures) -> np.ndarray:
     try:
-        return gathered(predict.answerer(predict.session(path.read_bytes())), preprocess, pictures, path.name)
-    except predict.Refused as error:
+        return gathered(
+            predict.create_predictor(predict.create_session(path.read_bytes())), preprocess, pictures, path.name
+        )
+    except predict.PredictError as error:
         raise Failure(f"{path.name}: {error}") from error
 
 
@@ -118,13 +120,13 @@ def pt2_logits(path: Path, preprocess: dict[str, Any], pictures: Pictures, fixed
         with torch.inference_mode():
             return graph(torch.from_numpy(images)).numpy()
 
-    return gathered(predict.in_batches(run, fixed), preprocess, pictures, path.name)
+    return gathered(predict.pad_batches(run, fixed), preprocess, pictures, path.name)
 
 
 def gathered(
     ask: Callable[[np.ndarray], np.ndarray], preprocess: dict[str, Any], pictures: Pictures, name: str
 ) -> np.ndarray:
-    found = predict.answers(ask, pictures.files, preprocess)
+    found = predict.predict_files(ask, pictures.files, preprocess)
     return np.stack([logits for _, logits in watched(found, len(pictures.files), name)])
 
 
@@ -153,6 +155,6 @@ def held(name: str, logits: np.ndarray, pictures: Pictures) -> float:
     apart = np.abs(logits - pictures.logits)
     if not (apart <= DIFFERENT + 1e-5 * np.abs(pictures.logits)).all():
         worst = np.unravel_index(np.nan_to_num(apart, nan=np.inf).argmax(), apart.shape)
-        where = predict.plain(pictures.files[worst[0]])
+        where = predict.escape_control_chars(pictures.files[worst[0]])
         raise Failure(f"{name}: a logit differs from the trained network's by {apart[worst]:.2g} on {where}")
     return float(apart.max())

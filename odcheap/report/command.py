@@ -17,7 +17,7 @@ from rich.text import Text
 
 from odcheap.cli import console, failed, hydra_line
 from odcheap.export.model_card import code
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.report import costs, latency, load_runs, plots, statistics
 from odcheap.report.latency import Times
 from odcheap.report.load_runs import Found
@@ -69,7 +69,9 @@ def status(found: list[Found]) -> int:
     for column in ("run", "state", "what is known"):
         made.add_column(column, overflow="fold")
     for entry in found:
-        made.add_row(Text(plain(entry.folder.name)), entry.state, Text(plain(entry.reason)))
+        made.add_row(
+            Text(escape_control_chars(entry.folder.name)), entry.state, Text(escape_control_chars(entry.reason))
+        )
     console().print(made)
     counts = {state: sum(entry.state == state for entry in found) for state in dict.fromkeys(e.state for e in found)}
     console().print(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -91,7 +93,9 @@ def write(found: list[Found], out: Path, timed: bool, val: bool, against: str | 
     drawn = draw(rows, times, out)
     write_text(out / "report.md", markdown(found, rows, times, drawn, "Held-out images" if val else "Test images"))
     write_text(out / "report.csv", as_csv(rows, times))
-    console().print(f"{len(finished)} finished runs of {len(found)}; written: {plain(out)}/report.md", soft_wrap=True)
+    console().print(
+        f"{len(finished)} finished runs of {len(found)}; written: {escape_control_chars(out)}/report.md", soft_wrap=True
+    )
     return 0
 
 
@@ -191,7 +195,7 @@ def cell(name: str, value: Any) -> str:
 
 def in_cell(text: str) -> str:
     """Somebody's names and options in a Markdown table: no markup, no further cells."""
-    return re.sub(r"([\\`\[<|])", r"\\\1", plain(text))
+    return re.sub(r"([\\`\[<|])", r"\\\1", escape_control_chars(text))
 
 
 def differences(rows: list[Row]) -> Iterator[str]:

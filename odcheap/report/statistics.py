@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.utils.errors import Failure
 
 BASELINE = "alone"
@@ -193,4 +193,4 @@ def labelled(options: dict[str, Any], told: set[str]) -> str:
     keys = sorted(told & options.keys(), key=lambda key: (not key.endswith("_target_"), key))
     short = {key: key.removeprefix("method.") for key in keys}
     named = (name_of(str(options[k])) if k.endswith("_target_") else f"{short[k]}={options[k]}" for k in keys)
-    return plain(" ".join(named))
+    return escape_control_chars(" ".join(named))

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.runs import trust
 from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, read_run
 from odcheap.utils.errors import OptionError
@@ -222,7 +222,10 @@ def prepare(start: Start) -> None:
             left.unlink(missing_ok=True)
     if start.cfg.overwrite:
         if (start.job_dir / "export").exists():
-            print(f"warning: {plain(start.job_dir)}/export is left from the run that is overwritten", flush=True)
+            print(
+                f"warning: {escape_control_chars(start.job_dir)}/export is left from the run that is overwritten",
+                flush=True,
+            )
         old = all_paths(start.job_dir) + list((start.job_dir / "tensorboard").rglob("events.out.tfevents.*"))
         if start.at_home:
             old = [path for path in all_paths(start.job_dir) if path.name > start.checkpoint.name]

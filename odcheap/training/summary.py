@@ -20,7 +20,7 @@ from torch import nn
 
 from odcheap import __version__
 from odcheap.models import flops
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.training.callbacks import Record
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.utils.files import write_atomic, write_text
@@ -177,7 +177,7 @@ def shown(value: float | None) -> str:
 
 def show(console: Console, summary: dict[str, Any], title: str) -> None:
     """What became of a run, as a title, a table and a few words below it."""
-    console.print(plain(title), soft_wrap=True)
+    console.print(escape_control_chars(title), soft_wrap=True)
     console.print(table(summary))
     console.print(caption(summary), soft_wrap=True)
 

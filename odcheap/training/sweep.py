@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from odcheap.predict import plain
+from odcheap.predict import escape_control_chars
 from odcheap.report import statistics
 from odcheap.report.statistics import Spread, mean_student, selected_student
 from odcheap.runs import resume, status
@@ -50,7 +50,10 @@ class Gather(Callback):
         words.mkdir(parents=True)
         os.environ[WORDS] = str(words.absolute())
         where = config.hydra.sweep.dir
-        print(f"sweep in {plain(where)}; how it goes: python -m odcheap.report --status {plain(where)}", flush=True)
+        print(
+            f"sweep in {escape_control_chars(where)}; how it goes: python -m odcheap.report --status {escape_control_chars(where)}",
+            flush=True,
+        )
 
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
         gather()
@@ -111,13 +114,15 @@ def table(outcomes: list[Outcome]) -> Table:
     for name, outcome in zip(short_names([Path(o.job_dir).name for o in outcomes]), outcomes, strict=True):
         summary = outcome.summary
         if summary is None:
-            made.add_row(Text(plain(name)), Text(plain(outcome.text)), *["-"] * 5)
+            made.add_row(Text(escape_control_chars(name)), Text(escape_control_chars(outcome.text)), *["-"] * 5)
             continue
         teacher = (summary["teacher"] or {}).get("test_top1")
         figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
         spent = summary.get("cost")  # a test alone has none
         price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"] if spent else ["-", "-"]
-        made.add_row(Text(plain(name)), Text(plain(outcome.text)), *figures, shown(teacher), *price)
+        made.add_row(
+            Text(escape_control_chars(name)), Text(escape_control_chars(outcome.text)), *figures, shown(teacher), *price
+        )
     return made
 
 

@@ -114,7 +114,7 @@ def test_a_broken_picture_is_named(tmp_path):
     grow_tree(tmp_path)
     broken = tmp_path / "cifar10" / "train" / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(OptionError, match="dog/1.png: cannot be read as a picture"):
+    with pytest.raises(OptionError, match="dog/1.png: cannot be read as an image"):
         read(tmp_path)
 
 

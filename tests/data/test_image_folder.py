@@ -158,7 +158,7 @@ def test_broken_pictures_are_left_out_of_evaluation_and_replaced_in_training(fla
         assert count == len(data.labels[part]) - (broken_in.count(part) if part != "train" else 0)
     out = capsys.readouterr().out
     assert out.count("warning: ") == 2
-    assert "red/0.png cannot be read as a picture" in out
+    assert "red/0.png cannot be read as an image" in out
     assert "1 of data.max_broken=5" in out
 
 

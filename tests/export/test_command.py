@@ -68,7 +68,9 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
     }
-    assert accuracy(predict.answerer(predict.session((folder / "student.onnx").read_bytes()))) == expected
+    assert (
+        accuracy(predict.create_predictor(predict.create_session((folder / "student.onnx").read_bytes()))) == expected
+    )
     program = torch.export.load(folder / "student.pt2").module()
     for network in (program, load_student(folder / "student.safetensors")):
         assert accuracy(lambda images, n=network: n(torch.from_numpy(images)).detach().numpy()) == expected
@@ -93,7 +95,7 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"Test accuracy {expected:.4f} on 360 pictures; {expected:.4f} by" in out
     assert accuracy(
-        predict.answerer(predict.session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
+        predict.create_predictor(predict.create_session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
     ) == pytest.approx(expected, abs=0.05)
     assert "In 8-bit integers" in out
     assert not (job_dir / "export").exists()

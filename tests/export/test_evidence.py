@@ -84,7 +84,7 @@ def test_a_tree_of_small_images_is_checked_from_its_own_files(tmp_path):
     found = list(evidence.samples(data, "test"))
     assert [sample.path.name for sample in found] == ["0.png", "2.png", "1.png", "3.png"]
     for sample in found:
-        assert np.array_equal(np.asarray(predict.decode(sample.path)), sample.image.permute(1, 2, 0).numpy())
+        assert np.array_equal(np.asarray(predict.decode_image(sample.path)), sample.image.permute(1, 2, 0).numpy())
 
 
 def test_a_limit_takes_training_images_from_all_over():
@@ -97,7 +97,7 @@ def test_a_limit_takes_training_images_from_all_over():
 def test_noise_is_prepared_like_any_picture(tmp_path):
     network = CifarResNet(8, DW(), 3).eval()
     found = evidence.of_noise(SETTINGS, network, tmp_path)
-    seen = predict.prepared(found.files[5], {"size": [16, 16], "shorter_side": 18, "interpolation": "bilinear"})
+    seen = predict.preprocess_image(found.files[5], {"size": [16, 16], "shorter_side": 18, "interpolation": "bilinear"})
     mean, std = (torch.tensor(SETTINGS[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
         expected = network(((torch.from_numpy(seen) - mean) / std)[None])

@@ -20,7 +20,7 @@ def operators(content):
 
 
 def asked(content, images):
-    return predict.answerer(predict.session(content))(images)
+    return predict.create_predictor(predict.create_session(content))(images)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from odcheap.export import latency, onnx
 from odcheap.export.latency import ORT, TORCH, Key
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
-from odcheap.predict import Timing, side_by_side
+from odcheap.predict import Timing, time_alternately
 
 
 def test_every_network_is_timed_with_one_thread_and_with_all():
@@ -15,7 +15,7 @@ def test_every_network_is_timed_with_one_thread_and_with_all():
     works = latency.in_onnxruntime({"a": content}, (3, 8, 8), (1, 3))
     works |= latency.in_torch({"a": network}, (3, 8, 8), (1, 3))
     threads = torch.get_num_threads()
-    found = side_by_side(works, seconds=0.01)
+    found = time_alternately(works, seconds=0.01)
     assert torch.get_num_threads() == threads
     expected = {Key("a", runtime, batch, t) for runtime in (ORT, TORCH) for batch in (1, 3) for t in (0, 1)}
     assert {key for key in found if "GPU" not in key.runtime} == expected

@@ -23,7 +23,7 @@ def test_both_files_answer_as_the_network_does_for_any_size(block_type):
     program = onnx_export.program(network, (3, 16, 16))
     content = onnx_export.to_onnx(program)
     assert shape(content) == ["n", 3, "height", "width"]
-    session = predict.session(content)
+    session = predict.create_session(content)
     graph = torch.export.load(io.BytesIO(onnx_export.to_pt2(program))).module()
     for size in ((1, 16, 16), (5, 16, 16), (2, 33, 20)):
         images = torch.rand(size[0], 3, *size[1:])

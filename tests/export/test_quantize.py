@@ -13,7 +13,7 @@ def test_integers_answer_nearly_as_floats_do():
     content = onnx_export.to_onnx(onnx_export.program(settled(CifarResNet(8, DW(), 10)).float(), (3, 16, 16)))
     images = predict.random_images(64, (3, 16, 16))
     made = quantize.to_int8(content, iter(np.split(images, 4)))
-    whole, rounded = (predict.answerer(predict.session(c))(images) for c in (content, made))
+    whole, rounded = (predict.create_predictor(predict.create_session(c))(images) for c in (content, made))
     spread = np.abs(whole - whole.mean(0)).mean()
     assert 0 < np.abs(whole - rounded).mean() < 0.3 * spread
     weights = [t for t in onnx.load_from_string(made).graph.initializer if t.data_type == onnx.TensorProto.INT8]

@@ -238,8 +238,8 @@ def pictures_of_strangers():
 def test_a_hostile_picture_is_refused_in_one_line(tmp_path, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(predict.BrokenPicture) as refused:
-        predict.decode(name)
+    with pytest.raises(predict.ImageError) as refused:
+        predict.decode_image(name)
     assert "\n" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
