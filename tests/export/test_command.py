@@ -252,7 +252,7 @@ def test_the_hub_loads_a_student_from_a_clone(run, tmp_path):
 
 
 def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tmp_path, capsys):
-    from tests.test_pictures import saved
+    from data.test_image_files import saved
 
     for k in range(24):
         folder = tmp_path / "pictures" / ("dark", "bright")[k % 2]

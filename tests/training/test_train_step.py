@@ -86,7 +86,7 @@ def test_recorded_steps_train_as_plain_ones_do():
 @pytest.mark.parametrize("how", ["bfloat16", "without momentum", "vmap"])
 def test_so_do_they_in_bfloat16_without_momentum_and_as_one_network(how, monkeypatch):
     if how == "without momentum":
-        monkeypatch.setattr("tests.test_capture.RECIPE", dataclasses.replace(RECIPE, momentum=0.0))
+        monkeypatch.setattr("training.test_train_step.RECIPE", dataclasses.replace(RECIPE, momentum=0.0))
     dtype = torch.float if how == "bfloat16" else torch.double
     (method, optimizer, schedule), (other, theirs, also) = made(dtype), made(dtype)
     other.students.run = method.students.run = parallel.vmap if how == "vmap" else parallel.sequential
