@@ -20,7 +20,6 @@ from conftest import TINY
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from methods.test_teacher import SETTINGS as STUDENT
 from omegaconf import OmegaConf
 from PIL import Image
 
