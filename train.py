@@ -21,6 +21,7 @@ from odcheap.methods.students import Students
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import resume
 from odcheap.training import experiment, sweep
+from odcheap.utils.console import say
 from odcheap.utils.seeds import seeded
 
 CONF = Path(__file__).parent / "conf"
@@ -44,9 +45,9 @@ def train(cfg: DictConfig, overrides: list[str], in_sweep: bool, listener: Liste
     launch.share_cores()
     again = in_sweep or slurm.restarted()
     by_default = "auto" if again else None
-    start = resume.plan(cfg, overrides, options.checked, cli.say, by_default, slurm.restarted())
+    start = resume.plan(cfg, overrides, options.checked, say, by_default, slurm.restarted())
     if start.finished:
-        cli.say(f"{start.job_dir} holds this run, finished: nothing to do")
+        say(f"{start.job_dir} holds this run, finished: nothing to do")
         return sweep.Outcome(str(start.job_dir), "was finished", resume.summary_of(start.job_dir))
     if cfg.test_only:
         return carry_out(start, choices, listener)

@@ -18,26 +18,17 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 
 from odcheap.config import options
 from odcheap.distributed import launch
-from odcheap.predict import escape_control_chars
 from odcheap.runs import resume, status
 from odcheap.runs.trust import CONF
 from odcheap.training import sweep
 from odcheap.training.sweep import Outcome
-from odcheap.utils import mishaps
-from odcheap.utils.errors import Failure, OptionError, first_line
+from odcheap.utils.console import console, print_error
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure, first_line
 
 EXPLAINED = (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
-
-
-def say(text: str) -> None:
-    """A line for the user, from one process only."""
-    if rank_zero_only.rank in (0, None):
-        print(escape_control_chars(text), flush=True)
 
 
 def start(main: Callable[[], None], conf: Path) -> int:
@@ -49,14 +40,14 @@ def start(main: Callable[[], None], conf: Path) -> int:
         options.check_choices(sys.argv[1:], conf)
         main()
     except OptionError as error:
-        return failed(str(error))
+        return print_error(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         sweep.gather()
-        return failed(hydra_line(error, conf))
+        return print_error(hydra_line(error, conf))
     except Exception as error:  # of a launcher or sweeper: what the runs themselves raise is dealt with in `guarded`
         if not sweep.gather():
             raise
-        failed(f"the sweep ended before its time, the same command continues it: {type(error).__name__}: {error}")
+        print_error(f"the sweep ended before its time, the same command continues it: {type(error).__name__}: {error}")
         sweep.show(console(), sweep.ended)
         return 1
     if sweep.ended:
@@ -102,25 +93,6 @@ def nearest(error: Exception, conf: Path) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def console() -> Console:
-    """Wide enough for a table where nobody's terminal says how wide it is; text is printed as it is, not as markup."""
-    made = Console(markup=False, highlight=False)
-    return made if made.is_terminal else Console(markup=False, highlight=False, width=120)
-
-
-def failed(line: str) -> int:
-    if rank_zero_only.rank in (0, None):
-        print(f"error: {escape_control_chars(line)}", file=sys.stderr, flush=True)
-    return 1
-
-
-def failed_here(line: str) -> int:
-    """Of what befell this process and perhaps no other."""
-    rank = f"process {rank_zero_only.rank}: " if torch.distributed.is_initialized() else ""
-    print(f"error: {rank}{escape_control_chars(line)}", file=sys.stderr, flush=True)
-    return 1
-
-
 def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
     """Runs the job. A failure ends a single run with one line, and in a sweep lets the others go on."""
     hush()  # here, where also a launcher's processes come by
@@ -131,15 +103,15 @@ def guarded(job: Callable[[], Outcome], in_sweep: bool) -> float | None:
     except EXPLAINED as error:
         line = explained(error)
         if not in_sweep:
-            sys.exit(failed(line))
-        failed(line)
+            sys.exit(print_error(line))
+        print_error(line)
         outcome = failure(line)
     except Exception as error:
-        line = mishaps.line_of(error)
+        line = describe_external_failure(error)
         if not in_sweep:
             if line is None:
                 raise
-            sys.exit(failed_here(line))
+            sys.exit(print_error(line, every_rank=True))
         if line is None:
             traceback.print_exc()
         outcome = failure(line or f"{type(error).__name__}: {first_line(error)}")

@@ -17,9 +17,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from odcheap.bench import goals, probes, roofline
 from odcheap.bench.race import Turn, made, race
-from odcheap.cli import console, explained, failed, hush, hydra_line
+from odcheap.cli import explained, hush, hydra_line
 from odcheap.report.costs import CONF
 from odcheap.training.summary import machine, versions
+from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_text
 
@@ -40,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
                 given.out.mkdir(parents=True, exist_ok=True)
                 write_text(given.out / "bench.json", json.dumps(result, indent=2) + "\n")
     except (Failure, InstantiationException, MisconfigurationException) as error:
-        return failed(explained(error))
+        return print_error(explained(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return failed(hydra_line(error, CONF))
+        return print_error(hydra_line(error, CONF))
     goals.plot(result, given.out / "bench.png")
     goals.show(result, console())
     console().print(f"written: {given.out / 'bench.json'}, {given.out / 'bench.png'}")

@@ -85,11 +85,11 @@ def table(title: str, found: list[dict[str, Any]]) -> Table:
     for column in found[0]:
         made.add_column(column, justify="left" if isinstance(found[0][column], str) else "right")
     for row in found:
-        made.add_row(*(spoken(value) for value in row.values()))
+        made.add_row(*(format_value(value) for value in row.values()))
     return made
 
 
-def spoken(value: object) -> str:
+def format_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)

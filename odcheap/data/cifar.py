@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from odcheap.data import cache, image_files
-from odcheap.predict import escape_control_chars
+from odcheap.utils.text import escape_control_chars
 from odcheap.utils.errors import OptionError
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}

@@ -16,7 +16,7 @@ from torchvision.datasets import imagenet as archives
 
 from odcheap.data.image_files import Files, is_named_so
 from odcheap.data.splits import stratified
-from odcheap.predict import escape_control_chars
+from odcheap.utils.text import escape_control_chars
 from odcheap.utils.errors import OptionError
 
 PARTS = ("train", "val", "test")

@@ -23,7 +23,7 @@ from odcheap.data.image_files import (
 from odcheap.data.in_memory import Batch, BatchOrder, check_batches
 from odcheap.data.splits import fingerprint, stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalisation, stacked
-from odcheap.predict import escape_control_chars
+from odcheap.utils.text import escape_control_chars
 from odcheap.utils.errors import Failure, OptionError
 
 

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from odcheap import predict
-from odcheap.cli import failed, hush, say
+from odcheap.cli import hush
 from odcheap.export import evidence, latency, model_card, onnx, quantize, verify
 from odcheap.export.model_card import DENSE, STANDARD, File
 from odcheap.export.product import Product, of_run
 from odcheap.layers.fuse import Normalised, cheap_form, dense_form, has_pairs
 from odcheap.models import flops
 from odcheap.training import summary
-from odcheap.utils import mishaps
-from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.console import print_error, say
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_text
 
 INT8_OPSET = 13  # the first that has scales for channels
@@ -65,15 +65,15 @@ def main(arguments: list[str]) -> int:
         check(wish)
         export(of_run(given.job_dir, given.student), wish)
     except (Failure, predict.PredictError) as error:
-        return failed(str(error))
+        return print_error(str(error))
     except KeyboardInterrupt:
-        failed("interrupted: nothing was written")
+        print_error("interrupted: nothing was written")
         return 130
     except (OSError, MemoryError, RuntimeError) as error:
-        line = mishaps.line_of(error)
+        line = describe_external_failure(error)
         if line is None and not isinstance(error, OSError):
             raise
-        return failed(line or str(error))
+        return print_error(line or str(error))
     return 0
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
-from odcheap.cli import console
 from odcheap.data.image_files import NO_TARGET, EvaluationPictures, decode_image, evaluation_transform
 from odcheap.data.image_folder import StreamedData
 from odcheap.data.transforms import Normalisation
 from odcheap.models.build import called
+from odcheap.utils.console import console
 from odcheap.utils.errors import Failure, OptionError, first_line
 
 DATA = {"odcheap.data.in_memory.InMemoryData", "odcheap.data.image_folder.StreamedData"}

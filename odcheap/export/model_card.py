@@ -13,8 +13,9 @@ from odcheap.export.latency import ORT, TORCH, Found
 from odcheap.export.product import Product
 from odcheap.export.verify import Proven
 from odcheap.models import flops
-from odcheap.predict import Timing, escape_control_chars
+from odcheap.predict import Timing
 from odcheap.training.summary import versions
+from odcheap.utils.text import escape_control_chars
 
 STANDARD, DENSE = "the standard network", "student-dense.onnx"
 RECIPE = ("block_type", "backbone", "method", "num_stu", "optimizer", "data", "seed", "select")
@@ -84,8 +85,8 @@ def ratios(found: Found, name: str, batches: tuple[int, ...]) -> dict[int, float
 
 
 def told(times: dict[int, float]) -> str:
-    spoken = ", ".join(f"{ratio:.2f} times with {images(batch)}" for batch, ratio in times.items())
-    return f"{spoken} (ONNX Runtime on this CPU)"
+    text = ", ".join(f"{ratio:.2f} times with {images(batch)}" for batch, ratio in times.items())
+    return f"{text} (ONNX Runtime on this CPU)"
 
 
 def images(batch: int) -> str:
@@ -138,8 +139,7 @@ def table(product: Product, folder: Path, files: list[File], found: Found, batch
     macs = [flops.macs(network, product.image_size) for network in (standard, student)]
     lines.append(row(STANDARD, "", flops.params(standard), macs[0], found, STANDARD, ORT, batches))
     for name, network, own in ((STANDARD, standard, macs[0]), ("the student", student, macs[1])):
-        spoken = f"{name}, in PyTorch"
-        lines.append(row(spoken, "", flops.params(network), own, found, name, TORCH, batches))
+        lines.append(row(f"{name}, in PyTorch", "", flops.params(network), own, found, name, TORCH, batches))
     note = getattr(standard, "standard_note", None)
     return [*lines, *(["", f"{note[0].upper()}{note[1:]}."] if note and macs[0] != macs[1] else [])]
 
@@ -147,11 +147,11 @@ def table(product: Product, folder: Path, files: list[File], found: Found, batch
 def row(
     title: str, size: str, params: int, macs: int, found: Found, name: str, runtime: str, batches: tuple[int, ...]
 ) -> str:
-    times = [spoken(latency.fastest(found, name, runtime, batch)) for batch in batches]
+    times = [format_timing(latency.fastest(found, name, runtime, batch)) for batch in batches]
     return "| " + " | ".join([title, size, f"{params:,}", f"{macs / 1e6:.2f} M", *times]) + " |"
 
 
-def spoken(time: Timing) -> str:
+def format_timing(time: Timing) -> str:
     return f"{1000 * time.p50:.3g} ({1000 * time.p95:.3g})"
 
 
@@ -163,7 +163,7 @@ def every(found: Found) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for key, time in found.items():
-        lines.append(f"| {key.name} | {key.runtime} | {key.batch} | {key.threads or 'all'} | {spoken(time)} |")
+        lines.append(f"| {key.name} | {key.runtime} | {key.batch} | {key.threads or 'all'} | {format_timing(time)} |")
     return [*lines, "", "</details>"]
 
 

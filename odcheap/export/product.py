@@ -9,12 +9,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from odcheap.cli import say
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import built, rebuilt, settings_of
 from odcheap.runs.checkpoint_io import epoch_path, newest_usable, read_run
 from odcheap.runs.load import STUDENT, below
 from odcheap.runs.resume import summary_of
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import read_safetensors
 

@@ -14,11 +14,12 @@ import pytorch_lightning as pl
 import torch
 
 from odcheap import predict
-from odcheap.cli import say
 from odcheap.export.evidence import Pictures, of_data, of_noise, watched
 from odcheap.export.onnx import DIFFERENT
 from odcheap.export.product import Product
+from odcheap.utils.console import say
 from odcheap.utils.errors import Failure
+from odcheap.utils.text import escape_control_chars
 
 INT8 = "student-int8.onnx"
 BARE = """
@@ -28,7 +29,7 @@ for name in ("pytorch_lightning", "lightning_fabric", "hydra", "omegaconf", "tor
     sys.modules[name] = None
 import numpy, torch
 from odcheap import predict
-from odcheap.rebuild import load_student
+from odcheap.models.build import load_student
 student, preprocess, files, out = sys.argv[1:]
 network = load_student(student)
 ask = lambda images: network(torch.from_numpy(images)).numpy()
@@ -155,6 +156,6 @@ def held(name: str, logits: np.ndarray, pictures: Pictures) -> float:
     apart = np.abs(logits - pictures.logits)
     if not (apart <= DIFFERENT + 1e-5 * np.abs(pictures.logits)).all():
         worst = np.unravel_index(np.nan_to_num(apart, nan=np.inf).argmax(), apart.shape)
-        where = predict.escape_control_chars(pictures.files[worst[0]])
+        where = escape_control_chars(pictures.files[worst[0]])
         raise Failure(f"{name}: a logit differs from the trained network's by {apart[worst]:.2g} on {where}")
     return float(apart.max())

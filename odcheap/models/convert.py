@@ -192,15 +192,17 @@ def table(before: nn.Module, after: nn.Module, image_size: tuple[int, int, int] 
     for name, conv in spatial_convs(before).items():
         now = after.get_submodule(name)
         params = (flops.params(conv), flops.params(now))
-        rows.append(Row(name, spoken(conv), spoken(now), params, (macs[0].get(name, 0), macs[1].get(name, 0))))
+        rows.append(
+            Row(name, describe_layer(conv), describe_layer(now), params, (macs[0].get(name, 0), macs[1].get(name, 0)))
+        )
     total = (flops.macs(before, image_size), flops.macs(after, image_size))
     return Conversion(rows, (flops.params(before), flops.params(after)), total)
 
 
-def spoken(layer: nn.Module) -> str:
+def describe_layer(layer: nn.Module) -> str:
     """A layer in a few words; why it was kept, where it was."""
     if isinstance(layer, CheapConv):
-        return f"{spoken(layer.spatial)} + 1 x 1"
+        return f"{describe_layer(layer.spatial)} + 1 x 1"
     if not isinstance(layer, nn.Conv2d):
         return "shift"
     rows, columns = layer.kernel_size

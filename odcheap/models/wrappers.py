@@ -38,7 +38,7 @@ def replaced(network: nn.Module, conv: Conv, keep: Iterable[str] | None, init: s
             return network
         return replace(network, conv, keep, init)
     except OptionError as error:
-        raise error if str(error).startswith("block_type") else error.within("backbone") from None
+        raise error if str(error).startswith("block_type") else error.with_group("backbone") from None
 
 
 def mobilenetv2(conv: Conv, num_classes: int) -> nn.Module:

@@ -15,15 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
 
-from odcheap.cli import console, failed, hydra_line
+from odcheap.cli import hydra_line
 from odcheap.export.model_card import code
-from odcheap.predict import escape_control_chars
 from odcheap.report import costs, latency, load_runs, plots, statistics
 from odcheap.report.latency import Times
 from odcheap.report.load_runs import Found
 from odcheap.report.statistics import Row, Spread, cost_of, mean_student, selected_student
+from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_text
+from odcheap.utils.text import escape_control_chars
 
 KINDS = ("head", "gated", "mean", "ema", "frozen")
 READING = """Top-1 in per cent, mean ± sample deviation over n seeds (none with one). *Mean student*: of all
@@ -58,9 +59,9 @@ def main(arguments: list[str]) -> int:
             return status(found)
         return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency, given.val, given.against)
     except (HydraException, OmegaConfBaseException) as error:
-        return failed(hydra_line(error, costs.CONF))
+        return print_error(hydra_line(error, costs.CONF))
     except Failure as error:
-        return failed(str(error))
+        return print_error(str(error))
 
 
 def status(found: list[Found]) -> int:

@@ -11,8 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
-from odcheap.cli import console, failed
 from odcheap.models import flops
+from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure, OptionError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -82,6 +82,6 @@ def show(overrides: list[str]) -> int:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         rows = list(costs(overrides))
     if all(row.refused for row in rows):
-        return failed(rows[0].refused)
+        return print_error(rows[0].refused)
     console().print(table(rows))
     return 0

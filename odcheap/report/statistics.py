@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from odcheap.predict import escape_control_chars
 from odcheap.utils.errors import Failure
+from odcheap.utils.text import escape_control_chars
 
 BASELINE = "alone"
 ROUNDING = 1e-9  # equal accuracies may differ by so much

@@ -11,11 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from odcheap.predict import escape_control_chars
 from odcheap.runs import trust
 from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, read_run
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_atomic
+from odcheap.utils.text import escape_control_chars
 
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
 FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")

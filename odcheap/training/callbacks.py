@@ -14,6 +14,7 @@ from odcheap.runs.checkpoint_io import epoch_path, prune, step_path
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import ASK_EVERY
 from odcheap.utils.files import write_text
+from odcheap.utils.text import format_seconds
 
 
 class Record(pl.Callback):
@@ -152,7 +153,9 @@ class Narrator(pl.Callback):
         steps = trainer.num_training_batches * trainer.max_epochs - trainer.global_step
         left = seconds_a_step * steps
         hint = f"; shorter: {self.shorter}" if left > 3600 and module.device.type == "cpu" else ""
-        self.console.print(f"  about {spoken(left)} to go for {trainer.max_epochs} epochs{hint}", soft_wrap=True)
+        self.console.print(
+            f"  about {format_seconds(left)} to go for {trainer.max_epochs} epochs{hint}", soft_wrap=True
+        )
 
     def latest(self, trainer: pl.Trainer) -> str:
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
@@ -191,9 +194,3 @@ def best_of(row: dict[str, Any]) -> tuple[str, str, float, str]:
     teacher = row.get(f"{stage}/teacher/top1")
     also = "" if teacher is None else f"  teacher {teacher:.4f}"
     return stage, best.split("/")[1].replace("_", " "), students[best], also
-
-
-def spoken(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
-from odcheap.cli import console, say
 from odcheap.data.in_memory import SELECT_BY, watched
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import Interruption, Listener
@@ -26,6 +25,7 @@ from odcheap.training.callbacks import Narrator, Record
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import Guard
 from odcheap.training.optim import SGD
+from odcheap.utils.console import console, say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import write_text
 

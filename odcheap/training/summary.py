@@ -20,10 +20,10 @@ from torch import nn
 
 from odcheap import __version__
 from odcheap.models import flops
-from odcheap.predict import escape_control_chars
 from odcheap.training.callbacks import Record
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.utils.files import write_atomic, write_text
+from odcheap.utils.text import escape_control_chars, format_accuracy
 
 
 def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> dict[str, Any]:
@@ -171,10 +171,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def show(console: Console, summary: dict[str, Any], title: str) -> None:
     """What became of a run, as a title, a table and a few words below it."""
     console.print(escape_control_chars(title), soft_wrap=True)
@@ -194,7 +190,10 @@ def table(summary: dict[str, Any]) -> Table:
         members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
     for name, value in [*members, ("ensemble of the students", summary["ensemble"])]:
         chosen = name == named(choice)
-        figures = [shown(value[figure]) for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")]
+        figures = [
+            format_accuracy(value[figure])
+            for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
+        ]
         made.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
     return made
 

@@ -17,12 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from odcheap.predict import escape_control_chars
 from odcheap.report import statistics
 from odcheap.report.statistics import Spread, mean_student, selected_student
 from odcheap.runs import resume, status
-from odcheap.training.summary import shown
 from odcheap.utils.files import write_text
+from odcheap.utils.text import (
+    escape_control_chars,
+    format_accuracy,
+    format_count,
+    format_mean_deviation,
+    format_millions,
+)
 
 WORDS = "ODCHEAP_SWEEP_WORDS"  # names the folder of this sweep's words to its runs in other processes
 
@@ -117,11 +122,15 @@ def table(outcomes: list[Outcome]) -> Table:
             made.add_row(Text(escape_control_chars(name)), Text(escape_control_chars(outcome.text)), *["-"] * 5)
             continue
         teacher = (summary["teacher"] or {}).get("test_top1")
-        figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
+        figures = [format_accuracy(summary["selected"][f]) for f in ("val_top1", "test_top1")]
         spent = summary.get("cost")  # a test alone has none
-        price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"] if spent else ["-", "-"]
+        price = [format_count(spent["params"]), format_millions(spent["macs"])] if spent else ["-", "-"]
         made.add_row(
-            Text(escape_control_chars(name)), Text(escape_control_chars(outcome.text)), *figures, shown(teacher), *price
+            Text(escape_control_chars(name)),
+            Text(escape_control_chars(outcome.text)),
+            *figures,
+            format_accuracy(teacher),
+            *price,
         )
     return made
 
@@ -138,13 +147,10 @@ def methods_table(compared: list[statistics.Row]) -> Table:
         made.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for row in compared:
         found = ((row.of(f), row.gain(f)) for f in (mean_student, selected_student))
-        figures = [text for value, gain in found for text in (spoken(value, ""), spoken(gain, "+"))]
+        figures = [text for value, gain in found for text in (format_spread(value), format_spread(gain, "+"))]
         made.add_row(*(Text(getattr(row, word)) for word in words), str(len(row.by_seed)), *figures)
     return made
 
 
-def spoken(spread: Spread | None, sign: str) -> str:
-    if spread is None:
-        return "-"
-    mean = f"{spread.mean:{sign}.4f}"
-    return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.4f}"
+def format_spread(spread: Spread | None, sign: str = "") -> str:
+    return "-" if spread is None else format_mean_deviation(spread.mean, spread.deviation, sign)

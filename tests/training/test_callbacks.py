@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from odcheap.training.callbacks import Narrator, Record, spoken
+from odcheap.training.callbacks import Narrator, Record
+from odcheap.utils.text import format_seconds
 
 
 def record(tmp_path, select="val"):
@@ -54,8 +55,4 @@ def test_a_long_run_on_a_cpu_is_told_of_a_shorter_recipe(tmp_path, capsys, devic
     narrator.expect(trainer, SimpleNamespace(device=SimpleNamespace(type=device)), seconds)
     said = capsys.readouterr().out
     assert ("experiment=short" in said) == hint
-    assert spoken(seconds * 975) in said
-
-
-def test_spoken_times():
-    assert [spoken(s) for s in (7, 600, 36000)] == ["7 s", "10 min", "10.0 h"]
+    assert format_seconds(seconds * 975) in said

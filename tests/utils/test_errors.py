@@ -1,6 +1,70 @@
+import errno
+import os
 import pickle
+import signal
+import time
 
-from odcheap.utils.errors import Failure, OptionError
+import pytest
+import torch
+from conftest import Begun
+
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure
+from tests.distributed.test_signals import ranks
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(error):
+    assert describe_external_failure(error).startswith("out of memory on ")
+    assert "lower data.batch_size or num_stu" in describe_external_failure(error)
+
+
+def test_pytorch_itself_is_understood():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert describe_external_failure(caught.value).startswith("out of memory on this machine")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_is_named(number):
+    line = describe_external_failure(OSError(number, "words", "/some/file"))
+    assert line.startswith("/some/file: words: cannot be written")
+
+
+def test_a_lost_process_is_one_only_where_there_are_several(monkeypatch):
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3443")
+    assert describe_external_failure(error) is None
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert "another process of this run is gone" in describe_external_failure(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), FileNotFoundError(2, "no", "x")])
+def test_a_mistake_keeps_its_traceback(error):
+    assert describe_external_failure(error) is None
+
+
+def test_a_process_that_dies_ends_all_with_a_line_and_one_alone_goes_on(tmp_path, command):
+    job_dir = tmp_path / "run"
+    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=90", f"job_dir={job_dir}", cwd=tmp_path)
+    run.until("epoch 1 (2/90)")
+    began = time.monotonic()
+    os.kill(ranks(f"job_dir={job_dir}")[1], signal.SIGKILL)
+    assert run.end() == 1
+    assert time.monotonic() - began < 60
+    said = "".join(run.said)
+    assert "error: process 1 was killed by SIGKILL (out of memory?); the others were ended" in said
+    assert "Traceback" not in said
+    result = command(f"resume={job_dir}", "trainer=cpu", "trainer.max_epochs=5")
+    assert result.status == 0, result.err
+    assert "continuing from" in result.out
 
 
 def test_an_option_error_is_one_line_and_survives_pickling():

@@ -1,0 +1,24 @@
+from odcheap.utils.text import (
+    escape_control_chars,
+    format_accuracy,
+    format_count,
+    format_mean_deviation,
+    format_millions,
+    format_seconds,
+)
+
+
+def test_durations():
+    assert [format_seconds(s) for s in (7, 600, 36000)] == ["7 s", "10 min", "10.0 h"]
+
+
+def test_numbers_and_their_absence():
+    assert [format_accuracy(0.5), format_accuracy(0.5, "+"), format_accuracy(None)] == ["0.5000", "+0.5000", "-"]
+    assert [format_count(1234), format_count(None)] == ["1,234", "-"]
+    assert [format_millions(20472448), format_millions(None)] == ["20.47 M", "-"]
+    found = [format_mean_deviation(*pair) for pair in ((0.9, 0.01), (0.9, None), (None, None))]
+    assert found == ["0.9000 ± 0.0100", "0.9000", "-"]
+
+
+def test_control_characters_become_visible():
+    assert escape_control_chars("a\n\x1b[31mb") == "a\\n\\x1b[31mb"
