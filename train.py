@@ -21,6 +21,7 @@ from odcheap.methods.students import Students
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import resume
 from odcheap.training import experiment, sweep
+from odcheap.training.optim import build_optimization
 from odcheap.utils.console import say
 from odcheap.utils.seeds import seeded
 
@@ -72,14 +73,16 @@ def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> s
     )
     with seeded(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)
-    recipe = instantiate(cfg.optimizer)
-    recipe.exempt(method)  # refuses what does not go together, before there is a folder
+    optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
+    build_optimization(
+        method, optimizer, scheduler, 1000
+    )  # refuses what does not go together, before there is a folder
     method.check_precision(str(cfg.trainer.precision))
     check_image_size(students.members[0], data.image_size, choices.backbone)
     experiment.start_weights(start, method, data)
     with seeded(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
-    trial = experiment.Run(start, data, method, recipe, listener)
+    trial = experiment.Run(start, data, method, optimizer, scheduler, listener)
     if launch.needs_processes(cfg):
         trial.trainer(loggers=False)  # what Lightning refuses is one line here, and one of each process there
         resume.make_folder(start.job_dir)

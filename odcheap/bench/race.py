@@ -24,6 +24,7 @@ from odcheap.methods import parallel
 from odcheap.methods.students import Students
 from odcheap.runs.resume import Start
 from odcheap.training.experiment import Run
+from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import WARM_UP, CapturedStep, CudaGraphs, take
 from odcheap.utils.errors import Failure, OptionError
 
@@ -100,7 +101,9 @@ def bare(
     """A step of a hand-written loop with our settings; on a CPU there is nothing to capture."""
     method = made(cfg, run).to(device, memory_format=torch.channels_last)
     prepare(method)
-    optimizer, schedule = instantiate(cfg.optimizer, lr=SLOW).build(method, total_steps=1_000_000)
+    optimizer, schedule = build_optimization(
+        method, instantiate(cfg.optimizer, lr=SLOW), instantiate(cfg.scheduler), 1_000_000
+    )
     batches = endless(data(cfg, images), device)
     refusals: list[str] = []
     step = take
@@ -176,7 +179,14 @@ def shell(cfg: DictConfig, images: Images, pace: Pace) -> None:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()
         method = made(cfg, instantiate(cfg.together))
-        run = Run(Start(cfg, [], job_dir), data(cfg, images), method, instantiate(cfg.optimizer, lr=SLOW), Listener())
+        run = Run(
+            Start(cfg, [], job_dir),
+            data(cfg, images),
+            method,
+            instantiate(cfg.optimizer, lr=SLOW),
+            instantiate(cfg.scheduler),
+            Listener(),
+        )
         run.console = Console(quiet=True)
         trainer = run.trainer(loggers=False)
         trainer.callbacks.append(pace)

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +25,6 @@ from odcheap.training import summary
 from odcheap.training.callbacks import Narrator, Record
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import Guard
-from odcheap.training.optim import SGD
 from odcheap.utils.console import console, say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import write_text
@@ -97,7 +97,15 @@ def begin_logging(loggers: dict[str, Logger]) -> None:
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
-    def __init__(self, start: Start, data: pl.LightningDataModule, method: Method, recipe: SGD, listener: Listener):
+    def __init__(
+        self,
+        start: Start,
+        data: pl.LightningDataModule,
+        method: Method,
+        optimizer: partial,
+        scheduler: partial,
+        listener: Listener,
+    ):
         self.start, self.cfg, self.data, self.listener = start, start.cfg, data, listener
         about = {
             "overrides": start.overrides,
@@ -110,7 +118,9 @@ class Run:
         refused = must_capture if cfg.capture is True else not_captured
         classes = len(data.classes)
         saw = cfg.select != "test" and method.saw_held_out(data.fingerprint)
-        self.module = DistillationModule(method, recipe, cfg.seed, classes, about, captures(cfg), refused, saw)
+        self.module = DistillationModule(
+            method, optimizer, scheduler, cfg.seed, classes, about, captures(cfg), refused, saw
+        )
         data.views = len(method.students) if method.own_views else 1
         self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
         self.console = console()

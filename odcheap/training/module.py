@@ -1,17 +1,19 @@
 """The LightningModule: a method with its recipe, its steps and its figures."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from odcheap.data.in_memory import Batch
 from odcheap.methods.base import Method
 from odcheap.training.metrics import Scores, Terms
-from odcheap.training.optim import SGD
+from odcheap.training.optim import build_optimization, follow_schedule
 from odcheap.training.train_step import CapturedStep, CudaGraphs, Taken, single_precision
 from odcheap.utils.seeds import derive
 
@@ -19,7 +21,7 @@ Figures = dict[str, list]
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains `method` by `recipe`.
+    """Trains `method` with an optimizer and a learning rate schedule (see `build_optimization`).
 
     `about` is kept in every checkpoint. `figures` holds the latest result of each stage ("train", "val", "test"): a
     dict of lists over the members: the candidates (the students, then their averages where a method has them), the
@@ -32,7 +34,8 @@ class DistillationModule(pl.LightningModule):
     def __init__(
         self,
         method: Method,
-        recipe: SGD,
+        optimizer: partial[torch.optim.Optimizer],
+        scheduler: partial[LRScheduler],
         seed: int,
         classes: int,
         about: dict[str, Any],
@@ -42,7 +45,8 @@ class DistillationModule(pl.LightningModule):
     ):
         super().__init__()
         self.method = method.to(memory_format=torch.channels_last)
-        self.recipe, self.seed, self.about = recipe, seed, about
+        self.optimizer, self.scheduler, self.seed, self.about = optimizer, scheduler, seed, about
+        self.schedule_steps = self.saved_steps = 0
         self.members = member_names(method)
         self.teacher_saw_val = teacher_saw_val
         self.scores = nn.ModuleDict({f"{stage}_": Scores(len(self.members), classes) for stage in self.stages})
@@ -61,12 +65,18 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         # Not `estimated_stepping_batches`: it makes the loaders before their place in the epoch can be restored.
         steps = len(self.trainer.datamodule.order()) * self.trainer.max_epochs
-        optimizer, schedule = self.recipe.build(self.method, steps)
+        self.schedule_steps = steps
+        optimizer, schedule = build_optimization(self.method, self.optimizer, self.scheduler, steps)
+        optimizer._step_supports_amp_scaling = False  # with float16 the gradients are unscaled before the guard looks
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         self.take_on(self.running)  # not when loading: Lightning then still turns all of this into its precision
         self.running = {}
+        if self.saved_steps not in (0, self.schedule_steps):
+            fresh = build_optimization(self.method, self.optimizer, self.scheduler, self.schedule_steps)
+            optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+            follow_schedule(optimizer, schedule, fresh, schedule.last_epoch)
         if self.capture:
             optimizer = self.optimizers(use_pl_optimizer=False)
             self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.refused)
@@ -183,6 +193,7 @@ class DistillationModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the run is, and the running metrics, summed over the processes."""
         checkpoint["odcheap"] = self.about
+        checkpoint["schedule_steps"] = self.schedule_steps
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
         running = {"scores": self.scores["train_"]} | ({"terms": self.terms} if self.terms is not None else {})
         checkpoint["metrics"] = {name: summed(metric) for name, metric in running.items()}
@@ -190,6 +201,7 @@ class DistillationModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.running = checkpoint.get("metrics", {})
+        self.saved_steps = checkpoint.get("schedule_steps", 0)
 
     def take_on(self, saved: dict[str, Any]) -> None:
         """The running metrics of an epoch that was begun before."""

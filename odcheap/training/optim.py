@@ -1,124 +1,192 @@
-"""The recipe: optimizer and learning rate schedule."""
+"""Optimizers and learning rate schedules: any class of `torch.optim` and of `torch.optim.lr_scheduler`."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any
 
-import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from odcheap.layers.cheap_conv import CheapConv
-from odcheap.utils.errors import OptionError
-
-Schedule = Callable[[int, int], float]  # (step from 0, steps of the run) -> what the rate is multiplied by
+from odcheap.utils.errors import OptionError, first_line
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Multiplies the rate by `gamma` at each milestone, a fraction of the run's steps. Raises `OptionError`."""
+def build_optimization(
+    network: nn.Module, optimizer: partial[Optimizer], scheduler: partial[LRScheduler], steps: int
+) -> tuple[Optimizer, LRScheduler]:
+    """Builds optimizer and learning rate schedule from the partial calls that `conf/` describes.
 
-    milestones: tuple[float, ...]
-    gamma: float
-
-    def __post_init__(self) -> None:
-        if not all(0 < milestone < 1 for milestone in self.milestones):
-            allowed = "must be fractions of the run: above 0, below 1"
-            raise OptionError("optimizer.schedule.milestones", list(self.milestones), allowed)
-        if not self.gamma > 0:
-            raise OptionError("optimizer.schedule.gamma", self.gamma, "must be above 0")
-
-    def __call__(self, step: int, steps: int) -> float:
-        return self.gamma ** sum(step >= round(milestone * steps) for milestone in self.milestones)
-
-
-@dataclass(frozen=True)
-class Cosine:
-    """Half a cosine from 1 to 0. Source: Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts",
-    2017, equation 5 without restarts.
+    Args:
+        network: The network to train.
+        optimizer: A class of `torch.optim` with the options of `build_optimizer`.
+        scheduler: A class of `torch.optim.lr_scheduler` with the options of `build_scheduler`.
+        steps: Steps of the whole run; the schedule is stepped once for each.
     """
+    built = build_optimizer(optimizer.func, network, **optimizer.keywords)
+    return built, build_scheduler(scheduler.func, built, steps, **scheduler.keywords)
 
-    def __call__(self, step: int, steps: int) -> float:
-        return (1 + math.cos(math.pi * step / steps)) / 2
 
+def build_optimizer(
+    optimizer: Callable[..., Optimizer],
+    network: nn.Module,
+    *,
+    lr: Annotated[float, Field(gt=0)],
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+    decay_norm: bool = True,
+    decay_spatial: bool = True,
+    **options: Any,
+) -> Optimizer:
+    """Builds an optimizer over the parameters of a network that are trained.
 
-@dataclass(frozen=True)
-class OneCycle:
-    """Linear from `start` to 1 at the fraction `peak` of the run, then linear to `end`; momentum stays as it is.
+    Args:
+        optimizer: A class of `torch.optim`, such as `torch.optim.SGD`.
+        network: The network to train.
+        lr: Learning rate, which the schedule changes.
+        weight_decay: Weight decay of the parameters that are not exempt.
+        decay_norm: False exempts weights and biases of batch norm from weight decay.
+        decay_spatial: False exempts the spatial operators of cheap convolutions (DW, Group) from weight decay.
+        options: Further arguments of the optimizer's class, such as `momentum`.
 
-    Source: Smith, Topin, "Super-convergence: very fast training of neural networks using large learning rates", 2018.
-    Raises `OptionError` unless 0 < peak < 1, start and end are 0 or more.
+    Raises:
+        OptionError: `decay_spatial` is False and the network has no spatial operators with weights, or the class
+            refuses its arguments.
+
+    Example:
+        >>> optimizer = build_optimizer(torch.optim.SGD, nn.BatchNorm2d(4), lr=0.1, decay_norm=False, momentum=0.9)
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.0]
     """
-
-    start: float
-    peak: float
-    end: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.peak < 1:
-            raise OptionError("optimizer.schedule.peak", self.peak, "must be a part of the run: above 0, below 1")
-        for name, value in {"start": self.start, "end": self.end}.items():
-            if not value >= 0:
-                raise OptionError(f"optimizer.schedule.{name}", value, "must be 0 or more")
-
-    def __call__(self, step: int, steps: int) -> float:
-        done = step / steps
-        if done < self.peak:
-            return self.start + (1 - self.start) * done / self.peak
-        return 1 + (self.end - 1) * (done - self.peak) / (1 - self.peak)
+    exempt = find_exempt(network, decay_norm, decay_spatial)
+    groups = group_parameters(network, weight_decay, exempt)
+    try:
+        return optimizer(groups, lr=lr, **{name: to_plain(value) for name, value in options.items()})
+    except (ValueError, RuntimeError) as error:
+        raise OptionError("optimizer", getattr(optimizer, "__name__", "optimizer"), first_line(error)) from error
 
 
-@dataclass(frozen=True)
-class SGD:
-    """SGD with momentum, its rate `lr` times the schedule's factor.
+def find_exempt(network: nn.Module, decay_norm: bool = True, decay_spatial: bool = True) -> list[nn.Parameter]:
+    """Lists the parameters without weight decay; see `build_optimizer`."""
+    norms = [] if decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    pairs = [] if decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
+    spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
+    if not (spatial or decay_spatial):
+        allowed = "finds none of the spatial operators that block_type=DW or Group puts in"
+        raise OptionError("optimizer.decay_spatial", False, allowed)
+    return spatial + [p for norm in norms for p in norm.parameters()]
 
-    `decay_norm=False` exempts batch norm's weights and biases from the weight decay, `decay_spatial=False` the spatial
-    operators of DW and Group. Raises `OptionError`.
+
+def group_parameters(network: nn.Module, weight_decay: float, exempt: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Divides the trained parameters into groups with and without weight decay; an empty group is left out."""
+    trained, exempt_ids = [p for p in network.parameters() if p.requires_grad], {id(p) for p in exempt}
+    decayed = [p for p in trained if id(p) not in exempt_ids]
+    spared = [p for p in trained if id(p) in exempt_ids]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def follow_schedule(
+    optimizer: Optimizer, scheduler: LRScheduler, fresh: tuple[Optimizer, LRScheduler], done: int
+) -> None:
+    """Sets optimizer and schedule to where a newly built pair is after `done` steps.
+
+    A run that is resumed with another number of epochs needs this: the state in its checkpoint is that of a schedule
+    of another length.
     """
-
-    lr: float
-    momentum: float
-    nesterov: bool
-    weight_decay: float
-    decay_norm: bool
-    decay_spatial: bool
-    schedule: Schedule
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise OptionError("optimizer.lr", self.lr, "must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise OptionError("optimizer.momentum", self.momentum, "must be 0 or more, below 1")
-        if self.nesterov and self.momentum == 0:
-            raise OptionError("optimizer.nesterov", True, "needs a momentum above 0")
-        if not self.weight_decay >= 0:
-            raise OptionError("optimizer.weight_decay", self.weight_decay, "must be 0 or more")
-
-    def build(self, network: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The schedule is to be stepped once a batch."""
-        optimizer = torch.optim.SGD(
-            parameter_groups(network, self.weight_decay, self.exempt(network)),
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            fused=True,  # one pass over the weights; the same arithmetic
-        )
-        optimizer._step_supports_amp_scaling = False  # with float16 the gradients are unscaled before the guard looks
-        return optimizer, LambdaLR(optimizer, lambda step: self.schedule(step, total_steps))
-
-    def exempt(self, network: nn.Module) -> list[nn.Parameter]:
-        """What no weight decay is for. Raises `OptionError` where `decay_spatial=False` finds nothing."""
-        norms = [] if self.decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
-        pairs = [] if self.decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
-        spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
-        if not (spatial or self.decay_spatial):
-            allowed = "finds none of the spatial operators that block_type=DW or Group puts in"
-            raise OptionError("optimizer.decay_spatial", False, allowed)
-        return spatial + [p for norm in norms for p in norm.parameters()]
+    new_optimizer, new_scheduler = fresh
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch expects a step of the optimizer before each of the schedule
+        for _ in range(done):
+            new_scheduler.step()
+    scheduler.load_state_dict(new_scheduler.state_dict())
+    for group, new_group in zip(optimizer.param_groups, new_optimizer.param_groups, strict=True):
+        group.update({name: value for name, value in new_group.items() if name != "params"})
 
 
-def parameter_groups(network: nn.Module, weight_decay: float, exempt: list[nn.Parameter]) -> list[dict]:
-    trained, spared = [p for p in network.parameters() if p.requires_grad], {id(p) for p in exempt}
-    groups = [{"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay}]
-    return groups + [{"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0}] * bool(spared)
+def is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def to_plain(value: Any) -> Any:
+    """Turns the lists of a config into tuples: they go into checkpoints, which hold plain containers only."""
+    return tuple(to_plain(entry) for entry in value) if is_sequence(value) else value
+
+
+def build_scheduler(
+    scheduler: Callable[..., LRScheduler],
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    fractions: Sequence[str] = (),
+    **options: Any,
+) -> LRScheduler:
+    """Builds a learning rate schedule that is stepped once for each step of the optimizer.
+
+    Args:
+        scheduler: A class of `torch.optim.lr_scheduler`, or a function that returns a schedule.
+        optimizer: The optimizer whose learning rate it sets.
+        steps: Steps of the whole run.
+        fractions: Names of the options that are fractions of the run's steps, in [0, 1] (a number or a list of them).
+        options: Arguments of the class. Those that are partial calls of schedules (`schedulers` of `SequentialLR`)
+            are built in the same way.
+
+    Raises:
+        OptionError: A fraction lies outside [0, 1], or the class refuses its arguments.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> cosine = build_scheduler(CosineAnnealingLR, optimizer, 1000, T_max=0.5, fractions=["T_max"])
+        >>> cosine.T_max
+        500
+    """
+    arguments = {
+        name: count_steps(name, value, steps) if name in fractions else value for name, value in options.items()
+    }
+    arguments = {name: build_nested(value, optimizer, steps) for name, value in arguments.items()}
+    name = getattr(scheduler, "__name__", "scheduler")
+    try:
+        built = scheduler(optimizer, **arguments)
+    except (ValueError, ZeroDivisionError) as error:
+        raise OptionError("scheduler", name, first_line(error)) from error
+    if isinstance(built, ReduceLROnPlateau):
+        raise OptionError("scheduler", name, "must be a function of the step, and not of a metric")
+    return built
+
+
+def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
+    """Builds schedules that are an argument of another one."""
+    if is_sequence(value):
+        return [build_nested(entry, optimizer, steps) for entry in value]
+    if isinstance(value, partial) and inspect.isclass(value.func) and issubclass(value.func, LRScheduler):
+        return build_scheduler(value.func, optimizer, steps, **value.keywords)
+    return value
+
+
+def count_steps(name: str, value: Any, steps: int) -> Any:
+    """Turns a fraction of the run into a number of steps; a single one is one step at least."""
+    if is_sequence(value):
+        return [check_fraction(name, list(value), fraction, steps) for fraction in value]
+    return max(1, check_fraction(name, value, value, steps))
+
+
+def check_fraction(name: str, given: Any, value: float, steps: int) -> int:
+    if not 0 <= value <= 1:
+        raise OptionError(f"scheduler.{name}", given, "must be a fraction of the run's steps: 0 to 1")
+    return round(value * steps)
+
+
+def warmup_cosine(
+    optimizer: Optimizer, *, total: int, warmup: int, start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
+) -> SequentialLR:
+    """A linear rise from `start_factor` of the learning rate during `warmup` steps, then half a cosine down to 0.
+
+    Source: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (the rise);
+    Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, equation 5 (the cosine).
+    """
+    rise = LinearLR(optimizer, start_factor, total_iters=warmup)
+    fall = CosineAnnealingLR(optimizer, max(1, total - warmup))
+    return SequentialLR(optimizer, [rise, fall], [warmup])

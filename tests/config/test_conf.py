@@ -14,6 +14,7 @@ from odcheap.layers.cheap_conv import DW, CheapConv, Standard
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import stride_of
+from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -90,10 +91,18 @@ def test_data_modules_build(composed, data):
 
 @pytest.mark.parametrize("optimizer", options("optimizer"))
 def test_optimizers_build(composed, optimizer):
-    recipe = instantiate(composed(f"optimizer={optimizer}").optimizer)
-    made, schedule = recipe.build(torch.nn.Conv2d(1, 1, 1), 100)
-    made.step()
-    schedule.step()
+    cfg = composed(f"optimizer={optimizer}")
+    build_optimization(torch.nn.Conv2d(1, 1, 1), instantiate(cfg.optimizer), instantiate(cfg.scheduler), 100)
+
+
+@pytest.mark.parametrize("scheduler", options("scheduler"))
+def test_schedules_build(composed, scheduler):
+    cfg = composed(f"scheduler={scheduler}")
+    parts = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
+    optimizer, schedule = build_optimization(torch.nn.Conv2d(1, 1, 1), *parts, 100)
+    for _ in range(100):
+        optimizer.step()
+        schedule.step()
 
 
 @pytest.mark.parametrize("trainer", options("trainer"))
@@ -120,7 +129,7 @@ def test_experiments_compose(composed, experiment):
     cfg = composed(f"experiment={experiment}")
     assert cfg.trainer.max_epochs >= 1
     instantiate(cfg.optimizer)
-    instantiate(composed(f"experiment={experiment}", "optimizer/schedule=cosine").optimizer)
+    instantiate(composed(f"experiment={experiment}", "scheduler=cosine").scheduler)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +161,7 @@ def test_reference_is_the_2019_code_to_the_letter(composed):
     assert (cfg.data.mean, cfg.data.std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
     recipe = (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.nesterov, cfg.optimizer.weight_decay)
     assert recipe == (0.1, 0.9, False, 2e-4)
-    schedule = cfg.optimizer.schedule
+    schedule = cfg.scheduler
     assert (cfg.optimizer.decay_norm, list(schedule.milestones), schedule.gamma) == (True, [0.5, 0.75], 0.1)
     assert (cfg.trainer.max_epochs, cfg.backbone.depth, cfg.num_stu) == (300, 56, 4)
 

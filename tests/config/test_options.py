@@ -101,9 +101,7 @@ def test_what_is_in_a_part_is_looked_at_too():
         check_tree("backbone", OmegaConf.merge(default, {"network": {"new": "x"}}), default)
 
 
-@pytest.mark.parametrize(
-    "given", ["method=3", "logger=[]", "method=[od,dml]", "block_type={DW: 1}", "optimizer/schedule=null"]
-)
+@pytest.mark.parametrize("given", ["method=3", "logger=[]", "method=[od,dml]", "block_type={DW: 1}", "scheduler=null"])
 def test_what_names_no_part_is_refused_with_the_names(given):
     with pytest.raises(OptionError, match=r"must be one of \w+, \w+"):
         check_choices([given], CONF)
@@ -117,9 +115,3 @@ def test_paths_are_words():
         check_paths(OmegaConf.create({"data_dir": None}))
     with pytest.raises(OptionError, match="method.teacher_weights=null: must be a path"):
         check_paths(OmegaConf.create({"method": {"teacher_weights": None}}))
-
-
-def test_a_part_given_like_a_value_is_told_how_it_is_chosen(command, tmp_path):
-    result = command("data=digits", "optimizer.schedule=cosine", f"job_dir={tmp_path}/run")
-    assert (result.status, result.out) == (1, "")
-    assert result.err == "error: optimizer.schedule=cosine: is a part, chosen as optimizer/schedule=NAME\n"

@@ -301,7 +301,7 @@ PICTURES = ["data=imagefolder", "data_dir=PICTURES", "data.image_size=32", "data
 PICTURES += ["data.workers=0", "data.batch_size=8", "num_stu=1", "method=alone", "trainer=cpu", "logger=csv"]
 SETTINGS = [TINY, [*TINY, "method=kd", "method.teacher_weights=TEACHER"]]
 SETTINGS += [[*TINY, f"method={name}"] for name in ("alone", "dml", "ffl", "kdcl", "okddip", "one", "pcl")]
-SETTINGS += [[*TINY, "optimizer/schedule=one_cycle"], [*TINY, "block_type=Group", "logger=tensorboard"]]
+SETTINGS += [[*TINY, "scheduler=one_cycle"], [*TINY, "block_type=Group", "logger=tensorboard"]]
 SETTINGS += [[*ON_DIGITS, "backbone=resnet56_converted", "backbone.network.depth=8"]]
 SETTINGS += [[*ON_DIGITS, "backbone=wrn16_4", "backbone.network.depth=10", "backbone.network.width=1"]]
 SETTINGS += [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from recorder import Recorder
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import MultiStepLR
 
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.base import Method
@@ -17,7 +19,7 @@ from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import torchvision_backbone
 from odcheap.report.costs import CONF
-from odcheap.training.optim import SGD, Steps
+from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
 from odcheap.training.train_step import CapturedStep, take
 
@@ -26,7 +28,10 @@ AVERAGED = {f"{name}, averaged": [f"method={name}", "method.average_decay=0.9"] 
 DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
 DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"_target_": "odcheap.layers.cheap_conv.Standard"}}
 DIGITS |= {"backbone": {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8}}
-RECIPE = SGD(0.02, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedule=Steps((0.5,), 0.1))
+RECIPE = (
+    partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=2e-4, fused=True),
+    partial(MultiStepLR, milestones=[0.5], fractions=["milestones"]),
+)
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def batch(method, size=8, side=8, dtype=torch.float, seed=0):
 @pytest.mark.parametrize("name", METHODS)
 def test_it_takes_steps_with_several_students(made, name, precision, num_stu):
     method = made(name, num_stu)
-    optimizer, _ = RECIPE.build(method, 10)
+    optimizer, _ = build_optimization(method, *RECIPE, 10)
     before = [p.detach().clone() for p in method.students.parameters()]
     for step in range(2):
         method.at_epoch(step, 2)
@@ -80,7 +85,7 @@ def test_it_takes_steps_with_several_students(made, name, precision, num_stu):
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_computed_in_float32_where_the_network_runs_in_bfloat16(made, name):
     method = made(name, 3)
-    optimizer, _ = RECIPE.build(method, 10)
+    optimizer, _ = build_optimization(method, *RECIPE, 10)
     images, target = batch(method)
     with torch.autocast("cpu", torch.bfloat16):
         taken = take(method, optimizer, images, target)
@@ -121,7 +126,7 @@ def test_a_run_calls_the_method_before_each_epoch_and_after_each_step(command, t
 @pytest.mark.parametrize("name", METHODS)
 def test_a_converted_network_of_torchvision_takes_a_step(made, name):
     method = made(name, build=lambda: torchvision_backbone("resnet18", DW(), 10))
-    optimizer, _ = RECIPE.build(method, 10)
+    optimizer, _ = build_optimization(method, *RECIPE, 10)
     assert take(method, optimizer, *batch(method, size=4, side=64)).finite
 
 
@@ -131,7 +136,7 @@ def test_recorded_steps_train_as_plain_ones_do(made, name):
     states = []
     for recorded in (False, True):
         method = made(name).double()
-        optimizer, schedule = RECIPE.build(method, 8)
+        optimizer, schedule = build_optimization(method, *RECIPE, 8)
         step = CapturedStep(method, optimizer, Recorder(method, optimizer), pytest.fail)
         for k in range(8):
             method.at_epoch(k // 2, 4)

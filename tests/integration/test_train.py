@@ -168,7 +168,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, op
 def test_a_run_that_goes_on_elsewhere_takes_the_selected_epoch_along(command, tmp_path):
     """After the first epoch the rate is far too high, so that epoch 0 stays the best."""
     first = tmp_path / "first"
-    options = ["optimizer.schedule.milestones=[0.3]", "optimizer.schedule.gamma=20", "checkpoint_keep=9"]
+    options = ["scheduler.milestones=[0.3]", "scheduler.gamma=20", "checkpoint_keep=9"]
     assert command(*TINY, *options, "trainer.max_epochs=3", f"job_dir={first}").status == 0
     assert summary(first)["selected"]["epoch"] == 0
     place = f"resume={first}/checkpoints/epoch-0001.ckpt"

@@ -8,7 +8,7 @@ from odcheap.methods import parallel
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.training.optim import SGD, Steps
+from odcheap.training.optim import build_optimizer
 from odcheap.utils.errors import OptionError
 
 
@@ -16,8 +16,7 @@ def trained(block_type, run, dtype, steps=10):
     """The method after some training steps on random images, the students run in that way."""
     torch.manual_seed(0)  # the teacher's head
     method = OnlineDistillation(Students(lambda: CifarResNet(14, block_type, 10), 3, seed=0, run=run)).to(dtype)
-    recipe = SGD(0.01, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedule=Steps((), 0.1))
-    optimizer, _ = recipe.build(method, steps)
+    optimizer = build_optimizer(torch.optim.SGD, method, lr=0.01, momentum=0.9, weight_decay=2e-4, fused=True)
     random = torch.Generator().manual_seed(0)
     for _ in range(steps):
         images = torch.randn(8, 3, 16, 16, generator=random, dtype=torch.double).to(dtype)

@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 
 from odcheap.methods.students import Students
 from odcheap.report.costs import CONF
+from odcheap.training.optim import build_optimization
 
 TEXT = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text()
 
@@ -23,6 +24,6 @@ def test_every_factor_of_the_ablation_composes_and_changes_the_recipe():
             backbone = instantiate(cfg.backbone)
             build = lambda b=backbone, c=cfg: b(conv=instantiate(c.block_type), num_classes=10)  # noqa: E731
             method = instantiate(cfg.method)(students=Students(build, cfg.num_stu, seed=0))
-            instantiate(cfg.optimizer).build(method, 100)
+            build_optimization(method, instantiate(cfg.optimizer), instantiate(cfg.scheduler), 100)
             found.append(repr(cfg))
     assert len(set(found)) == len(factors)

@@ -1,7 +1,9 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import MultiStepLR
 
 from odcheap.layers.cheap_conv import DW
 from odcheap.methods.alone import Alone
@@ -10,14 +12,16 @@ from odcheap.methods.pcl import PeerCollaborativeLearning
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.module import DistillationModule
-from odcheap.training.optim import SGD
 
-RECIPE = SGD(0.1, 0.9, False, 2e-4, True, (0.5,), 0.1)
+RECIPE = (
+    partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=2e-4, fused=True),
+    partial(MultiStepLR, milestones=[0.5], fractions=["milestones"]),
+)
 
 
 def made(classes):
     method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), classes), 2, seed=0))
-    return DistillationModule(method, RECIPE, seed=0, classes=classes, about={})
+    return DistillationModule(method, *RECIPE, seed=0, classes=classes, about={})
 
 
 def logits(classes, images=30):
@@ -49,7 +53,7 @@ def test_the_ensemble_is_the_mean_softmax_of_the_students():
 
 def test_averages_stand_behind_the_students():
     method = PeerCollaborativeLearning(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
-    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={})
+    module = DistillationModule(method, *RECIPE, seed=0, classes=5, about={})
     assert module.members == ["student_0", "student_1", "average_0", "average_1", "teacher", "ensemble"]
     outputs = logits(5) | {"average_logits": torch.full((2, 30, 5), 7.0)}
     members = module.member_logits(outputs)
@@ -60,7 +64,7 @@ def test_averages_stand_behind_the_students():
 
 def test_a_teacher_that_saw_the_held_out_images_has_no_figure_there():
     method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
-    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={}, teacher_saw_val=True)
+    module = DistillationModule(method, *RECIPE, seed=0, classes=5, about={}, teacher_saw_val=True)
     for stage in ("val", "test"):
         module.scores[f"{stage}_"].update(module.member_logits(logits(5)), torch.arange(30) % 5)
         figures = module.finish(stage)
@@ -71,7 +75,7 @@ def test_a_teacher_that_saw_the_held_out_images_has_no_figure_there():
 @pytest.mark.parametrize("kind", [Alone, OnlineDistillation])
 def test_students_that_share_nothing_are_clipped_apart(kind):
     method = kind(Students(lambda: CifarResNet(8, DW(), 5), 2, seed=0))
-    module = DistillationModule(method, RECIPE, seed=0, classes=5, about={})
+    module = DistillationModule(method, *RECIPE, seed=0, classes=5, about={})
     for p in method.parameters():
         p.grad = torch.ones_like(p)
     module.configure_gradient_clipping(None, 1.0, "norm")

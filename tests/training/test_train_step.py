@@ -1,25 +1,29 @@
-import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from recorder import Recorder
+from torch.optim.lr_scheduler import MultiStepLR
 
 from odcheap.layers.cheap_conv import DW
 from odcheap.methods import parallel
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.training.optim import SGD, Steps
+from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import WARM_UP, CapturedStep, CudaGraphs, single_precision, take
 
-RECIPE = SGD(0.02, 0.9, False, 2e-4, decay_norm=True, decay_spatial=True, schedule=Steps((0.5,), 0.1))
+RECIPE = (
+    partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=2e-4, fused=True),
+    partial(MultiStepLR, milestones=[0.5], fractions=["milestones"]),
+)
 SIZES = [8, 8, 8, 5, 8, 8, 5, 8, 8, 5, 5, 8, 5]  # each shape is recorded once it has been seen often enough
 
 
 def made(dtype=torch.double, device="cpu"):
     torch.manual_seed(0)  # the teacher's head
     method = OnlineDistillation(Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0)).to(device, dtype)
-    return method, *RECIPE.build(method, len(SIZES))
+    return method, *build_optimization(method, *RECIPE, len(SIZES))
 
 
 def batches(dtype=torch.double, device="cpu"):
@@ -86,7 +90,7 @@ def test_recorded_steps_train_as_plain_ones_do():
 @pytest.mark.parametrize("how", ["bfloat16", "without momentum", "vmap"])
 def test_so_do_they_in_bfloat16_without_momentum_and_as_one_network(how, monkeypatch):
     if how == "without momentum":
-        monkeypatch.setattr("training.test_train_step.RECIPE", dataclasses.replace(RECIPE, momentum=0.0))
+        monkeypatch.setattr("training.test_train_step.RECIPE", (partial(RECIPE[0], momentum=0.0), RECIPE[1]))
     dtype = torch.float if how == "bfloat16" else torch.double
     (method, optimizer, schedule), (other, theirs, also) = made(dtype), made(dtype)
     other.students.run = method.students.run = parallel.vmap if how == "vmap" else parallel.sequential
