@@ -23,7 +23,7 @@ from odcheap.runs import resume
 from odcheap.training import experiment, sweep
 from odcheap.training.optim import build_optimization
 from odcheap.utils.console import say
-from odcheap.utils.seeds import seeded
+from odcheap.utils.seeds import temporary_seed
 
 CONF = Path(__file__).parent / "conf"
 
@@ -71,7 +71,7 @@ def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> s
         cfg.seed,
         instantiate(cfg.together),
     )
-    with seeded(cfg.seed, "method"):
+    with temporary_seed(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)
     optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
     build_optimization(
@@ -80,7 +80,7 @@ def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> s
     method.check_precision(str(cfg.trainer.precision))
     check_image_size(students.members[0], data.image_size, choices.backbone)
     experiment.start_weights(start, method, data)
-    with seeded(cfg.seed, "standard"):
+    with temporary_seed(cfg.seed, "standard"):
         standard = backbone(conv=Standard(), num_classes=len(data.classes))
     trial = experiment.Run(start, data, method, optimizer, scheduler, listener)
     if launch.needs_processes(cfg):

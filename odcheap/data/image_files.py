@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from odcheap.data.transforms import stacked, stream_of
 from odcheap.predict import IMAGE_SUFFIXES, ImageError, decode_image
-from odcheap.utils.seeds import seeded
+from odcheap.utils.seeds import temporary_seed
 
 TRIES = 20  # successive pictures that may be broken before that is the end
 NO_TARGET = -1
@@ -84,7 +84,7 @@ class TrainingPictures(Dataset):
         return without_picture(self.size, broken, self.views)
 
     def view(self, picture: Image.Image, epoch: int, index: int, view: int) -> Tensor:
-        with seeded(self.seed, *stream_of(epoch, index, view)):
+        with temporary_seed(self.seed, *stream_of(epoch, index, view)):
             return self.transform(picture)
 
 

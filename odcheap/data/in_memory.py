@@ -12,7 +12,7 @@ from odcheap.data.cifar import Images
 from odcheap.data.splits import pixel_digests, stratified
 from odcheap.data.transforms import Augmentation, Normalisation, stacked
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import generator
+from odcheap.utils.seeds import make_generator
 
 TOO_FEW = 2  # images a process: batch norm needs two
 
@@ -53,7 +53,7 @@ class BatchOrder:
 
     def batches(self) -> list[tuple[Tensor, float]]:
         """For each batch this process's sample numbers and its share."""
-        order = torch.randperm(self.count, generator=generator(self.seed, "order", self.epoch))
+        order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
         together = order.split(self.batch_size)[: len(self)]
         mine = [batch[self.rank :: self.world] for batch in together]
         return [(part, len(part) * self.world / len(batch)) for part, batch in zip(mine, together, strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import generator
+from odcheap.utils.seeds import make_generator
 
 LARGEST_SIDE = 4096  # pixels; a slip of the hand would fill the memory
 
@@ -21,7 +21,7 @@ class Augmentation:
 
     def draw(self, count: int, seed: int, epoch: int, view: int = 0) -> Tensor:
         """(count, 3) integers: top, left, flipped for each sample, a function of (seed, epoch, sample, view) alone."""
-        random = generator(seed, *stream_of(epoch, view))
+        random = make_generator(seed, *stream_of(epoch, view))
         corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=random)
         flipped = torch.randint(2, (count, 1), generator=random) * self.flip
         return torch.cat([corner, flipped], dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import derive
+from odcheap.utils.seeds import derive_seed
 
 Maps = tuple[list[Tensor], Tensor]
 
@@ -25,7 +25,7 @@ def sequential(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
     with torch.random.fork_rng(devices=[], enabled=apart):
         for k, (student, view) in enumerate(zip(members, views, strict=True)):
             if apart:
-                torch.manual_seed(derive(base, "student", k))
+                torch.manual_seed(derive_seed(base, "student", k))
             features.append(student.features(view))
             logits.append(student.head(features[-1]))
     return features, torch.stack(logits)

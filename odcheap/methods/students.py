@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from odcheap.methods import parallel
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import seeded
+from odcheap.utils.seeds import temporary_seed
 
 MOST = 100  # more is a slip of the hand, and would be built until the memory is gone
 
@@ -29,7 +29,7 @@ class Students(nn.Module):
             raise OptionError("num_stu", num_stu, f"must be a whole number, 1 or more, at most {MOST}")
         members = []
         for k in range(num_stu):
-            with seeded(seed, "student", k):
+            with temporary_seed(seed, "student", k):
                 members.append(build())
         self.members, self.run = nn.ModuleList(members), run
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_fabric.plugins import CheckpointIO
 
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import read_torch, refuse_broken_seal, write_sealed
+from odcheap.utils.files import read_torch, verify_checksum, write_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -15,7 +15,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, checkpoint)
+        write_checkpoint(path, checkpoint)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -28,7 +28,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 def read_run(path: str | Path, option: str = "resume") -> dict[str, Any]:
     """A whole checkpoint of an odcheap run; `OptionError` for anything else."""
-    refuse_broken_seal(path, option)
+    verify_checksum(path, option)
     content = read_torch(path, option)
     if not is_of_run(content):
         raise OptionError(option, path, "not a checkpoint of an odcheap run")

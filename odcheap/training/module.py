@@ -15,7 +15,7 @@ from odcheap.methods.base import Method
 from odcheap.training.metrics import Scores, Terms
 from odcheap.training.optim import build_optimization, follow_schedule
 from odcheap.training.train_step import CapturedStep, CudaGraphs, Taken, single_precision
-from odcheap.utils.seeds import derive
+from odcheap.utils.seeds import derive_seed
 
 Figures = dict[str, list]
 
@@ -86,7 +86,7 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Whatever a network draws (dropout) depends on its place in the run alone, so that a resumed run draws it too.
-        torch.manual_seed(derive(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
         if self.captured is not None:
             self.taken = self.captured(batch.images, batch.target)
             self.latest = (self.taken.terms, self.taken.outputs, batch.target)

@@ -1,26 +1,33 @@
-"""Random streams: every random number of a run is a function of the seed and of what it is for."""
+"""Random streams: every random number of a run depends only on the seed and on what it is used for."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 
-def derive(seed: int, *stream: str | int) -> int:
-    """A 63-bit seed of its own for each (seed, *stream), such as `derive(0, "student", 3)`."""
+def derive_seed(seed: int, *stream: str | int) -> int:
+    """Returns a 63-bit seed for each (seed, *stream), such as `derive_seed(0, "student", 3)`.
+
+    Example:
+        >>> derive_seed(0, "student", 0) == derive_seed(0, "student", 0)
+        True
+        >>> derive_seed(0, "student", 0) == derive_seed(0, "student", 1)
+        False
+    """
     digest = hashlib.blake2b(repr((seed, *stream)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(seed: int, *stream: str | int) -> torch.Generator:
-    """A CPU generator at the start of the stream."""
-    return torch.Generator().manual_seed(derive(seed, *stream))
+def make_generator(seed: int, *stream: str | int) -> torch.Generator:
+    """Returns a CPU generator that is seeded for the stream."""
+    return torch.Generator().manual_seed(derive_seed(seed, *stream))
 
 
 @contextmanager
-def seeded(seed: int, *stream: str | int) -> Iterator[None]:
-    """Inside, PyTorch's CPU generator follows the stream; outside, its state is as before."""
+def temporary_seed(seed: int, *stream: str | int) -> Generator[None]:
+    """Seeds PyTorch's CPU generator for the stream inside the block, and restores its state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, *stream))
+        torch.default_generator.manual_seed(derive_seed(seed, *stream))
         yield

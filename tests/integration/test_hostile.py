@@ -34,7 +34,7 @@ from odcheap.runs.reference import load_checkpoint
 from odcheap.training.callbacks import Record
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import Failure, OptionError
-from odcheap.utils.files import seal
+from odcheap.utils.files import checksum_comment
 from tests.methods.test_teacher import SETTINGS as STUDENT
 
 
@@ -59,7 +59,7 @@ def payloads(mark):
             torch.save(content, made, _use_new_zipfile_serialization=zipped)
             yield made.getvalue()
     sealed = made.getvalue()
-    yield sealed[:-2] + seal(hashlib.sha256(sealed))
+    yield sealed[:-2] + checksum_comment(hashlib.sha256(sealed))
     yield b"\x08\x00\x00\x00\x00\x00\x00\x00" + pickle.dumps(bomb)
     yield b"!!python/object/apply:os.mkdir [" + str(mark).encode() + b"]"
     yield b'{"__reduce__": "os.system"}'

@@ -21,7 +21,7 @@ from odcheap.models.cifar import CifarResNet
 from odcheap.training.experiment import captures
 from odcheap.training.train_step import WARM_UP, CapturedStep
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_sealed
+from odcheap.utils.files import write_checkpoint
 
 
 def summary(job_dir):
@@ -229,12 +229,12 @@ def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished,
     alone = tmp_path / "alone.ckpt"
     newest = finished / "checkpoints" / "epoch-0000.ckpt"
     content = checkpoint(newest)
-    write_sealed(alone, content)
+    write_checkpoint(alone, content)
     result = command(f"resume={alone}")
     assert result.status == 1
     assert "lies in no run's checkpoints folder: say where to go on with job_dir=" in result.err
     content["odcheap"]["split"] = "of other images"
-    write_sealed(alone, content)
+    write_checkpoint(alone, content)
     result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
     assert result.status == 1
     assert "data_dir=data: holds other images than the run that is resumed" in result.err
@@ -615,7 +615,7 @@ def test_another_class_count_is_refused_by_name(finished, command, tmp_path):
     for name, tensor in content["state_dict"].items():
         if name.endswith("fc.weight") or name.endswith("fc.bias"):
             content["state_dict"][name] = tensor[:7]
-    write_sealed(tmp_path / "seven.ckpt", content)
+    write_checkpoint(tmp_path / "seven.ckpt", content)
     result = command(*TINY, f"weights={tmp_path}/seven.ckpt", f"job_dir={tmp_path}/new")
     assert result.status == 1
     assert "has 7 classes, the data 10; weights_head=new keeps the bodies only" in result.err

@@ -9,7 +9,7 @@ from odcheap.models.convert import cheapen
 from odcheap.models.pretrained import load_pretrained
 from odcheap.models.wrappers import timm_backbone, torchvision_backbone
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import seeded
+from odcheap.utils.seeds import temporary_seed
 
 
 def trained(name="resnet18", classes=7):
@@ -108,7 +108,7 @@ def test_timm_weights(tmp_path):
     timm = pytest.importorskip("timm")
     network = timm.create_model("resnet10t", num_classes=5).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    with seeded(1, "other"):
+    with temporary_seed(1, "other"):
         made = timm_backbone("resnet10t", Standard(), 5, str(tmp_path / "model.safetensors"), noise=0.0).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(made(x), network(x))

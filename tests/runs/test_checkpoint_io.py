@@ -3,7 +3,7 @@ import torch
 
 from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, prune, read_run, step_path
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_sealed
+from odcheap.utils.files import write_checkpoint
 
 
 def run_content(**more):
@@ -16,7 +16,7 @@ def run_content(**more):
 
 def write(path, number):
     path.parent.mkdir(exist_ok=True)
-    write_sealed(path, run_content(number=number))
+    write_checkpoint(path, run_content(number=number))
 
 
 def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path):
@@ -53,18 +53,18 @@ def test_files_that_are_no_run_s_are_refused(tmp_path):
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
     """PyTorch's own reader lets nine of ten pass."""
     path = tmp_path / "x.ckpt"
-    write_sealed(path, run_content(weights=torch.randn(300)))
+    write_checkpoint(path, run_content(weights=torch.randn(300)))
     whole = path.read_bytes()
     assert torch.load(path, weights_only=True)["weights"].shape == (300,)
     for place in [*range(0, len(whole), 7), *range(len(whole) - 100, len(whole))]:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(OptionError, match="its checksum is missing or another"):
+        with pytest.raises(OptionError, match="its checksum is missing or does not match"):
             read_run(path)
     for end in range(0, len(whole), 11):
         path.write_bytes(whole[:end])
-        with pytest.raises(OptionError, match="its checksum is missing or another"):
+        with pytest.raises(OptionError, match="its checksum is missing or does not match"):
             read_run(path)
     path.write_bytes(whole)
     assert read_run(path)["odcheap"]["overrides"] == ["seed=1"]
@@ -85,6 +85,6 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
     ids=str,
 )
 def test_one_that_somebody_made_up_is_refused(tmp_path, change):
-    write_sealed(tmp_path / "x.ckpt", run_content() | change)
+    write_checkpoint(tmp_path / "x.ckpt", run_content() | change)
     with pytest.raises(OptionError, match="not a checkpoint of an odcheap run"):
         read_run(tmp_path / "x.ckpt")

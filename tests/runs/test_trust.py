@@ -4,7 +4,7 @@ from omegaconf import OmegaConf
 
 from odcheap.runs import trust
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import read_torch, write_sealed
+from odcheap.utils.files import read_torch, write_checkpoint
 
 HOSTILE = [
     "method._target_=os.system",
@@ -51,7 +51,7 @@ def test_a_strangers_checkpoint_calls_nothing_of_its_own(checkpoint, command, tm
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     for override in HOSTILE:
         content["odcheap"]["overrides"] = [*own, override]
-        write_sealed(checkpoint, content)
+        write_checkpoint(checkpoint, content)
         for way in (f"resume={checkpoint}", f"resume={tmp_path}/run", "test_only=true"):
             more = [f"resume={checkpoint}"] if way == "test_only=true" else []
             result = command(way, *more)
@@ -68,7 +68,7 @@ def test_where_a_run_writes_is_not_taken_from_a_file(checkpoint, command, tmp_pa
     assert trust.kept([*given, "seed=1", f"+trainer.logger={outside}"]) == ["seed=1"]
     overrides = [o for o in content["odcheap"]["overrides"] if not o.startswith(("logger", "trainer.max_epochs"))]
     content["odcheap"]["overrides"] = [*overrides, *given]
-    write_sealed(checkpoint, content)
+    write_checkpoint(checkpoint, content)
     result = command(f"resume={checkpoint}", "trainer.max_epochs=2")
     assert result.status == 0, result.err
     assert not outside.exists()
