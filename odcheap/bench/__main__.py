@@ -1,4 +1,4 @@
-"""Runs the benchmark: `python -m odcheap.bench`."""
+"""Runs `python -m odcheap.bench`."""
 
 from odcheap.bench.command import main
 

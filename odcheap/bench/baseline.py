@@ -1,7 +1,7 @@
-"""The loop of the 2019 style, written anew as the benchmark's baseline: nothing else uses it.
+"""A training loop in the style of 2019, the benchmark's baseline; nothing else uses it.
 
-Eager, float32, channels first, student after student; pictures augmented one by one by PIL on the CPU; loss and
-accuracies read at every step, which makes a GPU wait.
+It runs eagerly in float32 with channels first, one student after another. Pillow augments the images one by one on the
+CPU, and loss and accuracies are read after every step, for which a GPU has to be waited for.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 
-class Pictures(Dataset):
-    """uint8 (N, 3, H, W) as PIL pictures: padded by 4, cropped, flipped, made tensors and normalised one by one."""
+class PillowImages(Dataset):
+    """Images that are padded by 4, cropped, flipped, and normalized one by one, with their labels.
+
+    Args:
+        images: uint8 of shape (N, 3, H, W).
+        target: Labels of shape (N,).
+        mean: Of each channel, for images in [0, 1].
+        std: Of each channel.
+    """
 
     def __init__(self, images: Tensor, target: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
-        self.pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         self.target = target
         self.transform = transforms.Compose(
             [
@@ -29,30 +36,27 @@ class Pictures(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def __getitem__(self, k: int) -> tuple[Tensor, int]:
-        return self.transform(self.pictures[k]), int(self.target[k])
-
-
-def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
-    while True:
-        yield from loader
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), int(self.target[index])
 
 
-def steps(
-    method: nn.Module, pictures: Pictures, batch_size: int, lr: float, device: torch.device, workers: int
+def train_steps(
+    method: nn.Module, images: PillowImages, batch_size: int, lr: float, device: torch.device, workers: int
 ) -> Iterator[float]:
-    """Takes one training step each time it is asked, and gives the loss."""
-    loader = DataLoader(pictures, batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    """Takes one training step for each `next`, epoch after epoch without end, and yields the loss."""
+    loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, drop_last=True)
     optimizer = torch.optim.SGD(method.parameters(), lr, momentum=0.9, weight_decay=2e-4)
-    for images, target in endless(loader):
-        images, target = images.to(device), target.to(device)
-        optimizer.zero_grad()
-        outputs = method(images)
-        loss = method.loss(outputs, target)["loss"]
-        loss.backward()
-        optimizer.step()
-        for logits in [*outputs["student_logits"], outputs["teacher_logits"]]:
-            (logits.argmax(1) == target).float().mean().item()
-        yield loss.item()
+    while True:
+        for batch, target in loader:
+            batch, target = batch.to(device), target.to(device)
+            optimizer.zero_grad()
+            outputs = method(batch)
+            loss = method.loss(outputs, target)["loss"]
+            loss.backward()
+            optimizer.step()
+            for logits in [*outputs["student_logits"], outputs["teacher_logits"]]:
+                if logits is not None:
+                    (logits.argmax(1) == target).float().mean().item()
+            yield loss.item()

@@ -1,141 +1,218 @@
-"""`python -m odcheap.bench`: how fast training and inference are on this machine, and what bounds them."""
+"""Measures how fast training, inference and start-up are on this machine.
+
+Training compares three loops on random images: a loop in the style of 2019 (float32), a bare loop with odcheap's
+settings, and odcheap's own Trainer with all its callbacks. They run alternately in one process. Inference is timed in
+ONNX Runtime, the student beside the standard network. The results are written to bench.json, bench.md and bench.png.
+"""
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
+import pandas as pd
 import torch
 from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from odcheap.bench import goals, probes, roofline
-from odcheap.bench.race import Turn, made, race
+from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.cli import explained, hush, hydra_line
-from odcheap.report.costs import CONF
+from odcheap.export import latency, onnx
 from odcheap.training.summary import machine, versions
-from odcheap.utils.console import console, print_error
+from odcheap.utils.console import print_error
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_text
+from odcheap.utils.parts import build_part, find_conf_dir
 
-BEGAN = time.perf_counter()
 BLOCK_TYPES = ("DW", "Shift", "Group")
+BATCHES = (1, 64)  # images of an inference call
+STARTED = time.perf_counter()
+# Ends the run with the first optimizer step; only public hooks of PyTorch are used.
+FIRST_STEP = """
+import os, runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+register_optimizer_step_post_hook(lambda *_: os._exit(17))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m odcheap.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="within two minutes on two cores: one block type")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for bench.json and bench.png")
-    parser.add_argument("overrides", nargs="*", help="such as block_type=Shift num_stu=2 data.batch_size=64")
-    given = parser.parse_args(arguments)
+def main(arguments: list[str] | None = None, prog: str = "python -m odcheap.bench") -> int:
+    """Runs the command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OPTION=VALUE", help="training options, such as block_type=Shift num_stu=2"
+    )
+    options = parser.parse_args(arguments)
     hush()
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            for result in measured(given.overrides, given.quick):  # each part is kept, whatever befalls the next
-                given.out.mkdir(parents=True, exist_ok=True)
-                write_text(given.out / "bench.json", json.dumps(result, indent=2) + "\n")
+        with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
+            for result in measure(options.overrides, options.quick):  # what is measured stays if a later part fails
+                options.out.mkdir(parents=True, exist_ok=True)
+                write_text(options.out / "bench.json", json.dumps(result, indent=2) + "\n")
     except (Failure, InstantiationException, MisconfigurationException) as error:
         return print_error(explained(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return print_error(hydra_line(error, CONF))
-    goals.plot(result, given.out / "bench.png")
-    goals.show(result, console())
-    console().print(f"written: {given.out / 'bench.json'}, {given.out / 'bench.png'}")
+        return print_error(hydra_line(error, find_conf_dir()))
+    text = format_tables(result)
+    write_text(options.out / "bench.md", text)
+    plot_training(result).savefig(options.out / "bench.png", dpi=120)
+    print(text)
+    print(f"written: {options.out}/bench.json, bench.md, bench.png")
     return 0
 
 
-def measured(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
-    """The result as it grows, part by part."""
-    cfg = composed(overrides)
+def measure(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """Yields the result each time that a part of it has been measured."""
+    cfg = compose_run(overrides)
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (2, 5)
-    result: dict[str, Any] = {"machine": machine(device), "versions": versions(), "overrides": overrides, "races": []}
-    turns: dict[str, Turn] = {}
-    for block_type, precision in chosen(overrides, quick):
-        this = composed([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
-        tell(f"{block_type}, {precision}: {rounds} rounds of {steps + 1} steps")
-        again = turns["a"] if quick and turns else None
-        turns = race(this, device, steps, rounds, tell, again)
-        found = {"block_type": block_type, "precision": precision, **figures(this, device, precision, turns)}
-        if again is not None:  # no rounds in common
-            rates = found["images_per_second"]
-            found |= {"a": "of the race before", "c_over_a": rates["c"] / rates["a"]}
-        result["races"].append(found)
-        tell("images a second: " + ", ".join(f"{name} {n:.0f}" for name, n in found["images_per_second"].items()))
-        if this.block_type == cfg.block_type and precision == cfg.trainer.precision:
-            of_recipe = found["images_per_second"]["c"]
+    result: dict[str, Any] = {"machine": machine(device), "versions": versions(), "overrides": overrides}
+    result["training"] = []
+    named = dict(override.partition("=")[::2] for override in overrides)
+    block_types = [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]
+    precisions = [named["trainer.precision"]] if "trainer.precision" in named else PRECISIONS
+    for block_type, precision in [(block_type, precision) for block_type in block_types for precision in precisions]:
+        own = compose_run([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
+        report_progress(f"training, {block_type}, {precision}: {rounds} rounds")
+        row = {"block_type": block_type, "precision": precision, "num_stu": own.num_stu}
+        timings = compare_loops(own, device, steps, rounds, report_progress)
+        result["training"].append(row | summarize(timings, own.data.batch_size))
         yield result
-    tell("inference in ONNX Runtime")
-    conv = [hydra.utils.instantiate(cfg.block_type)] if quick else [probes.Shift(), probes.DW(), probes.Group()]
-    result["inference"] = probes.inference(cfg, conv, 0.5 if quick else 3.0)
-    tell("start of a CIFAR-10 run")
-    result["start_seconds"] = probes.start(cfg.data_dir)
-    if on_gpu:
-        tell("1, 4 and 8 students; the recipe")
-        result["students"] = {n: probes.rate(composed([*overrides, f"num_stu={n}"]), device, steps) for n in (1, 4, 8)}
-        result["recipe_seconds"] = probes.recipe(cfg, device, of_recipe)
-        yield result
-    if not quick:
-        tell("pairs and shifts")
-        result["pairs"], result["shifts"] = probes.pairs(device, 15), probes.shifts(device, 15)
-        tell("forms of exported files")
-        result["forms"] = probes.export_forms(0.5)
-        tell("ways to run the students (compiling takes a while)")
-        result["ways"] = probes.ways(cfg, device, steps)
-    result["goals"] = goals.rows(result)
+    report_progress("inference in ONNX Runtime")
+    result["inference"] = measure_inference(cfg, block_types, 0.5 if quick else 3.0)
+    report_progress("start-up")
+    result["start_seconds"] = measure_start()
     yield result
 
 
-def chosen(overrides: list[str], quick: bool) -> Iterator[tuple[str, str]]:
-    """The block types and precisions to race: those that the overrides name, or all."""
-    named = dict(override.partition("=")[::2] for override in overrides)
-    for block_type in [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]:
-        for precision in [named["trainer.precision"]] if "trainer.precision" in named else probes.PRECISIONS:
-            yield block_type, precision
-
-
-def tell(text: str) -> None:
-    print(f"  {time.perf_counter() - BEGAN:4.0f} s  {text}", flush=True)
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    """A run's config: the data are random, and no figure is chosen."""
+def compose_run(overrides: list[str]) -> DictConfig:
+    """Composes a run's config without held-out images: the data are random."""
     return hydra.compose("config", [*overrides, "select=last", "data.val_size=0", "job_dir=unused"])
 
 
-def figures(cfg: DictConfig, device: torch.device, precision: str, turns: dict[str, Turn]) -> dict[str, Any]:
-    """What a race says: medians, ratios, and how near it comes to what the machine could do."""
-    batch = cfg.data.batch_size
-    rates = {name: batch / statistics.median(turn.seconds) for name, turn in turns.items()}
-    dtype = probes.PRECISIONS[precision]
-    network = made(cfg).students.members[0]
-    limits = roofline.measure(device, dtype)
-    work = roofline.work_of(network, (3, network.made_for, network.made_for))
-    least = limits.seconds(work, cfg.num_stu * batch, dtype.itemsize)
+def report_progress(text: str) -> None:
+    print(f"  {time.perf_counter() - STARTED:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:
+    """Returns rates (medians), peak memory, and ratios of the loops' times, taken within each round."""
     return {
-        "num_stu": cfg.num_stu,
-        "batch_size": batch,
-        "seconds": {name: turn.seconds for name, turn in turns.items()},
-        "images_per_second": rates,
-        "peak_bytes": {name: turn.peak for name, turn in turns.items()},
-        "c_over_a": ratio(turns["a"], turns["c"]),
-        "b_over_c": ratio(turns["c"], turns["b"]),
-        "bandwidth": limits.bandwidth,
-        "rate": limits.rate,
-        "of_roofline": least * rates["c"] / batch,
+        "batch_size": batch_size,
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+        "images_per_second": {n: batch_size / statistics.median(t.seconds) for n, t in timings.items()},
+        "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
+        "speedup_over_2019": compare_times(timings["loop_2019"], timings["trainer"]),
+        "time_over_bare": compare_times(timings["trainer"], timings["bare_loop"]),
     }
 
 
-def ratio(slow: Turn, fast: Turn) -> float:
-    """How often faster, round by round, so that what slows a whole round down falls out; the median."""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+def compare_times(numerator: LoopTiming, denominator: LoopTiming) -> dict[str, float]:
+    """Returns median, smallest and largest ratio over the rounds; what slows a whole round down cancels out."""
+    ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def measure_inference(
+    cfg: DictConfig, block_types: list[str] | tuple[str, ...], seconds: float
+) -> list[dict[str, Any]]:
+    """Times the backbone in ONNX Runtime on the CPU with these block types and as the standard network."""
+    convs = {name: build_part("block_type", {"part": name}) for name in dict.fromkeys([*block_types, "Standard"])}
+    build = instantiate(cfg.backbone)
+    networks = {name: build(conv=conv, num_classes=NUM_CLASSES) for name, conv in convs.items()}
+    size = (3, networks["Standard"].made_for, networks["Standard"].made_for)
+    files = {name: onnx.fastest_onnx(network, size) for name, network in networks.items()}
+    ms = latency.time_onnx(files, size, BATCHES, seconds)
+    speedup = {(name, batch): ms["Standard", batch] / ms[name, batch] for name, batch in ms}
+    return [
+        {"block_type": n} | {f"ms_{b}": ms[n, b] for b in BATCHES} | {f"speedup_{b}": speedup[n, b] for b in BATCHES}
+        for n in files
+    ]
+
+
+def measure_start() -> float | None:
+    """Returns the seconds from the command to the first step of a small run, None if it did not get there."""
+    train = Path(__file__).parents[2] / "train.py"
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = [sys.executable, "-c", FIRST_STEP, str(train), "experiment=quickstart", "trainer=cpu"]
+        ended = subprocess.run([*command, f"job_dir={folder}/run"], capture_output=True)
+        return time.perf_counter() - start if ended.returncode == 17 else None
+
+
+def format_tables(result: dict[str, Any]) -> str:
+    """Returns the result as two Markdown tables."""
+    training = pd.DataFrame(
+        {"block_type": row["block_type"], "precision": row["precision"]}
+        | {f"{LOOPS[name]}, images/s": f"{rate:.0f}" for name, rate in row["images_per_second"].items()}
+        | {
+            "Trainer / 2019": format_ratio(row["speedup_over_2019"]),
+            "time over bare loop": format_ratio(row["time_over_bare"]),
+            "peak GiB, 2019": format_gib(row["peak_bytes"]["loop_2019"]),
+            "peak GiB, Trainer": format_gib(row["peak_bytes"]["trainer"]),
+        }
+        for row in result["training"]
+    )
+    inference = pd.DataFrame(
+        {"block_type": row["block_type"]}
+        | {f"ms for {batch}": f"{row[f'ms_{batch}']:.3g}" for batch in BATCHES}
+        | {f"speedup for {batch}": f"{row[f'speedup_{batch}']:.2f}" for batch in BATCHES}
+        for row in result["inference"]
+    )
+    first, start, hardware = result["training"][0], result["start_seconds"], result["machine"]
+    return "\n".join(
+        [
+            f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads",
+            "",
+            f"Training of {first['num_stu']} students, batch {first['batch_size']}; ratios are medians (min to max):",
+            "",
+            training.to_markdown(index=False),
+            "",
+            "Inference in ONNX Runtime on the CPU, beside the standard network:",
+            "",
+            inference.to_markdown(index=False),
+            "",
+            "Start-up to the first step: " + ("not measured" if start is None else f"{start:.1f} s"),
+            "",
+        ]
+    )
+
+
+def format_ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def format_gib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:.2f}"
+
+
+def plot_training(result: dict[str, Any]) -> Figure:
+    """Draws the images per second of the three loops as bars."""
+    rows = result["training"]
+    rates = pd.DataFrame([row["images_per_second"] for row in rows]).rename(columns=LOOPS)
+    rates.index = pd.Index([f"{row['block_type']}\n{row['precision']}" for row in rows])
+    figure = Figure(figsize=(2 + 1.4 * max(2, len(rows)), 4), layout="constrained")
+    axes = rates.plot.bar(ax=figure.subplots(), rot=0, width=0.8, color=["#999999", "#56B4E9", "#0072B2"])
+    for bars in axes.containers:
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_ylabel("training images per second")
+    axes.set_title(f"{rows[0]['num_stu']} students, batch {rows[0]['batch_size']}", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 if __name__ == "__main__":

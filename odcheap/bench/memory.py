@@ -1,64 +1,56 @@
-"""How much memory a piece of work needs at its peak."""
+"""Peak memory of a piece of work, on a GPU or on the CPU."""
 
 import ctypes
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 
-def with_peak(device: torch.device, work: Callable[[], Any]) -> tuple[Any, int | None]:
-    memory = Memory(device)
-    memory.start()
-    done = work()
-    return done, memory.peak()
+class PeakMemory:
+    """Measures the largest amount of memory in use since `start`, beyond what was in use then.
 
-
-class Memory:
-    """The most memory in use since `start`, beyond what was in use then: the GPU's as PyTorch counts it.
-
-    On a CPU it is glibc's count of what has been asked for, sampled; elsewhere nobody counts (None).
+    On a GPU it is what PyTorch has allocated. On the CPU it is glibc's count of allocated bytes, sampled every 5 ms;
+    on systems without glibc the peak is None.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.at_start, self.most = device, 0, 0
-        self.done = threading.Event()
+        self.device, self.bytes_at_start, self.bytes_at_peak = device, 0, 0
+        self.stopped = threading.Event()
 
     def start(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self.at_start = torch.cuda.memory_allocated()
-        elif (used := in_use()) is not None:
-            self.at_start = self.most = used
-            self.sampler = threading.Thread(target=self.sample, daemon=True)
-            self.sampler.start()
+            self.bytes_at_start = torch.cuda.memory_allocated()
+        elif (used := count_allocated_bytes()) is not None:
+            self.bytes_at_start = self.bytes_at_peak = used
+            threading.Thread(target=self._sample, daemon=True).start()
 
-    def sample(self) -> None:
-        while not self.done.wait(0.005):
-            self.most = max(self.most, in_use())
+    def _sample(self) -> None:
+        while not self.stopped.wait(0.005):
+            self.bytes_at_peak = max(self.bytes_at_peak, count_allocated_bytes() or 0)
 
-    def peak(self) -> int | None:
+    def stop(self) -> int | None:
+        """Returns the peak in bytes, None if it cannot be measured here."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() - self.at_start
-        self.done.set()
-        return self.most - self.at_start if self.most else None
+            return torch.cuda.max_memory_allocated() - self.bytes_at_start
+        self.stopped.set()
+        return self.bytes_at_peak - self.bytes_at_start if self.bytes_at_peak else None
 
 
-class Count(ctypes.Structure):
-    """glibc's `struct mallinfo2`: ten sizes, of them `hblkhd` in mappings and `uordblks` in the heap, both in use."""
+class Mallinfo2(ctypes.Structure):
+    """glibc's `struct mallinfo2`; in use are `hblkhd` bytes in memory mappings and `uordblks` bytes in the heap."""
 
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
-def in_use() -> int | None:
-    """Bytes that this process has asked of glibc and not given back; None where there is no glibc to ask."""
+def count_allocated_bytes() -> int | None:
+    """Returns the bytes that this process has allocated from glibc, None on a system without glibc."""
     try:
-        count = ctypes.CDLL(None).mallinfo2
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
     except (OSError, AttributeError, TypeError):
         return None
-    count.restype = Count
-    found = count()
-    return found.hblkhd + found.uordblks
+    mallinfo2.restype = Mallinfo2
+    info = mallinfo2()
+    return info.hblkhd + info.uordblks

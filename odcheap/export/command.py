@@ -227,12 +227,14 @@ def calibration(data: pl.LightningDataModule, batch: int | None) -> Iterator[np.
             yield np.stack(chunk).astype(np.float32) / np.float32(255)
 
 
-def timed(product: Product, wish: Wish, files: list[File], folder: Path, batches: tuple[int, ...]) -> latency.Found:
+def timed(product: Product, wish: Wish, files: list[File], folder: Path, batches: tuple[int, ...]) -> latency.Timings:
     size, standard = product.image_size, normalised(product.standard, product)
     models = {file.name: (folder / file.name).read_bytes() for file in files}
     models[STANDARD] = onnx.to_onnx(onnx.program(standard, size, wish.batch), wish.opset)
-    works = latency.in_onnxruntime(models, size, batches)
-    works |= latency.in_torch({"the student": normalised(product.network, product), STANDARD: standard}, size, batches)
+    works = latency.onnx_calls(models, size, batches)
+    works |= latency.torch_calls(
+        {"the student": normalised(product.network, product), STANDARD: standard}, size, batches
+    )
     say(f"timing {len(works)} ways, {wish.seconds:g} s each, in turns")
     return predict.time_alternately(works, wish.seconds)
 
@@ -243,9 +245,9 @@ def shape_of(path: Path) -> str:
     return f"({', '.join(map(str, images.shape))})"
 
 
-def faster(found: latency.Found, name: str, batches: tuple[int, ...]) -> bool:
+def faster(found: latency.Timings, name: str, batches: tuple[int, ...]) -> bool:
     """Than the cheap form, for one of the batches."""
-    times = ((latency.fastest(found, n, latency.ORT, b).p50 for n in (name, "student.onnx")) for b in batches)
+    times = ((latency.fastest(found, n, latency.ONNX_RUNTIME, b).p50 for n in (name, "student.onnx")) for b in batches)
     return any(ours < cheap for ours, cheap in times)
 
 

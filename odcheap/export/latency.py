@@ -1,7 +1,7 @@
-"""Networks timed side by side, in ONNX Runtime and in PyTorch, on the CPU and on a GPU where there is one."""
+"""Inference time of networks in ONNX Runtime and in PyTorch, on the CPU and on a GPU if there is one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import onnxruntime
@@ -11,10 +11,11 @@ from torch import nn
 from odcheap import predict
 
 CUDA = "CUDAExecutionProvider"
+ONNX_RUNTIME, PYTORCH = "ONNX Runtime", "PyTorch"
 
 
 class Key(NamedTuple):
-    """What is timed: a network by its name, where it runs, how many images at once, how many threads (0: all)."""
+    """One measurement: the network's name, where it runs, images per call, and CPU threads (0: all)."""
 
     name: str
     runtime: str
@@ -22,19 +23,26 @@ class Key(NamedTuple):
     threads: int
 
 
-Works = dict[Key, Callable[[], object]]
-Found = dict[Key, predict.Timing]
-ORT, TORCH = "ONNX Runtime", "PyTorch"
+Calls = dict[Key, Callable[[], object]]
+Timings = dict[Key, predict.Timing]
 
 
-def in_onnxruntime(models: dict[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Works:
-    ways = [(ORT, "CPUExecutionProvider", threads) for threads in (1, 0)]
-    ways += [(f"{ORT}, GPU", CUDA, 0)] if CUDA in onnxruntime.get_available_providers() else []
-    works: Works = {}
+def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
+    """Returns functions that run ONNX files: on the CPU with one thread and with all, and on a GPU if there is one.
+
+    Args:
+        models: The contents of ONNX files by name.
+        size: Shape (C, H, W) of an image.
+        batches: Numbers of images per call.
+    """
+    ways = [(ONNX_RUNTIME, "CPUExecutionProvider", threads) for threads in (1, 0)]
+    if CUDA in onnxruntime.get_available_providers():
+        ways.append((f"{ONNX_RUNTIME}, GPU", CUDA, 0))
+    calls: Calls = {}
     for name, model in models.items():
         for runtime, provider, threads in ways:
             try:
-                ask = predict.create_predictor(predict.create_session(model, threads, provider))
+                predictor = predict.create_predictor(predict.create_session(model, threads, provider))
             except predict.PredictError as error:
                 if provider != CUDA:
                     raise
@@ -42,48 +50,64 @@ def in_onnxruntime(models: dict[str, bytes], size: tuple[int, int, int], batches
                 continue
             for batch in batches:
                 images = predict.random_images(batch, size)
-                works[Key(name, runtime, batch, threads)] = lambda ask=ask, images=images: ask(images)
-    return works
+                calls[Key(name, runtime, batch, threads)] = lambda run=predictor, images=images: run(images)
+    return calls
 
 
-def in_torch(networks: dict[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Works:
-    works: Works = {}
+def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
+    """Returns functions that run networks in PyTorch; arguments as in `onnx_calls`."""
+    calls: Calls = {}
     for name, network in networks.items():
         for batch in batches:
             images = torch.from_numpy(predict.random_images(batch, size)).contiguous(memory_format=torch.channels_last)
             for threads in (1, 0):
-                works[Key(name, TORCH, batch, threads)] = on_cpu(network, images, threads or torch.get_num_threads())
+                calls[Key(name, PYTORCH, batch, threads)] = cpu_call(network, images, threads)
             if torch.cuda.is_available():
-                works[Key(name, f"{TORCH}, GPU", batch, 0)] = on_gpu(network, images)
-    return works
+                calls[Key(name, f"{PYTORCH}, GPU", batch, 0)] = gpu_call(network, images)
+    return calls
 
 
-def on_cpu(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], object]:
+def cpu_call(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], object]:
+    """Returns a function that runs the network with so many threads (0: all) and then restores their number."""
     network = network.to(memory_format=torch.channels_last)
     before = torch.get_num_threads()
 
-    def work() -> None:
-        torch.set_num_threads(threads)
+    def call() -> None:
+        torch.set_num_threads(threads or before)
         try:
             with torch.inference_mode():
                 network(images)
         finally:
             torch.set_num_threads(before)
 
-    return work
+    return call
 
 
-def on_gpu(network: nn.Module, images: torch.Tensor) -> Callable[[], object]:
+def gpu_call(network: nn.Module, images: torch.Tensor) -> Callable[[], object]:
+    """Returns a function that runs a copy of the network on the GPU and waits for the result."""
     network, images = copy.deepcopy(network).cuda(), images.cuda()
 
-    def work() -> None:
+    def call() -> None:
         with torch.inference_mode():
             network(images)
         torch.cuda.synchronize()
 
-    return work
+    return call
 
 
-def fastest(found: Found, name: str, runtime: str, batch: int) -> predict.Timing:
-    """With the number of threads that takes least."""
-    return min(time for key, time in found.items() if key[:3] == (name, runtime, batch))
+def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Timing:
+    """Returns the timing with the number of threads that is fastest: for one small image that is often one."""
+    return min(timing for key, timing in timings.items() if key[:3] == (name, runtime, batch))
+
+
+def time_onnx(
+    models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
+) -> dict[tuple[str, int], float]:
+    """Times ONNX files alternately on the CPU.
+
+    Returns:
+        Median milliseconds of a call by (name, batch), with the faster number of threads.
+    """
+    calls = {key: call for key, call in onnx_calls(models, size, batches).items() if key.runtime == ONNX_RUNTIME}
+    timings = predict.time_alternately(calls, seconds)
+    return {(n, b): 1000 * fastest(timings, n, ONNX_RUNTIME, b).p50 for n in models for b in batches}

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 
 from odcheap.export import latency
-from odcheap.export.latency import ORT, TORCH, Found
+from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings
 from odcheap.export.product import Product
 from odcheap.export.verify import Proven
 from odcheap.models import flops
@@ -33,7 +33,7 @@ def card(
     product: Product,
     folder: Path,
     files: list[File],
-    found: Found,
+    found: Timings,
     batches: tuple[int, ...],
     proven: Proven,
     cpu: str,
@@ -66,7 +66,7 @@ def title(product: Product) -> str:
     return ", ".join([*parts, *numbers])
 
 
-def verdict(product: Product, found: Found, batches: tuple[int, ...]) -> list[str]:
+def verdict(product: Product, found: Timings, batches: tuple[int, ...]) -> list[str]:
     """How the student compares with the standard network in ONNX Runtime; bad news comes in bold."""
     if str(product.network) == str(product.standard):
         return ["This is the standard network itself."]
@@ -79,8 +79,8 @@ def verdict(product: Product, found: Found, batches: tuple[int, ...]) -> list[st
     return lines
 
 
-def ratios(found: Found, name: str, batches: tuple[int, ...]) -> dict[int, float]:
-    times = {batch: [latency.fastest(found, n, ORT, batch).p50 for n in (STANDARD, name)] for batch in batches}
+def ratios(found: Timings, name: str, batches: tuple[int, ...]) -> dict[int, float]:
+    times = {batch: [latency.fastest(found, n, ONNX_RUNTIME, batch).p50 for n in (STANDARD, name)] for batch in batches}
     return {batch: standard / ours for batch, (standard, ours) in times.items()}
 
 
@@ -129,23 +129,23 @@ def usage(shape: str) -> list[str]:
     ]
 
 
-def table(product: Product, folder: Path, files: list[File], found: Found, batches: tuple[int, ...]) -> list[str]:
+def table(product: Product, folder: Path, files: list[File], found: Timings, batches: tuple[int, ...]) -> list[str]:
     head = ["", "size", "parameters", "MACs", *(images(batch) for batch in batches)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for file in files:
         size = f"{(folder / file.name).stat().st_size / 1e6:.2f} MB"
-        lines.append(row(code(file.name), size, file.params, file.macs, found, file.name, ORT, batches))
+        lines.append(row(code(file.name), size, file.params, file.macs, found, file.name, ONNX_RUNTIME, batches))
     standard, student = product.standard, product.network
     macs = [flops.macs(network, product.image_size) for network in (standard, student)]
-    lines.append(row(STANDARD, "", flops.params(standard), macs[0], found, STANDARD, ORT, batches))
+    lines.append(row(STANDARD, "", flops.params(standard), macs[0], found, STANDARD, ONNX_RUNTIME, batches))
     for name, network, own in ((STANDARD, standard, macs[0]), ("the student", student, macs[1])):
-        lines.append(row(f"{name}, in PyTorch", "", flops.params(network), own, found, name, TORCH, batches))
+        lines.append(row(f"{name}, in PyTorch", "", flops.params(network), own, found, name, PYTORCH, batches))
     note = getattr(standard, "standard_note", None)
     return [*lines, *(["", f"{note[0].upper()}{note[1:]}."] if note and macs[0] != macs[1] else [])]
 
 
 def row(
-    title: str, size: str, params: int, macs: int, found: Found, name: str, runtime: str, batches: tuple[int, ...]
+    title: str, size: str, params: int, macs: int, found: Timings, name: str, runtime: str, batches: tuple[int, ...]
 ) -> str:
     times = [format_timing(latency.fastest(found, name, runtime, batch)) for batch in batches]
     return "| " + " | ".join([title, size, f"{params:,}", f"{macs / 1e6:.2f} M", *times]) + " |"
@@ -155,7 +155,7 @@ def format_timing(time: Timing) -> str:
     return f"{1000 * time.p50:.3g} ({1000 * time.p95:.3g})"
 
 
-def every(found: Found) -> list[str]:
+def every(found: Timings) -> list[str]:
     lines = [
         "<details><summary>Every timing</summary>",
         "",

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from odcheap import predict
 from odcheap.export import command, verify
 from odcheap.export import onnx as onnx_export
-from odcheap.export.latency import ORT, TORCH, Key
+from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.model_card import STANDARD
 from odcheap.models.build import load_student
 
@@ -44,7 +44,9 @@ def light(monkeypatch):
 
     def times(product, wish, files, folder, batches):
         names = [*(file.name for file in files), STANDARD, "the student"]
-        keys = [Key(name, runtime, batch, 1) for name in names for runtime in (ORT, TORCH) for batch in batches]
+        keys = [
+            Key(name, runtime, batch, 1) for name in names for runtime in (ONNX_RUNTIME, PYTORCH) for batch in batches
+        ]
         return {key: predict.Timing(1 + ("dense" in key.name), 2.0) for key in keys}
 
     monkeypatch.setattr(command, "timed", times)

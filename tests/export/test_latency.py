@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from odcheap.export import latency, onnx
-from odcheap.export.latency import ORT, TORCH, Key
+from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 from odcheap.predict import Timing, time_alternately
@@ -12,26 +12,26 @@ from odcheap.predict import Timing, time_alternately
 def test_every_network_is_timed_with_one_thread_and_with_all():
     network = CifarResNet(8, DW(), 2).eval()
     content = onnx.to_onnx(onnx.program(network, (3, 8, 8)))
-    works = latency.in_onnxruntime({"a": content}, (3, 8, 8), (1, 3))
-    works |= latency.in_torch({"a": network}, (3, 8, 8), (1, 3))
+    works = latency.onnx_calls({"a": content}, (3, 8, 8), (1, 3))
+    works |= latency.torch_calls({"a": network}, (3, 8, 8), (1, 3))
     threads = torch.get_num_threads()
     found = time_alternately(works, seconds=0.01)
     assert torch.get_num_threads() == threads
-    expected = {Key("a", runtime, batch, t) for runtime in (ORT, TORCH) for batch in (1, 3) for t in (0, 1)}
+    expected = {Key("a", runtime, batch, t) for runtime in (ONNX_RUNTIME, PYTORCH) for batch in (1, 3) for t in (0, 1)}
     assert {key for key in found if "GPU" not in key.runtime} == expected
     assert all(0 < time.p50 <= time.p95 < 10 for time in found.values())
 
 
 def test_the_better_number_of_threads_counts():
-    found = {Key("a", ORT, 1, 1): Timing(1.0, 3.0), Key("a", ORT, 1, 0): Timing(2.0, 2.5)}
-    found[Key("a", ORT, 64, 1)] = Timing(0.1, 0.1)
-    found[Key("b", ORT, 1, 1)] = Timing(0.1, 0.1)
-    assert latency.fastest(found, "a", ORT, 1) == Timing(1.0, 3.0)
+    found = {Key("a", ONNX_RUNTIME, 1, 1): Timing(1.0, 3.0), Key("a", ONNX_RUNTIME, 1, 0): Timing(2.0, 2.5)}
+    found[Key("a", ONNX_RUNTIME, 64, 1)] = Timing(0.1, 0.1)
+    found[Key("b", ONNX_RUNTIME, 1, 1)] = Timing(0.1, 0.1)
+    assert latency.fastest(found, "a", ONNX_RUNTIME, 1) == Timing(1.0, 3.0)
 
 
 def test_a_failing_network_leaves_the_threads_as_they_were():
     threads = torch.get_num_threads()
-    work = latency.on_cpu(nn.Linear(2, 2), torch.zeros(1, 3, 4, 4), threads + 1)
+    work = latency.cpu_call(nn.Linear(2, 2), torch.zeros(1, 3, 4, 4), threads + 1)
     with pytest.raises(RuntimeError):
         work()
     assert torch.get_num_threads() == threads

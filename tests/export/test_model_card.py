@@ -4,7 +4,7 @@ import pytest
 from export.test_product import SETTINGS, folder
 
 from odcheap.export import model_card
-from odcheap.export.latency import ORT, TORCH, Key
+from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.model_card import DENSE, STANDARD
 from odcheap.export.product import of_run
 from odcheap.export.verify import Proven
@@ -17,13 +17,13 @@ def found(student, standard, dense=None):
     """Milliseconds of one picture and of 64."""
     times = {"student.onnx": student, STANDARD: standard} | ({DENSE: dense} if dense else {})
     made = {
-        Key(name, ORT, batch, threads): Timing(ms * (1 + threads) / 1e3, ms / 500)
+        Key(name, ONNX_RUNTIME, batch, threads): Timing(ms * (1 + threads) / 1e3, ms / 500)
         for name, pair in times.items()
         for batch, ms in zip((1, 64), pair, strict=True)
         for threads in (0, 1)
     }
     return made | {
-        Key(name, TORCH, batch, 1): Timing(0.001, 0.002) for name in ("the student", STANDARD) for batch in (1, 64)
+        Key(name, PYTORCH, batch, 1): Timing(0.001, 0.002) for name in ("the student", STANDARD) for batch in (1, 64)
     }
 
 

@@ -1,0 +1,203 @@
+"""The three training loops that the benchmark compares, run alternately in one process on random images."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from torch.utils.benchmark import Timer
+
+from odcheap.bench.baseline import PillowImages, train_steps
+from odcheap.bench.memory import PeakMemory
+from odcheap.data.cifar import Images
+from odcheap.data.in_memory import Batch, BatchOrder, InMemoryData, TrainBatches
+from odcheap.distributed.signals import Listener
+from odcheap.methods import parallel
+from odcheap.methods.base import Method
+from odcheap.methods.students import Students
+from odcheap.runs.resume import Start
+from odcheap.training.experiment import Run
+from odcheap.training.optim import build_optimization
+from odcheap.training.train_step import WARM_UP, CapturedStep, CudaGraphs, take
+from odcheap.utils.errors import Failure, OptionError
+
+LOOPS = {"loop_2019": "2019-style loop", "bare_loop": "bare loop", "trainer": "Trainer"}
+PRECISIONS = ("32-true", "bf16-mixed")
+NUM_CLASSES = 10
+LOADER_WORKERS = {"cuda": 4, "cpu": 0}  # processes that augment the baseline's images; a CPU has no core to spare
+LR = 1e-3  # low, because the labels are random; the speed does not depend on it
+
+Step = Callable[[], object]
+
+
+class LoopTiming(NamedTuple):
+    """Seconds of a step, one value a round, and the bytes that the first steps needed (None: unknown here)."""
+
+    seconds: list[float]
+    peak_bytes: int | None
+
+
+def compare_loops(
+    cfg: DictConfig, device: torch.device, steps: int, rounds: int, report: Callable[[str], None]
+) -> dict[str, LoopTiming]:
+    """Times the loops of `LOOPS` alternately.
+
+    Args:
+        cfg: A run's composed config, which says what is trained.
+        device: Where it is trained.
+        steps: Steps of each loop that are timed in a round, after two more to warm up.
+        rounds: Number of rounds; in each round all loops take their steps one after another.
+        report: Is called with a line after each round.
+
+    Returns:
+        The timings by the names of `LOOPS`.
+    """
+    autocast(cfg, device)  # refuses other precisions before anything is built
+    first_steps = WARM_UP + 2 if device.type == "cuda" else 2  # a CUDA graph is recorded within them
+    images = random_images(cfg, (first_steps + rounds * (steps + 2) + 3) * cfg.data.batch_size)
+    running: dict[str, Step] = {}
+    timings: dict[str, LoopTiming] = {}
+
+    def run_other_loops() -> None:
+        for name, create in (("loop_2019", create_loop_2019), ("bare_loop", create_bare_loop)):
+            if name not in running:
+                memory = PeakMemory(device)
+                memory.start()
+                running[name] = create(cfg, build_method(cfg), images, device)
+                for _ in range(first_steps):
+                    running[name]()
+                timings[name] = LoopTiming([], memory.stop())
+        for name, step in running.items():
+            timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+            timings[name].seconds.append(timer.timeit(steps).median)  # warms up with two steps, synchronizes a GPU
+        report(f"round {len(timings['bare_loop'].seconds)} of {rounds}")
+
+    timer = StepTimer(first_steps, steps, rounds, run_other_loops, device)
+    run_trainer(cfg, images, timer)
+    return timings | {"trainer": LoopTiming(timer.seconds, timer.peak_bytes)}
+
+
+def random_images(cfg: DictConfig, count: int) -> Images:
+    """Returns random training images of the size that the backbone is made for, with labels."""
+    side = build_method(cfg).students.members[0].made_for
+    images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(count) % NUM_CLASSES
+    test, test_target = images[:NUM_CLASSES], target[:NUM_CLASSES]
+    return Images(images, target, test, test_target, [str(k) for k in range(NUM_CLASSES)])
+
+
+def build_method(cfg: DictConfig, run: Callable[..., parallel.Maps] = parallel.auto) -> Method:
+    """Builds the config's method with its students."""
+    backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
+    students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), cfg.num_stu, cfg.seed, run)
+    return instantiate(cfg.method)(students=students)
+
+
+def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
+    """Returns a step of the 2019-style loop."""
+    dataset = PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
+    steps = train_steps(method.to(device), dataset, cfg.data.batch_size, LR, device, LOADER_WORKERS[device.type])
+    return lambda: next(steps)
+
+
+def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
+    """Returns a step of a hand-written loop with odcheap's settings: channels last, autocast, CUDA graphs on a GPU."""
+    method = method.to(device, memory_format=torch.channels_last)
+    optimizer, schedule = build_optimization(
+        method, instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler), 1_000_000
+    )
+    batches = endless_batches(create_data(cfg, images), device)
+    reasons: list[str] = []
+    graph = CapturedStep(method, optimizer, CudaGraphs(), reasons.append) if device.type == "cuda" else None
+
+    def step() -> None:
+        batch = next(batches)
+        with autocast(cfg, device):
+            if graph is not None:
+                graph(batch.images, batch.target)
+            else:
+                take(method, optimizer, batch.images, batch.target)
+        schedule.step()
+        if reasons:
+            raise Failure(f"the step could not be recorded as a CUDA graph: {reasons[0]}")
+
+    return step
+
+
+def create_data(cfg: DictConfig, images: Images) -> InMemoryData:
+    """Builds the config's data module with these images in place of its own."""
+    build = instantiate(cfg.data, _partial_=True)
+    if build.func is not InMemoryData:
+        raise OptionError("data", cfg.data.name, "the benchmark needs data that fit in memory, such as cifar10")
+    data = build(load=lambda: images)
+    data.read()
+    return data
+
+
+def endless_batches(data: InMemoryData, device: torch.device) -> Iterator[Batch]:
+    """Yields augmented training batches, epoch after epoch."""
+    images, order = data.images, BatchOrder(len(data.images.train), data.batch_size, data.seed)
+    batches = TrainBatches(images.train.to(device), images.train_target.to(device), order, data.augment, data.norm)
+    while True:
+        yield from batches
+
+
+def autocast(cfg: DictConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """Returns the context of `trainer.precision`; refuses a precision that the bare loop does not have."""
+    if cfg.trainer.precision not in PRECISIONS:
+        raise OptionError("trainer.precision", cfg.trainer.precision, f"must be {' or '.join(PRECISIONS)} here")
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed")
+
+
+class StepTimer(pl.Callback):
+    """Times rounds of steps within a `Trainer`'s fit, and runs the other loops before each round."""
+
+    def __init__(self, first_steps: int, steps: int, rounds: int, run_others: Step, device: torch.device):
+        self.first_steps, self.steps, self.rounds, self.run_others = first_steps, steps, rounds, run_others
+        self.device, self.memory = device, PeakMemory(device)
+        self.seconds: list[float] = []
+        self.peak_bytes: int | None = None
+        self.start_time = 0.0
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.memory.start()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.first_steps:
+            self.peak_bytes = self.memory.stop()
+        if batch_idx >= self.first_steps and (batch_idx - self.first_steps) % (self.steps + 1) == 0:
+            self.run_others()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # The first step of a round warms up, and the time runs from its end: what lies between two steps counts too.
+        place = (batch_idx - self.first_steps) % (self.steps + 1)
+        if batch_idx < self.first_steps or place not in (0, self.steps):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if place == 0:
+            self.start_time = time.perf_counter()
+        else:
+            self.seconds.append((time.perf_counter() - self.start_time) / self.steps)
+            trainer.should_stop = len(self.seconds) == self.rounds
+
+
+def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
+    """Trains as `odcheap train` does, with all callbacks, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        job_dir = Path(folder) / "run"
+        job_dir.mkdir()
+        method = build_method(cfg, instantiate(cfg.together))
+        optimizer, scheduler = instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler)
+        run = Run(Start(cfg, [], job_dir), create_data(cfg, images), method, optimizer, scheduler, Listener())
+        run.console = Console(quiet=True)
+        trainer = run.trainer(loggers=False)
+        trainer.callbacks.append(timer)
+        trainer.fit(run.module, datamodule=run.data)
