@@ -1,0 +1,118 @@
+"""Checks values against the type and the range that a signature gives them, such as `Annotated[float, Field(gt=0)]`."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from odcheap.utils.errors import OptionError
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_value(option: str, value: Any, annotation: Any) -> None:
+    """Raises `OptionError` unless the value has the annotated type and range.
+
+    Nothing is converted: "5" and 5.0 are no int, True is no number. Numbers must be finite.
+
+    Example:
+        >>> from pydantic import Field
+        >>> check_value("optimizer.lr", 0.1, Annotated[float, Field(gt=0)])
+        >>> check_value("optimizer.lr", 0, Annotated[float, Field(gt=0)])
+        Traceback (most recent call last):
+        odcheap.utils.errors.OptionError: optimizer.lr=0: must be a number, above 0
+    """
+    try:
+        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+        is_valid = not isinstance(value, float) or math.isfinite(value)
+    except ValidationError:
+        is_valid = False
+    if not is_valid:
+        raise OptionError(option, value, f"must be {describe_allowed(annotation)}")
+
+
+def describe_allowed(annotation: Any) -> str:
+    """Describes the values that an annotation allows, as the end of a sentence.
+
+    Example:
+        >>> from pydantic import Field
+        >>> describe_allowed(Annotated[float, Field(ge=0, lt=1)] | None)
+        'a number, 0 or more and below 1, or null'
+        >>> describe_allowed(Literal["auto", "fit"])
+        'one of auto, fit'
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = _describe_limits(arguments[1:])
+        return f"{describe_allowed(arguments[0])}, {limits}" if limits else describe_allowed(arguments[0])
+    if origin in (Union, UnionType):
+        choices = [describe_allowed(choice) for choice in arguments if choice is not type(None)]
+        return " or ".join(choices) + (", or null" if type(None) in arguments else "")
+    if origin is Literal:
+        return f"one of {', '.join(str(choice) for choice in arguments)}"
+    if origin in (list, tuple) and arguments:
+        return f"a list of entries, each {describe_allowed(arguments[0])}"
+    return TYPE_NAMES.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
+
+
+def _describe_limits(metadata: tuple[Any, ...]) -> str:
+    constraints: dict[str, Any] = {}
+    for entry in metadata:
+        for constraint in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
+            constraints |= {
+                name: getattr(constraint, name) for name in ("gt", "ge", "lt", "le") if hasattr(constraint, name)
+            }
+    wordings = {"gt": "above {:g}", "ge": "{:g} or more", "lt": "below {:g}", "le": "at most {:g}"}
+    return " and ".join(text.format(constraints[name]) for name, text in wordings.items() if name in constraints)
+
+
+def check_arguments(group: str) -> Callable[[Target], Target]:
+    """Returns a decorator that checks a function's arguments whose annotation is `Annotated` or `Literal`.
+
+    On a class it checks the constructor's. For direct use from Python: on the command line the same annotations are
+    checked before anything is built.
+
+    Args:
+        group: The config group that the options belong to, for messages; "" for none.
+    """
+
+    def decorate(target: Target) -> Target:
+        if inspect.isclass(target):
+            target.__init__ = _checked(target.__init__, group)
+            return target
+        return _checked(target, group)
+
+    return decorate
+
+
+def _checked(function: Callable[..., Any], group: str) -> Any:
+    signature = inspect.signature(function)
+
+    @functools.cache
+    def constrained() -> dict[str, Any]:
+        """The annotations that say more than a type; read at the first call, when all names are defined."""
+        hints = get_type_hints(function, include_extras=True)
+        return {name: hint for name, hint in hints.items() if name != "return" and _is_constrained(hint)}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, annotation in constrained().items():
+            if name in given:
+                check_value(f"{group}.{name}" if group else name, given[name], annotation)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _is_constrained(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return any(_is_constrained(choice) for choice in get_args(annotation))
+    return origin in (Annotated, Literal)
