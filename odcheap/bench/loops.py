@@ -194,7 +194,7 @@ def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()
-        method = build_method(cfg, instantiate(cfg.together))
+        method = build_method(cfg, parallel.WAYS[cfg.together])
         optimizer, scheduler = instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler)
         run = Run(Start(cfg, [], job_dir), create_data(cfg, images), method, optimizer, scheduler, Listener())
         run.console = Console(quiet=True)

@@ -26,6 +26,7 @@ COUNTS = ("trainer.max_epochs", "trainer.devices", "trainer.num_nodes", "checkpo
 CHOICES = {
     "capture": ("auto", True, False),
     "trainer.strategy": ("auto", "ddp"),
+    "together": ("auto", "sequential", "streams"),
     "select": ("val", "last", "test"),
     "on_nonfinite": ("stop", "skip"),
     "weights_head": ("keep", "new"),

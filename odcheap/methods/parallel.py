@@ -99,3 +99,6 @@ def auto(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Maps:
     """On streams where the step becomes a CUDA graph, else one after another, which wins on CPUs by far."""
     capturing = views[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return streams(members, views) if capturing else sequential(members, views)
+
+
+WAYS = {"auto": auto, "sequential": sequential, "streams": streams}  # by the values of the option `together`

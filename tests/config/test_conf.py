@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import odcheap.cli  # noqa: F401  the config's resolvers
 from odcheap.layers.cheap_conv import DW, CheapConv, Standard
+from odcheap.methods import parallel
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import stride_of
@@ -175,10 +176,10 @@ def test_the_default_run_fits_one_screen():
     assert len((CONF / "config.yaml").read_text().splitlines()) <= 50
 
 
-@pytest.mark.parametrize("way", options("together"))
+@pytest.mark.parametrize("way", parallel.WAYS)
 def test_ways_to_run_the_students_build(composed, way):
-    run = instantiate(composed(f"together={way}").together)
-    students = Students(lambda: CifarResNet(8, DW(), 3), 2, seed=0, run=run)
+    assert composed(f"together={way}").together == way
+    students = Students(lambda: CifarResNet(8, DW(), 3), 2, seed=0, run=parallel.WAYS[way])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     maps, logits = students.to(device)(torch.randn(4, 3, 8, 8, device=device))
     assert [f.shape for f in maps] == [(4, 64, 2, 2)] * 2

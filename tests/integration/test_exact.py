@@ -17,23 +17,22 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 BLOCKS = sorted(path.stem for path in (CONF / "block_type").glob("*.yaml"))
 PRECISIONS = ["32-true", "bf16-mixed", "64-true", "bf16-true"]
 AUGMENTED = [["data.flip=true", "data.crop_padding=0"], ["data.flip=true"], ["data.crop_padding=2"]]
-TOGETHER = ["sequential", "vmap"]
 OFTEN = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100"]  # of 19 steps: saved after the tenth, last
 TIMED = {"seconds", "images_per_second"}
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
 def combinations(name):
-    """Each block type with each precision; augmentation and the way to run together go round. With averages where a
-    method offers them, except in bf16-true: od and alone without them, pcl not at all.
+    """Each block type with each precision; the kinds of augmentation take turns. With averages of
+    weights where a method offers them, except in bf16-true: od and alone without them, pcl not at all.
     """
-    others = itertools.islice(itertools.cycle(itertools.product(AUGMENTED, TOGETHER)), METHODS.index(name), None)
+    others = itertools.islice(itertools.cycle(AUGMENTED), METHODS.index(name), None)
     for block, precision in itertools.product(BLOCKS, PRECISIONS):
-        augmented, together = next(others)
+        augmented = next(others)
         if name == "pcl" and precision == "bf16-true":
             continue  # its averages need weights in 32 bits, and it says so
         averaged = ["method.average_decay=0.9"] * (name in ("alone", "od") and precision != "bf16-true")
-        yield [f"block_type={block}", f"trainer.precision={precision}", *augmented, f"together={together}", *averaged]
+        yield [f"block_type={block}", f"trainer.precision={precision}", *augmented, *averaged]
 
 
 def ends_equal(one, two):

@@ -168,7 +168,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, op
 def test_a_run_that_goes_on_elsewhere_takes_the_selected_epoch_along(command, tmp_path):
     """After the first epoch the rate is far too high, so that epoch 0 stays the best."""
     first = tmp_path / "first"
-    options = ["scheduler.milestones=[0.3]", "scheduler.gamma=20", "checkpoint_keep=9"]
+    options = ["scheduler.milestones=[0.3]", "scheduler.gamma=10", "checkpoint_keep=9"]
     assert command(*TINY, *options, "trainer.max_epochs=3", f"job_dir={first}").status == 0
     assert summary(first)["selected"]["epoch"] == 0
     place = f"resume={first}/checkpoints/epoch-0001.ckpt"
@@ -505,14 +505,6 @@ def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorde
     assert "the step runs without a CUDA graph: operation not permitted when stream is capturing" in result.out
 
 
-def test_students_run_as_one_network_reach_the_same_figures(command, tmp_path, finished):
-    assert command(*TINY, "together=vmap", f"job_dir={tmp_path}/vmap").status == 0
-    found, expected = summary(tmp_path / "vmap"), summary(finished)
-    assert found["cost"] == expected["cost"]
-    losses = [[row["train/loss"] for row in metrics(folder)] for folder in (tmp_path / "vmap", finished)]
-    assert [float(loss) for loss in losses[0]] == pytest.approx([float(loss) for loss in losses[1]], rel=1e-3)
-
-
 def test_recorded_steps_that_go_astray_end_the_run_before_a_checkpoint(command, tmp_path, recorded):
     result = command(*TINY, "optimizer.lr=1e30", f"job_dir={tmp_path}/run", "checkpoint_every=0")
     assert result.status == 1
@@ -558,6 +550,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be one of stop, skip"),
         (["capture=true"], "capture=true: cannot be: trainer.accelerator=cpu: there is no CUDA device to use"),
         (["capture=perhaps"], "capture=perhaps: must be one of auto, true, false"),
+        (["together=vmap"], "together=vmap: must be one of auto, sequential, streams"),
         (["together=streams"], "together=streams: needs a CUDA device; the run is on cpu"),
         (["weights_head=old"], "weights_head=old: must be one of keep, new"),
         (["data.batch_size=1"], "data.batch_size=1: must be a whole number"),

@@ -17,7 +17,6 @@ HOSTILE = [
     "+trainer.profiler={_target_: builtins.open, file: owned, mode: w}",
     "+trainer.plugins=[{_target_: subprocess.run}]",
     "optimizer._target_=odcheap.utils.files.os.system",
-    "together._target_=odcheap.methods.parallel.torch.load",
 ]
 
 
@@ -27,7 +26,9 @@ def test_the_parts_are_those_that_conf_names():
         "odcheap.methods.od.OnlineDistillation",
         "pytorch_lightning.Trainer",
     } <= trust.parts()
-    assert not {name for name in trust.parts() if not name.startswith(("odcheap.", "pytorch_lightning."))}
+    assert not {
+        name for name in trust.parts() if not name.startswith(("odcheap.", "pytorch_lightning.", "torch.optim."))
+    }
 
 
 def test_a_part_deep_in_lists_is_seen():
