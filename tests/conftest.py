@@ -74,10 +74,10 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["train.py"])
         capsys.readouterr()
         try:
-            status = cli.start(train.main, train.CONF)
+            status = cli.main(["train", *arguments])
         except SystemExit as stop:
             status = stop.code
         return Result(status, *capsys.readouterr())

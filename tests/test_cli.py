@@ -1,14 +1,18 @@
+import subprocess
+import sys
+
 import pytest
 
 from odcheap import cli
-from odcheap.cli import explained
+from odcheap.config.messages import describe_error
+from odcheap.config.resolvers import default_precision
 from odcheap.utils.errors import OptionError
 
 
-def test_the_reason_under_a_wrapped_error_is_told():
+def test_the_reason_below_a_wrapped_error_is_printed():
     error = RuntimeError("outer\nmore")
     error.__cause__ = OptionError("num_stu", 0, "must be 1 or more")
-    assert explained(error) == "num_stu=0: must be 1 or more"
+    assert describe_error(error) == "num_stu=0: must be 1 or more"
 
 
 def test_unknown_options_get_the_nearest_names(command):
@@ -17,6 +21,28 @@ def test_unknown_options_get_the_nearest_names(command):
     assert result.err.count("\n") == 1
     assert "'num_sut'" in result.err
     assert "did you mean num_stu" in result.err
+
+
+@pytest.mark.parametrize("name", ["train", "export", "predict", "report", "bench"])
+def test_each_command_has_its_help(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out
+
+
+def test_commands_are_listed_and_an_unknown_one_is_one_line(capsys):
+    assert cli.main([]) == 0
+    assert "odcheap train block_type=DW num_stu=4" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", [["-m", "odcheap", "train"], ["train.py"]])
+def test_the_package_and_the_script_are_the_same_command(way):
+    done = subprocess.run([sys.executable, *way, "--cfg", "job", "num_stu=3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\nnum_stu: 3\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -32,4 +58,4 @@ def test_unknown_options_get_the_nearest_names(command):
 def test_the_default_precision_is_what_the_device_computes_in(monkeypatch, gpu, bf16, accelerator, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
-    assert cli.precision(accelerator) == expected
+    assert default_precision(accelerator) == expected

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
-from odcheap.cli import explained, hush, hydra_line
+from odcheap.config.messages import describe_error, describe_hydra_error, hide_library_warnings
 from odcheap.export import latency, onnx
 from odcheap.training.summary import machine, versions
 from odcheap.utils.console import print_error
@@ -57,16 +57,16 @@ def main(arguments: list[str] | None = None, prog: str = "python -m odcheap.benc
         "overrides", nargs="*", metavar="OPTION=VALUE", help="training options, such as block_type=Shift num_stu=2"
     )
     options = parser.parse_args(arguments)
-    hush()
+    hide_library_warnings()
     try:
         with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
             for result in measure(options.overrides, options.quick):  # what is measured stays if a later part fails
                 options.out.mkdir(parents=True, exist_ok=True)
                 write_text(options.out / "bench.json", json.dumps(result, indent=2) + "\n")
     except (Failure, InstantiationException, MisconfigurationException) as error:
-        return print_error(explained(error))
+        return print_error(describe_error(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return print_error(hydra_line(error, find_conf_dir()))
+        return print_error(describe_hydra_error(error))
     text = format_tables(result)
     write_text(options.out / "bench.md", text)
     plot_training(result).savefig(options.out / "bench.png", dpi=120)

@@ -1,6 +1,5 @@
 """Values that no option may have, refused by name before any part is built with them."""
 
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -9,8 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from odcheap.distributed import launch
-from odcheap.runs import resume
+from odcheap.runs.overrides import override_key, quote_override
 from odcheap.utils.errors import OptionError
 
 PATHS = ("job_dir", "resume", "weights", "data_dir", "backbone.pretrained", "data.load.data_dir")
@@ -45,14 +43,17 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of what networks compute with, in 32 
 
 def compose(overrides: list[str]) -> DictConfig:
     """The config of these overrides; inside a run of Hydra's only."""
-    return hydra.compose("config", overrides=[launch.quoted(o) for o in overrides])
+    return hydra.compose("config", overrides=[quote_override(o) for o in overrides])
 
 
-def check_choices(arguments: list[str], conf: Path) -> None:
-    """Refuses what is no name where a part is chosen by its name; Hydra's own errors of it are no lines."""
-    places = [place.relative_to(conf) for place in conf.rglob("*") if place.is_dir()]
-    groups = {str(place) for place in places if "hydra" not in place.parts}
-    given = [argument for argument in arguments if resume.key_of(argument) in groups and "=" in argument]
+def check_choices(arguments: list[str], groups: dict[str, list[str]]) -> None:
+    """Refuses what is no name where a part is chosen by its name; Hydra's own errors of it are no lines.
+
+    Args:
+        arguments: As given on the command line.
+        groups: The config groups with the names of their parts.
+    """
+    given = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
     for override in OverridesParser.create().parse_overrides(given):
         group, value = override.key_or_group, override.value()
         for chosen in value.list if isinstance(value, ChoiceSweep) else [value]:
@@ -60,7 +61,7 @@ def check_choices(arguments: list[str], conf: Path) -> None:
                 continue
             names = chosen if isinstance(chosen, list) and group in LISTS and chosen else [chosen]
             if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
-                allowed = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
+                allowed = ", ".join(groups[group])
                 none = "; csv adds none to metrics.csv" if group == "logger" else ""
                 raise OptionError(group, override.input_line.partition("=")[2], f"must be one of {allowed}{none}")
 
@@ -83,9 +84,9 @@ def checked(overrides: list[str]) -> DictConfig:
 def check_types(cfg: DictConfig, overrides: list[str]) -> None:
     """Refuses a word for a number, half a piece and the like: an option is of its default's kind."""
     groups = set(HydraConfig.get().runtime.choices)
-    default = compose([o for o in overrides if resume.key_of(o) in groups])
+    default = compose([o for o in overrides if override_key(o) in groups])
     missing = OmegaConf.missing_keys(cfg)
-    for key in [resume.key_of(o) for o in overrides if resume.key_of(o) not in groups]:
+    for key in [override_key(o) for o in overrides if override_key(o) not in groups]:
         value = OmegaConf.select(cfg, key)
         if key.replace(".", "/") in groups and not isinstance(value, DictConfig):
             raise OptionError(key, value, f"is a part, chosen as {key.replace('.', '/')}=NAME")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,22 +13,15 @@ from lightning_fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from odcheap.distributed import slurm
 from odcheap.distributed.signals import Listener, Stopped
 from odcheap.distributed.torchrun import ENDING
 from odcheap.runs import status
-from odcheap.runs.resume import Start, key_of
+from odcheap.runs.overrides import override_key, quote_override
+from odcheap.runs.resume import Start
 from odcheap.utils.errors import Failure, OptionError
-
-
-def quoted(override: str) -> str:
-    """A value with signs of Hydra's grammar in it (a path such as runs/a=b,c=d), in quotes."""
-    key, equals, value = override.partition("=")
-    if not equals or value[:1] in "'\"[{" or not set("=, ()") & set(value):
-        return override
-    return f'{key}="{value}"'
 
 
 def by_torchrun() -> bool:
@@ -90,19 +84,20 @@ def needs_processes(cfg: DictConfig) -> bool:
     return several and cfg.trainer.num_nodes == 1 and not by_torchrun() and slurm.tasks() == 1
 
 
-def start_processes(script: Path, start: Start, listener: Listener) -> None:
-    """Runs `script` with the run's overrides in as many processes as it has devices.
+def start_processes(start: Start, config_dirs: Sequence[Path], listener: Listener) -> None:
+    """Starts `odcheap train` with the run's overrides in as many processes as it has devices.
 
     Raises `Failure` where one fails, `Stopped` where a signal has ended them in order.
     """
     devices = start.cfg.trainer.devices
-    overrides = [o for o in start.overrides if key_of(o) != "job_dir"]
-    if start.checkpoint is not None and not any(key_of(o) == "resume" for o in overrides):
+    overrides = [o for o in start.overrides if override_key(o) != "job_dir"]
+    if start.checkpoint is not None and not any(override_key(o) == "resume" for o in overrides):
         overrides.append("resume=auto")  # a sweep's default, which the process of its own does not have
     overrides.append(f"job_dir={os.path.join('.', start.job_dir)}")
     overrides.append("hydra.mode=RUN")  # an experiment may make every command a sweep
-    command = [sys.executable, "-m", "odcheap.agent", "--standalone", f"--nproc-per-node={devices}", str(script)]
-    command += [quoted(o) for o in overrides]
+    command = [sys.executable, "-m", "odcheap.distributed.torchrun", "--standalone", f"--nproc-per-node={devices}"]
+    command += ["--module", "odcheap", "train", *(f"--config-dir={folder}" for folder in config_dirs)]
+    command += [quote_override(o) for o in overrides]
     own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))}
     env = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ  # seconds for a long step, and to save it
     status.mark(start.job_dir, "running")
@@ -114,3 +109,7 @@ def start_processes(script: Path, start: Start, listener: Listener) -> None:
         raise Stopped(exit_status - 128)
     if exit_status:
         raise Failure(f"trainer.devices={devices}: a process of the run failed; its reason is above")
+
+
+OmegaConf.register_new_resolver("nodes", nodes, replace=True)
+OmegaConf.register_new_resolver("devices", devices, replace=True)

@@ -1,4 +1,4 @@
-"""`python -m odcheap.agent`: torchrun that ends with its starter, and says in one line which process failed."""
+"""`python -m odcheap.distributed.torchrun`: torchrun that ends with its starter, and says in one line which process failed."""
 
 import logging
 import os

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from odcheap import predict
-from odcheap.cli import hush
+from odcheap.config.messages import hide_library_warnings
 from odcheap.export import evidence, latency, model_card, onnx, quantize, verify
 from odcheap.export.model_card import DENSE, STANDARD, File
 from odcheap.export.product import Product, of_run
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     out = Path(os.path.realpath(given.out or given.job_dir / "export"))
     wish = Wish(out, given.data_dir, given.int8, given.batch, given.opset, given.overwrite, given.seconds)
-    hush()
+    hide_library_warnings()
     try:
         check(wish)
         export(of_run(given.job_dir, given.student), wish)

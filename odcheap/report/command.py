@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
 
-from odcheap.cli import hydra_line
+from odcheap.config.messages import describe_hydra_error
 from odcheap.export.model_card import code
 from odcheap.report import costs, latency, load_runs, plots, statistics
 from odcheap.report.latency import Times
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
             return status(found)
         return write(found, given.out or Path(given.dirs[0]) / "report", not given.no_latency, given.val, given.against)
     except (HydraException, OmegaConfBaseException) as error:
-        return print_error(hydra_line(error, costs.CONF))
+        return print_error(describe_hydra_error(error))
     except Failure as error:
         return print_error(str(error))
 

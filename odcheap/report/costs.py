@@ -1,7 +1,6 @@
 """`python -m odcheap.report --costs`: what every network costs with every block type."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import hydra
@@ -14,8 +13,9 @@ from torch import nn
 from odcheap.models import flops
 from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.parts import find_conf_dir
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = find_conf_dir()
 BLOCK_TYPES = ("Standard", "Shift", "DW", "Group")
 CLASSES = {32: 10, 224: 1000}  # of the usual data set at each size of picture
 

@@ -57,7 +57,7 @@ def unfinished(folder: Path, word: dict[str, Any]) -> Found:
     far = f"{epochs} epochs done" if epochs else "no epoch done"
     if word.get("state") == "failed":
         return Found(folder, "failed", word.get("reason", ""))
-    if word.get("state") == "running" and status.alive(word):
+    if word.get("state") == "running" and status.is_alive(word):
         return Found(folder, "running", f"{far}; process {word.get('pid')} on {word.get('host')}")
     way = "the same command continues it" if all_paths(folder) else "nothing was saved yet"
     return Found(folder, "stopped", f"{far}; {way}")

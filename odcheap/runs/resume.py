@@ -1,9 +1,7 @@
 """A run's folder: what it is called, whether it may be used, and which run a `resume` continues."""
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from odcheap.runs import trust
 from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, read_run
+from odcheap.runs.overrides import STORAGE_OPTIONS, find_override, override_key
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_atomic
 from odcheap.utils.text import escape_control_chars
@@ -21,7 +20,6 @@ from odcheap.utils.text import escape_control_chars
 FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")
 FREE += ("checkpoint_keep", "on_nonfinite", "max_skipped", "data.load.data_dir", "experiment", "backbone.pretrained")
 FREE += ("data.workers", "data.max_broken", "together", "capture", "method.teacher_weights")
-UNNAMED = ("job_dir", "data_dir", "resume", "overwrite", "test_only", "checkpoint_every", "checkpoint_keep", "logger")
 OUTPUTS = ("config.yaml", "metrics.csv", "summary.json", "test.json", "confusion.csv", "split.csv")
 OUTPUTS += ("student.safetensors",)
 NOWHERE = object()
@@ -44,24 +42,14 @@ class Start:
     finished: bool = False
 
 
-def key_of(override: str) -> str:
-    return override.split("=")[0].lstrip("+~")
-
-
-def run_name(overrides: list[str]) -> str:
-    """A folder name from the overrides that say what is computed, sorted; "default" without any."""
-    named = sorted(o for o in overrides if key_of(o) not in UNNAMED and not key_of(o).startswith("hydra"))
-    name = re.sub(r"[^\w=,.+\[\]@-]", "-", ",".join(named)) or "default"
-    in_bytes = name.encode()  # what file systems count
-    if len(in_bytes) <= 200:
-        return name
-    return f"{in_bytes[:180].decode(errors='ignore')}-{hashlib.blake2b(in_bytes, digest_size=6).hexdigest()}"
-
-
 def options_of(config: Path) -> dict[str, Any]:
     """What a run's `config.yaml` says of what it computed: no paths of its own, and nothing twice."""
-    options = flat(OmegaConf.to_container(OmegaConf.load(config)))
-    own = {key: value for key, value in options.items() if key not in UNNAMED and options["job_dir"] not in str(value)}
+    options = flatten(OmegaConf.to_container(OmegaConf.load(config)))
+    own = {
+        key: value
+        for key, value in options.items()
+        if key not in STORAGE_OPTIONS and options["job_dir"] not in str(value)
+    }
     return {key: v for key, v in own.items() if "." not in key or own.get(key.rpartition(".")[2], NOWHERE) != v}
 
 
@@ -91,7 +79,7 @@ def plan(
     if found is None:
         return start_anew(cfg, overrides)
     own, checkpoint, content = found
-    given = resume != "auto" and any(key_of(o) == "job_dir" for o in overrides)
+    given = resume != "auto" and any(override_key(o) == "job_dir" for o in overrides)
     job_dir = Path(cfg.job_dir) if given else own
     if job_dir is None:
         raise OptionError("resume", resume, "lies in no run's checkpoints folder: say where to go on with job_dir=")
@@ -147,34 +135,27 @@ def refuse_occupied(job_dir: Path, overwrite: bool) -> None:
 def reapply(
     about: dict[str, Any], overrides: list[str], job_dir: Path, compose: Callable[[list[str]], DictConfig]
 ) -> tuple[DictConfig, list[str]]:
-    given = {key_of(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
-    kept = [o for o in trust.kept(about["overrides"]) if key_of(o) not in given]
-    merged = [*kept, *(o for o in overrides if key_of(o) != "job_dir"), f"job_dir={os.path.join('.', job_dir)}"]
+    given = {override_key(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
+    kept = [o for o in trust.kept(about["overrides"]) if override_key(o) not in given]
+    merged = [*kept, *(o for o in overrides if override_key(o) != "job_dir"), f"job_dir={os.path.join('.', job_dir)}"]
     cfg = compose(merged)
-    before, now = flat(about["config"]), flat(OmegaConf.to_container(cfg, resolve=True))
+    before, now = flatten(about["config"]), flatten(OmegaConf.to_container(cfg, resolve=True))
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
         free = any(name == option or name.startswith(f"{option}.") for option in FREE)
         if not free and before.get(name) != now.get(name):
             allowed = f"would change the experiment that is resumed; it has {name}={before.get(name)}"
-            option, value = as_given(name, overrides) or (name, now.get(name))
+            option, value = find_override(overrides, name) or (name, now.get(name))
             raise OptionError(option, value, allowed)
     return cfg, merged
 
 
-def as_given(name: str, overrides: list[str]) -> tuple[str, str] | None:
-    """The override that set this entry of the config: `block_type=Shift` sets block_type._target_."""
-    for override in overrides:
-        key = key_of(override)
-        if name == key or name.startswith(f"{key}."):
-            return key, override.partition("=")[2]
-    return None
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {name: v for key, branch in tree.items() for name, v in flat(branch, f"{prefix}.{key}".strip(".")).items()}
+    return {
+        name: v for key, branch in tree.items() for name, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()
+    }
 
 
 def selected_checkpoint(job_dir: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

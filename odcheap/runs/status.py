@@ -28,7 +28,7 @@ def read(job_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def alive(word: dict[str, Any]) -> bool:
+def is_alive(word: dict[str, Any]) -> bool:
     """Whether the process is there still; of another machine's there is no telling, and it is believed."""
     if word.get("host") != socket.gethostname():
         return True

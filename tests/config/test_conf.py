@@ -1,7 +1,5 @@
 """Every option of every group builds, and what it builds is called, so that a misspelt key cannot hide."""
 
-from pathlib import Path
-
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -9,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import odcheap.cli  # noqa: F401  the config's resolvers
+import odcheap.training.command  # noqa: F401  the config's resolvers
 from odcheap.layers.cheap_conv import DW, CheapConv, Standard
 from odcheap.methods import parallel
 from odcheap.methods.students import Students
@@ -17,8 +15,9 @@ from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import stride_of
 from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
+from odcheap.utils.parts import find_conf_dir
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = find_conf_dir()
 
 
 NAMED = {"torchvision": ["backbone.name=densenet121"], "timm": ["backbone.name=resnet10t"]}

@@ -3,9 +3,10 @@
 import pytest
 from omegaconf import OmegaConf
 
+from odcheap.config.messages import list_groups
 from odcheap.config.options import check_choices, check_paths, check_tree, check_type
-from odcheap.report.costs import CONF
 from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import find_conf_dir
 
 PART = OmegaConf.create({"a": 1})
 
@@ -87,7 +88,7 @@ def test_what_an_option_may_be_is_taken(key, value, default):
     ["method=od,dml", "method=glob(*)", "experiment=[cifar10_od,short]", "experiment=[]", "seed=3"],
 )
 def test_names_of_parts_are_taken_in_sweeps_too(given):
-    check_choices(["-m", given], CONF)
+    check_choices(["-m", given], list_groups([find_conf_dir()]))
 
 
 def test_what_is_in_a_part_is_looked_at_too():
@@ -104,7 +105,7 @@ def test_what_is_in_a_part_is_looked_at_too():
 @pytest.mark.parametrize("given", ["method=3", "logger=[]", "method=[od,dml]", "block_type={DW: 1}", "scheduler=null"])
 def test_what_names_no_part_is_refused_with_the_names(given):
     with pytest.raises(OptionError, match=r"must be one of \w+, \w+"):
-        check_choices([given], CONF)
+        check_choices([given], list_groups([find_conf_dir()]))
 
 
 def test_paths_are_words():

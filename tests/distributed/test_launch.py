@@ -3,13 +3,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from odcheap.distributed import launch
-from odcheap.distributed.launch import needs_processes, quoted
+from odcheap.distributed.launch import needs_processes
+from odcheap.runs.overrides import quote_override
 from odcheap.utils.errors import OptionError
 
 
 @pytest.mark.parametrize("value", ["runs/a=b,c=d", "/tmp/with space/x", "plain", '"quoted=already"', "a(1)", "[a,b]"])
 def test_quoted_paths_are_read_as_they_were_typed(value):
-    override = OverridesParser.create().parse_override(quoted(f"resume={value}"))
+    override = OverridesParser.create().parse_override(quote_override(f"resume={value}"))
     assert not override.is_sweep_override()
     expected = ["a", "b"] if value == "[a,b]" else value.strip('"')
     assert override.value() == expected

@@ -10,7 +10,7 @@ def agent(tmp_path, worker, **own):
     """Two processes of this worker under the agent; what stands before its first line is known to it."""
     script = tmp_path / "worker.py"
     script.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(worker))
-    command = [sys.executable, "-m", "odcheap.agent", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", "odcheap.distributed.torchrun", "--standalone", "--nproc-per-node=2", str(script)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **own)
 
 

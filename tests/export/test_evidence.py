@@ -12,12 +12,12 @@ from odcheap import predict
 from odcheap.export import evidence
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
-from odcheap.report.costs import CONF
 from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import find_conf_dir
 
 
 def config(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         return OmegaConf.to_container(compose("config", ["job_dir=unused", *overrides]), resolve=True)
 
 

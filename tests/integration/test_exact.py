@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import TINY, Begun
 
-from odcheap.report.costs import CONF
+from odcheap.utils.parts import find_conf_dir
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-BLOCKS = sorted(path.stem for path in (CONF / "block_type").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
+BLOCKS = sorted(path.stem for path in (find_conf_dir() / "block_type").glob("*.yaml"))
 PRECISIONS = ["32-true", "bf16-mixed", "64-true", "bf16-true"]
 AUGMENTED = [["data.flip=true", "data.crop_padding=0"], ["data.flip=true"], ["data.crop_padding=2"]]
 OFTEN = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100"]  # of 19 steps: saved after the tenth, last

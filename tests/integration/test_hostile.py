@@ -29,12 +29,12 @@ from odcheap.export import command as export_command
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.cifar import CifarResNet
 from odcheap.report import command as report_command
-from odcheap.report.costs import CONF
 from odcheap.runs.reference import load_checkpoint
 from odcheap.training.callbacks import Record
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import checksum_comment
+from odcheap.utils.parts import find_conf_dir
 from tests.methods.test_teacher import SETTINGS as STUDENT
 
 
@@ -315,7 +315,7 @@ SETTINGS += [[*TINY[2:], "data=cifar10", "data_dir=TREE", "data.batch_size=8", *
 def options_by_setting():
     """(setting, option) for all options of conf/, each in the first setting that has it, and as a part's entry too."""
     seen = {"test_only"}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         for k, setting in enumerate(SETTINGS):
             for name in sorted({*options(compose("config", [*setting, "job_dir=unused"]))} - seen):
                 seen.add(name)

@@ -18,12 +18,12 @@ from odcheap.methods.base import Method
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import torchvision_backbone
-from odcheap.report.costs import CONF
 from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
 from odcheap.training.train_step import CapturedStep, take
+from odcheap.utils.parts import find_conf_dir
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
 AVERAGED = {f"{name}, averaged": [f"method={name}", "method.average_decay=0.9"] for name in ("alone", "od")}
 DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
 DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"_target_": "odcheap.layers.cheap_conv.Standard"}}
@@ -46,7 +46,7 @@ def options(tmp_path):
 @pytest.fixture
 def made(options):
     def build(name, num_stu=2, build=lambda: CifarResNet(8, DW(), 10)) -> Method:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
             cfg = compose("config", ["job_dir=unused", "data=digits", *options(name)])
         torch.manual_seed(0)
         return instantiate(cfg.method)(students=Students(build, num_stu, seed=0))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -13,8 +14,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import train
-from odcheap.training import sweep
-from odcheap.training.sweep import Gather, Outcome, short_names, show
+from odcheap.report.sweep_table import short_names, show_sweep
+from odcheap.runs.sweep import KILLED, Outcome, SweepFolder
 
 
 def test_rows_show_what_differs():
@@ -23,25 +24,34 @@ def test_rows_show_what_differs():
     assert short_names(["a=1"]) == ["a=1"]
 
 
-def test_words_of_other_processes_are_gathered_in_order_and_cleared_away(tmp_path, monkeypatch):
-    config, gather = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}}), Gather()
-    (tmp_path / "sweep" / f".words-{socket.gethostname()}-{2**22 + 1}-5").mkdir(parents=True)  # of one that was killed
-    monkeypatch.setenv(sweep.WORDS, "")
-    gather.on_multirun_start(config)
-    for number in (1, 0):
-        job = OmegaConf.create({"job": {"num": number}})
-        monkeypatch.setattr("odcheap.training.sweep.HydraConfig.get", lambda job=job: job)
-        sweep.leave_word(Outcome(f"run-{number}", "failed: ended without a word", None))
-        sweep.leave_word(Outcome(f"run-{number}", "failed: why", None))
-    where = os.environ[sweep.WORDS]
-    gather.on_multirun_end(config)
-    assert sweep.ended == [Outcome("run-0", "failed: why", None), Outcome("run-1", "failed: why", None)]
-    assert not list((tmp_path / "sweep").iterdir())
-    assert not sweep.gather()
-    monkeypatch.setenv(sweep.WORDS, where)
-    sweep.leave_word(Outcome("run-2", "finished", None))  # whoever led the sweep has gone
-    assert not list((tmp_path / "sweep").iterdir())
-    sweep.ended.clear()
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_outcomes_are_read_from_the_folders_of_the_runs(tmp_path):
+    """A run that was killed is known by its process, which is gone; failures of an earlier sweep are not shown again."""
+    here = {"host": socket.gethostname(), "reason": ""}
+    write(tmp_path / "old_failure" / "status.json", {"state": "failed", "reason": "x"})
+    write(tmp_path / "was_finished" / "summary.json", {"finished": True})
+    write(tmp_path / "tested" / "summary.json", {"finished": True})
+    sweep = SweepFolder(tmp_path)
+    write(tmp_path / "a" / "status.json", here | {"state": "failed", "reason": "num_stu=0"})
+    write(tmp_path / "b" / "status.json", here | {"state": "running", "pid": 2**22 + 1})
+    write(tmp_path / "c" / "status.json", here | {"state": "running", "pid": os.getpid()})
+    write(tmp_path / "d" / "status.json", here | {"state": "stopped", "reason": "SIGTERM"})
+    write(tmp_path / "e" / "summary.json", {"finished": True, "epochs": 1})
+    write(tmp_path / "tested" / "test.json", {"selected": {}})
+    found = {Path(outcome.job_dir).name: (outcome.text, outcome.summary) for outcome in sweep.read_outcomes()}
+    assert found == {
+        "a": ("failed: num_stu=0", None),
+        "b": (KILLED, None),
+        "c": ("running", None),
+        "d": ("stopped: SIGTERM", None),
+        "e": ("finished", {"finished": True, "epochs": 1}),
+        "tested": ("finished", {"selected": {}}),
+        "was_finished": ("was finished", {"finished": True}),
+    }
 
 
 def run(folder, method, seed, value):
@@ -118,7 +128,7 @@ def test_a_search_whose_every_run_fails_ends_with_its_reasons(command, tmp_path)
     given = ["data.batch_size=choice(0,1)", "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0"]
     result = command("-m", "hydra/sweeper=optuna", *TINY, *given, f"hydra.sweep.dir={tmp_path}/sweep")
     assert result.status == 1
-    assert "the sweep ended before its time" in result.err
+    assert "the sweep ended early" in result.err
     assert "Traceback" not in result.err + result.out
     assert result.out.count("failed: data.batch_size=") == 2
 
@@ -126,7 +136,7 @@ def test_a_search_whose_every_run_fails_ends_with_its_reasons(command, tmp_path)
 @pytest.mark.parametrize(("methods", "compared"), [(("alone", "od"), True), (("od",), False)])
 def test_several_methods_are_compared(tmp_path, capsys, methods, compared):
     outcomes = [run(tmp_path / f"{method}", method, 0, 0.5 + 0.1 * k) for k, method in enumerate(methods)]
-    show(Console(width=160), [*outcomes, Outcome(str(tmp_path / "bad"), "failed: num_stu=0", None)])
+    show_sweep(Console(width=160), [*outcomes, Outcome(str(tmp_path / "bad"), "failed: num_stu=0", None)])
     said = capsys.readouterr().out
     assert "failed: num_stu=0" in said
     assert ("gain over alone" in said) == compared

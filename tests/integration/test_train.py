@@ -13,7 +13,6 @@ from recorder import Recorder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import train
 from odcheap.data.cifar import digits
 from odcheap.data.splits import pixel_digests, stratified
 from odcheap.layers.cheap_conv import DW
@@ -22,6 +21,7 @@ from odcheap.training.experiment import captures
 from odcheap.training.train_step import WARM_UP, CapturedStep
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_checkpoint
+from odcheap.utils.parts import find_conf_dir
 
 
 def summary(job_dir):
@@ -483,7 +483,7 @@ def test_a_run_of_recorded_steps_equals_the_plain_run(command, tmp_path, finishe
 def test_steps_are_recorded_on_one_gpu_where_nothing_acts_within_them(monkeypatch, overrides, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
-    with hydra.initialize_config_dir(str(train.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         cfg = hydra.compose("config", ["job_dir=unused", *overrides])
         assert captures(cfg) == expected
         if not expected and "capture=false" not in overrides:

@@ -5,15 +5,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from odcheap.models.build import rebuilt
-from odcheap.report.costs import CONF
 from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import find_conf_dir
 
 DW = {"_target_": "odcheap.layers.cheap_conv.DW"}
 NETWORK = {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8}
 
 
 def settings(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         cfg = compose("config", ["job_dir=unused", *overrides])
     return cfg, {"classes": ["a", "b", "c"], **OmegaConf.to_container(cfg, resolve=True)}
 

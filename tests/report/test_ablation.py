@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from odcheap.methods.students import Students
-from odcheap.report.costs import CONF
 from odcheap.training.optim import build_optimization
+from odcheap.utils.parts import find_conf_dir
 
 TEXT = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text()
 
@@ -18,7 +18,7 @@ def test_every_factor_of_the_ablation_composes_and_changes_the_recipe():
     given = re.search(r"-m '(\S+)' (\S+) seed=0,1 \$factor", TEXT).groups()
     assert len(factors) == 16
     found = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         for factor in factors:
             cfg = compose("config", [*given, factor, "data=digits", "backbone.depth=8", "job_dir=unused"])
             backbone = instantiate(cfg.backbone)

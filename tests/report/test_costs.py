@@ -3,11 +3,12 @@ import pytest
 
 from odcheap.report import costs as room
 from odcheap.report.command import main
-from odcheap.report.costs import CONF, costs
+from odcheap.report.costs import costs
+from odcheap.utils.parts import find_conf_dir
 
 
 def found(*overrides):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         return {(row.backbone, row.block_type): row for row in costs(list(overrides))}
 
 
@@ -32,7 +33,7 @@ def test_published_costs_of_standard_networks():
 @pytest.mark.slow
 def test_every_backbone_has_its_costs():
     rows = found()
-    assert len(rows) == 4 * (len(list((CONF / "backbone").glob("*.yaml"))) - len(("torchvision", "timm")))
+    assert len(rows) == 4 * (len(list((find_conf_dir() / "backbone").glob("*.yaml"))) - len(("torchvision", "timm")))
     assert not [row.refused for row in rows.values() if row.refused]
 
 

@@ -4,35 +4,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odcheap.runs.resume import flat, key_of, refuse_occupied, run_name
+from odcheap.runs.overrides import name_run, override_key
+from odcheap.runs.resume import flatten, refuse_occupied
 from odcheap.utils.errors import OptionError
 
 
 def test_a_run_is_named_by_what_it_computes():
-    assert run_name(["num_stu=4", "block_type=DW"]) == "block_type=DW,num_stu=4"
-    assert run_name(["resume=auto", "data_dir=/tmp/x", "logger=csv", "hydra.sweep.dir=a"]) == "default"
-    assert run_name(["seed=1"]) != run_name(["seed=2"])
+    assert name_run(["num_stu=4", "block_type=DW"]) == "block_type=DW,num_stu=4"
+    assert name_run(["resume=auto", "data_dir=/tmp/x", "logger=csv", "hydra.sweep.dir=a"]) == "default"
+    assert name_run(["seed=1"]) != name_run(["seed=2"])
 
 
 @given(st.lists(st.text(min_size=1, max_size=400), max_size=5))
 def test_a_name_is_always_one_folder_s(overrides):
-    name = run_name([f"weights={text}" for text in overrides])
+    name = name_run([f"weights={text}" for text in overrides])
     assert 0 < len(name.encode()) <= 255
     assert not {"/", "\0", "\n", "\x1b"} & set(name)
     assert name not in (".", "..")
 
 
 def test_long_names_stay_different():
-    assert run_name(["a=" + "x" * 300 + "1"]) != run_name(["a=" + "x" * 300 + "2"])
+    assert name_run(["a=" + "x" * 300 + "1"]) != name_run(["a=" + "x" * 300 + "2"])
 
 
 @pytest.mark.parametrize("override", ["seed=1", "+seed=1", "++seed=a=b", "~seed"])
 def test_the_key_of_an_override(override):
-    assert key_of(override) == "seed"
+    assert override_key(override) == "seed"
 
 
 def test_flat():
-    assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
 
 
 def test_an_occupied_folder_is_refused_with_the_three_ways_out(tmp_path):

@@ -1,0 +1,50 @@
+"""Values that the config computes: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
+
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from odcheap.runs.overrides import name_run
+
+
+def given_overrides() -> list[str]:
+    """Returns the options of the current run as they were given, interpolations included."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
+def given_config_dirs() -> list[Path]:
+    """Returns the folders that `--config-dir` has added to the search path of the current run."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(source.path) for source in sources if source.provider == "command-line"]
+
+
+def is_sweep() -> bool:
+    """Whether the current run is one of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def default_job_dir() -> str:
+    """Returns `runs/<data>/<overrides>`; in a sweep `<hydra.sweep.dir>/<overrides>`."""
+    config = HydraConfig.get()
+    if is_sweep():
+        return str(Path(config.sweep.dir) / config.sweep.subdir)
+    return str(Path("runs") / config.runtime.choices.data / default_run_name())
+
+
+def default_run_name() -> str:
+    """Returns the name of the current run's folder."""
+    return name_run(given_overrides())
+
+
+def default_precision(accelerator: str) -> str:
+    """Returns `bf16-mixed` on a GPU that computes in bfloat16, else `32-true`."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+OmegaConf.register_new_resolver("precision", default_precision, replace=True)
+OmegaConf.register_new_resolver("job_dir", default_job_dir, replace=True)
+OmegaConf.register_new_resolver("run_name", default_run_name, replace=True)

@@ -1,0 +1,72 @@
+"""Overrides: options as they are written on the command line, such as `num_stu=4`."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+# Options that say where and how a run is stored, not what it computes: they are no part of a run's name.
+STORAGE_OPTIONS = (
+    "job_dir",
+    "data_dir",
+    "resume",
+    "overwrite",
+    "test_only",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "logger",
+)
+MAX_NAME_BYTES = 200  # file systems allow 255
+
+
+def override_key(override: str) -> str:
+    """Returns the option's name.
+
+    Example:
+        >>> override_key("+trainer.profiler=simple")
+        'trainer.profiler'
+    """
+    return override.split("=")[0].lstrip("+~")
+
+
+def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None:
+    """Returns key and value of the override that sets the config entry `name`, or None.
+
+    Example:
+        >>> find_override(["seed=1", "block_type=Shift"], "block_type.part")
+        ('block_type', 'Shift')
+    """
+    for override in overrides:
+        key = override_key(override)
+        if name == key or name.startswith(f"{key}."):
+            return key, override.partition("=")[2]
+    return None
+
+
+def quote_override(override: str) -> str:
+    """Returns the override with its value in quotes where Hydra's grammar would not read it as one word.
+
+    Example:
+        >>> quote_override("resume=runs/a=b,c=d")
+        'resume="runs/a=b,c=d"'
+    """
+    key, equals, value = override.partition("=")
+    if not equals or value[:1] in "'\"[{" or not set("=, ()") & set(value):
+        return override
+    return f'{key}="{value}"'
+
+
+def name_run(overrides: Sequence[str]) -> str:
+    """Returns a folder name made of the overrides that say what is computed, "default" without any.
+
+    Example:
+        >>> name_run(["num_stu=4", "block_type=DW", "resume=auto"])
+        'block_type=DW,num_stu=4'
+    """
+    named = [o for o in overrides if override_key(o) not in STORAGE_OPTIONS]
+    named = sorted(o for o in named if not override_key(o).startswith("hydra"))
+    name = re.sub(r"[^\w=,.+\[\]@-]", "-", ",".join(named)) or "default"
+    in_bytes = name.encode()
+    if len(in_bytes) <= MAX_NAME_BYTES:
+        return name
+    digest = hashlib.blake2b(in_bytes, digest_size=6).hexdigest()
+    return f"{in_bytes[: MAX_NAME_BYTES - 20].decode(errors='ignore')}-{digest}"

@@ -1,0 +1,198 @@
+"""The command `odcheap train`: one run, or a sweep with `-m`."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from multiprocessing import current_process
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from odcheap.config import options, resolvers
+from odcheap.config.messages import (
+    EXPLAINED_ERRORS,
+    describe_error,
+    describe_hydra_error,
+    hide_library_warnings,
+    list_groups,
+)
+from odcheap.config.sweep_callback import started_sweeps
+from odcheap.data.in_memory import check_batches
+from odcheap.distributed import launch, signals, slurm
+from odcheap.distributed.signals import Listener, ending_with, leaving
+from odcheap.layers.cheap_conv import Standard
+from odcheap.methods import parallel
+from odcheap.methods.students import Students
+from odcheap.models.wrappers import check_image_size
+from odcheap.runs import resume, status
+from odcheap.runs.overrides import quote_override
+from odcheap.runs.sweep import Outcome
+from odcheap.training import experiment
+from odcheap.training.optim import build_optimization
+from odcheap.utils.console import print_error, say
+from odcheap.utils.errors import OptionError, describe_external_failure, first_line
+from odcheap.utils.parts import find_conf_dir
+from odcheap.utils.seeds import temporary_seed
+
+
+def main(arguments: Sequence[str], show_sweep: Callable[[list[Outcome]], None]) -> int:
+    """Trains by the options given.
+
+    Args:
+        arguments: What Hydra reads: options, `-m` for a sweep, `--config-dir DIR` for parts of the user's own, `--help`.
+        show_sweep: Prints the tables at the end of a sweep.
+
+    Returns:
+        The exit status: 1 where the run, or one of a sweep's runs, failed.
+    """
+    conf = find_conf_dir()
+    sys.argv[1:] = [prepare_argument(argument, conf) for argument in arguments]  # Hydra reads them there
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors
+    started_sweeps.clear()
+    exit_status = 0
+    try:
+        options.check_choices(sys.argv[1:], list_groups([conf, *find_config_dirs(arguments)]))
+        hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(run_job)()
+    except OptionError as error:
+        exit_status = print_error(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return print_error(describe_hydra_error(error))
+    except Exception as error:  # of a launcher or a sweeper: `run_job` handles the errors of the runs
+        if not started_sweeps:
+            raise
+        cause = f"{type(error).__name__}: {error}"
+        exit_status = print_error(f"the sweep ended early, the same command continues it: {cause}")
+    outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
+    if outcomes:
+        show_sweep(outcomes)
+    return exit_status or int(any(outcome.summary is None for outcome in outcomes))
+
+
+def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """Returns the folder given by `--config-dir`, in a list that is empty without one."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    found = parser.parse_known_args(list(arguments))[0].config_dir
+    return [found] if found else []
+
+
+def prepare_argument(argument: str, conf: Path) -> str:
+    """Returns the argument as Hydra needs it: paths quoted, and our own file of a launcher or sweeper named.
+
+    `hydra/launcher=joblib` stands for `joblib_sweep`, our file that builds on the plugin's `joblib`.
+    """
+    if argument.partition("=")[0] in options.PATHS:
+        return quote_override(argument)
+    is_ours = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
+    return f"{argument}_sweep" if is_ours else argument
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """Hydra's task: one run, alone or in a sweep. Returns the chosen student's held-out accuracy for a sweeper."""
+    hide_library_warnings()
+    overrides = resolvers.given_overrides()
+    # Processes that joblib has started would go on for hours after the death of the process that leads the sweep.
+    in_worker = current_process().name != "MainProcess"
+    with Listener() as listener, ending_with(signals.STARTER) if in_worker else nullcontext():
+        if resolvers.is_sweep():
+            outcome = run_in_sweep(lambda: train(cfg, overrides, listener))
+        else:
+            outcome = run_alone(lambda: train(cfg, overrides, listener))
+    return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
+
+
+def run_alone(job: Callable[[], Outcome]) -> Outcome:
+    """Runs the job. A failure that can be explained ends the process with one line."""
+    try:
+        return job()
+    except EXPLAINED_ERRORS as error:
+        sys.exit(print_error(describe_error(error)))
+    except Exception as error:
+        line = describe_external_failure(error)
+        if line is None:
+            raise
+        sys.exit(print_error(line, every_rank=True))
+
+
+def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
+    """Runs the job. A failure is written to the run's folder, and the sweep goes on."""
+    job_dir = Path(resolvers.default_job_dir())
+    try:
+        return job()
+    except EXPLAINED_ERRORS as error:
+        line = describe_error(error)
+        print_error(line)
+    except Exception as error:
+        line = describe_external_failure(error) or f"{type(error).__name__}: {first_line(error)}"
+        traceback.print_exc() if describe_external_failure(error) is None else None
+    outcome = Outcome(str(job_dir), f"failed: {line}", None)
+    try:
+        job_dir.mkdir(parents=True, exist_ok=True)
+        status.mark(job_dir, "failed", line)
+    except OSError:  # the failure may be that the folder cannot be written
+        for sweep in started_sweeps:
+            sweep.unwritten.append(outcome)
+    return outcome
+
+
+def train(cfg: DictConfig, overrides: list[str], listener: Listener) -> Outcome:
+    """Checks the options, finds out whether the run continues an older one, and carries it out."""
+    in_sweep = resolvers.is_sweep()
+    choices = HydraConfig.get().runtime.choices
+    options.check_paths(cfg)
+    options.check_types(cfg, overrides)
+    launch.check(cfg, choices.trainer, in_sweep)
+    launch.share_cores()
+    by_default = "auto" if in_sweep or slurm.restarted() else None
+    start = resume.plan(cfg, overrides, options.checked, say, by_default, slurm.restarted())
+    if start.finished:
+        say(f"{start.job_dir} holds this run, finished: nothing to do")
+        return Outcome(str(start.job_dir), "was finished", resume.summary_of(start.job_dir))
+    if cfg.test_only:
+        return carry_out(start, choices, listener)
+    with leaving(start.job_dir, listener, again=not cfg.overwrite):
+        return carry_out(start, choices, listener)
+
+
+def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> Outcome:
+    """Builds the parts of the run, and trains and tests, here or in processes of its own."""
+    cfg = start.cfg
+    options.check_values(cfg)
+    data = instantiate(cfg.data)
+    data.read()
+    check_batches(data, launch.processes(cfg))
+    # A checkpoint holds the weights that a pretrained file began with, which may be gone by now.
+    begun = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
+    backbone = instantiate(cfg.backbone, **begun)
+    students = Students(
+        lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)),
+        cfg.num_stu,
+        cfg.seed,
+        parallel.WAYS[cfg.together],
+    )
+    with temporary_seed(cfg.seed, "method"):
+        method = instantiate(cfg.method)(students=students)
+    optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
+    # Refuses what does not go together, before there is a folder.
+    build_optimization(method, optimizer, scheduler, 1000)
+    method.check_precision(str(cfg.trainer.precision))
+    check_image_size(students.members[0], data.image_size, choices.backbone)
+    experiment.start_weights(start, method, data)
+    with temporary_seed(cfg.seed, "standard"):
+        standard = backbone(conv=Standard(), num_classes=len(data.classes))
+    trial = experiment.Run(start, data, method, optimizer, scheduler, listener)
+    if launch.needs_processes(cfg):
+        trial.trainer(loggers=False)  # what Lightning refuses is one line here, and one of each process there
+        resume.make_folder(start.job_dir)
+        launch.start_processes(start, resolvers.given_config_dirs(), listener)
+        return Outcome(str(start.job_dir), "finished", resume.result_of(start))
+    summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
+    return Outcome(str(start.job_dir), "finished", summary)
