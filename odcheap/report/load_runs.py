@@ -22,7 +22,7 @@ class Found(NamedTuple):
     """A run's folder: `state` is finished, failed, running, stopped or unreadable, `reason` says more where it can."""
 
     folder: Path
-    status: str
+    state: str
     reason: str = ""
     run: Finished | None = None
 
