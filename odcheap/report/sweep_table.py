@@ -10,8 +10,13 @@ from odcheap.report import statistics
 from odcheap.report.statistics import Spread, mean_student, selected_student
 from odcheap.runs import resume
 from odcheap.runs.sweep import Outcome
-from odcheap.training.summary import shown
-from odcheap.utils.text import escape_control_chars
+from odcheap.utils.text import (
+    escape_control_chars,
+    format_accuracy,
+    format_count,
+    format_mean_deviation,
+    format_millions,
+)
 
 
 def show_sweep(console: Console, outcomes: list[Outcome]) -> None:
@@ -48,11 +53,15 @@ def runs_table(outcomes: list[Outcome]) -> Table:
             table.add_row(Text(escape_control_chars(name)), Text(escape_control_chars(outcome.text)), *["-"] * 5)
             continue
         teacher = (summary["teacher"] or {}).get("test_top1")
-        figures = [shown(summary["selected"][f]) for f in ("val_top1", "test_top1")]
+        figures = [format_accuracy(summary["selected"][f]) for f in ("val_top1", "test_top1")]
         spent = summary.get("cost")  # test_only has none
-        price = [f"{spent['params']:,}", f"{spent['macs'] / 1e6:.2f} M"] if spent else ["-", "-"]
+        price = [format_count(spent["params"]), format_millions(spent["macs"])] if spent else ["-", "-"]
         table.add_row(
-            Text(escape_control_chars(name)), Text(escape_control_chars(outcome.text)), *figures, shown(teacher), *price
+            Text(escape_control_chars(name)),
+            Text(escape_control_chars(outcome.text)),
+            *figures,
+            format_accuracy(teacher),
+            *price,
         )
     return table
 
@@ -69,13 +78,10 @@ def methods_table(compared: list[statistics.Row]) -> Table:
         table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for row in compared:
         found = ((row.of(f), row.gain(f)) for f in (mean_student, selected_student))
-        figures = [text for value, gain in found for text in (format_spread(value, ""), format_spread(gain, "+"))]
+        figures = [text for value, gain in found for text in (format_spread(value), format_spread(gain, "+"))]
         table.add_row(*(Text(getattr(row, word)) for word in words), str(len(row.by_seed)), *figures)
     return table
 
 
-def format_spread(spread: Spread | None, sign: str) -> str:
-    if spread is None:
-        return "-"
-    mean = f"{spread.mean:{sign}.4f}"
-    return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.4f}"
+def format_spread(spread: Spread | None, sign: str = "") -> str:
+    return "-" if spread is None else format_mean_deviation(spread.mean, spread.deviation, sign)
