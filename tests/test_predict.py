@@ -18,7 +18,7 @@ from odcheap import predict
 from odcheap.data import image_files
 from odcheap.export import model_card, onnx
 from odcheap.layers.cheap_conv import DW
-from odcheap.layers.fuse import Normalised
+from odcheap.models.build import NormalizedNetwork
 from odcheap.models.cifar import CifarResNet
 
 PREPROCESS = {"shorter_side": 18, "size": [16, 16], "interpolation": "bilinear"}
@@ -28,7 +28,7 @@ PREPROCESS = {"shorter_side": 18, "size": [16, 16], "interpolation": "bilinear"}
 def made(tmp_path_factory):
     """An export of a student that was never trained, for two pictures at a time."""
     folder = tmp_path_factory.mktemp("export")
-    network = Normalised(settled(CifarResNet(8, DW(), 3)), [0.5] * 3, [0.2] * 3).float().eval()
+    network = NormalizedNetwork(settled(CifarResNet(8, DW(), 3)), [0.5] * 3, [0.2] * 3).float().eval()
     (folder / "student.onnx").write_bytes(onnx.to_onnx(onnx.program(network, (3, 16, 16), batch=2)))
     (folder / "preprocess.json").write_text(json.dumps(PREPROCESS))
     (folder / "labels.json").write_text(json.dumps(["cat", "do\x1bg", "größe"]))

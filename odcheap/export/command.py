@@ -22,7 +22,8 @@ from odcheap.config.messages import hide_library_warnings
 from odcheap.export import evidence, latency, model_card, onnx, quantize, verify
 from odcheap.export.model_card import DENSE, STANDARD, File
 from odcheap.export.product import Product, of_run
-from odcheap.layers.fuse import Normalised, cheap_form, dense_form, has_pairs
+from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
+from odcheap.models.build import NormalizedNetwork
 from odcheap.models import flops
 from odcheap.training import summary
 from odcheap.utils.console import print_error, say
@@ -217,7 +218,7 @@ def write_files(
 
 
 def normalised(network: nn.Module, product: Product) -> nn.Module:
-    return Normalised(network, product.settings["mean"], product.settings["std"]).eval()
+    return NormalizedNetwork(network, product.settings["mean"], product.settings["std"]).eval()
 
 
 def calibration(data: pl.LightningDataModule, batch: int | None) -> Iterator[np.ndarray]:

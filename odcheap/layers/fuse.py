@@ -1,4 +1,4 @@
-"""Forms of a trained network that compute the same at another speed; each is a copy, the given network is untouched."""
+"""Forms of a trained network that compute the same at another speed; each is a copy of the given network."""
 
 import copy
 from collections.abc import Callable
@@ -6,87 +6,87 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from odcheap.layers.cheap_conv import CheapConv, Shift2d, shift_taps
+from odcheap.layers.cheap_conv import CheapConv
+from odcheap.layers.factorize import spatial_kernel
+from odcheap.layers.shift import to_pair
 
 
-class Normalised(nn.Module):
-    """A network for RGB in [0, 1], (N, 3, H, W): subtracts `mean`, divides by `std`, channel by channel."""
-
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]):
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean) / self.std)
-
-
-def with_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:
-    """The network with what `change` makes of each of its pairs."""
-    made = copy.deepcopy(network)
-    if isinstance(made, CheapConv):
-        return change(made)
-    for parent in list(made.modules()):
+def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:
+    """Returns a copy of the network in which `change(pair)` stands in place of each cheap pair."""
+    changed = copy.deepcopy(network)
+    if isinstance(changed, CheapConv):
+        return change(changed)
+    for parent in list(changed.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CheapConv):
                 setattr(parent, name, change(child))
-    return made
+    return changed
 
 
 def has_pairs(network: nn.Module) -> bool:
+    """Whether the network has cheap pairs."""
     return any(isinstance(module, CheapConv) for module in network.modules())
 
 
 def cheap_form(network: nn.Module) -> nn.Module:
-    """Pairs carry their stride on the spatial operator, which then computes no pixel that the 1 x 1 would skip."""
-    return with_pairs(network, strided)
+    """Returns the network with each pair's stride on its spatial operator.
+
+    The spatial operator then computes no pixel that a 1 x 1 convolution with a stride would skip.
+    """
+    return replace_pairs(network, _move_stride)
 
 
-def strided(pair: CheapConv) -> CheapConv:
-    spatial, pointwise = pair.spatial, pair.pointwise
-    spatial.stride = tuple(a * b for a, b in zip(spatial.stride, pointwise.stride, strict=True))
-    pointwise.stride = (1, 1)
+def _move_stride(pair: CheapConv) -> CheapConv:
+    if hasattr(pair.spatial, "stride"):
+        pair.spatial.stride = _total_stride(pair)
+        pair.pointwise.stride = (1, 1)
     return pair
 
 
+def _total_stride(pair: CheapConv) -> tuple[int, int]:
+    rows, columns = to_pair(getattr(pair.spatial, "stride", 1))
+    return rows * pair.pointwise.stride[0], columns * pair.pointwise.stride[1]
+
+
 def dense_form(network: nn.Module) -> nn.Module:
-    """Each pair as the one K x K convolution that it is, there being nothing but linear maps in it."""
-    return with_pairs(network, dense)
+    """Returns the network with each pair as one K x K convolution, which is the same linear map.
+
+    A pair whose spatial operator is not what `BlockType` asks for (linear, channel by channel) stays a pair.
+    """
+    return replace_pairs(network, _fuse)
 
 
-def dense(pair: CheapConv) -> nn.Module:
-    spatial, pointwise = strided(pair).spatial, pair.pointwise
+@torch.no_grad()
+def _fuse(pair: CheapConv) -> nn.Module:
+    spatial, pointwise = pair.spatial, pair.pointwise
     kernel = dense_kernel(pair)
-    padding, mode, border = spatial.padding, spatial.padding_mode, []
-    if isinstance(spatial, Shift2d):
-        padding, border = (0, 0), spatial.border
-    made = nn.Conv2d(
-        *(kernel.shape[1], kernel.shape[0], tuple(kernel.shape[2:]), spatial.stride, padding, spatial.dilation),
-        bias=pointwise.bias is not None,
-        padding_mode="zeros" if isinstance(spatial, Shift2d) else mode,
-    ).to(kernel)
-    with torch.no_grad():
-        made.weight.copy_(kernel)
-        if pointwise.bias is not None:
-            made.bias.copy_(pointwise.bias)
-    made.train(pair.training)
-    return nn.Sequential(padder(border, mode), made) if any(border) else made
+    conv = pair.window.make_conv(kernel.shape[1], kernel.shape[0], bias=pointwise.bias is not None).to(kernel)
+    conv.stride = _total_stride(pair)
+    conv.weight.copy_(kernel)
+    if conv.bias is not None and pointwise.bias is not None:
+        conv.bias.copy_(pointwise.bias)
+    conv.train(pair.training)
+    return conv if isinstance(spatial, nn.Conv2d) or _computes_same(conv, pair) else pair
 
 
-def padder(border: list[int], mode: str) -> nn.Module:
-    """Adds (left, right, top, bottom) pixels as `nn.Conv2d`'s `padding_mode` names the ways."""
-    kinds = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "circular": nn.CircularPad2d}
-    return kinds.get(mode, nn.ZeroPad2d)(tuple(border))
+def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
+    """Compares the two on noise: an operator of somebody else may depend on the border or on other channels."""
+    side = [2 * d * k + 4 for k, d in zip(pair.window.kernel_size, pair.window.dilation, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, conv.in_channels, *side, generator=generator).to(conv.weight)
+    expected = pair(images)
+    tolerance = 1e-2 if conv.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    found = conv(images)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def dense_kernel(pair: CheapConv) -> Tensor:
-    """(out, C, kh, kw): the kernel that a pair is, W[o, i] = sum over m in i's group of P[o, m] G[m, i]."""
+    """Returns the kernel (O, C, kh, kw) that a pair computes.
+
+    W[o, c] = sum over the channels m of c's group of P[o, m] S[m, c], with the 1 x 1 weights P and the spatial kernels S.
+    """
     mix = pair.pointwise.weight
-    if isinstance(pair.spatial, Shift2d):
-        rows, columns = pair.spatial.kernel_size
-        taps = shift_taps(mix.shape[1], (rows, columns), mix.device)
-        return mix * nn.functional.one_hot(taps, rows * columns).to(mix).view(1, -1, rows, columns)
-    kernels, groups = pair.spatial.weight, pair.spatial.groups
+    kernels = spatial_kernel(pair.spatial, mix, pair.window)
+    groups = mix.shape[1] // kernels.shape[1]
     mix, kernels = mix.flatten(1).unflatten(1, (groups, -1)), kernels.unflatten(0, (groups, -1))
     return torch.einsum("ogm,gmihw->ogihw", mix, kernels).flatten(1, 2)

@@ -1,164 +1,194 @@
-"""Any convolutional network made cheap: its standard K x K convolutions replaced by cheap pairs."""
+"""Conversion of any convolutional network: its standard K x K convolutions are replaced by cheap pairs."""
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from odcheap.layers.cheap_conv import DW, Cheap, CheapConv, Group, Shift, Window
+from odcheap.layers.cheap_conv import BlockType, CheapConv, Window
 from odcheap.models import flops
 from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import build_part, read_part
 
-INITS = ("auto", "fit", "kaiming")
+Init = Literal["auto", "fit", "kaiming"]
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def cheapen(
     model: nn.Module,
-    block_type: str,
+    block_type: str | BlockType,
     *,
     groups: int = 4,
     keep: Iterable[str] | None = None,
-    init: str = "auto",
+    init: Init = "auto",
+    config_dirs: Sequence[Path] = (),
 ) -> nn.Module:
-    """A new network in which cheap pairs stand for the standard K x K convolutions; the given one stays as it is.
+    """Returns a copy of a network with cheap pairs in place of its standard K x K convolutions.
 
-    `block_type` is "Shift", "DW" or "Group". Each pair has a spatial operator with the convolution's kernel size,
-    stride, dilation and padding, then a 1 x 1 convolution with its channels and bias, so that all shapes stay the same.
-    `keep` names the convolutions to leave, or modules that hold them, or patterns (`layer4.*`); None keeps the stem,
-    which is the network's first convolution, and () keeps none. `init`: "fit" sets each pair to the kernel nearest to
-    the replaced one, "kaiming" starts anew, "auto" fits where the network has been trained. All else keeps its weights.
+    Each pair is a spatial operator with the convolution's kernel size, stride, dilation and padding, then a 1 x 1
+    convolution with its channels and bias, so that all shapes stay the same. All else keeps its weights. Convolutions
+    in groups and of other classes than `nn.Conv2d` are left; each convolution that is left says why in its attribute
+    `reason_kept`.
 
-    Raises `ValueError`: nothing to replace, an unknown name.
+    Args:
+        model: The network; it is not changed.
+        block_type: The name of a block type ("Shift", "DW", "Group" or one from `config_dirs`), or the object.
+        groups: For "Group": the number of groups. A layer gets the largest divisor of its channels up to it.
+        keep: Convolutions to leave: their names, names of modules that hold them, or patterns (`layer4.*`). None keeps
+            the stem, the network's first convolution; () keeps none.
+        init: "fit" sets each pair to the nearest to the replaced kernel (least squares), "kaiming" draws fresh weights,
+            "auto" fits where the network looks trained.
+        config_dirs: Further `conf` directories with block types.
+
+    Raises:
+        ValueError: There is nothing to replace, or a name is unknown.
+
+    Example:
+        >>> import torchvision
+        >>> network = torchvision.models.resnet18(num_classes=10)
+        >>> student = cheapen(network, "DW")
+        >>> student(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
-    parts: dict[str, Cheap] = {"Shift": Shift(), "DW": DW(), "Group": Group(groups)}
-    if block_type not in parts:
-        raise OptionError("block_type", block_type, f"must be one of {', '.join(parts)}")
-    return replace(model, parts[block_type], keep, init)
-
-
-def replace(model: nn.Module, block_type: Cheap, keep: Iterable[str] | None = None, init: str = "auto") -> nn.Module:
-    """`cheapen` with the block type itself. A layer that is kept says why in its attribute `kept`."""
-    check(model, keep, init)
-    fitted = init == "fit" or (init == "auto" and was_trained(model))
-    after = copy.deepcopy(model)
-    reasons = why_kept(after, block_type, keep)
-    convs = spatial_convs(after)
+    if isinstance(block_type, str):
+        options = {"groups": groups} if "groups" in read_part("block_type", block_type, config_dirs) else {}
+        block_type = build_part("block_type", {"part": block_type, **options}, config_dirs=config_dirs)
+    if not isinstance(block_type, BlockType) or not block_type.is_cheap:
+        raise OptionError("block_type", type(block_type).__name__, "is no cheap convolution")
+    check_conversion_options(model, keep, init)
+    fit = init == "fit" or (init == "auto" and looks_trained(model))
+    converted = copy.deepcopy(model)
+    convs = find_spatial_convs(converted)
+    reasons = find_reasons_to_keep(converted, block_type, keep)
     for name, reason in reasons.items():
-        convs[name].kept = reason
-    pairs = {convs[name]: paired(convs[name], block_type, fitted) for name in convs if name not in reasons}
+        convs[name].reason_kept = reason
+    pairs = {conv: make_pair(conv, block_type, fit) for name, conv in convs.items() if name not in reasons}
     if not pairs:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
-        raise OptionError(
-            "block_type", type(block_type).__name__, f"nothing to replace in {type(model).__name__} ({why})"
-        )
-    if after in pairs:
-        return pairs[after]
-    for parent in after.modules():
-        for name, child in parent._modules.items():
+        examples = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        allowed = f"nothing to replace in {type(model).__name__} ({examples})"
+        raise OptionError("block_type", type(block_type).__name__, allowed)
+    if converted in pairs:
+        return pairs[converted]
+    for parent in converted.modules():
+        for name, child in parent._modules.items():  # named_children leaves out a layer's second place
             if child in pairs:
                 parent._modules[name] = pairs[child]
-    return after
+    return converted
 
 
-def check(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
-    """`OptionError` for an unknown `init`, or a name in `keep` that no convolution has."""
-    if init not in INITS:
-        raise OptionError("init", init, f"must be one of {', '.join(INITS)}")
+def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
+    """Raises `OptionError` for an unknown `init`, or a name in `keep` that no convolution has."""
+    if init not in get_args(Init):
+        raise OptionError("init", init, f"must be one of {', '.join(get_args(Init))}")
     if keep is not None:
-        chosen(list(spatial_convs(model)), keep)
+        match_names(list(find_spatial_convs(model)), keep)
 
 
-def spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions with more than one tap, by name, in the network's order."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    return {name: conv for name, conv in found.items() if max(conv.kernel_size) > 1}
+def find_spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Returns the convolutions with more than one tap, by name, in the network's order."""
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    return {name: conv for name, conv in convs.items() if max(conv.kernel_size) > 1}
 
 
-def why_kept(model: nn.Module, block_type: Cheap, keep: Iterable[str] | None) -> dict[str, str]:
-    """Name -> reason for each convolution with more than one tap that is not replaced."""
+def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable[str] | None) -> dict[str, str]:
+    """Returns name -> reason for each convolution with more than one tap that is not replaced."""
+    convs = find_spatial_convs(model)
+    chosen = find_stem(model) if keep is None else match_names(list(convs), keep)
     reasons = {}
-    named = first_conv(model) if keep is None else chosen(list(spatial_convs(model)), keep)
-    why = "the stem" if keep is None else "named in keep"
-    for name, conv in spatial_convs(model).items():
-        own = type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward
-        if name in named:
-            reasons[name] = why
+    for name, conv in convs.items():
+        is_own_class = type(conv).forward is not nn.Conv2d.forward
+        is_own_class |= type(conv)._conv_forward is not nn.Conv2d._conv_forward
+        if name in chosen:
+            reasons[name] = "the stem" if keep is None else "named in keep"
         elif conv.groups > 1:
             reasons[name] = f"in {conv.groups} groups already"
-        elif own:
+        elif is_own_class:
             reasons[name] = f"a {type(conv).__name__} computes in a way of its own"
         elif "weight" not in conv._parameters:
             reasons[name] = "its weights are computed from others"
-        elif reason := block_type.refusal(conv.in_channels, Window.of(conv)):
+        elif reason := block_type.reason_to_keep(conv.in_channels, Window.from_conv(conv)):
             reasons[name] = reason
     return reasons
 
 
-def first_conv(model: nn.Module) -> set[str]:
-    return set([name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)][:1])
+def find_stem(model: nn.Module) -> set[str]:
+    """Returns the name of the network's first convolution, or nothing where there is none."""
+    return set([name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:1])
 
 
-def chosen(names: list[str], keep: Iterable[str]) -> set[str]:
-    """The names that `keep` means; `OptionError` where one of its entries means none."""
-    keep = [keep] if isinstance(keep, str) else keep
-    if not isinstance(keep, Iterable) or not all(isinstance(entry, str) for entry in keep):
-        raise OptionError("keep", keep, "must be a list of names or patterns")
-    found = set()
-    for entry in keep:
-        meant = {name for name in names if fnmatchcase(name, entry) or name.startswith(f"{entry}.")}
-        if not meant:
-            close = difflib.get_close_matches(entry, names, n=3, cutoff=0.3) or names[:3]
-            raise OptionError("keep", entry, f"no K x K convolution is called so; near: {', '.join(close) or 'none'}")
-        found |= meant
-    return found
+def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
+    """Returns the names that match a pattern, or lie in a module of that name.
 
-
-def was_trained(model: nn.Module) -> bool:
-    """Whether normalisation has moved from where it starts.
-
-    A network without normalisation that could tell counts as trained where a convolution's weights have left the range
-    of PyTorch's default initialisation and its biases are not those of a fresh layer (zero).
+    Raises:
+        OptionError: A pattern matches none, or is no text.
     """
-    norms = [m for m in model.modules() if isinstance(m, NORMS) or hasattr(m, "running_mean")]
-    telling = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]
-    telling = [t for t in telling if t is not None]
-    if telling:
-        return any(bool(t.any()) for t in telling)
-    for conv in spatial_convs(model).values():
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise OptionError("keep", patterns, "must be a list of names or patterns")
+    matched = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
+        if not matches:
+            similar = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            allowed = f"no K x K convolution has this name; similar: {', '.join(similar) or 'none'}"
+            raise OptionError("keep", pattern, allowed)
+        matched |= matches
+    return matched
+
+
+def looks_trained(model: nn.Module) -> bool:
+    """Whether the network's normalization has moved from its initial values.
+
+    A network without normalization that could tell counts as trained where a convolution's weights have left the range
+    of PyTorch's default initialization and its biases are not zero.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS) or hasattr(module, "running_mean")]
+    values = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]
+    values = [value for value in values if value is not None]
+    if values:
+        return any(bool(value.any()) for value in values)
+    for conv in find_spatial_convs(model).values():
         bound = 1.0001 * conv.weight[0].numel() ** -0.5
         if conv.bias is not None and bool(conv.bias.any()) and conv.weight.abs().max() > bound:
             return True
     return False
 
 
-def paired(conv: nn.Conv2d, block_type: Cheap, fitted: bool) -> CheapConv:
-    """The pair for one convolution, on its device and of its type, fitted or with fresh Kaiming-normal weights."""
-    spatial = block_type.spatial(conv.in_channels, Window.of(conv))
-    made = CheapConv(spatial, conv.in_channels, conv.out_channels, bias=conv.bias is not None).to(conv.weight)
-    made.train(conv.training)
-    with torch.no_grad():
-        for p in spatial.parameters():
-            nn.init.kaiming_normal_(p, nonlinearity="linear")  # no non-linearity follows
-        nn.init.kaiming_normal_(made.pointwise.weight)
-        if conv.bias is not None:
-            made.pointwise.bias.copy_(conv.bias) if fitted else made.pointwise.bias.zero_()
-        if fitted:
-            of_spatial, of_pointwise = block_type.fit(conv.weight)
-            made.pointwise.weight.copy_(of_pointwise)
-            if of_spatial is not None:
-                spatial.weight.copy_(torch.where(of_spatial.isnan(), spatial.weight, of_spatial))
-    made.requires_grad_(conv.weight.requires_grad)
-    return made
+@torch.no_grad()
+def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
+    """Returns the pair for a convolution, on its device and of its type.
+
+    Args:
+        conv: The convolution that it replaces.
+        block_type: The kind of pair.
+        fit: Whether the pair is set to the nearest to the convolution; else it has fresh Kaiming-normal weights.
+    """
+    has_bias = conv.bias is not None
+    pair = block_type.make_pair(conv.in_channels, conv.out_channels, Window.from_conv(conv), has_bias).to(conv.weight)
+    pair.train(conv.training)
+    for parameter in pair.spatial.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="linear")  # no non-linearity follows
+    nn.init.kaiming_normal_(pair.pointwise.weight)
+    if conv.bias is not None and pair.pointwise.bias is not None:
+        pair.pointwise.bias.copy_(conv.bias) if fit else pair.pointwise.bias.zero_()
+    if fit:
+        spatial, pointwise = block_type.factorize(conv.weight, pair)
+        pair.pointwise.weight.copy_(pointwise)
+        if spatial is not None:
+            pair.spatial.weight.copy_(torch.where(spatial.isnan(), pair.spatial.weight, spatial))
+    return pair.requires_grad_(conv.weight.requires_grad)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A convolution with more than one tap: what became of it, its parameters and MACs before and after."""
+class ConvertedLayer:
+    """A convolution with more than one tap, before and after: its description, parameters and MACs."""
 
     name: str
     before: str
@@ -168,47 +198,65 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """`rows` in the network's order, and the whole network's `params` and `macs`, each (before, after)."""
+class ConversionTable:
+    """What `cheapen` replaced; printed, it is a table.
 
-    rows: list[Row]
+    Attributes:
+        rows: The convolutions with more than one tap, in the network's order.
+        params: Parameters of the whole network, before and after.
+        macs: Multiply-accumulates of the whole network for one image, before and after.
+    """
+
+    rows: list[ConvertedLayer]
     params: tuple[int, int]
     macs: tuple[int, int]
 
     def __str__(self) -> str:
         lines = [("layer", "before", "after", "parameters", "after", "MACs", "after")]
-        for row in [*self.rows, Row("the whole network", "", "", self.params, self.macs)]:
+        for row in [*self.rows, ConvertedLayer("the whole network", "", "", self.params, self.macs)]:
             lines.append((row.name, row.before, row.after, *(f"{number:,}" for number in row.params + row.macs)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        signs = "<<<>>>>"
-        cells = ([f"{c:{s}{w}}" for c, s, w in zip(line, signs, widths, strict=True)] for line in lines)
-        return "\n".join("  ".join(line).rstrip() for line in cells)
+        aligned = ([f"{c:{a}{w}}" for c, a, w in zip(line, "<<<>>>>", widths, strict=True)] for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
-def table(before: nn.Module, after: nn.Module, image_size: tuple[int, int, int] = (3, 224, 224)) -> Conversion:
-    """What `cheapen` made of `before`, for one (C, H, W) image; `print` shows it as a table."""
-    macs = [flops.macs_by_module(network, image_size) for network in (before, after)]
+def conversion_table(
+    before: nn.Module, after: nn.Module, image_size: tuple[int, int, int] = (3, 224, 224)
+) -> ConversionTable:
+    """Returns what `cheapen` replaced, with parameters and multiply-accumulates.
+
+    Args:
+        before: The network that was given to `cheapen`.
+        after: What it returned.
+        image_size: (C, H, W) of the image for which MACs are counted.
+
+    Example:
+        >>> before = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, bias=False))
+        >>> table = conversion_table(before, cheapen(before, "DW"), (3, 32, 32))
+        >>> table.rows[1].after, table.rows[1].params
+        ('depth-wise + 1 x 1', (4608, 656))
+    """
+    macs = [flops.count_macs_by_module(network, image_size) for network in (before, after)]
     rows = []
-    for name, conv in spatial_convs(before).items():
-        now = after.get_submodule(name)
-        params = (flops.params(conv), flops.params(now))
-        rows.append(
-            Row(name, describe_layer(conv), describe_layer(now), params, (macs[0].get(name, 0), macs[1].get(name, 0)))
-        )
-    total = (flops.macs(before, image_size), flops.macs(after, image_size))
-    return Conversion(rows, (flops.params(before), flops.params(after)), total)
+    for name, conv in find_spatial_convs(before).items():
+        replaced = after.get_submodule(name)
+        params = (flops.count_params(conv), flops.count_params(replaced))
+        costs = (macs[0].get(name, 0), macs[1].get(name, 0))
+        rows.append(ConvertedLayer(name, describe_layer(conv), describe_layer(replaced), params, costs))
+    params = (flops.count_params(before), flops.count_params(after))
+    return ConversionTable(rows, params, (macs[0][""], macs[1][""]))
 
 
 def describe_layer(layer: nn.Module) -> str:
-    """A layer in a few words; why it was kept, where it was."""
+    """Describes a convolution or a pair in a few words; for a convolution that was kept, says why."""
     if isinstance(layer, CheapConv):
         return f"{describe_layer(layer.spatial)} + 1 x 1"
     if not isinstance(layer, nn.Conv2d):
-        return "shift"
+        return getattr(layer, "description", type(layer).__name__)
     rows, columns = layer.kernel_size
     if layer.groups == 1:
         kind = f"{rows} x {columns}"
     else:
         kind = "depth-wise" if layer.groups == layer.in_channels else f"groups {layer.groups}"
-    reason = getattr(layer, "kept", None)
+    reason = getattr(layer, "reason_kept", None)
     return f"kept: {reason}" if reason else kind

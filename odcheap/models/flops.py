@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""Costs of a network: parameters and multiply-accumulates (MACs)."""
 
 from itertools import chain
 
@@ -6,40 +6,47 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from odcheap.layers.cheap_conv import Shift2d
 
-
-def params(network: nn.Module) -> int:
-    """Number of trainable and frozen parameters; buffers do not count."""
+def count_params(network: nn.Module) -> int:
+    """Returns the number of parameters, trainable or not; buffers do not count."""
     return sum(p.numel() for p in network.parameters())
 
 
-def macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one forward pass of one (C, H, W) image, convolutions and matrix products only.
+def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
+    """Returns the multiply-accumulates of one forward pass of one image; convolutions and matrix products only.
 
-    Half of what PyTorch's own FLOP counter sees (a multiply-accumulate is two FLOPs), less its reading of Shift, which
-    moves data and computes nothing but runs as a convolution.
+    This is half of what PyTorch's FLOP counter counts (a multiply-accumulate is two FLOPs), without operators such as
+    `Shift2d` that only move data but run as a convolution.
+
+    Args:
+        network: Any network; its mode is restored afterwards.
+        image_size: (C, H, W).
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 32, 32))
+        221184
     """
-    return macs_by_module(network, image_size)[""]
+    return count_macs_by_module(network, image_size)[""]
 
 
-def macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
-    """The same for each module that computes anything, by name; the network itself is ""."""
-    training = {module: module.training for module in network.modules()}
+def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
+    """Returns the same for each module that computes anything, by name; the network itself has the name ""."""
+    modes = {module: module.training for module in network.modules()}
     network.eval()
-    own = next(chain(network.parameters(), network.buffers()))
+    example = next(chain(network.parameters(), network.buffers()))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        network(torch.zeros(1, *image_size, dtype=own.dtype, device=own.device))
-    for module, mode in training.items():
+        network(torch.zeros(1, *image_size, dtype=example.dtype, device=example.device))
+    for module, mode in modes.items():
         module.training = mode
-    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    root = type(network).__name__
-    found = {"": counts["Global"]}
-    found |= {name.removeprefix(f"{root}."): count for name, count in counts.items() if name.startswith(f"{root}.")}
-    shifts = [name for name, m in network.named_modules() if isinstance(m, Shift2d)]
-    for shift in shifts:
-        moved = found.pop(shift, 0)
-        for name in {"", *(shift[:k] for k, sign in enumerate(shift) if sign == ".")} & found.keys():
-            found[name] -= moved
-    return {name: count // 2 for name, count in found.items()}
+    counts = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
+    root = f"{type(network).__name__}."
+    flops = {"": counts["Global"]}
+    flops |= {name.removeprefix(root): count for name, count in counts.items() if name.startswith(root)}
+    # What moves data only is taken from the counts of all modules around it.
+    for name in [name for name, module in network.named_modules() if getattr(module, "zero_macs", False)]:
+        moved = flops.pop(name, 0)
+        parents = {"", *(name[:k] for k, char in enumerate(name) if char == ".")}
+        for parent in parents & flops.keys():
+            flops[parent] -= moved
+    return {name: count // 2 for name, count in flops.items()}

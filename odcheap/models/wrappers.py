@@ -55,7 +55,7 @@ def mobilenetv2(conv: Conv, num_classes: int) -> nn.Module:
     for block in network.modules():
         for name, layer in block.named_children():
             if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                spatial = block_type.spatial(layer.in_channels, Window.of(layer))
+                spatial = block_type.spatial(layer.in_channels, Window.from_conv(layer))
                 for p in spatial.parameters():
                     nn.init.kaiming_normal_(p, mode="fan_out")  # as torchvision does
                 setattr(block, name, spatial)

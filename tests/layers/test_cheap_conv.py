@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from odcheap.layers.cheap_conv import DW, Group, Shift, Shift2d, Standard
+from odcheap.layers.cheap_conv import DW, Group, Shift, Standard
+from odcheap.layers.shift import Shift2d
 from odcheap.utils.errors import OptionError
 
 

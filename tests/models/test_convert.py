@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from odcheap.layers.cheap_conv import CheapConv, Shift2d, Standard
+from odcheap.layers.cheap_conv import CheapConv, Standard
+from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.convert import Conversion, cheapen, spatial_convs, table

@@ -3,7 +3,8 @@ import torch
 import torchvision
 from torch import nn
 
-from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Shift2d, Standard
+from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Standard
+from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
 from odcheap.models.wrappers import check_image_size, mobilenetv2, stride_of, timm_backbone, torchvision_backbone
