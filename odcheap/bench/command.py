@@ -134,7 +134,7 @@ def measure_inference(
     convs = {name: build_part("block_type", {"part": name}) for name in dict.fromkeys([*block_types, "Standard"])}
     build = instantiate(cfg.backbone)
     networks = {name: build(conv=conv, num_classes=NUM_CLASSES) for name, conv in convs.items()}
-    size = (3, networks["Standard"].made_for, networks["Standard"].made_for)
+    size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
     files = {name: onnx.fastest_onnx(network, size) for name, network in networks.items()}
     ms = latency.time_onnx(files, size, BATCHES, seconds)
     speedup = {(name, batch): ms["Standard", batch] / ms[name, batch] for name, batch in ms}

@@ -86,7 +86,7 @@ def compare_loops(
 
 def random_images(cfg: DictConfig, count: int) -> Images:
     """Returns random training images of the size that the backbone is made for, with labels."""
-    side = build_method(cfg).students.members[0].made_for
+    side = build_method(cfg).students.members[0].native_size
     images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     target = torch.arange(count) % NUM_CLASSES
     test, test_target = images[:NUM_CLASSES], target[:NUM_CLASSES]

@@ -23,8 +23,8 @@ from odcheap.export import evidence, latency, model_card, onnx, quantize, verify
 from odcheap.export.model_card import DENSE, STANDARD, File
 from odcheap.export.product import Product, of_run
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
-from odcheap.models.build import NormalizedNetwork
 from odcheap.models import flops
+from odcheap.models.build import NormalizedNetwork
 from odcheap.training import summary
 from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
@@ -214,7 +214,7 @@ def write_files(
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))
     size = product.image_size
-    return [File(name, flops.params(network), flops.macs(network, size)) for name, network in forms.items()]
+    return [File(name, flops.count_params(network), flops.count_macs(network, size)) for name, network in forms.items()]
 
 
 def normalised(network: nn.Module, product: Product) -> nn.Module:

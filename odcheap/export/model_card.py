@@ -136,10 +136,10 @@ def table(product: Product, folder: Path, files: list[File], found: Timings, bat
         size = f"{(folder / file.name).stat().st_size / 1e6:.2f} MB"
         lines.append(row(code(file.name), size, file.params, file.macs, found, file.name, ONNX_RUNTIME, batches))
     standard, student = product.standard, product.network
-    macs = [flops.macs(network, product.image_size) for network in (standard, student)]
-    lines.append(row(STANDARD, "", flops.params(standard), macs[0], found, STANDARD, ONNX_RUNTIME, batches))
+    macs = [flops.count_macs(network, product.image_size) for network in (standard, student)]
+    lines.append(row(STANDARD, "", flops.count_params(standard), macs[0], found, STANDARD, ONNX_RUNTIME, batches))
     for name, network, own in ((STANDARD, standard, macs[0]), ("the student", student, macs[1])):
-        lines.append(row(f"{name}, in PyTorch", "", flops.params(network), own, found, name, PYTORCH, batches))
+        lines.append(row(f"{name}, in PyTorch", "", flops.count_params(network), own, found, name, PYTORCH, batches))
     note = getattr(standard, "standard_note", None)
     return [*lines, *(["", f"{note[0].upper()}{note[1:]}."] if note and macs[0] != macs[1] else [])]
 

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import rebuilt, settings_of
-from odcheap.models.pretrained import load_pretrained
-from odcheap.models.wrappers import timm_backbone, torchvision_backbone
+from odcheap.models.wrappers import load_pretrained, timm_backbone, torchvision_backbone
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
 

@@ -3,14 +3,13 @@
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from odcheap.layers.fuse import Normalised
-from odcheap.runs.load import refuse_difference
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
 
@@ -19,7 +18,26 @@ LARGEST = 4096  # pixels a side
 SETTINGS = {"backbone", "block_type", "classes", "split", "image_size", "shorter_side", "mean", "std"}
 
 
-def load_student(path: str | Path) -> Normalised:
+class NormalizedNetwork(nn.Module):
+    """A network for RGB in [0, 1]: subtracts `mean` and divides by `std`, channel by channel, before the network.
+
+    Args:
+        network: (N, 3, H, W), normalized -> logits (N, K).
+        mean: One number a channel.
+        std: One number a channel.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def load_student(path: str | Path) -> NormalizedNetwork:
     """A run's or an export's `student.safetensors` as a network in eval mode: RGB in [0, 1], (N, 3, H, W) -> logits.
 
     The network without the normalisation is its `network`. Raises `OptionError` where the file is damaged, or none of
@@ -28,7 +46,7 @@ def load_student(path: str | Path) -> Normalised:
     tensors, metadata = read_safetensors(path)
     settings = settings_of(metadata, "path", path)
     network = rebuilt(settings, tensors, "path", str(path))
-    return Normalised(network, settings["mean"], settings["std"]).eval()
+    return NormalizedNetwork(network, settings["mean"], settings["std"]).eval()
 
 
 def settings_of(metadata: dict[str, str], option: str, path: str | Path) -> dict[str, Any]:
@@ -62,7 +80,7 @@ def rebuilt(settings: dict[str, Any], tensors: dict[str, Tensor], option: str, p
     Raises `OptionError`, naming `option` and `path`, where the settings are not ours or the weights do not fit.
     """
     network = built(settings, part(settings, "block_type", option, path), option, path)
-    refuse_difference(network.state_dict(), tensors, path, "its weights are another network's", option)
+    check_state_dict(network.state_dict(), tensors, path, "its weights are another network's", option)
     network.load_state_dict(tensors)
     return network
 
@@ -111,3 +129,21 @@ def called(settings: dict[str, Any], allowed: Callable[[str], bool]) -> Any:
 
 def of_network(target: str) -> bool:
     return target.rpartition(".")[0] in ROOMS
+
+
+def check_state_dict(
+    own: dict[str, Tensor], given: dict[str, Tensor], path: str, reason: str, option: str = "weights"
+) -> None:
+    """Raises `OptionError` where two state dicts differ in names or shapes; names the first difference.
+
+    Args:
+        own: The network's state dict.
+        given: The file's.
+        path: The file, for the message.
+        reason: What the difference means.
+        option: The option that named the file.
+    """
+    for name in sorted(own.keys() | given.keys()):
+        mine, theirs = (tuple(state[name].shape) if name in state else "none" for state in (own, given))
+        if mine != theirs:
+            raise OptionError(option, path, f"{reason}: {name} is {theirs} in the file, {mine} in the network")

@@ -1,58 +1,72 @@
 """Networks for small images.
 
-Each has `features(x)`, `head(f)`, `num_features`, `num_classes`, `classifier` (the last linear layer's name) and
-`made_for` (the images' side in pixels).
+A backbone has `features(x)`, `head(features)`, `num_features`, `num_classes`, `classifier` (the name of its last linear
+layer) and `native_size` (side in pixels of the images that it is made for).
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.layers.cheap_conv import Standard, conv3x3
+from odcheap.layers.cheap_conv import BlockType, conv3x3
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
-Conv = Callable[[int, int, int], nn.Module]
-
-DEEPEST = 1202  # of He et al.'s; a slip of the hand would be built until the memory is gone
-WIDEST = 100  # of a wide ResNet's factor and a DenseNet's growth: published ones are 20 and 48 at most
+MAX_DEPTH = 1202  # of He et al.; a typing error would be built until the memory is full
+MAX_WIDTH = 100  # of a wide ResNet's factor and a DenseNet's growth; published ones are 20 and 48 at most
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2 for small images: stem 3 -> 16, three stages of n blocks with 16, 32 and 64 channels.
+    """ResNet of depth 6n + 2 for small images: a stem of 16 channels, three stages of n blocks with 16, 32, 64 channels.
 
     Depths, widths and the standard form follow He et al., "Deep residual learning", 2015, section 4.2, with 1 x 1
-    convolutions on the shortcuts that change shape (855,770 parameters at depth 56). With a cheap `conv` the blocks
-    are those of the 2019 reference code, which differ from He's in more than the convolution: see `CheapBlock`.
+    convolutions on the shortcuts that change the shape (855,770 parameters at depth 56). With a cheap block type the
+    blocks are those of the 2019 reference code, which differ from He's in more than the convolution: see `CheapBlock`.
+
+    Args:
+        depth: 6n + 2: 8, 14, 20, ..., 1202.
+        conv: The block type.
+        num_classes: K.
+
+    Shape:
+        (N, 3, H, W) -> logits (N, K).
+
+    Example:
+        >>> from odcheap.layers.cheap_conv import DW
+        >>> sum(p.numel() for p in CifarResNet(56, DW(), num_classes=10).parameters())
+        119818
     """
 
-    made_for = 32
+    native_size = 32
     num_features = 64
     classifier = "fc"
     standard_note = "the standard network has He et al.'s block: it differs in more than the convolution"
 
-    def __init__(self, depth: int, conv: Conv, num_classes: int):
+    def __init__(self, depth: int, conv: BlockType, num_classes: int):
         super().__init__()
-        if not 8 <= depth <= DEEPEST or (depth - 2) % 6:
-            raise OptionError("backbone.depth", depth, f"must be 6n + 2 with n >= 1: 8, 14, 20, 26, ..., {DEEPEST}")
-        block = BasicBlock if isinstance(conv, Standard) else CheapBlock
+        if not 8 <= depth <= MAX_DEPTH or (depth - 2) % 6:
+            raise OptionError("backbone.depth", depth, f"must be 6n + 2 with n >= 1: 8, 14, 20, 26, ..., {MAX_DEPTH}")
+        block = CheapBlock if conv.is_cheap else BasicBlock
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = stage(block, conv, 16, 16, (depth - 2) // 6, stride=1)
-        self.layer2 = stage(block, conv, 16, 32, (depth - 2) // 6, stride=2)
-        self.layer3 = stage(block, conv, 32, 64, (depth - 2) // 6, stride=2)
+        self.layer1 = make_stage(block, conv, 16, 16, (depth - 2) // 6, stride=1)
+        self.layer2 = make_stage(block, conv, 16, 32, (depth - 2) // 6, stride=2)
+        self.layer3 = make_stage(block, conv, 32, 64, (depth - 2) // 6, stride=2)
         self.num_classes = num_classes
         self.fc = nn.Linear(64, num_classes)
         init_kaiming(self)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 64, H/4, W/4): the last feature map, with no activation behind a cheap block's sum."""
+        """(N, 3, H, W) -> (N, 64, H/4, W/4): the last feature map, with no activation after a cheap block's sum."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x)))
 
     def head(self, features: Tensor) -> Tensor:
-        """(N, 64, H, W) -> (N, K): global average pool, linear."""
+        """(N, 64, H, W) -> (N, K): global average pool, linear layer."""
         return self.fc(features.mean((2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,13 +76,13 @@ class CifarResNet(nn.Module):
 class BasicBlock(nn.Module):
     """He et al.'s block: the first convolution carries the stride, the last ReLU comes after the sum."""
 
-    def __init__(self, conv: Conv, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.conv1 = conv(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, 1)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = shortcut(in_channels, out_channels, stride)
+        self.shortcut = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         main = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -78,27 +92,29 @@ class BasicBlock(nn.Module):
 class CheapBlock(nn.Module):
     """The 2019 code's block: the second convolution carries the stride, both have a ReLU, none follows the sum."""
 
-    def __init__(self, conv: Conv, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.conv1 = conv(in_channels, out_channels, 1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = shortcut(in_channels, out_channels, stride)
+        self.shortcut = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         main = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(main)), inplace=True) + self.shortcut(x)
 
 
-def stage(
-    block: Callable[..., nn.Module], conv: Conv, in_channels: int, out_channels: int, blocks: int, stride: int
+def make_stage(
+    block: Callable[..., nn.Module], conv: BlockType, in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
+    """Returns `blocks` blocks in a row; the first one changes the channels and carries the stride."""
     first = block(conv, in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(conv, out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Returns the identity, or a 1 x 1 convolution with batch norm where the shape changes."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -107,21 +123,21 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     )
 
 
-class Plain(nn.Module):
-    """A standard network of three parts: the maps, global average pool, linear."""
+class PlainNetwork(nn.Module):
+    """A standard network of three parts: layers that give the last feature map, global average pool, linear layer."""
 
-    made_for = 32
+    native_size = 32
     classifier = "fc"
 
-    def __init__(self, maps: nn.Sequential, num_features: int, num_classes: int):
+    def __init__(self, body: nn.Sequential, num_features: int, num_classes: int):
         super().__init__()
-        self.maps = maps
+        self.body = body
         self.num_features, self.num_classes = num_features, num_classes
         self.fc = nn.Linear(num_features, num_classes)
         init_kaiming(self)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.maps(x)
+        return self.body(x)
 
     def head(self, features: Tensor) -> Tensor:
         return self.fc(features.mean((2, 3)))
@@ -130,11 +146,11 @@ class Plain(nn.Module):
         return self.head(self.features(x))
 
 
-def vgg16(num_classes: int) -> Plain:
-    """VGG-16 with batch norm and one linear layer, (N, 3, H, W) -> maps (N, 512, H/32, W/32).
+def vgg16(num_classes: int) -> PlainNetwork:
+    """VGG-16 with batch norm and one linear layer; last feature map (N, 512, H/32, W/32).
 
     Source: Simonyan and Zisserman, "Very deep convolutional networks", 2015, configuration D; the small head is usual
-    for 32 x 32 images.
+    for images of 32 x 32.
     """
     layers: list[nn.Module] = []
     channels = 3
@@ -143,83 +159,88 @@ def vgg16(num_classes: int) -> Plain:
             layers += [conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
-    return Plain(nn.Sequential(*layers), 512, num_classes)
+    return PlainNetwork(nn.Sequential(*layers), 512, num_classes)
 
 
-def densenet(depth: int, growth: int, num_classes: int) -> Plain:
-    """DenseNet without bottlenecks or compression, (N, 3, H, W) -> maps (N, C, H/4, W/4).
+@check_arguments("backbone.network")
+def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
+    """DenseNet without bottlenecks or compression; last feature map (N, C, H/4, W/4).
 
     Source: Huang et al., "Densely connected convolutional networks", 2017, section 4.2: three blocks, a first
-    convolution of 16 channels. Raises `OptionError` where the depth is not 3n + 4 or the growth not 1 to 100.
+    convolution of 16 channels.
+
+    Args:
+        depth: 3n + 4: 7, 10, ..., 40, ..., 1201.
+        growth: Channels that each layer adds.
+        num_classes: K.
     """
-    if not 7 <= depth <= DEEPEST or (depth - 4) % 3:
+    if not 7 <= depth <= MAX_DEPTH or (depth - 4) % 3:
         raise OptionError("backbone.network.depth", depth, "must be 3n + 4 with n >= 1: 7, 10, ..., 40, ..., 1201")
-    check_width("growth", growth)
     layers, channels = [conv3x3(3, 16)], 16
     for block in range(3):
         if block:
-            layers += [before(channels), nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
+            layers += [norm_relu(channels), nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
         for _ in range((depth - 4) // 3):
             layers.append(DenseLayer(channels, growth))
             channels += growth
-    return Plain(nn.Sequential(*layers, before(channels)), channels, num_classes)
-
-
-def check_width(name: str, value: int) -> None:
-    if not isinstance(value, int) or not 1 <= value <= WIDEST:
-        raise OptionError(f"backbone.network.{name}", value, f"must be a whole number, 1 to {WIDEST}")
+    return PlainNetwork(nn.Sequential(*layers, norm_relu(channels)), channels, num_classes)
 
 
 class DenseLayer(nn.Module):
-    """(N, C, H, W) -> (N, C + growth, H, W): the input and what is made of it."""
+    """(N, C, H, W) -> (N, C + growth, H, W): appends the output of batch norm, ReLU and convolution to the input."""
 
     def __init__(self, channels: int, growth: int):
         super().__init__()
-        self.before, self.conv = before(channels), conv3x3(channels, growth)
+        self.norm, self.conv = norm_relu(channels), conv3x3(channels, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv(self.before(x))], dim=1)
+        return torch.cat([x, self.conv(self.norm(x))], dim=1)
 
 
-def wide_resnet(depth: int, width: int, num_classes: int) -> Plain:
-    """Wide ResNet with activations before the convolutions, (N, 3, H, W) -> maps (N, 64 * width, H/4, W/4).
+@check_arguments("backbone.network")
+def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
+    """Wide ResNet with activations before the convolutions; last feature map (N, 64 * width, H/4, W/4).
 
-    Source: Zagoruyko and Komodakis, "Wide residual networks", 2016. Raises `OptionError` where the depth is not 6n + 4
-    or the width not 1 to 100.
+    Source: Zagoruyko and Komodakis, "Wide residual networks", 2016.
+
+    Args:
+        depth: 6n + 4: 10, 16, 22, 28, ..., 1198.
+        width: Factor on the channels 16, 32, 64.
+        num_classes: K.
     """
-    if not 10 <= depth <= DEEPEST or (depth - 4) % 6:
+    if not 10 <= depth <= MAX_DEPTH or (depth - 4) % 6:
         raise OptionError("backbone.network.depth", depth, "must be 6n + 4 with n >= 1: 10, 16, 22, 28, ..., 1198")
-    check_width("width", width)
     layers, channels = [conv3x3(3, 16)], 16
     for out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
         for k in range((depth - 4) // 6):
             layers.append(WideBlock(channels, out, 1 if k else stride))
             channels = out
-    return Plain(nn.Sequential(*layers, before(channels)), channels, num_classes)
+    return PlainNetwork(nn.Sequential(*layers, norm_relu(channels)), channels, num_classes)
 
 
 class WideBlock(nn.Module):
-    """Two convolutions, each behind its batch norm and ReLU; a 1 x 1 shortcut of the activated input where it must."""
+    """Two convolutions, each after batch norm and ReLU; where the shape changes, a 1 x 1 shortcut of the active input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.before1, self.conv1 = before(in_channels), conv3x3(in_channels, out_channels, stride)
-        self.before2, self.conv2 = before(out_channels), conv3x3(out_channels, out_channels)
-        same = stride == 1 and in_channels == out_channels
-        self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.norm1, self.conv1 = norm_relu(in_channels), conv3x3(in_channels, out_channels, stride)
+        self.norm2, self.conv2 = norm_relu(out_channels), conv3x3(out_channels, out_channels)
+        is_identity = stride == 1 and in_channels == out_channels
+        self.shortcut = None if is_identity else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = self.before1(x)
-        main = self.conv2(self.before2(self.conv1(active)))
+        active = self.norm1(x)
+        main = self.conv2(self.norm2(self.conv1(active)))
         return main + (x if self.shortcut is None else self.shortcut(active))
 
 
-def before(channels: int) -> nn.Sequential:
+def norm_relu(channels: int) -> nn.Sequential:
+    """Returns batch norm and ReLU."""
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def init_kaiming(network: nn.Module) -> None:
-    """Kaiming-normal weights (fan-in) for every convolution; all else keeps PyTorch's default."""
+    """Gives every convolution Kaiming-normal weights (fan-in); all else keeps PyTorch's default."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)

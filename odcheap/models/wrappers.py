@@ -1,169 +1,201 @@
-"""Standard networks, ours or those of torchvision and timm, as backbones: converted, with features and a head."""
+"""Standard networks of ours, torchvision or timm as backbones: converted to a block type, with features and a head."""
 
 import copy
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
 import torch
 import torchvision
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.layers.cheap_conv import DW, Standard, Window
-from odcheap.models.cifar import Conv
-from odcheap.models.convert import check, replace
-from odcheap.models.pretrained import disturb, last_layer, load_pretrained
+from odcheap.layers.cheap_conv import BlockType, CheapConv, Window
+from odcheap.models.build import check_state_dict
+from odcheap.models.convert import Init, cheapen, check_conversion_options, find_spatial_convs
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.files import read_safetensors, read_torch
 
-PROBE = 96  # pixels: enough for every torchvision network, little work
-LARGEST_FOR_SMALL = 64  # pixels that a network made for 32 still makes sense of
+PROBE_SIZE = 96  # pixels: enough for every torchvision network, little work
+MAX_SMALL_SIZE = 64  # pixels: above it, networks made for 32 are refused
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, used in training only
+Noise = Annotated[float, Field(ge=0)]
 
 
-def converted(
-    network: Callable[..., nn.Module], conv: Conv, num_classes: int, keep: Iterable[str] | None = None
+def converted_backbone(
+    network: Callable[..., nn.Module], conv: BlockType, num_classes: int, keep: list[str] | str | None = None
 ) -> nn.Module:
-    """One of our standard networks, its 3 x 3 convolutions but the stem's replaced by the block type's pairs."""
-    standard = network(num_classes=num_classes)
-    made = replaced(standard, conv, keep, "kaiming")
-    made.standard_note = None
-    return made
+    """One of our standard networks, with its 3 x 3 convolutions (but the stem) replaced by pairs of the block type.
+
+    Args:
+        network: Builds the standard network, given `num_classes`.
+        conv: The block type; Standard changes nothing.
+        num_classes: K.
+        keep: Convolutions to leave, see `cheapen`.
+    """
+    converted = convert_to(network(num_classes=num_classes), conv, keep, "kaiming")
+    converted.standard_note = None
+    return converted
 
 
-def replaced(network: nn.Module, conv: Conv, keep: Iterable[str] | None, init: str) -> nn.Module:
-    """`convert.replace`, whose errors then name the options as they are called in `conf/`; Standard changes nothing."""
+def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> nn.Module:
+    """`cheapen`, with errors that name the options as in `conf/`; a standard block type changes nothing."""
     try:
-        if isinstance(conv, Standard):
-            check(network, keep, init)  # a sweep over block types finds its mistakes in the first run
+        if not conv.is_cheap:
+            check_conversion_options(network, keep, init)  # a sweep over block types finds mistakes in its first run
             return network
-        return replace(network, conv, keep, init)
+        return cheapen(network, conv, keep=keep, init=init)
     except OptionError as error:
         raise error if str(error).startswith("block_type") else error.with_group("backbone") from None
 
 
-def mobilenetv2(conv: Conv, num_classes: int) -> nn.Module:
-    """MobileNetV2 for 32 x 32 images, its strides before 8 pixels left out: (N, 3, H, W) -> (N, 1280, H/8, W/8).
+def mobilenetv2(conv: BlockType, num_classes: int) -> nn.Module:
+    """MobileNetV2 for images of 32 x 32, without the strides before 8 pixels; last feature map (N, 1280, H/8, W/8).
 
-    Its spatial operators stand between 1 x 1 convolutions already, so the block type takes their place without another
-    1 x 1: depth-wise for DW and Standard (the published network), a shift, or groups. Source: Sandler et al.,
-    "MobileNetV2: Inverted residuals and linear bottlenecks", 2018.
+    Its depth-wise convolutions already stand between 1 x 1 convolutions, so the block type's spatial operator takes
+    their place without another 1 x 1. DW and Standard are the published network. Source: Sandler et al., "MobileNetV2:
+    Inverted residuals and linear bottlenecks", 2018.
     """
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
     network = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
     network.features[0][0].stride = (1, 1)
-    block_type = DW() if isinstance(conv, Standard) else conv
     for block in network.modules():
         for name, layer in block.named_children():
             if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                spatial = block_type.spatial(layer.in_channels, Window.from_conv(layer))
-                for p in spatial.parameters():
-                    nn.init.kaiming_normal_(p, mode="fan_out")  # as torchvision does
+                spatial = conv.make_spatial(layer.in_channels, Window.from_conv(layer))
+                for parameter in spatial.parameters():
+                    if parameter.ndim > 1:
+                        nn.init.kaiming_normal_(parameter, mode="fan_out")  # as torchvision does
                 setattr(block, name, spatial)
-    made = checked(Torchvision(network, num_classes), "mobilenetv2")
-    made.made_for = 32
-    return made
+    backbone = find_num_features(TorchvisionBackbone(network, num_classes), "mobilenetv2")
+    backbone.native_size = 32
+    return backbone
 
 
+@check_arguments("backbone")
 def torchvision_backbone(
     name: str,
-    conv: Conv,
+    conv: BlockType,
     num_classes: int,
     pretrained: str | None = None,
-    keep: Iterable[str] | None = None,
-    init: str = "auto",
-    noise: float = 0.0,
+    keep: list[str] | str | None = None,
+    init: Init = "auto",
+    noise: Noise = 0.0,
 ) -> nn.Module:
-    """A classification network of torchvision, by its name there, converted to the block type.
+    """A classification network of torchvision, converted to the block type.
 
-    `pretrained` is a local file of its weights, loaded before the conversion; a classifier for another number of
-    classes is left out of it. `noise` (see `disturb`) makes the students that start from one file differ. Raises
-    `OptionError`: an unknown name, weights that do not fit, nothing to replace, no 4-D last feature map.
+    Args:
+        name: Its name in torchvision.
+        conv: The block type; Standard changes nothing.
+        num_classes: K.
+        pretrained: A local file of its weights, loaded before the conversion; a classifier for another number of
+            classes is left out.
+        keep: Convolutions to leave, see `cheapen`.
+        init: See `cheapen`; "auto" fits where there are pretrained weights.
+        noise: Makes students that start from one file differ, see `add_weight_noise`.
+
+    Raises:
+        OptionError: An unknown name, weights that do not fit, nothing to replace, or no last feature map.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    refuse_unknown(name, known, "torchvision")
-    with_auxiliary = name in ("googlenet", "inception_v3")
-    options = {"aux_logits": False, "init_weights": pretrained is None} if with_auxiliary else {}
+    check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
+    has_auxiliary_heads = name in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": pretrained is None} if has_auxiliary_heads else {}
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-    if with_auxiliary:
-        network.transform_input = True  # the published weights expect TensorFlow's normalisation
-    made = checked(Torchvision(network, num_classes), name)
-    made.network = prepared(network, conv, num_classes, pretrained, keep, init, noise)
-    return made
+    if has_auxiliary_heads:
+        network.transform_input = True  # the published weights expect TensorFlow's normalization
+    backbone = find_num_features(TorchvisionBackbone(network, num_classes), name)
+    backbone.network = prepare_network(network, conv, num_classes, pretrained, keep, init, noise)
+    return backbone
 
 
+@check_arguments("backbone")
 def timm_backbone(
     name: str,
-    conv: Conv,
+    conv: BlockType,
     num_classes: int,
     pretrained: str | None = None,
-    keep: Iterable[str] | None = None,
-    init: str = "auto",
-    noise: float = 0.0,
+    keep: list[str] | str | None = None,
+    init: Init = "auto",
+    noise: Noise = 0.0,
 ) -> nn.Module:
-    """The same for a network of timm. Raises `Failure` where timm is not installed."""
+    """A network of timm, converted to the block type. The arguments are those of `torchvision_backbone`.
+
+    Raises:
+        Failure: timm is not installed.
+        OptionError: As `torchvision_backbone`.
+    """
     if importlib.util.find_spec("timm") is None:
         raise Failure("backbone=timm: the timm package is not installed; uv sync --extra timm (or pip install timm)")
     import timm
 
-    refuse_unknown(name, timm.list_models(), "timm")
+    check_name(name, timm.list_models(), "timm")
     network = timm.create_model(name, pretrained=False, num_classes=num_classes)
-    made = checked(Timm(network, num_classes), name)
-    made.network = prepared(network, conv, num_classes, pretrained, keep, init, noise)
-    return made
+    backbone = find_num_features(TimmBackbone(network, num_classes), name)
+    backbone.network = prepare_network(network, conv, num_classes, pretrained, keep, init, noise)
+    return backbone
 
 
-def refuse_unknown(name: str, known: list[str], library: str) -> None:
+def check_name(name: str, known: list[str], library: str) -> None:
+    """Raises `OptionError` with similar names where the library has no such network."""
     if name not in known:
-        close = ", ".join(difflib.get_close_matches(str(name), known, n=4, cutoff=0.4)) or "none"
-        raise OptionError("backbone.name", name, f"no classification network of {library} is called so; near: {close}")
+        similar = ", ".join(difflib.get_close_matches(str(name), known, n=4, cutoff=0.4)) or "none"
+        allowed = f"no classification network of {library} has this name; similar: {similar}"
+        raise OptionError("backbone.name", name, allowed)
 
 
-def prepared(
+def prepare_network(
     network: nn.Module,
-    conv: Conv,
+    conv: BlockType,
     num_classes: int,
     pretrained: str | None,
     keep: Iterable[str] | None,
-    init: str,
+    init: Init,
     noise: float,
 ) -> nn.Module:
-    """Weights from the file, then the conversion, then the noise."""
+    """Loads the weights, converts the network and adds the noise."""
     if pretrained is None:
-        return replaced(network, conv, keep, "kaiming" if init == "auto" else init)
+        return convert_to(network, conv, keep, "kaiming" if init == "auto" else init)
     load_pretrained(network, pretrained, num_classes)
-    made = replaced(network, conv, keep, "fit" if init == "auto" else init)
-    disturb(made, noise)
-    return made
+    converted = convert_to(network, conv, keep, "fit" if init == "auto" else init)
+    add_weight_noise(converted, noise)
+    return converted
 
 
-class Torchvision(nn.Module):
-    """A torchvision network cut before its global pool: `head(features(x))` is its own forward pass."""
+class TorchvisionBackbone(nn.Module):
+    """A torchvision network, split before its global pool: `head(features(x))` is its own forward pass."""
 
-    made_for = 224
+    native_size = 224
+    num_features: int
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
         self.network, self.num_classes = network, num_classes
-        self.classifier = f"network.{last_layer(network, num_classes)}"
+        self.classifier = f"network.{find_last_layer(network, num_classes)}"
         names = [name for name, _ in network.named_children()]
-        cut = next((k for k, n in enumerate(names) if n in ("avgpool", "dropout", "classifier", "fc")), len(names))
-        self.trunk, self.tail = names[:cut], [name for name in names[cut:] if name != "avgpool"]
-        inside = [type(m) for name in self.tail for m in network.get_submodule(name).modules()]
-        self.pools_itself, self.flattens_itself = nn.AdaptiveAvgPool2d in inside, nn.Flatten in inside
+        split = next((k for k, n in enumerate(names) if n in ("avgpool", "dropout", "classifier", "fc")), len(names))
+        self.body, self.tail = names[:split], [name for name in names[split:] if name != "avgpool"]
+        tail_types = [type(module) for name in self.tail for module in network.get_submodule(name).modules()]
+        self.tail_pools, self.tail_flattens = nn.AdaptiveAvgPool2d in tail_types, nn.Flatten in tail_types
 
     def features(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
         if getattr(self.network, "transform_input", False):
             x = self.network._transform_input(x)
-        for name in self.trunk:
+        for name in self.body:
             x = getattr(self.network, name)(x)
         return F.relu(x) if isinstance(self.network, torchvision.models.DenseNet) else x
 
     def head(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) -> logits (N, K)."""
         x = features
-        if not self.pools_itself:
+        if not self.tail_pools:
             pool = getattr(self.network, "avgpool", None)
             x = x.mean((2, 3), keepdim=True) if pool is None else pool(x)
-            x = x if self.flattens_itself else x.flatten(1)
+            x = x if self.tail_flattens else x.flatten(1)
         for name in self.tail:
             x = getattr(self.network, name)(x)
         return x.flatten(1)
@@ -172,71 +204,151 @@ class Torchvision(nn.Module):
         return self.head(self.features(x))
 
 
-class Timm(nn.Module):
-    """A timm network, which says itself where its features end."""
+class TimmBackbone(nn.Module):
+    """A timm network, which itself says where its features end."""
 
-    made_for = 224
+    native_size = 224
+    num_features: int
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
         self.network, self.num_classes = network, num_classes
-        self.classifier = f"network.{last_layer(network, num_classes)}"
+        self.classifier = f"network.{find_last_layer(network, num_classes)}"
 
     def features(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
         return self.network.forward_features(x)
 
     def head(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) -> logits (N, K)."""
         return self.network.forward_head(features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
 
-def checked(backbone: Torchvision | Timm, name: str) -> nn.Module:
-    """Sets `num_features`; `OptionError` unless the network has a 4-D last feature map and the head that follows it.
+def find_num_features(backbone: TorchvisionBackbone | TimmBackbone, name: str) -> nn.Module:
+    """Sets `num_features` of a backbone and returns it.
 
-    Whether the cut is right the network itself decides: its own forward pass must give the same logits.
+    Raises:
+        OptionError: The network has no 4-D last feature map, or the head after the split gives other logits than the
+            network's own forward pass.
     """
-    x = torch.linspace(-2, 2, 3 * PROBE * PROBE).view(1, 3, PROBE, PROBE)
+    x = torch.linspace(-2, 2, 3 * PROBE_SIZE * PROBE_SIZE).view(1, 3, PROBE_SIZE, PROBE_SIZE)
+    allowed = "has no 4-D last feature map (N, C, H, W) with a head behind it (a transformer?): the teacher needs one"
+    error = OptionError("backbone.name", name, allowed)
     training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
-            maps = backbone.features(x)
-            same = maps.ndim == 4 and torch.allclose(backbone.head(maps), backbone.network(x), atol=1e-5, rtol=1e-4)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        raise no_maps(name) from error
-    if not same or maps.shape[1] != getattr(backbone.network, "num_features", maps.shape[1]):
-        raise no_maps(name)
-    backbone.num_features = maps.shape[1]
-    backbone.train(training)
-    return backbone
+            features = backbone.features(x)
+            is_split = features.ndim == 4 and torch.allclose(
+                backbone.head(features), backbone.network(x), atol=1e-5, rtol=1e-4
+            )
+    except (RuntimeError, ValueError, AssertionError, TypeError) as reason:
+        raise error from reason
+    if not is_split or features.shape[1] != getattr(backbone.network, "num_features", features.shape[1]):
+        raise error
+    backbone.num_features = features.shape[1]
+    return backbone.train(training)
 
 
-def no_maps(name: str) -> OptionError:
-    allowed = "has no 4-D last feature map (N, C, H, W) with a head behind it (a transformer?): the teacher needs one"
-    return OptionError("backbone.name", name, allowed)
+def load_pretrained(
+    network: nn.Module, path: str, num_classes: int, option: str = "backbone.pretrained", new_head: bool = True
+) -> None:
+    """Loads published weights from a local file into a standard network.
+
+    Args:
+        network: The network.
+        path: A state dict written by `torch.save` or as safetensors.
+        num_classes: K.
+        option: The option that named the file, for messages.
+        new_head: Whether a classifier for another number of classes is left out, so that the network's stays fresh.
+
+    Raises:
+        OptionError: The weights do not fit; nothing has been changed.
+    """
+    content = read_safetensors(path, option)[0] if str(path).endswith(".safetensors") else read_torch(path, option)
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {update_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(AUXILIARY_HEADS)}
+    own = network.state_dict()
+    head = {
+        name: tensor for name, tensor in own.items() if name.startswith(f"{find_last_layer(network, num_classes)}.")
+    }
+    if new_head and any(name in state and state[name].shape != tensor.shape for name, tensor in head.items()):
+        state |= head
+    counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    state = counters | state  # old files have no counters
+    check_state_dict(own, state, path, "weights of another network", option)
+    network.load_state_dict(state)
+
+
+def update_name(name: str) -> str:
+    """Returns today's name of a tensor: no prefix of a parallel wrapper, no extra dots of torchvision's first DenseNets."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.removeprefix("module."))
+
+
+def find_last_layer(network: nn.Module, num_classes: int) -> str:
+    """Returns the name of the layer that gives the logits."""
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    last = next((name for name, module in reversed(layers) if module.weight.shape[0] == num_classes), None)
+    if last is None:
+        raise OptionError("backbone", type(network).__name__, "has no linear layer that gives the logits")
+    return last
+
+
+@torch.no_grad()
+def add_weight_noise(network: nn.Module, noise: float) -> None:
+    """Adds Gaussian noise to the weights of the converted layers.
+
+    Students that start from one file would otherwise be equal and, seeing the same batches, stay equal. In a network
+    that was not converted the noise goes to the convolutions with more than one tap.
+
+    Args:
+        network: The network, changed in place.
+        noise: The noise's standard deviation, as a factor on that of each weight tensor.
+    """
+    pairs = [module for module in network.modules() if isinstance(module, CheapConv)]
+    for module in pairs or find_spatial_convs(network).values():
+        for parameter in module.parameters():
+            if parameter.ndim == 4:
+                parameter += noise * parameter.std() * torch.randn_like(parameter)
 
 
 def check_image_size(backbone: nn.Module, image_size: tuple[int, int, int], name: str) -> None:
-    """`OptionError` where the images are too large for a network made for small ones, or too small for its strides."""
+    """Raises `OptionError` where images are too large for a network for small ones, or too small for its strides.
+
+    Args:
+        backbone: The network.
+        image_size: (C, H, W).
+        name: The backbone's option name, for the message.
+    """
     _, height, width = image_size
-    if backbone.made_for <= LARGEST_FOR_SMALL < max(height, width):
-        allowed = f"is made for {backbone.made_for} x {backbone.made_for} pictures, and these have {height} x {width}"
+    native = backbone.native_size
+    if native <= MAX_SMALL_SIZE < max(height, width):
+        allowed = f"is made for {native} x {native} pictures, and these have {height} x {width}"
         raise OptionError("backbone", name, f"{allowed}; resnet18 and its like are made for larger ones")
-    stride = stride_of(backbone)
+    stride = find_stride(backbone)
     fits = min(height, width) >= stride
     if fits:
         try:
-            copy.deepcopy(backbone).to("meta").eval().features(torch.empty(1, 3, height, width, device="meta"))
-        except RuntimeError:  # a convolution or pool without padding has nothing left to work on
+            _features_on_meta(backbone, height, width)
+        except RuntimeError:  # a convolution or pool without padding has no pixels left
             fits = False
     if not fits:
         raise OptionError("backbone", name, f"pictures of {height} x {width} are too small: its stride is {stride}")
 
 
-def stride_of(backbone: nn.Module) -> int:
-    """How many pixels of the image's side one of the last feature map's stands for; nothing is computed."""
-    side = 1024
-    copied = copy.deepcopy(backbone).to("meta").eval()
-    return side // copied.features(torch.empty(1, 3, side, side, device="meta")).shape[-1]
+def find_stride(backbone: nn.Module) -> int:
+    """Returns how many pixels of the image's side stand for one of the last feature map's."""
+    return 1024 // _features_on_meta(backbone, 1024, 1024).shape[-1]
+
+
+def _features_on_meta(backbone: nn.Module, height: int, width: int) -> Tensor:
+    """The last feature map on the meta device, where nothing is computed."""
+    images = torch.empty(1, 3, height, width, device="meta")
+    return copy.deepcopy(backbone).to("meta").eval().features(images)

@@ -52,13 +52,17 @@ def of(cfg: DictConfig, backbone: str) -> Cost:
     block_type = type(conv).__name__
     try:
         network: nn.Module = build(conv=conv, num_classes=CLASSES[32])
-        if CLASSES[network.made_for] != CLASSES[32]:
-            network = build(conv=conv, num_classes=CLASSES[network.made_for])
+        if CLASSES[network.native_size] != CLASSES[32]:
+            network = build(conv=conv, num_classes=CLASSES[network.native_size])
     except Failure as error:
         return Cost(backbone, block_type, refused=str(error))
-    pixels = network.made_for
+    pixels = network.native_size
     return Cost(
-        backbone, block_type, pixels, flops.params(network), flops.macs(network.to("meta"), (3, pixels, pixels))
+        backbone,
+        block_type,
+        pixels,
+        flops.count_params(network),
+        flops.count_macs(network.to("meta"), (3, pixels, pixels)),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from odcheap.methods.base import Method
+from odcheap.models.build import check_state_dict
 from odcheap.runs.reference import is_reference, translate
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors, read_torch
@@ -80,21 +81,12 @@ def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_h
     elif given is not None and given.shape[1:] == classes.shape[1:] and len(given) != len(classes):
         allowed = f"has {len(given)} classes, the data {len(classes)}; weights_head=new keeps the bodies only"
         raise OptionError("weights", path, allowed)
-    refuse_difference(own, state, path, "another architecture")
+    check_state_dict(own, state, path, "another architecture")
 
 
 def check_own(method: nn.Module, weights: Weights) -> None:
     own = own_parts(method.state_dict())
-    refuse_difference(own, weights.own, weights.path, "another method; weights_head=new keeps the students' bodies")
-
-
-def refuse_difference(
-    own: dict[str, Tensor], given: dict[str, Tensor], path: str, what: str, option: str = "weights"
-) -> None:
-    for name in sorted(own.keys() | given.keys()):
-        mine, theirs = (tuple(s[name].shape) if name in s else "none" for s in (own, given))
-        if mine != theirs:
-            raise OptionError(option, path, f"{what}: {name} is {theirs} in the file, {mine} in the network")
+    check_state_dict(own, weights.own, weights.path, "another method; weights_head=new keeps the students' bodies")
 
 
 def body(student: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -88,18 +88,18 @@ def costs(
     training besides, None where that is not known.
     """
     method = module.method
-    student, frozen = method.students.members[0], [flops.macs(network, image_size) for network in method.frozen()]
-    training = (3 * flops.macs(method, image_size) - 2 * sum(frozen)) * images_trained
+    student, frozen = method.students.members[0], [flops.count_macs(network, image_size) for network in method.frozen()]
+    training = (3 * flops.count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":
-        teacher = {"params": flops.params(method.teacher.network), "macs": frozen[0], **method.teacher.history}
+        teacher = {"params": flops.count_params(method.teacher.network), "macs": frozen[0], **method.teacher.history}
         before = teacher["training_macs"]
     return {
-        "params": flops.params(student),
-        "macs": flops.macs(student, image_size),
+        "params": flops.count_params(student),
+        "macs": flops.count_macs(student, image_size),
         "standard": {
-            "params": flops.params(standard),
-            "macs": flops.macs(standard, image_size),
+            "params": flops.count_params(standard),
+            "macs": flops.count_macs(standard, image_size),
             "note": getattr(standard, "standard_note", None),
         },
         "teacher": teacher,

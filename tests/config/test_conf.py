@@ -12,7 +12,7 @@ from odcheap.layers.cheap_conv import DW, CheapConv, Standard
 from odcheap.methods import parallel
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.models.wrappers import stride_of
+from odcheap.models.wrappers import find_stride
 from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
 from odcheap.utils.parts import find_conf_dir
@@ -47,7 +47,7 @@ def test_every_backbone_with_every_block_type_learns(composed, backbone, block_t
     if backbone == "timm":
         pytest.importorskip("timm")
     network = instantiate(cfg.backbone)(conv=instantiate(cfg.block_type), num_classes=3)
-    side = stride_of(network)
+    side = find_stride(network)
     maps = network.features(torch.randn(4, 3, side, side))
     assert maps.shape == (4, network.num_features, 1, 1)
     logits = network.head(maps)

@@ -43,7 +43,9 @@ def test_no_other_pair_is_nearer():
 
 
 def test_channels_beyond_the_rank_are_left_to_the_caller():
-    spatial, pointwise = factorize.factorize_grouped(torch.randn(2, 8, 3, 3), groups=2)  # 2 outputs use 2 of 4 channels a group
+    spatial, pointwise = factorize.factorize_grouped(
+        torch.randn(2, 8, 3, 3), groups=2
+    )  # 2 outputs use 2 of 4 channels a group
     unused = spatial.flatten(1).isnan().all(1)
     assert unused.tolist() == [False, False, True, True] * 2
     assert not pointwise[:, unused].any()

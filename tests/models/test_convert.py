@@ -15,7 +15,7 @@ from odcheap.layers.cheap_conv import CheapConv, Standard
 from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
-from odcheap.models.convert import Conversion, cheapen, spatial_convs, table
+from odcheap.models.convert import ConversionTable, cheapen, conversion_table, find_spatial_convs
 
 TYPES = ["Shift", "DW", "Group"]
 CONVERTED = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_v2_s", "googlenet", "inception_v3", "resnet18"]
@@ -51,7 +51,7 @@ def by_hand(conv: nn.Conv2d, block_type: str, pixels: int) -> tuple[int, int]:
 
 def check_conversion(before: nn.Module, block_type: str, size: int) -> None:
     after = cheapen(before, block_type)
-    made = table(before, after, (3, size, size))
+    made = conversion_table(before, after, (3, size, size))
     expected = list(made.params[:1] + made.macs[:1])
     for row in made.rows:
         conv, now = before.get_submodule(row.name), after.get_submodule(row.name)
@@ -68,7 +68,7 @@ def check_conversion(before: nn.Module, block_type: str, size: int) -> None:
         expected[0] += row.params[1] - row.params[0]
         expected[1] += row.macs[1] - row.macs[0]
     assert [made.params[1], made.macs[1]] == expected
-    assert (flops.params(after), flops.macs(after, (3, size, size))) == (made.params[1], made.macs[1])
+    assert (flops.count_params(after), flops.count_macs(after, (3, size, size))) == (made.params[1], made.macs[1])
     x = torch.randn(2, 3, size, size)
     shapes = [out.shape for out in outputs(before, x)]
     found = outputs(after, x)
@@ -96,7 +96,7 @@ def test_every_torchvision_network(name, block_type):
 
 
 def replaceable(model):
-    return [c for c in list(spatial_convs(model).values())[1:] if c.groups == 1]
+    return [c for c in list(find_spatial_convs(model).values())[1:] if c.groups == 1]
 
 
 @pytest.mark.parametrize("name", NOTHING)
@@ -131,7 +131,7 @@ def test_timm_networks_with_every_type(name, block_type):
 def test_the_converted_resnet56_costs_what_a_hand_count_says(block_type, parameters, multiplications):
     """The reference's figures for the stride on the spatial operator."""
     after = cheapen(CifarResNet(56, Standard(), 10), block_type)
-    assert (flops.params(after), flops.macs(after, (3, 32, 32))) == (parameters, multiplications)
+    assert (flops.count_params(after), flops.count_macs(after, (3, 32, 32))) == (parameters, multiplications)
 
 
 def test_a_conversion_by_hand_gives_the_same_outputs():
@@ -262,7 +262,7 @@ def test_networks_whose_normalisation_tells_nothing_are_judged_by_their_weights(
 def test_the_table_leaves_the_modes_as_they_are():
     before = build("resnet18").train()
     before.bn1.eval()
-    table(before, cheapen(before, "DW"), (3, 32, 32))
+    conversion_table(before, cheapen(before, "DW"), (3, 32, 32))
     assert before.training
     assert before.layer1.training
     assert not before.bn1.training
@@ -299,7 +299,7 @@ def test_a_layer_used_in_two_places_stays_one():
 def test_keep_takes_names_modules_and_patterns_and_refuses_strangers():
     before = build("resnet18")
     after = cheapen(before, "DW", keep=["conv1", "layer1", "layer4.*.conv2"])
-    kept = {name for name in spatial_convs(before) if not isinstance(after.get_submodule(name), CheapConv)}
+    kept = {name for name in find_spatial_convs(before) if not isinstance(after.get_submodule(name), CheapConv)}
     expected = {"conv1", *(f"layer1.{b}.conv{c}" for b in (0, 1) for c in (1, 2)), "layer4.0.conv2", "layer4.1.conv2"}
     assert kept == expected
     assert isinstance(cheapen(before, "DW", keep=()).conv1, CheapConv)
@@ -310,7 +310,7 @@ def test_keep_takes_names_modules_and_patterns_and_refuses_strangers():
 def test_a_shift_layer_with_too_few_channels_is_kept_and_listed():
     before = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 5), nn.Conv2d(24, 16, 3))
     after = cheapen(before, "Shift")
-    made = str(table(before, after, (3, 32, 32)))
+    made = str(conversion_table(before, after, (3, 32, 32)))
     assert [type(layer) for layer in after] == [nn.Conv2d] * 3 + [CheapConv]
     assert "kept: the stem" in made
     assert "kept: a shift of 9 taps moves none of 8 channels" in made
@@ -320,14 +320,14 @@ def test_a_shift_layer_with_too_few_channels_is_kept_and_listed():
 def test_group_takes_the_largest_divisor_and_the_table_says_so():
     before = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 7, 3), nn.Conv2d(7, 8, 3), nn.Conv2d(8, 8, 3))
     after = cheapen(before, "Group", groups=4)
-    made = table(before, after, (3, 32, 32))
+    made = conversion_table(before, after, (3, 32, 32))
     assert [row.after for row in made.rows] == [
         "kept: the stem",
         "groups 3 + 1 x 1",
         "kept: no number of groups up to 4 divides its 7 channels",
         "groups 4 + 1 x 1",
     ]
-    assert isinstance(made, Conversion)
+    assert isinstance(made, ConversionTable)
 
 
 class Odd(nn.Conv2d):
@@ -338,7 +338,7 @@ class Odd(nn.Conv2d):
 def test_convolutions_of_another_kind_are_kept_and_listed():
     odd, computed = Odd(12, 12, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3))
     before = nn.Sequential(nn.Conv2d(3, 12, 3), odd, computed, nn.Conv2d(12, 12, 3, groups=2), nn.Conv2d(12, 12, 3))
-    rows = table(before, cheapen(before, "DW"), (3, 32, 32)).rows
+    rows = conversion_table(before, cheapen(before, "DW"), (3, 32, 32)).rows
     assert [row.after for row in rows[1:]] == [
         "kept: a Odd computes in a way of its own",
         "kept: its weights are computed from others",
@@ -350,7 +350,7 @@ def test_convolutions_of_another_kind_are_kept_and_listed():
 @pytest.mark.parametrize(
     ("block_type", "options", "message"),
     [
-        ("Dw", {}, "block_type=Dw: must be one of Shift, DW, Group"),
+        ("Dw", {}, "block_type=Dw: unknown; must be one of DW, Group, Shift"),
         ("Group", {"groups": 0}, "block_type.groups=0: must be a whole number"),
         ("DW", {"keep": 5}, "keep=5: must be a list of names"),
         ("DW", {"init": "svd"}, "init=svd: must be one of auto, fit, kaiming"),

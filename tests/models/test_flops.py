@@ -4,7 +4,7 @@ from torch import nn
 
 from odcheap.layers.cheap_conv import DW, Group, Shift, Standard
 from odcheap.models.cifar import CifarResNet
-from odcheap.models.flops import macs, params
+from odcheap.models.flops import count_macs, count_params
 
 # Parameters and MACs of a ResNet-56 student, 32 x 32 x 3, 10 classes: counted from the shapes of the 2019 code.
 TABLE = [
@@ -22,7 +22,7 @@ TABLE = [
 @pytest.mark.parametrize(("block_type", "parameters", "multiplications"), TABLE)
 def test_resnet56_costs_what_the_reference_costs(block_type, parameters, multiplications):
     network = CifarResNet(56, block_type, 10)
-    assert (params(network), macs(network, (3, 32, 32))) == (parameters, multiplications)
+    assert (count_params(network), count_macs(network, (3, 32, 32))) == (parameters, multiplications)
 
 
 @pytest.mark.parametrize("block_type", [Standard(), Shift(), DW(), Group(4)])
@@ -40,12 +40,12 @@ def test_macs_equal_a_count_by_hand(block_type):
     network(torch.zeros(1, 3, 32, 32))
     for handle in handles:
         handle.remove()
-    assert macs(network, (3, 32, 32)) == sum(counted)
+    assert count_macs(network, (3, 32, 32)) == sum(counted)
 
 
 def test_counting_leaves_the_network_as_it_was():
     network = CifarResNet(8, DW(), 10).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    macs(network, (3, 32, 32))
+    count_macs(network, (3, 32, 32))
     assert network.training
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())

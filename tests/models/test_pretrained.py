@@ -6,8 +6,7 @@ from safetensors.torch import save_file
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.students import Students
 from odcheap.models.convert import cheapen
-from odcheap.models.pretrained import load_pretrained
-from odcheap.models.wrappers import timm_backbone, torchvision_backbone
+from odcheap.models.wrappers import load_pretrained, timm_backbone, torchvision_backbone
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import temporary_seed
 

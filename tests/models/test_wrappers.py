@@ -7,7 +7,7 @@ from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Standard
 from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
-from odcheap.models.wrappers import check_image_size, mobilenetv2, stride_of, timm_backbone, torchvision_backbone
+from odcheap.models.wrappers import check_image_size, find_stride, mobilenetv2, timm_backbone, torchvision_backbone
 from odcheap.utils.errors import OptionError
 
 FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5"]
@@ -95,13 +95,13 @@ def test_unknown_names_are_answered_with_near_ones():
 )
 def test_small_networks_have_the_published_number_of_parameters(network, parameters):
     """DenseNet-40-12: 1.0 M, WRN-16-4: 2.75 M, MobileNetV2: 2.2 M with 10 classes."""
-    assert flops.params(network) == parameters
+    assert flops.count_params(network) == parameters
 
 
 def test_vgg16_by_hand():
     widths = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     by_hand = sum(9 * a * b + 2 * b for a, b in zip([3, *widths], widths, strict=False)) + 512 * 10 + 10
-    assert flops.params(vgg16(10)) == by_hand
+    assert flops.count_params(vgg16(10)) == by_hand
 
 
 @pytest.mark.parametrize(("block_type", "kind"), [(Shift(), Shift2d), (Group(4), nn.Conv2d), (DW(), nn.Conv2d)])
@@ -117,7 +117,7 @@ def test_mobilenetv2_takes_the_block_type_s_spatial_operator(block_type, kind):
 
 @pytest.mark.parametrize(("backbone", "stride"), [(CifarResNet(8, DW(), 3), 4), (vgg16(3), 32), (densenet(7, 4, 3), 4)])
 def test_pictures_smaller_than_the_stride_are_refused(backbone, stride):
-    assert stride_of(backbone) == stride
+    assert find_stride(backbone) == stride
     check_image_size(backbone, (3, stride, stride), "it")
     with pytest.raises(OptionError, match=f"backbone=it: pictures of {stride - 1} x 40 are too small: its stride is"):
         check_image_size(backbone, (3, stride - 1, 40), "it")
