@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from odcheap.training.train_step import Taken
+from odcheap.training.train_step import StepResult
 
 
 class Recorder:
@@ -14,10 +14,10 @@ class Recorder:
         self.method, self.optimizer = method, optimizer
         self.replays: list[int] = []
 
-    def run(self, work: Callable[[], Taken]) -> Taken:
+    def run(self, work: Callable[[], StepResult]) -> StepResult:
         return work()
 
-    def record(self, work: Callable[[], Taken]) -> tuple[Callable[[], None], Taken]:
+    def record(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
         rates = [group["lr"] for group in self.optimizer.param_groups]  # the places that a graph would read
         kept = [t for state in self.optimizer.state.values() for t in state.values()]
         kept += [*self.method.parameters(), *self.method.buffers()]
@@ -39,7 +39,7 @@ class Recorder:
 
         return replay, places
 
-    def again(self, work: Callable[[], Taken]) -> Taken:
+    def again(self, work: Callable[[], StepResult]) -> StepResult:
         return work()
 
     def set_rates(self, rates: list) -> None:
@@ -47,5 +47,5 @@ class Recorder:
             group["lr"] = rate
 
 
-def leaves(taken: Taken) -> list[torch.Tensor]:
-    return [*taken.terms.values(), *(t for t in taken.outputs.values() if t is not None), taken.finite]
+def leaves(result: StepResult) -> list[torch.Tensor]:
+    return [*result.terms.values(), *(t for t in result.outputs.values() if t is not None), result.finite]

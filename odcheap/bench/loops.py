@@ -25,7 +25,7 @@ from odcheap.methods.students import Students
 from odcheap.runs.resume import Start
 from odcheap.training.experiment import Run
 from odcheap.training.optim import build_optimization
-from odcheap.training.train_step import WARM_UP, CapturedStep, CudaGraphs, take
+from odcheap.training.train_step import WARM_UP, CudaGraphs, EagerStep, GraphStep
 from odcheap.utils.errors import Failure, OptionError
 
 LOOPS = {"loop_2019": "2019-style loop", "bare_loop": "bare loop", "trainer": "Trainer"}
@@ -115,15 +115,14 @@ def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: to
     )
     batches = endless_batches(create_data(cfg, images), device)
     reasons: list[str] = []
-    graph = CapturedStep(method, optimizer, CudaGraphs(), reasons.append) if device.type == "cuda" else None
+    train_step = EagerStep(method, optimizer)
+    if device.type == "cuda":
+        train_step = GraphStep(train_step, CudaGraphs(), reasons.append)
 
     def step() -> None:
         batch = next(batches)
         with autocast(cfg, device):
-            if graph is not None:
-                graph(batch.images, batch.target)
-            else:
-                take(method, optimizer, batch.images, batch.target)
+            train_step(batch)
         schedule.step()
         if reasons:
             raise Failure(f"the step could not be recorded as a CUDA graph: {reasons[0]}")

@@ -222,6 +222,10 @@ class StreamedData(pl.LightningDataModule):
     def image_size(self) -> tuple[int, int, int]:
         return 3, self.pixels, self.pixels
 
+    def steps_per_epoch(self, world: int = 1) -> int:
+        """Returns the number of batches in an epoch of so many processes."""
+        return len(BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, 0, world))
+
     def order(self) -> BatchOrder:
         t = self.trainer
         return BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, t.global_rank, t.world_size)

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     target: Tensor
-    share: float
+    share: float = 1.0
 
 
 class BatchOrder:
@@ -221,6 +221,10 @@ class InMemoryData(pl.LightningDataModule):
         index = torch.from_numpy(self.split.train)
         images, target = self.on_device(self.images.train, self.images.train_target, index)
         return TrainBatches(images, target, self.order(), self.augment, self.norm, self.views)
+
+    def steps_per_epoch(self, world: int = 1) -> int:
+        """Returns the number of batches in an epoch of so many processes."""
+        return len(BatchOrder(len(self.split.train), self.batch_size, self.seed, 0, world))
 
     def order(self) -> BatchOrder:
         t = self.trainer

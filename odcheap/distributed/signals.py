@@ -21,7 +21,7 @@ from odcheap.runs import status
 from odcheap.runs.checkpoint_io import all_paths, step_path
 from odcheap.training.callbacks import Record
 from odcheap.training.module import DistillationModule
-from odcheap.training.nonfinite import Guard
+from odcheap.training.nonfinite import NonfiniteGuard
 
 SUBMITIT = signal.SIGUSR2  # by which submitit asks for a checkpoint; its handler puts the job back into the queue
 
@@ -158,7 +158,7 @@ def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None
 class Interruption(pl.Callback):
     """Ends the training after the step in which any process has heard a signal, with a checkpoint of that step."""
 
-    def __init__(self, listener: Listener, record: Record, guard: Guard):
+    def __init__(self, listener: Listener, record: Record, guard: NonfiniteGuard):
         self.listener, self.record, self.guard = listener, record, guard
         self.group: Any = None
 
@@ -177,7 +177,7 @@ class Interruption(pl.Callback):
     ) -> None:
         done = batch_idx + 1
         if done < trainer.num_training_batches and (signum := self.agreed()):
-            self.guard.all_well()
+            self.guard.check()
             self.record.save(trainer, step_path(self.record.job_dir, trainer.current_epoch, done))
             raise Stopped(signum)
 

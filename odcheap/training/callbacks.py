@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from odcheap.runs.checkpoint_io import epoch_path, prune, step_path
 from odcheap.training.module import DistillationModule
-from odcheap.training.nonfinite import ASK_EVERY
+from odcheap.training.nonfinite import CHECK_EVERY
 from odcheap.utils.files import write_text
 from odcheap.utils.text import format_seconds
 
@@ -56,7 +56,7 @@ class Record(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(batch.target) * trainer.world_size
         within = batch_idx + 1 < trainer.num_training_batches
-        if self.every is not None and within and (batch_idx + 1) % ASK_EVERY == 0:
+        if self.every is not None and within and (batch_idx + 1) % CHECK_EVERY == 0:
             due = time.perf_counter() - self.saved > 60 * self.every
             if trainer.strategy.broadcast(due):
                 self.save(trainer, step_path(self.job_dir, trainer.current_epoch, batch_idx + 1))
@@ -83,12 +83,13 @@ class Record(pl.Callback):
             "images_per_second": self.images / spent,
             "seconds": self.seconds(),
         }
-        row |= {f"train/{name}": value.item() for name, value in module.terms.compute().items()}
-        stages = {"train": module.finish("train")}
+        row |= {f"train/{name}": value for name, value in module.compute_terms().items()}
+        stages = {"train": module.compute_figures("train")}
         if "val" in module.figures:
             stages["test" if self.select == "test" else "val"] = module.figures["val"]
         for stage, figures in stages.items():
-            for name, values in figures.items():
+            for name in ("top1", "top5", "balanced_accuracy"):
+                values = getattr(figures, name)
                 row |= {f"{stage}/{member}/{name}": v for member, v in zip(module.members, values, strict=True)}
         return row
 
@@ -97,7 +98,7 @@ class Record(pl.Callback):
             self.selected = {"candidate": 0, "epoch": epoch, "score": -1.0}
             return
         for candidate in range(len(module.method.candidates())):
-            score = module.figures["val"][self.figure][candidate]
+            score = getattr(module.figures["val"], self.figure)[candidate]
             if score > self.selected["score"]:
                 self.selected = {"candidate": candidate, "epoch": epoch, "score": score}
 

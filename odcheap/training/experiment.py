@@ -24,7 +24,8 @@ from odcheap.runs.resume import Start, make_folder, prepare
 from odcheap.training import summary
 from odcheap.training.callbacks import Narrator, Record
 from odcheap.training.module import DistillationModule
-from odcheap.training.nonfinite import Guard
+from odcheap.training.nonfinite import NonfiniteGuard
+from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console, say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import write_text
@@ -77,6 +78,12 @@ def captures(cfg: DictConfig) -> bool:
     return cfg.capture is not False and not reasons
 
 
+def gradient_options(cfg: DictConfig) -> GradientOptions:
+    """Takes the options of `trainer` that Lightning does not take with manual optimization."""
+    given = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
+    return GradientOptions(**given, skip_nonfinite=cfg.on_nonfinite == "skip")
+
+
 def not_captured(reason: str) -> None:
     say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")
 
@@ -118,8 +125,19 @@ class Run:
         refused = must_capture if cfg.capture is True else not_captured
         classes = len(data.classes)
         saw = cfg.select != "test" and method.saw_held_out(data.fingerprint)
+        gradients = gradient_options(cfg)
+        per_epoch = -(-data.steps_per_epoch(launch.processes(cfg)) // gradients.accumulate_grad_batches)
         self.module = DistillationModule(
-            method, optimizer, scheduler, cfg.seed, classes, about, captures(cfg), refused, saw
+            method,
+            optimizer,
+            scheduler,
+            per_epoch * cfg.trainer.max_epochs,
+            classes,
+            cfg.seed,
+            about,
+            gradients,
+            refused if captures(cfg) else None,
+            saw,
         )
         data.views = len(method.students) if method.own_views else 1
         self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
@@ -127,9 +145,9 @@ class Run:
 
     def trainer(self, loggers: bool) -> pl.Trainer:
         narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
-        guard = Guard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped)
+        guard = NonfiniteGuard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped)
         made = instantiate(
-            self.cfg.trainer,
+            {name: value for name, value in self.cfg.trainer.items() if name not in GradientOptions._fields},
             callbacks=[guard, self.record, narrator, Interruption(self.listener, self.record, guard)],
             logger=[instantiate(part) for part in self.loggers().values()] if loggers else False,
             plugins=[AtomicCheckpointIO(), launch.environment()],
@@ -190,7 +208,6 @@ class Run:
         if epoch != self.record.history[-1]["epoch"]:
             path = epoch_path(self.start.job_dir, epoch)
             self.module.load_state_dict(read_run(path, "job_dir")["state_dict"])
-        self.module.chosen = self.record.selected["candidate"]
         return next(row for row in self.record.history if row["epoch"] == epoch)
 
     def tested(self, trainer: pl.Trainer, row: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +215,11 @@ class Run:
         return summary.results(self.module, row, self.module.figures["test"])
 
     def chosen(self, found: dict[str, Any]) -> dict[str, Any]:
-        return summary.selected(self.record, found, self.module.confused, self.data.classes)
+        return summary.selected(self.record, found, self.confusion(), self.data.classes)
+
+    def confusion(self) -> list[list[int]]:
+        """The chosen candidate's, of the latest test."""
+        return self.module.figures["test"].confusion[self.record.selected["candidate"]]
 
     def summarise(self, at_selected: dict[str, Any], last: dict[str, Any], standard: nn.Module) -> dict[str, Any]:
         history, size = self.record.history, self.data.image_size
@@ -224,9 +245,9 @@ class Run:
     def write(self, result: dict[str, Any]) -> None:
         """`summary.json` comes last: where it is, everything is."""
         job_dir, about = self.start.job_dir, self.module.about
-        summary.write_confusion(job_dir / "confusion.csv", self.module.confused, self.data.classes)
+        summary.write_confusion(job_dir / "confusion.csv", self.confusion(), self.data.classes)
         summary.write_split(job_dir / "split.csv", self.data.rows())
-        student = self.module.method.candidates()[self.module.chosen]
+        student = self.module.method.candidates()[self.record.selected["candidate"]]
         summary.write_student(job_dir / "student.safetensors", student, about["student"])
         summary.write_json(job_dir / "summary.json", result)
 
@@ -244,8 +265,11 @@ class Run:
             self.record.choose(self.record.selected["epoch"], self.module)
         if self.cfg.select != "test" and "val" in self.module.figures:
             figures = self.module.figures["val"]
-            row = {f"val/{name}/{f}": figures[f][k] for f in figures for k, name in enumerate(self.module.members)}
-        self.module.chosen = self.record.selected["candidate"]
+            row = {
+                f"val/{name}/{figure}": getattr(figures, figure)[k]
+                for figure in ("top1", "balanced_accuracy")
+                for k, name in enumerate(self.module.members)
+            }
         found = self.tested(trainer, row)
         result = {"selected": self.chosen(found), **found}
         result |= {"split": self.data.fingerprint, "versions": summary.versions()}

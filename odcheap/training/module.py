@@ -1,34 +1,64 @@
-"""The LightningModule: a method with its recipe, its steps and its figures."""
+"""The LightningModule: trains a method with one of the steps of `train_step` and counts its figures."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from odcheap.data.in_memory import Batch
 from odcheap.methods.base import Method
-from odcheap.training.metrics import Scores, Terms
+from odcheap.training.metrics import MemberScores, TermMeans
 from odcheap.training.optim import build_optimization, follow_schedule
-from odcheap.training.train_step import CapturedStep, CudaGraphs, Taken, single_precision
+from odcheap.training.train_step import (
+    CudaGraphs,
+    EagerStep,
+    GradientOptions,
+    GraphStep,
+    StepResult,
+    to_single_precision,
+)
 from odcheap.utils.seeds import derive_seed
 
-Figures = dict[str, list]
+STAGES = ("train", "val", "test")
+
+
+class Figures(NamedTuple):
+    """Accuracies of all members on one part of the data, as lists in the order of `DistillationModule.members`.
+
+    `top5` is None with 5 classes or fewer. The teacher's figures are None where it may have been trained on the
+    images. `confusion` holds K x K counts (true classes by predicted ones) for each member, in tests only.
+    """
+
+    top1: list[float | None]
+    top5: list[float | None]
+    balanced_accuracy: list[float | None]
+    confusion: list[list[list[int]]]
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains `method` with an optimizer and a learning rate schedule (see `build_optimization`).
+    """Trains a method and evaluates its members: the candidates (students, then averages of their weights where the
+    method has them), the teacher where there is one, and the students' ensemble.
 
-    `about` is kept in every checkpoint. `figures` holds the latest result of each stage ("train", "val", "test"): a
-    dict of lists over the members: the candidates (the students, then their averages where a method has them), the
-    teacher where there is one, the students' ensemble. `chosen` is the candidate whose confusion is counted in a test.
-    `teacher_saw_val`: its figures on held-out images are None, since it may have been trained on them.
-    With `capture` whole steps, the optimizer's part included, are CUDA graphs (see `capture`); Lightning's hooks around
-    backward and optimizer then find the work done. `refused` hears why, where that cannot be.
+    Optimization is manual: `training_step` only calls a training step and returns its result.
+
+    Args:
+        method: The method to train.
+        optimizer, scheduler: See `build_optimization`.
+        steps: Steps of the optimizer in the whole run.
+        classes: Number of classes.
+        seed: The run's seed.
+        about: What describes the run, kept in every checkpoint as `odcheap`.
+        gradients: How gradients are accumulated, clipped and checked.
+        on_graph_refused: Records steps as CUDA graphs, and is called with the reason where that fails; None trains in
+            eager mode.
+        teacher_saw_val: Whether the teacher may have been trained on the held-out images.
+
+    Attributes:
+        figures: The latest figures of each stage ("train", "val", "test").
     """
 
     def __init__(
@@ -36,79 +66,49 @@ class DistillationModule(pl.LightningModule):
         method: Method,
         optimizer: partial[torch.optim.Optimizer],
         scheduler: partial[LRScheduler],
-        seed: int,
+        steps: int,
         classes: int,
-        about: dict[str, Any],
-        capture: bool = False,
-        refused: Callable[[str], None] = print,
+        seed: int = 0,
+        about: dict[str, Any] | None = None,
+        gradients: GradientOptions = GradientOptions(),  # noqa: B008 - immutable
+        on_graph_refused: Callable[[str], None] | None = None,
         teacher_saw_val: bool = False,
     ):
         super().__init__()
+        self.automatic_optimization = False
         self.method = method.to(memory_format=torch.channels_last)
-        self.optimizer, self.scheduler, self.seed, self.about = optimizer, scheduler, seed, about
-        self.schedule_steps = self.saved_steps = 0
-        self.members = member_names(method)
+        self.optimizer, self.scheduler, self.steps, self.seed = optimizer, scheduler, steps, seed
+        self.about, self.gradients, self.on_graph_refused = about or {}, gradients, on_graph_refused
         self.teacher_saw_val = teacher_saw_val
-        self.scores = nn.ModuleDict({f"{stage}_": Scores(len(self.members), classes) for stage in self.stages})
-        self.terms: Terms | None = None
-        self.running: dict[str, Any] = {}
-        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
-        self.confused: list[list[int]] = []
-        self.chosen = 0
+        self.members = name_members(method)
+        # The underscores: a module cannot have a part called "train".
+        scores = {f"{stage}_": MemberScores(len(self.members), classes, stage == "test") for stage in STAGES}
+        self.scores = nn.ModuleDict(scores)
+        self.terms: TermMeans | None = None
         self.figures: dict[str, Figures] = {}
-        self.latest: tuple[dict[str, Tensor], dict[str, Tensor], Tensor] | None = None
-        self.capture, self.refused, self.captured = capture, refused, None
-        self.taken: Taken | None = None
+        self.step: EagerStep | GraphStep | None = None
+        self.restored: dict[str, Any] = {}
 
-    stages = ("train", "val", "test")
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        # Not `estimated_stepping_batches`: it makes the loaders before their place in the epoch can be restored.
-        steps = len(self.trainer.datamodule.order()) * self.trainer.max_epochs
-        self.schedule_steps = steps
-        optimizer, schedule = build_optimization(self.method, self.optimizer, self.scheduler, steps)
-        optimizer._step_supports_amp_scaling = False  # with float16 the gradients are unscaled before the guard looks
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:
+        optimizer, schedule = build_optimization(self.method, self.optimizer, self.scheduler, self.steps)
+        return [optimizer], [schedule]
 
     def on_train_start(self) -> None:
-        self.take_on(self.running)  # not when loading: Lightning then still turns all of this into its precision
-        self.running = {}
-        if self.saved_steps not in (0, self.schedule_steps):
-            fresh = build_optimization(self.method, self.optimizer, self.scheduler, self.schedule_steps)
-            optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        # Not while the checkpoint is loaded: Lightning converts the module to its precision afterwards.
+        self.continue_metrics(self.restored.get("metrics", {}))
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        if self.restored.get("steps", self.steps) != self.steps:  # resumed with another number of epochs
+            fresh = build_optimization(self.method, self.optimizer, self.scheduler, self.steps)
             follow_schedule(optimizer, schedule, fresh, schedule.last_epoch)
-        if self.capture:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            self.captured = CapturedStep(self.method, optimizer, CudaGraphs(), self.refused)
+        self.restored = {}
+        if self.on_graph_refused is not None:
+            self.step = GraphStep(EagerStep(self.method, optimizer), CudaGraphs(), self.on_graph_refused)
+        else:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            self.step = EagerStep(self.method, optimizer, self.gradients, scaler, self.manual_backward)
 
     def on_train_end(self) -> None:
-        self.captured = self.taken = None  # and with them the graphs' memory
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # Whatever a network draws (dropout) depends on its place in the run alone, so that a resumed run draws it too.
-        torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
-        if self.captured is not None:
-            self.taken = self.captured(batch.images, batch.target)
-            self.latest = (self.taken.terms, self.taken.outputs, batch.target)
-            return self.taken.terms["loss"]
-        outputs = single_precision(self.method(batch.images))
-        with torch.autocast(self.device.type, enabled=False):
-            terms = self.method.loss(outputs, batch.target)
-        self.latest = (terms, outputs, batch.target)
-        return terms["loss"] * batch.share
-
-    def backward(self, loss: Tensor) -> None:
-        if self.captured is None:
-            super().backward(loss)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        if gradient_clip_algorithm == "value" or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        for parameters in self.method.clipped_together():
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        self.step = None  # and with it the graphs' memory
 
     def on_train_epoch_start(self) -> None:
         self.method.at_epoch(self.current_epoch, self.trainer.max_epochs)
@@ -116,33 +116,37 @@ class DistillationModule(pl.LightningModule):
         if self.terms is not None:
             self.terms.reset()
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
-        """Counts a step once it is taken: before any callback saves a checkpoint, and not where it was skipped."""
-        if self.captured is None:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        else:
-            optimizer_closure()
-        if self.latest is not None:
-            if self.captured is None:  # a captured step has done it
-                self.method.after_step()
-            self.count(*self.latest)
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Trains on a batch; callbacks find the `StepResult` as `outputs["result"]`."""
+        # What a network draws (dropout) depends on the step's place in the run alone, so a resumed run draws it again.
+        torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        done = batch_idx + 1
+        update = done % self.gradients.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
+        result = self.step(batch, update)
+        if update:
+            self.lr_schedulers().step()
+            # Counted here, since a graph contains the optimizer's step: Lightning does not see it.
+            progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
+        if result.taken or not update:  # not where the step was skipped
+            self.count(result, batch.target)
+        return {"loss": result.terms["loss"], "result": result}
 
-    def count(self, terms: dict[str, Tensor], outputs: dict[str, Tensor], target: Tensor) -> None:
+    def count(self, result: StepResult, target: Tensor) -> None:
         if self.terms is None:
-            self.terms = Terms(list(terms)).to(self.device)
-        self.terms.update(terms, len(target))
-        self.scores["train_"].update(self.member_logits(outputs), target)
-        self.latest = None
+            self.terms = TermMeans(list(result.terms)).to(self.device)
+        self.terms.update(result.terms, len(target))
+        self.scores["train_"].update(self.member_logits(result.outputs), target)
 
     def on_validation_epoch_start(self) -> None:
         self.share_buffers()
 
     def on_test_epoch_start(self) -> None:
         self.share_buffers()
-        self.confusion.reset()
 
     def share_buffers(self) -> None:
-        """Batch norm's statistics differ between processes; rank 0's are the saved ones, so all evaluate with them."""
+        """Batch norm's statistics differ between processes; rank 0's are saved, so all processes evaluate with them."""
         if self.trainer.world_size > 1:
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -151,85 +155,75 @@ class DistillationModule(pl.LightningModule):
         self.scores["val_"].update(self.evaluate(batch), batch.target)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self.evaluate(batch)
-        self.scores["test_"].update(logits, batch.target)
-        self.confusion.update(logits[self.chosen], batch.target)
+        self.scores["test_"].update(self.evaluate(batch), batch.target)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        return self.member_logits(single_precision(self.method(batch.images)))
+        return self.member_logits(to_single_precision(self.method(batch.images)))
 
     def on_validation_epoch_end(self) -> None:
-        self.finish("val")
+        self.compute_figures("val")
 
     def on_test_epoch_end(self) -> None:
-        self.finish("test")
-        self.confused = self.confusion.compute().tolist()  # here, where every process takes part in the sum
+        self.compute_figures("test")
 
-    def finish(self, stage: str) -> Figures:
-        """Computes the stage's figures over all processes and starts the next count."""
+    def compute_terms(self) -> dict[str, float]:
+        """Returns the means of the epoch's loss terms over all processes; every process must call it."""
+        return {name: value.item() for name, value in self.terms.compute().items()} if self.terms is not None else {}
+
+    def compute_figures(self, stage: str) -> Figures:
+        """Returns a stage's figures over all processes, and starts to count anew; every process must call it."""
         scores = self.scores[f"{stage}_"]
         computed = scores.compute()
         recall = computed["recall"]
-        few = recall.shape[1] <= 5
-        figures = {
-            "top1": computed["top1"].tolist(),
-            "top5": [None] * len(self.members) if few else computed["top5"].tolist(),
-            "balanced_accuracy": recall.nanmean(1).tolist(),
-        }
+        figures = Figures(
+            computed["top1"].tolist(),
+            [None] * len(self.members) if recall.shape[1] <= 5 else computed["top5"].tolist(),
+            recall.nanmean(1).tolist(),
+            computed["confusion"].tolist(),
+        )
         if stage == "val" and self.teacher_saw_val:
-            for values in figures.values():
+            for values in (figures.top1, figures.top5, figures.balanced_accuracy):
                 values[self.members.index("teacher")] = None
-        self.figures[stage] = figures
         scores.reset()
-        return self.figures[stage]
+        self.figures[stage] = figures
+        return figures
 
-    def member_logits(self, outputs: dict[str, Tensor]) -> Tensor:
-        """(M, N, K) in the order of `members`; the ensemble's are the log of the students' mean softmax."""
+    def member_logits(self, outputs: dict[str, Tensor | None]) -> Tensor:
+        """Returns (M, N, K) in the order of `members`; the ensemble's are the log of the students' mean softmax."""
         students, teacher, averages = (outputs.get(f"{kind}_logits") for kind in ("student", "teacher", "average"))
         ensemble = students.softmax(-1).mean(0).log()
         parts = [students, averages, teacher if teacher is None else teacher[None], ensemble[None]]
         return torch.cat([part for part in parts if part is not None]).detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the run is, and the running metrics, summed over the processes."""
-        checkpoint["odcheap"] = self.about
-        checkpoint["schedule_steps"] = self.schedule_steps
+        """Adds what the run is, the length of its schedule, and the running metrics of all processes."""
+        checkpoint["odcheap"], checkpoint["steps"] = self.about, self.steps
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
-        running = {"scores": self.scores["train_"]} | ({"terms": self.terms} if self.terms is not None else {})
-        checkpoint["metrics"] = {name: summed(metric) for name, metric in running.items()}
-        checkpoint["metrics"]["names"] = self.terms.names if self.terms is not None else []
+        checkpoint["metrics"] = {"scores": self.scores["train_"].summed_state()}
+        if self.terms is not None:
+            checkpoint["metrics"] |= {"names": self.terms.names, "terms": self.terms.summed_state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.running = checkpoint.get("metrics", {})
-        self.saved_steps = checkpoint.get("schedule_steps", 0)
+        self.restored = {name: checkpoint[name] for name in ("metrics", "steps") if name in checkpoint}
 
-    def take_on(self, saved: dict[str, Any]) -> None:
-        """The running metrics of an epoch that was begun before."""
-        if saved.get("names"):
-            self.terms = Terms(saved["names"]).to(self.device)
-        for name, metric in (("scores", self.scores["train_"]), ("terms", self.terms)):
-            if name in saved and self.global_rank == 0:  # they are sums: one process takes them on
-                for state, value in saved[name].items():
-                    setattr(metric, state, value.to(self.device))
-                metric._update_count = 1
+    def continue_metrics(self, saved: dict[str, Any]) -> None:
+        """Continues the running metrics of an epoch that another process began."""
+        if "names" in saved:
+            self.terms = TermMeans(saved["names"]).to(self.device)
+        if self.global_rank == 0:  # they are sums over processes: one process continues them
+            for name, metric in (("scores", self.scores["train_"]), ("terms", self.terms)):
+                if name in saved:
+                    metric.load_summed_state(saved[name])
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Checkpoints hold the method only; the metrics beside it have no weights."""
+        """Loads the method's weights, which are all that a checkpoint's `state_dict` holds."""
         own = {name.removeprefix("method."): tensor for name, tensor in state_dict.items()}
         return self.method.load_state_dict(own, strict=strict, assign=assign)
 
 
-def member_names(method: Method) -> list[str]:
-    """Whoever is evaluated, in the order of their logits."""
+def name_members(method: Method) -> list[str]:
+    """Returns the names of the networks that are evaluated, in the order of their logits."""
     students = len(method.students)
     averages = len(method.candidates()) - students
     names = [f"student_{k}" for k in range(students)] + [f"average_{k}" for k in range(averages)]
     return [*names, *["teacher"] * (method.teacher_kind is not None), "ensemble"]
-
-
-def summed(metric: Any) -> dict[str, Tensor]:
-    """A metric's states, summed over the processes, on the CPU."""
-    if metric.update_count == 0:
-        metric._update_count = 1  # a count of nothing is what is meant here, not a mistake to be warned of
-    with metric.sync_context():
-        return {name: getattr(metric, name).detach().cpu().clone() for name in metric._defaults}

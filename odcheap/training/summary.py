@@ -36,9 +36,9 @@ def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> d
         return {
             "val_top1": row.get(f"val/{name}/top1"),
             "val_balanced_accuracy": row.get(f"val/{name}/balanced_accuracy"),
-            "test_top1": test["top1"][k],
-            "test_top5": test["top5"][k],
-            "test_balanced_accuracy": test["balanced_accuracy"][k],
+            "test_top1": test.top1[k],
+            "test_top5": test.top5[k],
+            "test_balanced_accuracy": test.balanced_accuracy[k],
         }
 
     named = {name: of(k, name) for k, name in enumerate(module.members)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from odcheap.training.nonfinite import Guard
+from odcheap.training.train_step import EagerStep
 from odcheap.utils import files
 
 EVERY = 9  # of the calls fail in the suite; all do in the long form
@@ -109,15 +109,16 @@ def test_a_disk_that_fails_at_every_call_in_turn_loses_nothing(command, straight
 def test_nan_at_a_chosen_step_ends_the_run_with_its_place_and_the_rest_is_as_if_nothing_had_been(
     command, straight, tmp_path, monkeypatch
 ):
-    before = Guard.on_before_optimizer_step
+    update, calls = EagerStep.update, []
 
-    def poisoned(guard, trainer, module, optimizer):
-        if trainer.global_step == 9:
-            next(module.method.parameters()).grad[0] = float("nan")
-        before(guard, trainer, module, optimizer)
+    def poisoned(step):
+        calls.append(step)
+        if len(calls) == 10:
+            next(step.method.parameters()).grad[0] = float("nan")
+        return update(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "on_before_optimizer_step", poisoned)
+        patch.setattr(EagerStep, "update", poisoned)
         result = command(*TINY, f"job_dir={tmp_path}/run")
     assert result.status == 1
     assert "on_nonfinite=stop: epoch 1, step 9: a gradient is not finite; the last checkpoint is kept" in result.err

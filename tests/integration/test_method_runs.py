@@ -13,6 +13,7 @@ from recorder import Recorder
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import MultiStepLR
 
+from odcheap.data.in_memory import Batch
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import Students
@@ -20,7 +21,7 @@ from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import torchvision_backbone
 from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
-from odcheap.training.train_step import CapturedStep, take
+from odcheap.training.train_step import EagerStep, GraphStep
 from odcheap.utils.parts import find_conf_dir
 
 METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
@@ -58,7 +59,7 @@ def batch(method, size=8, side=8, dtype=torch.float, seed=0):
     random = torch.Generator().manual_seed(seed)
     views = (len(method.students),) if method.own_views else ()
     images = torch.randn(*views, size, 3, side, side, generator=random, dtype=torch.double).to(dtype)
-    return images, torch.randint(10, (size,), generator=random)
+    return Batch(images, torch.randint(10, (size,), generator=random))
 
 
 @pytest.mark.parametrize("num_stu", [2, 3, 4])
@@ -71,7 +72,7 @@ def test_it_takes_steps_with_several_students(made, name, precision, num_stu):
     for step in range(2):
         method.at_epoch(step, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            taken = take(method, optimizer, *batch(method, seed=step))
+            taken = EagerStep(method, optimizer)(batch(method, seed=step))
         assert taken.finite
         assert taken.outputs["student_logits"].dtype == torch.float32
         others = sum(term for term_name, term in taken.terms.items() if term_name != "loss")
@@ -86,9 +87,9 @@ def test_it_takes_steps_with_several_students(made, name, precision, num_stu):
 def test_losses_are_computed_in_float32_where_the_network_runs_in_bfloat16(made, name):
     method = made(name, 3)
     optimizer, _ = build_optimization(method, *RECIPE, 10)
-    images, target = batch(method)
+    images, target, _ = batch(method)
     with torch.autocast("cpu", torch.bfloat16):
-        taken = take(method, optimizer, images, target)
+        taken = EagerStep(method, optimizer)(Batch(images, target))
     expected = method.loss(taken.outputs, target)
     for term, value in taken.terms.items():
         assert value.dtype == torch.float32
@@ -98,7 +99,7 @@ def test_losses_are_computed_in_float32_where_the_network_runs_in_bfloat16(made,
 @pytest.mark.parametrize("name", ["one", "okddip", "ffl", "pcl"])
 def test_imitation_grows_and_the_labels_do_not(made, name):
     method = made(name, 3).eval()
-    images, target = batch(method)
+    images, target, _ = batch(method)
     outputs, found = method(images), []
     for epoch in (0, 80):
         method.at_epoch(epoch, 300)
@@ -127,7 +128,7 @@ def test_a_run_calls_the_method_before_each_epoch_and_after_each_step(command, t
 def test_a_converted_network_of_torchvision_takes_a_step(made, name):
     method = made(name, build=lambda: torchvision_backbone("resnet18", DW(), 10))
     optimizer, _ = build_optimization(method, *RECIPE, 10)
-    assert take(method, optimizer, *batch(method, size=4, side=64)).finite
+    assert EagerStep(method, optimizer)(batch(method, size=4, side=64)).finite
 
 
 @pytest.mark.parametrize("name", [*METHODS, *AVERAGED])
@@ -137,11 +138,11 @@ def test_recorded_steps_train_as_plain_ones_do(made, name):
     for recorded in (False, True):
         method = made(name).double()
         optimizer, schedule = build_optimization(method, *RECIPE, 8)
-        step = CapturedStep(method, optimizer, Recorder(method, optimizer), pytest.fail)
+        eager = EagerStep(method, optimizer)
+        step = GraphStep(eager, Recorder(method, optimizer), pytest.fail)
         for k in range(8):
             method.at_epoch(k // 2, 4)
-            images, target = batch(method, dtype=torch.double, seed=k)
-            _ = step(images, target) if recorded else take(method, optimizer, images, target)
+            (step if recorded else eager)(batch(method, dtype=torch.double, seed=k))
             schedule.step()
         assert not recorded or step.recordings
         assert (name == "pcl" or name in AVERAGED) == (method.averages is not None and method.averages.steps == 8)

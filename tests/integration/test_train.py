@@ -18,7 +18,7 @@ from odcheap.data.splits import pixel_digests, stratified
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.experiment import captures
-from odcheap.training.train_step import WARM_UP, CapturedStep
+from odcheap.training.train_step import WARM_UP, GraphStep
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_checkpoint
 from odcheap.utils.parts import find_conf_dir
@@ -440,13 +440,13 @@ def recorded(monkeypatch):
     """Runs as on one GPU: steps are recorded and replayed, here by a stand-in."""
     made = []
 
-    def step(method, optimizer, graphs, refused):
-        made.append(CapturedStep(method, optimizer, Recorder(method, optimizer), refused))
+    def step(eager, graphs, refused):
+        made.append(GraphStep(eager, Recorder(eager.method, eager.optimizer), refused))
         return made[-1]
 
     monkeypatch.setattr("odcheap.training.experiment.captures", lambda cfg: True)
     monkeypatch.setattr("odcheap.training.module.CudaGraphs", lambda: None)
-    monkeypatch.setattr("odcheap.training.module.CapturedStep", step)
+    monkeypatch.setattr("odcheap.training.module.GraphStep", step)
     return made
 
 

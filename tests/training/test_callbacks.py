@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from odcheap.training.callbacks import Narrator, Record
+from odcheap.training.module import Figures
 from odcheap.utils.text import format_seconds
 
 
@@ -11,10 +12,14 @@ def record(tmp_path, select="val"):
     return Record(tmp_path, select, "top1", every=None, keep=2)
 
 
+def figures(top1, balanced=None):
+    return Figures(top1, top1, balanced or top1, [])
+
+
 def module(*top1):
     """A module of students with these accuracies and a better teacher."""
     method = SimpleNamespace(candidates=lambda: [None] * len(top1))
-    return SimpleNamespace(figures={"val": {"top1": [*top1, 0.99]}}, method=method)
+    return SimpleNamespace(figures={"val": figures([*top1, 0.99])}, method=method)
 
 
 def test_ties_go_to_the_earlier_epoch_then_the_lower_student(tmp_path):
@@ -33,7 +38,7 @@ def test_the_teacher_is_never_selected(tmp_path):
 def test_the_figure_that_decides_is_the_one_asked_for(tmp_path):
     watched = Record(tmp_path, "val", "balanced_accuracy", every=None, keep=2)
     students = module(0.9, 0.1)
-    students.figures["val"]["balanced_accuracy"] = [0.3, 0.4, 0.5]
+    students.figures["val"] = figures([0.9, 0.1, 0.99], [0.3, 0.4, 0.5])
     watched.choose(0, students)
     assert watched.selected == {"candidate": 1, "epoch": 0, "score": 0.4}
 

@@ -2,13 +2,13 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy
 
-from odcheap.training.metrics import Scores, Terms
+from odcheap.training.metrics import MemberScores, TermMeans
 
 
 @pytest.mark.parametrize("classes", [6, 10])
 def test_scores_equal_torchmetrics(classes):
     torch.manual_seed(0)
-    scores = Scores(members=3, classes=classes)
+    scores = MemberScores(members=3, classes=classes)
     theirs = {
         "top1": [MulticlassAccuracy(classes, average="micro") for _ in range(3)],
         "top5": [MulticlassAccuracy(classes, average="micro", top_k=5) for _ in range(3)],
@@ -27,7 +27,7 @@ def test_scores_equal_torchmetrics(classes):
 
 
 def test_terms_are_means_over_images():
-    terms = Terms(["ce", "loss"])
+    terms = TermMeans(["ce", "loss"])
     terms.update({"loss": torch.tensor(2.0), "ce": torch.tensor(1.0)}, images=3)
     terms.update({"loss": torch.tensor(6.0), "ce": torch.tensor(5.0)}, images=1)
     assert {name: value.item() for name, value in terms.compute().items()} == {"ce": 2.0, "loss": 3.0}
