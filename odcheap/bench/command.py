@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def main(arguments: list[str] | None = None, prog: str = "python -m odcheap.bench") -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") -> int:
     """Runs the command and returns the exit status."""
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
@@ -213,7 +213,3 @@ def plot_training(result: dict[str, Any]) -> Figure:
     axes.set_title(f"{rows[0]['num_stu']} students, batch {rows[0]['batch_size']}", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

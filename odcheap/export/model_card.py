@@ -40,7 +40,14 @@ def card(
     shape: str,
 ) -> str:
     """The text in Markdown; the checksums are those of the files that lie in `folder` now."""
-    lines = [f"# {code(title(product))}", "", *verdict(product, found, batches), "", *accuracy(product, proven), ""]
+    lines = [
+        f"# {format_code(title(product))}",
+        "",
+        *verdict(product, found, batches),
+        "",
+        *accuracy(product, proven),
+        "",
+    ]
     lines += [*usage(shape), "", "## Size and speed", "", *table(product, folder, files, found, batches), ""]
     lines += [f"Measured side by side on {cpu}: milliseconds, median (95 % stay below), with one thread or with all,"]
     lines += ["whichever is faster. **Measure again on the target**: `python predict.py --bench`.", ""]
@@ -54,7 +61,7 @@ def first_words(text: str) -> str:
     return text.partition("\n")[2].partition("```")[0].strip().replace("**", "").replace("\n\n", "\n")
 
 
-def code(text: object) -> str:
+def format_code(text: object) -> str:
     """Somebody's text as it is: no markup, no line ends, no escapes of terminals."""
     return f"`{escape_control_chars(text).replace('`', chr(39))}`"
 
@@ -75,7 +82,7 @@ def verdict(product: Product, found: Timings, batches: tuple[int, ...]) -> list[
         return [f"Against the standard network of the same architecture its speed is {told(times)}."]
     lines = [f"**Not faster than the standard network here**: its speed is {told(times)}."]
     if any(key.name == DENSE for key in found):
-        lines.append(f"As {code(DENSE)}, which computes the same, it is {told(ratios(found, DENSE, batches))}.")
+        lines.append(f"As {format_code(DENSE)}, which computes the same, it is {told(ratios(found, DENSE, batches))}.")
     return lines
 
 
@@ -134,7 +141,7 @@ def table(product: Product, folder: Path, files: list[File], found: Timings, bat
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for file in files:
         size = f"{(folder / file.name).stat().st_size / 1e6:.2f} MB"
-        lines.append(row(code(file.name), size, file.params, file.macs, found, file.name, ONNX_RUNTIME, batches))
+        lines.append(row(format_code(file.name), size, file.params, file.macs, found, file.name, ONNX_RUNTIME, batches))
     standard, student = product.standard, product.network
     macs = [flops.count_macs(network, product.image_size) for network in (standard, student)]
     lines.append(row(STANDARD, "", flops.count_params(standard), macs[0], found, STANDARD, ONNX_RUNTIME, batches))
@@ -171,25 +178,25 @@ def checks(proven: Proven) -> list[str]:
     what = "test pictures, from their files" if proven.of_data else "pictures of noise"
     lines = [f"Each of these was loaded by its own runtime and run on {proven.pictures:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
-    lines += [f"- {code(name)}: {difference:.1e}" for name, difference in proven.differences.items()]
-    return lines if proven.of_data else [*lines, "", f"**Not verified on data**: {code(proven.reason)}."]
+    lines += [f"- {format_code(name)}: {difference:.1e}" for name, difference in proven.differences.items()]
+    return lines if proven.of_data else [*lines, "", f"**Not verified on data**: {format_code(proven.reason)}."]
 
 
 def origin(product: Product) -> list[str]:
     summary, config = product.summary or {}, product.config
     lines = [
-        f"- {escape_control_chars(product.name)} of the run {code(product.job_dir)}"
+        f"- {escape_control_chars(product.name)} of the run {format_code(product.job_dir)}"
         + ("" if summary else " (which has not finished)")
     ]
     known = {"data": summary.get("data"), "epochs": summary.get("epochs"), "split": product.settings["split"]}
     seconds = summary.get("train_seconds")
     known |= {"training time": f"{seconds / 3600:.2f} h" if isinstance(seconds, int | float) else None}
     known |= {"classes": len(product.settings["classes"]), "exported": datetime.datetime.now(datetime.UTC).date()}
-    lines += [f"- {name}: {code(value)}" for name, value in known.items() if value]
-    lines += [f"- {part}: {code(compact(config[part]))}" for part in RECIPE if part in config]
+    lines += [f"- {name}: {format_code(value)}" for name, value in known.items() if value]
+    lines += [f"- {part}: {format_code(compact(config[part]))}" for part in RECIPE if part in config]
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     made_by = {"exported with": versions() | tools, "trained with": summary.get("versions")}
-    return [*lines, *(f"- {what}: {code(compact(which))}" for what, which in made_by.items() if which)]
+    return [*lines, *(f"- {what}: {format_code(compact(which))}" for what, which in made_by.items() if which)]
 
 
 def compact(part: object) -> str:

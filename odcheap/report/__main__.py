@@ -1,4 +1,4 @@
-"""Runs the report command: `python -m odcheap.report DIR...`."""
+"""Runs `python -m odcheap.report`."""
 
 from odcheap.report.command import main
 

@@ -1,40 +1,51 @@
-"""How long finished runs' students take here, and the standard network in their place, each kind once."""
+"""Inference time of finished runs' students, and of the standard network in their place."""
 
-from typing import Any, NamedTuple
+from pathlib import Path
 
-from odcheap.export import onnx
+import pandas as pd
+
+from odcheap.export.latency import time_onnx
+from odcheap.export.onnx import fastest_onnx
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import built, rebuilt, settings_of
-from odcheap.report import statistics
-from odcheap.report.load_runs import Found
+from odcheap.report.load_runs import FinishedRun, RunFolder
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import read_safetensors
 
 
-class Times(NamedTuple):
-    """Milliseconds of one picture."""
+def measure_latencies(
+    folders: list[RunFolder], runs: pd.DataFrame, seconds: float = 1.0
+) -> dict[str, tuple[float, float]]:
+    """Times one student of each row in ONNX Runtime on the CPU; the same network is timed once.
 
-    student: float
-    standard: float
+    Args:
+        folders: The runs' folders.
+        runs: The rows of `tabulate_runs`.
+        seconds: Time for each network.
+
+    Returns:
+        Milliseconds of one image, of the student and of the standard network, by the row's name. A student that cannot
+        be rebuilt, such as one of an older version, is left out.
+    """
+    paths = {id(entry.run): entry.folder / "student.safetensors" for entry in folders}
+    by_network: dict[str, tuple[float, float] | None] = {}
+    latencies: dict[str, tuple[float, float]] = {}
+    for row in runs.drop_duplicates("name").itertuples():
+        network = describe_network(row.run)
+        if network not in by_network:
+            by_network[network] = time_student(paths[id(row.run)], seconds)
+        if (pair := by_network[network]) is not None:
+            latencies[row.name] = pair
+    return latencies
 
 
-def measured(found: list[Found], seconds: float = 1.0) -> dict[str, Times]:
-    """By the row's name; nothing for a student that cannot be rebuilt."""
-    folders = {id(entry.run): entry.folder for entry in found}
-    by_network: dict[str, Times | None] = {}
-    times: dict[str, Times] = {}
-    for row in statistics.rows(entry.run for entry in found):
-        run = next(iter(row.by_seed.values()))
-        kind = repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
-        if kind not in by_network:
-            by_network[kind] = of(folders[id(run)] / "student.safetensors", seconds)
-        if by_network[kind] is not None:
-            times[row.name] = by_network[kind]
-    return times
+def describe_network(run: FinishedRun) -> str:
+    """Returns the same text for runs whose students are the same network."""
+    return repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
 
 
-def of(path: Any, seconds: float) -> Times | None:
-    """None where the student cannot be rebuilt, as one of an older version."""
+def time_student(path: Path, seconds: float) -> tuple[float, float] | None:
+    """Returns the milliseconds of one image, of the student and of the standard network; None if it has no network."""
     try:
         tensors, metadata = read_safetensors(path)
         settings = settings_of(metadata, "student", path)
@@ -43,5 +54,6 @@ def of(path: Any, seconds: float) -> Times | None:
     except Failure:
         return None
     size = tuple(settings["image_size"])
-    models = (onnx.fastest_onnx(network, size) for network in (student, standard))
-    return Times(*(1000 * onnx.latency(model, size, 1, seconds) for model in models))
+    models = {"student": fastest_onnx(student, size), "standard": fastest_onnx(standard, size)}
+    times = time_onnx(models, size, (1,), seconds)
+    return times["student", 1], times["standard", 1]

@@ -1,75 +1,105 @@
-"""Runs read back from their folders, whoever made them and however they ended."""
+"""Reads the folders of runs, in whatever state they are and whoever wrote them."""
 
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from odcheap.report.statistics import Finished
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import all_paths
 from odcheap.runs.resume import options_of
 from odcheap.utils.errors import OptionError, first_line
 
-STRANGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what files that we did not write lead to
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of files written by others
 
 
-class Found(NamedTuple):
-    """A run's folder: `state` is finished, failed, running, stopped or unreadable, `reason` says more where it can."""
+class FinishedRun(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        options: Its options by dotted names, such as `data.batch_size`; `method.part` is the method's name.
+        summary: The content of `summary.json`.
+        history: The rows of `metrics.csv`, one an epoch; empty if there is no such file.
+    """
+
+    options: dict[str, Any]
+    summary: dict[str, Any]
+    history: pd.DataFrame = pd.DataFrame()
+
+
+class RunFolder(NamedTuple):
+    """A run's folder: `state` is finished, failed, running, stopped or unreadable; `reason` explains it."""
 
     folder: Path
     state: str
     reason: str = ""
-    run: Finished | None = None
+    run: FinishedRun | None = None
 
 
-def read(folders: Iterable[str | Path]) -> list[Found]:
-    """Every run at or below these folders, in the order of their names. `OptionError` where there is none."""
-    found: list[Found] = []
+def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
+    """Reads every run in or below these folders, each once, sorted by name.
+
+    Raises:
+        OptionError: A folder does not exist or holds no run.
+    """
+    found: list[RunFolder] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise OptionError("DIR", folder, "no such folder")
-        inside = sorted({path.parent for name in ("config.yaml", status.NAME) for path in folder.rglob(name)})
-        if not inside:
+        runs = sorted({path.parent for name in ("config.yaml", status.NAME) for path in folder.rglob(name)})
+        if not runs:
             raise OptionError("DIR", folder, "holds no run of odcheap")
-        found += [of(path) for path in inside]
+        found += map(load_run, runs)
     return list({entry.folder.resolve(): entry for entry in found}.values())
 
 
-def of(folder: Path) -> Found:
-    """What became of one run. A folder that cannot be read is told, and is no reason to stop."""
+def load_run(folder: Path) -> RunFolder:
+    """Reads one run's folder; a folder that cannot be read gets the state `unreadable`."""
     try:
-        summary = json_of(folder / "summary.json")
-        if summary is None or not summary.get("finished"):
-            return unfinished(folder, json_of(folder / status.NAME) or {})
-        history = records(folder / "metrics.csv")
-        return Found(folder, "finished", "", Finished(options_of(folder / "config.yaml"), summary, history))
-    except (*STRANGE, OmegaConfBaseException, YAMLError, RecursionError) as error:
-        return Found(folder, "unreadable", first_line(error))
+        summary = read_json(folder / "summary.json")
+        if not summary.get("finished"):
+            return describe_unfinished(folder, read_json(folder / status.NAME))
+        run = FinishedRun(read_options(folder / "config.yaml"), summary, read_history(folder))
+        return RunFolder(folder, "finished", "", run)
+    except (*READ_ERRORS, OmegaConfBaseException, YAMLError) as error:
+        return RunFolder(folder, "unreadable", first_line(error))
 
 
-def unfinished(folder: Path, word: dict[str, Any]) -> Found:
-    epochs = len(records(folder / "metrics.csv"))
-    far = f"{epochs} epochs done" if epochs else "no epoch done"
-    if word.get("state") == "failed":
-        return Found(folder, "failed", word.get("reason", ""))
-    if word.get("state") == "running" and status.is_alive(word):
-        return Found(folder, "running", f"{far}; process {word.get('pid')} on {word.get('host')}")
+def read_options(config: Path) -> dict[str, Any]:
+    """Returns a run's options from its `config.yaml`; parts of an older file, with Python paths, get their names."""
+    options = {}
+    for key, value in options_of(config).items():
+        group, _, name = key.rpartition(".")
+        if name == "_target_":
+            path = str(value).split(".")
+            options[f"{group}.part"] = path[-2] if "methods" in path else path[-1]
+        elif not name.startswith("_"):
+            options[key] = value
+    return options
+
+
+def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
+    """Says what happened to a run without a finished summary; `last` is the content of `status.json`."""
+    epochs = len(read_history(folder))
+    progress = f"{epochs} epochs done" if epochs else "no epoch done"
+    if last.get("state") == "failed":
+        return RunFolder(folder, "failed", last.get("reason", ""))
+    if last.get("state") == "running" and status.is_alive(last):
+        return RunFolder(folder, "running", f"{progress}; process {last.get('pid')} on {last.get('host')}")
     way = "the same command continues it" if all_paths(folder) else "nothing was saved yet"
-    return Found(folder, "stopped", f"{far}; {way}")
+    return RunFolder(folder, "stopped", f"{progress}; {way}")
 
 
-def json_of(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file, an empty dict without the file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def records(path: Path) -> tuple[dict[str, float], ...]:
-    """The rows of a `metrics.csv`; what is empty is left out."""
-    if not path.is_file():
-        return ()
-    with open(path, newline="") as file:
-        return tuple({k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file))
+def read_history(folder: Path) -> pd.DataFrame:
+    """Returns the rows of `metrics.csv` as floats; what is empty is NaN."""
+    path = folder / "metrics.csv"
+    return pd.read_csv(path).astype(float) if path.is_file() else pd.DataFrame()

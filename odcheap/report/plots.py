@@ -1,60 +1,57 @@
-"""A study's figures: plain rows in, Matplotlib figures out."""
+"""Figures of a report. A method has the same color everywhere, a setting (such as a block type) the same marker."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from odcheap.report.statistics import Row, Spread, mean_student
+from odcheap.report.statistics import Spread
 
-# Okabe and Ito's colours, told apart by the colour-blind; then shapes tell.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999933", "#882255")
+# The colors of Okabe and Ito, which color-blind readers can distinguish.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999933", "#882255")
 MARKERS = "osD^vPX<>*"
 
 
-class Point(NamedTuple):
-    """`cost` in the unit of its axis; `accuracy` a fraction."""
-
-    method: str
-    setting: str
-    cost: float
-    accuracy: Spread
+def assign_styles(names: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
+    """Gives each name a color or a marker, by the order of first appearance."""
+    return dict(zip(dict.fromkeys(names), cycle(styles), strict=False))
 
 
-def ranks(names: Sequence[str], values: str | Sequence[str]) -> dict[str, str]:
-    """The same colour or marker for a name in every figure."""
-    order = list(dict.fromkeys(names))
-    return {name: values[k % len(values)] for k, name in enumerate(order)}
+def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
+    """Draws accuracy against a cost, with the Pareto front.
 
-
-def trade_off(points: list[Point], unit: str) -> Figure:
-    """Accuracy against a cost, with the front of those that nothing beats in both."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    colours, markers = (ranks([p[k] for p in points], v) for k, v in ((0, COLOURS), (1, MARKERS)))
-    step = 0.01 * (max(p.cost for p in points) - min(p.cost for p in points))  # bars of one price side by side
-    places = [p.cost + step * (k % len(colours) - (len(colours) - 1) / 2) for k, p in enumerate(points)]
-    for aside, p in zip(places, points, strict=True):
-        error = 100 * (p.accuracy.deviation or 0)
-        axes.errorbar(aside, 100 * p.accuracy.mean, error, fmt=markers[p.setting], color=colours[p.method], lw=1)
-    front = pareto([(p.cost, p.accuracy.mean) for p in points])
+    Args:
+        rows: The rows of `summarize_runs`.
+        costs: The cost by the row's index; rows without a cost or an accuracy are left out.
+        label: What the cost is, with its unit.
+    """
+    figure, axes = create_figure(8, 5)
+    colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
+    shown = rows.assign(cost=costs)[costs.notna() & rows["selected"].notna()]
+    for row in shown.to_dict("records"):
+        accuracy: Spread = row["selected"]
+        error, style = 100 * (accuracy.deviation or 0), markers[row["setting"]]
+        axes.errorbar(row["cost"], 100 * accuracy.mean, error, fmt=style, color=colors[row["method"]], lw=1, capsize=2)
+    front = pareto_front([(row.cost, row.selected.mean) for row in shown.itertuples()])
     axes.step([x for x, _ in front], [100 * y for _, y in front], where="post", color="#BBBBBB", zorder=0)
-    axes.set_xlabel(unit)
-    axes.set_ylabel("top-1 of the selected student, %\n(bars: deviation over seeds)")
-    axes.set_title("Which student for which price (grey: nothing is both cheaper and better)", loc="left", fontsize=11)
-    axes.margins(x=0.25, y=0.1)
-    below_hundred(axes)
-    named = [(f"{p.method} {p.setting}", colours[p.method]) for p in points]
-    heights = [100 * p.accuracy.mean for p in points]
-    label_beside(axes, [(x, y, *name) for x, y, name in zip(places, heights, named, strict=True)])
-    return cleared(figure)
+    axes.set_xlabel(label)
+    axes.set_ylabel("top-1 of the selected student, %\n(bars: standard deviation over seeds)")
+    axes.set_title("Accuracy against cost (gray: Pareto front)", loc="left", fontsize=11)
+    axes.margins(0.1)
+    limit_to_hundred(axes)
+    handles = [Line2D([], [], color=color, marker="o", ls="", label=name) for name, color in colors.items()]
+    settings = {name: marker for name, marker in markers.items() if name}
+    handles += [Line2D([], [], color="#888888", marker=m, ls="", label=name) for name, m in settings.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
 
 
-def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of (cost, accuracy) that no cheaper or equally dear one reaches, by cost."""
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points (cost, accuracy) than which no other is as cheap and as accurate, sorted by cost."""
     front: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or accuracy > front[-1][1]:
@@ -62,113 +59,86 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def label_beside(axes: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Names to the right of their points, moved apart where they would cover each other."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    columns: list[list[tuple[float, float, str, str]]] = []
-    for label in sorted(labels):
-        if columns and label[0] - columns[-1][-1][0] < (right - left) / 10:
-            columns[-1].append(label)
-        else:
-            columns.append([label])
-    for column in columns:
-        column.sort(key=lambda label: label[1])
-        heights = spread_out([y for _, y, _, _ in column], (high - low) / 22)
-        beside = max(x for x, _, _, _ in column) + (right - left) / 50
-        for (x, y, name, colour), height in zip(column, heights, strict=True):
-            line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0}
-            axes.annotate(name, (x, y), (beside, height), color=colour, fontsize=8, va="center", arrowprops=line)
-
-
-def spread_out(values: list[float], gap: float) -> list[float]:
-    """Sorted values, moved as little as may be (in least squares) so that neighbours are `gap` apart."""
-    blocks: list[list[float]] = []  # sum and count of those that move together, as if they lay on one spot
-    for k, value in enumerate(values):
-        blocks.append([value - k * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
-    spots = [total / count for total, count in blocks for _ in range(int(count))]
-    return [spot + k * gap for k, spot in enumerate(spots)]
-
-
-def below_hundred(axes: Axes) -> None:
-    """No more of the axis above 100 per cent than a marker needs."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, min(high, 100 + (100 - low) / 40))
-
-
-def gains(rows: list[Row]) -> Figure:
-    """Each method's gain over its baseline, with two standard errors; hollow where zero is among them."""
-    found = [(row, row.gain(mean_student)) for row in rows if row.baseline]
-    found = [(row, gain) for row, gain in found if gain is not None]
-    figure = Figure(figsize=(8, 1.4 + 0.34 * max(1, len(found))), layout="constrained")
-    axes = figure.subplots()
-    colours = ranks([row.method for row in rows], COLOURS)
-    for place, (row, gain) in enumerate(reversed(found)):
-        error = None if gain.deviation is None else 200 * gain.deviation / math.sqrt(gain.n)
-        fill = colours[row.method] if gain.resolved else "white"
-        axes.errorbar(100 * gain.mean, place, xerr=error, marker="o", color=colours[row.method], markerfacecolor=fill)
+def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
+    """Draws each row's gain over the baseline, with two standard errors; hollow if it is not resolved."""
+    shown = rows[rows["gain"].notna()][::-1]
+    figure, axes = create_figure(8, 1.4 + 0.34 * max(1, len(shown)))
+    colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
+    for place, row in enumerate(shown.to_dict("records")):
+        gain: Spread = row["gain"]
+        error = None if gain.standard_error is None else 200 * gain.standard_error
+        color, marker = colors[row["method"]], markers[row["setting"]]
+        fill = color if gain.is_resolved else "white"
+        axes.errorbar(100 * gain.mean, place, xerr=error, marker=marker, color=color, markerfacecolor=fill)
     axes.axvline(0, color="#BBBBBB", zorder=0)
-    axes.margins(y=0.5 / max(1, len(found)))
-    axes.set_yticks(range(len(found)), [row.name for row, _ in reversed(found)])
-    over = found[0][0].over
-    axes.set_xlabel(f"gain of the mean student over {over}, same seed,\npercentage points (bars: two standard errors)")
-    seeds = " or ".join(map(str, sorted({gain.n for _, gain in found})))
-    axes.set_title(f"What the methods bring (n = {seeds}; hollow: not resolved)", loc="left", fontsize=11)
-    return cleared(figure)
+    axes.margins(y=0.5 / max(1, len(shown)))
+    axes.set_yticks(range(len(shown)), list(shown["name"]))
+    axes.set_xlabel(
+        f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 2 standard errors)"
+    )
+    counts = " or ".join(map(str, sorted({gain.n for gain in shown["gain"]})))
+    axes.set_title(f"Gains over {baseline} (n = {counts}; hollow: not resolved)", loc="left", fontsize=11)
+    return figure
 
 
-def curves(rows: list[Row], stage: str) -> Figure:
-    """Top-1 by epoch on the images of that stage: mean student in full, teacher dashed, means over seeds."""
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    figure = Figure(figsize=(max(6, 4.4 * len(settings)), 4), layout="constrained")
+def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
+    """Draws top-1 by epoch, mean over seeds: the mean student solid, the teacher dashed, a panel for each setting.
+
+    Args:
+        table: The runs of `tabulate_runs`.
+        stage: Whose images: `val` or `train`.
+    """
+    settings = list(dict.fromkeys(table["setting"]))
+    figure = Figure(figsize=(max(6, 3.2 * len(settings)) + 1, 4), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
-    colours = ranks([row.method for row in rows], COLOURS)
-    ends, later = {setting: [] for setting in settings}, []
-    for row in rows:
-        axes = panels[settings.index(row.setting)]
-        for who, style in ((students_at, "-"), (teacher_at, "--")):
-            line = [100 * y for y in mean_curve(row, lambda r, who=who: who(r, stage))]
-            axes.plot(range(1, len(line) + 1), line, style, color=colours[row.method])
-            later += line[len(line) // 5 :]
-            if line and style == "-":
-                ends[row.setting].append((len(line), line[-1], row.method, colours[row.method]))
-    panels[0].set_ylim(bottom=min(later, default=0) - 1)  # the climb of the first epochs would flatten the rest
-    below_hundred(panels[0])
+    colors, later = assign_styles(table["method"], COLORS), []
+    for (setting, method), runs in table.groupby(["setting", "method"], sort=False):
+        histories = [run.history for run in runs["run"]]
+        for pattern, style in ((rf"^{stage}/student_\d+/top1$", "-"), (rf"^{stage}/teacher/top1$", "--")):
+            curve = 100 * average_curves(histories, pattern)
+            panels[settings.index(setting)].plot(curve.index + 1, curve, style, color=colors[method])
+            later += list(curve[len(curve) // 5 :])
+    panels[0].set_ylim(bottom=min(later, default=0) - 1)  # the first epochs would flatten the rest
+    limit_to_hundred(panels[0])
     panels[0].set_ylabel(f"{stage} top-1, %")
     for axes, setting in zip(panels, settings, strict=True):
         axes.set_title(setting or "all runs", loc="left", fontsize=10)
         axes.set_xlabel("epoch")
         axes.margins(x=0.02)
-        label_beside(axes, ends[setting])
-    figure.suptitle("Mean student (full) and teacher (dashed)", x=0.01, ha="left", fontsize=11)
-    return cleared(figure)
-
-
-def students_at(record: dict[str, float], stage: str) -> float | None:
-    names = [k for k in record if k.startswith(f"{stage}/student_") and k.endswith("/top1")]
-    return sum(record[k] for k in names) / len(names) if names else None
-
-
-def teacher_at(record: dict[str, float], stage: str) -> float | None:
-    return record.get(f"{stage}/teacher/top1")
-
-
-def mean_curve(row: Row, value: Callable[[dict[str, float]], float | None]) -> list[float]:
-    """The mean over seeds, epoch by epoch, as far as all runs go."""
-    lines = [[value(record) for record in run.history] for run in row.by_seed.values()]
-    together = zip(*lines, strict=False)
-    return [sum(values) / len(values) for values in together if None not in values]
-
-
-def cleared(figure: Figure) -> Figure:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="both", color="#EEEEEE", zorder=-1)
+        remove_clutter(axes)
+    handles = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
+    handles += [Line2D([], [], color="#888888", ls=ls, label=n) for n, ls in (("mean student", "-"), ("teacher", "--"))]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.Series:
+    """Averages the columns that match a pattern over runs, by epoch, for the epochs that all runs have."""
+    if not all("epoch" in history for history in histories):
+        return pd.Series(dtype=float)
+    curves = [history.set_index("epoch").filter(regex=pattern).mean(axis=1) for history in histories]
+    return pd.concat(curves, axis=1).dropna().mean(axis=1)
+
+
+def create_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    remove_clutter(axes)
+    return figure, axes
+
+
+def remove_clutter(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#EEEEEE", zorder=-1)
+
+
+def limit_to_hundred(axes: Axes) -> None:
+    """Cuts the axis above 100 %, with space for a marker."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 100 + (100 - low) / 40))
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Writes the figure as PNG and as SVG."""
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{name}.{suffix}", dpi=150)

@@ -1,196 +1,214 @@
-"""Methods side by side: means, deviations, and each method's gain over `alone`, paired by seed."""
+"""Compares runs: a name for each setting and method, means over seeds, and gains over a baseline, paired by seed."""
 
 import math
 import statistics
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import pandas as pd
+
+from odcheap.report.load_runs import FinishedRun
 from odcheap.utils.errors import Failure
 from odcheap.utils.text import escape_control_chars
 
 BASELINE = "alone"
-ROUNDING = 1e-9  # equal accuracies may differ by so much
-SEED, METHOD = "seed", "method._target_"
+METHOD, SEED = "method.part", "seed"
+TEACHER_KINDS = ("head", "gated", "mean", "ema", "frozen")
+TOLERANCE = 1e-9  # equal accuracies may differ by rounding
 
 Summary = dict[str, Any]
-Figure = Callable[[Summary], float | None]
-
-
-class Finished(NamedTuple):
-    """A run: its options (flat, `method._target_` among them), its summary and its rows of `metrics.csv`."""
-
-    options: dict[str, Any]
-    summary: Summary
-    history: tuple[dict[str, float], ...] = ()
 
 
 class Spread(NamedTuple):
-    """Mean and sample deviation (None with one value) of `n` values."""
+    """Mean and sample standard deviation (None for one value) of `n` values."""
 
     n: int
     mean: float
     deviation: float | None
 
     @property
-    def resolved(self) -> bool:
-        """Whether the mean is at least two standard errors from zero; one value says nothing."""
-        return self.deviation is not None and abs(self.mean) >= 2 * self.deviation / math.sqrt(self.n) + ROUNDING
-
-
-def spread(values: list[float]) -> Spread | None:
-    """None without values."""
-    if not values:
-        return None
-    return Spread(len(values), statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method in one setting: its runs by seed, and those of its baseline (none where it is that itself)."""
-
-    setting: str
-    method: str
-    by_seed: dict[Any, Finished]
-    baseline: dict[Any, Finished]
-    over: str = BASELINE  # the baseline's name
-
-    def of(self, figure: Figure) -> Spread | None:
-        found = (figure(run.summary) for run in self.by_seed.values())
-        return spread([value for value in found if value is not None])
-
-    def differences(self, figure: Figure) -> dict[Any, float]:
-        """By seed, where both runs have the figure."""
-        pairs = {seed: (figure(run.summary), self.of_baseline(seed, figure)) for seed, run in self.by_seed.items()}
-        return {seed: own - other for seed, (own, other) in pairs.items() if own is not None and other is not None}
-
-    def of_baseline(self, seed: Any, figure: Figure) -> float | None:
-        return figure(self.baseline[seed].summary) if seed in self.baseline else None
-
-    def gain(self, figure: Figure) -> Spread | None:
-        return spread(list(self.differences(figure).values()))
+    def standard_error(self) -> float | None:
+        """The standard error of the mean; None for one value."""
+        return None if self.deviation is None else self.deviation / math.sqrt(self.n)
 
     @property
-    def name(self) -> str:
-        return f"{self.method}, {self.setting}" if self.setting else self.method
+    def is_resolved(self) -> bool:
+        """Whether the mean is at least two standard errors away from zero; never with one value."""
+        return self.standard_error is not None and abs(self.mean) >= 2 * self.standard_error + TOLERANCE
 
 
-def rows(runs: Iterable[Finished]) -> list[Row]:
-    """A row for each setting and method, the baseline first within its setting; of equal runs the first counts."""
-    runs = list(runs)
-    told = {key for key in varying([run.options for run in runs]) if not key.startswith("method.")} - {SEED}
-    if "data.name" in told:  # says enough
-        told = {key for key in told if not key.startswith("data.")} | {"data.name"}
-    by_setting: dict[str, dict[str, dict[Any, Finished]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        alike = [r.options for r in runs if r.options.get(METHOD) == run.options.get(METHOD)]
-        own = {key for key in varying(alike) if key.startswith("method.")} - usual(run.options, alike) | {METHOD}
-        setting = labelled(run.options, told - usual(run.options, [r.options for r in runs]))
-        by_setting[setting][labelled(run.options, own)].setdefault(run.options.get(SEED), run)
-    found = []
-    for setting, methods in by_setting.items():
-        baseline = methods.get(BASELINE, {})
-        for method in sorted(methods, key=lambda name: name != BASELINE):
-            found.append(Row(setting, method, methods[method], {} if method == BASELINE else baseline))
-    return found
-
-
-def against(found: list[Row], name: str) -> list[Row]:
-    """The same rows with the one so named as the baseline of all, whatever their settings; `Failure` without it."""
-    named = {row.name: row.by_seed for row in found}
-    if name not in named:
-        raise Failure(f"--against={name}: must be one of {'; '.join(sorted(named))}")
-    if not any(row.by_seed.keys() & named[name].keys() for row in found if row.name != name):
-        raise Failure(f"--against={name}: no other row has a run with one of its seeds, {sorted(named[name])}")
-    return [replace(row, baseline={} if row.name == name else named[name], over=name) for row in found]
+def compute_spread(values: pd.Series) -> Spread | None:
+    """Returns the spread of the values that are not missing, None if all are."""
+    known = values.dropna()
+    if known.empty:
+        return None
+    return Spread(len(known), known.mean(), known.std() if len(known) > 1 else None)
 
 
 def mean_student(summary: Summary) -> float | None:
-    """Nothing is picked: test top-1 of all students after the last epoch, averaged."""
+    """Test top-1 after the last epoch, the mean of all students: nothing is selected."""
     students = (summary.get("last") or {}).get("students")
     return statistics.mean(student["test_top1"] for student in students) if students else None
 
 
 def selected_student(summary: Summary) -> float | None:
-    """Test top-1 of the one chosen on held-out images: of `alone` the best of S independent students."""
+    """Test top-1 of the student selected on held-out images; for `alone` the best of S independent students."""
     return (summary.get("selected") or {}).get("test_top1")
 
 
 def ensemble(summary: Summary) -> float | None:
-    """Test top-1 of the students' mean prediction, after the last epoch."""
+    """Test top-1 of the students' mean prediction after the last epoch."""
     return ((summary.get("last") or {}).get("ensemble") or {}).get("test_top1")
 
 
-def teacher_of(kind: str) -> Figure:
-    """Test top-1 after the last epoch of a teacher of this kind; others are no match for it."""
+def teacher_of_kind(kind: str) -> Callable[[Summary], float | None]:
+    """Returns a function that reads the teacher's test top-1 after the last epoch if it is of this kind."""
 
-    def figure(summary: Summary) -> float | None:
+    def read(summary: Summary) -> float | None:
         teacher = (summary.get("last") or {}).get("teacher") or {}
         return teacher.get("test_top1") if teacher.get("kind") == kind else None
 
-    return figure
+    return read
 
 
-def cost_of(name: str) -> Figure:
-    return lambda summary: (summary.get("cost") or {}).get(name)
+def training_petamacs(summary: Summary) -> float | None:
+    """10^15 multiply-accumulates of the training, including kd's teacher; None if that one's are unknown."""
+    macs = (summary.get("cost") or {}).get("training_macs_with_teacher")
+    return None if macs is None else macs / 1e15
 
 
-def epochs(summary: Summary) -> float | None:
-    return summary.get("epochs")
-
-
-def training_macs(summary: Summary) -> float | None:
-    """Multiply-accumulates of the whole training, kd's teacher's included; None where nobody knows that one's."""
-    cost = summary.get("cost") or {}
-    return cost.get("training_macs_with_teacher")
-
-
-def hours(summary: Summary) -> float | None:
-    """Of training, kd's teacher's included."""
-    taught = (summary.get("cost") or {}).get("teacher") or {}
-    seconds = (summary.get("train_seconds"), taught.get("train_seconds", 0))
+def training_hours(summary: Summary) -> float | None:
+    """Hours of the training, including kd's teacher; None if that one's are unknown."""
+    teacher = (summary.get("cost") or {}).get("teacher") or {}
+    seconds = (summary.get("train_seconds"), teacher.get("train_seconds", 0))
     return None if None in seconds else sum(seconds) / 3600
 
 
-def held_out(summary: Any) -> Any:
-    """The same summary with the held-out images' figures in place of the test's, for decisions."""
+ACCURACIES: dict[str, Callable[[Summary], float | None]] = {
+    "mean student": mean_student,
+    "selected": selected_student,
+    "ensemble": ensemble,
+    **{f"teacher ({kind})": teacher_of_kind(kind) for kind in TEACHER_KINDS},
+}
+COSTS: dict[str, Callable[[Summary], float | None]] = {
+    "params": lambda summary: (summary.get("cost") or {}).get("params"),
+    "macs": lambda summary: (summary.get("cost") or {}).get("macs"),
+    "epochs": lambda summary: summary.get("epochs"),
+    "training PMACs": training_petamacs,
+    "hours": training_hours,
+}
+GAINS = {"gain": "mean student", "selected gain": "selected"}  # the differences to the baseline's run of the same seed
+
+
+def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None) -> pd.DataFrame:
+    """Returns one row for each run, with its names, figures and gains.
+
+    Runs that differ in the seed only get the same `setting` and `method`. Of runs with the same options and seed the
+    first counts. Within a setting the baseline comes first.
+
+    Args:
+        runs: The runs to compare.
+        against: The `name` of the row that all others are compared with; None is `alone` in the same setting.
+
+    Returns:
+        The columns `setting`, `method`, `name`, `seed`, `baseline` (whether it is the baseline), `run`, all of
+        `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN without a baseline run of that seed).
+
+    Raises:
+        Failure: No row is called `against`, or none has a seed in common with it.
+    """
+    runs = list(runs)
+    table = label_runs(runs)
+    table["seed"] = [run.options.get(SEED) for run in runs]
+    table["run"] = runs
+    for name, figure in (ACCURACIES | COSTS).items():
+        table[name] = pd.Series([figure(run.summary) for run in runs], dtype=float)
+    table = table.drop_duplicates(["setting", "method", "seed"])
+    ranks = [pd.factorize(table["setting"])[0], table["method"] != BASELINE, pd.factorize(table["method"])[0]]
+    order = pd.DataFrame(dict(enumerate(ranks)), index=table.index).sort_values([0, 1, 2], kind="stable").index
+    return add_gains(table.loc[order].reset_index(drop=True), against)
+
+
+def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
+    """Adds `baseline` and the columns of `GAINS`; see `tabulate_runs`."""
+    if against is None:
+        table["baseline"], keys = table["method"] == BASELINE, ["setting", "seed"]
+    else:
+        table["baseline"], keys = table["name"] == against, ["seed"]
+        if not table["baseline"].any():
+            raise Failure(f"--against={against}: must be one of {'; '.join(sorted(set(table['name'])))}")
+        seeds = set(table.loc[table["baseline"], "seed"])
+        if not table.loc[~table["baseline"], "seed"].isin(seeds).any():
+            raise Failure(f"--against={against}: no other row has a run with one of its seeds, {sorted(seeds)}")
+    baseline = table.loc[table["baseline"], [*keys, *GAINS.values()]]
+    paired = table[keys].merge(baseline, how="left", on=keys)
+    for gain, figure in GAINS.items():
+        table[gain] = (table[figure] - paired[figure].to_numpy()).mask(table["baseline"])
+    return table
+
+
+def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row for each setting and method of `tabulate_runs`, in the same order.
+
+    The columns are `setting`, `method`, `name`, `baseline`, `n` (seeds), and a `Spread` or None for each figure.
+    """
+    figures = [*ACCURACIES, *COSTS, *GAINS]
+    rows = []
+    for (setting, method), runs in table.groupby(["setting", "method"], sort=False):
+        names = {"setting": setting, "method": method, "name": runs["name"].iloc[0], "n": len(runs)}
+        spreads = {figure: compute_spread(runs[figure]) for figure in figures}
+        rows.append(names | {"baseline": bool(runs["baseline"].iloc[0])} | spreads)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
+    """Names each run by what distinguishes it.
+
+    Returns:
+        The columns `setting` (options outside the method that vary), `method` (its name and those of its own options
+        that vary), and `name` (both). Options that more than two thirds of the runs share are left out, so that in a
+        study of one factor at a time the factor is named.
+    """
+    options = pd.DataFrame([{key: repr(value) for key, value in run.options.items()} for run in runs])
+    own = [key for key in options if key.startswith("method.")]
+    outside = options.drop(columns=[*own, SEED], errors="ignore")
+    varying = find_distinctive(outside)
+    if "data.name" in outside and outside["data.name"].nunique() > 1:  # it says enough
+        varying[[key for key in outside if key.startswith("data.") and key != "data.name"]] = False
+    setting = [join_labels(run, varying.loc[k]) for k, run in enumerate(runs)]
+    method = pd.Series("", index=options.index)
+    if METHOD in options:
+        for _, alike in options[own].groupby(METHOD):
+            is_named = find_distinctive(alike).assign(**{METHOD: True})
+            method.update(pd.Series({k: join_labels(runs[k], is_named.loc[k]) for k in alike.index}, dtype=object))
+    table = pd.DataFrame({"setting": setting, "method": method}, dtype=object)
+    table["name"] = [f"{m}, {s}" if s else m for s, m in zip(table["setting"], table["method"], strict=True)]
+    return table
+
+
+def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
+    """Marks the values worth naming: options that vary, without values that more than two thirds of the runs share.
+
+    The choice of a part (`block_type.part`) is named wherever it varies.
+    """
+    shares = options.apply(lambda column: column.map(column.value_counts(normalize=True)).astype(float))
+    is_part = pd.Series({key: key.endswith(".part") for key in options}, dtype=bool)
+    return options.notna() & (options.nunique() > 1) & (is_part | ~(shares > 2 / 3))
+
+
+def join_labels(run: FinishedRun, is_named: pd.Series) -> str:
+    """Joins the marked options to a label: parts by their names alone, the others as `option=value`."""
+    keys = sorted((k for k, named in is_named.items() if named), key=lambda key: (not key.endswith(".part"), key))
+    options = {key.removeprefix("method."): run.options[key] for key in keys}
+    labels = (str(value) if key.endswith("part") else f"{key}={value}" for key, value in options.items())
+    return escape_control_chars(" ".join(labels))
+
+
+def use_held_out(summary: Any) -> Any:
+    """Returns a summary in which the figures of the held-out images stand in place of the test images' figures."""
     if isinstance(summary, list):
-        return [held_out(value) for value in summary]
+        return [use_held_out(value) for value in summary]
     if not isinstance(summary, dict):
         return summary
-    found = {key: held_out(value) for key, value in summary.items()}
+    found = {key: use_held_out(value) for key, value in summary.items()}
     return found | {key: found.get(f"val_{key[5:]}") for key in found if key.startswith("test_")}
-
-
-def varying(options: list[dict[str, Any]]) -> set[str]:
-    """The options that are not the same in all runs that have them: what only one block type has says nothing more."""
-    seen: dict[str, set[str]] = defaultdict(set)
-    for own in options:
-        for key, value in own.items():
-            seen[key].add(repr(value))
-    return {key for key, values in seen.items() if len(values) > 1}
-
-
-def usual(own: dict[str, Any], options: list[dict[str, Any]]) -> set[str]:
-    """Those of a run's options, choices of parts aside, that more than two thirds of the runs share and need not be
-    named: a study of one factor at a time then names the factor.
-    """
-    counts = Counter((key, repr(value)) for others in options for key, value in others.items())
-    having = Counter(key for others in options for key in others)
-    named = {key for key in own if not key.endswith("_target_")}
-    return {key for key in named if 3 * counts[key, repr(own[key])] > 2 * having[key]}
-
-
-def name_of(target: str) -> str:
-    """`DW` of `odcheap.layers.cheap_conv.DW`; `dml` of `odcheap.methods.dml.DeepMutualLearning`."""
-    parts = target.split(".")
-    return parts[-2] if "methods" in parts else parts[-1]
-
-
-def labelled(options: dict[str, Any], told: set[str]) -> str:
-    """These options in a few words, choices of parts by their names alone."""
-    keys = sorted(told & options.keys(), key=lambda key: (not key.endswith("_target_"), key))
-    short = {key: key.removeprefix("method.") for key in keys}
-    named = (name_of(str(options[k])) if k.endswith("_target_") else f"{short[k]}={options[k]}" for k in keys)
-    return escape_control_chars(" ".join(named))

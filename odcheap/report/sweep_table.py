@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from odcheap.report import statistics
-from odcheap.report.statistics import Spread, mean_student, selected_student
-from odcheap.runs import resume
+from odcheap.report.load_runs import FinishedRun, read_options
+from odcheap.report.statistics import Spread, summarize_runs, tabulate_runs
 from odcheap.runs.sweep import Outcome
 from odcheap.utils.text import (
     escape_control_chars,
@@ -22,15 +22,15 @@ from odcheap.utils.text import (
 def show_sweep(console: Console, outcomes: list[Outcome]) -> None:
     """Prints a table of the runs and, where methods or seeds can be compared, one of the methods."""
     console.print(runs_table(outcomes))
-    compared = statistics.rows(finished_runs(outcomes))
-    if any(len(row.by_seed) > 1 for row in compared) or len({row.method for row in compared}) > 1:
-        console.print(methods_table(compared))
+    rows = summarize_runs(tabulate_runs(finished_runs(outcomes)))
+    if not rows.empty and (rows["n"].max() > 1 or rows["method"].nunique() > 1):
+        console.print(methods_table(rows))
 
 
-def finished_runs(outcomes: list[Outcome]) -> list[statistics.Finished]:
+def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
     """Returns the runs that have a summary of their training, with their options."""
     found = [(o.summary, Path(o.job_dir) / "config.yaml") for o in outcomes if o.summary and "last" in o.summary]
-    return [statistics.Finished(resume.options_of(path), summary) for summary, path in found if path.is_file()]
+    return [FinishedRun(read_options(path), summary) for summary, path in found if path.is_file()]
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -66,20 +66,24 @@ def runs_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def methods_table(compared: list[statistics.Row]) -> Table:
-    """Returns each method's test top-1 and its gain over `alone`, paired by seed: means and sample deviations."""
+def methods_table(rows: pd.DataFrame) -> Table:
+    """Returns each method's test top-1 and its gain over `alone`, paired by seed: means and sample deviations.
+
+    Args:
+        rows: The rows of `summarize_runs`.
+    """
     title = (
-        "test top-1, mean ± deviation over seeds; gain over alone, seed by seed\n"
-        "mean student: of all students after the last epoch, nothing picked; selected: the one that each run chose"
+        "test top-1, mean ± deviation over seeds; gain over alone, paired by seed\n"
+        "mean student: of all students after the last epoch, nothing selected; selected: the one that each run chose"
     )
     table = Table(title=title, title_justify="left", title_style="")
-    words = ["setting"] * any(row.setting for row in compared) + ["method"]
-    for column in (*words, "seeds", "mean student", "gain", "selected", "gain"):
-        table.add_column(column, justify="left" if column in words else "right", overflow="fold")
-    for row in compared:
-        found = ((row.of(f), row.gain(f)) for f in (mean_student, selected_student))
-        figures = [text for value, gain in found for text in (format_spread(value), format_spread(gain, "+"))]
-        table.add_row(*(Text(getattr(row, word)) for word in words), str(len(row.by_seed)), *figures)
+    names = ["setting", "method"] if rows["setting"].any() else ["method"]
+    for column in (*names, "seeds", "mean student", "gain", "selected", "gain"):
+        table.add_column(column, justify="left" if column in names else "right", overflow="fold")
+    for row in rows.to_dict("records"):
+        figures = [format_spread(row["mean student"]), format_spread(row["gain"], "+")]
+        figures += [format_spread(row["selected"]), format_spread(row["selected gain"], "+")]
+        table.add_row(*(Text(row[name]) for name in names), str(row["n"]), *figures)
     return table
 
 

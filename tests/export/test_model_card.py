@@ -52,7 +52,7 @@ def test_the_standard_network_is_not_held_against_itself():
 
 @pytest.mark.parametrize("text", ["a`b", "line\nend", "\x1b[31mred", "<script>", "| cell |", "\udcff"])
 def test_somebody_elses_text_is_no_markup(text):
-    made = model_card.code(text)
+    made = model_card.format_code(text)
     assert made.isprintable()
     assert made.count("`") == 2
     assert made.startswith("`")

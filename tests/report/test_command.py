@@ -9,8 +9,7 @@ from odcheap.report.command import main
 
 def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
     folder.mkdir(parents=True)
-    target = f"{{_target_: odcheap.methods.{method}.Class}}"
-    (folder / "config.yaml").write_text(f"job_dir: {folder}\nseed: {seed}\nmethod: {target}\n")
+    (folder / "config.yaml").write_text(f"job_dir: {folder}\nseed: {seed}\nmethod: {{part: {method}}}\n")
     student = {"test_top1": value, "val_top1": value + 0.02}
     summary = {"finished": True, "data": data, "epochs": 5, "selected": student}
     summary["cost"] = {"params": 1000, "macs": 2_000_000, "training_macs_with_teacher": 3e15}
@@ -25,7 +24,7 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "measured", lambda found: {"alone": latency.Times(0.5, 1.5)})
+    monkeypatch.setattr(latency, "measure_latencies", lambda folders, runs: {"alone": (0.5, 1.5)})
     folder = tmp_path / "sweep"
     for seed, value in enumerate((0.50, 0.52, 0.51)):
         plant(folder / f"alone-{seed}", "alone", seed, value)

@@ -1,15 +1,14 @@
 import hydra
 import pytest
 
-from odcheap.report import costs as room
+from odcheap.report import costs
 from odcheap.report.command import main
-from odcheap.report.costs import costs
-from odcheap.utils.parts import find_conf_dir
+from odcheap.utils.parts import find_conf_dir, list_parts
 
 
 def found(*overrides):
     with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
-        return {(row.backbone, row.block_type): row for row in costs(list(overrides))}
+        return {(row.backbone, row.block_type): row for row in costs.count_costs(overrides)}
 
 
 def test_costs_are_those_of_the_reference():
@@ -33,12 +32,12 @@ def test_published_costs_of_standard_networks():
 @pytest.mark.slow
 def test_every_backbone_has_its_costs():
     rows = found()
-    assert len(rows) == 4 * (len(list((find_conf_dir() / "backbone").glob("*.yaml"))) - len(("torchvision", "timm")))
+    assert len(rows) == 4 * (len(list_parts("backbone")) - len(("torchvision", "timm")))
     assert not [row.refused for row in rows.values() if row.refused]
 
 
 def test_the_table_says_how_much_cheaper_and_what_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(room, "CLASSES", {32: 10, 224: 10})  # builds once
+    monkeypatch.setattr(costs, "NUM_CLASSES", {32: 10, 224: 10})  # builds once
     assert main(["--costs", "backbone=torchvision", "backbone.name=mobilenet_v3_small"]) == 0
     out = capsys.readouterr().out
     assert "torchvision mobilenet_v3_small │ Standard" in out

@@ -1,10 +1,8 @@
-from types import SimpleNamespace
-
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models.cifar import CifarResNet
 from odcheap.report import latency
-from odcheap.report.load_runs import Found
-from odcheap.report.statistics import Finished
+from odcheap.report.load_runs import FinishedRun, RunFolder
+from odcheap.report.statistics import tabulate_runs
 from odcheap.training.summary import write_student
 
 SETTINGS = {
@@ -22,23 +20,34 @@ SETTINGS = {
 def run(folder, method, settings=SETTINGS):
     folder.mkdir()
     write_student(folder / "student.safetensors", CifarResNet(8, DW(), 2), settings)
-    options = {"method._target_": f"odcheap.methods.{method}.C", "seed": 0, "backbone.depth": 8}
-    return Found(folder, "finished", "", Finished(options, {}))
+    return RunFolder(folder, "finished", "", FinishedRun({"method.part": method, "seed": 0, "backbone.depth": 8}, {}))
 
 
 def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
     calls = []
-    fast = SimpleNamespace(
-        fastest_onnx=lambda network, _: sum(p.numel() for p in network.parameters()),
-        latency=lambda size, *_: calls.append(size) or size,
+
+    def time_onnx(models, size, batches, seconds):
+        calls.append((size, {name: len(model) for name, model in models.items()}))
+        return {("student", 1): 2.0, ("standard", 1): 3.0}
+
+    monkeypatch.setattr(latency, "time_onnx", time_onnx)
+    folders = [run(tmp_path / name, name) for name in ("alone", "od")]
+    runs = tabulate_runs(entry.run for entry in folders)
+    assert latency.measure_latencies(folders, runs) == dict.fromkeys(("alone", "od"), (2.0, 3.0))
+    ((size, lengths),) = calls
+    student, standard = (
+        sum(4 * p.numel() for p in CifarResNet(8, conv, 2).parameters()) for conv in (DW(), Standard())
     )
-    monkeypatch.setattr(latency, "deploy", fast)
-    found = [run(tmp_path / name, name) for name in ("alone", "od")]
-    student, standard = (sum(p.numel() for p in CifarResNet(8, conv, 2).parameters()) for conv in (DW(), Standard()))
-    assert latency.measured(found) == dict.fromkeys(("alone", "od"), (1000 * student, 1000 * standard))
-    assert calls == [student, standard]
+    assert size == (3, 8, 8)
+    assert lengths["standard"] - lengths["student"] > 0.8 * (standard - student)
+
+
+def test_a_student_and_its_standard_network_are_timed(tmp_path):
+    student, standard = latency.time_student(run(tmp_path / "run", "od").folder / "student.safetensors", seconds=0.02)
+    assert 0 < student < 1000
+    assert 0 < standard < 1000
 
 
 def test_a_student_that_cannot_be_rebuilt_is_a_gap(tmp_path):
-    found = [run(tmp_path / "alone", "alone", {"classes": ["a", "b"]})]
-    assert latency.measured(found) == {}
+    folders = [run(tmp_path / "alone", "alone", {"classes": ["a", "b"]})]
+    assert latency.measure_latencies(folders, tabulate_runs(entry.run for entry in folders)) == {}

@@ -4,10 +4,10 @@ import socket
 
 import pytest
 
-from odcheap.report.load_runs import read
+from odcheap.report.load_runs import load_runs
 from odcheap.utils.errors import OptionError
 
-CONFIG = "job_dir: {}\nseed: 3\nmethod: {{_target_: odcheap.methods.od.Class}}\n"
+CONFIG = "job_dir: {}\nseed: 3\nmethod: {{part: od}}\n"
 
 
 def plant(folder, summary=None, word=None, metrics="epoch,val/student_0/top1\n0,0.5\n1,\n"):
@@ -24,11 +24,12 @@ def plant(folder, summary=None, word=None, metrics="epoch,val/student_0/top1\n0,
 def test_runs_are_found_at_any_depth_and_once(tmp_path):
     one = plant(tmp_path / "sweep" / "a", {"finished": True})
     plant(tmp_path / "sweep" / "b", {"finished": True})
-    found = read([tmp_path, tmp_path / "sweep", one])
+    found = load_runs([tmp_path, tmp_path / "sweep", one])
     assert [entry.folder.name for entry in found] == ["a", "b"]
     run = found[0].run
-    assert (run.options["seed"], run.summary) == (3, {"finished": True})
-    assert run.history == ({"epoch": 0.0, "val/student_0/top1": 0.5}, {"epoch": 1.0})
+    assert (run.options["seed"], run.options["method.part"], run.summary) == (3, "od", {"finished": True})
+    assert run.history["epoch"].tolist() == [0.0, 1.0]
+    assert run.history["val/student_0/top1"].dropna().tolist() == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_runs_are_found_at_any_depth_and_once(tmp_path):
 )
 def test_what_became_of_a_run(tmp_path, summary, word, state, reason):
     plant(tmp_path / "run", summary, word)
-    (entry,) = read([tmp_path])
+    (entry,) = load_runs([tmp_path])
     assert entry.state == state
     assert reason in entry.reason
     assert (entry.run is not None) == (state == "finished")
@@ -55,21 +56,21 @@ def test_what_became_of_a_run(tmp_path, summary, word, state, reason):
 def test_a_run_that_failed_before_it_began_is_found(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"state": "failed", "reason": "num_stu=0"}')
-    assert [entry.state for entry in read([tmp_path])] == ["failed"]
+    assert [entry.state for entry in load_runs([tmp_path])] == ["failed"]
 
 
 def test_what_holds_no_run_is_refused(tmp_path):
     with pytest.raises(OptionError, match="holds no run of odcheap"):
-        read([tmp_path])
+        load_runs([tmp_path])
     with pytest.raises(OptionError, match="no such folder"):
-        read([tmp_path / "none"])
+        load_runs([tmp_path / "none"])
 
 
 @pytest.mark.parametrize("config", ["!!python/object/apply:os.mkdir [owned]", "a: &x [*x]", "{", "${oops"])
-def test_a_config_that_is_none_is_told_and_runs_nothing(tmp_path, monkeypatch, config):
+def test_a_config_that_is_none_is_named_and_runs_nothing(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(config)
     (tmp_path / "run" / "summary.json").write_text('{"finished": true}')
-    assert [found.state for found in read([tmp_path])] == ["unreadable"]
+    assert [found.state for found in load_runs([tmp_path])] == ["unreadable"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

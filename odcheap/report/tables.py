@@ -1,0 +1,144 @@
+"""The report's text: tables in Markdown and CSV, and what a reader has to know about them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from odcheap.export.model_card import format_code
+from odcheap.report.load_runs import RunFolder
+from odcheap.report.statistics import ACCURACIES, COSTS, GAINS, Spread
+from odcheap.utils.text import escape_control_chars
+
+COLUMNS = ["mean student", "gain", "selected", "selected gain", "ensemble"]
+COLUMNS += [name for name in (*ACCURACIES, *COSTS) if name not in COLUMNS]
+WHOLE_NUMBERS = ("params", "macs", "epochs")
+READING = """Top-1 in percent, mean ± sample standard deviation over n seeds. *Mean student*: mean of all students
+after the last epoch, nothing is selected; *selected*: the student that was best on held-out images, so for `alone` the
+best of independent students. Gains over `{baseline}` are paired by seed, in percentage points; a gain smaller than two
+standard errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15 multiply-accumulates.
+Milliseconds are for one image in ONNX Runtime on this machine, of the student and of the standard network. Teachers of
+different kinds cannot be compared."""
+SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
+
+
+def build_table(rows: pd.DataFrame, latencies: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+    """Returns the report's table, without empty columns.
+
+    Args:
+        rows: The rows of `summarize_runs`.
+        latencies: Milliseconds of the student and of the standard network by the row's name.
+    """
+    table = rows[["setting", "method", "n", *COLUMNS]].copy()
+    for name in COSTS:
+        means = [None if spread is None else spread.mean for spread in table[name]]
+        table[name] = pd.array([round(m) if m is not None and name in WHOLE_NUMBERS else m for m in means], object)
+    for k, name in enumerate(("latency ms", "standard ms")):
+        table[name] = pd.array([latencies[row][k] if row in latencies else None for row in rows["name"]], object)
+    return table.loc[:, (table.notna() & (table != "")).any()]
+
+
+def format_cell(column: str, value: Any) -> str:
+    """Formats a value for Markdown: a `Spread` in percent, other numbers with three digits, nothing for None."""
+    if isinstance(value, Spread):
+        is_gain = column in GAINS
+        text = f"{100 * value.mean:{'+' if is_gain else ''}.2f}"
+        text += "" if value.deviation is None else f" ± {100 * value.deviation:.2f}"
+        return f"{text} (not resolved)" if is_gain and not value.is_resolved else text
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else escape_markdown(value)
+
+
+def escape_markdown(text: str) -> str:
+    """Escapes names and options of other people for a Markdown table: no markup, no further cells."""
+    return re.sub(r"([\\`\[<|])", r"\\\1", escape_control_chars(text))
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Returns a table of strings in Markdown, its cells not padded."""
+    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True, stralign=None, numalign=None)
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """Returns the table of `build_table` as CSV with unrounded fractions; a spread becomes three columns."""
+    columns = {}
+    for name, values in table.items():
+        if any(isinstance(value, Spread) for value in values):
+            for k, part in enumerate(Spread._fields):
+                columns[f"{name} {part}"] = pd.array(
+                    [value[k] if value is not None else None for value in values], object
+                )
+        else:
+            columns[name] = values
+    return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+
+
+def write_report(
+    folders: list[RunFolder],
+    runs: pd.DataFrame,
+    rows: pd.DataFrame,
+    table: pd.DataFrame,
+    figures: list[str],
+    images: str,
+    baseline: str,
+) -> str:
+    """Returns the report in Markdown.
+
+    Args:
+        folders: All folders, of finished and other runs.
+        runs: The rows of `tabulate_runs`.
+        rows: The rows of `summarize_runs`.
+        table: The table of `build_table`.
+        figures: Names of the figures that lie beside the report.
+        images: Which images the accuracies are of.
+        baseline: What gains are over.
+    """
+    cells = pd.DataFrame({name: [format_cell(name, value) for value in values] for name, values in table.items()})
+    lines = ["# Report", "", *describe_runs(folders), "", to_markdown(cells)]
+    lines += ["", f"{images}. {READING.format(baseline=escape_markdown(baseline))}"]
+    for name in figures:
+        lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)"]
+    lines += ["", *format_gains_by_seed(runs), *describe_left_out(folders, runs)]
+    return "\n".join(lines) + "\n"
+
+
+def describe_runs(folders: list[RunFolder]) -> list[str]:
+    """Says how many runs on which data, and which version of PyTorch."""
+    summaries = [entry.run.summary for entry in folders if entry.run is not None]
+    data = sorted({str(summary.get("data", "unknown data")) for summary in summaries})
+    epochs = sorted({str(summary.get("epochs", "?")) for summary in summaries})
+    versions = sorted({f"torch {v.get('torch', '?')}" for s in summaries if (v := s.get("versions") or {})})
+    text = f"{len(summaries)} finished runs on {escape_markdown(', '.join(data))}, "
+    text += f"{escape_markdown(', '.join(epochs))} epochs"
+    text += f" ({escape_markdown(', '.join(versions))})." if versions else "."
+    return [text, "", SMOKE_TEST] if "digits" in data else [text]
+
+
+def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
+    """Yields a table of each seed's own gain, which a mean may hide."""
+    paired = runs[runs["gain"].notna()]
+    if paired.empty:
+        return
+    seeds = sorted(set(paired["seed"]), key=str)
+    table = paired.pivot(index="name", columns="seed", values="gain").reindex(paired["name"].unique())[seeds]
+    cells = table.map(lambda gain: "" if pd.isna(gain) else f"{100 * gain:+.2f}")
+    cells.columns = [f"seed {seed}" for seed in seeds]
+    cells.insert(0, "", [escape_markdown(name) for name in table.index])
+    yield from ("Gain of the mean student by seed, percentage points:", "", to_markdown(cells), "")
+
+
+def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[str]:
+    """Yields the runs that are not in the table, and why."""
+    duplicates = sum(entry.run is not None for entry in folders) - len(runs)
+    if duplicates:
+        yield f"{duplicates} finished runs have the options and the seed of another one and are left out."
+        yield ""
+    unfinished = [entry for entry in folders if entry.run is None]
+    if unfinished:
+        yield from ("Not in the table:", "")
+        for entry in unfinished:
+            yield f"- {format_code(entry.folder.name)}: {entry.state}; {format_code(entry.reason)}"
