@@ -36,7 +36,8 @@ def describe_error(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     if isinstance(error, InstantiationException):
-        group = str(error).rpartition("full_key: ")[2].strip() or "config"
+        _, known, group = str(error).rpartition("full_key: ")
+        group = group.strip() if known else "trainer"  # the only part that is built from a plain dict
         return f"{group}: {first_line(error.__cause__ or error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return describe_hydra_error(error)
