@@ -1,6 +1,8 @@
 """The pictures that an export is proven with, and what the trained network answers to them."""
 
-from collections.abc import Iterator
+import functools
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from odcheap.data.image_files import NO_TARGET, EvaluationPictures, decode_image, evaluation_transform
 from odcheap.data.image_folder import StreamedData
 from odcheap.data.transforms import Normalisation
-from odcheap.models.build import called
 from odcheap.utils.console import console
 from odcheap.utils.errors import Failure, OptionError, first_line
 
@@ -124,3 +125,20 @@ def watched(items: Iterator, count: int, what: str) -> Iterator:
     """The same, with progress on a terminal."""
     shown = console()
     return track(items, what, total=count, console=shown, transient=True, disable=not shown.is_terminal)
+
+
+def called(settings: dict[str, Any], allowed: Callable[[str], bool]) -> Any:
+    """What Hydra would make of a `_target_` with its options, for our own classes and functions that are allowed.
+
+    Raises `KeyError` for any other, also deep within the options.
+    """
+    target = settings["_target_"]
+    room, _, name = target.rpartition(".")
+    if not allowed(target):
+        raise KeyError(target)
+    made = getattr(importlib.import_module(room), name)  # here, so that a network asks only for what it is made of
+    if name.startswith("_") or not callable(made) or getattr(made, "__module__", None) != room:
+        raise KeyError(target)
+    options = {key: value for key, value in settings.items() if not key.startswith("_")}
+    options = {key: called(v, allowed) if isinstance(v, dict) and "_target_" in v else v for key, v in options.items()}
+    return functools.partial(made, **options) if settings.get("_partial_") else made(**options)

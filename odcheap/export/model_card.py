@@ -67,7 +67,7 @@ def format_code(text: object) -> str:
 
 
 def title(product: Product) -> str:
-    parts = (product.settings[part]["_target_"].rpartition(".")[2] for part in ("block_type", "backbone"))
+    parts = (product.settings[part]["part"] for part in ("block_type", "backbone"))
     own = {**product.settings["backbone"], **product.settings["block_type"]}
     numbers = [f"{k} {v}" for k, v in own.items() if k in ("depth", "name", "groups")]
     return ", ".join([*parts, *numbers])

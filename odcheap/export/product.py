@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from odcheap.layers.cheap_conv import Standard
-from odcheap.models.build import built, rebuilt, settings_of
+from odcheap.models.build import build_network, load_network, read_student_settings
 from odcheap.runs.checkpoint_io import epoch_path, newest_usable, read_run
 from odcheap.runs.load import STUDENT, below
 from odcheap.runs.resume import summary_of
@@ -48,7 +48,7 @@ def of_run(job_dir: Path, number: int | None = None) -> Product:
     try:
         if summary is not None and number is None:
             tensors, metadata = read_safetensors(job_dir / "student.safetensors", OPTION)
-            settings, chosen = settings_of(metadata, OPTION, job_dir), summary["selected"]
+            settings, chosen = read_student_settings(metadata, OPTION, job_dir), summary["selected"]
             name = called(int(chosen["student"]), int(chosen["epoch"]), bool(chosen["averaged"]))
         else:
             tensors, settings, name = of_checkpoint(job_dir, number)
@@ -58,8 +58,8 @@ def of_run(job_dir: Path, number: int | None = None) -> Product:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise OptionError(OPTION, job_dir, f"its files are not as odcheap writes them ({error!r})") from error
-    network = rebuilt(settings, tensors, OPTION, str(job_dir)).eval()
-    standard = built(settings, Standard(), OPTION, str(job_dir)).eval()
+    network = load_network(settings, tensors, OPTION, str(job_dir)).eval()
+    standard = build_network(settings, OPTION, str(job_dir), Standard()).eval()
     return Product(job_dir, name, network, standard, tensors, settings, config, summary, test_top1)
 
 
@@ -85,7 +85,7 @@ def of_checkpoint(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor],
     selected = newest[1]["callbacks"]["Record"]["selected"]
     content = read_run(epoch_path(job_dir, selected["epoch"]), OPTION)
     state, settings = content["state_dict"], content["odcheap"]["student"]
-    settings_of({"odcheap": json.dumps(settings)}, OPTION, job_dir)
+    read_student_settings({"odcheap": json.dumps(settings)}, OPTION, job_dir)
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     k = selected["candidate"] if number is None else number
     if number is not None and not 0 <= number < count:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
-from odcheap.models.build import rebuilt, settings_of
+from odcheap.models.build import load_network, read_student_settings
 from odcheap.models.wrappers import load_pretrained, timm_backbone, torchvision_backbone
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
@@ -118,8 +118,10 @@ def read_teacher(
         return Teacher(network, made_with, mean or own_mean, std or own_std, size or own_size)
     file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
     tensors, metadata = read_safetensors(file, OPTION)
-    settings = settings_of(metadata, OPTION, f"{path} (for published weights method.teacher_network names the network)")
-    network = rebuilt(settings, tensors, OPTION, str(path))
+    settings = read_student_settings(
+        metadata, OPTION, f"{path} (for published weights method.teacher_network names the network)"
+    )
+    network = load_network(settings, tensors, OPTION, str(path))
     if network.num_classes != num_classes:
         raise OptionError(OPTION, path, f"the teacher has {network.num_classes} classes, the data {num_classes}")
     expects = mean or settings["mean"], std or settings["std"], size or settings["image_size"][-1]

@@ -1,21 +1,51 @@
-"""A network from the settings that our files keep beside its weights; only this project's own parts are called."""
+"""Networks from the settings that are stored beside their weights."""
 
-import functools
-import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from odcheap.layers.cheap_conv import BlockType
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
+from odcheap.utils.parts import build_part
 
-ROOMS = ("odcheap.models.wrappers", "odcheap.models.cifar", "odcheap.layers.cheap_conv")
-LARGEST = 4096  # pixels a side
-SETTINGS = {"backbone", "block_type", "classes", "split", "image_size", "shorter_side", "mean", "std"}
+MAX_SIDE = 4096  # pixels
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+ThreeNumbers = Annotated[list[float], Field(min_length=3, max_length=3)]
+BUILD_ERRORS = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, Failure)
+
+
+class NetworkSettings(BaseModel):
+    """The settings that build a network, as files store them: each part by its option name with its options."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    backbone: dict[str, Any]
+    block_type: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=2)]
+
+
+class StudentSettings(NetworkSettings):
+    """The settings of a student: its network, and how its images are prepared.
+
+    Attributes:
+        split: Fingerprint of the held-out images.
+        image_size: [C, H, W] of the images that the network sees.
+        shorter_side: Pixels to which the image's shorter side is scaled before the middle is cut out.
+        mean: Of the images in [0, 1], one number a channel.
+        std: Standard deviation, in the same way.
+    """
+
+    split: str
+    image_size: Annotated[list[Side], Field(min_length=3, max_length=3)]
+    shorter_side: Side
+    mean: ThreeNumbers
+    std: ThreeNumbers
 
 
 class NormalizedNetwork(nn.Module):
@@ -37,102 +67,108 @@ class NormalizedNetwork(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
-def load_student(path: str | Path) -> NormalizedNetwork:
-    """A run's or an export's `student.safetensors` as a network in eval mode: RGB in [0, 1], (N, 3, H, W) -> logits.
+def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> NormalizedNetwork:
+    """Loads a student from a `student.safetensors` of a run or an export.
 
-    The network without the normalisation is its `network`. Raises `OptionError` where the file is damaged, or none of
-    ours, or the weights do not fit.
+    Args:
+        path: The file.
+        config_dirs: Further `conf` directories, for a student with parts of your own.
+
+    Returns:
+        A network in eval mode: RGB in [0, 1], (N, 3, H, W) -> logits (N, K). Its attribute `network` is the network
+        without the normalization.
+
+    Raises:
+        OptionError: The file is damaged or of another kind, or the weights do not fit.
     """
     tensors, metadata = read_safetensors(path)
-    settings = settings_of(metadata, "path", path)
-    network = rebuilt(settings, tensors, "path", str(path))
+    settings = read_student_settings(metadata, "path", path)
+    network = load_network(settings, tensors, "path", path, config_dirs)
     return NormalizedNetwork(network, settings["mean"], settings["std"]).eval()
 
 
-def settings_of(metadata: dict[str, str], option: str, path: str | Path) -> dict[str, Any]:
-    """What a `student.safetensors` says of its network; `OptionError` where it says too little."""
+def read_student_settings(metadata: Mapping[str, str], option: str, path: str | Path) -> dict[str, Any]:
+    """Returns the settings in the metadata of a `student.safetensors`, see `StudentSettings`.
+
+    Args:
+        metadata: The file's metadata.
+        option: The option that named the file, for messages.
+        path: The file, for messages.
+
+    Raises:
+        OptionError: The settings are missing or cannot be meant.
+    """
     try:
         settings = json.loads(metadata.get("odcheap", "{}"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict) or not settings.keys() >= SETTINGS or not sensible(settings):
-        raise OptionError(option, path, "is no student of a run: it does not say what its network is")
+        StudentSettings.model_validate(settings)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(option, path, "is no student of a run: it does not say what its network is") from error
     return settings
 
 
-def sensible(settings: dict[str, Any]) -> bool:
-    """Whether what is asked of images and classes can be meant: a stranger's numbers become sizes in memory."""
-    numbers = [*listed(settings["image_size"]), settings["shorter_side"]]
-    sizes = len(numbers) == 4 and all(type(n) is int and 1 <= n <= LARGEST for n in numbers)
-    spread = [listed(settings[name]) for name in ("mean", "std")]
-    colours = all(len(values) == 3 and all(type(v) in (int, float) for v in values) for values in spread)
-    classes = listed(settings["classes"])
-    return sizes and colours and len(classes) > 1 and all(isinstance(name, str) for name in classes)
+def load_network(
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    option: str,
+    path: str | Path,
+    config_dirs: Sequence[str | Path] = (),
+) -> nn.Module:
+    """Returns the network of these settings with these weights.
 
+    Args:
+        settings: At least `backbone`, `block_type` and `classes`, see `NetworkSettings`.
+        tensors: The weights.
+        option: The option that named the file, for messages.
+        path: The file, for messages.
+        config_dirs: Further `conf` directories.
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def rebuilt(settings: dict[str, Any], tensors: dict[str, Tensor], option: str, path: str) -> nn.Module:
-    """The network of these `settings` (`backbone`, `block_type`, `classes`) with these weights.
-
-    Raises `OptionError`, naming `option` and `path`, where the settings are not ours or the weights do not fit.
+    Raises:
+        OptionError: The settings build no network, or the weights do not fit.
     """
-    network = built(settings, part(settings, "block_type", option, path), option, path)
+    network = build_network(settings, option, path, config_dirs=config_dirs)
     check_state_dict(network.state_dict(), tensors, path, "its weights are another network's", option)
     network.load_state_dict(tensors)
     return network
 
 
-def built(settings: dict[str, Any], conv: Any, option: str, path: str) -> nn.Module:
-    """The same network with fresh weights and this block type."""
-    build = part(settings, "backbone", option, path)
-    try:
-        return build(conv=conv, num_classes=len(settings["classes"]))
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, Failure) as error:
-        raise strange(option, path, error) from error
+def build_network(
+    settings: Mapping[str, Any],
+    option: str,
+    path: str | Path,
+    block_type: BlockType | None = None,
+    config_dirs: Sequence[str | Path] = (),
+) -> nn.Module:
+    """Returns the network of these settings with fresh weights.
 
+    Args:
+        settings: See `load_network`.
+        option: The option that named the file, for messages.
+        path: The file, for messages.
+        block_type: Takes the place of the settings' one.
+        config_dirs: Further `conf` directories.
 
-def part(settings: dict[str, Any], name: str, option: str, path: str) -> Any:
-    """What the settings call by this name; `OptionError` where that is none of our parts."""
-    try:
-        return called(settings[name], of_network)
-    except (KeyError, TypeError, AttributeError, ValueError, Failure) as error:
-        raise strange(option, path, error) from error
-    except ImportError as error:
-        raise OptionError(option, path, f"its network needs a package that is not here ({error})") from error
-
-
-def strange(option: str, path: str, error: Exception) -> OptionError:
-    return OptionError(option, path, f"its settings build no network ({first_line(error)})")
-
-
-def called(settings: dict[str, Any], allowed: Callable[[str], bool]) -> Any:
-    """What Hydra would make of a `_target_` with its options, for our own classes and functions that are allowed.
-
-    Raises `KeyError` for any other, also deep within the options.
+    Raises:
+        OptionError: The settings build no network.
     """
-    target = settings["_target_"]
-    room, _, name = target.rpartition(".")
-    if not allowed(target):
-        raise KeyError(target)
-    made = getattr(importlib.import_module(room), name)  # here, so that a network asks only for what it is made of
-    if name.startswith("_") or not callable(made) or getattr(made, "__module__", None) != room:
-        raise KeyError(target)
-    options = {key: value for key, value in settings.items() if not key.startswith("_")}
-    options = {key: called(v, allowed) if isinstance(v, dict) and "_target_" in v else v for key, v in options.items()}
-    if "pretrained" in options:
-        options["pretrained"] = None  # the weights are at hand
-    return functools.partial(made, **options) if settings.get("_partial_") else made(**options)
-
-
-def of_network(target: str) -> bool:
-    return target.rpartition(".")[0] in ROOMS
+    folders = [Path(folder) for folder in config_dirs]
+    try:
+        checked = NetworkSettings.model_validate({name: settings.get(name) for name in NetworkSettings.model_fields})
+        backbone = checked.backbone
+        if "pretrained" in backbone:
+            backbone = backbone | {"pretrained": None}  # the weights come from the file itself
+        conv = block_type or build_part("block_type", checked.block_type, config_dirs=folders)
+        return build_part("backbone", backbone, config_dirs=folders)(conv=conv, num_classes=len(checked.classes))
+    except ImportError as error:
+        raise OptionError(option, path, f"its network needs a package that is not installed ({error})") from error
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise OptionError(option, path, f"its settings build no network (their {name} is missing or wrong)") from error
+    except BUILD_ERRORS as error:
+        raise OptionError(option, path, f"its settings build no network ({first_line(error)})") from error
 
 
 def check_state_dict(
-    own: dict[str, Tensor], given: dict[str, Tensor], path: str, reason: str, option: str = "weights"
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | Path, reason: str, option: str = "weights"
 ) -> None:
     """Raises `OptionError` where two state dicts differ in names or shapes; names the first difference.
 

@@ -7,7 +7,7 @@ import pandas as pd
 from odcheap.export.latency import time_onnx
 from odcheap.export.onnx import fastest_onnx
 from odcheap.layers.cheap_conv import Standard
-from odcheap.models.build import built, rebuilt, settings_of
+from odcheap.models.build import build_network, load_network, read_student_settings
 from odcheap.report.load_runs import FinishedRun, RunFolder
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import read_safetensors
@@ -25,7 +25,7 @@ def measure_latencies(
 
     Returns:
         Milliseconds of one image, of the student and of the standard network, by the row's name. A student that cannot
-        be rebuilt, such as one of an older version, is left out.
+        be load_network, such as one of an older version, is left out.
     """
     paths = {id(entry.run): entry.folder / "student.safetensors" for entry in folders}
     by_network: dict[str, tuple[float, float] | None] = {}
@@ -48,9 +48,9 @@ def time_student(path: Path, seconds: float) -> tuple[float, float] | None:
     """Returns the milliseconds of one image, of the student and of the standard network; None if it has no network."""
     try:
         tensors, metadata = read_safetensors(path)
-        settings = settings_of(metadata, "student", path)
-        student = rebuilt(settings, tensors, "student", str(path))
-        standard = built(settings, Standard(), "student", str(path)).eval()
+        settings = read_student_settings(metadata, "student", path)
+        student = load_network(settings, tensors, "student", str(path))
+        standard = build_network(settings, "student", str(path), Standard()).eval()
     except Failure:
         return None
     size = tuple(settings["image_size"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
@@ -120,7 +121,9 @@ class Run:
             "split": data.fingerprint,
             "classes": data.classes,
         }
-        about["student"] = summary.student_settings(about, data)
+        choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+        names = {group: choices.get(group, "") for group in ("backbone", "block_type")}
+        about["student"] = summary.student_settings(about, data, names)
         cfg, figure = self.cfg, SELECT_BY[data.select_by]
         refused = must_capture if cfg.capture is True else not_captured
         classes = len(data.classes)

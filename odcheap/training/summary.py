@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from odcheap.models import flops
 from odcheap.training.callbacks import Record
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.utils.files import write_atomic, write_text
+from odcheap.utils.parts import part_settings
 from odcheap.utils.text import escape_control_chars, format_accuracy
 
 
@@ -152,9 +153,9 @@ def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
         write_text(path, text.getvalue())
 
 
-def student_settings(about: dict[str, Any], data: pl.LightningDataModule) -> dict[str, Any]:
-    """What rebuilds a student of this run and prepares pictures for it."""
-    found = {key: about["config"][key] for key in ("backbone", "block_type")}
+def student_settings(about: dict[str, Any], data: pl.LightningDataModule, choices: Mapping[str, str]) -> dict[str, Any]:
+    """What rebuilds a student of this run and prepares pictures for it; `choices` are the parts' option names."""
+    found = {key: part_settings(about["config"][key], choices[key]) for key in ("backbone", "block_type")}
     found |= {key: about[key] for key in ("classes", "split")}
     found |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
     return found | {"mean": list(data.norm.mean), "std": list(data.norm.std)}

@@ -12,8 +12,8 @@ from odcheap.training.summary import write_student
 from odcheap.utils.errors import OptionError
 
 SETTINGS = {
-    "backbone": {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8},
-    "block_type": {"_target_": "odcheap.layers.cheap_conv.DW"},
+    "backbone": {"part": "resnet20", "depth": 8},
+    "block_type": {"part": "DW"},
     "classes": ["cat", "dog", "bird"],
     "split": "abc",
     "image_size": [3, 16, 16],
@@ -50,7 +50,7 @@ def test_the_chosen_student_comes_back_with_its_standard_network(tmp_path):
     ("change", "line"),
     [
         (
-            {"settings": SETTINGS | {"block_type": {"_target_": "os.system", "command": "touch owned"}}},
+            {"settings": SETTINGS | {"block_type": {"part": "DW", "_target_": "os.system", "command": "touch owned"}}},
             "build no network",
         ),
         ({"settings": SETTINGS | {"classes": ["a", "b"]}}, "its weights are another network's: fc"),

@@ -27,8 +27,8 @@ from odcheap.utils.parts import find_conf_dir
 METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
 AVERAGED = {f"{name}, averaged": [f"method={name}", "method.average_decay=0.9"] for name in ("alone", "od")}
 DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
-DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"_target_": "odcheap.layers.cheap_conv.Standard"}}
-DIGITS |= {"backbone": {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8}}
+DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"part": "Standard"}}
+DIGITS |= {"backbone": {"part": "resnet20", "depth": 8}}
 RECIPE = (
     partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=2e-4, fused=True),
     partial(MultiStepLR, milestones=[0.5], fractions=["milestones"]),

@@ -14,8 +14,8 @@ from odcheap.utils.errors import OptionError
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 OTHER = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 SETTINGS = {
-    "backbone": {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8},
-    "block_type": {"_target_": "odcheap.layers.cheap_conv.Standard"},
+    "backbone": {"part": "resnet20", "depth": 8},
+    "block_type": {"part": "Standard"},
     "classes": ["cat", "dog", "bird"],
     "split": "abc",
     "image_size": [3, 16, 16],

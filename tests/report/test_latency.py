@@ -6,8 +6,8 @@ from odcheap.report.statistics import tabulate_runs
 from odcheap.training.summary import write_student
 
 SETTINGS = {
-    "backbone": {"_target_": "odcheap.models.cifar.CifarResNet", "_partial_": True, "depth": 8},
-    "block_type": {"_target_": "odcheap.layers.cheap_conv.DW"},
+    "backbone": {"part": "resnet20", "depth": 8},
+    "block_type": {"part": "DW"},
     "classes": ["a", "b"],
     "image_size": [3, 8, 8],
     "shorter_side": 8,
