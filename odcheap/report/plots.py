@@ -37,7 +37,7 @@ def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
         error, style = 100 * (accuracy.deviation or 0), markers[row["setting"]]
         axes.errorbar(row["cost"], 100 * accuracy.mean, error, fmt=style, color=colors[row["method"]], lw=1, capsize=2)
     front = pareto_front([(row.cost, row.selected.mean) for row in shown.itertuples()])
-    axes.step([x for x, _ in front], [100 * y for _, y in front], where="post", color="#BBBBBB", zorder=0)
+    axes.step([x for x, _ in front], [100 * y for _, y in front], where="post", color="#BBBBBB", zorder=1)
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 of the selected student, %\n(bars: standard deviation over seeds)")
     axes.set_title("Accuracy against cost (gray: Pareto front)", loc="left", fontsize=11)
@@ -104,6 +104,7 @@ def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
     for axes, setting in zip(panels, settings, strict=True):
         axes.set_title(setting or "all runs", loc="left", fontsize=10)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.02)
         remove_clutter(axes)
     handles = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
@@ -129,7 +130,8 @@ def create_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def remove_clutter(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EEEEEE", zorder=-1)
+    axes.grid(color="#EEEEEE")
+    axes.set_axisbelow(True)
 
 
 def limit_to_hundred(axes: Axes) -> None:
