@@ -20,9 +20,8 @@ from odcheap.bench.memory import PeakMemory
 from odcheap.data.cifar import Images
 from odcheap.data.in_memory import Batch, BatchOrder, InMemoryData, TrainBatches
 from odcheap.distributed.signals import Listener
-from odcheap.methods import parallel
 from odcheap.methods.base import Method
-from odcheap.methods.students import Students
+from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
 from odcheap.runs.resume import Start
 from odcheap.training.experiment import Run
 from odcheap.training.optim import build_optimization
@@ -94,7 +93,7 @@ def random_images(cfg: DictConfig, count: int) -> Images:
     return Images(images, target, test, test_target, [str(k) for k in range(NUM_CLASSES)])
 
 
-def build_method(cfg: DictConfig, run: Callable[..., parallel.Maps] = parallel.auto) -> Method:
+def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
     """Builds the config's method with its students."""
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), cfg.num_stu, cfg.seed, run)
@@ -194,7 +193,7 @@ def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()
-        method = build_method(cfg, parallel.WAYS[cfg.together])
+        method = build_method(cfg, RUNS[cfg.together])
         optimizer, scheduler = instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler)
         run = Run(Start(cfg, [], job_dir), create_data(cfg, images), method, optimizer, scheduler, Listener())
         run.console = Console(quiet=True)

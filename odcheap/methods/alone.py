@@ -2,36 +2,40 @@
 
     loss = sum_k CE(student_k)
 
-They see the same batches and share nothing else: each one's weights are what they would be without the others. Where
-gradients are clipped each student has a norm of its own. (On a GPU, or as one network, those of a backbone with dropout
-draw from one generator.)
+The students see the same batches and share nothing else: each one's weights are what they would be without the others.
+(On a GPU, students with dropout draw from one generator.)
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from odcheap.methods.base import Method, check_smoothing, cross_entropies, summed
-from odcheap.methods.ema import Averages
+from odcheap.methods.base import IndependentMethod, LabelSmoothing, Outputs, add_total, cross_entropy_terms
+from odcheap.methods.ema import AverageDecay, AveragedStudents
 from odcheap.methods.students import Students
+from odcheap.utils.arguments import check_arguments
 
 
-class Alone(Method):
-    """Independent students. `average_decay`: averages of their weights over the steps are candidates too, for S more
-    forward passes a step (None: there are none). Raises `OptionError`.
+@check_arguments("method")
+class Alone(IndependentMethod):
+    """Independent students.
+
+    Args:
+        students: The students.
+        label_smoothing: The part of each label that is divided among all classes.
+        average_decay: The largest decay of averages of the students' weights over the steps, which are then candidates
+            too, for S more forward passes a step; None for no averages.
     """
 
-    def __init__(self, students: Students, label_smoothing: float = 0.0, average_decay: float | None = None):
+    def __init__(
+        self, students: Students, label_smoothing: LabelSmoothing = 0.0, average_decay: AverageDecay | None = None
+    ):
         super().__init__(students)
-        check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
-        self.averages = None if average_decay is None else Averages(students, average_decay)
+        self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
 
-    def clipped_together(self) -> list[list[nn.Parameter]]:
-        return [list(student.parameters()) for student in self.students.members]
-
-    def forward(self, images: Tensor) -> dict[str, Tensor | None]:
+    def forward(self, images: Tensor) -> Outputs:
         outputs = {"student_logits": self.students(images)[1], "teacher_logits": None}
-        return outputs | self.averaged(images)
+        return outputs | self.average_outputs(images)
 
-    def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Terms `ce_k`."""
-        return summed(cross_entropies(outputs["student_logits"], target, "ce", self.label_smoothing))
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the terms `ce_k` and their sum `loss`."""
+        return add_total(cross_entropy_terms(outputs["student_logits"], target, "ce", self.label_smoothing))

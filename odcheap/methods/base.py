@@ -1,115 +1,154 @@
-"""What a method offers to whatever trains it; each file of `methods/` is one method."""
+"""The base class of methods, and what several of them share."""
 
 import math
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from odcheap.methods.ema import Averages, refuse_few_bits
+from odcheap.methods.ema import AveragedStudents, require_single_precision
 from odcheap.methods.students import Students
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
+
+Outputs = dict[str, Any]  # named tensors; `teacher_logits` may be None
+LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]  # Szegedy et al., 2016, section 7
+RampUpLength = Annotated[float, Field(ge=0, le=1)]  # a fraction of the run's epochs
 
 
 class Method(nn.Module):
-    """Students that learn together; here they have nothing in common.
+    """Students that are trained together. A new method is a subclass with `forward` and `loss`, and a YAML file.
 
-    `forward(images)` takes (N, C, H, W), or a view of them for each student, (S, N, C, H, W), and returns at least
+    `forward(images)` takes (N, C, H, W), or (S, N, C, H, W) with a view for each student, and returns at least
     `student_logits` (S, N, K) and `teacher_logits`, (N, K) or None. `loss(outputs, target)` returns the terms by the
-    paper's names, as they are summed, and their sum, `loss`. `OptionError` with fewer students than `fewest`.
+    paper's names, as they are summed, and their sum `loss`.
+
+    Args:
+        students: The students.
+
+    Attributes:
+        teacher_kind: What the teacher is ("head", "gated", "mean", "frozen" or a word of your own); None without one.
+        has_own_views: Whether each student is trained on an augmentation of its own.
+        min_students: Fewer students are refused with `OptionError`.
     """
 
-    teacher_kind: str | None = None  # head, gated, mean or frozen
-    own_views = False  # whether each student is trained on an augmentation of its own
-    fewest = 1
+    teacher_kind: str | None = None
+    has_own_views = False
+    min_students = 1
 
     def __init__(self, students: Students):
         super().__init__()
-        if len(students) < self.fewest:
+        if len(students) < self.min_students:
             name = type(self).__module__.rpartition(".")[2]
-            raise OptionError("num_stu", len(students), f"must be {self.fewest} or more with method={name}")
+            raise OptionError("num_stu", len(students), f"must be {self.min_students} or more with method={name}")
         self.students = students
-        self.averages: Averages | None = None
+        self.averages: AveragedStudents | None = None
+        self.ramp: RampUp | None = None
+
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the loss terms by name, and their sum `loss`.
+
+        Args:
+            outputs: What `forward` returned.
+            target: Labels (N,).
+        """
+        raise NotImplementedError
 
     def candidates(self) -> list[nn.Module]:
-        """The networks of which the best becomes the product: the students, then their averages where there are any."""
+        """Returns the networks of which the best is kept: the students, then their averages where there are any."""
         return [*self.students.members, *(self.averages.members if self.averages is not None else ())]
 
-    def frozen(self) -> list[nn.Module]:
-        """Networks that each training step runs without a backward pass."""
+    def frozen_networks(self) -> list[nn.Module]:
+        """Returns the networks that each training step runs without a backward pass."""
         return [] if self.averages is None else list(self.averages.members)
 
-    def clipped_together(self) -> list[list[nn.Parameter]]:
-        """The parameters by groups, each of which has one norm where gradients are clipped."""
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters in groups, each of which has a norm of its own where gradients are clipped."""
         return [list(self.parameters())]
 
-    def averaged(self, images: Tensor) -> dict[str, Tensor]:
-        """`average_logits` (S, N, K), where there are averages."""
+    def average_outputs(self, images: Tensor) -> Outputs:
+        """Returns `average_logits` (S, N, K) of the averaged students; nothing where there are none."""
         return {} if self.averages is None else {"average_logits": self.averages.logits(images)}
 
-    def at_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch (from 0) of a run of so many."""
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Is called before each epoch (from 0) of a run of `epochs`."""
+        if self.ramp is not None:
+            self.ramp.start_epoch(epoch, epochs)
 
     def after_step(self) -> None:
-        """Called after each step of the optimizer."""
+        """Is called after each step of the optimizer."""
         if self.averages is not None:
-            self.averages.follow(self.students)
+            self.averages.update(self.students)
 
-    def weights_loaded(self) -> None:
-        """Called when the students have weights from elsewhere and the method's own parts have not."""
+    def after_loading_students(self) -> None:
+        """Is called when the students' weights, but not the method's own parts, were loaded from a file."""
         if self.averages is not None:
-            self.averages.begin_with(self.students)
+            self.averages.copy_weights(self.students)
 
     def check_classes(self, classes: list[str]) -> None:
-        """`OptionError` where a teacher from elsewhere knows other classes."""
+        """Raises `OptionError` where a teacher from a file knows other classes than the data."""
 
     def check_precision(self, precision: str) -> None:
-        """`OptionError` where its weights would have too few bits for their averages."""
+        """Raises `OptionError` where the weights would have too few bits for their averages."""
         if self.averages is not None:
-            refuse_few_bits(precision)
+            require_single_precision(precision)
 
-    def saw_held_out(self, split: str) -> bool:
-        """Whether a teacher from elsewhere may have been trained on this split's held-out images."""
+    def may_have_seen(self, split: str) -> bool:
+        """Whether a teacher from a file may have been trained on the held-out images of this split."""
         return False
 
 
-class RampUp(nn.Module):
-    """The weight of a term, which grows from exp(-5) to 1 over a part `length` of the run's epochs; in between
-    exp(-5 (1 - t)^2). Source: Laine, Aila, "Temporal ensembling for semi-supervised learning", 2017, section 3.
+class IndependentMethod(Method):
+    """A method whose students do not learn from each other: where gradients are clipped, each has its own norm."""
 
-    A tensor, so that a step recorded as a CUDA graph follows it. `OptionError` unless 0 <= length <= 1.
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        return [list(student.parameters()) for student in self.students.members]
+
+
+@check_arguments("method")
+class RampUp(nn.Module):
+    """The weight of a loss term, which grows from exp(-5) to 1 over the first epochs: exp(-5 (1 - t)^2), t from 0 to 1.
+
+    Source: Laine, Aila, "Temporal ensembling for semi-supervised learning", 2017, section 3. The weight is a tensor, so
+    that a step recorded as a CUDA graph reads the current value.
+
+    Args:
+        ramp_up: The growth's length as a fraction of the run's epochs; 0 for a weight of 1 from the start.
     """
 
     weight: Tensor
 
-    def __init__(self, length: float):
+    def __init__(self, ramp_up: RampUpLength):
         super().__init__()
-        if not 0 <= length <= 1:
-            raise OptionError("method.ramp_up", length, "must be a part of the run's epochs: 0 to 1")
-        self.length = length
+        self.length = ramp_up
         self.register_buffer("weight", torch.ones(()))
 
-    def at_epoch(self, epoch: int, epochs: int) -> None:
-        left = max(0.0, 1 - epoch / (self.length * epochs)) if self.length else 0.0
-        self.weight.fill_(math.exp(-5 * left**2))
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Sets the weight for an epoch (from 0) of a run of `epochs`."""
+        remaining = max(0.0, 1 - epoch / (self.length * epochs)) if self.length else 0.0
+        self.weight.fill_(math.exp(-5 * remaining**2))
 
 
-def summed(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms and their sum, `loss`."""
+def add_total(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the terms and their sum, `loss`."""
     return terms | {"loss": torch.stack(list(terms.values())).sum()}
 
 
-def cross_entropies(logits: Tensor, target: Tensor, name: str, smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Of each student's logits (S, N, K), called `<name>_<k>`; `smoothing` of a label goes to all classes alike."""
-    found = (nn.functional.cross_entropy(own, target, label_smoothing=smoothing) for own in logits)
-    return {f"{name}_{k}": value for k, value in enumerate(found)}
+def cross_entropy_terms(logits: Tensor, target: Tensor, name: str, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """Returns the cross-entropy of each student, named `<name>_<k>`.
+
+    Args:
+        logits: (S, N, K).
+        target: Labels (N,).
+        name: The terms' name.
+        smoothing: The part of each label that is divided among all classes.
+    """
+    losses = (F.cross_entropy(student, target, label_smoothing=smoothing) for student in logits)
+    return {f"{name}_{k}": value for k, value in enumerate(losses)}
 
 
-def check_smoothing(smoothing: float) -> None:
-    """Raises `OptionError` unless 0 <= smoothing < 1. Source: Szegedy et al., 2016, section 7."""
-    if not 0 <= smoothing < 1:
-        raise OptionError("method.label_smoothing", smoothing, "must be 0 or more and below 1")
-
-
-def each(values: Tensor, name: str) -> dict[str, Tensor]:
-    """One value a student (S,), called `<name>_<k>`."""
+def student_terms(values: Tensor, name: str) -> dict[str, Tensor]:
+    """Returns one value for each student, (S,), as terms named `<name>_<k>`."""
     return {f"{name}_{k}": value for k, value in enumerate(values)}

@@ -10,64 +10,84 @@ One view for all; the students share nothing but the teacher.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.methods.base import Method, cross_entropies, each, summed
-from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.base import IndependentMethod, Outputs, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.losses import Temperature, soft_kl
 from odcheap.methods.students import Students
-from odcheap.methods.teacher import Teacher, read_teacher
-from odcheap.utils.errors import OptionError
+from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, load_teacher
+from odcheap.utils.arguments import check_arguments
+
+Alpha = Annotated[float, Field(ge=0, le=1)]
 
 
-class OfflineDistillation(Method):
-    """Raises `OptionError`."""
+@check_arguments("method")
+class OfflineDistillation(IndependentMethod):
+    """Students that learn from a trained teacher.
+
+    Args:
+        students: The students.
+        teacher: The trained network.
+        temperature: T of the softened predictions.
+        alpha: Weight of the teacher's term; the labels have 1 - alpha.
+    """
 
     teacher_kind = "frozen"
 
-    def __init__(self, students: Students, teacher: Teacher, temperature: float = 4.0, alpha: float = 0.9):
+    def __init__(self, students: Students, teacher: Teacher, temperature: Temperature = 4.0, alpha: Alpha = 0.9):
         super().__init__(students)
-        check_distillation(temperature)
-        if not 0 <= alpha <= 1:
-            raise OptionError("method.alpha", alpha, "must be from 0 to 1")
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
 
-    def clipped_together(self) -> list[list[nn.Parameter]]:
-        return [list(student.parameters()) for student in self.students.members]
-
-    def frozen(self) -> list[nn.Module]:
+    def frozen_networks(self) -> list[nn.Module]:
         return [self.teacher]
 
     def check_classes(self, classes: list[str]) -> None:
         self.teacher.check_classes(classes)
 
-    def saw_held_out(self, split: str) -> bool:
+    def may_have_seen(self, split: str) -> bool:
         return self.teacher.split != split
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         return {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
 
-    def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Terms `ce_k` with 1 - alpha and `kl_k` with alpha T^2."""
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the terms `ce_k` (with 1 - alpha), `kl_k` (with alpha T^2) and their sum `loss`."""
         logits = outputs["student_logits"]
         soft = self.alpha * self.temperature**2 * soft_kl(logits, outputs["teacher_logits"], self.temperature)
-        hard = {name: (1 - self.alpha) * term for name, term in cross_entropies(logits, target, "ce").items()}
-        return summed(hard | each(soft, "kl"))
+        hard = {name: (1 - self.alpha) * term for name, term in cross_entropy_terms(logits, target, "ce").items()}
+        return add_total(hard | student_terms(soft, "kl"))
 
 
-def taught(
+@check_arguments("method")
+def build_offline_distillation(
     students: Students,
     teacher_weights: str,
     teacher_network: str | None,
-    teacher_mean: Sequence[float] | None,
-    teacher_std: Sequence[float] | None,
-    teacher_size: int | None,
+    teacher_mean: Means | None,
+    teacher_std: Stds | None,
+    teacher_size: ImageSide | None,
     mean: Sequence[float],
     std: Sequence[float],
-    temperature: float = 4.0,
-    alpha: float = 0.9,
+    temperature: Temperature = 4.0,
+    alpha: Alpha = 0.9,
 ) -> OfflineDistillation:
-    """The method with a teacher from a file (see `read_teacher`); `mean`, `std`: those of the students' images."""
-    own = teacher_mean, teacher_std, teacher_size
-    teacher = read_teacher(teacher_weights, teacher_network, students.num_classes, *own, mean, std)
+    """Builds the method with a teacher from a file.
+
+    Args:
+        students: The students.
+        teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
+        teacher_network: `torchvision/NAME` or `timm/NAME` for published weights.
+        teacher_mean: Mean of the teacher's images; None for its run's, or ImageNet's.
+        teacher_std: Their standard deviation, in the same way.
+        teacher_size: Side of its images in pixels, in the same way.
+        mean: Mean of the students' images.
+        std: Standard deviation of the students' images.
+        temperature: T of the softened predictions.
+        alpha: Weight of the teacher's term.
+    """
+    expected = teacher_mean, teacher_std, teacher_size
+    teacher = load_teacher(teacher_weights, teacher_network, students.num_classes, *expected, mean, std)
     return OfflineDistillation(students, teacher, temperature, alpha)

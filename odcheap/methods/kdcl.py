@@ -1,4 +1,4 @@
-"""KDCL: a soft target made of all students' logits and the label, over distorted views.
+"""KDCL: a soft target from all students' logits and the label, over views that differ.
 
 Q. Guo, X. Wang, Y. Wu, Z. Yu, D. Liang, X. Hu, P. Luo, "Online knowledge distillation via collaborative learning",
 CVPR 2020. With z_k student k's logits on its own view of the images and c the label,
@@ -7,56 +7,67 @@ CVPR 2020. With z_k student k's logits on its own view of the images and c the l
     naive:     z_t    = the z_k of least cross-entropy
     loss       = sum_k L_CE_k + weight T^2 sum_k KL(softmax(z_t / T) || softmax(z_k / T))
 
-T = 2, weight 1, no ramp-up; z_t is a given. Every student sees an augmentation of its own, and they share nothing. The
-target needs the label, so there is no teacher at test time. Two of the paper's four targets are not offered: Linear
+T = 2, weight 1, no ramp-up; z_t is a constant. Every student sees an augmentation of its own, and they share nothing.
+The target needs the label, so there is no teacher at test time. Two of the paper's four targets are not offered: Linear
 solves a problem for each image, General needs held-out images within training.
 """
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, cross_entropies, each, summed
-from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.base import Method, Outputs, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.losses import Temperature, soft_kl
 from odcheap.methods.students import Students
-from odcheap.utils.errors import OptionError
-
-TARGETS = ("minlogit", "naive")
+from odcheap.utils.arguments import check_arguments
 
 
+@check_arguments("method")
 class CollaborativeLearning(Method):
-    """Raises `OptionError`."""
+    """Students that learn from a soft target of their own logits.
 
-    own_views = True
-    fewest = 2
+    Args:
+        students: Two or more students.
+        temperature: T of the softened predictions.
+        weight: Factor on the soft target's terms.
+        soft_target: "minlogit", or "naive": the student of least cross-entropy, image by image.
+    """
+
+    has_own_views = True
+    min_students = 2
 
     def __init__(
-        self, students: Students, temperature: float = 2.0, weight: float = 1.0, soft_target: str = "minlogit"
+        self,
+        students: Students,
+        temperature: Temperature = 2.0,
+        weight: Annotated[float, Field()] = 1.0,
+        soft_target: Literal["minlogit", "naive"] = "minlogit",
     ):
         super().__init__(students)
-        check_distillation(temperature)
-        if soft_target not in TARGETS:
-            raise OptionError("method.soft_target", soft_target, f"must be one of {', '.join(TARGETS)}")
-        self.temperature, self.weight, self.soft_target = temperature, weight, soft_target
+        self.temperature, self.weight = temperature, weight
+        self.make_target = min_logit_target if soft_target == "minlogit" else naive_target
 
-    def forward(self, images: Tensor) -> dict[str, Tensor | None]:
+    def forward(self, images: Tensor) -> Outputs:
         return {"student_logits": self.students(images)[1], "teacher_logits": None}
 
-    def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Terms `L_CE_k` and `L_KD_k`, the latter with weight T^2."""
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the terms `L_CE_k`, `L_KD_k` (with weight T^2) and their sum `loss`."""
         logits = outputs["student_logits"]
-        aim = (min_logit if self.soft_target == "minlogit" else naive)(logits.detach(), target)
-        kl = self.weight * self.temperature**2 * soft_kl(logits, aim, self.temperature)
-        return summed(cross_entropies(logits, target, "L_CE") | each(kl, "L_KD"))
+        soft_target = self.make_target(logits.detach(), target)
+        kl = self.weight * self.temperature**2 * soft_kl(logits, soft_target, self.temperature)
+        return add_total(cross_entropy_terms(logits, target, "L_CE") | student_terms(kl, "L_KD"))
 
 
-def min_logit(logits: Tensor, target: Tensor) -> Tensor:
-    """(S, N, K), (N,) -> (N, K)."""
-    of_label = logits.gather(-1, target.expand(len(logits), -1)[..., None])
-    return (logits - of_label).amin(0)
+def min_logit_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the least difference from the label's logit, class by class: (S, N, K), labels (N,) -> (N, K)."""
+    label_logits = logits.gather(-1, target.expand(len(logits), -1)[..., None])
+    return (logits - label_logits).amin(0)
 
 
-def naive(logits: Tensor, target: Tensor) -> Tensor:
-    """(S, N, K), (N,) -> (N, K)."""
-    losses = torch.stack([F.cross_entropy(own, target, reduction="none") for own in logits])
+def naive_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the logits of least cross-entropy, image by image: (S, N, K), labels (N,) -> (N, K)."""
+    losses = torch.stack([F.cross_entropy(student, target, reduction="none") for student in logits])
     return logits.gather(0, losses.argmin(0)[None, :, None].expand(1, -1, logits.shape[-1]))[0]

@@ -1,31 +1,48 @@
 """Losses between softened predictions: pure functions of logits."""
 
+from typing import Annotated, Literal
+
+from pydantic import Field
 from torch import Tensor
 
-from odcheap.utils.errors import OptionError
+from odcheap.utils.arguments import check_arguments
 
-REDUCTIONS = ("batchmean", "mean")
-COLDEST, HOTTEST = 1e-6, 1e6  # logits over the one, and its square times a loss, stay far from float32's end
-
-
-def check_distillation(temperature: float, reduction: str = "batchmean") -> None:
-    """Raises `OptionError` unless the temperature is from 1e-6 to 1e6 and the reduction is known."""
-    if not COLDEST <= temperature <= HOTTEST:
-        raise OptionError("method.temperature", temperature, "must be above 0: from 1e-6 to 1e6")
-    if reduction not in REDUCTIONS:
-        raise OptionError("method.kl_reduction", reduction, f"must be one of {', '.join(REDUCTIONS)}")
+# In this range, logits over the temperature and its square times a loss stay within float32.
+Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
+KlReduction = Literal["batchmean", "mean"]
 
 
-def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean") -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)), without the factor T^2; a scalar.
+@check_arguments("method")
+def soft_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: Temperature,
+    kl_reduction: KlReduction = "batchmean",
+) -> Tensor:
+    """Returns KL(softmax(teacher / T) || softmax(student / T)), without the factor T^2.
 
-    Both logits are (N, K); both receive gradients. Dimensions before these are broadcast, and the result has them.
-    `batchmean` sums over the K classes and averages over the N images; `mean` averages over all N x K elements, as the
-    2019 code does, and is smaller by the factor K. Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural
-    network", 2015, section 2. Raises `OptionError`.
+    Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, section 2. Both logits receive
+    gradients. Dimensions before the last two are broadcast, and the result has them.
+
+    Args:
+        student_logits: (..., N, K).
+        teacher_logits: (..., N, K).
+        temperature: T, from 1e-6 to 1e6.
+        kl_reduction: "batchmean" sums over the K classes and averages over the N images; "mean" averages over all N x K
+            elements, as the 2019 code does, and is smaller by the factor K.
+
+    Raises:
+        OptionError: The temperature is out of range, or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+        >>> round(soft_kl(student, teacher, temperature=1.0).item(), 4)
+        1.5232
+        >>> round(soft_kl(student, teacher, temperature=1.0, kl_reduction="mean").item(), 4)
+        0.7616
     """
-    check_distillation(temperature, reduction)
     student = (student_logits / temperature).log_softmax(-1)
     teacher = (teacher_logits / temperature).log_softmax(-1)
     elements = teacher.exp() * (teacher - student)
-    return elements.sum(-1).mean(-1) if reduction == "batchmean" else elements.mean((-2, -1))
+    return elements.sum(-1).mean(-1) if kl_reduction == "batchmean" else elements.mean((-2, -1))

@@ -13,19 +13,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, check_smoothing, summed
-from odcheap.methods.ema import Averages
-from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.base import LabelSmoothing, Method, Outputs, add_total
+from odcheap.methods.ema import AverageDecay, AveragedStudents
+from odcheap.methods.losses import KlReduction, Temperature, soft_kl
 from odcheap.methods.students import Students
+from odcheap.utils.arguments import check_arguments
 
 
+@check_arguments("method")
 class OnlineDistillation(Method):
     """Students with a teacher head on their concatenated features.
 
-    `kl_reduction`: "batchmean" (the textbook's) or "mean" (the 2019 code's; smaller by the number of classes).
-    `detach_teacher`: the KL's gradient reaches the students only. `normalise=False` leaves out the teacher's BN and
-    ReLU. `label_smoothing` is for the labels of all. `average_decay`: averages of the students' weights over the steps
-    are candidates too, for S more forward passes a step (None: there are none). Raises `OptionError`.
+    Args:
+        students: The students.
+        temperature: T of the softened predictions.
+        kl_reduction: "batchmean" (the textbook's) or "mean" (the 2019 code's, smaller by the number of classes).
+        detach_teacher: Whether the KL's gradient reaches the students only.
+        normalise: Whether batch norm and ReLU come before the teacher's classifier.
+        label_smoothing: The part of each label that is divided among all classes, for students and teacher.
+        average_decay: The largest decay of averages of the students' weights over the steps, which are then candidates
+            too, for S more forward passes a step; None for no averages.
+
+    Example:
+        >>> from odcheap.layers.cheap_conv import DW
+        >>> from odcheap.models.cifar import CifarResNet
+        >>> students = Students(lambda: CifarResNet(8, DW(), num_classes=10), num_stu=2, seed=0)
+        >>> method = OnlineDistillation(students, temperature=4.0)
+        >>> outputs = method(torch.zeros(4, 3, 32, 32))
+        >>> outputs["student_logits"].shape, outputs["teacher_logits"].shape
+        (torch.Size([2, 4, 10]), torch.Size([4, 10]))
+        >>> list(method.loss(outputs, torch.arange(4)))
+        ['ce_teacher', 'ce_student_0', 'kl_student_0', 'ce_student_1', 'kl_student_1', 'loss']
     """
 
     teacher_kind = "head"
@@ -33,38 +51,36 @@ class OnlineDistillation(Method):
     def __init__(
         self,
         students: Students,
-        temperature: float = 4.0,
-        kl_reduction: str = "batchmean",
+        temperature: Temperature = 4.0,
+        kl_reduction: KlReduction = "batchmean",
         detach_teacher: bool = False,
         normalise: bool = True,
-        label_smoothing: float = 0.0,
-        average_decay: float | None = None,
+        label_smoothing: LabelSmoothing = 0.0,
+        average_decay: AverageDecay | None = None,
     ):
         super().__init__(students)
-        check_distillation(temperature, kl_reduction)
-        check_smoothing(label_smoothing)
         self.temperature, self.kl_reduction, self.detach_teacher = temperature, kl_reduction, detach_teacher
         self.label_smoothing = label_smoothing
-        self.averages = None if average_decay is None else Averages(students, average_decay)
+        self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
         width = len(students) * students.num_features
         self.norm = nn.BatchNorm2d(width) if normalise else None
         self.fc = nn.Linear(width, students.num_classes)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> Outputs:
         features, student_logits = self.students(images)
-        together = torch.cat(features, dim=1)
+        concat = torch.cat(features, dim=1)
         if self.norm is not None:
-            together = F.relu(self.norm(together), inplace=True)
-        outputs = {"student_logits": student_logits, "teacher_logits": self.fc(together.mean((2, 3)))}
-        return outputs | self.averaged(images)
+            concat = F.relu(self.norm(concat), inplace=True)
+        outputs = {"student_logits": student_logits, "teacher_logits": self.fc(concat.mean((2, 3)))}
+        return outputs | self.average_outputs(images)
 
-    def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Terms `ce_teacher`, `ce_student_k`, `kl_student_k` (with its T^2) and their sum, `loss`."""
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the terms `ce_teacher`, `ce_student_k`, `kl_student_k` (with the factor T^2) and their sum `loss`."""
         teacher = outputs["teacher_logits"]
-        example = teacher.detach() if self.detach_teacher else teacher
+        soft_target = teacher.detach() if self.detach_teacher else teacher
         terms = {"ce_teacher": F.cross_entropy(teacher, target, label_smoothing=self.label_smoothing)}
         for k, student in enumerate(outputs["student_logits"]):
-            kl = soft_kl(student, example, self.temperature, self.kl_reduction)
+            kl = soft_kl(student, soft_target, self.temperature, self.kl_reduction)
             terms[f"ce_student_{k}"] = F.cross_entropy(student, target, label_smoothing=self.label_smoothing)
             terms[f"kl_student_{k}"] = self.temperature**2 * kl
-        return summed(terms)
+        return add_total(terms)

@@ -6,54 +6,65 @@ teacher, m_l the logits of peer l's average, q(z) = softmax(z / T) and w the ram
     z_t  = linear(concat(pooled features))
     loss = sum_k L_ce_k + L_ce_t + w T^2 sum_k [ KL(q(z_t) || q(z_k)) + 1 / (S - 1) sum_{l != k} KL(q(m_l) || q(z_k)) ]
 
-T = 3, w over the first 80 of 300 epochs; z_t and m_l are givens within the KLs. Every peer sees an augmentation of its
-own, its average the same. An average's weights follow a <- d a + (1 - d) weights after each step g (from 0), with
-d = min(1 - 1 / (g + 1), 0.999); its batch norm's statistics are those of its own forward passes on the training
-batches, S more without a backward pass. The paper deploys an average: they are candidates beside the students. Its
-peers are branches of one network; ours are whole networks that share nothing but the ensemble's classifier.
+T = 3, w over the first 80 of 300 epochs; z_t and m_l are constants within the KLs. Every peer sees an augmentation of its
+own, its average the same. The averages are those of `AveragedStudents` with decay 0.999; their forward passes on the
+training batches are S more without a backward pass. The paper deploys an average: they are candidates beside the
+students. Its peers are branches of one network; ours are whole networks that share nothing but the ensemble's
+classifier.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, RampUp, cross_entropies, each, summed
-from odcheap.methods.ema import Averages
-from odcheap.methods.losses import check_distillation, soft_kl
+from odcheap.methods.base import Method, Outputs, RampUp, RampUpLength, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.ema import AverageDecay, AveragedStudents
+from odcheap.methods.losses import Temperature, soft_kl
 from odcheap.methods.students import Students
+from odcheap.utils.arguments import check_arguments
 
 
+@check_arguments("method")
 class PeerCollaborativeLearning(Method):
-    """`average_decay` bounds d; `ramp_up` is a part of the run's epochs. Raises `OptionError`."""
+    """Students that learn from an ensemble of their features and from averages of their peers.
+
+    Args:
+        students: Two or more students.
+        temperature: T of the softened predictions.
+        average_decay: The largest decay of the averages.
+        ramp_up: The length of the ramp-up as a fraction of the run's epochs.
+    """
 
     teacher_kind = "head"
-    own_views = True
-    fewest = 2
+    has_own_views = True
+    min_students = 2
 
     def __init__(
-        self, students: Students, temperature: float = 3.0, average_decay: float = 0.999, ramp_up: float = 80 / 300
+        self,
+        students: Students,
+        temperature: Temperature = 3.0,
+        average_decay: AverageDecay = 0.999,
+        ramp_up: RampUpLength = 80 / 300,
     ):
         super().__init__(students)
-        check_distillation(temperature)
         self.temperature, self.ramp = temperature, RampUp(ramp_up)
         self.fc = nn.Linear(len(students) * students.num_features, students.num_classes)
-        self.averages = Averages(students, average_decay)
+        self.averages = AveragedStudents(students, average_decay)
 
-    def at_epoch(self, epoch: int, epochs: int) -> None:
-        self.ramp.at_epoch(epoch, epochs)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """`average_logits` (S, N, K) besides."""
+    def forward(self, images: Tensor) -> Outputs:
         features, logits = self.students(images)
         teacher = self.fc(torch.cat([f.mean((2, 3)) for f in features], dim=1))
-        return {"student_logits": logits, "teacher_logits": teacher} | self.averaged(images)
+        return {"student_logits": logits, "teacher_logits": teacher} | self.average_outputs(images)
 
-    def loss(self, outputs: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Terms `L_ce_k`, `L_ce_t`, `L_pe_k` (from the ensemble) and `L_pm_k` (from the averages), with w T^2."""
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the terms `L_ce_k`, `L_ce_t`, `L_pe_k` (from the ensemble), `L_pm_k` (from the averages), and `loss`.
+
+        The last two have the factor w T^2.
+        """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         weight = self.ramp.weight * self.temperature**2
-        terms = cross_entropies(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
-        terms |= each(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
+        terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
+        terms |= student_terms(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
         pairs = soft_kl(logits[None], outputs["average_logits"][:, None], self.temperature)  # from average l to peer k
         others = (pairs.sum(0) - pairs.diagonal()) / (len(logits) - 1)
-        return summed(terms | each(weight * others, "L_pm"))
+        return add_total(terms | student_terms(weight * others, "L_pm"))

@@ -1,32 +1,116 @@
-"""The S students of one architecture."""
+"""The S students of one architecture, and the ways to run them on a batch.
 
-from collections.abc import Callable
+A way to run is a function of the students and of a view of the images for each, (N, C, H, W); it returns their S last
+feature maps and their logits (S, N, K). All give the same numbers within rounding.
+"""
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Annotated
+
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.methods import parallel
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import temporary_seed
+from odcheap.utils.seeds import derive_seed, temporary_seed
 
-MOST = 100  # more is a slip of the hand, and would be built until the memory is gone
+MAX_STUDENTS = 100  # a typing error would be built until the memory is full
+StudentOutputs = tuple[list[Tensor], Tensor]
+RunStudents = Callable[[Sequence[nn.Module], Sequence[Tensor]], StudentOutputs]
 
 
+def run_sequential(members: Sequence[nn.Module], views: Sequence[Tensor]) -> StudentOutputs:
+    """Runs one student after the other.
+
+    In training on a CPU each student draws its random numbers (dropout) from a stream of its own, so that they do not
+    depend on the other students.
+    """
+    features, logits = [], []
+    has_own_stream = members[0].training and not views[0].is_cuda  # a CUDA graph keeps the generator it was made with
+    base = int(torch.randint(2**62, ())) if has_own_stream else 0
+    with torch.random.fork_rng(devices=[], enabled=has_own_stream):
+        for k, (student, view) in enumerate(zip(members, views, strict=True)):
+            if has_own_stream:
+                torch.manual_seed(derive_seed(base, "student", k))
+            features.append(student.features(view))
+            logits.append(student.head(features[-1]))
+    return features, torch.stack(logits)
+
+
+def run_on_streams(members: Sequence[nn.Module], views: Sequence[Tensor]) -> StudentOutputs:
+    """Runs each student on a CUDA stream of its own; in a CUDA graph they become parallel branches.
+
+    The backward pass does the same, since autograd runs each operation on the stream of its forward pass. On a CPU,
+    where costs are counted after training, the students run one after the other.
+    """
+    if not views[0].is_cuda:
+        return run_sequential(members, views)
+    current, features, logits = torch.cuda.current_stream(), [], []
+    streams = _student_streams(views[0].device, len(members))
+    for student, view, stream in zip(members, views, streams, strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            features.append(student.features(view))
+            logits.append(student.head(features[-1]))
+    for stream in streams:
+        current.wait_stream(stream)
+    return features, torch.stack(logits)
+
+
+@lru_cache
+def _student_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    """The same streams in every step: PyTorch keeps memory for each stream."""
+    return tuple(torch.cuda.Stream(device) for _ in range(count))
+
+
+def run_auto(members: Sequence[nn.Module], views: Sequence[Tensor]) -> StudentOutputs:
+    """Runs on streams while a CUDA graph is recorded, else one after the other, which is faster on CPUs."""
+    is_recorded = views[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    return run_on_streams(members, views) if is_recorded else run_sequential(members, views)
+
+
+# The values of the option `together`.
+RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, "streams": run_on_streams}
+
+
+def check_run(run: RunStudents, device: torch.device) -> None:
+    """Raises `OptionError` where this way to run is not possible on the device."""
+    if run is run_on_streams and device.type != "cuda":
+        raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
+
+
+@check_arguments("")
 class Students(nn.Module):
-    """`num_stu` networks made by `build()`; student k's first weights depend on (seed, k) alone.
+    """Networks of one architecture that are trained together.
 
-    `run` is one of the ways of `together`. Raises `OptionError` where `num_stu` is below 1 or absurd.
+    Args:
+        build: Builds one student: a backbone with `features`, `head`, `num_features` and `num_classes`.
+        num_stu: Number of students, S.
+        seed: The first weights of student k depend on (seed, k) only.
+        run: The way to run them on a batch.
+
+    Shape:
+        (N, C, H, W), or (S, N, C, H, W) with a view for each -> list of S feature maps, logits (S, N, K).
+
+    Example:
+        >>> from odcheap.layers.cheap_conv import DW
+        >>> from odcheap.models.cifar import CifarResNet
+        >>> students = Students(lambda: CifarResNet(8, DW(), num_classes=10), num_stu=2, seed=0)
+        >>> features, logits = students(torch.zeros(4, 3, 32, 32))
+        >>> features[0].shape, logits.shape
+        (torch.Size([4, 64, 8, 8]), torch.Size([2, 4, 10]))
     """
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        num_stu: int,
+        num_stu: Annotated[int, Field(ge=1, le=MAX_STUDENTS)],
         seed: int,
-        run: Callable[..., parallel.Maps] = parallel.auto,
+        run: RunStudents = run_auto,
     ):
         super().__init__()
-        if not isinstance(num_stu, int) or not 1 <= num_stu <= MOST:
-            raise OptionError("num_stu", num_stu, f"must be a whole number, 1 or more, at most {MOST}")
         members = []
         for k in range(num_stu):
             with temporary_seed(seed, "student", k):
@@ -43,9 +127,9 @@ class Students(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, K."""
         return self.members[0].num_classes
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(N, C, H, W), or (S, N, C, H, W) with a view for each -> S last feature maps, logits (S, N, K)."""
+    def forward(self, images: Tensor) -> StudentOutputs:
         views = images if images.ndim == 5 else [images] * len(self)
         return self.run(list(self.members), list(views))

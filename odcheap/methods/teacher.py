@@ -1,12 +1,13 @@
-"""A trained network that teaches and never changes: with its own normalisation and size of picture."""
+"""A trained network as a teacher that never changes, with its own normalization and image size."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,27 +15,47 @@ from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
 from odcheap.models.wrappers import load_pretrained, timm_backbone, torchvision_backbone
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
 
 OPTION = "method.teacher_weights"
 LIBRARIES = {"torchvision": torchvision_backbone, "timm": timm_backbone}
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
+IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_SIZE = 224  # pixels
+Means = Annotated[list[float], Field(min_length=3, max_length=3)]
+Stds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+ImageSide = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
 class Teacher(nn.Module):
-    """(N, 3, H, W) normalised for the students -> logits (N, K) of `network`, without gradients.
+    """A frozen network on images that were normalized for the students.
 
-    The network is in eval mode and stays there whatever mode its surroundings are put into. It is no part of the state
-    that a checkpoint keeps, only its digest is: another teacher's is refused with `OptionError`. `made_with`: mean and
-    standard deviation that the images come with; `mean`, `std`, `size`: what the network expects. `classes`, `split`
-    and `history` (`train_seconds`, `training_macs`) are known of our own runs; `path` is for messages.
+    The network stays in eval mode whatever mode its surroundings are put into. It is no part of the state that a
+    checkpoint keeps, only a digest of it is: loading the state of another teacher raises `OptionError`.
+
+    Args:
+        network: Normalized images (N, 3, side, side) -> logits (N, K).
+        images_norm: Mean and standard deviation with which the images come.
+        mean: The mean that the network expects.
+        std: The standard deviation that it expects.
+        size: The side in pixels that it expects.
+        classes: Its classes, where they are known.
+        split: Fingerprint of the images held out from its training, where it is known.
+        history: `train_seconds` and `training_macs` of its training, where they are known.
+        path: The file, for messages.
+
+    Shape:
+        (N, 3, H, W) -> logits (N, K), without gradients.
     """
+
+    scale: Tensor
+    offset: Tensor
 
     def __init__(
         self,
         network: nn.Module,
-        made_with: tuple[Sequence[float], Sequence[float]],
+        images_norm: tuple[Sequence[float], Sequence[float]],
         mean: Sequence[float],
         std: Sequence[float],
         size: int,
@@ -44,11 +65,11 @@ class Teacher(nn.Module):
         path: str = "",
     ):
         super().__init__()
-        self.hidden, self.size = (network.requires_grad_(False).eval(),), size  # a tuple, so that it is not registered
-        unknown = {"train_seconds": None, "training_macs": None}
-        self.classes, self.split, self.history, self.path = classes, split, unknown | (history or {}), path
-        (from_mean, from_std), (to_mean, to_std) = (
-            [torch.tensor(list(values)).view(1, -1, 1, 1) for values in pair] for pair in (made_with, (mean, std))
+        self._networks = (network.requires_grad_(False).eval(),)  # a tuple, so that it is not registered
+        self.size, self.classes, self.split, self.path = size, classes, split, path
+        self.history = {"train_seconds": None, "training_macs": None} | (history or {})
+        from_mean, from_std, to_mean, to_std = (
+            torch.tensor(list(values)).view(1, -1, 1, 1) for values in (*images_norm, mean, std)
         )
         self.register_buffer("scale", from_std / to_std, persistent=False)
         self.register_buffer("offset", (from_mean - to_mean) / to_std, persistent=False)
@@ -56,20 +77,21 @@ class Teacher(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        return self.hidden[0]
+        """The frozen network."""
+        return self._networks[0]
 
     def train(self, mode: bool = True) -> "Teacher":
-        return self
+        return self  # stays in eval mode
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
-        self.network._apply(fn, recurse)
+        self.network._apply(fn, recurse)  # moves and converts the network too, which is not registered
         return super()._apply(fn, recurse)
 
     def get_extra_state(self) -> Tensor:
-        return digest(self.network)
+        return digest_weights(self.network)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if not torch.equal(state.cpu(), digest(self.network)):
+        if not torch.equal(state.cpu(), digest_weights(self.network)):
             raise OptionError(OPTION, self.path, "is not the teacher that the run was started with")
 
     @torch.no_grad()
@@ -80,75 +102,79 @@ class Teacher(nn.Module):
         return self.network(images)
 
     def check_classes(self, classes: list[str]) -> None:
-        """`OptionError` where they are known and other than these."""
+        """Raises `OptionError` where the teacher's classes are known and differ from these."""
         if self.classes is not None and self.classes != classes:
-            mine, theirs = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
-            raise OptionError(OPTION, self.path, f"the teacher's classes are {mine}; the data's {theirs}")
+            own, given = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
+            raise OptionError(OPTION, self.path, f"the teacher's classes are {own}; the data's {given}")
 
 
-def digest(network: nn.Module) -> Tensor:
-    """(16,) bytes that tell one network's weights from another's, whatever they were rounded to since."""
-    found = hashlib.blake2b(digest_size=16)
+def digest_weights(network: nn.Module) -> Tensor:
+    """Returns 16 bytes, (16,), that identify a network's weights; rounding to fewer bits does not change them."""
+    digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():
         rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous().flatten()
-        found.update(name.encode() + rounded.view(torch.uint8).numpy().tobytes())
-    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+        digest.update(name.encode() + rounded.view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-def read_teacher(
-    path: str,
-    published: str | None,
+@check_arguments("method")
+def load_teacher(
+    teacher_weights: str,
+    teacher_network: str | None,
     num_classes: int,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    size: int | None,
-    images_mean: Sequence[float],
-    images_std: Sequence[float],
+    teacher_mean: Means | None,
+    teacher_std: Stds | None,
+    teacher_size: ImageSide | None,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Teacher:
-    """From a run's folder or its `student.safetensors`, or from a local file of published weights.
+    """Loads a teacher from a run, or from a local file of published weights.
 
-    `published` then names the network, as `torchvision/resnet50` or `timm/resnet18d`. None for `mean`, `std` and `size`
-    (pixels a side) means the run's own, or ImageNet's. Raises `OptionError`.
+    Args:
+        teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
+        teacher_network: The network of published weights: `torchvision/resnet50`, `timm/resnet18d`; None for a run.
+        num_classes: K of the data.
+        teacher_mean: Mean of the images that the network expects; None for its run's, or ImageNet's.
+        teacher_std: Their standard deviation, in the same way.
+        teacher_size: Their side in pixels, in the same way.
+        mean: Mean of the images that come.
+        std: Their standard deviation.
+
+    Raises:
+        OptionError: The file is of another kind, or does not fit the data or the network.
     """
-    check_given(mean, std, size)
-    made_with = (images_mean, images_std)
-    if published is not None:
-        network = of_library(published, path, num_classes)
-        own_mean, own_std, own_size = IMAGENET
-        return Teacher(network, made_with, mean or own_mean, std or own_std, size or own_size)
+    path = teacher_weights
+    if teacher_network is not None:
+        network = load_published_network(teacher_network, path, num_classes)
+        expected = teacher_mean or IMAGENET_NORM[0], teacher_std or IMAGENET_NORM[1], teacher_size or IMAGENET_SIZE
+        return Teacher(network, (mean, std), *expected)
     file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
     tensors, metadata = read_safetensors(file, OPTION)
-    settings = read_student_settings(
-        metadata, OPTION, f"{path} (for published weights method.teacher_network names the network)"
-    )
-    network = load_network(settings, tensors, OPTION, str(path))
-    if network.num_classes != num_classes:
-        raise OptionError(OPTION, path, f"the teacher has {network.num_classes} classes, the data {num_classes}")
-    expects = mean or settings["mean"], std or settings["std"], size or settings["image_size"][-1]
-    return Teacher(network, made_with, *expects, settings["classes"], settings["split"], history_of(file), str(path))
+    hint = f"{path} (for published weights method.teacher_network names the network)"
+    settings = read_student_settings(metadata, OPTION, hint)
+    network = load_network(settings, tensors, OPTION, path)
+    if len(settings["classes"]) != num_classes:
+        allowed = f"the teacher has {len(settings['classes'])} classes, the data {num_classes}"
+        raise OptionError(OPTION, path, allowed)
+    own_norm = teacher_mean or settings["mean"], teacher_std or settings["std"]
+    size = teacher_size or settings["image_size"][-1]
+    about = settings["classes"], settings["split"], read_training_costs(file), path
+    return Teacher(network, (mean, std), *own_norm, size, *about)
 
 
-def check_given(mean: Sequence[float] | None, std: Sequence[float] | None, size: int | None) -> None:
-    for option, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or (option == "std" and min(values) <= 0)):
-            allowed = "must be three numbers, and std's above zero"
-            raise OptionError(f"method.teacher_{option}", list(values), allowed)
-    if size is not None and not 1 <= size <= LARGEST_SIDE:
-        raise OptionError("method.teacher_size", size, f"must be 1 to {LARGEST_SIDE} pixels a side")
+def read_training_costs(student: Path) -> dict[str, Any]:
+    """Returns `train_seconds` and `training_macs` from the summary beside a student's file, None where unknown."""
+    path = student.with_name("summary.json")
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    cost = summary.get("cost") or {}
+    return {"train_seconds": summary.get("train_seconds"), "training_macs": cost.get("training_macs")}
 
 
-def history_of(student: Path) -> dict[str, Any]:
-    """What its training took, where its run's summary lies beside it."""
-    summary = student.with_name("summary.json")
-    found = json.loads(summary.read_text()) if summary.is_file() else {}
-    cost = found.get("cost") or {}
-    return {"train_seconds": found.get("train_seconds"), "training_macs": cost.get("training_macs")}
-
-
-def of_library(published: str, path: str, num_classes: int) -> nn.Module:
-    library, _, name = published.partition("/")
-    if library not in LIBRARIES or not name:
-        raise OptionError("method.teacher_network", published, "must be torchvision/NAME or timm/NAME")
-    network = LIBRARIES[library](name, Standard(), num_classes)
-    load_pretrained(network.network, path, num_classes, OPTION, new_head=False)
-    return network
+def load_published_network(name: str, path: str, num_classes: int) -> nn.Module:
+    """Returns the network `torchvision/NAME` or `timm/NAME` with the weights of a local file."""
+    library, _, network_name = name.partition("/")
+    if library not in LIBRARIES or not network_name:
+        raise OptionError("method.teacher_network", name, "must be torchvision/NAME or timm/NAME")
+    backbone = LIBRARIES[library](network_name, Standard(), num_classes)
+    load_pretrained(backbone.network, path, num_classes, OPTION, new_head=False)
+    return backbone

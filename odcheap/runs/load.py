@@ -62,7 +62,7 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False) -> st
     if with_own:
         method.load_state_dict(weights.own, strict=False)
     else:
-        method.weights_loaded()
+        method.after_loading_students()
     what = "the method's own parts too" if with_own else "the method's own parts are new"
     heads = "classifiers are new" if new_head else "classifiers included"
     return f"{len(weights.students)} of {len(members)} students from {weights.path} ({heads}, {what})"

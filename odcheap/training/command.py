@@ -29,8 +29,7 @@ from odcheap.data.in_memory import check_batches
 from odcheap.distributed import launch, signals, slurm
 from odcheap.distributed.signals import Listener, ending_with, leaving
 from odcheap.layers.cheap_conv import Standard
-from odcheap.methods import parallel
-from odcheap.methods.students import Students
+from odcheap.methods.students import RUNS, Students
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import resume, status
 from odcheap.runs.overrides import quote_override
@@ -176,7 +175,7 @@ def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> O
         lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)),
         cfg.num_stu,
         cfg.seed,
-        parallel.WAYS[cfg.together],
+        RUNS[cfg.together],
     )
     with temporary_seed(cfg.seed, "method"):
         method = instantiate(cfg.method)(students=students)

@@ -16,8 +16,8 @@ from torch import nn
 from odcheap.data.in_memory import SELECT_BY, watched
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import Interruption, Listener
-from odcheap.methods import parallel
 from odcheap.methods.base import Method
+from odcheap.methods.students import check_run
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_run
 from odcheap.runs.load import load_weights, read_weights
@@ -102,6 +102,16 @@ def begin_logging(loggers: dict[str, Logger]) -> None:
             raise OptionError("logger", name, f"cannot begin: {first_line(error)}") from error
 
 
+def part_names(start: Start) -> dict[str, str]:
+    """Returns the option names of backbone and block type: those of the run that is continued, or those given."""
+    groups = ("backbone", "block_type")
+    if start.content is not None:  # the command that resumes does not have to name them
+        stored = start.content["odcheap"]["student"]
+        return {group: str((stored.get(group) or {}).get("part", "")) for group in groups}
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {group: choices.get(group, "") for group in groups}
+
+
 class Run:
     """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
 
@@ -121,13 +131,12 @@ class Run:
             "split": data.fingerprint,
             "classes": data.classes,
         }
-        choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-        names = {group: choices.get(group, "") for group in ("backbone", "block_type")}
+        names = part_names(start)
         about["student"] = summary.student_settings(about, data, names)
         cfg, figure = self.cfg, SELECT_BY[data.select_by]
         refused = must_capture if cfg.capture is True else not_captured
         classes = len(data.classes)
-        saw = cfg.select != "test" and method.saw_held_out(data.fingerprint)
+        saw = cfg.select != "test" and method.may_have_seen(data.fingerprint)
         gradients = gradient_options(cfg)
         per_epoch = -(-data.steps_per_epoch(launch.processes(cfg)) // gradients.accumulate_grad_batches)
         self.module = DistillationModule(
@@ -142,7 +151,7 @@ class Run:
             refused if captures(cfg) else None,
             saw,
         )
-        data.views = len(method.students) if method.own_views else 1
+        data.views = len(method.students) if method.has_own_views else 1
         self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
         self.console = console()
 
@@ -159,7 +168,7 @@ class Run:
         device = made.strategy.root_device
         if self.cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", True, "must be false on CPUs: PyTorch has it for GPUs only")
-        parallel.check(self.module.method.students.run, device)
+        check_run(self.module.method.students.run, device)
         made.precision_plugin.convert_module(
             self.module
         )  # Lightning would only after it has loaded, and round on the way

@@ -111,7 +111,7 @@ class DistillationModule(pl.LightningModule):
         self.step = None  # and with it the graphs' memory
 
     def on_train_epoch_start(self) -> None:
-        self.method.at_epoch(self.current_epoch, self.trainer.max_epochs)
+        self.method.start_epoch(self.current_epoch, self.trainer.max_epochs)
         self.scores["train_"].reset()
         if self.terms is not None:
             self.terms.reset()

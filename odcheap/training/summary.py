@@ -89,7 +89,10 @@ def costs(
     training besides, None where that is not known.
     """
     method = module.method
-    student, frozen = method.students.members[0], [flops.count_macs(network, image_size) for network in method.frozen()]
+    student, frozen = (
+        method.students.members[0],
+        [flops.count_macs(network, image_size) for network in method.frozen_networks()],
+    )
     training = (3 * flops.count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":

@@ -136,7 +136,7 @@ class EagerStep:
         if self.options.gradient_clip_algorithm == "value":
             clip_grad_value_(self.method.parameters(), limit)
             return
-        for parameters in self.method.clipped_together():
+        for parameters in self.method.clip_groups():
             clip_grad_norm_(parameters, limit)
 
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -28,8 +28,18 @@ def check_value(option: str, value: Any, annotation: Any) -> None:
         Traceback (most recent call last):
         odcheap.utils.errors.OptionError: optimizer.lr=0: must be a number, above 0
     """
+    _validate(option, value, annotation, _make_adapter(annotation))
+
+
+def _make_adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _validate(option: str, value: Any, annotation: Any, adapter: TypeAdapter[Any]) -> None:
+    """`check_value` with an adapter that is kept, since making one takes longer than the check."""
+    plain = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
     try:
-        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+        adapter.validate_python(plain)
         is_valid = not isinstance(value, float) or math.isfinite(value)
     except ValidationError:
         is_valid = False
@@ -61,15 +71,22 @@ def describe_allowed(annotation: Any) -> str:
     return TYPE_NAMES.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
 
 
+LIMITS = {
+    "gt": "above {:g}",
+    "ge": "{:g} or more",
+    "lt": "below {:g}",
+    "le": "at most {:g}",
+    "min_length": "{} entries or more",
+    "max_length": "{} entries or fewer",
+}
+
+
 def _describe_limits(metadata: tuple[Any, ...]) -> str:
-    constraints: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
     for entry in metadata:
         for constraint in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
-            constraints |= {
-                name: getattr(constraint, name) for name in ("gt", "ge", "lt", "le") if hasattr(constraint, name)
-            }
-    wordings = {"gt": "above {:g}", "ge": "{:g} or more", "lt": "below {:g}", "le": "at most {:g}"}
-    return " and ".join(text.format(constraints[name]) for name, text in wordings.items() if name in constraints)
+            limits |= {name: getattr(constraint, name) for name in LIMITS if hasattr(constraint, name)}
+    return " and ".join(text.format(limits[name]) for name, text in LIMITS.items() if name in limits)
 
 
 def check_arguments(group: str) -> Callable[[Target], Target]:
@@ -95,17 +112,18 @@ def _checked(function: Callable[..., Any], group: str) -> Any:
     signature = inspect.signature(function)
 
     @functools.cache
-    def constrained() -> dict[str, Any]:
+    def constrained() -> dict[str, tuple[Any, TypeAdapter[Any]]]:
         """The annotations that say more than a type; read at the first call, when all names are defined."""
         hints = get_type_hints(function, include_extras=True)
-        return {name: hint for name, hint in hints.items() if name != "return" and _is_constrained(hint)}
+        hints = {name: hint for name, hint in hints.items() if name != "return" and _is_constrained(hint)}
+        return {name: (hint, _make_adapter(hint)) for name, hint in hints.items()}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        for name, annotation in constrained().items():
+        for name, (annotation, adapter) in constrained().items():
             if name in given:
-                check_value(f"{group}.{name}" if group else name, given[name], annotation)
+                _validate(f"{group}.{name}" if group else name, given[name], annotation, adapter)
         return function(*args, **kwargs)
 
     return call

@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 
 import odcheap.training.command  # noqa: F401  the config's resolvers
 from odcheap.layers.cheap_conv import DW, CheapConv, Standard
-from odcheap.methods import parallel
-from odcheap.methods.students import Students
+from odcheap.methods.students import RUNS, Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import find_stride
 from odcheap.training.optim import build_optimization
@@ -66,7 +65,7 @@ def test_methods_build_and_their_terms_add_up(composed, method, tmp_path):
     cfg = composed(f"method={method}", "backbone.depth=8")
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     if method == "kd":  # needs a trained teacher
-        settings = OmegaConf.to_container(composed("block_type=Standard", "backbone.depth=8"), resolve=True)
+        settings = {"block_type": {"part": "Standard"}, "backbone": {"part": "resnet56", "depth": 8}}
         settings |= {"classes": ["a", "b", "c"], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
         settings |= {"mean": [0] * 3, "std": [1] * 3}
         write_student(tmp_path / "student.safetensors", backbone(conv=Standard(), num_classes=3), settings)
@@ -175,10 +174,10 @@ def test_the_default_run_fits_one_screen():
     assert len((CONF / "config.yaml").read_text().splitlines()) <= 50
 
 
-@pytest.mark.parametrize("way", parallel.WAYS)
+@pytest.mark.parametrize("way", RUNS)
 def test_ways_to_run_the_students_build(composed, way):
     assert composed(f"together={way}").together == way
-    students = Students(lambda: CifarResNet(8, DW(), 3), 2, seed=0, run=parallel.WAYS[way])
+    students = Students(lambda: CifarResNet(8, DW(), 3), 2, seed=0, run=RUNS[way])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     maps, logits = students.to(device)(torch.randn(4, 3, 8, 8, device=device))
     assert [f.shape for f in maps] == [(4, 64, 2, 2)] * 2

@@ -57,7 +57,7 @@ def made(options):
 
 def batch(method, size=8, side=8, dtype=torch.float, seed=0):
     random = torch.Generator().manual_seed(seed)
-    views = (len(method.students),) if method.own_views else ()
+    views = (len(method.students),) if method.has_own_views else ()
     images = torch.randn(*views, size, 3, side, side, generator=random, dtype=torch.double).to(dtype)
     return Batch(images, torch.randint(10, (size,), generator=random))
 
@@ -70,7 +70,7 @@ def test_it_takes_steps_with_several_students(made, name, precision, num_stu):
     optimizer, _ = build_optimization(method, *RECIPE, 10)
     before = [p.detach().clone() for p in method.students.parameters()]
     for step in range(2):
-        method.at_epoch(step, 2)
+        method.start_epoch(step, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             taken = EagerStep(method, optimizer)(batch(method, seed=step))
         assert taken.finite
@@ -102,7 +102,7 @@ def test_imitation_grows_and_the_labels_do_not(made, name):
     images, target, _ = batch(method)
     outputs, found = method(images), []
     for epoch in (0, 80):
-        method.at_epoch(epoch, 300)
+        method.start_epoch(epoch, 300)
         found.append(method.loss(outputs, target))
     for term in found[0].keys() - {"loss"}:
         weak = 1.0 if term.startswith(("L_ce", "L_gt")) else math.exp(-5)
@@ -141,7 +141,7 @@ def test_recorded_steps_train_as_plain_ones_do(made, name):
         eager = EagerStep(method, optimizer)
         step = GraphStep(eager, Recorder(method, optimizer), pytest.fail)
         for k in range(8):
-            method.at_epoch(k // 2, 4)
+            method.start_epoch(k // 2, 4)
             (step if recorded else eager)(batch(method, dtype=torch.double, seed=k))
             schedule.step()
         assert not recorded or step.recordings

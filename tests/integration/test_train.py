@@ -544,7 +544,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["job_dir={tmp}/broken.ckpt/run"], "job_dir={tmp}/broken.ckpt/run: cannot be written"),
         (["test_only=true"], "test_only=true: needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE"),
         (["data.val_size=1437"], "data.val_size=1437: must leave images to train on: there are 1437"),
-        (["method.temperature=0"], "method.temperature=0: must be above 0"),
+        (["method.temperature=0"], "method.temperature=0: must be a number, 1e-06 or more"),
         (["method.kl_reduction=sum"], "method.kl_reduction=sum: must be one of batchmean, mean"),
         (["select=best"], "select=best: must be one of val, last, test"),
         (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be one of stop, skip"),

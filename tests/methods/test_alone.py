@@ -26,7 +26,7 @@ def test_smoothed_labels(make):
         assert found[name] == pytest.approx(-(label * np.log(softmax(z[k]))).sum(1).mean())
     if make is OnlineDistillation:
         assert found["ce_teacher"] == pytest.approx(found["ce_student_0"])
-    with pytest.raises(OptionError, match="method.label_smoothing=1: must be 0 or more and below 1"):
+    with pytest.raises(OptionError, match="method.label_smoothing=1: must be a number, 0 or more and below 1"):
         make(students(2), label_smoothing=1)
 
 
@@ -71,6 +71,6 @@ def test_random_numbers_differ_between_students_and_steps():
 
 def test_gradients_are_clipped_student_by_student():
     method: Method = Alone(students())
-    parts = method.clipped_together()
+    parts = method.clip_groups()
     assert [len(part) for part in parts] == [len(list(s.parameters())) for s in method.students.members]
     assert parts[1][0] is next(method.students.members[1].parameters())

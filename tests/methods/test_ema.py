@@ -3,7 +3,7 @@ import torch
 from methods.formulas import students
 
 from odcheap.methods.alone import Alone
-from odcheap.methods.ema import Averages
+from odcheap.methods.ema import AveragedStudents
 from odcheap.methods.od import OnlineDistillation
 from odcheap.utils.errors import OptionError
 
@@ -11,13 +11,13 @@ from odcheap.utils.errors import OptionError
 def test_averages_follow_the_weights_after_each_step():
     """True means at first, then with the decay."""
     given = students(2).double()
-    averages = Averages(given, decay=0.75)
+    averages = AveragedStudents(given, average_decay=0.75)
     weight, average = given.members[1].fc.weight, averages.members[1].fc.weight
     expected = average.clone()
     for step in range(8):
         with torch.no_grad():
             weight.copy_(torch.full_like(weight, step**2))
-        averages.follow(given)
+        averages.update(given)
         decay = min(1 - 1 / (step + 1), 0.75)
         expected = decay * expected + (1 - decay) * step**2
         torch.testing.assert_close(average, expected)
@@ -27,7 +27,7 @@ def test_sixteen_bits_are_too_few_for_an_average():
     with pytest.raises(
         OptionError, match="trainer.precision=bfloat16: averages, which move by thousandths, need weights in 32 bits"
     ):
-        Averages(few := students(2).bfloat16(), 0.9).follow(few)
+        AveragedStudents(few := students(2).bfloat16(), 0.9).update(few)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, "x", False])
@@ -35,7 +35,7 @@ def test_the_decay_is_below_one(decay):
     with pytest.raises(
         OptionError, match=f"method.average_decay={str(decay).lower()}: must be a number, 0 or more and below 1"
     ):
-        Averages(students(), decay)
+        AveragedStudents(students(), decay)
 
 
 @pytest.mark.parametrize("make", [Alone, OnlineDistillation])
@@ -48,7 +48,7 @@ def test_averages_on_request(make):
     losses = [method.loss(output, target)["loss"] for method, output in zip((plain, averaged), outputs, strict=True)]
     assert torch.equal(*losses)
     assert plain.candidates() == list(plain.students.members)
-    assert averaged.candidates()[2:] == averaged.frozen() == list(averaged.averages.members)
+    assert averaged.candidates()[2:] == averaged.frozen_networks() == list(averaged.averages.members)
     assert "average_logits" not in outputs[0]
     assert not outputs[1]["average_logits"].requires_grad
     with torch.no_grad():

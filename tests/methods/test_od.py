@@ -82,5 +82,5 @@ def test_students_may_see_a_view_each():
 
 @pytest.mark.parametrize("temperature", [0, -2])
 def test_temperature_must_be_positive(temperature):
-    with pytest.raises(OptionError, match=f"method.temperature={temperature}: must be above 0"):
+    with pytest.raises(OptionError, match=f"method.temperature={temperature}: must be a number, 1e-06 or more"):
         made(temperature=temperature)

@@ -40,9 +40,9 @@ def test_gate_and_teacher_learn_from_the_labels_alone():
 def test_the_imitation_grows():
     z, teacher = logits(2), logits(seed=1)
     method = NativeEnsemble(students(2))
-    method.at_epoch(0, 300)
+    method.start_epoch(0, 300)
     weak = terms(method, student_logits=z, teacher_logits=teacher)
-    method.at_epoch(80, 300)
+    method.start_epoch(80, 300)
     full = terms(method, student_logits=z, teacher_logits=teacher)
     assert weak["L_kl_0"] == pytest.approx(np.exp(-5) * full["L_kl_0"], rel=1e-6)
     assert weak["L_ce_0"] == full["L_ce_0"]

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from odcheap.layers.cheap_conv import DW
-from odcheap.methods.students import Students
+from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.students import Students, check_run, run_on_streams, run_sequential
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
 
@@ -35,3 +36,40 @@ def test_making_students_leaves_the_random_state_alone():
 def test_num_stu_must_be_a_count(num_stu):
     with pytest.raises(OptionError, match=f"num_stu={num_stu}: must be"):
         made(num_stu)
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_on_streams])
+def test_each_student_may_have_a_view_of_its_own(run):
+    students = Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0, run=run).eval().double()
+    views = torch.randn(2, 4, 3, 16, 16, dtype=torch.double)
+    features, logits = students(views)
+    for k in range(2):
+        torch.testing.assert_close(logits[k], students.members[k](views[k]))
+        torch.testing.assert_close(features[k], students.members[k].features(views[k]))
+
+
+def test_a_run_on_streams_needs_a_gpu():
+    with pytest.raises(OptionError, match="together=streams: needs a CUDA device; the run is on cpu"):
+        check_run(run_on_streams, torch.device("cpu"))
+    check_run(run_sequential, torch.device("cpu"))
+
+
+def test_on_a_cpu_streams_are_one_after_another():
+    """After training the costs are counted there."""
+    students = Students(lambda: CifarResNet(8, DW(), 10), 2, seed=0, run=run_on_streams).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(students(images)[1], torch.stack([s(images) for s in students.members]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_streams_train_as_one_after_another_does():
+    method = OnlineDistillation(Students(lambda: CifarResNet(14, DW(), 10), 3, seed=0)).double().cuda()
+    images, target = torch.randn(8, 3, 16, 16).double().cuda(), torch.randint(10, (8,)).cuda()
+    gradients = []
+    for run in (run_sequential, run_on_streams):
+        method.students.run = run
+        method.zero_grad()
+        method.loss(method(images), target)["loss"].backward()
+        gradients.append([p.grad.clone() for p in method.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)

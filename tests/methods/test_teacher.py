@@ -6,7 +6,7 @@ import torchvision
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import Standard
-from odcheap.methods.teacher import Teacher, read_teacher
+from odcheap.methods.teacher import Teacher, load_teacher
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import OptionError
@@ -35,7 +35,7 @@ def run(tmp_path):
 
 
 def read(path, published=None, num_classes=3, mean=None, std=None, size=None):
-    return read_teacher(str(path), published, num_classes, mean, std, size, MEAN, STD)
+    return load_teacher(str(path), published, num_classes, mean, std, size, MEAN, STD)
 
 
 @pytest.mark.parametrize("side", [16, 24])
