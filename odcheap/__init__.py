@@ -1,3 +1,47 @@
 """odcheap: small, cheap convolutional networks, trained by online distillation."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from odcheap.layers.shift import Shift2d
+    from odcheap.methods.losses import soft_kl
+    from odcheap.methods.od import OnlineDistillation
+    from odcheap.methods.students import Students
+    from odcheap.models.build import load_student
+    from odcheap.models.convert import cheapen, conversion_table
+    from odcheap.runs.reference import load_reference
+
 __version__ = "0.1.0"
+__all__ = [
+    "OnlineDistillation",
+    "Shift2d",
+    "Students",
+    "cheapen",
+    "conversion_table",
+    "load_reference",
+    "load_student",
+    "soft_kl",
+]
+
+# Imported when first used: `odcheap.predict` works without PyTorch, and commands start without what they do not need.
+_MODULES = {
+    "OnlineDistillation": "odcheap.methods.od",
+    "Shift2d": "odcheap.layers.shift",
+    "Students": "odcheap.methods.students",
+    "cheapen": "odcheap.models.convert",
+    "conversion_table": "odcheap.models.convert",
+    "load_reference": "odcheap.runs.reference",
+    "load_student": "odcheap.models.build",
+    "soft_kl": "odcheap.methods.losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -94,7 +94,7 @@ class ReferenceModel(nn.Module):
         return self.method.loss({"student_logits": student_logits, "teacher_logits": teacher_logits}, target)["loss"]
 
 
-def load_checkpoint(path: str | Path) -> ReferenceModel:
+def load_reference(path: str | Path) -> ReferenceModel:
     """The model of a 2019 checkpoint, with or without the `module.` prefix; `OptionError` where it is none."""
     content = read_torch(path)
     if not is_reference(content):

@@ -29,7 +29,7 @@ from odcheap.export import command as export_command
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.cifar import CifarResNet
 from odcheap.report import command as report_command
-from odcheap.runs.reference import load_checkpoint
+from odcheap.runs.reference import load_reference
 from odcheap.training.callbacks import Record
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import Failure, OptionError
@@ -150,7 +150,7 @@ def test_load_checkpoint_and_the_image_caches_run_nothing(tmp_path, capsys):
     for content in payloads(mark):
         (tmp_path / "reference.pt").write_bytes(content)
         with pytest.raises(OptionError):
-            load_checkpoint(tmp_path / "reference.pt")
+            load_reference(tmp_path / "reference.pt")
         (tmp_path / "data" / ".cifar10.safetensors").write_bytes(content)
         found = cifar.cifar("cifar10", str(tmp_path / "data"), 4, 2, download=False)
         assert found.train.shape == (4, 3, 32, 32)

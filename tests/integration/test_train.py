@@ -342,9 +342,9 @@ def test_fine_tuning_from_an_exported_student_and_from_a_checkpoint(finished, co
 
 
 def test_weights_of_the_2019_code(golden, command, tmp_path):
-    from odcheap.runs.reference import load_checkpoint
+    from odcheap.runs.reference import load_reference
 
-    model = load_checkpoint(golden / "reference_dw_resnet8.pt")
+    model = load_reference(golden / "reference_dw_resnet8.pt")
     arguments = [*TINY, f"weights={golden}/reference_dw_resnet8.pt", "test_only=true", f"job_dir={tmp_path}/run"]
     assert command(*arguments, "num_stu=4").status == 0
     found = json.loads((tmp_path / "run" / "test.json").read_text())

@@ -7,13 +7,13 @@ from odcheap.layers.cheap_conv import DW, Group, Shift
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.runs.reference import load_checkpoint
+from odcheap.runs.reference import load_reference
 from odcheap.utils.errors import OptionError
 
 
 def test_golden_logits_loss_and_gradients(golden):
     expected = torch.load(golden / "reference_dw_resnet8_expected.pt", weights_only=True)
-    model = load_checkpoint(golden / "reference_dw_resnet8.pt")
+    model = load_reference(golden / "reference_dw_resnet8.pt")
     assert (model.block_type, model.depth, model.groups, model.num_stu) == ("DW", 8, 1, 4)
     assert not model.training
     x, target = expected["x"].float(), expected["y"]
@@ -52,7 +52,7 @@ def write_like_2019(path, conv, kind, depth, num_stu, prefix="", zipped=False):
 )
 def test_block_type_depth_groups_and_students_are_read_from_the_file(tmp_path, conv, kind, groups, prefix):
     method = write_like_2019(tmp_path / "old.pt", conv, kind, depth=14, num_stu=3, prefix=prefix)
-    model = load_checkpoint(tmp_path / "old.pt")
+    model = load_reference(tmp_path / "old.pt")
     assert (model.block_type, model.depth, model.groups, model.num_stu) == (type(conv).__name__, 14, groups, 3)
     x = torch.randn(2, 3, 16, 16)
     students, teacher = model(x)
@@ -63,14 +63,14 @@ def test_block_type_depth_groups_and_students_are_read_from_the_file(tmp_path, c
 def test_other_and_incomplete_files_are_refused(tmp_path):
     torch.save({"state_dict": {"conv.weight": torch.ones(1)}}, tmp_path / "other.pt")
     with pytest.raises(OptionError, match="no tensor is named resnet_m1"):
-        load_checkpoint(tmp_path / "other.pt")
+        load_reference(tmp_path / "other.pt")
     write_like_2019(tmp_path / "old.pt", DW(), "dw", 8, 2)
     content = torch.load(tmp_path / "old.pt", weights_only=True)
     del content["state_dict"]["resnet_m2.fc.weight"], content["state_dict"]["resnet_m1.layer2.0.conv1.weight"]
     torch.save(content, tmp_path / "part.pt")
     with pytest.raises(OptionError, match="do not fit"):
-        load_checkpoint(tmp_path / "part.pt")
+        load_reference(tmp_path / "part.pt")
     del content["state_dict"]["resnet_m1.fc.weight"]
     torch.save(content, tmp_path / "part.pt")
     with pytest.raises(OptionError, match="lacks 'fc.weight'"):
-        load_checkpoint(tmp_path / "part.pt")
+        load_reference(tmp_path / "part.pt")
