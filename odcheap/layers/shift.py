@@ -10,8 +10,8 @@ Pair = tuple[int, int]  # rows, columns
 class Shift2d(nn.Module):
     """Moves each channel by a fixed offset, with zeros from outside the image; it has no parameters.
 
-    Channel c < k*k*floor(C / (k*k)) reads from row h + d*(floor(c/k) mod k - floor(k/2)) and column
-    w + d*(c mod k - floor(k/2)); the remaining channels are copied. Source: Wu et al., "Shift: a zero FLOP, zero
+    Channel `c < k*k*floor(C / (k*k))` reads from row `h + d*(floor(c/k) mod k - floor(k/2))` and column
+    `w + d*(c mod k - floor(k/2))`; the remaining channels are copied. Source: Wu et al., "Shift: a zero FLOP, zero
     parameter alternative to spatial convolutions", 2018; the offsets are those of the 2019 code.
 
     It runs as a depth-wise convolution with one-hot kernels, which is exact in every type and has the opposite shift
