@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from odcheap.layers.cheap_conv import BlockType
     from odcheap.layers.shift import Shift2d
     from odcheap.methods.losses import soft_kl
     from odcheap.methods.od import OnlineDistillation
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockType",
     "OnlineDistillation",
     "Shift2d",
     "Students",
@@ -26,6 +28,7 @@ __all__ = [
 
 # Imported when first used: `odcheap.predict` works without PyTorch, and commands start without what they do not need.
 _MODULES = {
+    "BlockType": "odcheap.layers.cheap_conv",
     "OnlineDistillation": "odcheap.methods.od",
     "Shift2d": "odcheap.layers.shift",
     "Students": "odcheap.methods.students",

@@ -127,7 +127,7 @@ def usage(shape: str) -> list[str]:
         "becomes that, `labels.json` names the classes.",
         "",
         "```python",
-        "from odcheap.models.build import load_student",
+        "from odcheap import load_student",
         'student = load_student("student.safetensors")',
         "logits = student(images)",
         "```",

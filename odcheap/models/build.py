@@ -80,6 +80,20 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
 
     Raises:
         OptionError: The file is damaged or of another kind, or the weights do not fit.
+
+    Example:
+        A file as a run writes it, here of a network that was not trained:
+
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> settings = {"backbone": {"part": "resnet20"}, "block_type": {"part": "DW"}, "classes": ["cat", "dog"]}
+        >>> network = build_network(settings, "path", "student.safetensors")
+        >>> settings |= {"split": "", "image_size": [3, 32, 32], "shorter_side": 32}
+        >>> settings |= {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+        >>> path = tempfile.mkdtemp() + "/student.safetensors"
+        >>> save_file(network.state_dict(), path, metadata={"odcheap": json.dumps(settings)})
+        >>> load_student(path)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 2])
     """
     tensors, metadata = read_safetensors(path)
     settings = read_student_settings(metadata, "path", path)

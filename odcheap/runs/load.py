@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from odcheap.methods.base import Method
 from odcheap.models.build import check_state_dict
-from odcheap.runs.reference import is_reference, translate
+from odcheap.runs.reference import is_reference, translate_reference
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors, read_torch
 
@@ -33,7 +33,7 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         return Weights(str(path), [tensors], {}, settings.get("split"))
     content = read_torch(path, option)
     if is_reference(content):
-        reference = translate(content, path, option)
+        reference = translate_reference(content, path, option)
         return Weights(str(path), reference.students, reference.head, None)
     state = content.get("state_dict", {})
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})

@@ -1,4 +1,4 @@
-"""Reads checkpoints of the 2019 reference code (facts about its format: keys, shapes, serialisation)."""
+"""Checkpoints of the 2019 reference code, read by what is known of their format: keys, shapes, serialization."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odcheap.layers.cheap_conv import DW, Group, Shift
+from odcheap.layers.cheap_conv import DW, BlockType, Group, Shift
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
@@ -16,14 +16,22 @@ from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_torch
 
 TEMPERATURE = 4.0
-BLOCK_TYPES = {"Shift": lambda groups: Shift(), "DW": lambda groups: DW(), "Group": Group}
-SPATIAL = re.compile(r"(layer\d+\.\d+)\.(?:dw|group)([12])\.weight")
-POINTWISE = re.compile(r"(layer\d+\.\d+)\.conv([12])\.weight")
+SPATIAL_NAME = re.compile(r"(layer\d+\.\d+)\.(?:dw|group)([12])\.weight")
+POINTWISE_NAME = re.compile(r"(layer\d+\.\d+)\.conv([12])\.weight")
 
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """A checkpoint under our names: state dicts of the students and of the teacher's head, and what they tell."""
+    """A checkpoint of the 2019 code under our names.
+
+    Attributes:
+        students: A state dict for each student.
+        head: The state dict of the teacher's head.
+        block_type: "Shift", "DW" or "Group".
+        depth: Of the ResNet.
+        groups: Of "Group", else 1.
+        num_classes: K.
+    """
 
     students: list[dict[str, Tensor]]
     head: dict[str, Tensor]
@@ -34,15 +42,25 @@ class ReferenceWeights:
 
 
 def is_reference(content: dict[str, Any]) -> bool:
+    """Whether the content of a checkpoint has the 2019 code's names."""
     return any(re.match(r"(module\.)?resnet_m\d+\.", str(name)) for name in content.get("state_dict", {}))
 
 
-def translate(content: dict[str, Any], path: str | Path, option: str = "path") -> ReferenceWeights:
-    """Block type, depth, groups and students read from names and shapes; `OptionError` where they are not all there."""
+def translate_reference(content: dict[str, Any], path: str | Path, option: str = "path") -> ReferenceWeights:
+    """Renames the weights of a 2019 checkpoint, and reads block type, depth, groups and students from its names.
+
+    Args:
+        content: The checkpoint.
+        path: Its file, for messages.
+        option: The option that named the file, for messages.
+
+    Raises:
+        OptionError: Some tensors are missing.
+    """
     state = {name.removeprefix("module."): tensor for name, tensor in content["state_dict"].items()}
     count = len({name.split(".")[0] for name in state if name.startswith("resnet_m")})
     try:
-        students = [student_state(state, k) for k in range(1, count + 1)]
+        students = [_student_state(state, k) for k in range(1, count + 1)]
         first = students[0]
         blocks = len({name.split(".")[1] for name in first if name.startswith("layer1.")})
         spatial = first.get("layer1.0.conv1.spatial.weight")
@@ -59,24 +77,36 @@ def translate(content: dict[str, Any], path: str | Path, option: str = "path") -
         raise OptionError(option, path, f"looks like a checkpoint of the 2019 code but lacks {error}") from error
 
 
-def student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The state dict of student k, counted from 1, under our names."""
     prefix = f"resnet_m{k}."
-    mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     renamed = {}
-    for name, tensor in mine.items():
-        name = POINTWISE.sub(r"\1.conv\2.pointwise.weight", name)
-        renamed[SPATIAL.sub(r"\1.conv\2.spatial.weight", name)] = tensor
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            name = POINTWISE_NAME.sub(r"\1.conv\2.pointwise.weight", name.removeprefix(prefix))
+            renamed[SPATIAL_NAME.sub(r"\1.conv\2.spatial.weight", name)] = tensor
     return renamed
 
 
 class ReferenceModel(nn.Module):
-    """The 2019 network with its weights, in eval mode; `block_type`, `depth`, `groups`, `num_stu` as in the file."""
+    """The 2019 network with its weights, in eval mode.
+
+    Attributes:
+        block_type: "Shift", "DW" or "Group", as in the file.
+        depth: Of the ResNet.
+        groups: Of "Group", else 1.
+        num_stu: Number of students, S.
+
+    Shape:
+        (N, 3, H, W), normalized -> logits of the students (S, N, K) and of the teacher (N, K).
+    """
 
     def __init__(self, weights: ReferenceWeights):
         super().__init__()
         self.block_type, self.depth, self.groups = weights.block_type, weights.depth, weights.groups
         self.num_stu = len(weights.students)
-        conv = BLOCK_TYPES[self.block_type](self.groups)
+        block_types: dict[str, BlockType] = {"Shift": Shift(), "DW": DW(), "Group": Group(self.groups)}
+        conv = block_types[self.block_type]
         students = Students(lambda: CifarResNet(self.depth, conv, weights.num_classes), self.num_stu, seed=0)
         self.method = OnlineDistillation(students, TEMPERATURE, kl_reduction="mean")
         for student, state in zip(students.members, weights.students, strict=True):
@@ -85,22 +115,46 @@ class ReferenceModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) -> the students' logits (S, N, K), the teacher's (N, K)."""
         outputs = self.method(images)
         return outputs["student_logits"], outputs["teacher_logits"]
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """The reference's loss: element-mean KL, T = 4, nothing detached; a scalar."""
+        """Returns the 2019 code's loss, a scalar: element-mean KL, T = 4, nothing detached.
+
+        Args:
+            student_logits: (S, N, K).
+            teacher_logits: (N, K).
+            target: Labels (N,).
+        """
         return self.method.loss({"student_logits": student_logits, "teacher_logits": teacher_logits}, target)["loss"]
 
 
 def load_reference(path: str | Path) -> ReferenceModel:
-    """The model of a 2019 checkpoint, with or without the `module.` prefix; `OptionError` where it is none."""
+    """Loads a checkpoint of the 2019 code, with or without the prefix `module.` of several GPUs.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        A module in eval mode; `module(images)` returns the students' logits (S, N, K) and the teacher's (N, K), and its
+        `loss` is the 2019 code's.
+
+    Raises:
+        OptionError: The file is no such checkpoint.
+
+    Example:
+        >>> model = load_reference(path)
+        >>> model.block_type, model.depth, model.num_stu
+        ('DW', 8, 4)
+        >>> student_logits, teacher_logits = model(torch.zeros(2, 3, 32, 32))
+        >>> model.loss(student_logits, teacher_logits, torch.tensor([0, 1])).shape
+        torch.Size([])
+    """
     content = read_torch(path)
     if not is_reference(content):
         raise OptionError("path", path, "not a checkpoint of the 2019 code: no tensor is named resnet_m1.*")
     with torch.random.fork_rng(devices=[]):
         try:
-            return ReferenceModel(translate(content, path))
+            return ReferenceModel(translate_reference(content, path))
         except RuntimeError as error:
             raise OptionError("path", path, "the tensors do not fit the 2019 code's network") from error
