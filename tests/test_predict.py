@@ -15,7 +15,7 @@ from layers.test_fuse import settled
 from PIL import Image
 
 from odcheap import predict
-from odcheap.data import image_files
+from odcheap.data.image_folder import evaluation_transform
 from odcheap.export import model_card, onnx
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.build import NormalizedNetwork
@@ -56,7 +56,7 @@ def test_a_picture_is_prepared_as_in_training(tmp_path_factory, width, height, s
     if max(width, height) > predict.MAX_ASPECT_RATIO * min(width, height):
         return
     ours = predict.preprocess_image(path, {"shorter_side": shorter, "size": [8, 8], "interpolation": "bilinear"})
-    theirs = image_files.evaluation_transform(8, shorter)(predict.decode_image(path))
+    theirs = evaluation_transform(8, shorter)(predict.decode_image(path))
     assert np.array_equal(ours, theirs.numpy().astype(np.float32) / np.float32(255))
 
 

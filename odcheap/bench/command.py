@@ -29,7 +29,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.config.messages import describe_error, describe_hydra_error, hide_library_warnings
 from odcheap.export import latency, onnx
-from odcheap.training.summary import machine, versions
+from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.console import print_error
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_text
@@ -81,7 +81,7 @@ def measure(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (2, 5)
-    result: dict[str, Any] = {"machine": machine(device), "versions": versions(), "overrides": overrides}
+    result: dict[str, Any] = {"machine": describe_machine(device), "versions": list_versions(), "overrides": overrides}
     result["training"] = []
     named = dict(override.partition("=")[::2] for override in overrides)
     block_types = [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]

@@ -17,13 +17,13 @@ from torch.utils.benchmark import Timer
 import odcheap.config.resolvers  # noqa: F401 - registers what the config computes
 from odcheap.bench.baseline import PillowImages, train_steps
 from odcheap.bench.memory import PeakMemory
-from odcheap.data.cifar import Images
-from odcheap.data.in_memory import Batch, BatchOrder, InMemoryData, TrainBatches
+from odcheap.data.base import Batch, Process
+from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import Listener
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
 from odcheap.runs.resume import Start
-from odcheap.training.experiment import Run
+from odcheap.training.experiment import Experiment
 from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import WARM_UP, CudaGraphs, EagerStep, GraphStep
 from odcheap.utils.errors import Failure, OptionError
@@ -142,8 +142,7 @@ def create_data(cfg: DictConfig, images: Images) -> InMemoryData:
 
 def endless_batches(data: InMemoryData, device: torch.device) -> Iterator[Batch]:
     """Yields augmented training batches, epoch after epoch."""
-    images, order = data.images, BatchOrder(len(data.images.train), data.batch_size, data.seed)
-    batches = TrainBatches(images.train.to(device), images.train_target.to(device), order, data.augment, data.norm)
+    batches = data.train_loader(Process(device))
     while True:
         yield from batches
 
@@ -195,8 +194,14 @@ def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
         job_dir.mkdir()
         method = build_method(cfg, RUNS[cfg.together])
         optimizer, scheduler = instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler)
-        run = Run(Start(cfg, [], job_dir), create_data(cfg, images), method, optimizer, scheduler, Listener())
-        run.console = Console(quiet=True)
-        trainer = run.trainer(loggers=False)
-        trainer.callbacks.append(timer)
-        trainer.fit(run.module, datamodule=run.data)
+        experiment = Experiment(
+            Start(cfg, [], job_dir),
+            create_data(cfg, images),
+            method,
+            optimizer,
+            scheduler,
+            Listener(),
+            callbacks=[timer],
+            console=Console(quiet=True),
+        )
+        experiment.fit(experiment.build_trainer())

@@ -1,104 +1,107 @@
-"""Where small images come from: the official CIFAR files, folders of images, a download, scikit-learn's digits."""
+"""CIFAR-10 and CIFAR-100: from the official files, from a tree of image files, or downloaded."""
 
+import hashlib
+import json
+import os
 import socket
 import urllib.error
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from odcheap.data import cache, image_files
-from odcheap.utils.text import escape_control_chars
+from odcheap.data.folder_trees import is_image_name
+from odcheap.data.in_memory import Images
+from odcheap.predict import ImageError, decode_image, escape_control_chars
 from odcheap.utils.errors import OptionError
+from odcheap.utils.files import read_safetensors, write_atomic
 
-CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+CLASSES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 NETWORK_TIMEOUT = 60  # seconds without a byte
+CACHE_FORMAT = "1"  # to be raised when decoding changes
 
 
-@dataclass(frozen=True)
-class Images:
-    """uint8 (N, 3, H, W) with labels, to train on and to test on; `classes` are the labels' names.
+def load_cifar(
+    name: str,
+    data_dir: str,
+    train_images: Annotated[int, Field(ge=1)],
+    test_images: Annotated[int, Field(ge=1)],
+    download: bool,
+) -> Images:
+    """Loads CIFAR-10 or CIFAR-100.
 
-    `test_files` are the test images' own files, None where they have none.
+    Args:
+        name: "cifar10" or "cifar100".
+        data_dir: Folder of the official files, or of a tree `<name>/{train,test}/<class>/*` of image files.
+        train_images: Number of training images that a tree must have.
+        test_images: Number of test images that a tree must have.
+        download: Whether the official files are downloaded where neither is there.
+
+    Raises:
+        OptionError: The name is unknown, or the images are missing, incomplete or damaged.
     """
-
-    train: Tensor
-    train_target: Tensor
-    test: Tensor
-    test_target: Tensor
-    classes: list[str]
-    test_files: list[Path] | None = None
-
-
-def digits() -> Images:
-    """scikit-learn's 1,797 hand-written digits, 8 x 8, grey repeated to RGB; every fifth image (360) is the test."""
-    raw = load_digits()
-    grey = torch.from_numpy(np.round(raw.images * 255 / 16).astype(np.uint8))
-    images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
-    target = torch.from_numpy(raw.target.astype(np.int64))
-    test = torch.arange(len(target)) % 5 == 0
-    return Images(images[~test], target[~test], images[test], target[test], [str(name) for name in raw.target_names])
-
-
-def cifar(name: str, data_dir: str, train_images: int, test_images: int, download: bool) -> Images:
-    """CIFAR-10 or -100 from the official files, a tree `<data_dir>/<name>/{train,test}/<class>/*`, or a download.
-
-    Raises `OptionError` where none of these is there and whole, or the name is neither.
-    """
-    if name not in CIFAR:
-        raise OptionError("data.load.name", name, f"must be one of {', '.join(CIFAR)}")
-    official = CIFAR[name]
+    if name not in CLASSES:
+        raise OptionError("data.load.name", name, f"must be one of {', '.join(CLASSES)}")
+    dataset = CLASSES[name]
     root = Path(data_dir)
     if root.exists() and not root.is_dir():
         raise OptionError("data_dir", data_dir, "must be a folder")
     try:
-        return from_official(official, data_dir)
-    except RuntimeError as error:  # torchvision's word for files that are missing or fail their md5
-        if (root / official.base_folder).exists():
-            why = f"{official.base_folder} is incomplete or damaged; delete it to have it downloaded again"
-            raise missing(data_dir, name, why) from error
+        return load_official(dataset, data_dir)
+    except RuntimeError as error:  # torchvision raises it for files that are missing or fail their md5
+        if (root / dataset.base_folder).exists():
+            why = f"{dataset.base_folder} is incomplete or damaged; delete it to have it downloaded again"
+            raise missing_error(data_dir, name, why) from error
     if (root / name).is_dir():
-        return from_tree(root / name, train_images, test_images)
+        return load_tree(root / name, train_images, test_images)
     if not download:
-        raise missing(data_dir, name, "and data.load.download is false")
+        raise missing_error(data_dir, name, "and data.load.download is false")
     print(f"downloading {name} to {escape_control_chars(data_dir)}", flush=True)
-    return from_download(official, data_dir, name)
+    return download_official(dataset, data_dir, name)
 
 
-def from_official(official: type[CIFAR10], data_dir: str) -> Images:
-    train, test = official(data_dir, train=True), official(data_dir, train=False)
+def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
+    """Loads the official files with torchvision, which checks their md5."""
+    train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
     targets = [torch.tensor(part.targets) for part in (train, test)]
     return Images(pixels[0], targets[0], pixels[1], targets[1], list(train.classes))
 
 
-def from_download(official: type[CIFAR10], data_dir: str, name: str) -> Images:
+def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Images:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
-        official(data_dir, train=True, download=True)
-        return from_official(official, data_dir)
+        dataset(data_dir, train=True, download=True)
+        return load_official(dataset, data_dir)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise missing(data_dir, name, f"and the download failed ({getattr(error, 'reason', error)})") from error
+        why = f"and the download failed ({getattr(error, 'reason', error)})"
+        raise missing_error(data_dir, name, why) from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise missing(data_dir, name, f"and the download came to nothing ({error})") from error
+        raise missing_error(data_dir, name, f"and the downloaded files cannot be used ({error})") from error
     finally:
         socket.setdefaulttimeout(before)
 
 
-def missing(data_dir: str, name: str, why: str) -> OptionError:
+def missing_error(data_dir: str, name: str, why: str) -> OptionError:
     return OptionError(
         "data_dir", data_dir, f"must hold {name}'s official files or a tree {name}/{{train,test}}/<class>/*; {why}"
     )
 
 
-def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
-    """Decodes an `ImageFolder` tree, once; `OptionError` where a part, a class or a picture is missing."""
-    parts = {part: listing(tree / part) for part in ("train", "test")}
+def load_tree(tree: Path, train_images: int, test_images: int) -> Images:
+    """Loads a tree of image files; they are decoded once and cached beside the tree.
+
+    Raises:
+        OptionError: A part, a class or an image is missing or damaged.
+    """
+    parts = {part: list_images(tree / part) for part in ("train", "test")}
     if parts["train"].keys() != parts["test"].keys():
         odd = sorted(parts["train"].keys() ^ parts["test"].keys())
         raise OptionError("data_dir", tree, f"train and test must have the same classes; only one has {', '.join(odd)}")
@@ -109,43 +112,70 @@ def from_tree(tree: Path, train_images: int, test_images: int) -> Images:
             raise OptionError("data_dir", tree / part, allowed)
     every = [path for part in parts.values() for paths in part.values() for path in paths]
 
-    def decoded() -> tuple[dict[str, Tensor], list[str]]:
-        print(f"reading {len(every):,} pictures below {escape_control_chars(tree)}, once", flush=True)  # CIFAR's take 20 s
-        train, train_target = decode(parts["train"])
-        test, test_target = decode(parts["test"])
-        tensors = {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
-        return tensors, list(parts["train"])
+    def decode() -> dict[str, Tensor]:
+        print(f"reading {len(every):,} images below {escape_control_chars(tree)}, once", flush=True)  # 20 s for CIFAR
+        train, train_target = decode_images(parts["train"])
+        test, test_target = decode_images(parts["test"])
+        return {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
 
-    tensors, classes = cache.recalled(tree.parent / f".{tree.name}.safetensors", cache.key_of(every), decoded)
-    return Images(**tensors, classes=classes, test_files=[file for files in parts["test"].values() for file in files])
+    tensors = load_cached(tree.parent / f".{tree.name}.safetensors", hash_file_stats(every), decode)
+    test_files = [file for files in parts["test"].values() for file in files]
+    return Images(**tensors, classes=list(parts["train"]), test_files=test_files)
 
 
-def listing(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class, classes and files in alphabetical order."""
+def list_images(folder: Path) -> dict[str, list[Path]]:
+    """Lists image files by class, classes and files in alphabetical order."""
     if not folder.is_dir():
         raise OptionError("data_dir", folder, "no such folder; train/<class>/* and test/<class>/* are expected")
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    files = {c.name: sorted(f for f in c.iterdir() if image_files.is_named_so(f.name)) for c in classes}
+    files = {c.name: sorted(f for f in c.iterdir() if is_image_name(f.name)) for c in classes}
     empty = [name for name, found in files.items() if not found]
     if empty or not files:
         raise OptionError("data_dir", folder, f"no images in {', '.join(empty) or 'it'}")
     return files
 
 
-def decode(files: dict[str, list[Path]]) -> tuple[Tensor, Tensor]:
+def decode_images(files: dict[str, list[Path]]) -> tuple[Tensor, Tensor]:
+    """Decodes the files of each class: images (N, 3, H, W) uint8 and labels (N,)."""
     pixels, target = [], []
     for label, paths in enumerate(files.values()):
         for path in paths:
-            pixels.append(decode_one(path))
+            try:
+                pixels.append(np.asarray(decode_image(path)))
+            except ImageError as error:
+                raise OptionError("data_dir", path, str(error).removeprefix(f"{path} ")) from error
             target.append(label)
             if pixels[-1].shape != pixels[0].shape:
                 raise OptionError("data_dir", path, f"all images must have one size, {pixels[0].shape[:2]}")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(target)
 
 
-def decode_one(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8."""
+def hash_file_stats(paths: list[Path]) -> str:
+    """Returns a hash that differs where a file was added, removed, renamed or written: names, sizes and times."""
+    whole = hashlib.blake2b(CACHE_FORMAT.encode(), digest_size=16)
+    for path in paths:
+        stat = os.stat(path)
+        name = os.fsencode("/".join(path.parts[-3:]))  # part, class, file
+        whole.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return whole.hexdigest()
+
+
+def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the tensors that `path` holds under this key, or creates and writes them.
+
+    A damaged or outdated file is replaced. Where it cannot be written a line says so.
+    """
+    if path.is_file():
+        try:
+            tensors, metadata = read_safetensors(path)
+            if metadata.get("key") == key:
+                return tensors
+        except OptionError as error:
+            print(f"decoding again: {error}", flush=True)
+    tensors = create()
+    content = save(tensors, metadata={"key": key})
     try:
-        return np.asarray(image_files.decode_image(path))
-    except image_files.ImageError as error:
-        raise OptionError("data_dir", path, str(error).removeprefix(f"{path} ")) from error
+        write_atomic(path, lambda file: file.write(content))
+    except OSError as error:
+        print(f"not cached for the next start: {path} cannot be written ({error.strerror})", flush=True)
+    return tensors

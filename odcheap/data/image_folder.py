@@ -1,51 +1,148 @@
-"""The Lightning data module for pictures that lie in files: decoded by workers, normalised on the training device."""
+"""Data sets of image files: decoded and augmented by loader processes, normalized on the training device."""
 
 import os
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-from odcheap.data.folders import Tree, digests
-from odcheap.data.image_files import (
-    NO_TARGET,
-    TRIES,
-    EvaluationPictures,
-    Files,
-    TrainingPictures,
-    collate,
-    evaluation_transform,
-    leave_signals,
-    training_transform,
-)
-from odcheap.data.in_memory import Batch, BatchOrder, check_batches
-from odcheap.data.splits import fingerprint, stratified
-from odcheap.data.transforms import LARGEST_SIDE, Normalisation, stacked
-from odcheap.utils.text import escape_control_chars
+from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
+from odcheap.data.folder_trees import Files, Tree, hash_files
+from odcheap.data.splits import hash_split, split_stratified
+from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
+from odcheap.predict import ImageError, decode_image, escape_control_chars
 from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.seeds import temporary_seed
+
+MAX_TRIES = 20  # successive images that may be unreadable before a batch fails
+NO_TARGET = -1  # label of an image that cannot be read
 
 
-class Broken:
-    """Names each unreadable file once; `Failure` where there are more than `limit`."""
+class Sample(NamedTuple):
+    """An image (C, H, W) uint8, or a batch of them, with labels, and the files that cannot be read, with reasons."""
+
+    image: Tensor
+    target: Tensor
+    broken: list[tuple[str, str]]
+
+
+def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
+    """A random crop of at least `min_scale` of the area, resized to `size` x `size`; half of them are flipped."""
+    steps = [v2.RandomResizedCrop(size, scale=(min_scale, 1.0))]
+    return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
+
+
+def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
+    """The shorter side resized to `shorter_side`, then a center crop of `size` x `size`."""
+    return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+class TrainImages(Dataset):
+    """Augmented images by (epoch, index): what is random about one depends on (seed, epoch, index) only.
+
+    The next readable image replaces one that cannot be read; after 20 in a row the sample has the label -1. With
+    `views` above 1 a sample has so many augmentations, (S, C, H, W).
+    """
+
+    def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int, views: int = 1):
+        self.files, self.transform, self.seed, self.size, self.views = files, transform, seed, size, views
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        epoch, index = place
+        broken = []
+        for k in range(min(MAX_TRIES, len(self.files.names))):
+            i = (index + k) % len(self.files.names)
+            try:
+                image = decode_image(self.files.path(i))
+            except ImageError as error:
+                broken.append((str(self.files.path(i)), str(error)))
+                continue
+            views = [self.augment(image, epoch, index, view) for view in range(self.views)]
+            return Sample(torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken)
+        return empty_sample(self.size, broken, self.views)
+
+    def augment(self, image: Image.Image, epoch: int, index: int, view: int) -> Tensor:
+        with temporary_seed(self.seed, *augmentation_stream(epoch, index, view)):
+            return self.transform(image)
+
+
+class EvalImages(Dataset):
+    """Images by index, resized and cropped. One that cannot be read is black and has the label -1."""
+
+    def __init__(self, files: Files, transform: v2.Transform, size: int):
+        self.files, self.transform, self.size = files, transform, size
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image = decode_image(self.files.path(index))
+        except ImageError as error:
+            return empty_sample(self.size, [(str(self.files.path(index)), str(error))])
+        return Sample(self.transform(image), torch.tensor(self.files.target[index]), [])
+
+
+def empty_sample(size: int, broken: list[tuple[str, str]], views: int = 1) -> Sample:
+    shape = (views, 3, size, size) if views > 1 else (3, size, size)
+    return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
+
+
+def collate(samples: list[Sample]) -> Sample:
+    """Stacks samples into a batch, (N, C, H, W) or (S, N, C, H, W), channels last in memory."""
+    images = torch.stack([sample.image for sample in samples], dim=-4)
+    views = images.view(-1, *images.shape[-4:])
+    images = stack_views([view.contiguous(memory_format=torch.channels_last) for view in views])
+    broken = [entry for sample in samples for entry in sample.broken]
+    return Sample(images, torch.stack([sample.target for sample in samples]), broken)
+
+
+def ignore_group_signals(_: int) -> None:
+    """In a loader process: leaves signals to a whole group (Slurm, Ctrl-C) to the run, which saves and then ends it.
+
+    Only a signal from the run itself, multiprocessing's at exit, ends the loader process.
+    """
+    signals, run = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}, os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(signals).si_pid != run:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class BrokenImages:
+    """The image files that cannot be read; each is named once.
+
+    Args:
+        limit: How many there may be.
+    """
 
     def __init__(self, limit: int):
         self.limit, self.seen, self.last = limit, set(), ""
 
     def report(self, found: list[tuple[str, str]]) -> None:
+        """Prints a warning for each new (file, reason); raises `OptionError` where there are more than `limit`."""
         for path, reason in found:
             if path in self.seen:
                 continue
             self.seen.add(path)
             self.last = path
-            print(f"warning: {escape_control_chars(reason)}; left out ({len(self.seen)} of data.max_broken={self.limit})", flush=True)
+            count = f"{len(self.seen)} of data.max_broken={self.limit}"
+            print(f"warning: {escape_control_chars(reason)}; left out ({count})", flush=True)
             if len(self.seen) > self.limit:
                 allowed = f"more pictures cannot be read, the last one {path}; the last checkpoint is kept"
                 raise OptionError("data.max_broken", self.limit, allowed)
 
-    def everywhere(self) -> list[str]:
-        """What all processes together could not read; each of them must ask."""
+    def gather(self) -> list[str]:
+        """Returns the files of all processes; every process must call it."""
         seen = [sorted(self.seen)]
         if torch.distributed.is_initialized():
             seen *= torch.distributed.get_world_size()
@@ -54,17 +151,17 @@ class Broken:
 
 
 class Stream:
-    """The readable ones of the planned pictures as batches on the device; the plan is set anew before each pass."""
+    """Batches of the readable images of a plan, on the device; the plan is given anew for each pass."""
 
-    def __init__(self, pictures: Dataset, norm: Normalisation, device: torch.device, workers: int, broken: Broken):
+    def __init__(self, images: Dataset, norm: Normalization, device: torch.device, workers: int, broken: BrokenImages):
         self.norm, self.device, self.broken = norm, device, broken
         self.plan: list[list] = []
         self.loader = DataLoader(
-            pictures,
+            images,
             batch_sampler=self.plan,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=leave_signals,
+            worker_init_fn=ignore_group_signals,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )
@@ -74,51 +171,38 @@ class Stream:
         for sample in self.loader:
             self.broken.report(sample.broken)
             images, target = sample.image, sample.target
-            readable = target != NO_TARGET  # asked on the CPU: the device need not be waited for
+            readable = target != NO_TARGET  # asked on the CPU, so that no GPU is waited for
             if not readable.all():
                 images, target = images[..., readable, :, :, :], target[readable]
             images, target = (t.to(self.device, non_blocking=True) for t in (images, target))
             views = images if images.ndim == 5 else images[None]
-            yield Batch(stacked([self.norm.apply(view) for view in views]), target, 1.0)
+            yield Batch(stack_views([self.norm.apply(view) for view in views]), target)
 
 
-class TrainStream:
-    """Training batches; their place within the epoch is state, so that a resumed run goes on there.
-
-    Raises `Failure` where nothing stands in for an unreadable picture.
-    """
+class TrainStream(ResumableBatches):
+    """Training batches of an epoch; `Failure` where no image can replace an unreadable one."""
 
     def __init__(self, stream: Stream, order: BatchOrder):
-        self.stream, self.sampler = stream, order  # the name under which Lightning looks for `set_epoch`
-        self.done = self.start = 0
+        super().__init__(order)
+        self.stream = stream
 
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[Batch]:
-        start, self.start = self.start, 0
+    def batches_from(self, start: int) -> Iterator[Batch]:
         planned = self.sampler.batches()[start:]
         plan = [[(self.sampler.epoch, i) for i in index.tolist()] for index, _ in planned]
-        for k, batch in enumerate(self.stream.batches(plan)):
-            if len(batch.target) < len(plan[k]):
-                raise Failure(f"data_dir: no picture in {TRIES} can be read; the last one {self.stream.broken.last}")
-            self.done = start + k + 1
-            yield batch._replace(share=planned[k][1])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["done"] % len(self)
+        for batch, indices, (_, share) in zip(self.stream.batches(plan), plan, planned, strict=True):
+            if len(batch.target) < len(indices):
+                last = self.stream.broken.last
+                raise Failure(f"data_dir: no picture in {MAX_TRIES} can be read; the last one {last}")
+            yield batch._replace(share=share)
 
 
 class EvalStream:
-    """Every readable picture once over all processes; `Failure` where this process has none."""
+    """Every readable image once over all processes; `Failure` where this process has none."""
 
-    def __init__(self, stream: Stream, count: int, batch_size: int, rank: int, world: int):
+    def __init__(self, stream: Stream, count: int, batch_size: int, process: Process):
         self.stream, self.count = stream, count
-        mine = list(range(rank, count, world))
-        self.plan = [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
+        own = list(range(process.rank, count, process.world_size))
+        self.plan = [own[k : k + batch_size] for k in range(0, len(own), batch_size)]
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -133,12 +217,23 @@ class EvalStream:
             raise Failure(f"data_dir: none of {self.count} pictures to evaluate can be read: {self.stream.broken.last}")
 
 
-class StreamedData(pl.LightningDataModule):
-    """Pictures in folders of classes, decoded anew each epoch; `load()` lists them.
+class ImageFolderData(ImageData):
+    """Image files in folders of classes, decoded anew in each epoch.
 
-    `batch_size` is global: the processes divide it. `workers` are a process's own; None gives each core one. Without
-    `val` pictures of their own `val_size` are held out of the training ones, stratified, by their files' contents.
-    Raises `OptionError`.
+    Args:
+        load: Lists the files, such as `list_class_folders` or `list_imagenet` with its options. Where it names no
+            held-out files, `val_size` of the training files are held out, stratified, by their contents.
+        image_size: Pixels a side.
+        crop_ratio: Evaluation resizes the shorter side to `image_size / crop_ratio` and crops the center.
+        min_scale: Training crops a random part of at least this share of the area.
+        flip: Whether training images are flipped horizontally at random.
+        workers: Loader processes of each process; None: one for each core.
+        max_broken: Files that may be unreadable; more of them end the run.
+        split_seed: Seed of the held-out split.
+        name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std: See `ImageData`.
+
+    Raises:
+        OptionError: The options do not suit the images.
     """
 
     def __init__(
@@ -146,108 +241,90 @@ class StreamedData(pl.LightningDataModule):
         load: Callable[[], Tree],
         name: str,
         seed: int,
-        select: str,
-        select_by: str,
-        batch_size: int,
-        eval_batch_size: int,
-        val_size: float,
+        select: Literal["val", "last", "test"],
+        select_by: Literal["top1", "balanced"],
+        batch_size: Annotated[int, Field(ge=1)],
+        eval_batch_size: Annotated[int, Field(ge=1)],
+        val_size: Annotated[float, Field(ge=0)],
         split_seed: int,
-        image_size: int,
-        crop_ratio: float,
-        min_scale: float,
+        image_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)],
+        crop_ratio: Annotated[float, Field(ge=0.1, le=1)],
+        min_scale: Annotated[float, Field(ge=1e-6, le=1)],
         flip: bool,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        workers: int | None,
-        max_broken: int,
+        mean: Iterable[float],
+        std: Iterable[float],
+        workers: Annotated[int, Field(ge=0, le=1024)] | None,
+        max_broken: Annotated[int, Field(ge=0)],
     ):
-        super().__init__()
-        self.load, self.name, self.seed = load, name, seed
-        self.select, self.select_by = select, select_by
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_size, self.split_seed = val_size, split_seed
-        self.pixels, self.norm, self.workers = image_size, Normalisation(tuple(mean), tuple(std)), workers
+        super().__init__(name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std)
+        self.load, self.split_seed, self.workers = load, split_seed, workers
         ranges = {"crop_ratio": (crop_ratio, 0.1, 1), "min_scale": (min_scale, 1e-6, 1)}
         ranges |= {"image_size": (image_size, 1, LARGEST_SIDE), "workers": (workers or 0, 0, 1024)}
         for option, (value, least, most) in ranges.items():
             if not least <= value <= most:
                 raise OptionError(f"data.{option}", value, f"must be from {least} to {most}")
-        self.augment = training_transform(image_size, min_scale, flip)
-        self.shorter_side = round(image_size / crop_ratio)
-        self.centre = evaluation_transform(image_size, self.shorter_side)
-        self.broken = Broken(max_broken)
+        self.image_size, self.shorter_side = (3, image_size, image_size), round(image_size / crop_ratio)
+        self.train_transform = training_transform(image_size, min_scale, flip)
+        self.eval_transform = evaluation_transform(image_size, self.shorter_side)
+        self.broken = BrokenImages(max_broken)
         self.parts: dict[str, Files] = {}
-        self.views = 1  # augmentations of each picture in a training batch
 
     def read(self) -> None:
-        """Lists the pictures and makes the split, once."""
         if self.parts:
             return
         tree = self.load()
-        if tree.passed_over:
-            count, first = len(tree.passed_over), tree.passed_over[0]
-            names = f"files that are no pictures by their names, {escape_control_chars(first)} among them"
-            print(f"passed over {count:,} {names}", flush=True)
+        if tree.skipped:
+            first = escape_control_chars(tree.skipped[0])
+            print(f"passed over {len(tree.skipped):,} files that are no pictures by their names, {first} among them")
         self.classes = tree.classes
-        found = digests(tree.train, self.split_seed)
+        digests = hash_files(tree.train, self.split_seed)
         if tree.val is None:
-            split = stratified(found, torch.from_numpy(tree.train.target), self.val_size)
+            split = split_stratified(digests, torch.from_numpy(tree.train.target), self.val_size)
             self.fingerprint = split.fingerprint
             self.parts = {"train": tree.train.subset(split.train), "val": tree.train.subset(split.val)}
         else:
-            order = np.array(sorted(range(len(found)), key=found.__getitem__))
-            both = found + digests(tree.val, self.split_seed)
+            # In the order of the contents, so that renamed files give the same run.
+            order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
+            both = digests + hash_files(tree.val, self.split_seed)
             target = np.concatenate([tree.train.target, tree.val.target])
-            self.fingerprint = fingerprint(both, target, np.arange(len(found), len(both)))
+            self.fingerprint = hash_split(both, target, np.arange(len(digests), len(both)))
             self.parts = {"train": tree.train.subset(order), "val": tree.val}
         self.parts["test"] = tree.test
-        check_batches(self)
+        self.check()
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        """The labels of the pictures to train on ("train"), held out ("val") and to test on ("test")."""
         return {part: files.target for part, files in self.parts.items()}
 
     def unreadable(self) -> list[str]:
-        """Files that no process could read so far; all processes must ask together."""
-        return self.broken.everywhere()
+        return self.broken.gather()
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """File, class and part of each picture."""
         for part, files in self.parts.items():
             for name, label in zip(files.names, files.target, strict=True):
                 yield os.fsdecode(name), self.classes[label], part
 
-    @property
-    def image_size(self) -> tuple[int, int, int]:
-        return 3, self.pixels, self.pixels
+    def train_loader(self, process: Process, views: int = 1) -> TrainStream:
+        images = TrainImages(self.parts["train"], self.train_transform, self.seed, self.image_size[-1], views)
+        return TrainStream(self.stream(images, process), self.train_order(process))
 
-    def steps_per_epoch(self, world: int = 1) -> int:
-        """Returns the number of batches in an epoch of so many processes."""
-        return len(BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, 0, world))
+    def eval_loader(self, part: str, process: Process) -> EvalStream:
+        stream = self.stream(self.eval_images(part), process)
+        return EvalStream(stream, len(self.parts[part].names), self.eval_batch_size, process)
 
-    def order(self) -> BatchOrder:
-        t = self.trainer
-        return BatchOrder(len(self.parts["train"].names), self.batch_size, self.seed, t.global_rank, t.world_size)
+    def eval_images(self, part: str) -> EvalImages:
+        return EvalImages(self.parts[part], self.eval_transform, self.image_size[-1])
 
-    def train_dataloader(self) -> TrainStream:
-        pictures = TrainingPictures(self.parts["train"], self.augment, self.seed, self.pixels, self.views)
-        return TrainStream(self.stream(pictures), self.order())
-
-    def val_dataloader(self) -> EvalStream:
-        return self.evaluation("test" if self.select == "test" else "val")
-
-    def test_dataloader(self) -> EvalStream:
-        return self.evaluation("test")
-
-    def evaluation(self, part: str) -> EvalStream:
-        files, t = self.parts[part], self.trainer
-        stream = self.stream(EvaluationPictures(files, self.centre, self.pixels))
-        return EvalStream(stream, len(files.names), self.eval_batch_size, t.global_rank, t.world_size)
-
-    def stream(self, pictures: Dataset) -> Stream:
+    def stream(self, images: Dataset, process: Process) -> Stream:
         workers = self.workers
         if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            workers = max(1, cores // self.trainer.num_devices)
-        return Stream(pictures, self.norm, self.trainer.strategy.root_device, workers, self.broken)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = max(1, cores // process.local_world_size)
+        return Stream(images, self.norm, process.device, workers, self.broken)
+
+    def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
+        images, files = self.eval_images(part), self.parts[part]
+        for k in index:
+            sample = images[k]
+            if int(sample.target) != NO_TARGET:
+                yield LabeledImage(sample.image, int(sample.target), files.path(k))

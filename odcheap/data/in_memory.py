@@ -1,66 +1,40 @@
-"""The Lightning data module: splits and loaders over images that lie in memory on the training device."""
+"""Data sets that fit in memory: all images lie on the training device and are augmented there."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from odcheap.data.cifar import Images
-from odcheap.data.splits import pixel_digests, stratified
-from odcheap.data.transforms import Augmentation, Normalisation, stacked
+from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
+from odcheap.data.splits import hash_pixels, split_stratified
+from odcheap.data.transforms import Augmentation, Normalization, stack_views
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import make_generator
-
-TOO_FEW = 2  # images a process: batch norm needs two
 
 
-class Batch(NamedTuple):
-    """Images (n, C, H, W), or views of them (S, n, C, H, W); labels (n,); and `share`.
+@dataclass(frozen=True)
+class Images:
+    """Training and test images, (N, 3, H, W) uint8, with labels (N,).
 
-    `share` is n times the processes over the images of the global batch.
-
-    Each process multiplies its mean loss by its share, so that gradients averaged over processes are exactly those of
-    the global batch's mean, also where the last batch divides unevenly.
+    Attributes:
+        classes: Names of the classes by label.
+        test_files: The test images' files; None where they are not files.
     """
 
-    images: Tensor
-    target: Tensor
-    share: float = 1.0
+    train: Tensor
+    train_target: Tensor
+    test: Tensor
+    test_target: Tensor
+    classes: list[str]
+    test_files: list[Path] | None = None
 
 
-class BatchOrder:
-    """Which images make the batches of an epoch, on this process: a function of (seed, epoch).
-
-    A last batch with fewer than two images a process is left out.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        if not isinstance(batch_size, int) or batch_size < TOO_FEW * world:
-            allowed = f"must be a whole number and give each of {world} processes {TOO_FEW} images or more"
-            raise OptionError("data.batch_size", batch_size, allowed)
-        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        whole, rest = divmod(self.count, self.batch_size)
-        return whole + (rest >= TOO_FEW * self.world)
-
-    def batches(self) -> list[tuple[Tensor, float]]:
-        """For each batch this process's sample numbers and its share."""
-        order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
-        together = order.split(self.batch_size)[: len(self)]
-        mine = [batch[self.rank :: self.world] for batch in together]
-        return [(part, len(part) * self.world / len(batch)) for part, batch in zip(mine, together, strict=True)]
-
-
-class TrainBatches:
-    """Augmented, normalised batches; its place within the epoch is state, so that a resumed run goes on there."""
+class TrainBatches(ResumableBatches):
+    """Augmented, normalized batches of images (N, C, H, W) uint8 that lie on the training device."""
 
     def __init__(
         self,
@@ -68,42 +42,31 @@ class TrainBatches:
         target: Tensor,
         order: BatchOrder,
         augment: Augmentation,
-        norm: Normalisation,
+        norm: Normalization,
         views: int = 1,
     ):
+        super().__init__(order)
         self.images, self.target, self.augment, self.norm, self.views = images, target, augment, norm, views
-        self.sampler = order  # the name under which Lightning looks for `set_epoch`
-        self.done = self.start = 0
 
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[Batch]:
-        start, self.start = self.start, 0
+    def batches_from(self, start: int) -> Iterator[Batch]:
         epoch, device = self.sampler.epoch, self.images.device
         count, seed = len(self.images), self.sampler.seed
         drawn = [self.augment.draw(count, seed, epoch, view).to(device) for view in range(self.views)]
         parts, shares = zip(*self.sampler.batches(), strict=True)
-        # At once: a copy to a GPU for each batch would make it wait each time.
+        # Copied to the device at once: a copy for each batch would make a GPU wait each time.
         order = torch.cat(parts).to(device).split([len(part) for part in parts])
         for k in range(start, len(order)):
             images = self.images[order[k]]
-            seen = [self.norm.apply(self.augment.apply(images, view[order[k]])) for view in drawn]
-            self.done = k + 1
-            yield Batch(stacked(seen), self.target[order[k]], shares[k])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["done"] % len(self)
+            views = [self.norm.apply(self.augment.apply(images, view[order[k]])) for view in drawn]
+            yield Batch(stack_views(views), self.target[order[k]], shares[k])
 
 
 class EvalBatches:
-    """Every image once over all processes, normalised only."""
+    """Every image once over all processes, only normalized."""
 
-    def __init__(self, images: Tensor, target: Tensor, batch_size: int, norm: Normalisation, rank: int, world: int):
-        self.images, self.target = images[rank::world], target[rank::world]
+    def __init__(self, images: Tensor, target: Tensor, batch_size: int, norm: Normalization, process: Process):
+        own = slice(process.rank, None, process.world_size)
+        self.images, self.target = images[own].to(process.device), target[own].to(process.device)
         self.batch_size, self.norm = batch_size, norm
 
     def __len__(self) -> int:
@@ -112,43 +75,21 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         parts = zip(self.images.split(self.batch_size), self.target.split(self.batch_size), strict=True)
         for images, target in parts:
-            yield Batch(self.norm.apply(images), target, 1.0)
+            yield Batch(self.norm.apply(images), target)
 
 
-SELECT_BY = {"top1": "top1", "balanced": "balanced_accuracy"}  # option -> figure
+class InMemoryData(ImageData):
+    """A data set that fits in memory.
 
+    Args:
+        load: Returns the images, such as `load_cifar` or `load_digits` with its options.
+        flip: Whether training images are flipped horizontally at random.
+        crop_padding: Pixels of zeros around a training image, of which a random part of the old size is cropped.
+        split_seed: Seed of the held-out split.
+        name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std: See `ImageData`.
 
-def watched(data: pl.LightningDataModule) -> int:
-    """How many images are evaluated after each epoch."""
-    return len(data.labels["test" if data.select == "test" else "val"])
-
-
-def check_batches(data: pl.LightningDataModule, world: int = 1) -> None:
-    """`OptionError` where the images cannot be divided among batches and processes as the options say."""
-    labels = data.labels
-    if len(labels["train"]) < TOO_FEW * world:
-        allowed = f"must leave {TOO_FEW * world} images or more to train on ({TOO_FEW} a process)"
-        raise OptionError("data.val_size", data.val_size, allowed)
-    few = [part for part in ("val", "test") if 0 < len(labels[part]) < world]
-    if few:
-        allowed = f"each process needs an image to evaluate; there are {len(labels[few[0]])} ({few[0]})"
-        raise OptionError("trainer.devices", world, allowed)
-    if not isinstance(data.eval_batch_size, int) or data.eval_batch_size < 1:
-        raise OptionError("data.eval_batch_size", data.eval_batch_size, "must be a whole number, 1 or more")
-    if data.select_by not in SELECT_BY:
-        raise OptionError("data.select_by", data.select_by, f"must be one of {', '.join(SELECT_BY)}")
-    # Refuses what cannot be divided into batches.
-    BatchOrder(len(labels["train"]), data.batch_size, data.seed, 0, world)
-    if data.select == "val" and not len(labels["val"]):
-        allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
-        raise OptionError("data.val_size", data.val_size, allowed)
-
-
-class InMemoryData(pl.LightningDataModule):
-    """A set that fits in memory. `load()` gives its images; the split, the order and the augmentation are made here.
-
-    `batch_size` is global: the processes divide it. `select="test"` watches the test images during training, as the
-    2019 code does. Raises `OptionError`.
+    Raises:
+        OptionError: The options do not suit the images.
     """
 
     def __init__(
@@ -156,93 +97,57 @@ class InMemoryData(pl.LightningDataModule):
         load: Callable[[], Images],
         name: str,
         seed: int,
-        select: str,
-        select_by: str,
-        batch_size: int,
-        eval_batch_size: int,
-        val_size: float,
+        select: Literal["val", "last", "test"],
+        select_by: Literal["top1", "balanced"],
+        batch_size: Annotated[int, Field(ge=1)],
+        eval_batch_size: Annotated[int, Field(ge=1)],
+        val_size: Annotated[float, Field(ge=0)],
         split_seed: int,
         flip: bool,
-        crop_padding: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        crop_padding: Annotated[int, Field(ge=0)],
+        mean: Iterable[float],
+        std: Iterable[float],
     ):
-        super().__init__()
-        self.load, self.name, self.seed = load, name, seed
-        self.select, self.select_by = select, select_by
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_size, self.split_seed = val_size, split_seed
-        self.augment, self.norm = Augmentation(flip, crop_padding), Normalisation(tuple(mean), tuple(std))
+        super().__init__(name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std)
+        self.load, self.split_seed, self.augment = load, split_seed, Augmentation(flip, crop_padding)
         self.images: Images | None = None
-        self.views = 1  # augmentations of each image in a training batch
 
     def read(self) -> None:
-        """Loads the images and makes the split, once."""
-        if self.images is None:
-            self.images = self.load()
-            side = self.shorter_side
-            if not 0 <= self.augment.crop_padding < side:
-                allowed = f"must be 0 or more, below the images' {side} pixels a side"
-                raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
-            digests = pixel_digests(self.images.train, self.split_seed)
-            self.split = stratified(digests, self.images.train_target, self.val_size)
-            self.fingerprint = self.split.fingerprint
-            check_batches(self)
+        if self.images is not None:
+            return
+        images = self.load()
+        self.images, self.classes, self.image_size = images, images.classes, tuple(images.train.shape[1:])
+        self.shorter_side = side = min(self.image_size[1:])
+        if not 0 <= self.augment.crop_padding < side:
+            allowed = f"must be 0 or more, below the images' {side} pixels a side"
+            raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
+        digests = hash_pixels(images.train, self.split_seed)
+        self.split = split_stratified(digests, images.train_target, self.val_size)
+        self.fingerprint = self.split.fingerprint
+        self.check()
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        """The labels of the images to train on ("train"), held out ("val") and to test on ("test")."""
         target = self.images.train_target.numpy()
         parts = {"train": target[self.split.train], "val": target[self.split.val]}
         return parts | {"test": self.images.test_target.numpy()}
 
-    def unreadable(self) -> list[str]:
-        """Images that could not be read: none, or there would be no run."""
-        return []
+    def select_part(self, part: str) -> tuple[Tensor, Tensor]:
+        """Returns a part's images and labels."""
+        if part == "test":
+            return self.images.test, self.images.test_target
+        index = torch.from_numpy(self.split.train if part == "train" else self.split.val)
+        return self.images.train[index], self.images.train_target[index]
 
-    def rows(self) -> Iterator[tuple[str, str, str]]:
-        """File, class and part of each image: none, for these images are not files of their own."""
-        yield from ()
+    def train_loader(self, process: Process, views: int = 1) -> TrainBatches:
+        images, target = (tensor.to(process.device) for tensor in self.select_part("train"))
+        return TrainBatches(images, target, self.train_order(process), self.augment, self.norm, views)
 
-    @property
-    def classes(self) -> list[str]:
-        return self.images.classes
+    def eval_loader(self, part: str, process: Process) -> EvalBatches:
+        return EvalBatches(*self.select_part(part), self.eval_batch_size, self.norm, process)
 
-    @property
-    def image_size(self) -> tuple[int, int, int]:
-        return tuple(self.images.train.shape[1:])
-
-    @property
-    def shorter_side(self) -> int:
-        """Pixels that a picture's shorter side is brought to before its middle is cut out."""
-        return min(self.image_size[1:])
-
-    def train_dataloader(self) -> TrainBatches:
-        index = torch.from_numpy(self.split.train)
-        images, target = self.on_device(self.images.train, self.images.train_target, index)
-        return TrainBatches(images, target, self.order(), self.augment, self.norm, self.views)
-
-    def steps_per_epoch(self, world: int = 1) -> int:
-        """Returns the number of batches in an epoch of so many processes."""
-        return len(BatchOrder(len(self.split.train), self.batch_size, self.seed, 0, world))
-
-    def order(self) -> BatchOrder:
-        t = self.trainer
-        return BatchOrder(len(self.split.train), self.batch_size, self.seed, t.global_rank, t.world_size)
-
-    def val_dataloader(self) -> EvalBatches:
-        if self.select == "test":
-            return self.test_dataloader()
-        index = torch.from_numpy(self.split.val)
-        return self.eval_batches(*self.on_device(self.images.train, self.images.train_target, index))
-
-    def test_dataloader(self) -> EvalBatches:
-        return self.eval_batches(*self.on_device(self.images.test, self.images.test_target, slice(None)))
-
-    def on_device(self, images: Tensor, target: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        device = self.trainer.strategy.root_device
-        return images[index].to(device), target[index].to(device)
-
-    def eval_batches(self, images: Tensor, target: Tensor) -> EvalBatches:
-        t = self.trainer
-        return EvalBatches(images, target, self.eval_batch_size, self.norm, t.global_rank, t.world_size)
+    def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
+        images, target = self.select_part(part)
+        files = self.images.test_files if part == "test" else None
+        for k in index:
+            yield LabeledImage(images[k], int(target[k]), files[k] if files else None)

@@ -1,4 +1,4 @@
-"""The held-out split: stratified, and a function of the images alone, not of their names, order or source."""
+"""The held-out split: stratified, and a function of the images only, not of their names, order or source."""
 
 import hashlib
 import math
@@ -12,39 +12,51 @@ from odcheap.utils.errors import OptionError
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the images to train on and of those held out, in an order that every source of the data shares."""
+    """The images to train on and those held out.
+
+    Attributes:
+        train, val: Indices, in an order that depends on the images only.
+        fingerprint: Hash of the data and of what is held out.
+    """
 
     train: np.ndarray
     val: np.ndarray
     fingerprint: str
 
 
-def pixel_digests(images: Tensor, split_seed: int) -> list[bytes]:
-    """A keyed 16-byte hash of each image's pixels."""
+def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
+    """Returns a keyed 16-byte hash of the pixels of each image (N, C, H, W)."""
     key = str(split_seed).encode()
     return [hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest() for image in images.numpy()]
 
 
-def stratified(digests: list[bytes], target: Tensor, val_size: float, name: str = "data.val_size") -> Split:
-    """Holds out `val_size` images (a fraction below 1, else a count), each class by its share.
+def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name: str = "data.val_size") -> Split:
+    """Holds out images of each class in proportion to its size: those with the smallest digests.
 
-    In each class the images with the smallest digests are held out. Raises `OptionError` where too few are left.
+    Args:
+        digests: A hash of each image.
+        target: Labels (N,).
+        val_size: A count of images, or a fraction below 1.
+        name: The option that `val_size` is the value of, for messages.
+
+    Raises:
+        OptionError: `val_size` leaves no images, or is no number of images.
     """
     labels = target.numpy()
-    total = held_out_count(val_size, len(labels), name)
+    total = count_held_out(val_size, len(labels), name)
     order = np.array(sorted(range(len(digests)), key=lambda i: (digests[i], labels[i])), dtype=np.int64)
     counts = np.bincount(labels)
-    quota = shares(counts, total)
-    rank = np.empty(len(labels), dtype=np.int64)  # an image's place among its class, in the order of the digests
+    quota = divide_proportionally(counts, total)
+    rank = np.empty(len(labels), dtype=np.int64)  # an image's position in its class, in the order of the digests
     for label in range(len(counts)):
         members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
     held_out = rank < quota[labels]
     train, val = order[~held_out[order]], order[held_out[order]]
-    return Split(train, val, fingerprint(digests, labels, val))
+    return Split(train, val, hash_split(digests, labels, val))
 
 
-def held_out_count(val_size: float, available: int, name: str) -> int:
+def count_held_out(val_size: float, available: int, name: str) -> int:
     if not isinstance(val_size, int | float) or not math.isfinite(val_size):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
     count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
@@ -55,10 +67,10 @@ def held_out_count(val_size: float, available: int, name: str) -> int:
     return count
 
 
-def shares(counts: np.ndarray, total: int) -> np.ndarray:
-    """`total` divided in proportion to `counts`, rounded by largest remainder (ties to the lower class).
+def divide_proportionally(counts: np.ndarray, total: int) -> np.ndarray:
+    """Divides `total` in proportion to `counts`, rounded by largest remainder (ties to the lower class).
 
-    Each class keeps one image at least, as far as that is possible.
+    Each class keeps at least one image, as far as possible.
     """
     exact = counts * total / counts.sum()
     most = np.maximum(counts - 1, 0) if total <= np.maximum(counts - 1, 0).sum() else counts
@@ -68,8 +80,8 @@ def shares(counts: np.ndarray, total: int) -> np.ndarray:
     return quota
 
 
-def fingerprint(digests: list[bytes], labels: np.ndarray, val: np.ndarray) -> str:
-    """16 hexadecimal digits that differ wherever the data or what is held out of them differ."""
+def hash_split(digests: list[bytes], labels: np.ndarray, val: np.ndarray) -> str:
+    """Returns 16 hexadecimal digits that differ where the data or the held-out images differ."""
     whole = hashlib.blake2b(digest_size=8)
     held_out = set(val.tolist())
     for entry in sorted(digest + bytes([i in held_out]) + str(labels[i]).encode() for i, digest in enumerate(digests)):

@@ -11,17 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from odcheap.distributed import rendezvous, slurm
+from odcheap.distributed import slurm
 from odcheap.distributed.torchrun import ENDING
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import all_paths, step_path
-from odcheap.training.callbacks import Record
-from odcheap.training.module import DistillationModule
-from odcheap.training.nonfinite import NonfiniteGuard
+from odcheap.runs.checkpoint_io import all_paths
 
 SUBMITIT = signal.SIGUSR2  # by which submitit asks for a checkpoint; its handler puts the job back into the queue
 
@@ -153,45 +148,3 @@ def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None
         print(f"{stop.name}: {way}{slurm.requeue() if by_cluster else ''}", flush=True)
     if listener.requeue_by_submitit:
         listener.submitit()
-
-
-class Interruption(pl.Callback):
-    """Ends the training after the step in which any process has heard a signal, with a checkpoint of that step."""
-
-    def __init__(self, listener: Listener, record: Record, guard: NonfiniteGuard):
-        self.listener, self.record, self.guard = listener, record, guard
-        self.group: Any = None
-
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.listener.install()  # Lightning has put handlers of its own in their place
-        self.listener.waiting = True
-        if trainer.world_size > 1:  # on the CPU, so that no GPU is waited for
-            self.group = torch.distributed.new_group(backend="gloo")
-            rendezvous.refuse_apart(trainer.current_epoch, trainer.global_step, self.group)
-
-    def on_test_start(self, *_: Any) -> None:
-        self.listener.install()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        done = batch_idx + 1
-        if done < trainer.num_training_batches and (signum := self.agreed()):
-            self.guard.check()
-            self.record.save(trainer, step_path(self.record.job_dir, trainer.current_epoch, done))
-            raise Stopped(signum)
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        """The record has just saved."""
-        if signum := self.agreed():
-            raise Stopped(signum)
-
-    def on_train_end(self, *_: Any) -> None:
-        self.listener.waiting = False
-
-    def agreed(self) -> int:
-        """The signal that any process has heard, 0 without one."""
-        heard = torch.tensor(self.listener.heard)
-        if self.group is not None:
-            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX, self.group)
-        return int(heard)

@@ -122,7 +122,7 @@ def export(product: Product, wish: Wish) -> None:
             files = [file for file in files if file.name != DENSE]
             found = {key: time for key, time in found.items() if key.name != DENSE}
         proven = verify.prove(product, data, reason, preprocess, folder, wish.batch)
-        cpu = summary.machine(torch.device("cpu"))
+        cpu = summary.describe_machine(torch.device("cpu"))
         machine = f"{cpu['cpu']}, {os.cpu_count()} cores"
         text = model_card.card(
             product, folder, files, found, batches, proven, machine, shape_of(folder / "student.onnx")

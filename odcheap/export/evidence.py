@@ -7,35 +7,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
-from odcheap.data.image_files import NO_TARGET, EvaluationPictures, decode_image, evaluation_transform
-from odcheap.data.image_folder import StreamedData
-from odcheap.data.transforms import Normalisation
+from odcheap.data.base import ImageData, LabeledImage
+from odcheap.data.image_folder import evaluation_transform
+from odcheap.data.transforms import Normalization
+from odcheap.predict import decode_image
 from odcheap.utils.console import console
 from odcheap.utils.errors import Failure, OptionError, first_line
 
-DATA = {"odcheap.data.in_memory.InMemoryData", "odcheap.data.image_folder.StreamedData"}
+DATA = {"odcheap.data.in_memory.InMemoryData", "odcheap.data.image_folder.ImageFolderData"}
 DATA |= {
-    "odcheap.data.cifar.cifar",
-    "odcheap.data.cifar.digits",
-    "odcheap.data.folders.folders",
-    "odcheap.data.folders.imagenet",
+    "odcheap.data.cifar.load_cifar",
+    "odcheap.data.digits.load_digits",
+    "odcheap.data.folder_trees.list_class_folders",
+    "odcheap.data.folder_trees.list_imagenet",
 }
 NOISE = 64  # pictures where there are none
 BATCH = 250
-
-
-class Sample(NamedTuple):
-    """An image (C, H, W) uint8, its label, its own file where it has one."""
-
-    image: Tensor
-    label: int
-    path: Path | None
 
 
 class Pictures(NamedTuple):
@@ -49,7 +41,7 @@ class Pictures(NamedTuple):
         return None if self.target is None else float((logits.argmax(1) == self.target).mean())
 
 
-def data_of(config: dict[str, Any], data_dir: str | None) -> pl.LightningDataModule:
+def data_of(config: dict[str, Any], data_dir: str | None) -> ImageData:
     """The run's own images, read from `data_dir` (None: where the run had them); nothing is downloaded.
 
     Raises `OptionError` where they are not there.
@@ -67,26 +59,14 @@ def data_of(config: dict[str, Any], data_dir: str | None) -> pl.LightningDataMod
     return data
 
 
-def samples(data: pl.LightningDataModule, part: str, limit: int | None = None) -> Iterator[Sample]:
+def samples(data: ImageData, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
     """The readable images of "train" or "test" as evaluation sees them; `limit` of them from all over the part."""
     count = len(data.labels[part])
-    index = range(count) if limit is None else range(0, count, -(-count // limit))
-    if isinstance(data, StreamedData):
-        files = data.parts[part]
-        pictures = EvaluationPictures(files, data.centre, data.pixels)
-        found = ((pictures[k], files.path(k)) for k in index)
-        yield from (Sample(s.image, int(s.target), path) for s, path in found if int(s.target) != NO_TARGET)
-        return
-    held = data.images
-    if part == "test":
-        yield from (Sample(held.test[k], int(held.test_target[k]), (held.test_files or {k: None})[k]) for k in index)
-    else:
-        own = data.split.train[index.start : index.stop : index.step]
-        yield from (Sample(held.train[k], int(held.train_target[k]), None) for k in own)
+    return data.iterate_images(part, range(count) if limit is None else range(0, count, -(-count // limit)))
 
 
 @torch.inference_mode()
-def of_data(data: pl.LightningDataModule, network: nn.Module, beside: Path) -> Pictures:
+def of_data(data: ImageData, network: nn.Module, beside: Path) -> Pictures:
     """The test images, with the logits of the network as training evaluates it; those without files are written."""
     files, target, logits, waiting = [], [], [], []
     for image, label, path in watched(samples(data, "test"), len(data.labels["test"]), "the trained network"):
@@ -112,7 +92,7 @@ def of_noise(settings: dict[str, Any], network: nn.Module, beside: Path) -> Pict
     files = [written(image, beside / f"{k:06d}.png") for k, image in enumerate(images)]
     middle = evaluation_transform(size[-1], settings["shorter_side"])
     seen = torch.stack([middle(decode_image(file)) for file in files])
-    norm = Normalisation(tuple(settings["mean"]), tuple(settings["std"]))
+    norm = Normalization(tuple(settings["mean"]), tuple(settings["std"]))
     return Pictures(files, None, network(norm.apply(seen)).numpy())
 
 

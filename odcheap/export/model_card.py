@@ -14,7 +14,7 @@ from odcheap.export.product import Product
 from odcheap.export.verify import Proven
 from odcheap.models import flops
 from odcheap.predict import Timing
-from odcheap.training.summary import versions
+from odcheap.training.summary import list_versions
 from odcheap.utils.text import escape_control_chars
 
 STANDARD, DENSE = "the standard network", "student-dense.onnx"
@@ -195,7 +195,7 @@ def origin(product: Product) -> list[str]:
     lines += [f"- {name}: {format_code(value)}" for name, value in known.items() if value]
     lines += [f"- {part}: {format_code(compact(config[part]))}" for part in RECIPE if part in config]
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    made_by = {"exported with": versions() | tools, "trained with": summary.get("versions")}
+    made_by = {"exported with": list_versions() | tools, "trained with": summary.get("versions")}
     return [*lines, *(f"- {what}: {format_code(compact(which))}" for what, which in made_by.items() if which)]
 
 

@@ -1,4 +1,4 @@
-"""What watches a run: the record with its selection and checkpoints, the progress."""
+"""Callbacks of a run: its record with selection and checkpoints, its progress, and its end by a signal."""
 
 import csv
 import io
@@ -7,109 +7,128 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from odcheap.data.base import Batch
+from odcheap.distributed import rendezvous
+from odcheap.distributed.signals import Listener, Stopped
 from odcheap.runs.checkpoint_io import epoch_path, prune, step_path
-from odcheap.training.module import DistillationModule
-from odcheap.training.nonfinite import CHECK_EVERY
+from odcheap.training.module import DistillationModule, Figures
+from odcheap.training.nonfinite import CHECK_EVERY, NonfiniteGuard
+from odcheap.training.summary import name_figures
 from odcheap.utils.files import write_text
-from odcheap.utils.text import format_seconds
+from odcheap.utils.text import format_accuracy, format_seconds
+
+WARM_UP_STEPS, TIMED_STEPS = 5, 20  # the first steps allocate memory; the next ones tell how long the run will take
+REPORT_EVERY = 30  # seconds between lines of progress where there is no terminal
 
 
 class Record(pl.Callback):
-    """Keeps an epoch's figures, chooses candidate and epoch, saves. Its state is all that selection needs.
+    """Keeps the figures of each epoch, selects a candidate and an epoch, and saves checkpoints.
 
-    `select`: "val" or "test" choose the best top-1 on those images (ties: the earlier epoch, then the lower candidate);
-    "last" is student 0 of the last epoch. `figure` is the one that decides ("top1", "balanced_accuracy"). `every` is in
-    minutes, None saves at the ends of epochs only.
+    Args:
+        job_dir: The run's folder.
+        select: "val" or "test" selects the best figure on those images (ties go to the earlier epoch, then the lower
+            candidate); "last" selects student 0 of the last epoch.
+        figure: The figure that decides, "top1" or "balanced_accuracy".
+        every: Minutes between checkpoints within an epoch; None saves at the ends of epochs only.
+        keep: Number of newest checkpoints that are kept, beside the selected epoch's.
+
+    Attributes:
+        history: The figures of each epoch by name.
+        selected: `candidate`, `epoch` and `score` of the selection.
     """
 
     def __init__(self, job_dir: Path, select: str, figure: str, every: float | None, keep: int):
         self.job_dir, self.select, self.figure, self.every, self.keep = job_dir, select, figure, every, keep
         self.selected: dict[str, Any] = {"candidate": 0, "epoch": 0, "score": -1.0}
         self.history: list[dict[str, Any]] = []
-        self.before = 0.0  # seconds spent by the processes that this one continues
-        self.began = self.epoch_began = self.saved = time.perf_counter()
-        self.train_ended: float | None = None
+        self.earlier_seconds = 0.0  # spent by the processes that this one continues
+        self.start_time = self.epoch_start = self.saved_time = time.perf_counter()
+        self.train_end: float | None = None
         self.images = 0
-        self.rate = 0.0
+        self.lr = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"selected": self.selected, "history": self.history, "seconds": self.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.selected, self.history, self.before = state["selected"], state["history"], state["seconds"]
+        self.selected, self.history, self.earlier_seconds = state["selected"], state["history"], state["seconds"]
 
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.began
+        """Returns how long the run has taken in all of its processes one after another."""
+        return self.earlier_seconds + time.perf_counter() - self.start_time
 
     def on_train_start(self, *_: Any) -> None:
-        self.began = self.epoch_began = self.saved = time.perf_counter()
+        self.start_time = self.epoch_start = self.saved_time = time.perf_counter()
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self.epoch_began, self.train_ended, self.images = time.perf_counter(), None, 0
+        self.epoch_start, self.train_end, self.images = time.perf_counter(), None, 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's end the schedule has moved on
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's end the schedule is one step further
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         self.images += len(batch.target) * trainer.world_size
-        within = batch_idx + 1 < trainer.num_training_batches
-        if self.every is not None and within and (batch_idx + 1) % CHECK_EVERY == 0:
-            due = time.perf_counter() - self.saved > 60 * self.every
-            if trainer.strategy.broadcast(due):
+        is_within = batch_idx + 1 < trainer.num_training_batches
+        if self.every is not None and is_within and (batch_idx + 1) % CHECK_EVERY == 0:
+            is_due = time.perf_counter() - self.saved_time > 60 * self.every
+            if trainer.strategy.broadcast(is_due):
                 self.save(trainer, step_path(self.job_dir, trainer.current_epoch, batch_idx + 1))
 
     def on_validation_start(self, *_: Any) -> None:
-        self.train_ended = time.perf_counter()
+        self.train_end = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DistillationModule) -> None:
-        row = self.row(trainer, module)
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, DistillationModule)
+        row = self.summarize_epoch(trainer, module)
         self.history.append(row)
-        self.choose(trainer.current_epoch, module)
+        self.select_best(trainer.current_epoch, module.figures.get("val"), len(module.method.candidates()))
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=row["step"])
         if trainer.is_global_zero:
-            write_text(self.job_dir / "metrics.csv", as_csv(self.history))
+            write_text(self.job_dir / "metrics.csv", format_csv(self.history))
         self.save(trainer, epoch_path(self.job_dir, trainer.current_epoch))
 
-    def row(self, trainer: pl.Trainer, module: DistillationModule) -> dict[str, Any]:
-        spent = (self.train_ended or time.perf_counter()) - self.epoch_began
+    def summarize_epoch(self, trainer: pl.Trainer, module: DistillationModule) -> dict[str, Any]:
+        seconds = (self.train_end or time.perf_counter()) - self.epoch_start
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
-            "lr": self.rate,
-            "images_per_second": self.images / spent,
+            "lr": self.lr,
+            "images_per_second": self.images / seconds,
             "seconds": self.seconds(),
         }
         row |= {f"train/{name}": value for name, value in module.compute_terms().items()}
-        stages = {"train": module.compute_figures("train")}
+        row |= name_figures("train", module.members, module.compute_figures("train"))
         if "val" in module.figures:
-            stages["test" if self.select == "test" else "val"] = module.figures["val"]
-        for stage, figures in stages.items():
-            for name in ("top1", "top5", "balanced_accuracy"):
-                values = getattr(figures, name)
-                row |= {f"{stage}/{member}/{name}": v for member, v in zip(module.members, values, strict=True)}
+            stage = "test" if self.select == "test" else "val"
+            row |= name_figures(stage, module.members, module.figures["val"])
         return row
 
-    def choose(self, epoch: int, module: DistillationModule) -> None:
+    def select_best(self, epoch: int, figures: Figures | None, candidates: int) -> None:
+        """Selects an epoch's best candidate where it is better than the one selected before."""
         if self.select == "last":
             self.selected = {"candidate": 0, "epoch": epoch, "score": -1.0}
-            return
-        for candidate in range(len(module.method.candidates())):
-            score = getattr(module.figures["val"], self.figure)[candidate]
-            if score > self.selected["score"]:
-                self.selected = {"candidate": candidate, "epoch": epoch, "score": score}
+        elif figures is not None:
+            scores = getattr(figures, self.figure)[:candidates]
+            for candidate, score in enumerate(scores):
+                if score > self.selected["score"]:
+                    self.selected = {"candidate": candidate, "epoch": epoch, "score": score}
 
     def save(self, trainer: pl.Trainer, path: Path) -> None:
+        """Saves a checkpoint, and removes those that are no longer kept."""
         trainer.save_checkpoint(path)
-        self.saved = time.perf_counter()
+        self.saved_time = time.perf_counter()
         if trainer.is_global_zero:
             prune(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
+def format_csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -117,62 +136,69 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-class Narrator(pl.Callback):
-    """Tells the user how it goes: a live bar on a terminal, a line an epoch everywhere, the expected total time."""
+class ProgressReporter(pl.Callback):
+    """Prints a line for each epoch and the time that the run is expected to take; on a terminal also a progress bar.
+
+    Args:
+        record: The run's record.
+        console: Where to print.
+        shorter: What is suggested where a run on a CPU will take hours.
+    """
 
     def __init__(self, record: Record, console: Console, shorter: str):
         self.record, self.console, self.shorter = record, console, shorter
-        self.steps, self.began, self.told = 0, 0.0, 0.0
+        self.steps, self.timed_from, self.reported = 0, 0.0, 0.0
         self.bar: Progress | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.steps = 0
         if self.console.is_terminal and trainer.is_global_zero:
             columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, expand=True)
-            total = trainer.num_training_batches * trainer.max_epochs
-            self.task = self.bar.add_task("training", total=total, completed=trainer.global_step)
+            batches = trainer.num_training_batches
+            done = trainer.current_epoch * batches + trainer.fit_loop.batch_idx + 1
+            self.task = self.bar.add_task("training", total=batches * (trainer.max_epochs or 1), completed=max(0, done))
             self.bar.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if not trainer.is_global_zero:
             return
         self.steps += 1
         now = time.perf_counter()
-        if self.steps == 5:  # the first steps allocate and warm up
-            self.began = self.told = now
-        if self.steps == 25:
-            self.expect(trainer, module, (now - self.began) / 20)
+        done = trainer.current_epoch * trainer.num_training_batches + batch_idx + 1
+        if self.steps == WARM_UP_STEPS:
+            self.timed_from = self.reported = now
+        if self.steps == WARM_UP_STEPS + TIMED_STEPS:
+            left = trainer.num_training_batches * trainer.max_epochs - done
+            self.report_expected_time(left * (now - self.timed_from) / TIMED_STEPS, trainer.max_epochs, module.device)
         if self.bar is not None:
-            self.bar.update(self.task, completed=trainer.global_step, description=self.latest(trainer))
-        elif self.steps > 5 and now - self.told > 30:
-            self.told = now
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            self.console.print(f"  epoch {trainer.current_epoch} batch {done}/{trainer.num_training_batches}")
+            self.bar.update(self.task, completed=done, description=self.describe_epoch(trainer))
+        elif self.steps > WARM_UP_STEPS and now - self.reported > REPORT_EVERY:
+            self.reported = now
+            self.console.print(f"  epoch {trainer.current_epoch} batch {batch_idx + 1}/{trainer.num_training_batches}")
 
-    def expect(self, trainer: pl.Trainer, module: Any, seconds_a_step: float) -> None:
-        steps = trainer.num_training_batches * trainer.max_epochs - trainer.global_step
-        left = seconds_a_step * steps
-        hint = f"; shorter: {self.shorter}" if left > 3600 and module.device.type == "cpu" else ""
-        self.console.print(
-            f"  about {format_seconds(left)} to go for {trainer.max_epochs} epochs{hint}", soft_wrap=True
-        )
+    def report_expected_time(self, seconds: float, epochs: int, device: torch.device) -> None:
+        hint = f"; shorter: {self.shorter}" if seconds > 3600 and device.type == "cpu" else ""
+        self.console.print(f"  about {format_seconds(seconds)} to go for {epochs} epochs{hint}", soft_wrap=True)
 
-    def latest(self, trainer: pl.Trainer) -> str:
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        if not self.record.history:
-            return epoch
-        row = self.record.history[-1]
-        _, _, accuracy, teacher = best_of(row)
-        return f"{epoch}  {row['images_per_second']:,.0f} images/s  best {accuracy:.4f}{teacher}"
+    def describe_epoch(self, trainer: pl.Trainer) -> str:
+        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if self.record.history:
+            row = self.record.history[-1]
+            _, _, accuracy, teacher = find_best_student(row)
+            text += f"  {row['images_per_second']:,.0f} images/s  best {format_accuracy(accuracy)}{teacher}"
+        return text
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             row = self.record.history[-1]
-            stage, student, accuracy, teacher = best_of(row)
+            stage, student, accuracy, teacher = find_best_student(row)
             text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
             text += f"  loss {row['train/loss']:.4f}  {row['images_per_second']:,.0f} images/s"
-            self.console.print(f"{text}  {stage} top-1: best {student} {accuracy:.4f}{teacher}", soft_wrap=True)
+            text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)}{teacher}"
+            self.console.print(text, soft_wrap=True)
 
     def on_train_end(self, *_: Any) -> None:
         self.stop()
@@ -186,12 +212,53 @@ class Narrator(pl.Callback):
             self.bar = None
 
 
-def best_of(row: dict[str, Any]) -> tuple[str, str, float, str]:
-    """Which images were watched, the best student on them, its accuracy, and the teacher's as a piece of text."""
+def find_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
+    """Returns which part was evaluated, the best candidate on it, its accuracy, and a text with the teacher's."""
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
-    own = (f"{stage}/student_", f"{stage}/average_")
-    students = {k: v for k, v in row.items() if k.startswith(own) and k.endswith("/top1")}
-    best = max(students, key=students.get)
+    prefixes = (f"{stage}/student_", f"{stage}/average_")
+    candidates = {name: value for name, value in row.items() if name.startswith(prefixes) and name.endswith("/top1")}
+    best = max(candidates, key=lambda name: candidates[name])
     teacher = row.get(f"{stage}/teacher/top1")
-    also = "" if teacher is None else f"  teacher {teacher:.4f}"
-    return stage, best.split("/")[1].replace("_", " "), students[best], also
+    text = "" if teacher is None else f"  teacher {format_accuracy(teacher)}"
+    return stage, best.split("/")[1].replace("_", " "), candidates[best], text
+
+
+class Interruption(pl.Callback):
+    """Ends the training after the step in which any process has received a signal, with a checkpoint of that step."""
+
+    def __init__(self, listener: Listener, record: Record, guard: NonfiniteGuard):
+        self.listener, self.record, self.guard = listener, record, guard
+        self.group: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.listener.install()  # Lightning has installed handlers of its own
+        self.listener.waiting = True
+        if trainer.world_size > 1:  # on the CPU, so that no GPU is waited for
+            self.group = torch.distributed.new_group(backend="gloo")
+            rendezvous.refuse_apart(trainer.current_epoch, trainer.global_step, self.group)
+
+    def on_test_start(self, *_: Any) -> None:
+        self.listener.install()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = batch_idx + 1
+        if done < trainer.num_training_batches and (signum := self.agree_on_signal()):
+            self.guard.check()
+            self.record.save(trainer, step_path(self.record.job_dir, trainer.current_epoch, done))
+            raise Stopped(signum)
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        if signum := self.agree_on_signal():  # the record has just saved
+            raise Stopped(signum)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.listener.waiting = False
+
+    def agree_on_signal(self) -> int:
+        """Returns the signal that any process has received, 0 for none."""
+        heard = torch.tensor(self.listener.heard)
+        if self.group is not None:
+            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX, self.group)
+        return int(heard)

@@ -12,7 +12,6 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,21 +24,15 @@ from odcheap.config.messages import (
     list_groups,
 )
 from odcheap.config.sweep_callback import started_sweeps
-from odcheap.data.in_memory import check_batches
 from odcheap.distributed import launch, signals, slurm
 from odcheap.distributed.signals import Listener, ending_with, leaving
-from odcheap.layers.cheap_conv import Standard
-from odcheap.methods.students import RUNS, Students
-from odcheap.models.wrappers import check_image_size
 from odcheap.runs import resume, status
 from odcheap.runs.overrides import quote_override
 from odcheap.runs.sweep import Outcome
-from odcheap.training import experiment
-from odcheap.training.optim import build_optimization
+from odcheap.training.experiment import Experiment
 from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
 from odcheap.utils.parts import find_conf_dir
-from odcheap.utils.seeds import temporary_seed
 
 
 def main(arguments: Sequence[str], show_sweep: Callable[[list[Outcome]], None]) -> int:
@@ -156,42 +149,22 @@ def train(cfg: DictConfig, overrides: list[str], listener: Listener) -> Outcome:
         say(f"{start.job_dir} holds this run, finished: nothing to do")
         return Outcome(str(start.job_dir), "was finished", resume.summary_of(start.job_dir))
     if cfg.test_only:
-        return carry_out(start, choices, listener)
+        return carry_out(start, listener)
     with leaving(start.job_dir, listener, again=not cfg.overwrite):
-        return carry_out(start, choices, listener)
+        return carry_out(start, listener)
 
 
-def carry_out(start: resume.Start, choices: DictConfig, listener: Listener) -> Outcome:
+def carry_out(start: resume.Start, listener: Listener) -> Outcome:
     """Builds the parts of the run, and trains and tests, here or in processes of its own."""
-    cfg = start.cfg
-    options.check_values(cfg)
-    data = instantiate(cfg.data)
-    data.read()
-    check_batches(data, launch.processes(cfg))
-    # A checkpoint holds the weights that a pretrained file began with, which may be gone by now.
-    begun = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
-    backbone = instantiate(cfg.backbone, **begun)
-    students = Students(
-        lambda: backbone(conv=instantiate(cfg.block_type), num_classes=len(data.classes)),
-        cfg.num_stu,
-        cfg.seed,
-        RUNS[cfg.together],
-    )
-    with temporary_seed(cfg.seed, "method"):
-        method = instantiate(cfg.method)(students=students)
-    optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
-    # Refuses what does not go together, before there is a folder.
-    build_optimization(method, optimizer, scheduler, 1000)
-    method.check_precision(str(cfg.trainer.precision))
-    check_image_size(students.members[0], data.image_size, choices.backbone)
-    experiment.start_weights(start, method, data)
-    with temporary_seed(cfg.seed, "standard"):
-        standard = backbone(conv=Standard(), num_classes=len(data.classes))
-    trial = experiment.Run(start, data, method, optimizer, scheduler, listener)
-    if launch.needs_processes(cfg):
-        trial.trainer(loggers=False)  # what Lightning refuses is one line here, and one of each process there
+    options.check_values(start.cfg)
+    # Composed anew: a run that is continued has its own overrides, and not only those of this command.
+    overrides = [quote_override(override) for override in start.overrides]
+    choices = hydra.compose("config", overrides, return_hydra_config=True).hydra.runtime.choices
+    experiment = Experiment.build(start, listener, choices)
+    if launch.needs_processes(start.cfg):
+        experiment.build_trainer()  # what Lightning refuses is one line here, and one from each process there
         resume.make_folder(start.job_dir)
         launch.start_processes(start, resolvers.given_config_dirs(), listener)
         return Outcome(str(start.job_dir), "finished", resume.result_of(start))
-    summary = trial.test_only() if cfg.test_only else trial.fit_and_test(standard)
+    summary = experiment.run_test_only() if start.cfg.test_only else experiment.run()
     return Outcome(str(start.job_dir), "finished", summary)

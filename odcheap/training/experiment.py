@@ -1,209 +1,272 @@
-"""One run from its parts to its folder: fit, test, write."""
+"""One run from its parts to its folder: build, fit, test, write."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
+from rich.console import Console
 from torch import nn
 
-from odcheap.data.in_memory import SELECT_BY, watched
+from odcheap.data.base import SELECT_BY, ImageData, Process
 from odcheap.distributed import launch, rendezvous
-from odcheap.distributed.signals import Interruption, Listener
+from odcheap.distributed.signals import Listener
+from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.base import Method
-from odcheap.methods.students import check_run
+from odcheap.methods.students import RUNS, Students, check_run
+from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_run
 from odcheap.runs.load import load_weights, read_weights
 from odcheap.runs.resume import Start, make_folder, prepare
 from odcheap.training import summary
-from odcheap.training.callbacks import Narrator, Record
-from odcheap.training.module import DistillationModule
+from odcheap.training.callbacks import Interruption, ProgressReporter, Record
+from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.nonfinite import NonfiniteGuard
+from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console, say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import write_text
+from odcheap.utils.seeds import temporary_seed
 
-logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its greetings say what our first line says
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # our first line says what its greetings say
 
-
-CAPTURED_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 scales its loss anew
-
-
-def start_weights(start: Start, method: Method, data: pl.LightningDataModule) -> None:
-    """Loads `weights` into a new run; warns where they were selected under another split of the data."""
-    cfg = start.cfg
-    method.check_classes(data.classes)
-    if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
-        if not cfg.test_only:
-            raise OptionError(
-                "data_dir", cfg.data_dir, "holds other images than the run that is resumed was started with"
-            )
-        say("warning: other images, or another split of them, than the checkpoint was trained with")
-    if cfg.weights is None or start.checkpoint is not None:
-        return
-    weights = read_weights(cfg.weights)
-    say(load_weights(method, weights, new_head=cfg.weights_head == "new"))
-    if weights.split not in (None, data.fingerprint):
-        say("warning: the weights were selected under another split; held-out images may have been trained on")
+GRAPH_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 changes the scale of its loss
+SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 
-def captures(cfg: DictConfig) -> bool:
-    """Whether steps become CUDA graphs: where the run has one GPU and nothing acts within a step.
+@dataclass(frozen=True)
+class FitResult:
+    """What a training leaves: the figures of each epoch, and the candidate and epoch selected."""
 
-    `OptionError` where `capture=true` cannot be.
+    history: list[dict[str, Any]]
+    candidate: int
+    epoch: int
+
+    def row(self, epoch: int) -> dict[str, Any]:
+        """Returns the figures of an epoch."""
+        return next(row for row in self.history if row["epoch"] == epoch)
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """A test's figures, and the held-out figures of the same weights (by name, empty where there are none)."""
+
+    __test__ = False  # no test case, whatever pytest takes it for
+
+    figures: Figures
+    val: dict[str, float | None]
+
+
+@dataclass
+class Experiment:
+    """The parts of a run, put together.
+
+    Args:
+        start: The run's config and folder, and the checkpoint that it continues.
+        data: The data set, read.
+        method: The method with its students.
+        optimizer, scheduler: See `build_optimization`.
+        listener: Hears signals; they end the training after a step.
+        choices: The option names of the parts, by config group.
+        standard: The network with standard convolutions that costs are compared with.
+        callbacks: Further callbacks of the `Trainer`.
+        console: Where progress and results are printed.
+
+    Raises:
+        OptionError: The options do not fit together.
+
+    Example:
+        `Experiment.build(start, Listener(), choices).run()` trains, tests and writes a run's folder.
     """
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    against = {
-        f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
-        "several processes average their gradients within a step": cfg.trainer.devices != 1
-        or cfg.trainer.num_nodes != 1
-        or cfg.trainer.strategy != "auto",
-        "on_nonfinite=skip looks at each step before it is taken": cfg.on_nonfinite == "skip",
-        "trainer.gradient_clip_val acts within a step": cfg.trainer.get("gradient_clip_val") is not None,
-        "trainer.accumulate_grad_batches acts within a step": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
-        f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in CAPTURED_PRECISIONS,
-    }
-    if cfg.test_only:
-        return False
-    reasons = [reason for reason, holds in against.items() if holds]
-    if cfg.capture is True and reasons:
-        raise OptionError("capture", True, f"cannot be: {reasons[0]}")
-    return cfg.capture is not False and not reasons
 
+    start: Start
+    data: ImageData
+    method: Method
+    optimizer: partial
+    scheduler: partial
+    listener: Listener
+    choices: Mapping[str, str] = field(default_factory=dict)
+    standard: nn.Module | None = None
+    callbacks: Sequence[pl.Callback] = ()
+    console: Console | None = None
 
-def gradient_options(cfg: DictConfig) -> GradientOptions:
-    """Takes the options of `trainer` that Lightning does not take with manual optimization."""
-    given = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
-    return GradientOptions(**given, skip_nonfinite=cfg.on_nonfinite == "skip")
-
-
-def not_captured(reason: str) -> None:
-    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")
-
-
-def must_capture(reason: str) -> None:
-    raise OptionError("capture", True, f"cannot be: {reason}")
-
-
-def begin_logging(loggers: dict[str, Logger]) -> None:
-    """`OptionError` where one cannot begin: whatever a logger's library raises, it is about what it was given."""
-    for name, logger in loggers.items():
-        try:
-            _ = logger.experiment
-        except Exception as error:
-            raise OptionError("logger", name, f"cannot begin: {first_line(error)}") from error
-
-
-def part_names(start: Start) -> dict[str, str]:
-    """Returns the option names of backbone and block type: those of the run that is continued, or those given."""
-    groups = ("backbone", "block_type")
-    if start.content is not None:  # the command that resumes does not have to name them
-        stored = start.content["odcheap"]["student"]
-        return {group: str((stored.get(group) or {}).get("part", "")) for group in groups}
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    return {group: choices.get(group, "") for group in groups}
-
-
-class Run:
-    """The parts of a run, put together; raises `OptionError` for what is wrong with `start.cfg`."""
-
-    def __init__(
-        self,
-        start: Start,
-        data: pl.LightningDataModule,
-        method: Method,
-        optimizer: partial,
-        scheduler: partial,
-        listener: Listener,
-    ):
-        self.start, self.cfg, self.data, self.listener = start, start.cfg, data, listener
-        about = {
-            "overrides": start.overrides,
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
-            "split": data.fingerprint,
-            "classes": data.classes,
-        }
-        names = part_names(start)
-        about["student"] = summary.student_settings(about, data, names)
-        cfg, figure = self.cfg, SELECT_BY[data.select_by]
-        refused = must_capture if cfg.capture is True else not_captured
-        classes = len(data.classes)
-        saw = cfg.select != "test" and method.may_have_seen(data.fingerprint)
+    def __post_init__(self) -> None:
+        cfg = self.cfg = self.start.cfg
+        self.console = self.console or console()
         gradients = gradient_options(cfg)
-        per_epoch = -(-data.steps_per_epoch(launch.processes(cfg)) // gradients.accumulate_grad_batches)
+        batches = self.data.steps_per_epoch(launch.processes(cfg))
         self.module = DistillationModule(
-            method,
-            optimizer,
-            scheduler,
-            per_epoch * cfg.trainer.max_epochs,
-            classes,
+            self.method,
+            self.optimizer,
+            self.scheduler,
+            -(-batches // gradients.accumulate_grad_batches) * cfg.trainer.max_epochs,
+            len(self.data.classes),
             cfg.seed,
-            about,
+            summary.describe_run(cfg, self.start.overrides, self.data, self.choices),
             gradients,
-            refused if captures(cfg) else None,
-            saw,
+            (refuse_eager if cfg.capture is True else report_eager) if uses_graphs(cfg) else None,
+            teacher_saw_val=cfg.select != "test" and self.method.may_have_seen(self.data.fingerprint),
         )
-        data.views = len(method.students) if method.has_own_views else 1
-        self.record = Record(start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
-        self.console = console()
+        figure = SELECT_BY[self.data.select_by]
+        self.record = Record(self.start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
 
-    def trainer(self, loggers: bool) -> pl.Trainer:
-        narrator = Narrator(self.record, self.console, "experiment=short, or experiment=quickstart on digits")
-        guard = NonfiniteGuard(self.cfg.on_nonfinite == "skip", self.cfg.max_skipped)
-        made = instantiate(
-            {name: value for name, value in self.cfg.trainer.items() if name not in GradientOptions._fields},
-            callbacks=[guard, self.record, narrator, Interruption(self.listener, self.record, guard)],
-            logger=[instantiate(part) for part in self.loggers().values()] if loggers else False,
+    @classmethod
+    def build(cls, start: Start, listener: Listener, choices: Mapping[str, str]) -> "Experiment":
+        """Builds a run's parts from its config, and loads the weights that it starts from.
+
+        Args:
+            start: The run's config and folder, and the checkpoint that it continues.
+            listener: Hears signals.
+            choices: The option names of the parts, by config group.
+
+        Raises:
+            OptionError: The options do not fit together.
+        """
+        cfg = start.cfg
+        data = instantiate(cfg.data)
+        data.read()
+        data.check(launch.processes(cfg))
+        # A checkpoint holds the weights that a pretrained file brought, and the file may be gone.
+        loaded = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
+        network = instantiate(cfg.backbone, **loaded)
+        classes = len(data.classes)
+        students = Students(
+            lambda: network(conv=instantiate(cfg.block_type), num_classes=classes),
+            cfg.num_stu,
+            cfg.seed,
+            RUNS[cfg.together],
+        )
+        with temporary_seed(cfg.seed, "method"):
+            method = instantiate(cfg.method)(students=students)
+        optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
+        build_optimization(method, optimizer, scheduler, steps=1000)  # an error here comes before there is a folder
+        method.check_precision(str(cfg.trainer.precision))
+        check_image_size(students.members[0], data.image_size, choices["backbone"])
+        load_start_weights(start, method, data)
+        with temporary_seed(cfg.seed, "standard"):
+            standard = network(conv=Standard(), num_classes=classes)
+        return cls(start, data, method, optimizer, scheduler, listener, choices, standard)
+
+    def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:
+        """Builds Lightning's `Trainer`; with several processes they join here.
+
+        Raises:
+            OptionError: The device cannot do what the options ask for.
+        """
+        cfg = self.cfg
+        guard = NonfiniteGuard(cfg.on_nonfinite == "skip", cfg.max_skipped)
+        progress = ProgressReporter(self.record, self.console, SHORTER_RUNS)
+        trainer = instantiate(
+            {name: value for name, value in cfg.trainer.items() if name not in GradientOptions._fields},
+            # The guard is first: it looks at a step before another callback saves it.
+            callbacks=[guard, self.record, progress, Interruption(self.listener, self.record, guard), *self.callbacks],
+            logger=logger,
             plugins=[AtomicCheckpointIO(), launch.environment()],
-            limit_val_batches=1.0 if watched(self.data) else 0,
+            limit_val_batches=1.0 if self.watches_images else 0,
         )
-        device = made.strategy.root_device
-        if self.cfg.trainer.sync_batchnorm and device.type == "cpu":
+        device = trainer.strategy.root_device
+        if cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", True, "must be false on CPUs: PyTorch has it for GPUs only")
-        check_run(self.module.method.students.run, device)
-        made.precision_plugin.convert_module(
-            self.module
-        )  # Lightning would only after it has loaded, and round on the way
-        if made.world_size > 1 and launch.by_torchrun() and not torch.distributed.is_initialized():
+        check_run(self.method.students.run, device)
+        # Lightning would convert the module only after it has loaded weights, and round them on the way.
+        trainer.precision_plugin.convert_module(self.module)
+        if trainer.world_size > 1 and launch.by_torchrun() and not torch.distributed.is_initialized():
             rendezvous.join("nccl" if device.type == "cuda" else "gloo")
-        return made
+        return trainer
 
-    def loggers(self) -> dict[str, DictConfig]:
-        return {name: part for name, part in self.cfg.logger.items() if part}
+    @property
+    def watches_images(self) -> bool:
+        """Whether there are images that are evaluated after each epoch."""
+        return len(self.data.labels[self.data.watched_part]) > 0
 
-    def fit_and_test(self, standard: nn.Module) -> dict[str, Any]:
-        """Trains, tests the selected epoch and the last one, writes the folder, returns the summary."""
-        trainer = self.trainer(loggers=True)
+    def run(self) -> dict[str, Any]:
+        """Trains, tests the last epoch and the selected one, writes the run's folder; returns its summary."""
+        loggers = {name: instantiate(part) for name, part in self.cfg.logger.items() if part}
+        trainer = self.build_trainer(list(loggers.values()))
+        with self.occupied_folder(trainer):
+            if trainer.is_global_zero:
+                prepare(self.start)
+                start_loggers(loggers)
+                write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+                status.mark(self.start.job_dir, "running")
+            self.print_introduction(trainer)
+            fit = self.fit(trainer)
+            last = self.test(trainer, fit.history[-1])
+            if fit.epoch != fit.history[-1]["epoch"]:
+                path = epoch_path(self.start.job_dir, fit.epoch)
+                self.module.load_state_dict(read_run(path, "job_dir")["state_dict"])
+            selected = self.test(trainer, fit.row(fit.epoch))
+            found = self.summarize(fit, selected, last)
+            if trainer.is_global_zero:
+                self.write(fit, selected, found)
+                status.mark(self.start.job_dir, "finished")
+                summary.print_summary(self.console, found, f"{self.start.job_dir}: finished")
+        return found
+
+    @contextmanager
+    def occupied_folder(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Makes the run's folder and keeps other runs out of it."""
         make_folder(self.start.job_dir)
         with status.occupied(self.start.job_dir) if trainer.is_global_zero else nullcontext():
-            return self.train_and_test(trainer, standard)
+            yield
 
-    def train_and_test(self, trainer: pl.Trainer, standard: nn.Module) -> dict[str, Any]:
-        if trainer.is_global_zero:
-            prepare(self.start)
-            begin_logging(dict(zip(self.loggers(), trainer.loggers, strict=True)))
-            write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
-            status.mark(self.start.job_dir, "running")
-        self.introduce(trainer)
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=self.start.checkpoint, weights_only=True)
-        last = self.tested(trainer, self.record.history[-1])
-        at_selected = self.tested(trainer, self.back_to_selected())
-        result = self.summarise(at_selected, last, standard)
-        if trainer.is_global_zero:
-            self.write(result)
-            status.mark(self.start.job_dir, "finished")
-            summary.show(self.console, result, f"{self.start.job_dir}: finished")
-        return result
+    def fit(self, trainer: pl.Trainer) -> FitResult:
+        """Trains, from the start or from the run's checkpoint."""
+        process, views = loading_process(trainer), len(self.method.students) if self.method.has_own_views else 1
+        trainer.fit(
+            self.module,
+            self.data.train_loader(process, views),
+            self.data.val_loader(process),  # not iterated where there are no images to watch
+            ckpt_path=self.start.checkpoint,
+            weights_only=True,
+        )
+        selected = self.record.selected
+        return FitResult(self.record.history, selected["candidate"], selected["epoch"])
 
-    def introduce(self, trainer: pl.Trainer) -> None:
+    def test(self, trainer: pl.Trainer, val: dict[str, Any]) -> TestResult:
+        """Tests the module's weights; `val` has their held-out figures by name (`val/student_0/top1`)."""
+        trainer.test(self.module, self.data.test_loader(loading_process(trainer)), verbose=False)
+        return TestResult(self.module.figures["test"], val)
+
+    def run_test_only(self) -> dict[str, Any]:
+        """Evaluates a checkpoint or given weights; writes `test.json`, and nothing else; returns its content."""
+        trainer = self.build_trainer()
+        make_folder(self.start.job_dir)
+        if self.start.content is not None:
+            self.module.load_state_dict(self.start.content["state_dict"])
+        self.print_introduction(trainer)
+        epoch = self.start.content["epoch"] if self.start.content is not None else 0
+        val: dict[str, Any] = {}
+        if self.watches_images:
+            trainer.validate(self.module, self.data.val_loader(loading_process(trainer)), verbose=False)
+            figures = self.module.figures["val"]
+            self.record.select_best(epoch, figures, len(self.method.candidates()))
+            if self.cfg.select != "test":
+                val = summary.name_figures("val", self.module.members, figures)
+        fit = FitResult([], self.record.selected["candidate"], epoch)
+        tested = self.test(trainer, val)
+        members = summary.summarize_members(self.module.members, tested.figures, val, self.method.teacher_kind)
+        found = {
+            "selected": self.summarize_selected(fit, tested, members),
+            **members,
+            "split": self.data.fingerprint,
+            "versions": summary.list_versions(),
+        }
+        if trainer.is_global_zero:
+            summary.write_json(self.start.job_dir / "test.json", found)
+            summary.print_summary(self.console, found, f"{self.start.job_dir}: test only")
+        return found
+
+    def print_introduction(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data
         train, val, test = (len(data.labels[part]) for part in ("train", "val", "test"))
         counts = f"{train:,} training, {val:,} held-out, {test:,} test"
@@ -214,78 +277,116 @@ class Run:
         if cfg.select == "test":
             say("warning: select=test picks student and epoch on the test images; its accuracy is no honest estimate")
 
-    def back_to_selected(self) -> dict[str, Any]:
-        """Loads the selected epoch's weights and returns that epoch's record."""
-        epoch = self.record.selected["epoch"]
-        if epoch != self.record.history[-1]["epoch"]:
-            path = epoch_path(self.start.job_dir, epoch)
-            self.module.load_state_dict(read_run(path, "job_dir")["state_dict"])
-        return next(row for row in self.record.history if row["epoch"] == epoch)
-
-    def tested(self, trainer: pl.Trainer, row: dict[str, Any]) -> dict[str, Any]:
-        trainer.test(self.module, datamodule=self.data, verbose=False)
-        return summary.results(self.module, row, self.module.figures["test"])
-
-    def chosen(self, found: dict[str, Any]) -> dict[str, Any]:
-        return summary.selected(self.record, found, self.confusion(), self.data.classes)
-
-    def confusion(self) -> list[list[int]]:
-        """The chosen candidate's, of the latest test."""
-        return self.module.figures["test"].confusion[self.record.selected["candidate"]]
-
-    def summarise(self, at_selected: dict[str, Any], last: dict[str, Any], standard: nn.Module) -> dict[str, Any]:
-        history, size = self.record.history, self.data.image_size
-        images = len(self.data.labels["train"]) * len(history)
+    def summarize(self, fit: FitResult, selected: TestResult, last: TestResult) -> dict[str, Any]:
+        """Returns the content of `summary.json`; every process must call it."""
+        data, history, kind = self.data, fit.history, self.method.teacher_kind
+        at_selected, at_last = (
+            summary.summarize_members(self.module.members, tested.figures, tested.val, kind)
+            for tested in (selected, last)
+        )
+        images = len(data.labels["train"]) * len(history)
         return {
-            "selected": self.chosen(at_selected),
+            "selected": self.summarize_selected(fit, selected, at_selected),
             **at_selected,
-            "last": last,
-            "cost": summary.costs(self.module, standard, size, images),
+            "last": at_last,
+            "cost": summary.summarize_costs(self.method, self.standard, data.image_size, images),
             "images_per_second": sum(row["images_per_second"] for row in history) / len(history),
             "train_seconds": history[-1]["seconds"],
             "epochs": len(history),
             "seed": self.cfg.seed,
-            "data": self.data.name,
-            **summary.counted(self.data.labels, self.data.classes),
-            "unreadable": self.data.unreadable(),
+            "data": data.name,
+            **summary.count_images(data.labels, data.classes),
+            "unreadable": data.unreadable(),
             "num_stu": self.cfg.num_stu,
-            "split": self.data.fingerprint,
-            "versions": summary.versions(),
+            "split": data.fingerprint,
+            "versions": summary.list_versions(),
             "finished": True,
         }
 
-    def write(self, result: dict[str, Any]) -> None:
-        """`summary.json` comes last: where it is, everything is."""
-        job_dir, about = self.start.job_dir, self.module.about
-        summary.write_confusion(job_dir / "confusion.csv", self.confusion(), self.data.classes)
-        summary.write_split(job_dir / "split.csv", self.data.rows())
-        student = self.module.method.candidates()[self.record.selected["candidate"]]
-        summary.write_student(job_dir / "student.safetensors", student, about["student"])
-        summary.write_json(job_dir / "summary.json", result)
+    def summarize_selected(self, fit: FitResult, tested: TestResult, members: dict[str, Any]) -> dict[str, Any]:
+        selection = {"epoch": fit.epoch, "selected_on": self.record.select, "selected_by": self.record.figure}
+        confusion = tested.figures.confusion[fit.candidate]
+        return summary.summarize_selected(fit.candidate, selection, members, confusion, self.data.classes)
 
-    def test_only(self) -> dict[str, Any]:
-        """Evaluates a checkpoint or given weights, writes `test.json` and nothing else."""
-        trainer = self.trainer(loggers=False)
-        make_folder(self.start.job_dir)
-        if self.start.content is not None:
-            self.module.load_state_dict(self.start.content["state_dict"])
-            self.record.selected = {"candidate": 0, "epoch": self.start.content["epoch"], "score": -1.0}
-        self.introduce(trainer)
-        row = {}
-        if watched(self.data):
-            trainer.validate(self.module, datamodule=self.data, verbose=False)
-            self.record.choose(self.record.selected["epoch"], self.module)
-        if self.cfg.select != "test" and "val" in self.module.figures:
-            figures = self.module.figures["val"]
-            row = {
-                f"val/{name}/{figure}": getattr(figures, figure)[k]
-                for figure in ("top1", "balanced_accuracy")
-                for k, name in enumerate(self.module.members)
-            }
-        found = self.tested(trainer, row)
-        result = {"selected": self.chosen(found), **found}
-        result |= {"split": self.data.fingerprint, "versions": summary.versions()}
-        if trainer.is_global_zero:
-            summary.write_json(self.start.job_dir / "test.json", result)
-            summary.show(self.console, result, f"{self.start.job_dir}: test only")
-        return result
+    def write(self, fit: FitResult, selected: TestResult, found: dict[str, Any]) -> None:
+        """Writes the results; `summary.json` comes last: where it is, everything is."""
+        job_dir, classes = self.start.job_dir, self.data.classes
+        summary.write_confusion(job_dir / "confusion.csv", selected.figures.confusion[fit.candidate], classes)
+        summary.write_split(job_dir / "split.csv", self.data.rows())
+        student = self.method.candidates()[fit.candidate]
+        summary.write_student(job_dir / "student.safetensors", student, self.module.about["student"])
+        summary.write_json(job_dir / "summary.json", found)
+
+
+def loading_process(trainer: pl.Trainer) -> Process:
+    """Returns for which process of the run data is loaded."""
+    return Process(trainer.strategy.root_device, trainer.global_rank, trainer.world_size, trainer.num_devices)
+
+
+def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
+    """Loads `weights` into a new run, and checks that the data are those of the run that is continued.
+
+    Raises:
+        OptionError: The data are others, or the weights do not fit.
+    """
+    cfg = start.cfg
+    method.check_classes(data.classes)
+    if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
+        if not cfg.test_only:
+            allowed = "holds other images than the run that is resumed was started with"
+            raise OptionError("data_dir", cfg.data_dir, allowed)
+        say("warning: other images, or another split of them, than the checkpoint was trained with")
+    if cfg.weights is None or start.checkpoint is not None:
+        return
+    weights = read_weights(cfg.weights)
+    say(load_weights(method, weights, new_head=cfg.weights_head == "new"))
+    if weights.split not in (None, data.fingerprint):
+        say("warning: the weights were selected under another split; held-out images may have been trained on")
+
+
+def uses_graphs(cfg: DictConfig) -> bool:
+    """Whether steps are recorded as CUDA graphs: on one GPU, where nothing else acts within a step.
+
+    Raises:
+        OptionError: `capture=true` cannot be.
+    """
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    obstacles = {
+        f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
+        "several processes average their gradients within a step": cfg.trainer.devices != 1
+        or cfg.trainer.num_nodes != 1
+        or cfg.trainer.strategy != "auto",
+        "on_nonfinite=skip looks at each step before it is taken": cfg.on_nonfinite == "skip",
+        "trainer.gradient_clip_val acts within a step": cfg.trainer.get("gradient_clip_val") is not None,
+        "trainer.accumulate_grad_batches acts within a step": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
+        f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in GRAPH_PRECISIONS,
+    }
+    if cfg.test_only:
+        return False
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    if cfg.capture is True and reasons:
+        raise OptionError("capture", True, f"cannot be: {reasons[0]}")
+    return cfg.capture is not False and not reasons
+
+
+def report_eager(reason: str) -> None:
+    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")
+
+
+def refuse_eager(reason: str) -> None:
+    raise OptionError("capture", True, f"cannot be: {reason}")
+
+
+def gradient_options(cfg: DictConfig) -> GradientOptions:
+    """Takes the options of `trainer` that Lightning does not accept with manual optimization."""
+    given = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
+    return GradientOptions(**given, skip_nonfinite=cfg.on_nonfinite == "skip")
+
+
+def start_loggers(loggers: dict[str, Logger]) -> None:
+    """Starts the loggers; whatever one's library raises is about its options, so it becomes an `OptionError`."""
+    for name, logger in loggers.items():
+        try:
+            _ = logger.experiment
+        except Exception as error:
+            raise OptionError("logger", name, f"cannot begin: {first_line(error)}") from error

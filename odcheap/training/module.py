@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from odcheap.data.in_memory import Batch
+from odcheap.data.base import Batch
 from odcheap.methods.base import Method
 from odcheap.training.metrics import MemberScores, TermMeans
 from odcheap.training.optim import build_optimization, follow_schedule

@@ -1,10 +1,10 @@
-"""A finished run in one dictionary, `summary.json`, and in one table."""
+"""What a finished run leaves: dictionaries of its results, its files, and the table that is printed."""
 
 import csv
 import io
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +13,94 @@ import pytorch_lightning as pl
 import torch
 import torchmetrics
 import torchvision
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
 from torch import nn
 
 from odcheap import __version__
-from odcheap.models import flops
-from odcheap.training.callbacks import Record
-from odcheap.training.module import DistillationModule, Figures
+from odcheap.data.base import ImageData
+from odcheap.methods.base import Method
+from odcheap.models.flops import count_macs, count_params
+from odcheap.training.module import Figures
 from odcheap.utils.files import write_atomic, write_text
 from odcheap.utils.parts import part_settings
 from odcheap.utils.text import escape_control_chars, format_accuracy
 
+FIGURES = ("top1", "top5", "balanced_accuracy")
 
-def results(module: DistillationModule, row: dict[str, Any], test: Figures) -> dict[str, Any]:
-    """`students`, `averages` (of their weights, or None), `teacher` and `ensemble` at one epoch.
 
-    Val figures are those of its record, test figures were just computed.
+def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, float | None]:
+    """Returns each member's figures by name: `val/student_0/top1`."""
+    return {f"{stage}/{who}/{f}": getattr(figures, f)[k] for f in FIGURES for k, who in enumerate(members)}
+
+
+def summarize_members(
+    members: list[str], test: Figures, val: dict[str, Any], teacher_kind: str | None
+) -> dict[str, Any]:
+    """Returns `students`, `averages` (of their weights, or None), `teacher` (or None) and `ensemble`.
+
+    Args:
+        members: The members' names.
+        test: Their figures on the test images.
+        val: Their figures on the held-out images, at the same weights, by name.
+        teacher_kind: What the teacher is.
     """
 
-    def of(k: int, name: str) -> dict[str, Any]:
+    def summarize(k: int, name: str) -> dict[str, Any]:
         return {
-            "val_top1": row.get(f"val/{name}/top1"),
-            "val_balanced_accuracy": row.get(f"val/{name}/balanced_accuracy"),
+            "val_top1": val.get(f"val/{name}/top1"),
+            "val_balanced_accuracy": val.get(f"val/{name}/balanced_accuracy"),
             "test_top1": test.top1[k],
             "test_top5": test.top5[k],
             "test_balanced_accuracy": test.balanced_accuracy[k],
         }
 
-    named = {name: of(k, name) for k, name in enumerate(module.members)}
-    teacher = named.get("teacher")
+    by_name = {name: summarize(k, name) for k, name in enumerate(members)}
+    teacher = by_name.get("teacher")
     return {
-        "students": [value for name, value in named.items() if name.startswith("student_")],
-        "averages": [value for name, value in named.items() if name.startswith("average_")] or None,
-        "teacher": teacher and teacher | {"kind": module.method.teacher_kind},
-        "ensemble": named["ensemble"],
+        "students": [value for name, value in by_name.items() if name.startswith("student_")],
+        "averages": [value for name, value in by_name.items() if name.startswith("average_")] or None,
+        "teacher": teacher and teacher | {"kind": teacher_kind},
+        "ensemble": by_name["ensemble"],
     }
 
 
-def selected(
-    record: Record, at_selected: dict[str, Any], confused: list[list[int]], classes: list[str]
+def summarize_selected(
+    candidate: int,
+    selection: dict[str, Any],
+    members: dict[str, Any],
+    confusion: list[list[int]],
+    classes: list[str],
 ) -> dict[str, Any]:
-    """The chosen student; `recall` by class on the test images, None for a class that has none there."""
-    candidates, count = at_selected["students"] + (at_selected["averages"] or []), len(at_selected["students"])
-    chosen = candidates[record.selected["candidate"]]
-    recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in enumerate(confused)]
+    """Returns the selected candidate's entry.
+
+    Args:
+        candidate: Its number: the students, then their averages.
+        selection: How it was selected, which becomes a part of the entry.
+        members: What `summarize_members` returned.
+        confusion: Its K x K counts on the test images.
+        classes: Names of the classes.
+
+    Returns:
+        Its figures, with `recall` by class, None for a class without test images.
+    """
+    students, averages = members["students"], members["averages"] or []
+    chosen = [*students, *averages][candidate]
+    recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in enumerate(confusion)]
     return {
-        "student": record.selected["candidate"] % count,
-        "averaged": record.selected["candidate"] >= count,
-        "epoch": record.selected["epoch"],
-        "selected_on": record.select,
-        "selected_by": record.figure,
+        "student": candidate % len(students),
+        "averaged": candidate >= len(students),
+        **selection,
         **chosen,
         "balanced_accuracy": chosen["test_balanced_accuracy"],
         "recall": dict(zip(classes, recall, strict=True)),
     }
 
 
-def counted(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
-    """Images of each part: in all, and by class."""
+def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
+    """Returns the number of images of each part: in all, and by class."""
     by_class = {part: np.bincount(target, minlength=len(classes)).tolist() for part, target in labels.items()}
     return {
         "images": {part: len(target) for part, target in labels.items()},
@@ -80,30 +108,36 @@ def counted(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]
     }
 
 
-def costs(
-    module: DistillationModule, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int
+def summarize_costs(
+    method: Method, standard: nn.Module | None, image_size: tuple[int, int, int], images_trained: int
 ) -> dict[str, Any]:
-    """Of one student, of the standard network, and of a teacher from elsewhere with what its own training took.
+    """Returns the costs of a student, of the standard network, of a trained teacher, and of the training.
 
-    `training_macs` counts a backward pass as two forward passes; `training_macs_with_teacher` has the teacher's own
-    training besides, None where that is not known.
+    Args:
+        method: The method.
+        standard: The network with standard convolutions.
+        image_size: (C, H, W).
+        images_trained: Images of all epochs.
+
+    Returns:
+        `training_macs` counts a backward pass as two forward passes; `training_macs_with_teacher` adds the teacher's
+        own training, None where that is unknown.
     """
-    method = module.method
     student, frozen = (
         method.students.members[0],
-        [flops.count_macs(network, image_size) for network in method.frozen_networks()],
+        [count_macs(network, image_size) for network in method.frozen_networks()],
     )
-    training = (3 * flops.count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
+    training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":
-        teacher = {"params": flops.count_params(method.teacher.network), "macs": frozen[0], **method.teacher.history}
+        teacher = {"params": count_params(method.teacher.network), "macs": frozen[0], **method.teacher.history}
         before = teacher["training_macs"]
     return {
-        "params": flops.count_params(student),
-        "macs": flops.count_macs(student, image_size),
+        "params": count_params(student),
+        "macs": count_macs(student, image_size),
         "standard": {
-            "params": flops.count_params(standard),
-            "macs": flops.count_macs(standard, image_size),
+            "params": count_params(standard),
+            "macs": count_macs(standard, image_size),
             "note": getattr(standard, "standard_note", None),
         },
         "teacher": teacher,
@@ -112,7 +146,8 @@ def costs(
     }
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
+    """Returns the versions that results may depend on."""
     return {
         "odcheap": __version__,
         "python": platform.python_version(),
@@ -123,49 +158,55 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures of a measurement depend on."""
-    found = [line for line in lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = found[0].partition(":")[2].strip() if found else platform.processor()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    native = "avx512_bf16" in " ".join(lines("/proc/cpuinfo"))
-    return {"cpu": name, "threads": torch.get_num_threads(), "bf16_on_cpu": native, "gpu": gpu, "device": device.type}
-
-
-def lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Returns what a measurement of speed depends on."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "bf16_on_cpu": "avx512_bf16" in text,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "device": device.type,
+    }
 
 
 def write_confusion(path: Path, counts: list[list[int]], classes: list[str]) -> None:
-    """Rows are the true classes, columns the predicted ones."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *classes])
-    writer.writerows([name, *row] for name, row in zip(classes, counts, strict=True))
-    write_text(path, text.getvalue())
+    """Writes a confusion matrix: rows are the true classes, columns the predicted ones."""
+    rows = ([name, *row] for name, row in zip(classes, counts, strict=True))
+    write_text(path, format_rows([["true \\ predicted", *classes], *rows]))
 
 
 def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Which file is in which part of the data; nothing where the images are no files."""
+    """Writes which file is in which part of the data; nothing where the images are not files."""
+    listed = list(rows)
+    if listed:
+        write_text(path, format_rows([["file", "class", "part"], *listed]))
+
+
+def format_rows(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", "part"])
-    head = text.tell()
-    writer.writerows(rows)
-    if text.tell() > head:
-        write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
-def student_settings(about: dict[str, Any], data: pl.LightningDataModule, choices: Mapping[str, str]) -> dict[str, Any]:
-    """What rebuilds a student of this run and prepares pictures for it; `choices` are the parts' option names."""
-    found = {key: part_settings(about["config"][key], choices[key]) for key in ("backbone", "block_type")}
-    found |= {key: about[key] for key in ("classes", "split")}
-    found |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
-    return found | {"mean": list(data.norm.mean), "std": list(data.norm.std)}
+def describe_run(cfg: DictConfig, overrides: list[str], data: ImageData, choices: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what every checkpoint says of its run, with `student`, the settings that rebuild a student.
+
+    `choices` are the option names of the parts.
+    """
+    config = OmegaConf.to_container(cfg, resolve=True)
+    about = {"overrides": overrides, "config": config, "split": data.fingerprint, "classes": data.classes}
+    student = {key: part_settings(config[key], choices.get(key, "")) for key in ("backbone", "block_type")}
+    student |= {key: about[key] for key in ("classes", "split")}
+    student |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
+    student |= {"mean": list(data.norm.mean), "std": list(data.norm.std)}
+    return about | {"student": student}
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
-    """The network's plain weights with the settings that rebuild it."""
+    """Writes a network's weights with the settings that rebuild it, as safetensors."""
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content = save(tensors, metadata={"odcheap": json.dumps(settings)})
     write_atomic(path, lambda file: file.write(content))
@@ -175,46 +216,46 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def show(console: Console, summary: dict[str, Any], title: str) -> None:
-    """What became of a run, as a title, a table and a few words below it."""
+def print_summary(console: Console, summary: dict[str, Any], title: str) -> None:
+    """Prints a run's results: a title, a table and a caption."""
     console.print(escape_control_chars(title), soft_wrap=True)
-    console.print(table(summary))
-    console.print(caption(summary), soft_wrap=True)
+    console.print(build_table(summary))
+    console.print(build_caption(summary), soft_wrap=True)
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """Every member at the selected epoch; the chosen student is marked."""
+def build_table(summary: dict[str, Any]) -> Table:
+    """Returns a table of all members at the selected epoch, with the chosen one marked."""
     choice = summary["selected"]
-    made = Table()
+    table = Table()
     for column in ("", "val top-1", "test top-1", "test top-5", "test balanced"):
-        made.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right")
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
     members += [(f"average of student {k}", value) for k, value in enumerate(summary["averages"] or [])]
     if summary["teacher"]:
         members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
     for name, value in [*members, ("ensemble of the students", summary["ensemble"])]:
-        chosen = name == named(choice)
+        chosen = name == name_candidate(choice)
         figures = [
             format_accuracy(value[figure])
             for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
         ]
-        made.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
-    return made
+        table.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
+    return table
 
 
-def named(choice: dict[str, Any]) -> str:
+def name_candidate(choice: dict[str, Any]) -> str:
     return f"{'average of ' if choice['averaged'] else ''}student {choice['student']}"
 
 
-def caption(summary: dict[str, Any]) -> str:
-    choice, spent = summary["selected"], summary.get("cost")
+def build_caption(summary: dict[str, Any]) -> str:
+    choice, cost = summary["selected"], summary.get("cost")
     on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
-    text = f"{named(choice)} of epoch {choice['epoch']}, selected on {on[choice['selected_on']]}"
-    if spent:
-        standard = spent["standard"]
-        text += f"\n{spent['params']:,} parameters (standard network {standard['params']:,}), "
-        text += f"{spent['macs'] / 1e6:.2f} M MACs (standard {standard['macs'] / 1e6:.2f} M)"
+    text = f"{name_candidate(choice)} of epoch {choice['epoch']}, selected on {on[choice['selected_on']]}"
+    if cost:
+        standard = cost["standard"]
+        text += f"\n{cost['params']:,} parameters (standard network {standard['params']:,}), "
+        text += f"{cost['macs'] / 1e6:.2f} M MACs (standard {standard['macs'] / 1e6:.2f} M)"
         text += f"\n{standard['note']}" if standard.get("note") else ""
-        dearer = spent["macs"] > standard["macs"] or spent["params"] > standard["params"]
-        text += "\nwarning: this student is dearer than the standard network" if dearer else ""
+        is_larger = cost["macs"] > standard["macs"] or cost["params"] > standard["params"]
+        text += "\nwarning: this student costs more than the standard network" if is_larger else ""
     return text

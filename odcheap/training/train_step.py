@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
-from odcheap.data.in_memory import Batch
+from odcheap.data.base import Batch
 from odcheap.methods.base import Method
 from odcheap.utils.errors import first_line
 

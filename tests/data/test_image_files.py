@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from odcheap.data import image_files
-from odcheap.data.image_files import ImageError, EvaluationPictures, Files, TrainingPictures, decode_image
+from odcheap.data import image_folder
+from odcheap.data.folder_trees import Files, is_image_name
+from odcheap.data.image_folder import EvalImages, TrainImages
+from odcheap.predict import ImageError, decode_image
 
 
 def saved(path, size=(12, 8), mode="RGB", **options):
@@ -109,7 +111,7 @@ def files(tmp_path, count, broken=()):
 
 
 def test_the_next_readable_picture_takes_a_broken_one_s_place(tmp_path):
-    data = TrainingPictures(files(tmp_path, 6, broken=(2, 3)), v2.PILToTensor(), seed=0, size=8)
+    data = TrainImages(files(tmp_path, 6, broken=(2, 3)), v2.PILToTensor(), seed=0, size=8)
     assert data[0, 1].target == 1
     assert not data[0, 1].broken
     sample = data[0, 2]
@@ -118,14 +120,14 @@ def test_the_next_readable_picture_takes_a_broken_one_s_place(tmp_path):
 
 
 def test_nothing_but_broken_pictures_gives_no_label(tmp_path):
-    data = TrainingPictures(files(tmp_path, 3, broken=(0, 1, 2)), v2.PILToTensor(), seed=0, size=8)
+    data = TrainImages(files(tmp_path, 3, broken=(0, 1, 2)), v2.PILToTensor(), seed=0, size=8)
     sample = data[0, 2]
     assert (sample.target, sample.image.shape, len(sample.broken)) == (-1, (3, 8, 8), 3)
 
 
 def test_evaluation_leaves_a_broken_picture_out(tmp_path):
-    data = EvaluationPictures(files(tmp_path, 3, broken=(1,)), image_files.evaluation_transform(8, 9), 8)
-    batch = image_files.collate([data[k] for k in range(3)])
+    data = EvalImages(files(tmp_path, 3, broken=(1,)), image_folder.evaluation_transform(8, 9), 8)
+    batch = image_folder.collate([data[k] for k in range(3)])
     assert batch.target.tolist() == [0, -1, 2]
     assert batch.image.shape == (3, 3, 8, 8)
     assert batch.broken[0][0].endswith("1.png")
@@ -133,14 +135,14 @@ def test_evaluation_leaves_a_broken_picture_out(tmp_path):
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     listed = files(tmp_path, 3)
-    transform = image_files.training_transform(8, 0.1, flip=True)
-    data = TrainingPictures(listed, transform, seed=0, size=8)
+    transform = image_folder.training_transform(8, 0.1, flip=True)
+    data = TrainImages(listed, transform, seed=0, size=8)
     state = torch.get_rng_state()
     once = data[4, 1].image
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
     assert torch.equal(data[4, 1].image, once)
-    others = [data[5, 1].image, TrainingPictures(listed, transform, seed=1, size=8)[4, 1].image]
+    others = [data[5, 1].image, TrainImages(listed, transform, seed=1, size=8)[4, 1].image]
     assert not all(torch.equal(other, once) for other in others)
 
 
@@ -149,7 +151,7 @@ def test_flipping_can_be_turned_off_and_takes_every_second_picture(tmp_path):
     listed = Files(str(tmp_path), np.array([b"0.png"]), np.array([0]))
 
     def bright_left(flip):
-        data = TrainingPictures(listed, image_files.training_transform(16, 1.0, flip), seed=0, size=16)
+        data = TrainImages(listed, image_folder.training_transform(16, 1.0, flip), seed=0, size=16)
         return [bool(data[epoch, 0].image[0, 8, 0] > 100) for epoch in range(200)]
 
     assert all(bright_left(False))
@@ -160,7 +162,7 @@ def test_evaluation_takes_the_middle_at_the_standard_scale(tmp_path):
     """Of a 512 x 256 ramp at size 224: the shorter side becomes 256, then the middle 224 columns of 512 are left."""
     ramp = np.broadcast_to(np.arange(512) // 2, (256, 512)).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    made = image_files.evaluation_transform(224, 256)(decode_image(tmp_path / "x.png"))
+    made = image_folder.evaluation_transform(224, 256)(decode_image(tmp_path / "x.png"))
     assert torch.equal(made[0, 0], torch.arange(144, 368).div(2, rounding_mode="floor").to(torch.uint8))
 
 
@@ -168,13 +170,13 @@ def test_grey_and_odd_sized_pictures_train(tmp_path):
     saved(tmp_path / "0.jpg", size=(33, 7), mode="L")
     saved(tmp_path / "1.jpg", size=(5, 300))
     listed = Files(str(tmp_path), np.array([b"0.jpg", b"1.jpg"]), np.array([0, 1]))
-    batch = image_files.collate(
-        [TrainingPictures(listed, image_files.training_transform(32, 0.08, True), 0, 32)[0, k] for k in (0, 1)]
+    batch = image_folder.collate(
+        [TrainImages(listed, image_folder.training_transform(32, 0.08, True), 0, 32)[0, k] for k in (0, 1)]
     )
     assert batch.image.shape == (2, 3, 32, 32)
     assert batch.image.dtype == torch.uint8
 
 
 def test_names_of_pictures():
-    assert all(image_files.is_named_so(name) for name in ("a.jpg", "A.JPEG", "b.png", "c.webp", "d.tiff"))
-    assert not any(image_files.is_named_so(name) for name in ("notes.txt", ".hidden.jpg", "jpg", "x.npy"))
+    assert all(is_image_name(name) for name in ("a.jpg", "A.JPEG", "b.png", "c.webp", "d.tiff"))
+    assert not any(is_image_name(name) for name in ("notes.txt", ".hidden.jpg", "jpg", "x.npy"))

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ import torchvision
 from conftest import Begun
 from PIL import Image
 
-from odcheap.data.folders import folders
-from odcheap.data.image_folder import Broken, StreamedData
-from odcheap.data.in_memory import watched
+from odcheap.data.base import Process
+from odcheap.data.folder_trees import list_class_folders
+from odcheap.data.image_folder import BrokenImages, ImageFolderData
 from odcheap.utils.errors import OptionError
 
 SMALL = ["data=imagefolder", "data.image_size=16", "data.min_scale=0.5", "data.workers=0", "data.batch_size=16"]
@@ -44,6 +43,7 @@ def plant(base, parts):
     return base
 
 
+ALONE = Process()
 LAYOUTS = {
     "flat": {"": UNEVEN},
     "train and val": {"train": UNEVEN, "val": UNEVEN},
@@ -52,13 +52,11 @@ LAYOUTS = {
 }
 
 
-def made(base, rank=0, world=1, **changed):
+def made(base, **changed):
     options = {"seed": 0, "select": "val", "select_by": "top1", "batch_size": 10, "eval_batch_size": 7}
     options |= {"val_size": 0.25, "split_seed": 0, "image_size": 8, "crop_ratio": 0.875, "min_scale": 0.5, "flip": True}
     options |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "workers": 0, "max_broken": 5} | changed
-    data = StreamedData(load=lambda: folders(str(base), 0.25, 0), name="imagefolder", **options)
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, num_devices=1, strategy=strategy)
+    data = ImageFolderData(load=lambda: list_class_folders(str(base), 0.25, 0), name="imagefolder", **options)
     data.read()
     return data
 
@@ -76,7 +74,7 @@ def equal(ones, others):
 
 
 def test_workers_change_nothing(flat):
-    one, two = made(flat).train_dataloader(), made(flat, workers=2).train_dataloader()
+    one, two = made(flat).train_loader(ALONE), made(flat, workers=2).train_loader(ALONE)
     for epoch in (0, 1):
         one.sampler.set_epoch(epoch)
         two.sampler.set_epoch(epoch)
@@ -91,36 +89,35 @@ def test_workers_change_nothing(flat):
 def test_each_student_may_get_a_view_of_its_own(flat, workers):
     (flat / "red" / "0.png").write_bytes(b"?")
     data = made(flat, workers=workers)
-    plain = list(data.train_dataloader())
-    data.views = 2
-    for one, several in zip(plain, data.train_dataloader(), strict=True):
+    plain = list(data.train_loader(ALONE))
+    for one, several in zip(plain, data.train_loader(ALONE, views=2), strict=True):
         assert several.images.shape == (2, *one.images.shape)
         assert torch.equal(several.images[0], one.images)
         assert torch.equal(several.target, one.target)
         assert not torch.equal(several.images[1], one.images)
         assert all(view.is_contiguous(memory_format=torch.channels_last) for view in several.images)
-    assert all(batch.images.ndim == 4 for batch in data.val_dataloader())
+    assert all(batch.images.ndim == 4 for batch in data.val_loader(ALONE))
 
 
 def test_a_resumed_loader_goes_on_where_it_was(flat):
-    whole = list(made(flat).train_dataloader())
-    loader = made(flat).train_dataloader()
+    whole = list(made(flat).train_loader(ALONE))
+    loader = made(flat).train_loader(ALONE)
     next(iter(loader))
-    again = made(flat).train_dataloader()
+    again = made(flat).train_loader(ALONE)
     again.load_state_dict(loader.state_dict())
     assert equal(list(again), whole[1:])
     assert len(list(again)) == 3  # the next epoch is whole
-    finished = made(flat).train_dataloader()
+    finished = made(flat).train_loader(ALONE)
     finished.load_state_dict(again.state_dict())
     assert len(list(finished)) == 3
 
 
 def test_the_processes_together_see_the_pictures_of_one(flat):
-    ranks = [list(made(flat, rank, 2).train_dataloader()) for rank in (0, 1)]
-    for k, batch in enumerate(made(flat).train_dataloader()):
+    ranks = [list(made(flat).train_loader(Process(rank=rank, world_size=2))) for rank in (0, 1)]
+    for k, batch in enumerate(made(flat).train_loader(ALONE)):
         together = torch.cat([rank[k].images for rank in ranks])
         assert {image.numpy().tobytes() for image in together} == {image.numpy().tobytes() for image in batch.images}
-    tests = [t for rank in (0, 1) for b in made(flat, rank, 2).test_dataloader() for t in b.target.tolist()]
+    tests = [t for rank in (0, 1) for b in made(flat).test_loader(Process(rank=rank, world_size=2)) for t in b.target.tolist()]
     assert sorted(tests) == sorted(made(flat).labels["test"].tolist())
 
 
@@ -131,7 +128,7 @@ def test_the_parts_are_stratified_and_the_split_ignores_seed_and_names(flat):
         [1, 2, 6],
         [1, 4, 7],
     ] or all(len(np.bincount(data.labels[part])) == 3 for part in ("train", "val", "test"))
-    assert watched(data) == 9
+    assert len(data.labels["val"]) == 9
     other = made(flat, seed=5, batch_size=4)
     assert (other.fingerprint, list(other.rows())) == (data.fingerprint, list(data.rows()))
     assert made(flat, split_seed=1).fingerprint != data.fingerprint
@@ -145,9 +142,9 @@ def test_broken_pictures_are_left_out_of_evaluation_and_replaced_in_training(fla
     data = made(flat)
     seen = dict.fromkeys(("train", "val", "test"), 0)
     for part, loader in (
-        ("train", data.train_dataloader()),
-        ("val", data.val_dataloader()),
-        ("test", data.test_dataloader()),
+        ("train", data.train_loader(ALONE)),
+        ("val", data.val_loader(ALONE)),
+        ("test", data.test_loader(ALONE)),
     ):
         for batch in loader:
             seen[part] += len(batch.target)
@@ -163,7 +160,7 @@ def test_broken_pictures_are_left_out_of_evaluation_and_replaced_in_training(fla
 
 
 def test_too_many_broken_pictures_are_the_end():
-    broken = Broken(1)
+    broken = BrokenImages(1)
     broken.report([("a.jpg", "a.jpg cannot be read")] * 3)
     with pytest.raises(OptionError, match=r"data.max_broken=1: more pictures cannot be read, the last one b.jpg"):
         broken.report([("b.jpg", "b.jpg cannot be read")])

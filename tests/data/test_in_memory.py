@@ -1,16 +1,17 @@
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odcheap.data.cifar import digits
-from odcheap.data.in_memory import BatchOrder, EvalBatches, InMemoryData, TrainBatches, watched
-from odcheap.data.transforms import Augmentation, Normalisation
+from odcheap.data.base import BatchOrder, Process
+from odcheap.data.digits import load_digits
+from odcheap.data.in_memory import EvalBatches, InMemoryData, TrainBatches
+from odcheap.data.transforms import Augmentation, Normalization
 from odcheap.utils.errors import OptionError
 
-PLAIN = Normalisation((0.0,) * 3, (1.0,) * 3)
+ALONE = Process()
+PLAIN = Normalization((0.0,) * 3, (1.0,) * 3)
 
 
 @given(count=st.integers(8, 200), batch_size=st.integers(8, 64), world=st.integers(1, 4))
@@ -81,7 +82,7 @@ def test_augmentation_belongs_to_the_sample_whatever_the_batch():
 def test_evaluation_sees_every_image_once(world):
     target = torch.arange(25)
     images = torch.zeros(25, 3, 2, 2, dtype=torch.uint8)
-    loaders = [EvalBatches(images, target, 4, PLAIN, rank, world) for rank in range(world)]
+    loaders = [EvalBatches(images, target, 4, PLAIN, Process(rank=rank, world_size=world)) for rank in range(world)]
     seen = [t for loader in loaders for batch in loader for t in batch.target.tolist()]
     assert sorted(seen) == list(range(25))
     assert all(len(list(loader)) == len(loader) for loader in loaders)
@@ -104,9 +105,7 @@ def digits_data(**changed):
         "split_seed": 0,
     }
     options |= {"flip": False, "crop_padding": 1, "mean": (0.3,) * 3, "std": (0.4,) * 3} | changed
-    data = InMemoryData(load=digits, name="digits", **options)
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    data = InMemoryData(load=load_digits, name="digits", **options)
     data.read()
     return data
 
@@ -114,29 +113,28 @@ def digits_data(**changed):
 def test_the_split_ignores_the_seed_and_the_batch_size_is_global():
     one, two = digits_data(seed=0), digits_data(seed=1, batch_size=32)
     assert one.split.fingerprint == two.split.fingerprint
-    assert len(two.train_dataloader()) == 38  # 1,200 / 32, rounded up
-    two.trainer.world_size = 2
-    assert len(two.train_dataloader()) == 38
-    assert len(next(iter(two.train_dataloader())).target) == 16
+    assert len(two.train_loader(ALONE)) == two.steps_per_epoch() == 38  # 1,200 / 32, rounded up
+    loader = two.train_loader(Process(world_size=2))
+    assert len(loader) == two.steps_per_epoch(2) == 38
+    assert len(next(iter(loader)).target) == 16
 
 
 def test_each_student_may_get_a_view_of_its_own():
     data = digits_data()
-    plain = next(iter(data.train_dataloader()))
-    data.views = 3
-    several = next(iter(data.train_dataloader()))
+    plain = next(iter(data.train_loader(ALONE)))
+    several = next(iter(data.train_loader(ALONE, views=3)))
     assert several.images.shape == (3, *plain.images.shape)
     assert torch.equal(several.images[0], plain.images)
     assert torch.equal(several.target, plain.target)
     assert not torch.equal(several.images[1], several.images[0])
     assert not torch.equal(several.images[1], several.images[2])
-    assert next(iter(data.val_dataloader())).images.ndim == 4
+    assert next(iter(data.val_loader(ALONE))).images.ndim == 4
 
 
 def test_selection_on_test_watches_the_test_images_and_none_without_held_out_ones():
-    assert len(digits_data(select="test", val_size=0).val_dataloader().target) == 360
-    assert watched(digits_data(select="last", val_size=0)) == 0
-    assert len(digits_data().val_dataloader().target) == 237
+    assert len(digits_data(select="test", val_size=0).val_loader(ALONE).target) == 360
+    assert len(digits_data(select="last", val_size=0).labels["val"]) == 0
+    assert len(digits_data().val_loader(ALONE).target) == 237
     with pytest.raises(OptionError, match="data.val_size=0: select=val needs held-out images"):
         digits_data(val_size=0)
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odcheap.data.splits import pixel_digests, shares, stratified
+from odcheap.data.splits import hash_pixels, divide_proportionally, split_stratified
 from odcheap.utils.errors import OptionError
 
 
@@ -15,7 +15,7 @@ def some_images(count=60, seed=0):
 
 
 def split(images, target, val_size, split_seed=0):
-    return stratified(pixel_digests(images, split_seed), target, val_size)
+    return split_stratified(hash_pixels(images, split_seed), target, val_size)
 
 
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=6), share=st.floats(0.05, 0.9))
@@ -66,6 +66,6 @@ def test_impossible_sizes_are_refused(val_size):
 
 
 def test_each_class_keeps_an_image_as_far_as_that_is_possible():
-    assert shares(np.array([1, 1, 1, 1, 6]), 5).tolist() == [0, 0, 0, 0, 5]
-    assert shares(np.array([1, 1, 1, 1, 6]), 6).sum() == 6
-    assert shares(np.array([0, 3, 3]), 2).tolist() == [0, 1, 1]
+    assert divide_proportionally(np.array([1, 1, 1, 1, 6]), 5).tolist() == [0, 0, 0, 0, 5]
+    assert divide_proportionally(np.array([1, 1, 1, 1, 6]), 6).sum() == 6
+    assert divide_proportionally(np.array([0, 3, 3]), 2).tolist() == [0, 1, 1]

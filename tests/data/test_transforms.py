@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from odcheap.data.transforms import Augmentation, Normalisation, stacked
+from odcheap.data.transforms import Augmentation, Normalization, stack_views
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -48,18 +48,18 @@ def test_views_differ_and_the_first_is_the_one_that_all_methods_see():
     assert not torch.equal(views[1], views[2])
 
 
-def test_stacked_views_keep_their_channels_last():
+def test_stack_views_views_keep_their_channels_last():
     views = [torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-    found = stacked(views)
+    found = stack_views(views)
     assert torch.equal(found, torch.stack(views))
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in found)
-    assert stacked(views[:1]) is views[0]
+    assert stack_views(views[:1]) is views[0]
 
 
 def test_normalisation_equals_torchvision_s():
     images = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8)
     mean, std = (0.49, 0.48, 0.45), (0.2, 0.21, 0.22)
     expected = v2.Normalize(mean, std)(v2.ToDtype(torch.float32, scale=True)(images))
-    found = Normalisation(mean, std).apply(images)
+    found = Normalization(mean, std).apply(images)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)

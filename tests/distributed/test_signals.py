@@ -51,7 +51,9 @@ def test_a_signal_saves_the_step_and_the_run_ends_as_if_nothing_had_been(
 
 
 def test_a_signal_while_testing_ends_the_run_which_is_then_completed(tmp_path, command, own_signals, monkeypatch):
-    monkeypatch.setattr("odcheap.training.experiment.summary.results", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "odcheap.training.experiment.summary.summarize_members", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
     run = command(*TINY, f"job_dir={tmp_path}/run")
     assert run.status == 143
     assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
@@ -62,7 +64,7 @@ def test_a_signal_while_testing_ends_the_run_which_is_then_completed(tmp_path, c
 
 def test_a_signal_before_there_is_a_folder_has_its_line_too(tmp_path, command, own_signals, monkeypatch):
     monkeypatch.setattr(
-        "odcheap.training.experiment.Run.trainer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+        "odcheap.training.experiment.Experiment.build_trainer", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     )
     run = command(*TINY, f"job_dir={tmp_path}/run")
     assert (run.status, run.out) == (143, "SIGTERM: nothing was saved yet\n")

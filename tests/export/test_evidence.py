@@ -37,8 +37,8 @@ def test_every_data_set_of_conf_can_be_read_back(data, tmp_path):
     "hostile",
     [
         {"_target_": "os.system", "command": "touch owned"},
-        {"_target_": "odcheap.data.folders.unpack", "root": "."},
-        {"_target_": "odcheap.data.cifar.digits", "x": {"_target_": "os.system", "command": "touch owned"}},
+        {"_target_": "odcheap.data.folder_trees.unpack_imagenet", "root": "."},
+        {"_target_": "odcheap.data.digits.load_digits", "x": {"_target_": "os.system", "command": "touch owned"}},
         {"_target_": "odcheap.data.cifar.torch.load", "f": "x"},
         {"_target_": ["os.system"]},
         "touch owned",

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from odcheap import predict
-from odcheap.data import cifar, folders
+from odcheap.data import cifar, folder_trees
 from odcheap.export import command as export_command
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.cifar import CifarResNet
@@ -152,12 +152,12 @@ def test_load_checkpoint_and_the_image_caches_run_nothing(tmp_path, capsys):
         with pytest.raises(OptionError):
             load_reference(tmp_path / "reference.pt")
         (tmp_path / "data" / ".cifar10.safetensors").write_bytes(content)
-        found = cifar.cifar("cifar10", str(tmp_path / "data"), 4, 2, download=False)
+        found = cifar.load_cifar("cifar10", str(tmp_path / "data"), 4, 2, download=False)
         assert found.train.shape == (4, 3, 32, 32)
         for name in ("batches.meta", "test_batch", *(f"data_batch_{k}" for k in range(1, 6))):
             (official / name).write_bytes(content)
         with pytest.raises(OptionError, match="incomplete or damaged"):
-            cifar.cifar("cifar10", str(tmp_path / "official"), 4, 2, download=True)
+            cifar.load_cifar("cifar10", str(tmp_path / "official"), 4, 2, download=True)
         assert not mark.exists()
     capsys.readouterr()
 
@@ -183,7 +183,7 @@ def test_an_archive_that_is_not_the_official_one_is_not_opened(tmp_path, which):
         hostile_tar(root / name, ["../outside", "/tmp/odcheap-owned", "train/../../outside"])
     before = set(tmp_path.rglob("*"))
     with pytest.raises(OptionError, match="an archive is missing or damaged"):
-        folders.imagenet(str(root))
+        folder_trees.list_imagenet(str(root))
     assert set(tmp_path.rglob("*")) == before
     assert not Path("/tmp/odcheap-owned").exists()
 
@@ -201,7 +201,7 @@ def test_a_download_that_is_not_the_official_archive_is_not_opened(tmp_path, mon
     monkeypatch.setattr(urllib.request, "urlopen", sent)
     for _ in range(2):  # the second time it lies there already
         with pytest.raises(OptionError, match="the download came to nothing"):
-            cifar.cifar(name, str(root), 4, 2, download=True)
+            cifar.load_cifar(name, str(root), 4, 2, download=True)
     assert [path.suffixes for path in root.iterdir()] == [[".tar", ".gz"]]
     assert not (tmp_path / "data" / "outside").exists()
     assert not Path("/tmp/odcheap-owned").exists()

@@ -13,7 +13,7 @@ from recorder import Recorder
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import MultiStepLR
 
-from odcheap.data.in_memory import Batch
+from odcheap.data.base import Batch
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import Students
@@ -231,10 +231,10 @@ def test_a_run_goes_on_with_its_own_teacher_only(command, tmp_path):
 
 @pytest.mark.parametrize("name", ["pcl", "od, averaged"])
 def test_an_average_can_be_the_product(command, options, tmp_path, monkeypatch, name):
-    def choose(self, epoch, module):
+    def choose(self, epoch, figures, candidates):
         self.selected = {"candidate": 3, "epoch": epoch, "score": 0.5}
 
-    monkeypatch.setattr("odcheap.training.callbacks.Record.choose", choose)
+    monkeypatch.setattr("odcheap.training.callbacks.Record.select_best", choose)
     job_dir = tmp_path / "run"
     result = command(*TINY, *options(name), f"job_dir={job_dir}")
     assert result.status == 0, result.err

@@ -13,11 +13,11 @@ from recorder import Recorder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from odcheap.data.cifar import digits
-from odcheap.data.splits import pixel_digests, stratified
+from odcheap.data.digits import load_digits
+from odcheap.data.splits import hash_pixels, split_stratified
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
-from odcheap.training.experiment import captures
+from odcheap.training.experiment import uses_graphs
 from odcheap.training.train_step import WARM_UP, GraphStep
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_checkpoint
@@ -52,7 +52,7 @@ def finished(command, tmp_path):
 
 def accuracy(network, held_out=None):
     """On the test images, or on the training images of these numbers."""
-    images = digits()
+    images = load_digits()
     x, target = (
         (images.test, images.test_target)
         if held_out is None
@@ -91,7 +91,7 @@ def test_the_chosen_student_is_the_one_that_was_exported_and_tested(finished):
     network.load_state_dict(load_file(finished / "student.safetensors"))
     found = summary(finished)
     assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
-    split = stratified(pixel_digests(digits().train, 0), digits().train_target, 1000)
+    split = split_stratified(hash_pixels(load_digits().train, 0), load_digits().train_target, 1000)
     assert accuracy(network, split.val) == pytest.approx(found["selected"]["val_top1"], abs=1e-9)
     with open(finished / "confusion.csv", newline="") as file:
         rows = [[int(n) for n in row[1:]] for row in list(csv.reader(file))[1:]]
@@ -444,7 +444,7 @@ def recorded(monkeypatch):
         made.append(GraphStep(eager, Recorder(eager.method, eager.optimizer), refused))
         return made[-1]
 
-    monkeypatch.setattr("odcheap.training.experiment.captures", lambda cfg: True)
+    monkeypatch.setattr("odcheap.training.experiment.uses_graphs", lambda cfg: True)
     monkeypatch.setattr("odcheap.training.module.CudaGraphs", lambda: None)
     monkeypatch.setattr("odcheap.training.module.GraphStep", step)
     return made
@@ -485,10 +485,10 @@ def test_steps_are_recorded_on_one_gpu_where_nothing_acts_within_them(monkeypatc
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         cfg = hydra.compose("config", ["job_dir=unused", *overrides])
-        assert captures(cfg) == expected
+        assert uses_graphs(cfg) == expected
         if not expected and "capture=false" not in overrides:
             with pytest.raises(OptionError, match="capture=true: cannot be: "):
-                captures(hydra.compose("config", ["job_dir=unused", *overrides, "capture=true"]))
+                uses_graphs(hydra.compose("config", ["job_dir=unused", *overrides, "capture=true"]))
 
 
 def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorded, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from odcheap.data.transforms import Normalisation
+from odcheap.data.transforms import Normalization
 from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Standard
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
@@ -74,4 +74,4 @@ def test_normalised_is_the_training_normalisation():
     mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
     images = torch.randint(256, (4, 3, 5, 6), dtype=torch.uint8)
     made = NormalizedNetwork(nn.Identity(), mean, std)(images / 255)
-    torch.testing.assert_close(made, Normalisation(tuple(mean), tuple(std)).apply(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made, Normalization(tuple(mean), tuple(std)).apply(images), atol=1e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch
 from recorder import Recorder
 from torch.optim.lr_scheduler import MultiStepLR
 
-from odcheap.data.in_memory import Batch
+from odcheap.data.base import Batch
 from odcheap.layers.cheap_conv import DW
 from odcheap.methods.alone import Alone
 from odcheap.methods.od import OnlineDistillation

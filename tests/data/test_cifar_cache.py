@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from odcheap.data import cache
+from odcheap.data.cifar import hash_file_stats, load_cached
 
 TENSORS = {"x": torch.arange(6, dtype=torch.uint8).view(2, 3), "y": torch.tensor([1, 2])}
 
@@ -15,7 +15,7 @@ def made():
 
     def make():
         calls.append(1)
-        return TENSORS, ["cat", "dög"]
+        return TENSORS
 
     make.calls = calls
     return make
@@ -23,31 +23,30 @@ def made():
 
 def test_what_was_made_once_is_read_again(tmp_path, made):
     for _ in range(2):
-        tensors, names = cache.recalled(tmp_path / "kept", "key", made)
-        assert names == ["cat", "dög"]
+        tensors = load_cached(tmp_path / "kept", "key", made)
         assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     assert len(made.calls) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
 
 
 def test_another_key_and_damage_make_it_again(tmp_path, made, capsys):
-    cache.recalled(tmp_path / "kept", "key", made)
-    cache.recalled(tmp_path / "kept", "another", made)
+    load_cached(tmp_path / "kept", "key", made)
+    load_cached(tmp_path / "kept", "another", made)
     assert len(made.calls) == 2
     whole = (tmp_path / "kept").read_bytes()
     for damaged in (whole[:-1], whole[:20], b"", b"\x80\x04pickle"):
         (tmp_path / "kept").write_bytes(damaged)
         made.calls.clear()
-        cache.recalled(tmp_path / "kept", "another", made)
+        load_cached(tmp_path / "kept", "another", made)
         assert len(made.calls) == 1
         assert "decoding again: " in capsys.readouterr().out
         assert len((tmp_path / "kept").read_bytes()) == len(whole)
 
 
 def test_where_it_cannot_be_written_all_goes_on(tmp_path, made, capsys):
-    tensors, _ = cache.recalled(tmp_path / "no such folder" / "kept", "key", made)
+    tensors = load_cached(tmp_path / "no such folder" / "kept", "key", made)
     assert torch.equal(tensors["x"], TENSORS["x"])
-    assert "not kept for the next start" in capsys.readouterr().out
+    assert "not cached for the next start" in capsys.readouterr().out
 
 
 def test_the_key_sees_every_change_of_the_files(tmp_path):
@@ -59,12 +58,12 @@ def test_the_key_sees_every_change_of_the_files(tmp_path):
             path.write_bytes(b"abc")
             os.utime(path, ns=(10**18, 10**18))
             paths.append(path)
-    keys = [cache.key_of(paths), cache.key_of(paths[:3]), cache.key_of(paths[::-1])]
+    keys = [hash_file_stats(paths), hash_file_stats(paths[:3]), hash_file_stats(paths[::-1])]
     paths[0].write_bytes(b"abcd")
     os.utime(paths[0], ns=(10**18, 10**18))
-    keys.append(cache.key_of(paths))
+    keys.append(hash_file_stats(paths))
     paths[0].write_bytes(b"abc")
-    keys.append(cache.key_of(paths))  # the old length, a new time
+    keys.append(hash_file_stats(paths))  # the old length, a new time
     paths[1].rename(tmp_path / "test" / "cat" / "9.png")
-    keys.append(cache.key_of([paths[0], tmp_path / "test" / "cat" / "9.png", *paths[2:]]))
+    keys.append(hash_file_stats([paths[0], tmp_path / "test" / "cat" / "9.png", *paths[2:]]))
     assert len(set(keys)) == len(keys)

@@ -8,7 +8,7 @@ import scipy.io
 from torchvision.datasets import imagenet as archives
 from torchvision.datasets.utils import calculate_md5
 
-from odcheap.data import folders
+from odcheap.data import folder_trees
 from odcheap.utils.errors import OptionError
 
 
@@ -37,7 +37,7 @@ TWO = {"cat": 20, "dog": 10}
     ],
 )
 def test_the_layouts(tmp_path, parts, train, val, test):
-    tree = folders.folders(grow(tmp_path, **dict.fromkeys(parts, TWO)), test_size=0.1, split_seed=0)
+    tree = folder_trees.list_class_folders(grow(tmp_path, **dict.fromkeys(parts, TWO)), test_size=0.1, split_seed=0)
     assert tree.classes == ["cat", "dog"]
     assert (len(tree.train.names), tree.val and len(tree.val.names), len(tree.test.names)) == (train, val, test)
     for part in (tree.train, tree.val, tree.test):
@@ -47,9 +47,9 @@ def test_the_layouts(tmp_path, parts, train, val, test):
 
 
 def test_a_lone_val_is_the_test_and_beside_a_test_it_is_not(tmp_path):
-    lone = folders.folders(grow(tmp_path / "a", train=TWO, val=TWO), 0.1, 0)
+    lone = folder_trees.list_class_folders(grow(tmp_path / "a", train=TWO, val=TWO), 0.1, 0)
     assert {name.split(b"/")[0] for name in lone.test.names} == {b"val"}
-    both = folders.folders(grow(tmp_path / "b", train=TWO, val=TWO, test=TWO), 0.1, 0)
+    both = folder_trees.list_class_folders(grow(tmp_path / "b", train=TWO, val=TWO, test=TWO), 0.1, 0)
     assert {name.split(b"/")[0] for name in both.test.names} == {b"test"}
     assert {name.split(b"/")[0] for name in both.val.names} == {b"val"}
 
@@ -58,7 +58,7 @@ def test_what_is_split_off_is_stratified_and_depends_on_the_seed_and_the_content
     grow(tmp_path, root={"cat": 40, "dog": 10})
 
     def contents(seed):
-        test = folders.folders(str(tmp_path), 0.2, seed).test
+        test = folder_trees.list_class_folders(str(tmp_path), 0.2, seed).test
         return sorted(test.path(k).read_text() for k in range(len(test.names)))
 
     before = contents(0)
@@ -70,7 +70,7 @@ def test_what_is_split_off_is_stratified_and_depends_on_the_seed_and_the_content
     assert contents(0) == before
 
 
-def test_folders_within_a_class_belong_to_it_and_other_files_are_passed_over(tmp_path):
+def test_folders_within_a_class_belong_to_it_and_other_files_are_skipped(tmp_path):
     grow(tmp_path, train=TWO, test=TWO)
     (tmp_path / "train/cat/more/deep").mkdir(parents=True)
     (tmp_path / "train/cat/more/deep/x.png").write_bytes(b"x")
@@ -79,9 +79,9 @@ def test_folders_within_a_class_belong_to_it_and_other_files_are_passed_over(tmp
     (tmp_path / "train/.cache").mkdir()
     for link, target in (("back", ".."), ("self", ".")):
         (tmp_path / "train/cat" / link).symlink_to(target)
-    tree = folders.folders(str(tmp_path), 0.1, 0)
+    tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
     assert len(tree.train.names) == 31
-    assert sorted(tree.passed_over) == ["train/cat/back", "train/cat/notes.txt", "train/cat/self"]
+    assert sorted(tree.skipped) == ["train/cat/back", "train/cat/notes.txt", "train/cat/self"]
 
 
 def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):
@@ -89,7 +89,7 @@ def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):
     grow(tmp_path / "near", root={"cat": 8})
     for name in ("bird", "fish"):
         (tmp_path / "near" / name).symlink_to(tmp_path / "far" / name)
-    tree = folders.folders(str(tmp_path / "near"), 0.3, 0)
+    tree = folder_trees.list_class_folders(str(tmp_path / "near"), 0.3, 0)
     assert np.bincount(tree.train.target).tolist() == [1, 5, 1]
 
 
@@ -112,24 +112,24 @@ def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):
 )
 def test_what_is_wrong_is_named(tmp_path, counts, message):
     with pytest.raises(OptionError, match=f"data_dir=.*{message}"):
-        folders.folders(grow(tmp_path, **counts), 0.1, 0)
+        folder_trees.list_class_folders(grow(tmp_path, **counts), 0.1, 0)
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(OptionError, match=r"data_dir=.*nowhere: no such folder"):
-        folders.folders(str(tmp_path / "nowhere"), 0.1, 0)
+        folder_trees.list_class_folders(str(tmp_path / "nowhere"), 0.1, 0)
     with pytest.raises(OptionError, match="needs two classes or more"):
-        folders.folders(str(tmp_path), 0.1, 0)
+        folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
     with pytest.raises(OptionError, match=r"must hold train/<wnid>.*ILSVRC2012_img_train.tar"):
-        folders.imagenet(str(tmp_path))
+        folder_trees.list_imagenet(str(tmp_path))
     with pytest.raises(OptionError, match=r"data.load.test_size=0: there is no test folder"):
-        folders.folders(grow(tmp_path, root=TWO), 0, 0)
+        folder_trees.list_class_folders(grow(tmp_path, root=TWO), 0, 0)
 
 
 def test_digests_tell_files_apart_at_either_end(tmp_path):
     for k, content in enumerate([b"a" + b"x" * 20000, b"x" * 20000 + b"a", b"x" * 20001, b"x" * 20001]):
         (tmp_path / str(k)).write_bytes(content)
-    found = folders.digests(folders.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0)
+    found = folder_trees.hash_files(folder_trees.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0)
     assert len(set(found)) == 4
     assert found[2] == found[3]
 
@@ -140,8 +140,8 @@ def test_files_that_differ_in_the_middle_only_are_told_apart(tmp_path):
         content = bytearray(b"\xff" * 20_000)
         content[10_000] = k
         (tmp_path / str(k)).write_bytes(content)
-    files = folders.Files(str(tmp_path), np.array([str(k).encode() for k in range(5)]), np.zeros(5))
-    assert len(set(folders.digests(files, 0))) == 5
+    files = folder_trees.Files(str(tmp_path), np.array([str(k).encode() for k in range(5)]), np.zeros(5))
+    assert len(set(folder_trees.hash_files(files, 0))) == 5
 
 
 def archive(path, members):
@@ -183,20 +183,20 @@ def official(tmp_path, monkeypatch):
 
 def test_the_official_archives_are_unpacked_once(official, capsys):
     for _ in range(2):
-        tree = folders.imagenet(str(official))
+        tree = folder_trees.list_imagenet(str(official))
         assert tree.classes == ["n01", "n02"]
         assert (len(tree.train.names), len(tree.test.names)) == (6, 4)
         assert sorted(tree.test.path(k).read_text() for k in range(4) if tree.test.target[k] == 0) == ["val 1", "val 2"]
     assert capsys.readouterr().out.count("unpacking") == 1
-    assert not (official / folders.UNPACKING).exists()
+    assert not (official / folder_trees.UNPACKING).exists()
 
 
 def test_damaged_and_half_unpacked_archives_are_refused(official):
-    (official / folders.UNPACKING).mkdir()
+    (official / folder_trees.UNPACKING).mkdir()
     with pytest.raises(OptionError, match="another process unpacks here, or one was interrupted"):
-        folders.imagenet(str(official))
-    (official / folders.UNPACKING).rmdir()
+        folder_trees.list_imagenet(str(official))
+    (official / folder_trees.UNPACKING).rmdir()
     (official / "ILSVRC2012_img_val.tar").write_bytes(b"?")
     with pytest.raises(OptionError, match="an archive is missing or damaged"):
-        folders.imagenet(str(official))
+        folder_trees.list_imagenet(str(official))
     assert not (official / "train").exists()

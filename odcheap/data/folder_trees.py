@@ -1,4 +1,4 @@
-"""Folders of classes on the disk: ImageNet's, and anybody's own in four layouts."""
+"""Image files in folders of classes: ImageNet's layout, and the user's own in four layouts."""
 
 import hashlib
 import os
@@ -9,74 +9,114 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torchvision.datasets import imagenet as archives
 
-from odcheap.data.image_files import Files, is_named_so
-from odcheap.data.splits import stratified
-from odcheap.utils.text import escape_control_chars
+from odcheap.data.splits import split_stratified
+from odcheap.predict import IMAGE_SUFFIXES, escape_control_chars
 from odcheap.utils.errors import OptionError
 
 PARTS = ("train", "val", "test")
 LAYOUTS = "<class>/*, or train/<class>/* with val/, test/ or both beside it"
 UNPACKING = ".unpacking"
-READ = 4096  # bytes at each end of a file that tell most files from others
-MANY = 50_000  # files that are worth a line before the silence
-READERS = 16  # threads: the disk answers several at once
+HASHED_BYTES = 4096  # at each end of a file; they tell most files from others
+MANY_FILES = 50_000  # so many take a while: a line says so
+READER_THREADS = 16  # a disk answers several at once
+
+
+class Files(NamedTuple):
+    """Image files: names below `root` and labels.
+
+    The names are bytes in one array, since a million Python strings would be copied into every loader process.
+    """
+
+    root: str
+    names: np.ndarray
+    target: np.ndarray
+
+    def path(self, index: int) -> Path:
+        return Path(self.root, os.fsdecode(self.names[index]))
+
+    def subset(self, index: np.ndarray) -> "Files":
+        return Files(self.root, self.names[index], self.target[index])
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Files to train on, to watch (None: to be held out of `train`) and to test on; others are `passed_over`."""
+    """The image files of each part.
+
+    Attributes:
+        classes: Names of the classes by label.
+        train: Files to train on.
+        val: Held-out files; None where they are to be split off `train`.
+        test: Files to test on.
+        skipped: Names of files that are no images.
+    """
 
     classes: list[str]
     train: Files
     val: Files | None
     test: Files
-    passed_over: list[str]
+    skipped: list[str]
 
 
-def imagenet(data_dir: str) -> Tree:
-    """ILSVRC-2012: `train/<wnid>/*` and `val/<wnid>/*`, which is the test; unpacks torchvision's archives once.
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name; hidden files are not."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
-    Raises `OptionError` where neither is there, or the class folders differ.
+
+def list_imagenet(data_dir: str) -> Tree:
+    """Lists ILSVRC-2012: `train/<wnid>/*`, and `val/<wnid>/*` as the test images.
+
+    Where only the official archives are there, they are unpacked once.
+
+    Raises:
+        OptionError: Neither is there, or train and val have different classes.
     """
     root = Path(data_dir)
     if not (root / "train").is_dir() and (root / archives.ARCHIVE_META["train"][0]).is_file():
-        unpack(root)
+        unpack_imagenet(root)
     if not all((root / part).is_dir() for part in ("train", "val")):
         names = ", ".join(name for name, _ in archives.ARCHIVE_META.values())
         raise OptionError("data_dir", data_dir, f"must hold train/<wnid>/* and val/<wnid>/*, or the archives {names}")
-    found, classes, passed_over = listed(root, ("train", "val"))
-    return Tree(classes, found["train"], None, found["val"], passed_over)
+    found, classes, skipped = list_parts(root, ("train", "val"))
+    return Tree(classes, found["train"], None, found["val"], skipped)
 
 
-def folders(data_dir: str, test_size: float, split_seed: int) -> Tree:
-    """Anybody's pictures: one folder a class, or these in `train` with `val`, `test` or both beside it.
+def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], split_seed: int) -> Tree:
+    """Lists images in one folder a class, or in such folders below `train` with `val`, `test` or both beside it.
 
-    A lone `val` is the test. Where there is none, `test_size` pictures (a fraction below 1, else a count) are split
-    off, stratified. Raises `OptionError`.
+    Args:
+        data_dir: The folder.
+        test_size: Test images, a count or a fraction below 1, which are split off (stratified) where there is neither
+            `val` nor `test`. A `val` without `test` is the test.
+        split_seed: Seed of that split.
+
+    Raises:
+        OptionError: The folders have none of these layouts.
     """
     root = Path(data_dir)
     if not root.is_dir():
         raise OptionError("data_dir", data_dir, f"no such folder; {LAYOUTS} is expected")
     there = [part for part in PARTS if (root / part).is_dir()]
-    refuse_near_names(root, there)
-    found, classes, passed_over = listed(root, there)
+    check_folder_names(root, there)
+    found, classes, skipped = list_parts(root, there)
     if len(there) > 1:
         val = found["val"] if "test" in found and "val" in found else None
-        return Tree(classes, found["train"], val, found.get("test", found.get("val")), passed_over)
+        return Tree(classes, found["train"], val, found.get("test", found.get("val")), skipped)
     whole = found["train" if there else "."]
-    split = stratified(digests(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size")
+    split = split_stratified(hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size")
     if not len(split.val):
         raise OptionError("data.load.test_size", test_size, "there is no test folder, and nothing is split off for one")
-    return Tree(classes, whole.subset(split.train), None, whole.subset(split.val), passed_over)
+    return Tree(classes, whole.subset(split.train), None, whole.subset(split.val), skipped)
 
 
-def refuse_near_names(root: Path, there: list[str]) -> None:
-    """A folder "valid" beside "train" would silently not be used, and a "Train" would be taken for a class."""
+def check_folder_names(root: Path, there: list[str]) -> None:
+    """Raises `OptionError` for folders such as "valid" beside "train", or "Train", which would be a class."""
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
     for entry in sorted(root.iterdir()):
@@ -89,10 +129,10 @@ def refuse_near_names(root: Path, there: list[str]) -> None:
             raise OptionError("data_dir", entry, "folders of classes are called train, val and test: rename it")
 
 
-def listed(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
-    """Files of each part ("." where there are none), class names, and what is no picture by its name."""
-    passed_over: list[str] = []
-    by_part = {part: by_class(root, part, passed_over) for part in parts or (".",)}
+def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
+    """Lists the files of each part ("." where there are none), the class names, and files that are no images."""
+    skipped: list[str] = []
+    by_part = {part: list_classes(root, part, skipped) for part in parts or (".",)}
     first, *others = by_part
     classes = list(by_part[first])
     for other in others:
@@ -109,35 +149,36 @@ def listed(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str
         names = np.array([os.fsencode(name) for names in files.values() for name in names])
         target = np.repeat(np.arange(len(files)), [len(names) for names in files.values()])
         found[part] = Files(str(root), names, target)
-    return found, classes, passed_over
+    return found, classes, skipped
 
 
-def by_class(root: Path, part: str, passed_over: list[str]) -> dict[str, list[str]]:
-    """Class -> names below `root`, both in alphabetical order; `OptionError` where a class is empty."""
+def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[str]]:
+    """Lists names below `root` by class, both in alphabetical order; `OptionError` where a class is empty."""
     names = sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir() and entry.name[0] != ".")
-    found = {name: pictures_below(root, os.path.normpath(os.path.join(part, name)), passed_over) for name in names}
+    found = {name: list_images_below(root, os.path.normpath(os.path.join(part, name)), skipped) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise OptionError("data_dir", root / part / empty[0], "this class has no pictures: fill or remove the folder")
     return found
 
 
-def pictures_below(root: Path, folder: str, passed_over: list[str]) -> list[str]:
+def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
+    """Lists image files below a folder at any depth; other files are added to `skipped`."""
     found = []
     for where, inner, names in os.walk(root / folder):  # a link to a folder may lead round in a circle
         below = os.path.relpath(where, root)
-        passed_over += [os.path.join(below, name) for name in inner if os.path.islink(os.path.join(where, name))]
+        skipped += [os.path.join(below, name) for name in inner if os.path.islink(os.path.join(where, name))]
         inner[:] = [name for name in inner if name[0] != "."]
         for name in names:
-            if is_named_so(name):
+            if is_image_name(name):
                 found.append(os.path.join(below, name))
             elif name[0] != ".":
-                passed_over.append(os.path.join(below, name))
+                skipped.append(os.path.join(below, name))
     return sorted(found)
 
 
-def digests(files: Files, split_seed: int) -> list[bytes]:
-    """A keyed 16-byte hash of each file: of its length and its ends, and of all of it where those are not its own."""
+def hash_files(files: Files, split_seed: int) -> list[bytes]:
+    """Returns a keyed 16-byte hash of each file: of its size and its ends, and of all of it where those are not unique."""
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:
@@ -145,21 +186,21 @@ def digests(files: Files, split_seed: int) -> list[bytes]:
         try:
             with open(files.path(index), "rb") as file:
                 length = os.fstat(file.fileno()).st_size
-                whole.update(length.to_bytes(8, "big") + file.read(READ))
-                file.seek(max(0, length - READ))
-                whole.update(file.read(READ))
+                whole.update(length.to_bytes(8, "big") + file.read(HASHED_BYTES))
+                file.seek(max(0, length - HASHED_BYTES))
+                whole.update(file.read(HASHED_BYTES))
         except OSError:  # decoding will name it
             whole.update(files.names[index])
         return whole.digest()
 
-    if len(files.names) > MANY:
+    if len(files.names) > MANY_FILES:
         print(f"looking into {len(files.names):,} files below {escape_control_chars(files.root)}", flush=True)
 
     def whole_digest(index: int) -> bytes:
         with open(files.path(index), "rb") as file:
             return hashlib.blake2b(hashlib.file_digest(file, "blake2b").digest(), digest_size=16, key=key).digest()
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READER_THREADS) as pool:
         found = list(pool.map(digest, range(len(files.names))))
         times = Counter(found)
         tied = [index for index, value in enumerate(found) if times[value] > 1]
@@ -168,8 +209,8 @@ def digests(files: Files, split_seed: int) -> list[bytes]:
     return found
 
 
-def unpack(root: Path) -> None:
-    """Torchvision's ImageNet archives into `train` and `val`, which appear when they are whole."""
+def unpack_imagenet(root: Path) -> None:
+    """Unpacks the official archives into `train` and `val`, which appear only when they are complete."""
     beside = root / UNPACKING
     if (root / "val").exists():
         raise OptionError("data_dir", root / "val", "is there and train is not: remove it to have both unpacked")
