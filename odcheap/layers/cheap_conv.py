@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Window:
     stride: Pair = (1, 1)
     padding: Pair | str = (1, 1)
     dilation: Pair = (1, 1)
-    padding_mode: str = "zeros"
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "Window":

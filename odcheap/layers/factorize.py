@@ -5,7 +5,7 @@ input channels.
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def spatial_kernel(spatial: nn.Module, like: Tensor, window: "Window") -> Tensor
     """
     if isinstance(spatial, nn.Conv2d):
         return spatial.weight
-    probe = copy.deepcopy(spatial)
+    probe: Any = copy.deepcopy(spatial)
     if hasattr(probe, "stride"):
         probe.stride = (1, 1)
     reach = [d * (k - 1) for k, d in zip(window.kernel_size, window.dilation, strict=True)]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ def cheap_form(network: nn.Module) -> nn.Module:
 
 
 def _move_stride(pair: CheapConv) -> CheapConv:
-    if hasattr(pair.spatial, "stride"):
-        pair.spatial.stride = _total_stride(pair)
+    spatial: Any = pair.spatial
+    if hasattr(spatial, "stride"):
+        spatial.stride = _total_stride(pair)
         pair.pointwise.stride = (1, 1)
     return pair
 

@@ -61,7 +61,8 @@ class Shift2d(nn.Module):
         if isinstance(self.padding, str):
             total = d * (k - 1) if self.padding == "same" else 0
             return total // 2, total - total // 2
-        return (to_pair(self.padding)[dim],) * 2
+        side = to_pair(self.padding)[dim]
+        return side, side
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self._pad(x)
@@ -92,7 +93,7 @@ class Shift2d(nn.Module):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}, border={self.border}"
 
 
-def to_pair(value: int | Pair) -> Pair:
+def to_pair(value: int | tuple[int, ...]) -> Pair:
     """Returns (rows, columns) of a number that stands for both."""
     if isinstance(value, int):
         return value, value

@@ -47,6 +47,11 @@ class Method(nn.Module):
         self.averages: AveragedStudents | None = None
         self.ramp: RampUp | None = None
 
+    @property
+    def ramp_weight(self) -> Tensor | float:
+        """The current weight of the terms that grow over the first epochs."""
+        return 1.0 if self.ramp is None else self.ramp.weight
+
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name, and their sum `loss`.
 

@@ -58,7 +58,7 @@ class FeatureFusion(Method):
         The last two have the factor w T^2.
         """
         logits, fused = outputs["student_logits"], outputs["teacher_logits"]
-        weight = self.ramp.weight * self.temperature**2
+        weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_f": F.cross_entropy(fused, target)}
         terms["L_kl_e"] = weight * soft_kl(fused, logits.mean(0).detach(), self.temperature)
         return add_total(terms | student_terms(weight * soft_kl(logits, fused.detach(), self.temperature), "L_kl_f"))

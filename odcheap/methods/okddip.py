@@ -58,7 +58,7 @@ class DiversePeers(Method):
         log_q = (logits / self.temperature).log_softmax(-1)
         peers = log_q[:-1].exp()
         targets = torch.einsum("nkb,bnc->knc", outputs["attention"], peers)
-        weight = self.ramp.weight * self.temperature**2
+        weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_gt")
         terms |= student_terms(weight * kl_divergence(targets, log_q[:-1]), "L_dis1")
         return add_total(terms | {"L_dis2": weight * kl_divergence(peers.mean(0), log_q[-1])})

@@ -50,5 +50,5 @@ class NativeEnsemble(Method):
         """Returns the terms `L_ce_k`, `L_ce_e`, `L_kl_k` (with the factor w T^2) and their sum `loss`."""
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_e": F.cross_entropy(teacher, target)}
-        kl = self.ramp.weight * self.temperature**2 * soft_kl(logits, teacher.detach(), self.temperature)
+        kl = self.ramp_weight * self.temperature**2 * soft_kl(logits, teacher.detach(), self.temperature)
         return add_total(terms | student_terms(kl, "L_kl"))

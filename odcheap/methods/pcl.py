@@ -62,7 +62,7 @@ class PeerCollaborativeLearning(Method):
         The last two have the factor w T^2.
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
-        weight = self.ramp.weight * self.temperature**2
+        weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
         terms |= student_terms(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
         pairs = soft_kl(logits[None], outputs["average_logits"][:, None], self.temperature)  # from average l to peer k

@@ -6,22 +6,23 @@ feature maps and their logits (S, N, K). All give the same numbers within roundi
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from odcheap.models.backbone import Backbone
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import derive_seed, temporary_seed
 
 MAX_STUDENTS = 100  # a typing error would be built until the memory is full
 StudentOutputs = tuple[list[Tensor], Tensor]
-RunStudents = Callable[[Sequence[nn.Module], Sequence[Tensor]], StudentOutputs]
+RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
 
 
-def run_sequential(members: Sequence[nn.Module], views: Sequence[Tensor]) -> StudentOutputs:
+def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
     """Runs one student after the other.
 
     In training on a CPU each student draws its random numbers (dropout) from a stream of its own, so that they do not
@@ -39,7 +40,7 @@ def run_sequential(members: Sequence[nn.Module], views: Sequence[Tensor]) -> Stu
     return features, torch.stack(logits)
 
 
-def run_on_streams(members: Sequence[nn.Module], views: Sequence[Tensor]) -> StudentOutputs:
+def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
     """Runs each student on a CUDA stream of its own; in a CUDA graph they become parallel branches.
 
     The backward pass does the same, since autograd runs each operation on the stream of its forward pass. On a CPU,
@@ -65,7 +66,7 @@ def _student_streams(device: torch.device, count: int) -> tuple[torch.cuda.Strea
     return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
-def run_auto(members: Sequence[nn.Module], views: Sequence[Tensor]) -> StudentOutputs:
+def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
     """Runs on streams while a CUDA graph is recorded, else one after the other, which is faster on CPUs."""
     is_recorded = views[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return run_on_streams(members, views) if is_recorded else run_sequential(members, views)
@@ -86,7 +87,7 @@ class Students(nn.Module):
     """Networks of one architecture that are trained together.
 
     Args:
-        build: Builds one student: a backbone with `features`, `head`, `num_features` and `num_classes`.
+        build: Builds one student.
         num_stu: Number of students, S.
         seed: The first weights of student k depend on (seed, k) only.
         run: The way to run them on a batch.
@@ -105,7 +106,7 @@ class Students(nn.Module):
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
+        build: Callable[[], Backbone],
         num_stu: Annotated[int, Field(ge=1, le=MAX_STUDENTS)],
         seed: int,
         run: RunStudents = run_auto,
@@ -117,19 +118,23 @@ class Students(nn.Module):
                 members.append(build())
         self.members, self.run = nn.ModuleList(members), run
 
+    def backbones(self) -> list[Backbone]:
+        """Returns the networks."""
+        return cast("list[Backbone]", list(self.members))
+
     def __len__(self) -> int:
         return len(self.members)
 
     @property
     def num_features(self) -> int:
         """Channels of one student's last feature map."""
-        return self.members[0].num_features
+        return self.backbones()[0].num_features
 
     @property
     def num_classes(self) -> int:
         """Number of classes, K."""
-        return self.members[0].num_classes
+        return self.backbones()[0].num_classes
 
     def forward(self, images: Tensor) -> StudentOutputs:
         views = images if images.ndim == 5 else [images] * len(self)
-        return self.run(list(self.members), list(views))
+        return self.run(self.backbones(), list(views))

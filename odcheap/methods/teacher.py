@@ -175,6 +175,6 @@ def load_published_network(name: str, path: str, num_classes: int) -> nn.Module:
     library, _, network_name = name.partition("/")
     if library not in LIBRARIES or not network_name:
         raise OptionError("method.teacher_network", name, "must be torchvision/NAME or timm/NAME")
-    backbone = LIBRARIES[library](network_name, Standard(), num_classes)
+    backbone: Any = LIBRARIES[library](network_name, Standard(), num_classes)
     load_pretrained(backbone.network, path, num_classes, OPTION, new_head=False)
     return backbone

@@ -57,6 +57,9 @@ class NormalizedNetwork(nn.Module):
         std: One number a channel.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.network = network

@@ -1,8 +1,4 @@
-"""Networks for small images.
-
-A backbone has `features(x)`, `head(features)`, `num_features`, `num_classes`, `classifier` (the name of its last linear
-layer) and `native_size` (side in pixels of the images that it is made for).
-"""
+"""Networks for small images."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -13,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import BlockType, conv3x3
+from odcheap.models.backbone import Backbone
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
@@ -20,7 +17,7 @@ MAX_DEPTH = 1202  # of He et al.; a typing error would be built until the memory
 MAX_WIDTH = 100  # of a wide ResNet's factor and a DenseNet's growth; published ones are 20 and 48 at most
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Backbone):
     """ResNet of depth 6n + 2 for small images: a stem of 16 channels, three stages of n blocks with 16, 32, 64 channels.
 
     Depths, widths and the standard form follow He et al., "Deep residual learning", 2015, section 4.2, with 1 x 1
@@ -68,9 +65,6 @@ class CifarResNet(nn.Module):
     def head(self, features: Tensor) -> Tensor:
         """(N, 64, H, W) -> (N, K): global average pool, linear layer."""
         return self.fc(features.mean((2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
 
 class BasicBlock(nn.Module):
@@ -123,7 +117,7 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module
     )
 
 
-class PlainNetwork(nn.Module):
+class PlainNetwork(Backbone):
     """A standard network of three parts: layers that give the last feature map, global average pool, linear layer."""
 
     native_size = 32
@@ -141,9 +135,6 @@ class PlainNetwork(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         return self.fc(features.mean((2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
 
 def vgg16(num_classes: int) -> PlainNetwork:
@@ -176,7 +167,8 @@ def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_
     """
     if not 7 <= depth <= MAX_DEPTH or (depth - 4) % 3:
         raise OptionError("backbone.network.depth", depth, "must be 3n + 4 with n >= 1: 7, 10, ..., 40, ..., 1201")
-    layers, channels = [conv3x3(3, 16)], 16
+    layers: list[nn.Module] = [conv3x3(3, 16)]
+    channels = 16
     for block in range(3):
         if block:
             layers += [norm_relu(channels), nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
@@ -210,7 +202,8 @@ def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], nu
     """
     if not 10 <= depth <= MAX_DEPTH or (depth - 4) % 6:
         raise OptionError("backbone.network.depth", depth, "must be 6n + 4 with n >= 1: 10, 16, 22, 28, ..., 1198")
-    layers, channels = [conv3x3(3, 16)], 16
+    layers: list[nn.Module] = [conv3x3(3, 16)]
+    channels = 16
     for out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
         for k in range((depth - 4) // 6):
             layers.append(WideBlock(channels, out, 1 if k else stride))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -64,11 +64,13 @@ def cheapen(
     check_conversion_options(model, keep, init)
     fit = init == "fit" or (init == "auto" and looks_trained(model))
     converted = copy.deepcopy(model)
-    convs = find_spatial_convs(converted)
+    convs: dict[str, Any] = find_spatial_convs(converted)
     reasons = find_reasons_to_keep(converted, block_type, keep)
     for name, reason in reasons.items():
         convs[name].reason_kept = reason
-    pairs = {conv: make_pair(conv, block_type, fit) for name, conv in convs.items() if name not in reasons}
+    pairs: dict[Any, CheapConv] = {
+        conv: make_pair(conv, block_type, fit) for name, conv in convs.items() if name not in reasons
+    }
     if not pairs:
         examples = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         allowed = f"nothing to replace in {type(model).__name__} ({examples})"
@@ -182,7 +184,8 @@ def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
         spatial, pointwise = block_type.factorize(conv.weight, pair)
         pair.pointwise.weight.copy_(pointwise)
         if spatial is not None:
-            pair.spatial.weight.copy_(torch.where(spatial.isnan(), pair.spatial.weight, spatial))
+            fresh: Any = pair.spatial.weight
+            fresh.copy_(torch.where(spatial.isnan(), fresh, spatial))
     return pair.requires_grad_(conv.weight.requires_grad)
 
 

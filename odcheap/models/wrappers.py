@@ -5,7 +5,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torchvision
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import BlockType, CheapConv, Window
+from odcheap.models.backbone import Backbone
 from odcheap.models.build import check_state_dict
 from odcheap.models.convert import Init, cheapen, check_conversion_options, find_spatial_convs
 from odcheap.utils.arguments import check_arguments
@@ -27,8 +28,8 @@ Noise = Annotated[float, Field(ge=0)]
 
 
 def converted_backbone(
-    network: Callable[..., nn.Module], conv: BlockType, num_classes: int, keep: list[str] | str | None = None
-) -> nn.Module:
+    network: Callable[..., Backbone], conv: BlockType, num_classes: int, keep: list[str] | str | None = None
+) -> Backbone:
     """One of our standard networks, with its 3 x 3 convolutions (but the stem) replaced by pairs of the block type.
 
     Args:
@@ -42,7 +43,7 @@ def converted_backbone(
     return converted
 
 
-def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> nn.Module:
+def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> Any:
     """`cheapen`, with errors that name the options as in `conf/`; a standard block type changes nothing."""
     try:
         if not conv.is_cheap:
@@ -53,7 +54,7 @@ def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, 
         raise error if str(error).startswith("block_type") else error.with_group("backbone") from None
 
 
-def mobilenetv2(conv: BlockType, num_classes: int) -> nn.Module:
+def mobilenetv2(conv: BlockType, num_classes: int) -> Backbone:
     """MobileNetV2 for images of 32 x 32, without the strides before 8 pixels; last feature map (N, 1280, H/8, W/8).
 
     Its depth-wise convolutions already stand between 1 x 1 convolutions, so the block type's spatial operator takes
@@ -61,7 +62,7 @@ def mobilenetv2(conv: BlockType, num_classes: int) -> nn.Module:
     Inverted residuals and linear bottlenecks", 2018.
     """
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
-    network = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
+    network: Any = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
     network.features[0][0].stride = (1, 1)
     for block in network.modules():
         for name, layer in block.named_children():
@@ -85,7 +86,7 @@ def torchvision_backbone(
     keep: list[str] | str | None = None,
     init: Init = "auto",
     noise: Noise = 0.0,
-) -> nn.Module:
+) -> Backbone:
     """A classification network of torchvision, converted to the block type.
 
     Args:
@@ -104,7 +105,7 @@ def torchvision_backbone(
     check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
     has_auxiliary_heads = name in ("googlenet", "inception_v3")
     options = {"aux_logits": False, "init_weights": pretrained is None} if has_auxiliary_heads else {}
-    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    network: Any = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if has_auxiliary_heads:
         network.transform_input = True  # the published weights expect TensorFlow's normalization
     backbone = find_num_features(TorchvisionBackbone(network, num_classes), name)
@@ -121,7 +122,7 @@ def timm_backbone(
     keep: list[str] | str | None = None,
     init: Init = "auto",
     noise: Noise = 0.0,
-) -> nn.Module:
+) -> Backbone:
     """A network of timm, converted to the block type. The arguments are those of `torchvision_backbone`.
 
     Raises:
@@ -165,11 +166,11 @@ def prepare_network(
     return converted
 
 
-class TorchvisionBackbone(nn.Module):
+class TorchvisionBackbone(Backbone):
     """A torchvision network, split before its global pool: `head(features(x))` is its own forward pass."""
 
     native_size = 224
-    num_features: int
+    network: Any  # a module whose parts are found by their names
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
@@ -200,15 +201,12 @@ class TorchvisionBackbone(nn.Module):
             x = getattr(self.network, name)(x)
         return x.flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
-
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """A timm network, which itself says where its features end."""
 
     native_size = 224
-    num_features: int
+    network: Any  # a module whose parts are found by their names
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
@@ -223,11 +221,8 @@ class TimmBackbone(nn.Module):
         """(N, C, h, w) -> logits (N, K)."""
         return self.network.forward_head(features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
-
-def find_num_features(backbone: TorchvisionBackbone | TimmBackbone, name: str) -> nn.Module:
+def find_num_features(backbone: TorchvisionBackbone | TimmBackbone, name: str) -> Backbone:
     """Sets `num_features` of a backbone and returns it.
 
     Raises:
@@ -268,7 +263,7 @@ def load_pretrained(
     Raises:
         OptionError: The weights do not fit; nothing has been changed.
     """
-    content = read_safetensors(path, option)[0] if str(path).endswith(".safetensors") else read_torch(path, option)
+    content: Any = read_safetensors(path, option)[0] if str(path).endswith(".safetensors") else read_torch(path, option)
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -319,7 +314,7 @@ def add_weight_noise(network: nn.Module, noise: float) -> None:
                 parameter += noise * parameter.std() * torch.randn_like(parameter)
 
 
-def check_image_size(backbone: nn.Module, image_size: tuple[int, int, int], name: str) -> None:
+def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name: str) -> None:
     """Raises `OptionError` where images are too large for a network for small ones, or too small for its strides.
 
     Args:
@@ -343,12 +338,12 @@ def check_image_size(backbone: nn.Module, image_size: tuple[int, int, int], name
         raise OptionError("backbone", name, f"pictures of {height} x {width} are too small: its stride is {stride}")
 
 
-def find_stride(backbone: nn.Module) -> int:
+def find_stride(backbone: Backbone) -> int:
     """Returns how many pixels of the image's side stand for one of the last feature map's."""
     return 1024 // _features_on_meta(backbone, 1024, 1024).shape[-1]
 
 
-def _features_on_meta(backbone: nn.Module, height: int, width: int) -> Tensor:
+def _features_on_meta(backbone: Backbone, height: int, width: int) -> Tensor:
     """The last feature map on the meta device, where nothing is computed."""
     images = torch.empty(1, 3, height, width, device="meta")
     return copy.deepcopy(backbone).to("meta").eval().features(images)

@@ -63,18 +63,22 @@ def translate_reference(content: dict[str, Any], path: str | Path, option: str =
         students = [_student_state(state, k) for k in range(1, count + 1)]
         first = students[0]
         blocks = len({name.split(".")[1] for name in first if name.startswith("layer1.")})
-        spatial = first.get("layer1.0.conv1.spatial.weight")
         spatial_names = {name.split(".")[-2] for name in state if name.endswith(("dw1.weight", "group1.weight"))}
         return ReferenceWeights(
             students=students,
             head={name: tensor for name, tensor in state.items() if name.startswith(("norm.", "fc."))},
             block_type="Group" if "group1" in spatial_names else "DW" if "dw1" in spatial_names else "Shift",
             depth=6 * blocks + 2,
-            groups=spatial.shape[0] // spatial.shape[1] if "group1" in spatial_names else 1,
+            groups=_count_groups(first["layer1.0.conv1.spatial.weight"]) if "group1" in spatial_names else 1,
             num_classes=first["fc.weight"].shape[0],
         )
     except (KeyError, IndexError, AttributeError) as error:
         raise OptionError(option, path, f"looks like a checkpoint of the 2019 code but lacks {error}") from error
+
+
+def _count_groups(weight: Tensor) -> int:
+    """Of the weights (C, C/groups, kh, kw) of a convolution in groups."""
+    return weight.shape[0] // weight.shape[1]
 
 
 def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
