@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100: from the official files, from a tree of image files, or downloaded."""
 
 import hashlib
-import json
 import os
 import socket
 import urllib.error

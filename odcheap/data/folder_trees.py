@@ -109,7 +109,9 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
         val = found["val"] if "test" in found and "val" in found else None
         return Tree(classes, found["train"], val, found.get("test", found.get("val")), skipped)
     whole = found["train" if there else "."]
-    split = split_stratified(hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size")
+    split = split_stratified(
+        hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size"
+    )
     if not len(split.val):
         raise OptionError("data.load.test_size", test_size, "there is no test folder, and nothing is split off for one")
     return Tree(classes, whole.subset(split.train), None, whole.subset(split.val), skipped)

@@ -66,7 +66,9 @@ class TrainImages(Dataset):
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
             views = [self.augment(image, epoch, index, view) for view in range(self.views)]
-            return Sample(torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken)
+            return Sample(
+                torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken
+            )
         return empty_sample(self.size, broken, self.views)
 
     def augment(self, image: Image.Image, epoch: int, index: int, view: int) -> Tensor:

@@ -129,7 +129,9 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 def test_digests_tell_files_apart_at_either_end(tmp_path):
     for k, content in enumerate([b"a" + b"x" * 20000, b"x" * 20000 + b"a", b"x" * 20001, b"x" * 20001]):
         (tmp_path / str(k)).write_bytes(content)
-    found = folder_trees.hash_files(folder_trees.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0)
+    found = folder_trees.hash_files(
+        folder_trees.Files(str(tmp_path), np.array([b"0", b"1", b"2", b"3", b"gone"]), np.zeros(5)), 0
+    )
     assert len(set(found)) == 4
     assert found[2] == found[3]
 

@@ -117,7 +117,12 @@ def test_the_processes_together_see_the_pictures_of_one(flat):
     for k, batch in enumerate(made(flat).train_loader(ALONE)):
         together = torch.cat([rank[k].images for rank in ranks])
         assert {image.numpy().tobytes() for image in together} == {image.numpy().tobytes() for image in batch.images}
-    tests = [t for rank in (0, 1) for b in made(flat).test_loader(Process(rank=rank, world_size=2)) for t in b.target.tolist()]
+    tests = [
+        t
+        for rank in (0, 1)
+        for b in made(flat).test_loader(Process(rank=rank, world_size=2))
+        for t in b.target.tolist()
+    ]
     assert sorted(tests) == sorted(made(flat).labels["test"].tolist())
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odcheap.data.splits import hash_pixels, divide_proportionally, split_stratified
+from odcheap.data.splits import divide_proportionally, hash_pixels, split_stratified
 from odcheap.utils.errors import OptionError
 
 
