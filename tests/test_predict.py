@@ -29,11 +29,11 @@ def made(tmp_path_factory):
     """An export of a student that was never trained, for two pictures at a time."""
     folder = tmp_path_factory.mktemp("export")
     network = NormalizedNetwork(settled(CifarResNet(8, DW(), 3)), [0.5] * 3, [0.2] * 3).float().eval()
-    (folder / "student.onnx").write_bytes(onnx.to_onnx(onnx.program(network, (3, 16, 16), batch=2)))
+    (folder / "student.onnx").write_bytes(onnx.to_onnx(onnx.export_program(network, (3, 16, 16), batch=2)))
     (folder / "preprocess.json").write_text(json.dumps(PREPROCESS))
     (folder / "labels.json").write_text(json.dumps(["cat", "do\x1bg", "größe"]))
     shutil.copyfile(predict.__file__, folder / "predict.py")
-    (folder / "README.md").write_text("\n".join(["# card", "```", *model_card.sums(folder), "```"]))
+    (folder / "README.md").write_text("\n".join(["# card", "```", *model_card.checksum_lines(folder), "```"]))
     return folder
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp
 def test_files_that_do_not_fit_together_are_one_line(export, tmp_path, capsys, name, content):
     (export / name).write_text(content)
     (export / "README.md").unlink()
-    (export / "README.md").write_text("\n".join(model_card.sums(export)))
+    (export / "README.md").write_text("\n".join(model_card.checksum_lines(export)))
     pictures_ = [str(noise(tmp_path / f"{'x' * k}.png")) for k in range(1, 9)]
     assert predict.main([str(export), *pictures_]) == 1
     assert "its files do not fit together" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs the export command: `python -m odcheap.export JOB_DIR`."""
+"""Runs `python -m odcheap.export`."""
 
 from odcheap.export.command import main
 

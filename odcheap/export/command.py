@@ -1,27 +1,40 @@
-"""`python -m odcheap.export JOB_DIR`: a run's student as files for a device, checked and timed."""
+"""Writes a run's student as files for a device, and checks them.
+
+The folder JOB_DIR/export (or --out) has these files:
+
+  student.onnx         for ONNX Runtime and compilers; the normalization is part of the graph
+  student-dense.onnx   the same function as dense convolutions, where that is faster here
+  student-int8.onnx    8-bit integers, with --int8
+  student.pt2          for torch.export.load, which needs PyTorch only
+  student.safetensors  for odcheap.load_student
+  predict.py           classifies image files: python predict.py IMAGE_OR_FOLDER...
+  preprocess.json, labels.json, README.md (the model card with accuracy, speed, checks and checksums)
+
+Every file is run on the run's test images and compared with the trained network before the folder appears.
+"""
 
 import argparse
 import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
-from odcheap.export import evidence, latency, model_card, onnx, quantize, verify
-from odcheap.export.model_card import DENSE, STANDARD, File
-from odcheap.export.product import Product, of_run
+from odcheap.data.base import ImageData
+from odcheap.export import latency, model_card, onnx, quantize, verify
+from odcheap.export.load_run import RunStudent, load_run_student
+from odcheap.export.model_card import DENSE, STANDARD, STUDENT, ModelFile
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models import flops
 from odcheap.models.build import NormalizedNetwork
@@ -30,41 +43,50 @@ from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_text
 
-INT8_OPSET = 13  # the first that has scales for channels
-CALIBRATION = 512  # training pictures that say which values 8 bits must hold
+OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
+CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
 
 
-class Wish(NamedTuple):
-    """What is asked for: `batch` and `opset` make a static graph; `seconds` are spent on each timing."""
+@dataclass(frozen=True)
+class ExportOptions:
+    """The command's options: `batch` and `opset` make a static graph; `seconds` are spent on each timing."""
 
+    job_dir: Path
     out: Path
+    student: int | None
     data_dir: str | None
     int8: bool
     batch: int | None
     opset: int | None
     overwrite: bool
     seconds: float
+    config_dir: list[Path]
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit status."""
-    parser = argparse.ArgumentParser("python -m odcheap.export", description=__doc__)
-    parser.add_argument("job_dir", type=Path, metavar="JOB_DIR", help="a run's folder")
-    parser.add_argument("--student", type=int, help="student k of the selected epoch (default: the chosen one)")
-    parser.add_argument("--out", type=Path, help="the folder to write (default: JOB_DIR/export)")
-    parser.add_argument("--data-dir", help="where the run's images lie now, for the checks (default: where they lay)")
-    parser.add_argument("--int8", action="store_true", help="8-bit integers too, calibrated on training images")
-    parser.add_argument("--batch", type=int, help="a static graph for so many pictures, for a device's compiler")
-    parser.add_argument("--opset", type=int, help="ONNX's opset (default: PyTorch's choice)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older export")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each timing (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    out = Path(os.path.realpath(given.out or given.job_dir / "export"))
-    wish = Wish(out, given.data_dir, given.int8, given.batch, given.opset, given.overwrite, given.seconds)
+def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -> int:
+    """Runs the command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("job_dir", type=Path, metavar="JOB_DIR", help="a run's folder")
+    add("--student", type=int, metavar="K", help="student K, from 0 (default: the selected student)")
+    add("--out", type=Path, metavar="DIR", help="the folder to write (default: JOB_DIR/export)")
+    add("--data-dir", metavar="DIR", help="where the run's images are now (default: where they were in training)")
+    add("--int8", action="store_true", help="also write 8-bit integers, calibrated on training images")
+    add("--batch", type=int, metavar="N", help="a static graph for exactly N images, for a device's compiler")
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: PyTorch's choice)")
+    add("--overwrite", action="store_true", help="replace an older export")
+    add("--seconds", type=float, default=1.0, metavar="S", help="time for each timing (default: %(default)s)")
+    more = (
+        "folder with configuration files of your own, for a run with parts that odcheap does not have; may be repeated"
+    )
+    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
+    values = vars(parser.parse_args(arguments))
+    values["out"] = Path(os.path.realpath(values["out"] or values["job_dir"] / "export"))
+    options = ExportOptions(**values)
     hide_library_warnings()
     try:
-        check(wish)
-        export(of_run(given.job_dir, given.student), wish)
+        check_options(options)
+        export(load_run_student(options.job_dir, options.student, options.config_dir), options)
     except (Failure, predict.PredictError) as error:
         return print_error(str(error))
     except KeyboardInterrupt:
@@ -78,79 +100,80 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def check(wish: Wish) -> None:
-    if wish.batch is not None and wish.batch < 1:
-        raise OptionError("--batch", wish.batch, "must be 1 or more")
-    if wish.int8 and (wish.batch or 1) > CALIBRATION:
-        raise OptionError("--batch", wish.batch, f"must be at most {CALIBRATION} with --int8, the pictures it looks at")
-    if wish.int8 and wish.opset is not None and wish.opset < INT8_OPSET:
-        raise OptionError("--opset", wish.opset, f"must be {INT8_OPSET} or more with --int8")
-    if not wish.seconds > 0:
-        raise OptionError("--seconds", wish.seconds, "must be above 0")
-    if wish.out.is_mount():
-        raise OptionError("--out", wish.out, "is a mount point, which cannot be replaced: name a folder in it")
-    if not wish.out.exists() or (wish.out.is_dir() and not any(wish.out.iterdir())):
+def check_options(options: ExportOptions) -> None:
+    """Raises `OptionError` for values that are not allowed, and for a folder that must not be replaced."""
+    batch, opset, out = options.batch, options.opset, options.out
+    if batch is not None and batch < 1:
+        raise OptionError("--batch", batch, "must be 1 or more")
+    if options.int8 and (batch or 1) > CALIBRATION_IMAGES:
+        raise OptionError("--batch", batch, f"must be at most {CALIBRATION_IMAGES} with --int8, which looks at so many")
+    if options.int8 and opset is not None and opset < OLDEST_INT8_OPSET:
+        raise OptionError("--opset", opset, f"must be {OLDEST_INT8_OPSET} or more with --int8")
+    if not options.seconds > 0:
+        raise OptionError("--seconds", options.seconds, "must be above 0")
+    if out.is_mount():
+        raise OptionError("--out", out, "is a mount point, which cannot be replaced: name a folder in it")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    own = exported(wish.out)
-    others = sorted({path.name for path in wish.out.iterdir()} - own) if wish.out.is_dir() else []
-    if not own or others:
-        which = f" ({others[0]} is none of an export's files)" if own else ""
-        raise OptionError("--out", wish.out, f"is there and is no export{which}: name another folder")
-    if not wish.overwrite:
-        raise OptionError("--out", wish.out, "holds an export; --overwrite replaces it, another --out leaves it")
+    exported = list_exported(out)
+    others = sorted({path.name for path in out.iterdir()} - exported) if out.is_dir() else []
+    if not exported or others:
+        which = f" ({others[0]} is not a file of an export)" if exported else ""
+        raise OptionError("--out", out, f"exists and is no export{which}: name another folder")
+    if not options.overwrite:
+        raise OptionError("--out", out, "holds an export; --overwrite replaces it, another --out leaves it")
 
 
-def exported(folder: Path) -> set[str]:
-    """The names that the card in this folder lists, its own among them; none where there is no card."""
+def list_exported(folder: Path) -> set[str]:
+    """Returns the names that the model card in this folder lists, and its own; none without a model card."""
     path = folder / predict.CARD_FILE
     text = path.read_text(errors="replace") if path.is_file() else ""
-    names = {found[2] for found in predict.CHECKSUM_LINE.finditer(text)}
+    names = {match[2] for match in predict.CHECKSUM_LINE.finditer(text)}
     return names | {predict.CARD_FILE} if predict.PREPROCESS_FILE in names else set()
 
 
-def export(product: Product, wish: Wish) -> None:
-    """Writes the folder, which appears when everything in it has been checked."""
-    say(f"{product.job_dir}: {product.name}")
-    data, reason = data_of(product, wish)
-    preprocess = preprocessing(product)
-    with beside(wish.out) as folder:
-        files = write_files(product, wish, data, preprocess, folder)
-        batches = predict.TIMED_BATCH_SIZES if wish.batch is None else (wish.batch,)
-        found = timed(product, wish, files, folder, batches)
-        if any(file.name == DENSE for file in files) and not faster(found, DENSE, batches):
+def export(run: RunStudent, options: ExportOptions) -> None:
+    """Writes the folder; it appears after all files have been checked."""
+    say(f"{run.job_dir}: {run.title}")
+    data, reason = load_test_data(run, options)
+    preprocess = describe_preprocessing(run)
+    with replace_folder(options.out) as folder:
+        files = write_files(run, options, data, preprocess, folder)
+        timings = time_files(run, options, files, folder)
+        if any(file.name == DENSE for file in files) and not is_faster(timings, DENSE):
             (folder / DENSE).unlink()
             files = [file for file in files if file.name != DENSE]
-            found = {key: time for key, time in found.items() if key.name != DENSE}
-        proven = verify.prove(product, data, reason, preprocess, folder, wish.batch)
-        cpu = summary.describe_machine(torch.device("cpu"))
-        machine = f"{cpu['cpu']}, {os.cpu_count()} cores"
-        text = model_card.card(
-            product, folder, files, found, batches, proven, machine, shape_of(folder / "student.onnx")
-        )
+            timings = {key: timing for key, timing in timings.items() if key.name != DENSE}
+        verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch)
+        cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
+        shape = format_input_shape(folder / "student.onnx")
+        text = model_card.write_card(run, folder, files, timings, verification, cpu, shape)
         write_text(folder / predict.CARD_FILE, text)
-    for line in [*model_card.first_words(text).split("\n"), f"written: {wish.out}"]:
+    for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:
         say(line)
 
 
-def data_of(product: Product, wish: Wish) -> tuple[pl.LightningDataModule | None, str]:
-    """The run's images; None and why, where they are not at hand and nobody said where they are."""
-    if wish.data_dir is not None and "data_dir" not in product.config["data"].get("load", {}):
-        raise OptionError("--data-dir", wish.data_dir, "the run's images lie in no folder: leave it out")
+def load_test_data(run: RunStudent, options: ExportOptions) -> tuple[ImageData | None, str]:
+    """Returns the run's data set; None and the reason if it is not available and no option asks for it."""
+    data_dir, load = options.data_dir, run.config["data"].get("load") or {}
+    if data_dir is not None and "data_dir" not in load:
+        raise OptionError("--data-dir", data_dir, "the run's images are in no folder: leave it out")
     try:
-        data = evidence.data_of(product.config, wish.data_dir)
-        if data.fingerprint != product.settings["split"]:
-            where = wish.data_dir or product.config["data"]["load"].get("data_dir")
+        data = verify.load_data(run.config, data_dir, run.config_dirs)
+        if data.fingerprint != run.settings["split"]:
+            where = data_dir or load.get("data_dir")
             raise OptionError("data_dir", where, "holds other images than the run was trained with")
     except OptionError as error:
-        if wish.data_dir is not None or wish.int8:
+        if data_dir is not None or options.int8:
             raise
         say(f"warning: not verified on data ({error}); --data-dir says where the run's images are")
         return None, str(error)
     return data, ""
 
 
-def preprocessing(product: Product) -> dict[str, Any]:
-    settings = product.settings
+def describe_preprocessing(run: RunStudent) -> dict[str, Any]:
+    """Returns the content of `preprocess.json`."""
+    settings = run.settings
     return {
         "input": "images: RGB, float32 in [0, 1], channels first; mean and std are applied inside the graph",
         "shorter_side": settings["shorter_side"],
@@ -162,8 +185,8 @@ def preprocessing(product: Product) -> dict[str, Any]:
 
 
 @contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place in the end; nothing is left of it where something goes wrong."""
+def replace_folder(out: Path) -> Iterator[Path]:
+    """Gives a temporary folder that takes the place of `out` at the end; after an error nothing of it is left."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(".part", f".{out.name}.", out.parent))
@@ -171,86 +194,80 @@ def beside(out: Path) -> Iterator[Path]:
         raise OptionError("--out", out, f"cannot be written ({error.strerror})") from error
     try:
         yield folder
-        folder.chmod(0o755)  # not for our eyes only, as temporary folders are
-        take_place(folder, out)
+        folder.chmod(0o755)  # temporary folders are readable by their owner only
+        older = folder.with_suffix(".old")
+        if out.exists():
+            out.rename(older)
+        try:
+            folder.rename(out)
+        except OSError:
+            if older.exists():
+                older.rename(out)
+            raise
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def take_place(folder: Path, out: Path) -> None:
-    """The older export goes when the new one is there, and comes back where that fails."""
-    older = folder.with_suffix(".old")
-    if out.exists():
-        out.rename(older)
-    try:
-        folder.rename(out)
-    except OSError:
-        if older.exists():
-            older.rename(out)
-        raise
-    shutil.rmtree(older, ignore_errors=True)
-
-
 def write_files(
-    product: Product, wish: Wish, data: pl.LightningDataModule | None, preprocess: dict[str, Any], folder: Path
-) -> list[File]:
-    """All but the card; the files that ONNX Runtime runs are returned."""
-    summary.write_student(folder / "student.safetensors", product.network, product.settings)
+    run: RunStudent, options: ExportOptions, data: ImageData | None, preprocess: dict[str, Any], folder: Path
+) -> list[ModelFile]:
+    """Writes all files but the model card, and returns the ONNX files."""
+    summary.write_student(folder / "student.safetensors", run.network, run.settings)
     write_text(folder / predict.PREPROCESS_FILE, json.dumps(preprocess, indent=2) + "\n")
-    write_text(folder / predict.LABELS_FILE, json.dumps(product.settings["classes"], indent=1) + "\n")
+    write_text(folder / predict.LABELS_FILE, json.dumps(run.settings["classes"], indent=1) + "\n")
     shutil.copyfile(predict.__file__, folder / "predict.py")
-    cheap = normalised(cheap_form(product.network), product)
-    program = onnx.program(cheap, product.image_size, wish.batch)
-    contents = {"student.pt2": onnx.to_pt2(program), "student.onnx": onnx.to_onnx(program, wish.opset)}
+    cheap = add_normalization(cheap_form(run.network), run)
+    program = onnx.export_program(cheap, run.image_size, options.batch)
+    contents = {"student.pt2": onnx.to_pt2(program), "student.onnx": onnx.to_onnx(program, options.opset)}
     forms = {"student.onnx": cheap}
-    if has_pairs(product.network):
-        forms[DENSE] = dense = normalised(dense_form(product.network), product)
-        made = onnx.to_onnx(onnx.program(dense, product.image_size, wish.batch), wish.opset)
-        contents[DENSE] = made
-    if wish.int8:
-        say(f"8-bit integers, calibrated on up to {CALIBRATION} training pictures")
-        contents[verify.INT8] = quantize.to_int8(contents["student.onnx"], calibration(data, wish.batch))
+    if has_pairs(run.network):
+        forms[DENSE] = dense = add_normalization(dense_form(run.network), run)
+        contents[DENSE] = onnx.to_onnx(onnx.export_program(dense, run.image_size, options.batch), options.opset)
+    if options.int8 and data is not None:
+        say(f"8-bit integers, calibrated on up to {CALIBRATION_IMAGES} training images")
+        batches = iterate_calibration_batches(data, options.batch)
+        contents[verify.INT8] = quantize.quantize_onnx(contents["student.onnx"], batches)
         forms[verify.INT8] = cheap
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))
-    size = product.image_size
-    return [File(name, flops.count_params(network), flops.count_macs(network, size)) for name, network in forms.items()]
+    return [ModelFile(n, flops.count_params(f), flops.count_macs(f, run.image_size)) for n, f in forms.items()]
 
 
-def normalised(network: nn.Module, product: Product) -> nn.Module:
-    return NormalizedNetwork(network, product.settings["mean"], product.settings["std"]).eval()
+def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
+    return NormalizedNetwork(network, run.settings["mean"], run.settings["std"]).eval()
 
 
-def calibration(data: pl.LightningDataModule, batch: int | None) -> Iterator[np.ndarray]:
-    images = (sample.image.numpy() for sample in evidence.samples(data, "train", CALIBRATION))
+def iterate_calibration_batches(data: ImageData, batch: int | None) -> Iterator[np.ndarray]:
+    """Yields training images as float32 in [0, 1]; a static graph takes full batches only."""
+    images = (sample.image.numpy() for sample in verify.iterate_samples(data, "train", CALIBRATION_IMAGES))
     while chunk := list(itertools.islice(images, batch or predict.BATCH_SIZE)):
         if batch is None or len(chunk) == batch:
             yield np.stack(chunk).astype(np.float32) / np.float32(255)
 
 
-def timed(product: Product, wish: Wish, files: list[File], folder: Path, batches: tuple[int, ...]) -> latency.Timings:
-    size, standard = product.image_size, normalised(product.standard, product)
+def time_files(run: RunStudent, options: ExportOptions, files: list[ModelFile], folder: Path) -> latency.Timings:
+    """Times the ONNX files, and both networks in ONNX Runtime and in PyTorch, alternately."""
+    size, standard = run.image_size, add_normalization(run.standard, run)
+    batches = predict.TIMED_BATCH_SIZES if options.batch is None else (options.batch,)
     models = {file.name: (folder / file.name).read_bytes() for file in files}
-    models[STANDARD] = onnx.to_onnx(onnx.program(standard, size, wish.batch), wish.opset)
-    works = latency.onnx_calls(models, size, batches)
-    works |= latency.torch_calls(
-        {"the student": normalised(product.network, product), STANDARD: standard}, size, batches
+    models[STANDARD] = onnx.to_onnx(onnx.export_program(standard, size, options.batch), options.opset)
+    networks = {STUDENT: add_normalization(run.network, run), STANDARD: standard}
+    calls = latency.onnx_calls(models, size, batches) | latency.torch_calls(networks, size, batches)
+    say(f"{len(calls)} timings of {options.seconds:g} s each")
+    return predict.time_alternately(calls, options.seconds)
+
+
+def is_faster(timings: latency.Timings, name: str) -> bool:
+    """Whether a file is faster than `student.onnx` for one of the numbers of images."""
+    pairs = (
+        [latency.fastest(timings, n, latency.ONNX_RUNTIME, b).p50 for n in (name, "student.onnx")]
+        for b in model_card.sizes(timings)
     )
-    say(f"timing {len(works)} ways, {wish.seconds:g} s each, in turns")
-    return predict.time_alternately(works, wish.seconds)
+    return any(own < cheap for own, cheap in pairs)
 
 
-def shape_of(path: Path) -> str:
-    """What the file takes: `(n, 3, height, width)`, with numbers where they are fixed."""
+def format_input_shape(path: Path) -> str:
+    """Returns the shape of an ONNX file's input, such as `(n, 3, height, width)`; fixed dimensions are numbers."""
     (images,) = predict.create_session(path.read_bytes()).get_inputs()
     return f"({', '.join(map(str, images.shape))})"
-
-
-def faster(found: latency.Timings, name: str, batches: tuple[int, ...]) -> bool:
-    """Than the cheap form, for one of the batches."""
-    times = ((latency.fastest(found, n, latency.ONNX_RUNTIME, b).p50 for n in (name, "student.onnx")) for b in batches)
-    return any(ours < cheap for ours, cheap in times)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

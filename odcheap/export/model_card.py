@@ -1,212 +1,227 @@
-"""The card of an exported student: what it is, how good, how fast, how it was proven, and its files' checksums."""
+"""The model card of an export (its README.md): accuracy, speed, checks, origin, and checksums of the files."""
 
 import datetime
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import onnx
 import onnxruntime
+import pandas as pd
+from torch import nn
 
-from odcheap.export import latency
-from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings
-from odcheap.export.product import Product
-from odcheap.export.verify import Proven
+from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings, fastest
+from odcheap.export.load_run import RunStudent
+from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
 from odcheap.predict import Timing
 from odcheap.training.summary import list_versions
 from odcheap.utils.text import escape_control_chars
 
-STANDARD, DENSE = "the standard network", "student-dense.onnx"
-RECIPE = ("block_type", "backbone", "method", "num_stu", "optimizer", "data", "seed", "select")
+STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
+OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
+USAGE = """```
+python predict.py IMAGE_OR_FOLDER...   # needs onnxruntime, numpy, pillow
+```
+
+The input is RGB in [0, 1], {shape}; the normalization is part of the graph. `preprocess.json` says how an image file
+becomes that, `labels.json` names the classes.
+
+```python
+from odcheap.models.build import load_student
+student = load_student("student.safetensors")
+logits = student(images)
+```
+
+`torch.export.load("student.pt2").module()` gives the same with PyTorch alone."""
 
 
-class File(NamedTuple):
-    """A file that runs: its network's parameters and MACs are counted for the form that it has."""
+class ModelFile(NamedTuple):
+    """An ONNX file; parameters and MACs are those of the form of the network that it holds."""
 
     name: str
     params: int
     macs: int
 
 
-def card(
-    product: Product,
+def write_card(
+    run: RunStudent,
     folder: Path,
-    files: list[File],
-    found: Timings,
-    batches: tuple[int, ...],
-    proven: Proven,
+    files: list[ModelFile],
+    timings: Timings,
+    verification: Verification,
     cpu: str,
     shape: str,
 ) -> str:
-    """The text in Markdown; the checksums are those of the files that lie in `folder` now."""
-    lines = [
-        f"# {format_code(title(product))}",
-        "",
-        *verdict(product, found, batches),
-        "",
-        *accuracy(product, proven),
-        "",
-    ]
-    lines += [*usage(shape), "", "## Size and speed", "", *table(product, folder, files, found, batches), ""]
-    lines += [f"Measured side by side on {cpu}: milliseconds, median (95 % stay below), with one thread or with all,"]
+    """Returns the model card in Markdown.
+
+    Args:
+        run: The exported student.
+        folder: The exported files; their checksums are computed.
+        files: The ONNX files.
+        timings: Of the files, of the student and of the standard network.
+        verification: What the checks have shown.
+        cpu: Name of the CPU of the timings.
+        shape: Shape of the ONNX file's input.
+    """
+    lines = [f"# {format_code(name_network(run))}", "", *describe_speed(run, timings), ""]
+    lines += [*describe_accuracy(run, verification), "", USAGE.format(shape=shape), "", "## Size and speed", ""]
+    lines += [*size_table(run, folder, files, timings), ""]
+    lines += [f"Measured alternately on {cpu}: milliseconds, median (95th percentile), with one thread or with all,"]
     lines += ["whichever is faster. **Measure again on the target**: `python predict.py --bench`.", ""]
-    lines += [*every(found), "", "## Checks", "", *checks(proven), "", "## Origin", "", *origin(product), ""]
-    lines += ["## Checksums", "", "`sha256sum -c` reads them.", "", "```", *sums(folder), "```"]
+    lines += ["<details><summary>All timings</summary>", "", *timings_table(timings), "", "</details>", ""]
+    lines += ["## Checks", "", *describe_checks(verification), "", "## Origin", "", *describe_origin(run), ""]
+    lines += ["## Checksums", "", "`sha256sum -c` reads them.", "", "```", *checksum_lines(folder), "```"]
     return "\n".join(lines) + "\n"
 
 
-def first_words(text: str) -> str:
-    """What stands between a card's title and its first block of code, for a terminal."""
+def extract_opening(text: str) -> str:
+    """Returns what stands between a card's title and its first block of code, as plain text for a terminal."""
     return text.partition("\n")[2].partition("```")[0].strip().replace("**", "").replace("\n\n", "\n")
 
 
 def format_code(text: object) -> str:
-    """Somebody's text as it is: no markup, no line ends, no escapes of terminals."""
+    """Returns other people's text as code in Markdown: without markup, line ends and control characters."""
     return f"`{escape_control_chars(text).replace('`', chr(39))}`"
 
 
-def title(product: Product) -> str:
-    parts = (product.settings[part]["part"] for part in ("block_type", "backbone"))
-    own = {**product.settings["backbone"], **product.settings["block_type"]}
-    numbers = [f"{k} {v}" for k, v in own.items() if k in ("depth", "name", "groups")]
-    return ", ".join([*parts, *numbers])
+def name_network(run: RunStudent) -> str:
+    """Returns the block type, the backbone, and what distinguishes its variants."""
+    block_type, backbone = run.settings["block_type"], run.settings["backbone"]
+    options = [f"{key} {value}" for key, value in (backbone | block_type).items() if key in ("depth", "name", "groups")]
+    return ", ".join([str(block_type["part"]), str(backbone["part"]), *options])
 
 
-def verdict(product: Product, found: Timings, batches: tuple[int, ...]) -> list[str]:
-    """How the student compares with the standard network in ONNX Runtime; bad news comes in bold."""
-    if str(product.network) == str(product.standard):
+def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
+    """Compares the student with the standard network in ONNX Runtime; a slower student is stated in bold."""
+    if str(run.network) == str(run.standard):
         return ["This is the standard network itself."]
-    times = ratios(found, "student.onnx", batches)
-    if min(times.values()) >= 1:
-        return [f"Against the standard network of the same architecture its speed is {told(times)}."]
-    lines = [f"**Not faster than the standard network here**: its speed is {told(times)}."]
-    if any(key.name == DENSE for key in found):
-        lines.append(f"As {format_code(DENSE)}, which computes the same, it is {told(ratios(found, DENSE, batches))}.")
+    speedups = compute_speedups(timings, "student.onnx")
+    if min(speedups.values()) >= 1:
+        return [f"Compared with the standard network of the same architecture its speed is {format_speed(speedups)}."]
+    lines = [f"**Not faster than the standard network here**: its speed is {format_speed(speedups)}."]
+    if any(key.name == DENSE for key in timings):
+        dense = format_speed(compute_speedups(timings, DENSE))
+        lines.append(f"As {format_code(DENSE)}, which computes the same, it is {dense}.")
     return lines
 
 
-def ratios(found: Timings, name: str, batches: tuple[int, ...]) -> dict[int, float]:
-    times = {batch: [latency.fastest(found, n, ONNX_RUNTIME, batch).p50 for n in (STANDARD, name)] for batch in batches}
-    return {batch: standard / ours for batch, (standard, ours) in times.items()}
+def compute_speedups(timings: Timings, name: str) -> dict[int, float]:
+    """Returns the standard network's time divided by this file's time, by number of images."""
+    times = {
+        batch: [fastest(timings, n, ONNX_RUNTIME, batch).p50 for n in (STANDARD, name)] for batch in sizes(timings)
+    }
+    return {batch: standard / own for batch, (standard, own) in times.items()}
 
 
-def told(times: dict[int, float]) -> str:
-    text = ", ".join(f"{ratio:.2f} times with {images(batch)}" for batch, ratio in times.items())
+def sizes(timings: Timings) -> list[int]:
+    """Returns the numbers of images that were timed."""
+    return sorted({key.batch for key in timings})
+
+
+def format_speed(speedups: Mapping[int, float]) -> str:
+    text = ", ".join(f"{ratio:.2f} times with {count_images(batch)}" for batch, ratio in speedups.items())
     return f"{text} (ONNX Runtime on this CPU)"
 
 
-def images(batch: int) -> str:
-    return "one picture" if batch == 1 else f"{batch} pictures"
+def count_images(batch: int) -> str:
+    return "one image" if batch == 1 else f"{batch} images"
 
 
-def accuracy(product: Product, proven: Proven) -> list[str]:
-    lines = []
-    if proven.of_data:
-        precision = escape_control_chars(product.config.get("trainer", {}).get("precision"))
-        own = f"; {product.test_top1:.4f} by the run's summary, in {precision}" if product.test_top1 is not None else ""
-        lines.append(f"Test accuracy {proven.top1['student.onnx']:.4f} on {proven.pictures:,} pictures{own}.")
-    elif product.test_top1 is not None:
-        lines.append(f"Test accuracy {product.test_top1:.4f} by the run's summary; **not verified on data** here.")
+def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
+    """States the test accuracy and where it was measured."""
+    lines, top1 = [], verification.top1.get("student.onnx")
+    if verification.on_data:
+        precision = escape_control_chars(run.config.get("trainer", {}).get("precision"))
+        own = f"; {run.test_top1:.4f} by the run's summary, in {precision}" if run.test_top1 is not None else ""
+        lines.append(f"Test accuracy {top1:.4f} on {verification.images:,} images{own}.")
+    elif run.test_top1 is not None:
+        lines.append(f"Test accuracy {run.test_top1:.4f} by the run's summary; **not verified on data** here.")
     else:
         lines.append("**Not verified on data**, and its run has not finished: no test accuracy is known.")
-    whole = proven.top1.get("student.onnx")
-    if proven.top1.get("student-int8.onnx") is not None:
-        lost = whole - proven.top1["student-int8.onnx"]
-        lines.append(f"In 8-bit integers {proven.top1['student-int8.onnx']:.4f}: {lost:+.4f} is lost.")
+    if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
+        lines.append(f"In 8-bit integers {int8:.4f}: {top1 - int8:+.4f} is lost.")
     return lines
 
 
-def usage(shape: str) -> list[str]:
-    return [
-        "```",
-        "python predict.py PICTURE_OR_FOLDER...   # needs onnxruntime, numpy, pillow",
-        "```",
-        "",
-        f"The input is RGB in [0, 1], {shape}; normalisation is inside the graph. `preprocess.json` says how a picture",
-        "becomes that, `labels.json` names the classes.",
-        "",
-        "```python",
-        "from odcheap import load_student",
-        'student = load_student("student.safetensors")',
-        "logits = student(images)",
-        "```",
-        "",
-        '`torch.export.load("student.pt2").module()` is the same for whoever has PyTorch alone.',
-    ]
+def size_table(run: RunStudent, folder: Path, files: list[ModelFile], timings: Timings) -> list[str]:
+    """Returns a table of size, costs and times of the files and of both networks."""
+    sources = [(format_code(f.name), f.params, f.macs, f.name, ONNX_RUNTIME) for f in files]
+    costs = {name: count_costs(run, network) for name, network in ((STANDARD, run.standard), (STUDENT, run.network))}
+    sources.append((STANDARD, *costs[STANDARD], STANDARD, ONNX_RUNTIME))
+    sources += [(f"{name}, in PyTorch", *costs[name], name, PYTORCH) for name in costs]
+    rows = []
+    for title, params, macs, name, runtime in sources:
+        path = folder / name
+        size = f"{path.stat().st_size / 1e6:.2f} MB" if path.is_file() else ""
+        row = {"": title, "size": size, "parameters": f"{params:,}", "MACs": f"{macs / 1e6:.2f} M"}
+        times = {count_images(b): format_timing(fastest(timings, name, runtime, b)) for b in sizes(timings)}
+        rows.append(row | times)
+    lines = [to_markdown(pd.DataFrame(rows))]
+    note = getattr(run.standard, "standard_note", None)
+    if note and costs[STANDARD][1] != costs[STUDENT][1]:
+        lines += ["", f"{note[0].upper()}{note[1:]}."]
+    return lines
 
 
-def table(product: Product, folder: Path, files: list[File], found: Timings, batches: tuple[int, ...]) -> list[str]:
-    head = ["", "size", "parameters", "MACs", *(images(batch) for batch in batches)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for file in files:
-        size = f"{(folder / file.name).stat().st_size / 1e6:.2f} MB"
-        lines.append(row(format_code(file.name), size, file.params, file.macs, found, file.name, ONNX_RUNTIME, batches))
-    standard, student = product.standard, product.network
-    macs = [flops.count_macs(network, product.image_size) for network in (standard, student)]
-    lines.append(row(STANDARD, "", flops.count_params(standard), macs[0], found, STANDARD, ONNX_RUNTIME, batches))
-    for name, network, own in ((STANDARD, standard, macs[0]), ("the student", student, macs[1])):
-        lines.append(row(f"{name}, in PyTorch", "", flops.count_params(network), own, found, name, PYTORCH, batches))
-    note = getattr(standard, "standard_note", None)
-    return [*lines, *(["", f"{note[0].upper()}{note[1:]}."] if note and macs[0] != macs[1] else [])]
+def count_costs(run: RunStudent, network: nn.Module) -> tuple[int, int]:
+    """Returns parameters and MACs."""
+    return flops.count_params(network), flops.count_macs(network, run.image_size)
 
 
-def row(
-    title: str, size: str, params: int, macs: int, found: Timings, name: str, runtime: str, batches: tuple[int, ...]
-) -> str:
-    times = [format_timing(latency.fastest(found, name, runtime, batch)) for batch in batches]
-    return "| " + " | ".join([title, size, f"{params:,}", f"{macs / 1e6:.2f} M", *times]) + " |"
+def format_timing(timing: Timing) -> str:
+    return f"{1000 * timing.p50:.3g} ({1000 * timing.p95:.3g})"
 
 
-def format_timing(time: Timing) -> str:
-    return f"{1000 * time.p50:.3g} ({1000 * time.p95:.3g})"
+def timings_table(timings: Timings) -> list[str]:
+    rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
+    return [to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))]
 
 
-def every(found: Timings) -> list[str]:
-    lines = [
-        "<details><summary>Every timing</summary>",
-        "",
-        "| | where | pictures | threads | ms |",
-        "|---|---|---|---|---|",
-    ]
-    for key, time in found.items():
-        lines.append(f"| {key.name} | {key.runtime} | {key.batch} | {key.threads or 'all'} | {format_timing(time)} |")
-    return [*lines, "", "</details>"]
+def to_markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
 
 
-def checks(proven: Proven) -> list[str]:
-    what = "test pictures, from their files" if proven.of_data else "pictures of noise"
-    lines = [f"Each of these was loaded by its own runtime and run on {proven.pictures:,} {what},"]
+def describe_checks(verification: Verification) -> list[str]:
+    """States on what each file was checked, and the differences."""
+    what = "test images, from their files" if verification.on_data else "images of noise"
+    lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
-    lines += [f"- {format_code(name)}: {difference:.1e}" for name, difference in proven.differences.items()]
-    return lines if proven.of_data else [*lines, "", f"**Not verified on data**: {format_code(proven.reason)}."]
+    lines += [f"- {format_code(name)}: {difference:.1e}" for name, difference in verification.differences.items()]
+    if not verification.on_data:
+        lines += ["", f"**Not verified on data**: {format_code(verification.reason)}."]
+    return lines
 
 
-def origin(product: Product) -> list[str]:
-    summary, config = product.summary or {}, product.config
-    lines = [
-        f"- {escape_control_chars(product.name)} of the run {format_code(product.job_dir)}"
-        + ("" if summary else " (which has not finished)")
-    ]
-    known = {"data": summary.get("data"), "epochs": summary.get("epochs"), "split": product.settings["split"]}
-    seconds = summary.get("train_seconds")
-    known |= {"training time": f"{seconds / 3600:.2f} h" if isinstance(seconds, int | float) else None}
-    known |= {"classes": len(product.settings["classes"]), "exported": datetime.datetime.now(datetime.UTC).date()}
-    lines += [f"- {name}: {format_code(value)}" for name, value in known.items() if value]
-    lines += [f"- {part}: {format_code(compact(config[part]))}" for part in RECIPE if part in config]
-    tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    made_by = {"exported with": list_versions() | tools, "trained with": summary.get("versions")}
-    return [*lines, *(f"- {what}: {format_code(compact(which))}" for what, which in made_by.items() if which)]
+def describe_origin(run: RunStudent) -> list[str]:
+    """States the run, its options and the versions of packages."""
+    summary, seconds = run.summary or {}, (run.summary or {}).get("train_seconds")
+    unfinished = "" if summary else " (which has not finished)"
+    facts = {
+        "data": summary.get("data"),
+        "epochs": summary.get("epochs"),
+        "split": run.settings["split"],
+        "training time": f"{seconds / 3600:.2f} h" if isinstance(seconds, int | float) else None,
+        "classes": len(run.settings["classes"]),
+        "exported": datetime.datetime.now(datetime.UTC).date(),
+    }
+    facts |= {name: format_options(run.config[name]) for name in OPTIONS if name in run.config}
+    tools = list_versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    facts |= {"exported with": format_options(tools), "trained with": format_options(summary.get("versions") or "")}
+    lines = [f"- {escape_control_chars(run.title)} of the run {format_code(run.job_dir)}{unfinished}"]
+    return [*lines, *(f"- {name}: {format_code(value)}" for name, value in facts.items() if value not in (None, ""))]
 
 
-def compact(part: object) -> str:
-    """A part of a config in one line: its class's name, then its options."""
-    if not isinstance(part, dict):
-        return str(part)
-    options = (f"{k}={compact(v)}" for k, v in part.items() if not str(k).startswith("_"))
-    return " ".join([*filter(None, [str(part.get("_target_", "")).rpartition(".")[2]]), *options])
+def format_options(node: object) -> str:
+    """Returns a part of a config in one line: its name, then its options."""
+    if not isinstance(node, dict):
+        return str(node)
+    options = (f"{key}={format_options(value)}" for key, value in node.items() if key != "part")
+    return " ".join([*filter(None, [str(node.get("part", ""))]), *options])
 
 
-def sums(folder: Path) -> list[str]:
+def checksum_lines(folder: Path) -> list[str]:
+    """Returns a line for each file as `sha256sum` writes it."""
     names = sorted(path.name for path in folder.iterdir())
     return [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names]

@@ -1,4 +1,4 @@
-"""A network for a device: its program in PyTorch's form and in ONNX, and how long an answer takes there."""
+"""Networks as PyTorch programs and as ONNX files."""
 
 import io
 import tempfile
@@ -7,89 +7,102 @@ from typing import NamedTuple
 
 import onnx
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from odcheap import predict
-from odcheap.export import graphs
 from odcheap.layers.fuse import cheap_form
+from odcheap.utils.errors import OptionError, first_line
 
 INPUT, OUTPUT = "images", "logits"
-SIZES = ("n", "height", "width")
-DIFFERENT = 1e-4  # between logits of one network
+DIMENSIONS = ("n", "height", "width")
+MAX_DIFFERENCE = 1e-4  # of a logit between two forms of one network
+OLDEST_OPSET = 7
 
 
 class Program(NamedTuple):
-    """A network as one graph; `free` says which of the images' dimensions ("n", "height", "width") may vary."""
+    """A network as one graph; `free` names the dimensions of the images ("n", "height", "width") that may vary."""
 
     exported: ExportedProgram
     free: tuple[str, ...]
 
 
-def program(network: nn.Module, image_size: tuple[int, int, int], batch: int | None = None) -> Program:
-    """The network in eval mode, images (n, C, H, W) -> logits (n, K).
+def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: int | None = None) -> Program:
+    """Traces a network in eval mode: images (n, C, H, W) -> logits (n, K).
 
-    Free are all sizes with which the graph was seen to compute what the network computes. With `batch` none is.
+    A dimension may vary if the graph was seen to compute the same as the network with other sizes.
+
+    Args:
+        network: The network; it is moved to the CPU and set to eval mode.
+        image_size: Shape (C, H, W) of an image.
+        batch: Number of images of a graph in which no dimension may vary.
     """
     network = network.eval().cpu()
     if batch is not None:
         return Program(torch.export.export(network, (torch.zeros(batch, *image_size),)), ())
     try:
-        made = traced(network, image_size, (0, 2, 3))
-        if same_at_other_sizes(network, made, image_size):
-            return Program(made, SIZES)
-    except (RuntimeError, ValueError, AssertionError, TypeError):  # what PyTorch raises where a size cannot vary
+        exported = trace_network(network, image_size, (0, 2, 3))
+        if is_same_at_other_sizes(network, exported, image_size):
+            return Program(exported, DIMENSIONS)
+    except (RuntimeError, ValueError, AssertionError, TypeError):  # PyTorch raises these if a size cannot vary
         pass
-    return Program(traced(network, image_size, (0,)), SIZES[:1])
+    return Program(trace_network(network, image_size, (0,)), DIMENSIONS[:1])
 
 
-def traced(network: nn.Module, image_size: tuple[int, int, int], free: tuple[int, ...]) -> ExportedProgram:
+def trace_network(network: nn.Module, image_size: tuple[int, int, int], free: tuple[int, ...]) -> ExportedProgram:
+    """Traces the network; the dimensions with these numbers may vary."""
     dims = dict.fromkeys(free, Dim.DYNAMIC)
     return torch.export.export(network, (torch.zeros(2, *image_size),), dynamic_shapes=(dims,))
 
 
 @torch.no_grad()
-def same_at_other_sizes(network: nn.Module, made: ExportedProgram, image_size: tuple[int, int, int]) -> bool:
-    """Raises what PyTorch raises where the graph or the network refuses a size."""
+def is_same_at_other_sizes(network: nn.Module, exported: ExportedProgram, image_size: tuple[int, int, int]) -> bool:
+    """Whether the graph computes what the network computes; raises PyTorch's error if one of them refuses a size."""
     channels, height, width = image_size
-    graph = made.module()
+    graph = exported.module()
     for size in ((height, width), (height + 24, width + 9), (2 * height, 2 * width)):
         images = torch.linspace(0, 1, 2 * channels * size[0] * size[1]).view(2, channels, *size)
-        if not torch.allclose(graph(images), network(images), atol=DIFFERENT, rtol=1e-4):
+        if not torch.allclose(graph(images), network(images), atol=MAX_DIFFERENCE, rtol=1e-4):
             return False
     return True
 
 
-def to_pt2(made: Program) -> bytes:
-    """For `torch.export.load`, which needs nothing of ours."""
+def to_pt2(program: Program) -> bytes:
+    """Returns a file for `torch.export.load`, which does not need odcheap."""
     content = io.BytesIO()
-    torch.export.save(made.exported, content)
+    torch.export.save(program.exported, content)
     return content.getvalue()
 
 
-def to_onnx(made: Program, opset: int | None = None) -> bytes:
-    """One file, `images` -> `logits`, with its weights inside. `OptionError` for an opset that it cannot have."""
+def to_onnx(program: Program, opset: int | None = None) -> bytes:
+    """Returns an ONNX file, `images` -> `logits`, with the weights inside.
+
+    Args:
+        program: The traced network.
+        opset: Version of ONNX's operators; None is PyTorch's choice.
+
+    Raises:
+        OptionError: The graph cannot be written with this opset.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        torch.onnx.export(
-            made.exported,
-            (),
-            path,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            external_data=False,
-            verbose=False,
-        )
+        names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+        torch.onnx.export(program.exported, (), path, **names, external_data=False, verbose=False)
         model = onnx.load(path)
-    named(model, made.free)
-    graphs.pool_globally(model)
+    name_free_dimensions(model, program.free)
+    use_global_pooling(model)
     if opset is not None:
-        graphs.with_opset(model, opset)
+        set_opset(model, opset)
     return model.SerializeToString()
 
 
-def named(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
-    """Free sizes by their names in place of the tracer's symbols."""
+def fastest_onnx(network: nn.Module, image_size: tuple[int, int, int]) -> bytes:
+    """Returns the ONNX file that an export writes, without the normalization."""
+    return to_onnx(export_program(cheap_form(network), image_size))
+
+
+def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
+    """Replaces the tracer's symbols for varying dimensions by their names."""
     graph = model.graph
     (images,) = graph.input
     dims = images.type.tensor_type.shape.dim
@@ -100,17 +113,58 @@ def named(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
                 dim.dim_param = names[dim.dim_param]
 
 
-def fastest_onnx(network: nn.Module, image_size: tuple[int, int, int]) -> bytes:
-    """The file that an export would write, without the normalisation."""
-    return to_onnx(program(cheap_form(network), image_size))
+def use_global_pooling(model: onnx.ModelProto) -> None:
+    """Replaces means over height and width by GlobalAveragePool, and the Reshape after it by Flatten.
 
-
-def latency(model: bytes, image_size: tuple[int, int, int], batch: int, seconds: float = 1.0) -> float:
-    """Seconds of a batch in ONNX Runtime on the CPU: the median over about so many seconds.
-
-    With one thread or with all, whichever takes less: for one small picture that is often the one.
+    Old opsets have these operators with the same attributes, and compilers for devices know them.
     """
-    images = predict.random_images(batch, image_size)
-    asks = {threads: predict.create_predictor(predict.create_session(model, threads)) for threads in (1, 0)}
-    works = {threads: lambda ask=ask: ask(images) for threads, ask in asks.items()}
-    return min(found.p50 for found in predict.time_alternately(works, seconds / 2).values())
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    nodes, pooled = [], set()
+    for node in graph.node:
+        if is_spatial_mean(node, constants):
+            keeps_dims = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+            name = node.output[0] if keeps_dims else f"{node.output[0]}.pooled"
+            pooled.add(name)
+            nodes.append(helper.make_node("GlobalAveragePool", node.input[:1], [name], name=name))
+            if keeps_dims:
+                continue
+            node = helper.make_node("Flatten", [name], node.output[:1], name=f"{name}.flat")
+        elif node.op_type == "Reshape" and node.input[0] in pooled and ranks.get(node.output[0]) == 2:
+            node = helper.make_node("Flatten", node.input[:1], node.output[:1], name=node.name)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+
+
+def is_spatial_mean(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
+    """Whether the node takes the mean of (n, C, H, W) over H and W."""
+    if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in constants:
+        return False
+    return sorted(axis % 4 for axis in numpy_helper.to_array(constants[node.input[1]])) == [2, 3]
+
+
+def set_opset(model: onnx.ModelProto, opset: int) -> None:
+    """Declares another opset for the same nodes.
+
+    The operators of convolutional networks changed between opsets in the types they accept and rarely in more. The
+    checks of an export show whether the file still computes the same.
+
+    Raises:
+        OptionError: One of the nodes does not exist in this form in that opset.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise OptionError("--opset", opset, f"must be {OLDEST_OPSET} to {newest}")
+    (own,) = (entry for entry in model.opset_import if entry.domain == "")
+    own.version = opset
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = f"this network cannot be written with this opset ({first_line(error)})"
+        raise OptionError("--opset", opset, reason) from error

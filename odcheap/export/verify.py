@@ -1,28 +1,40 @@
-"""Whether what was exported computes what was trained: every artefact in its own runtime, from image files."""
+"""Checks that every exported file computes what the trained network computes.
+
+Each file runs in its own runtime, from image files: the run's test images, or noise if these are not available.
+"""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor, nn
 
 from odcheap import predict
-from odcheap.export.evidence import Pictures, of_data, of_noise, watched
-from odcheap.export.onnx import DIFFERENT
-from odcheap.export.product import Product
-from odcheap.utils.console import say
-from odcheap.utils.errors import Failure
+from odcheap.data.base import ImageData, LabeledImage
+from odcheap.data.image_folder import evaluation_transform
+from odcheap.data.transforms import Normalization
+from odcheap.export.load_run import RunStudent
+from odcheap.export.onnx import MAX_DIFFERENCE
+from odcheap.utils.console import console, say
+from odcheap.utils.errors import Failure, OptionError, first_line
+from odcheap.utils.parts import build_part
 from odcheap.utils.text import escape_control_chars
 
 INT8 = "student-int8.onnx"
-BARE = """
+NOISE_IMAGES = 64
+BATCH_SIZE = 250
+SUFFIXES = (".onnx", ".pt2", ".safetensors")
+# Runs a student.safetensors in a process that cannot import Lightning, Hydra or ONNX Runtime.
+BARE_PROCESS = """
 import json, sys
 from pathlib import Path
 for name in ("pytorch_lightning", "lightning_fabric", "hydra", "omegaconf", "torchmetrics", "onnxruntime", "sklearn"):
@@ -30,132 +42,227 @@ for name in ("pytorch_lightning", "lightning_fabric", "hydra", "omegaconf", "tor
 import numpy, torch
 from odcheap import predict
 from odcheap.models.build import load_student
-student, preprocess, files, out = sys.argv[1:]
-network = load_student(student)
-ask = lambda images: network(torch.from_numpy(images)).numpy()
+student, preprocess, files, out, *config_dirs = sys.argv[1:]
+network = load_student(student, config_dirs)
+predictor = lambda images: network(torch.from_numpy(images)).numpy()
+paths = [Path(path) for path in json.loads(Path(files).read_text())]
 with torch.inference_mode():
-    found = predict.predict_files(ask, [Path(f) for f in json.loads(Path(files).read_text())], json.loads(preprocess))
-    numpy.save(out, numpy.stack([logits for _, logits in found]))
+    results = predict.predict_files(predictor, paths, json.loads(preprocess))
+    numpy.save(out, numpy.stack([logits for _, logits in results]))
 """
 
 
-class Proven(NamedTuple):
-    """What the checks have seen: differences of logits and top-1 by file; `reason` says why there was no data."""
+class Reference(NamedTuple):
+    """Image files, their labels (None for noise), and the trained network's logits (N, K) as training computes them."""
 
-    pictures: int
-    of_data: bool
+    files: list[Path]
+    labels: np.ndarray | None
+    logits: np.ndarray
+
+    def top1(self, logits: np.ndarray) -> float | None:
+        """Returns the accuracy of logits (N, K); None without labels."""
+        return None if self.labels is None else float((logits.argmax(1) == self.labels).mean())
+
+
+class Verification(NamedTuple):
+    """What the checks have shown.
+
+    Attributes:
+        images: Number of images.
+        on_data: Whether they were the run's test images.
+        differences: Largest difference of a logit by file.
+        top1: Accuracy by file, None without labels.
+        reason: Why there were no test images.
+    """
+
+    images: int
+    on_data: bool
     differences: dict[str, float]
     top1: dict[str, float | None]
     reason: str
 
 
-def prove(
-    product: Product,
-    data: pl.LightningDataModule | None,
+def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
+    """Reads a run's data set; nothing is downloaded.
+
+    Args:
+        config: The run's `config.yaml`.
+        data_dir: Where the images are now; None is where the run found them.
+        config_dirs: `conf` directories with data sets that odcheap does not have.
+
+    Raises:
+        OptionError: The images are not there, or the config describes no data set.
+    """
+    try:
+        settings = dict(config["data"])
+        if isinstance(settings.get("load"), dict):
+            load = settings["load"]
+            changes = {"data_dir": data_dir or load.get("data_dir"), "download": False}
+            settings["load"] = load | {option: value for option, value in changes.items() if option in load}
+        data = build_part("data", settings, config_dirs=config_dirs)
+        data.read()
+    except OptionError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OptionError("JOB_DIR", "config.yaml", f"describes no data set ({first_line(error)})") from error
+    return data
+
+
+def iterate_samples(data: ImageData, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
+    """Yields the readable images of a part as evaluation sees them; `limit` spreads so many over the whole part."""
+    count = len(data.labels[part])
+    return data.iterate_images(part, range(count) if limit is None else range(0, count, -(-count // limit)))
+
+
+@torch.inference_mode()
+def compute_test_reference(data: ImageData, network: nn.Module, folder: Path) -> Reference:
+    """Computes the network's logits of all test images; images without a file are written to the folder."""
+    files, labels, logits, batch = [], [], [], []
+    count = len(data.labels["test"])
+    for k, sample in enumerate(show_progress(iterate_samples(data, "test"), count, "the trained network"), start=1):
+        files.append(sample.path or save_image(sample.image, folder / f"{k:06d}.png"))
+        labels.append(sample.label)
+        batch.append(sample.image)
+        if len(batch) == BATCH_SIZE:
+            logits.append(network(data.norm.apply(torch.stack(batch))))
+            batch = []
+    if batch:
+        logits.append(network(data.norm.apply(torch.stack(batch))))
+    if not files:
+        raise Failure("data_dir: none of the test images can be read")
+    return Reference(files, np.array(labels), torch.cat(logits).numpy())
+
+
+@torch.inference_mode()
+def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder: Path) -> Reference:
+    """Computes the network's logits of noise of rising contrast, which is written to the folder."""
+    size, generator = settings["image_size"], torch.Generator().manual_seed(0)
+    contrast = torch.linspace(0.1, 1, NOISE_IMAGES)[:, None, None, None]
+    noise = 2 * torch.rand(NOISE_IMAGES, *size, generator=generator) - 1
+    images = (127.5 + 127.5 * contrast * noise).round().byte()
+    files = [save_image(image, folder / f"{k:06d}.png") for k, image in enumerate(images)]
+    transform = evaluation_transform(size[-1], settings["shorter_side"])
+    inputs = torch.stack([transform(predict.decode_image(file)) for file in files])
+    norm = Normalization(tuple(settings["mean"]), tuple(settings["std"]))
+    return Reference(files, None, network(norm.apply(inputs)).numpy())
+
+
+def save_image(image: Tensor, path: Path) -> Path:
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+def show_progress(items: Iterator, count: int, description: str) -> Iterator:
+    """Yields the items, with a progress bar on a terminal."""
+    out = console()
+    return track(items, description, total=count, console=out, transient=True, disable=not out.is_terminal)
+
+
+def verify_files(
+    run: RunStudent,
+    data: ImageData | None,
     reason: str,
     preprocess: dict[str, Any],
     folder: Path,
     batch: int | None,
-) -> Proven:
-    """Holds every artefact in `folder` against the trained network; `Failure` where one computes something else.
+) -> Verification:
+    """Compares every file of the folder with the trained network; of 8-bit integers only the accuracy is measured.
 
-    8-bit integers may, and only their accuracy is told.
+    Args:
+        run: The exported student.
+        data: The run's data set; None if it is not available.
+        reason: Why it is not.
+        preprocess: The content of `preprocess.json`.
+        folder: The exported files.
+        batch: Number of images that a static graph takes.
+
+    Raises:
+        Failure: A file computes something else.
     """
     differences, top1 = {}, {}
-    with tempfile.TemporaryDirectory() as beside:
+    with tempfile.TemporaryDirectory() as images:
         if data is None:
-            pictures = of_noise(product.settings, product.network, Path(beside))
+            reference = compute_noise_reference(run.settings, run.network, Path(images))
         else:
-            pictures = of_data(data, product.network, Path(beside))
-            as_in_summary(product, pictures)
-        for path in sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".pt2", ".safetensors")):
-            say(f"checking {path.name} on {len(pictures.files):,} pictures")
-            logits = logits_of(path, preprocess, pictures, batch)
-            top1[path.name] = pictures.top1(logits)
+            reference = compute_test_reference(data, run.network, Path(images))
+            check_accuracy(run, reference)
+        for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
+            say(f"checking {path.name} on {len(reference.files):,} images")
+            logits = compute_logits(path, preprocess, reference, batch, run.config_dirs)
+            top1[path.name] = reference.top1(logits)
             if path.name != INT8:
-                differences[path.name] = held(path.name, logits, pictures)
-    return Proven(len(pictures.files), data is not None, differences, top1, reason)
+                differences[path.name] = check_logits(path.name, logits, reference)
+    return Verification(len(reference.files), data is not None, differences, top1, reason)
 
 
-def as_in_summary(product: Product, pictures: Pictures) -> None:
-    """`Failure` where the trained network's accuracy is not the one that the run has measured.
+def check_accuracy(run: RunStudent, reference: Reference) -> None:
+    """Raises `Failure` if the trained network's accuracy is not the one in the run's summary.
 
-    Pictures whose two best logits lie close may differ: closer than a thousandth where the run evaluated in 32 bits on
-    a CPU (others add up in another order); else closer than three hundredths of the logits' range (a GPU's 32 bits are
-    rounded to 11, bfloat16 has 8), and in fewer bits half a hundredth of all pictures besides.
+    Images whose two largest logits are close may be classified differently: closer than a thousandth if the run
+    evaluated in 32 bits on a CPU, which adds up in another order; otherwise closer than three hundredths of the logits'
+    range (a GPU's 32 bits are rounded to 11 bits, bfloat16 has 8). With less than 32 bits half a percent of all images
+    may differ in addition.
     """
-    if product.test_top1 is None:
+    if run.test_top1 is None:
         return
-    best = np.sort(pictures.logits, axis=1)
-    trainer = product.config.get("trainer") or {}
-    in_32 = str(trainer.get("precision")) in ("32", "32-true")
-    gap = 1e-3 if in_32 and trainer.get("accelerator") == "cpu" else 0.03 * (best[:, -1] - best[:, 0])
-    near = (best[:, -1] - best[:, -2] < gap).mean()
-    found, allowed = pictures.top1(pictures.logits), near + (0 if in_32 else 0.005) + 1e-6
-    if abs(found - product.test_top1) > allowed:
-        line = f"the network's test accuracy is {found:.4f} here, {product.test_top1:.4f} in the run's summary"
+    ordered = np.sort(reference.logits, axis=1)
+    trainer = run.config.get("trainer") or {}
+    is_32_bit = str(trainer.get("precision")) in ("32", "32-true")
+    exact = is_32_bit and trainer.get("accelerator") == "cpu"
+    gap = 1e-3 if exact else 0.03 * (ordered[:, -1] - ordered[:, 0])
+    ties = (ordered[:, -1] - ordered[:, -2] < gap).mean()
+    top1 = reference.top1(reference.logits) or 0.0
+    if abs(top1 - run.test_top1) > ties + (0 if is_32_bit else 0.005) + 1e-6:
+        line = f"the network's test accuracy is {top1:.4f} here, {run.test_top1:.4f} in the run's summary"
         raise Failure(f"{line}: other images than the run's, or other weights")
 
 
-def logits_of(path: Path, preprocess: dict[str, Any], pictures: Pictures, batch: int | None) -> np.ndarray:
-    if path.suffix == ".safetensors":
-        return bare_logits(path, preprocess, pictures)
-    if path.suffix == ".pt2":
-        return pt2_logits(path, preprocess, pictures, batch)
-    return onnx_logits(path, preprocess, pictures)
+def check_logits(name: str, logits: np.ndarray, reference: Reference) -> float:
+    """Returns the largest difference of a logit; raises `Failure` if one is too large."""
+    differences = np.abs(logits - reference.logits)
+    if not (differences <= MAX_DIFFERENCE + 1e-5 * np.abs(reference.logits)).all():
+        worst = np.unravel_index(np.nan_to_num(differences, nan=np.inf).argmax(), differences.shape)
+        where = escape_control_chars(reference.files[worst[0]])
+        raise Failure(f"{name}: a logit differs from the trained network's by {differences[worst]:.2g} on {where}")
+    return float(differences.max())
 
 
-def onnx_logits(path: Path, preprocess: dict[str, Any], pictures: Pictures) -> np.ndarray:
-    try:
-        return gathered(
-            predict.create_predictor(predict.create_session(path.read_bytes())), preprocess, pictures, path.name
-        )
-    except predict.PredictError as error:
-        raise Failure(f"{path.name}: {error}") from error
-
-
-def pt2_logits(path: Path, preprocess: dict[str, Any], pictures: Pictures, fixed: int | None) -> np.ndarray:
-    graph = torch.export.load(path).module()
-
-    def run(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return graph(torch.from_numpy(images)).numpy()
-
-    return gathered(predict.pad_batches(run, fixed), preprocess, pictures, path.name)
-
-
-def gathered(
-    ask: Callable[[np.ndarray], np.ndarray], preprocess: dict[str, Any], pictures: Pictures, name: str
+def compute_logits(
+    path: Path, preprocess: dict[str, Any], reference: Reference, batch: int | None, config_dirs: Sequence[Path] = ()
 ) -> np.ndarray:
-    found = predict.predict_files(ask, pictures.files, preprocess)
-    return np.stack([logits for _, logits in watched(found, len(pictures.files), name)])
+    """Runs an exported file on the reference's image files in its own runtime."""
+    if path.suffix == ".safetensors":
+        return run_in_bare_process(path, preprocess, reference, config_dirs)
+    if path.suffix == ".pt2":
+        graph = torch.export.load(path).module()
+
+        def run(images: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return graph(torch.from_numpy(images)).numpy()
+
+        predictor = predict.pad_batches(run, batch)
+    else:
+        try:
+            predictor = predict.create_predictor(predict.create_session(path.read_bytes()))
+        except predict.PredictError as error:
+            raise Failure(f"{path.name}: {error}") from error
+    results = predict.predict_files(predictor, reference.files, preprocess)
+    return np.stack([logits for _, logits in show_progress(results, len(reference.files), path.name)])
 
 
-def bare_logits(path: Path, preprocess: dict[str, Any], pictures: Pictures) -> np.ndarray:
-    """In a new process, in which Lightning, Hydra and ONNX Runtime cannot be imported."""
-    root = str(Path(__file__).parents[2])
-    search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+def run_in_bare_process(
+    path: Path, preprocess: dict[str, Any], reference: Reference, config_dirs: Sequence[Path] = ()
+) -> np.ndarray:
+    """Runs a `student.safetensors` in a new process in which Lightning, Hydra and ONNX Runtime cannot be imported."""
+    search = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), *sys.path]))
     with tempfile.TemporaryDirectory() as folder:
         files, out = Path(folder) / "files.json", Path(folder) / "logits.npy"
-        files.write_text(json.dumps([str(file.resolve()) for file in pictures.files]))
-        command = [sys.executable, "-c", BARE, str(path.resolve()), json.dumps(preprocess), str(files), str(out)]
-        done = subprocess.run(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True
-        )
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").split("\n")[-1]
+        files.write_text(json.dumps([str(file.resolve()) for file in reference.files]))
+        arguments = [path.resolve(), json.dumps(preprocess), files, out, *(d.resolve() for d in config_dirs)]
+        command = [sys.executable, "-c", BARE_PROCESS, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": search}
+        process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            last = (process.stderr.strip() or "no message").split("\n")[-1]
             raise Failure(f"{path.name}: a bare process cannot load or run it ({last})")
         return np.load(out)
-
-
-def held(name: str, logits: np.ndarray, pictures: Pictures) -> float:
-    """The largest difference; `Failure` where one is too large.
-
-    Where none is, another class can come first only on pictures whose two best logits are as good as equal.
-    """
-    apart = np.abs(logits - pictures.logits)
-    if not (apart <= DIFFERENT + 1e-5 * np.abs(pictures.logits)).all():
-        worst = np.unravel_index(np.nan_to_num(apart, nan=np.inf).argmax(), apart.shape)
-        where = escape_control_chars(pictures.files[worst[0]])
-        raise Failure(f"{name}: a logit differs from the trained network's by {apart[worst]:.2g} on {where}")
-    return float(apart.max())

@@ -90,7 +90,7 @@ def write(folders: list[RunFolder], options: argparse.Namespace) -> int:
         raise Failure(f"no finished run among {len(folders)}; --status says more")
     runs = tabulate_runs((entry.run for entry in finished if entry.run is not None), options.against)
     rows = summarize_runs(runs)
-    latencies = {} if options.no_latency else latency.measure_latencies(finished, runs)
+    latencies = {} if options.no_latency else latency.measure_latencies(finished, runs, options.config_dir)
     table, baseline = tables.build_table(rows, latencies), options.against or BASELINE
     out = options.out or Path(options.dirs[0]) / "report"
     out.mkdir(parents=True, exist_ok=True)

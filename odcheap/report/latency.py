@@ -1,5 +1,6 @@
 """Inference time of finished runs' students, and of the standard network in their place."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,18 +15,19 @@ from odcheap.utils.files import read_safetensors
 
 
 def measure_latencies(
-    folders: list[RunFolder], runs: pd.DataFrame, seconds: float = 1.0
+    folders: list[RunFolder], runs: pd.DataFrame, config_dirs: Sequence[Path] = (), seconds: float = 1.0
 ) -> dict[str, tuple[float, float]]:
     """Times one student of each row in ONNX Runtime on the CPU; the same network is timed once.
 
     Args:
         folders: The runs' folders.
         runs: The rows of `tabulate_runs`.
+        config_dirs: `conf` directories with parts that odcheap does not have.
         seconds: Time for each network.
 
     Returns:
         Milliseconds of one image, of the student and of the standard network, by the row's name. A student that cannot
-        be load_network, such as one of an older version, is left out.
+        be rebuilt, such as one of an older version, is left out.
     """
     paths = {id(entry.run): entry.folder / "student.safetensors" for entry in folders}
     by_network: dict[str, tuple[float, float] | None] = {}
@@ -33,7 +35,7 @@ def measure_latencies(
     for row in runs.drop_duplicates("name").itertuples():
         network = describe_network(row.run)
         if network not in by_network:
-            by_network[network] = time_student(paths[id(row.run)], seconds)
+            by_network[network] = time_student(paths[id(row.run)], config_dirs, seconds)
         if (pair := by_network[network]) is not None:
             latencies[row.name] = pair
     return latencies
@@ -44,13 +46,13 @@ def describe_network(run: FinishedRun) -> str:
     return repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
 
 
-def time_student(path: Path, seconds: float) -> tuple[float, float] | None:
+def time_student(path: Path, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> tuple[float, float] | None:
     """Returns the milliseconds of one image, of the student and of the standard network; None if it has no network."""
     try:
         tensors, metadata = read_safetensors(path)
         settings = read_student_settings(metadata, "student", path)
-        student = load_network(settings, tensors, "student", str(path))
-        standard = build_network(settings, "student", str(path), Standard()).eval()
+        student = load_network(settings, tensors, "student", path, config_dirs)
+        standard = build_network(settings, "student", path, Standard(), config_dirs).eval()
     except Failure:
         return None
     size = tuple(settings["image_size"])

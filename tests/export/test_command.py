@@ -1,4 +1,4 @@
-"""From a run to files for a device, as a user would; its parts are tested in their own rooms."""
+"""From a run to files for a device, as a user would do it."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from conftest import TINY
+from export.test_load_run import SETTINGS, write_run
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
@@ -20,8 +21,8 @@ from odcheap import predict
 from odcheap.export import command, verify
 from odcheap.export import onnx as onnx_export
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
-from odcheap.export.model_card import STANDARD
-from odcheap.models.build import load_student
+from odcheap.export.model_card import STANDARD, STUDENT
+from odcheap.models.build import build_network, load_student
 
 QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[2]
@@ -40,16 +41,19 @@ def run(command, tmp_path):
 @pytest.fixture
 def light(monkeypatch):
     """Without the bare process and the timings, which other tests have: the dense form then counts as slower."""
-    monkeypatch.setattr(verify, "bare_logits", lambda path, preprocess, pictures: pictures.logits)
+    monkeypatch.setattr(
+        verify, "run_in_bare_process", lambda path, preprocess, reference, config_dirs: reference.logits
+    )
 
-    def times(product, wish, files, folder, batches):
-        names = [*(file.name for file in files), STANDARD, "the student"]
+    def times(run, options, files, folder):
+        batches = (1, 64) if options.batch is None else (options.batch,)
+        names = [*(file.name for file in files), STANDARD, STUDENT]
         keys = [
             Key(name, runtime, batch, 1) for name in names for runtime in (ONNX_RUNTIME, PYTORCH) for batch in batches
         ]
         return {key: predict.Timing(1 + ("dense" in key.name), 2.0) for key in keys}
 
-    monkeypatch.setattr(command, "timed", times)
+    monkeypatch.setattr(command, "time_files", times)
 
 
 def accuracy(ask):
@@ -65,7 +69,7 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
     expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
-    assert f"Test accuracy {expected:.4f} on 360 pictures; {expected:.4f} by the run's summary, in 32-true." in out
+    assert f"Test accuracy {expected:.4f} on 360 images; {expected:.4f} by the run's summary, in 32-true." in out
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
@@ -95,7 +99,7 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [4, 3, 8, 8]
     expected = json.loads((job_dir / "summary.json").read_text())["students"][other]["test_top1"]
     out = capsys.readouterr().out
-    assert f"Test accuracy {expected:.4f} on 360 pictures; {expected:.4f} by" in out
+    assert f"Test accuracy {expected:.4f} on 360 images; {expected:.4f} by" in out
     assert accuracy(
         predict.create_predictor(predict.create_session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
     ) == pytest.approx(expected, abs=0.05)
@@ -120,13 +124,14 @@ def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is
 @pytest.mark.parametrize("suffix", ["pt2", "safetensors"])
 def test_every_kind_of_file_is_held_against_the_trained_network(run, light, capsys, monkeypatch, suffix):
     job_dir = run("trainer.max_epochs=1")
-    logits_of = verify.logits_of
+    compute_logits = verify.compute_logits
 
-    def wrong(path, preprocess, pictures, batch):
-        logits = pictures.logits if path.suffix == ".safetensors" else logits_of(path, preprocess, pictures, batch)
+    def wrong(path, preprocess, reference, *given):
+        is_slow = path.suffix == ".safetensors"
+        logits = reference.logits if is_slow else compute_logits(path, preprocess, reference, *given)
         return logits + 0.01 * (path.suffix == f".{suffix}")
 
-    monkeypatch.setattr(verify, "logits_of", wrong)
+    monkeypatch.setattr(verify, "compute_logits", wrong)
     assert command.main([str(job_dir), *QUICK]) == 1
     assert f"error: student.{suffix}: a logit differs" in capsys.readouterr().err
     assert not (job_dir / "export").exists()
@@ -144,12 +149,12 @@ def test_another_accuracy_than_the_summary_s_is_an_error(run, light, capsys):
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_the_dense_file_is_there_where_it_was_faster(run, light, monkeypatch, ratio):
-    job_dir, made = run("trainer.max_epochs=1"), command.timed
+    job_dir, made = run("trainer.max_epochs=1"), command.time_files
 
     def times(*given):
         return {key: predict.Timing(ratio if "dense" in key.name else 1.0, 2.0) for key in made(*given)}
 
-    monkeypatch.setattr(command, "timed", times)
+    monkeypatch.setattr(command, "time_files", times)
     assert command.main([str(job_dir), *QUICK]) == 0
     assert (job_dir / "export" / "student-dense.onnx").exists() == (ratio < 1)
 
@@ -183,13 +188,13 @@ def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsy
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert command.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
-    assert "is there and is no export" in capsys.readouterr().err
+    assert "exists and is no export" in capsys.readouterr().err
     (tmp_path / "mine" / "preprocess.json").write_text("{}")  # of somebody else's project
     assert command.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
     (job_dir / "export" / "engine.trt").write_text("compiled for hours")
     assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1
-    assert "(engine.trt is none of an export's files)" in capsys.readouterr().err
+    assert "(engine.trt is not a file of an export)" in capsys.readouterr().err
     assert (job_dir / "export" / "engine.trt").exists()
 
 
@@ -205,7 +210,7 @@ def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="busy"), command.beside(out) as folder:
+    with pytest.raises(OSError, match="busy"), command.replace_folder(out) as folder:
         (folder / "student.onnx").write_text("new")
     assert (out / "student.onnx").read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
@@ -219,8 +224,8 @@ def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_
         (["run", "--student", "2"], "--student=2: must be 0 to 1"),
         (["run", "--batch", "0"], "--batch=0: must be 1 or more"),
         (["run", "--opset", "5"], "--opset=5: must be 7 to"),
-        (["run", "--data-dir", "x"], "--data-dir=x: the run's images lie in no folder"),
-        (["run", "--out", "run"], "is there and is no export"),
+        (["run", "--data-dir", "x"], "--data-dir=x: the run's images are in no folder"),
+        (["run", "--out", "run"], "exists and is no export"),
         (["run", "--out", "/"], "--out=/: is a mount point"),
         (["run", "--int8", "--batch", "600"], "--batch=600: must be at most 512 with --int8"),
         (["run", "--int8", "--opset", "11"], "--opset=11: must be 13 or more with --int8"),
@@ -272,7 +277,37 @@ def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tm
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "**not verified on data**" in card.split("```")[0]
     assert command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 0
-    assert "on 6 pictures" in capsys.readouterr().out
+    assert "on 6 images" in capsys.readouterr().out
     (tmp_path / "moved" / "dark" / "0.png").unlink()
     assert command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 1
     assert "holds other images than the run was trained with" in capsys.readouterr().err
+
+
+AVERAGE_POOLING = """
+from torch import nn
+from odcheap.layers.cheap_conv import BlockType
+
+
+class AvgPool(BlockType):
+    def make_spatial(self, channels, window):
+        return nn.AvgPool2d(window.kernel_size, window.stride, window.padding)
+"""
+
+
+def test_a_block_type_of_a_user_is_exported_with_its_dense_form(tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text(AVERAGE_POOLING)
+    monkeypatch.syspath_prepend(tmp_path)
+    conf = tmp_path / "conf"
+    (conf / "block_type").mkdir(parents=True)
+    (conf / "block_type" / "AvgPool.yaml").write_text("_target_: my_parts.AvgPool\n")
+    settings = SETTINGS | {"block_type": {"part": "AvgPool"}}
+    network = build_network(settings, "settings", "", config_dirs=[conf])
+    job_dir = write_run(tmp_path / "run", network, settings)
+    monkeypatch.setattr(command, "is_faster", lambda timings, name: True)
+    assert command.main([str(job_dir), *QUICK]) == 1  # odcheap itself has no such block type
+    assert command.main([str(job_dir), *QUICK, "--config-dir", str(conf)]) == 0
+    models = {path.name: onnx.load(path) for path in (job_dir / "export").glob("*.onnx")}
+    counts = {name: sum(node.op_type == "AveragePool" for node in m.graph.node) for name, m in models.items()}
+    assert counts["student.onnx"] > 0
+    assert counts["student-dense.onnx"] == 0
+    assert (job_dir / "export" / "README.md").read_text().startswith("# `AvgPool, resnet20, depth 8`")

@@ -11,7 +11,7 @@ from odcheap.predict import Timing, time_alternately
 
 def test_every_network_is_timed_with_one_thread_and_with_all():
     network = CifarResNet(8, DW(), 2).eval()
-    content = onnx.to_onnx(onnx.program(network, (3, 8, 8)))
+    content = onnx.to_onnx(onnx.export_program(network, (3, 8, 8)))
     works = latency.onnx_calls({"a": content}, (3, 8, 8), (1, 3))
     works |= latency.torch_calls({"a": network}, (3, 8, 8), (1, 3))
     threads = torch.get_num_threads()
@@ -35,3 +35,9 @@ def test_a_failing_network_leaves_the_threads_as_they_were():
     with pytest.raises(RuntimeError):
         work()
     assert torch.get_num_threads() == threads
+
+
+def test_times_are_milliseconds_of_one_call():
+    content = onnx.fastest_onnx(CifarResNet(8, DW(), 10), (3, 16, 16))
+    times = latency.time_onnx({"a": content}, (3, 16, 16), (1, 64), seconds=0.05)
+    assert 0 < times["a", 1] < times["a", 64] < 10_000

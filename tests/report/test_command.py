@@ -24,7 +24,7 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "measure_latencies", lambda folders, runs: {"alone": (0.5, 1.5)})
+    monkeypatch.setattr(latency, "measure_latencies", lambda folders, runs, config_dirs: {"alone": (0.5, 1.5)})
     folder = tmp_path / "sweep"
     for seed, value in enumerate((0.50, 0.52, 0.51)):
         plant(folder / f"alone-{seed}", "alone", seed, value)

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from odcheap.export import product
+from odcheap.export import load_run
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.summary import write_student
@@ -25,9 +25,7 @@ CONFIG = "data: {name: x}\ntrainer: {precision: 32-true}\n"
 CHOSEN = {"student": 1, "epoch": 4, "averaged": False, "test_top1": 0.5}
 
 
-def folder(
-    path, network=None, settings=SETTINGS, summary=True, config="data: {name: x}\ntrainer: {precision: 32-true}\n"
-):
+def write_run(path, network=None, settings=SETTINGS, summary=True, config=CONFIG):
     """A finished run's folder, without the run."""
     path.mkdir(exist_ok=True)
     (path / "config.yaml").write_text(config)
@@ -39,11 +37,11 @@ def folder(
 
 def test_the_chosen_student_comes_back_with_its_standard_network(tmp_path):
     network = CifarResNet(8, DW(), 3).eval()
-    found = product.of_run(folder(tmp_path / "run", network))
+    found = load_run.load_run_student(write_run(tmp_path / "run", network))
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(found.network(images), network(images))
     assert str(found.standard) == str(CifarResNet(8, Standard(), 3))
-    assert (found.name, found.test_top1, found.image_size) == ("student 1 of epoch 4", 0.5, (3, 16, 16))
+    assert (found.title, found.test_top1, found.image_size) == ("student 1 of epoch 4", 0.5, (3, 16, 16))
 
 
 @pytest.mark.parametrize(
@@ -70,24 +68,24 @@ def test_the_chosen_student_comes_back_with_its_standard_network(tmp_path):
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, monkeypatch, change, line):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OptionError, match=f"JOB_DIR=.*{line}"):
-        product.of_run(folder(tmp_path / "run", **change))
+        load_run.load_run_student(write_run(tmp_path / "run", **change))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_config_is_data_and_nothing_in_it_is_resolved(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "42")
-    path = folder(tmp_path / "run", config="data: {name: '${oc.env:SECRET}'}\n")
-    assert product.config_of(path)["data"]["name"] == "${oc.env:SECRET}"
+    path = write_run(tmp_path / "run", config="data: {name: '${oc.env:SECRET}'}\n")
+    assert load_run.read_config(path)["data"]["name"] == "${oc.env:SECRET}"
     with pytest.raises(OptionError, match="holds no run of odcheap"):
-        product.config_of(tmp_path)
+        load_run.read_config(tmp_path)
 
 
 def test_weights_without_settings_are_no_student(tmp_path):
-    path = folder(tmp_path / "run")
+    path = write_run(tmp_path / "run")
     save_file(CifarResNet(8, DW(), 3).state_dict(), path / "student.safetensors")
     with pytest.raises(OptionError, match="it does not say what its network is"):
-        product.of_run(path)
+        load_run.load_run_student(path)
     (path / "student.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(OptionError, match="not a whole safetensors file"):
-        product.of_run(path)
+        load_run.load_run_student(path)
     assert OmegaConf.load(path / "config.yaml").data.name == "x"

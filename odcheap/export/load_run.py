@@ -1,0 +1,126 @@
+"""Loads the student that is to be exported from a run's folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import Tensor, nn
+
+from odcheap.layers.cheap_conv import Standard
+from odcheap.models.build import build_network, load_network, read_student_settings
+from odcheap.runs.checkpoint_io import epoch_path, newest_usable, read_run
+from odcheap.runs.load import STUDENT, below
+from odcheap.runs.resume import summary_of
+from odcheap.utils.console import say
+from odcheap.utils.errors import OptionError, first_line
+from odcheap.utils.files import read_safetensors
+
+OPTION = "JOB_DIR"
+AVERAGED = "method.averages.members."  # names of the averaged students' weights in a checkpoint
+READ_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # of files that were edited by hand
+
+
+class RunStudent(NamedTuple):
+    """A student of a run.
+
+    Attributes:
+        job_dir: The run's folder.
+        title: Which student of which epoch.
+        network: The student in eval mode; its input is normalized.
+        standard: The same architecture with standard convolutions and fresh weights, in eval mode.
+        settings: What builds the student and prepares its images, see `StudentSettings`.
+        config: The run's `config.yaml` as plain containers.
+        summary: The run's `summary.json`; None if it has not finished.
+        test_top1: The student's test accuracy in the summary; None if it has not finished.
+        config_dirs: `conf` directories of the user, in which parts of the run were found.
+    """
+
+    job_dir: Path
+    title: str
+    network: nn.Module
+    standard: nn.Module
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+    test_top1: float | None
+    config_dirs: Sequence[Path] = ()
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the input."""
+        return tuple(self.settings["image_size"])
+
+
+def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequence[Path] = ()) -> RunStudent:
+    """Loads a student of a finished run, or of the epochs that an unfinished run has completed.
+
+    Args:
+        job_dir: The run's folder.
+        number: The student's number, from 0; None is the selected student.
+        config_dirs: `conf` directories with parts that odcheap does not have.
+
+    Raises:
+        OptionError: The folder holds no run, no completed epoch, or not this student.
+    """
+    if not job_dir.is_dir():
+        raise OptionError(OPTION, job_dir, "no such folder")
+    config, summary = read_config(job_dir), summary_of(job_dir)
+    try:
+        if summary is not None and number is None:
+            tensors, metadata = read_safetensors(job_dir / "student.safetensors", OPTION)
+            settings, selected = read_student_settings(metadata, OPTION, job_dir), summary["selected"]
+            title = describe_student(int(selected["student"]), int(selected["epoch"]), bool(selected["averaged"]))
+        else:
+            tensors, settings, title = read_checkpoint_student(job_dir, number)
+        figures = summary and (summary["selected"] if number is None else summary["students"][number])
+        test_top1 = figures and float(figures["test_top1"])
+    except OptionError:
+        raise
+    except READ_ERRORS as error:
+        raise OptionError(OPTION, job_dir, f"its files are not as odcheap writes them ({error!r})") from error
+    network = load_network(settings, tensors, OPTION, job_dir, config_dirs).eval()
+    standard = build_network(settings, OPTION, job_dir, Standard(), config_dirs).eval()
+    return RunStudent(job_dir, title, network, standard, settings, config, summary, test_top1, config_dirs)
+
+
+def read_config(job_dir: Path) -> dict[str, Any]:
+    """Reads a run's `config.yaml` as plain containers; interpolations in it stay text.
+
+    Raises:
+        OptionError: There is no config, or it is no run's.
+    """
+    path = job_dir / "config.yaml"
+    if not path.is_file():
+        raise OptionError(OPTION, job_dir, "holds no run of odcheap (config.yaml is missing)")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise OptionError(OPTION, path, f"cannot be read ({first_line(error)})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+        raise OptionError(OPTION, path, "is no run's config")
+    return config
+
+
+def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Reads weights, settings and title of a student at the epoch selected so far."""
+    newest = newest_usable(job_dir, say)
+    if newest is None or not newest[1]["callbacks"]["Record"]["history"]:
+        raise OptionError(OPTION, job_dir, "no epoch of this run has finished, or its checkpoints are gone")
+    selected = newest[1]["callbacks"]["Record"]["selected"]
+    content = read_run(epoch_path(job_dir, selected["epoch"]), OPTION)
+    state, settings = content["state_dict"], content["odcheap"]["student"]
+    read_student_settings({"odcheap": json.dumps(settings)}, OPTION, job_dir)
+    count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
+    if number is not None and not 0 <= number < count:
+        raise OptionError("--student", number, f"must be 0 to {count - 1}")
+    # Candidates are the students, then the averages of their weights.
+    candidate = selected["candidate"] if number is None else number
+    is_averaged = candidate >= count
+    tensors = below(state, f"{AVERAGED if is_averaged else STUDENT}{candidate % count}.")
+    return tensors, settings, describe_student(candidate % count, selected["epoch"], is_averaged)
+
+
+def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
+    return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch}"
