@@ -29,7 +29,7 @@ The input is RGB in [0, 1], {shape}; the normalization is part of the graph. `pr
 becomes that, `labels.json` names the classes.
 
 ```python
-from odcheap.models.build import load_student
+from odcheap import load_student
 student = load_student("student.safetensors")
 logits = student(images)
 ```

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 
 from odcheap import predict
 from odcheap.export import command, verify
+from odcheap.export import command as export_command
 from odcheap.export import onnx as onnx_export
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.model_card import STANDARD, STUDENT
@@ -272,14 +273,18 @@ def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tm
     assert result.status == 0, result.err
     capsys.readouterr()
     shutil.move(tmp_path / "pictures", tmp_path / "moved")
-    assert command.main([str(tmp_path / "run"), *QUICK]) == 0
+    assert export_command.main([str(tmp_path / "run"), *QUICK]) == 0
     assert "warning: not verified on data" in capsys.readouterr().out
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "**not verified on data**" in card.split("```")[0]
-    assert command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 0
+    assert (
+        export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 0
+    )
     assert "on 6 images" in capsys.readouterr().out
     (tmp_path / "moved" / "dark" / "0.png").unlink()
-    assert command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 1
+    assert (
+        export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 1
+    )
     assert "holds other images than the run was trained with" in capsys.readouterr().err
 
 
