@@ -222,6 +222,8 @@ class EvalStream:
 class ImageFolderData(ImageData):
     """Image files in folders of classes, decoded anew in each epoch.
 
+    The arguments that are not listed are those of `ImageData`.
+
     Args:
         load: Lists the files, such as `list_class_folders` or `list_imagenet` with its options. Where it names no
             held-out files, `val_size` of the training files are held out, stratified, by their contents.
@@ -232,7 +234,6 @@ class ImageFolderData(ImageData):
         workers: Loader processes of each process; None: one for each core.
         max_broken: Files that may be unreadable; more of them end the run.
         split_seed: Seed of the held-out split.
-        name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std: See `ImageData`.
 
     Raises:
         OptionError: The options do not suit the images.

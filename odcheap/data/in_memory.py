@@ -81,12 +81,13 @@ class EvalBatches:
 class InMemoryData(ImageData):
     """A data set that fits in memory.
 
+    The arguments that are not listed are those of `ImageData`.
+
     Args:
         load: Returns the images, such as `load_cifar` or `load_digits` with its options.
         flip: Whether training images are flipped horizontally at random.
         crop_padding: Pixels of zeros around a training image, of which a random part of the old size is cropped.
         split_seed: Seed of the held-out split.
-        name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std: See `ImageData`.
 
     Raises:
         OptionError: The options do not suit the images.
