@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from odcheap.runs.resume import flatten
+from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, first_line
 from odcheap.utils.parts import find_conf_dir
 
@@ -36,8 +36,9 @@ def describe_error(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     if isinstance(error, InstantiationException):
-        _, known, group = str(error).rpartition("full_key: ")
-        group = group.strip() if known else "trainer"  # the only part that is built from a plain dict
+        # Hydra names the group where the config is whole, and always the class.
+        found = re.search(r"full_key: (\S+)", str(error)) or re.search(r"target '(?:\w+\.)*(\w+)'", str(error))
+        group = found[1].lower() if found else "config"
         return f"{group}: {first_line(error.__cause__ or error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return describe_hydra_error(error)

@@ -1,6 +1,7 @@
 """Values that the config computes: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +14,11 @@ from odcheap.runs.overrides import name_run
 def given_overrides() -> list[str]:
     """Returns the options of the current run as they were given, interpolations included."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
+def chosen_parts() -> dict[str, Any]:
+    """Returns the option name of the part that the current run has of each group."""
+    return OmegaConf.to_container(HydraConfig.get().runtime.choices, resolve=True)
 
 
 def given_config_dirs() -> list[Path]:

@@ -90,7 +90,7 @@ def start_processes(start: Start, config_dirs: Sequence[Path], listener: Listene
     Raises `Failure` where one fails, `Stopped` where a signal has ended them in order.
     """
     devices = start.cfg.trainer.devices
-    overrides = [o for o in start.overrides if override_key(o) != "job_dir"]
+    overrides = [o for o in start.config.overrides if override_key(o) != "job_dir"]
     if start.checkpoint is not None and not any(override_key(o) == "resume" for o in overrides):
         overrides.append("resume=auto")  # a sweep's default, which the process of its own does not have
     overrides.append(f"job_dir={os.path.join('.', start.job_dir)}")
@@ -100,7 +100,7 @@ def start_processes(start: Start, config_dirs: Sequence[Path], listener: Listene
     command += [quote_override(o) for o in overrides]
     own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))}
     env = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ  # seconds for a long step, and to save it
-    status.mark(start.job_dir, "running")
+    status.write_status(start.job_dir, "running")
     # In a session of its own: a Ctrl-C at the terminal comes to it once, by way of this process.
     agent = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
     with agent, listener.passing_on(agent):

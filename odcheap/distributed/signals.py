@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from odcheap.distributed import slurm
 from odcheap.distributed.torchrun import ENDING
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import all_paths
+from odcheap.runs.checkpoint_io import list_checkpoints
 
 SUBMITIT = signal.SIGUSR2  # by which submitit asks for a checkpoint; its handler puts the job back into the queue
 
@@ -139,11 +139,11 @@ def leaving(job_dir: Path, listener: Listener, again: bool) -> Iterator[None]:
 
 
 def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None:
-    by_worker = listener.led and status.read(job_dir).get("state") == "stopped"
+    by_worker = listener.led and status.read_status(job_dir).get("state") == "stopped"
     if not by_worker:
         if job_dir.is_dir():  # it is made late, so that what is refused leaves none
-            status.mark(job_dir, "stopped", stop.name)
-        way = f"saved; resume={job_dir} continues" if all_paths(job_dir) else "nothing was saved yet"
+            status.write_status(job_dir, "stopped", stop.name)
+        way = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
         by_cluster = stop.signum != signal.SIGINT and not listener.requeue_by_submitit and again
         print(f"{stop.name}: {way}{slurm.requeue() if by_cluster else ''}", flush=True)
     if listener.requeue_by_submitit:

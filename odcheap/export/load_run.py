@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import build_network, load_network, read_student_settings
-from odcheap.runs.checkpoint_io import epoch_path, newest_usable, read_run
+from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, read_checkpoint
+from odcheap.runs.folder import read_summary
 from odcheap.runs.load import STUDENT, below
-from odcheap.runs.resume import summary_of
-from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import read_safetensors
 
@@ -66,7 +65,7 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
     """
     if not job_dir.is_dir():
         raise OptionError(OPTION, job_dir, "no such folder")
-    config, summary = read_config(job_dir), summary_of(job_dir)
+    config, summary = read_config(job_dir), read_summary(job_dir)
     try:
         if summary is not None and number is None:
             tensors, metadata = read_safetensors(job_dir / "student.safetensors", OPTION)
@@ -105,11 +104,11 @@ def read_config(job_dir: Path) -> dict[str, Any]:
 
 def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Reads weights, settings and title of a student at the epoch selected so far."""
-    newest = newest_usable(job_dir, say)
+    newest = find_newest_usable(job_dir)
     if newest is None or not newest[1]["callbacks"]["Record"]["history"]:
         raise OptionError(OPTION, job_dir, "no epoch of this run has finished, or its checkpoints are gone")
     selected = newest[1]["callbacks"]["Record"]["selected"]
-    content = read_run(epoch_path(job_dir, selected["epoch"]), OPTION)
+    content = read_checkpoint(epoch_path(job_dir, selected["epoch"]), OPTION)
     state, settings = content["state_dict"], content["odcheap"]["student"]
     read_student_settings({"odcheap": json.dumps(settings)}, OPTION, job_dir)
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})

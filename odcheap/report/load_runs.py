@@ -10,8 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import all_paths
-from odcheap.runs.resume import options_of
+from odcheap.runs.checkpoint_io import list_checkpoints
+from odcheap.runs.folder import read_options
 from odcheap.utils.errors import OptionError, first_line
 
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of files written by others
@@ -50,7 +50,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise OptionError("DIR", folder, "no such folder")
-        runs = sorted({path.parent for name in ("config.yaml", status.NAME) for path in folder.rglob(name)})
+        runs = sorted({path.parent for name in ("config.yaml", status.FILE_NAME) for path in folder.rglob(name)})
         if not runs:
             raise OptionError("DIR", folder, "holds no run of odcheap")
         found += map(load_run, runs)
@@ -62,24 +62,11 @@ def load_run(folder: Path) -> RunFolder:
     try:
         summary = read_json(folder / "summary.json")
         if not summary.get("finished"):
-            return describe_unfinished(folder, read_json(folder / status.NAME))
+            return describe_unfinished(folder, read_json(folder / status.FILE_NAME))
         run = FinishedRun(read_options(folder / "config.yaml"), summary, read_history(folder))
         return RunFolder(folder, "finished", "", run)
     except (*READ_ERRORS, OmegaConfBaseException, YAMLError) as error:
         return RunFolder(folder, "unreadable", first_line(error))
-
-
-def read_options(config: Path) -> dict[str, Any]:
-    """Returns a run's options from its `config.yaml`; parts of an older file, with Python paths, get their names."""
-    options = {}
-    for key, value in options_of(config).items():
-        group, _, name = key.rpartition(".")
-        if name == "_target_":
-            path = str(value).split(".")
-            options[f"{group}.part"] = path[-2] if "methods" in path else path[-1]
-        elif not name.startswith("_"):
-            options[key] = value
-    return options
 
 
 def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
@@ -90,7 +77,7 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
         return RunFolder(folder, "failed", last.get("reason", ""))
     if last.get("state") == "running" and status.is_alive(last):
         return RunFolder(folder, "running", f"{progress}; process {last.get('pid')} on {last.get('host')}")
-    way = "the same command continues it" if all_paths(folder) else "nothing was saved yet"
+    way = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
     return RunFolder(folder, "stopped", f"{progress}; {way}")
 
 

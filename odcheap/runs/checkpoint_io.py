@@ -1,17 +1,17 @@
-"""Checkpoints: atomic to write, safe to read, bounded in number."""
+"""Checkpoints of a run: written whole or not at all, read without running code, bounded in number."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins import CheckpointIO
 
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_torch, verify_checksum, write_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's reading and writing, made safe: a crash while saving leaves the older files whole."""
+    """Writes and reads Lightning's checkpoints such that a crash during a save leaves the older files whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -20,33 +20,46 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_run(path)
+        return read_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def read_run(path: str | Path, option: str = "resume") -> dict[str, Any]:
-    """A whole checkpoint of an odcheap run; `OptionError` for anything else."""
+def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
+    """Reads a checkpoint of a run.
+
+    Args:
+        path: The file.
+        option: The option that named the file, for messages.
+
+    Raises:
+        OptionError: The file is damaged, or no checkpoint of an odcheap run.
+    """
     verify_checksum(path, option)
     content = read_torch(path, option)
-    if not is_of_run(content):
+    if not is_run_checkpoint(content):
         raise OptionError(option, path, "not a checkpoint of an odcheap run")
     return content
 
 
-def is_of_run(content: dict[str, Any]) -> bool:
-    """Whether it has what is asked of it before Lightning sees it: somebody may have made it up, checksum and all."""
-    about, record = content.get("odcheap"), (content.get("callbacks") or {}).get("Record")
-    kinds = {"overrides": list, "config": dict, "split": str, "classes": list, "student": dict}
-    if not isinstance(about, dict) or not all(isinstance(about.get(name), kind) for name, kind in kinds.items()):
+def is_run_checkpoint(content: dict[str, Any]) -> bool:
+    """Whether all that is read of a checkpoint before Lightning sees it is there and of the right type.
+
+    The file may be a stranger's, with a correct checksum.
+    """
+    saved, record = content.get("odcheap"), (content.get("callbacks") or {}).get("Record")
+    types = {"overrides": list, "config": dict, "split": str, "classes": list, "student": dict}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in types.items()):
         return False
-    texts = [*about["overrides"], *about["classes"]]
-    numbers = isinstance(content.get("epoch"), int) and isinstance(record, dict) and record_is_whole(record)
-    return numbers and "loops" in content and "state_dict" in content and all(isinstance(t, str) for t in texts)
+    if not all(isinstance(text, str) for text in [*saved["overrides"], *saved["classes"]]):
+        return False
+    has_record = isinstance(content.get("epoch"), int) and isinstance(record, dict) and is_record(record)
+    return has_record and "loops" in content and "state_dict" in content
 
 
-def record_is_whole(record: dict[str, Any]) -> bool:
+def is_record(record: dict[str, Any]) -> bool:
+    """Whether this is the state of the callback that keeps figures and selection."""
     selected = record.get("selected")
     return (
         isinstance(record.get("history"), list)
@@ -56,32 +69,32 @@ def record_is_whole(record: dict[str, Any]) -> bool:
 
 
 def epoch_path(job_dir: Path, epoch: int) -> Path:
-    """Where the weights lie as they were when this epoch (from 0) had ended."""
+    """Returns the path of the checkpoint at the end of an epoch (from 0)."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}.ckpt"
 
 
 def step_path(job_dir: Path, epoch: int, step: int) -> Path:
-    """The same in the middle of an epoch, after `step` of its batches; sorts before the epoch's own file."""
+    """Returns the path of a checkpoint after `step` batches of an epoch; it sorts before the epoch's own."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
 
 
-def all_paths(job_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+def list_checkpoints(job_dir: Path) -> list[Path]:
+    """Returns the run's checkpoints, oldest first."""
     return sorted((job_dir / "checkpoints").glob("epoch-*.ckpt"))
 
 
-def prune(job_dir: Path, keep: int, selected: Path | None) -> None:
-    """Leaves the newest `keep` files and the selected one."""
-    for path in all_paths(job_dir)[:-keep]:
+def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
+    """Removes all checkpoints but the newest `keep` and the selected one."""
+    for path in list_checkpoints(job_dir)[:-keep]:
         if path != selected:
             path.unlink(missing_ok=True)
 
 
-def newest_usable(job_dir: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its content; tells what was passed over and why."""
-    for path in reversed(all_paths(job_dir)):
+def find_newest_usable(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the newest whole checkpoint and its content, None without one. Prints which were skipped, and why."""
+    for path in reversed(list_checkpoints(job_dir)):
         try:
-            return path, read_run(path)
+            return path, read_checkpoint(path)
         except OptionError as error:
-            say(f"passed over: {error}")
+            say(f"skipped: {error}")
     return None

@@ -1,230 +1,210 @@
-"""A run's folder: what it is called, whether it may be used, and which run a `resume` continues."""
+"""Resume: which run is continued, from which checkpoint, and with which options."""
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from odcheap.runs import trust
-from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, read_run
-from odcheap.runs.overrides import STORAGE_OPTIONS, find_override, override_key
+from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, list_checkpoints, read_checkpoint
+from odcheap.runs.folder import (
+    check_unoccupied,
+    make_folder,
+    read_summary,
+    remove_outputs,
+    remove_partial_files,
+)
+from odcheap.runs.overrides import find_override, override_key
+from odcheap.runs.settings import RunConfig, flatten
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_atomic
-from odcheap.utils.text import escape_control_chars
 
 # What may differ between a run and its continuation: where and on what it runs, not what it computes.
-FREE = ("trainer", "data_dir", "job_dir", "logger", "resume", "overwrite", "test_only", "checkpoint_every")
-FREE += ("checkpoint_keep", "on_nonfinite", "max_skipped", "data.load.data_dir", "experiment", "backbone.pretrained")
-FREE += ("data.workers", "data.max_broken", "together", "capture", "method.teacher_weights")
-OUTPUTS = ("config.yaml", "metrics.csv", "summary.json", "test.json", "confusion.csv", "split.csv")
-OUTPUTS += ("student.safetensors",)
-NOWHERE = object()
-THREE_WAYS = "resume=auto continues it, overwrite=true starts anew, another job_dir leaves it"
+CHANGEABLE_OPTIONS = (
+    "trainer",
+    "data_dir",
+    "job_dir",
+    "logger",
+    "resume",
+    "overwrite",
+    "test_only",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "on_nonfinite",
+    "max_skipped",
+    "data.load.data_dir",
+    "data.workers",
+    "data.max_broken",
+    "experiment",
+    "backbone.pretrained",
+    "together",
+    "capture",
+    "method.teacher_weights",
+)
+# Where a run writes besides its folder, and what Hydra does, is not taken from a checkpoint, which may be a stranger's.
+UNTRUSTED_OPTIONS = ("hydra", "logger.", "trainer.default_root_dir", "trainer.logger", "trainer.callbacks")
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: its config and folder, the checkpoint it continues from and its content.
+    """How a run begins.
 
-    `at_home`: the checkpoint lies in this very folder. `finished`: there is nothing left to do.
+    Attributes:
+        config: The run's config; of a resumed run with the overrides it was started with.
+        job_dir: The run's folder.
+        checkpoint: The checkpoint that the run continues from, None for a new run.
+        content: The content of the checkpoint.
+        in_own_folder: Whether the checkpoint lies in `job_dir`.
+        is_finished: Whether there is nothing left to do.
     """
 
-    cfg: DictConfig
-    overrides: list[str]
+    config: RunConfig
     job_dir: Path
     checkpoint: Path | None = None
     content: dict[str, Any] | None = None
-    at_home: bool = False
-    finished: bool = False
+    in_own_folder: bool = False
+    is_finished: bool = False
+
+    @property
+    def cfg(self) -> DictConfig:
+        return self.config.cfg
 
 
-def options_of(config: Path) -> dict[str, Any]:
-    """What a run's `config.yaml` says of what it computed: no paths of its own, and nothing twice."""
-    options = flatten(OmegaConf.to_container(OmegaConf.load(config)))
-    own = {
-        key: value
-        for key, value in options.items()
-        if key not in STORAGE_OPTIONS and options["job_dir"] not in str(value)
-    }
-    return {key: v for key, v in own.items() if "." not in key or own.get(key.rpartition(".")[2], NOWHERE) != v}
-
-
-def plan(
-    cfg: DictConfig,
-    overrides: list[str],
-    compose: Callable[[list[str]], DictConfig],
-    say: Callable[[str], None],
-    by_default: str | None = None,
-    restarted: bool = False,
+def plan_start(
+    config: RunConfig,
+    compose: Callable[[Sequence[str]], RunConfig],
+    default_resume: str | None = None,
+    is_restarted: bool = False,
 ) -> Start:
-    """Which run this is to be. `compose` makes a config from overrides; `by_default` stands in for no `resume`.
+    """Finds out whether the run starts anew or continues an older one.
 
-    `restarted`: this very command has been started before, so that what it left in `job_dir` goes first.
+    With `resume` the overrides that the run was started with are applied again.
 
-    With `resume` the overrides the run was started with are applied again; one given anew that would change the
-    experiment raises `OptionError`, as do a missing checkpoint and a folder that holds another run.
+    Args:
+        config: The config of the options given.
+        compose: Composes and checks a config from overrides.
+        default_resume: Stands for `resume` where that is not given.
+        is_restarted: Whether this very command was started before: what it left in `job_dir` then goes before any
+            `resume` that was given.
+
+    Raises:
+        OptionError: An override given anew would change the experiment, a checkpoint is missing or unusable, or the
+            folder holds another run.
     """
-    resume = cfg.resume or (None if cfg.overwrite else by_default)
-    if restarted and not cfg.overwrite and all_paths(Path(cfg.job_dir)):
+    cfg = config.cfg
+    resume = cfg.resume or (None if cfg.overwrite else default_resume)
+    if is_restarted and not cfg.overwrite and list_checkpoints(Path(cfg.job_dir)):
         resume = "auto"
     if cfg.test_only and not (cfg.resume or cfg.weights):
         raise OptionError("test_only", True, "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
-    if not resume or (cfg.test_only and not cfg.resume):
-        return start_anew(cfg, overrides)
-    found = locate(cfg, resume, say)
+    found = locate_checkpoint(cfg, resume) if resume and (cfg.resume or not cfg.test_only) else None
     if found is None:
-        return start_anew(cfg, overrides)
-    own, checkpoint, content = found
-    given = resume != "auto" and any(override_key(o) == "job_dir" for o in overrides)
-    job_dir = Path(cfg.job_dir) if given else own
+        if not cfg.test_only:
+            check_unoccupied(Path(cfg.job_dir), cfg.overwrite)
+        return Start(config, Path(cfg.job_dir))
+    own_dir, checkpoint, content = found
+    is_given = resume != "auto" and any(override_key(override) == "job_dir" for override in config.overrides)
+    job_dir = Path(cfg.job_dir) if is_given else own_dir
     if job_dir is None:
         raise OptionError("resume", resume, "lies in no run's checkpoints folder: say where to go on with job_dir=")
-    at_home = own is not None and job_dir.resolve() == own.resolve()
-    again, merged = reapply(content["odcheap"], overrides, job_dir, compose)
-    trust.refuse_foreign(again, cfg, "resume", resume)
-    done = at_home and content["epoch"] + 1 >= again.trainer.max_epochs and summary_of(job_dir) is not None
-    if not cfg.test_only and not at_home:
-        refuse_occupied(job_dir, cfg.overwrite)
-    if not cfg.test_only and at_home and Path(resume).is_file():
-        refuse_later(checkpoint, cfg.overwrite)
-    return Start(again, merged, job_dir, checkpoint, content, at_home, done and not cfg.test_only)
+    in_own_folder = own_dir is not None and job_dir.resolve() == own_dir.resolve()
+    merged = reapply_overrides(content["odcheap"], config.overrides, job_dir, compose)
+    if cfg.test_only:
+        return Start(merged, job_dir, checkpoint, content, in_own_folder)
+    if not in_own_folder:
+        check_unoccupied(job_dir, cfg.overwrite)
+    elif Path(resume).is_file():
+        check_newest(checkpoint, cfg.overwrite)
+    all_epochs_done = content["epoch"] + 1 >= merged.cfg.trainer.max_epochs
+    is_finished = in_own_folder and all_epochs_done and read_summary(job_dir) is not None
+    return Start(merged, job_dir, checkpoint, content, in_own_folder, is_finished)
 
 
-def locate(cfg: DictConfig, resume: str, say: Callable[[str], None]) -> tuple[Path | None, Path, dict[str, Any]] | None:
-    """The run's own folder (None for a checkpoint that lies in none), the checkpoint and its content.
+def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path | None, Path, dict[str, Any]] | None:
+    """Finds the checkpoint that `resume` means.
 
-    None where `resume=auto` finds nothing to continue.
+    Returns:
+        The run's folder (None for a checkpoint that lies in none), the checkpoint and its content. None where
+        `resume=auto` finds nothing to continue.
     """
     if resume != "auto" and not Path(resume).is_dir():
-        content, checkpoint = read_run(resume), Path(resume).resolve()
-        inside = checkpoint.parent
-        return (inside.parent if inside.name == "checkpoints" else None), checkpoint, content
+        content, checkpoint = read_checkpoint(resume), Path(resume).resolve()
+        folder = checkpoint.parent
+        return (folder.parent if folder.name == "checkpoints" else None), checkpoint, content
     job_dir = Path(cfg.job_dir) if resume == "auto" else Path(resume)
-    found = selected_checkpoint(job_dir, say) if cfg.test_only else newest_usable(job_dir, say)
-    if found is None and (resume != "auto" or cfg.test_only):
+    found = find_selected_checkpoint(job_dir) if cfg.test_only else find_newest_usable(job_dir)
+    if found is None:
+        if resume == "auto" and not cfg.test_only:
+            return None
         raise OptionError("resume", resume, f"{job_dir} holds no usable checkpoint in checkpoints/")
-    return found and (job_dir, *found)
+    return job_dir, *found
 
 
-def refuse_later(checkpoint: Path, overwrite: bool) -> None:
-    if not overwrite and checkpoint.name != all_paths(checkpoint.parent.parent)[-1].name:
+def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the checkpoint of the epoch that the run has selected, with its content."""
+    newest = find_newest_usable(job_dir)
+    if newest is None:
+        return None
+    path = epoch_path(job_dir, newest[1]["callbacks"]["Record"]["selected"]["epoch"])
+    return newest if path == newest[0] else (path, read_checkpoint(path))
+
+
+def check_newest(checkpoint: Path, overwrite: bool) -> None:
+    """Raises `OptionError` where a run would go back to an earlier checkpoint without `overwrite`."""
+    if not overwrite and checkpoint.name != list_checkpoints(checkpoint.parent.parent)[-1].name:
         ways = "overwrite=true throws the later ones away, another job_dir keeps them"
         raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")
 
 
-def start_anew(cfg: DictConfig, overrides: list[str]) -> Start:
-    job_dir = Path(cfg.job_dir)
-    if not cfg.test_only:
-        refuse_occupied(job_dir, cfg.overwrite)
-    return Start(cfg, overrides, job_dir)
+def reapply_overrides(
+    saved: Mapping[str, Any], overrides: Sequence[str], job_dir: Path, compose: Callable[[Sequence[str]], RunConfig]
+) -> RunConfig:
+    """Composes the config of a resumed run: the overrides it was started with, then those given anew.
 
-
-def refuse_occupied(job_dir: Path, overwrite: bool) -> None:
-    if overwrite:
-        return
-    if summary_of(job_dir) is not None:
-        raise OptionError("job_dir", job_dir, f"holds a finished run; {THREE_WAYS}")
-    if all_paths(job_dir):
-        raise OptionError("job_dir", job_dir, f"holds an unfinished run; {THREE_WAYS}")
-
-
-def reapply(
-    about: dict[str, Any], overrides: list[str], job_dir: Path, compose: Callable[[list[str]], DictConfig]
-) -> tuple[DictConfig, list[str]]:
-    given = {override_key(o) for o in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
-    kept = [o for o in trust.kept(about["overrides"]) if override_key(o) not in given]
-    merged = [*kept, *(o for o in overrides if override_key(o) != "job_dir"), f"job_dir={os.path.join('.', job_dir)}"]
-    cfg = compose(merged)
-    before, now = flatten(about["config"]), flatten(OmegaConf.to_container(cfg, resolve=True))
+    Raises:
+        OptionError: The result differs from the saved config in what is computed.
+    """
+    given = {override_key(override) for override in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
+    kept = [o for o in saved["overrides"] if not o.lstrip("+~").startswith(UNTRUSTED_OPTIONS)]
+    kept = [override for override in kept if override_key(override) not in given]
+    anew = [override for override in overrides if override_key(override) != "job_dir"]
+    merged = compose([*kept, *anew, f"job_dir={os.path.join('.', job_dir)}"])
+    before, now = flatten(saved["config"]), flatten(merged.to_settings())
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
-        free = any(name == option or name.startswith(f"{option}.") for option in FREE)
-        if not free and before.get(name) != now.get(name):
-            allowed = f"would change the experiment that is resumed; it has {name}={before.get(name)}"
-            option, value = find_override(overrides, name) or (name, now.get(name))
+        may_change = any(name == option or name.startswith(f"{option}.") for option in CHANGEABLE_OPTIONS)
+        if not may_change and before.get(name) != now.get(name):
+            own_name = name.removesuffix(".part")
+            allowed = f"would change the experiment that is resumed; it has {own_name}={before.get(name)}"
+            option, value = find_override(overrides, name) or (own_name, now.get(name))
             raise OptionError(option, value, allowed)
-    return cfg, merged
+    return merged
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        name: v for key, branch in tree.items() for name, v in flatten(branch, f"{prefix}.{key}".strip(".")).items()
-    }
-
-
-def selected_checkpoint(job_dir: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint whose student the run chose."""
-    newest = newest_usable(job_dir, say)
-    if newest is None:
-        return None
-    path = epoch_path(job_dir, newest[1]["callbacks"]["Record"]["selected"]["epoch"])
-    return newest if path == newest[0] else (path, read_run(path))
-
-
-def summary_of(job_dir: Path) -> dict[str, Any] | None:
-    """The finished run's summary; None where there is none."""
-    try:
-        summary = json.loads((job_dir / "summary.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise OptionError("job_dir", job_dir, f"its summary.json cannot be read ({error})") from error
-    return summary if isinstance(summary, dict) and summary.get("finished") else None
-
-
-def result_of(start: Start) -> dict[str, Any] | None:
-    """What another process wrote at the end of this run or test."""
-    if not start.cfg.test_only:
-        return summary_of(start.job_dir)
-    return json.loads((start.job_dir / "test.json").read_text())
-
-
-def make_folder(job_dir: Path) -> None:
-    try:
-        job_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError("job_dir", job_dir, f"cannot be written ({error.strerror})") from error
-    if not os.access(job_dir, os.W_OK):
-        raise OptionError("job_dir", job_dir, "cannot be written")
-
-
-def prepare(start: Start) -> None:
-    """Makes the folder of a training run; with `overwrite` clears what an older run, or a later part of it, left."""
+def prepare_folder(start: Start) -> None:
+    """Makes the folder of a training run, and clears what `overwrite` says is to go."""
     make_folder(start.job_dir)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
-    for folder in (start.job_dir, start.job_dir / "checkpoints"):
-        for left in filter(Path.is_file, folder.glob(".*.part")):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+    remove_partial_files(start.job_dir)
     if start.cfg.overwrite:
         if (start.job_dir / "export").exists():
-            print(
-                f"warning: {escape_control_chars(start.job_dir)}/export is left from the run that is overwritten",
-                flush=True,
-            )
-        old = all_paths(start.job_dir) + list((start.job_dir / "tensorboard").rglob("events.out.tfevents.*"))
-        if start.at_home:
-            old = [path for path in all_paths(start.job_dir) if path.name > start.checkpoint.name]
-        for path in old + [start.job_dir / name for name in OUTPUTS]:
-            path.unlink(missing_ok=True)
-    bring_selected(start)
+            say(f"warning: {start.job_dir}/export is left from the run that is overwritten")
+        remove_outputs(start.job_dir, keep_until=start.checkpoint if start.in_own_folder else None)
+    copy_selected_checkpoint(start)
 
 
-def bring_selected(start: Start) -> None:
-    """A run that goes on in another folder takes the checkpoint along that it may have to come back to."""
-    path = start.checkpoint
-    if path is None or start.at_home:
+def copy_selected_checkpoint(start: Start) -> None:
+    """Copies the selected epoch's checkpoint to the folder of a run that goes on elsewhere: it may be needed again."""
+    if start.checkpoint is None or start.content is None or start.in_own_folder:
         return
     record = start.content["callbacks"]["Record"]
     if not record["history"]:
         return
-    source = path.with_name(epoch_path(start.job_dir, record["selected"]["epoch"]).name)
+    target = epoch_path(start.job_dir, record["selected"]["epoch"])
+    source = start.checkpoint.with_name(target.name)
     if not source.is_file():
-        raise OptionError("resume", path, f"the selected epoch's {source.name} must lie beside it")
+        raise OptionError("resume", start.checkpoint, f"the selected epoch's {source.name} must lie beside it")
     content = source.read_bytes()
-    write_atomic(epoch_path(start.job_dir, record["selected"]["epoch"]), lambda file: file.write(content))
+    write_atomic(target, lambda file: file.write(content))

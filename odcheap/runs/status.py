@@ -1,39 +1,40 @@
-"""`status.json` in a run's folder: whether it runs, where, or why it failed. How it ended well is in `summary.json`."""
+"""`status.json` in a run's folder: whether the run is going on, where, or why it failed."""
 
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_text
 
-NAME = "status.json"
+FILE_NAME = "status.json"
+State = Literal["running", "stopped", "failed", "finished"]
 
 
-def mark(job_dir: Path, state: str, reason: str = "") -> None:
-    """Leaves word for `python -m odcheap.report --status`; `state` is running, stopped, failed or finished."""
-    word = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
-    write_text(job_dir / NAME, json.dumps(word, indent=2) + "\n")
+def write_status(job_dir: Path, state: State, reason: str = "") -> None:
+    """Writes the state of the run, with the process and the host that write it."""
+    status = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
+    write_text(job_dir / FILE_NAME, json.dumps(status, indent=2) + "\n")
 
 
-def read(job_dir: Path) -> dict[str, Any]:
-    """The latest word; nothing where there is none."""
-    path = job_dir / NAME
+def read_status(job_dir: Path) -> dict[str, Any]:
+    """Returns the latest status, empty where there is none."""
+    path = job_dir / FILE_NAME
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def is_alive(word: dict[str, Any]) -> bool:
-    """Whether the process is there still; of another machine's there is no telling, and it is believed."""
-    if word.get("host") != socket.gethostname():
+def is_alive(status: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote the status still runs; one of another host is assumed to."""
+    if status.get("host") != socket.gethostname():
         return True
     try:
-        os.kill(int(word["pid"]), 0)
+        os.kill(int(status["pid"]), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -42,14 +43,18 @@ def is_alive(word: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def occupied(job_dir: Path) -> Iterator[None]:
-    """Keeps other processes from training in this folder; a process that dies leaves it free."""
+def lock_folder(job_dir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the folder. The lock of a process that dies is free again.
+
+    Raises:
+        OptionError: Another process holds the lock.
+    """
     lock = FileLock(job_dir / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        word = read(job_dir)
-        who = f"process {word.get('pid')} on {word.get('host')}"
-        raise OptionError("job_dir", job_dir, f"another process trains here ({who}, by its last word)") from None
+        status = read_status(job_dir)
+        process = f"process {status.get('pid')} on {status.get('host')}"
+        raise OptionError("job_dir", job_dir, f"another process trains here ({process}, by its status.json)") from None
     with lock:
         yield

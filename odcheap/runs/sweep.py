@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from odcheap.runs import status
+from odcheap.runs.folder import SUMMARY, TEST
 
-SUMMARY, TEST = "summary.json", "test.json"
 KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
 
@@ -40,7 +40,7 @@ class SweepFolder:
 
     def list_files(self) -> dict[Path, tuple[int, int]]:
         """Returns the files that tell how runs ended, with what changes when they are written again."""
-        paths = [path for name in (SUMMARY, TEST, status.NAME) for path in self.path.rglob(name)]
+        paths = [path for name in (SUMMARY, TEST, status.FILE_NAME) for path in self.path.rglob(name)]
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     def read_outcomes(self) -> list[Outcome]:
@@ -63,9 +63,9 @@ def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
     if (folder / SUMMARY).is_file():
         text = "finished" if folder / SUMMARY in changed else "was finished"
         return Outcome(str(folder), text, json.loads((folder / SUMMARY).read_text()))
-    if folder / status.NAME not in changed:
+    if folder / status.FILE_NAME not in changed:
         return None
-    last = status.read(folder)
+    last = status.read_status(folder)
     if last["state"] == "running":
         return Outcome(str(folder), "running" if status.is_alive(last) else KILLED, None)
     return Outcome(str(folder), f"{last['state']}: {last['reason']}", None)

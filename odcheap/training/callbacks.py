@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from odcheap.data.base import Batch
 from odcheap.distributed import rendezvous
 from odcheap.distributed.signals import Listener, Stopped
-from odcheap.runs.checkpoint_io import epoch_path, prune, step_path
+from odcheap.runs.checkpoint_io import epoch_path, prune_checkpoints, step_path
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.nonfinite import CHECK_EVERY, NonfiniteGuard
 from odcheap.training.summary import name_figures
@@ -125,7 +125,7 @@ class Record(pl.Callback):
         trainer.save_checkpoint(path)
         self.saved_time = time.perf_counter()
         if trainer.is_global_zero:
-            prune(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
+            prune_checkpoints(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
 
 
 def format_csv(rows: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The command `odcheap train`: one run, or a sweep with `-m`."""
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -10,7 +11,6 @@ from multiprocessing import current_process
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -26,8 +26,11 @@ from odcheap.config.messages import (
 from odcheap.config.sweep_callback import started_sweeps
 from odcheap.distributed import launch, signals, slurm
 from odcheap.distributed.signals import Listener, ending_with, leaving
-from odcheap.runs import resume, status
+from odcheap.runs import status
+from odcheap.runs.folder import SUMMARY, TEST, make_folder, read_summary
 from odcheap.runs.overrides import quote_override
+from odcheap.runs.resume import Start, plan_start
+from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import Outcome
 from odcheap.training.experiment import Experiment
 from odcheap.utils.console import print_error, say
@@ -81,7 +84,7 @@ def prepare_argument(argument: str, conf: Path) -> str:
 
     `hydra/launcher=joblib` stands for `joblib_sweep`, our file that builds on the plugin's `joblib`.
     """
-    if argument.partition("=")[0] in options.PATHS:
+    if options.is_path_option(argument):
         return quote_override(argument)
     is_ours = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
     return f"{argument}_sweep" if is_ours else argument
@@ -90,14 +93,14 @@ def prepare_argument(argument: str, conf: Path) -> str:
 def run_job(cfg: DictConfig) -> float | None:
     """Hydra's task: one run, alone or in a sweep. Returns the chosen student's held-out accuracy for a sweeper."""
     hide_library_warnings()
-    overrides = resolvers.given_overrides()
+    config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
     # Processes that joblib has started would go on for hours after the death of the process that leads the sweep.
     in_worker = current_process().name != "MainProcess"
     with Listener() as listener, ending_with(signals.STARTER) if in_worker else nullcontext():
         if resolvers.is_sweep():
-            outcome = run_in_sweep(lambda: train(cfg, overrides, listener))
+            outcome = run_in_sweep(lambda: train(config, listener))
         else:
-            outcome = run_alone(lambda: train(cfg, overrides, listener))
+            outcome = run_alone(lambda: train(config, listener))
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
 
 
@@ -128,43 +131,46 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
     outcome = Outcome(str(job_dir), f"failed: {line}", None)
     try:
         job_dir.mkdir(parents=True, exist_ok=True)
-        status.mark(job_dir, "failed", line)
+        status.write_status(job_dir, "failed", line)
     except OSError:  # the failure may be that the folder cannot be written
         for sweep in started_sweeps:
             sweep.unwritten.append(outcome)
     return outcome
 
 
-def train(cfg: DictConfig, overrides: list[str], listener: Listener) -> Outcome:
+def train(config: RunConfig, listener: Listener) -> Outcome:
     """Checks the options, finds out whether the run continues an older one, and carries it out."""
     in_sweep = resolvers.is_sweep()
-    choices = HydraConfig.get().runtime.choices
-    options.check_paths(cfg)
-    options.check_types(cfg, overrides)
-    launch.check(cfg, choices.trainer, in_sweep)
+    config_dirs = resolvers.given_config_dirs()
+
+    def compose(overrides: Sequence[str]) -> RunConfig:
+        composed = options.compose(overrides)
+        options.check_options(composed, config_dirs)
+        return composed
+
+    options.check_options(config, config_dirs)
+    launch.check(config.cfg, config.parts["trainer"], in_sweep)
     launch.share_cores()
-    by_default = "auto" if in_sweep or slurm.restarted() else None
-    start = resume.plan(cfg, overrides, options.checked, say, by_default, slurm.restarted())
-    if start.finished:
+    default_resume = "auto" if in_sweep or slurm.restarted() else None
+    start = plan_start(config, compose, default_resume, slurm.restarted())
+    if start.is_finished:
         say(f"{start.job_dir} holds this run, finished: nothing to do")
-        return Outcome(str(start.job_dir), "was finished", resume.summary_of(start.job_dir))
-    if cfg.test_only:
+        return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
+    if start.cfg.test_only:
         return carry_out(start, listener)
-    with leaving(start.job_dir, listener, again=not cfg.overwrite):
+    with leaving(start.job_dir, listener, again=not start.cfg.overwrite):
         return carry_out(start, listener)
 
 
-def carry_out(start: resume.Start, listener: Listener) -> Outcome:
+def carry_out(start: Start, listener: Listener) -> Outcome:
     """Builds the parts of the run, and trains and tests, here or in processes of its own."""
-    options.check_values(start.cfg)
-    # Composed anew: a run that is continued has its own overrides, and not only those of this command.
-    overrides = [quote_override(override) for override in start.overrides]
-    choices = hydra.compose("config", overrides, return_hydra_config=True).hydra.runtime.choices
-    experiment = Experiment.build(start, listener, choices)
+    options.check_complete(start.cfg)
+    experiment = Experiment.build(start, listener)
     if launch.needs_processes(start.cfg):
         experiment.build_trainer()  # what Lightning refuses is one line here, and one from each process there
-        resume.make_folder(start.job_dir)
+        make_folder(start.job_dir)
         launch.start_processes(start, resolvers.given_config_dirs(), listener)
-        return Outcome(str(start.job_dir), "finished", resume.result_of(start))
+        result = TEST if start.cfg.test_only else SUMMARY
+        return Outcome(str(start.job_dir), "finished", json.loads((start.job_dir / result).read_text()))
     summary = experiment.run_test_only() if start.cfg.test_only else experiment.run()
     return Outcome(str(start.job_dir), "finished", summary)

@@ -1,9 +1,9 @@
 """One run from its parts to its folder: build, fit, test, write."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,10 @@ from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students, check_run
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_run
+from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_checkpoint
+from odcheap.runs.folder import CONFIG, make_folder
 from odcheap.runs.load import load_weights, read_weights
-from odcheap.runs.resume import Start, make_folder, prepare
+from odcheap.runs.resume import Start, prepare_folder
 from odcheap.training import summary
 from odcheap.training.callbacks import Interruption, ProgressReporter, Record
 from odcheap.training.module import DistillationModule, Figures
@@ -76,7 +77,6 @@ class Experiment:
         method: The method with its students.
         optimizer, scheduler: See `build_optimization`.
         listener: Hears signals; they end the training after a step.
-        choices: The option names of the parts, by config group.
         standard: The network with standard convolutions that costs are compared with.
         callbacks: Further callbacks of the `Trainer`.
         console: Where progress and results are printed.
@@ -85,7 +85,7 @@ class Experiment:
         OptionError: The options do not fit together.
 
     Example:
-        `Experiment.build(start, Listener(), choices).run()` trains, tests and writes a run's folder.
+        `Experiment.build(start, Listener()).run()` trains, tests and writes a run's folder.
     """
 
     start: Start
@@ -94,7 +94,6 @@ class Experiment:
     optimizer: partial
     scheduler: partial
     listener: Listener
-    choices: Mapping[str, str] = field(default_factory=dict)
     standard: nn.Module | None = None
     callbacks: Sequence[pl.Callback] = ()
     console: Console | None = None
@@ -111,7 +110,7 @@ class Experiment:
             -(-batches // gradients.accumulate_grad_batches) * cfg.trainer.max_epochs,
             len(self.data.classes),
             cfg.seed,
-            summary.describe_run(cfg, self.start.overrides, self.data, self.choices),
+            summary.describe_run(self.start.config, self.data),
             gradients,
             (refuse_eager if cfg.capture is True else report_eager) if uses_graphs(cfg) else None,
             teacher_saw_val=cfg.select != "test" and self.method.may_have_seen(self.data.fingerprint),
@@ -120,13 +119,12 @@ class Experiment:
         self.record = Record(self.start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
 
     @classmethod
-    def build(cls, start: Start, listener: Listener, choices: Mapping[str, str]) -> "Experiment":
+    def build(cls, start: Start, listener: Listener) -> "Experiment":
         """Builds a run's parts from its config, and loads the weights that it starts from.
 
         Args:
             start: The run's config and folder, and the checkpoint that it continues.
             listener: Hears signals.
-            choices: The option names of the parts, by config group.
 
         Raises:
             OptionError: The options do not fit together.
@@ -150,11 +148,11 @@ class Experiment:
         optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
         build_optimization(method, optimizer, scheduler, steps=1000)  # an error here comes before there is a folder
         method.check_precision(str(cfg.trainer.precision))
-        check_image_size(students.members[0], data.image_size, choices["backbone"])
+        check_image_size(students.members[0], data.image_size, start.config.parts["backbone"])
         load_start_weights(start, method, data)
         with temporary_seed(cfg.seed, "standard"):
             standard = network(conv=Standard(), num_classes=classes)
-        return cls(start, data, method, optimizer, scheduler, listener, choices, standard)
+        return cls(start, data, method, optimizer, scheduler, listener, standard)
 
     def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:
         """Builds Lightning's `Trainer`; with several processes they join here.
@@ -194,21 +192,21 @@ class Experiment:
         trainer = self.build_trainer(list(loggers.values()))
         with self.occupied_folder(trainer):
             if trainer.is_global_zero:
-                prepare(self.start)
+                prepare_folder(self.start)
                 start_loggers(loggers)
-                write_text(self.start.job_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
-                status.mark(self.start.job_dir, "running")
+                write_text(self.start.job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
+                status.write_status(self.start.job_dir, "running")
             self.print_introduction(trainer)
             fit = self.fit(trainer)
             last = self.test(trainer, fit.history[-1])
             if fit.epoch != fit.history[-1]["epoch"]:
                 path = epoch_path(self.start.job_dir, fit.epoch)
-                self.module.load_state_dict(read_run(path, "job_dir")["state_dict"])
+                self.module.load_state_dict(read_checkpoint(path, "job_dir")["state_dict"])
             selected = self.test(trainer, fit.row(fit.epoch))
             found = self.summarize(fit, selected, last)
             if trainer.is_global_zero:
                 self.write(fit, selected, found)
-                status.mark(self.start.job_dir, "finished")
+                status.write_status(self.start.job_dir, "finished")
                 summary.print_summary(self.console, found, f"{self.start.job_dir}: finished")
         return found
 
@@ -216,7 +214,7 @@ class Experiment:
     def occupied_folder(self, trainer: pl.Trainer) -> Iterator[None]:
         """Makes the run's folder and keeps other runs out of it."""
         make_folder(self.start.job_dir)
-        with status.occupied(self.start.job_dir) if trainer.is_global_zero else nullcontext():
+        with status.lock_folder(self.start.job_dir) if trainer.is_global_zero else nullcontext():
             yield
 
     def fit(self, trainer: pl.Trainer) -> FitResult:

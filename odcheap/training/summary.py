@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 import torchmetrics
 import torchvision
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
@@ -23,9 +22,9 @@ from odcheap import __version__
 from odcheap.data.base import ImageData
 from odcheap.methods.base import Method
 from odcheap.models.flops import count_macs, count_params
+from odcheap.runs.settings import RunConfig
 from odcheap.training.module import Figures
 from odcheap.utils.files import write_atomic, write_text
-from odcheap.utils.parts import part_settings
 from odcheap.utils.text import escape_control_chars, format_accuracy
 
 FIGURES = ("top1", "top5", "balanced_accuracy")
@@ -191,14 +190,11 @@ def format_rows(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def describe_run(cfg: DictConfig, overrides: list[str], data: ImageData, choices: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what every checkpoint says of its run, with `student`, the settings that rebuild a student.
-
-    `choices` are the option names of the parts.
-    """
-    config = OmegaConf.to_container(cfg, resolve=True)
-    about = {"overrides": overrides, "config": config, "split": data.fingerprint, "classes": data.classes}
-    student = {key: part_settings(config[key], choices.get(key, "")) for key in ("backbone", "block_type")}
+def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
+    """Returns what every checkpoint says of its run, with `student`, the settings that rebuild a student."""
+    settings = config.to_settings()
+    about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
+    student = {key: settings[key] for key in ("backbone", "block_type")}
     student |= {key: about[key] for key in ("classes", "split")}
     student |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
     student |= {"mean": list(data.norm.mean), "std": list(data.norm.std)}

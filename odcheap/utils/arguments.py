@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from odcheap.utils.errors import OptionError
 
 Target = TypeVar("Target", bound=Callable[..., Any])
+_CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -32,12 +33,12 @@ def check_value(option: str, value: Any, annotation: Any) -> None:
 
 
 def _make_adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+    return TypeAdapter(annotation, config=_CONFIG)
 
 
 def _validate(option: str, value: Any, annotation: Any, adapter: TypeAdapter[Any]) -> None:
     """`check_value` with an adapter that is kept, since making one takes longer than the check."""
-    plain = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+    plain = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple) else value
     try:
         adapter.validate_python(plain)
         is_valid = not isinstance(value, float) or math.isfinite(value)
@@ -62,8 +63,14 @@ def describe_allowed(annotation: Any) -> str:
         limits = _describe_limits(arguments[1:])
         return f"{describe_allowed(arguments[0])}, {limits}" if limits else describe_allowed(arguments[0])
     if origin in (Union, UnionType):
-        choices = [describe_allowed(choice) for choice in arguments if choice is not type(None)]
-        return " or ".join(choices) + (", or null" if type(None) in arguments else "")
+        choices = [choice for choice in arguments if choice is not type(None)]
+        end = ", or null" if type(None) in arguments else ""
+        if any(get_origin(choice) is Literal for choice in choices) and all(
+            choice is bool or get_origin(choice) is Literal for choice in choices
+        ):
+            names = [name for choice in choices for name in (get_args(choice) or ("true", "false"))]
+            return f"one of {', '.join(map(str, names))}{end}"
+        return " or ".join(map(describe_allowed, choices)) + end
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
     if origin in (list, tuple) and arguments:

@@ -1,86 +1,141 @@
-"""Values that no option may have."""
+"""Options are checked against the signatures that they go to, before anything is built."""
 
 import pytest
-from omegaconf import OmegaConf
+from hydra import initialize_config_dir
 
 from odcheap.config.messages import list_groups
-from odcheap.config.options import check_choices, check_paths, check_tree, check_type
+from odcheap.config.options import check_choices, check_complete, check_options, compose, is_path_option
+from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import find_conf_dir
 
-PART = OmegaConf.create({"a": 1})
+
+@pytest.fixture
+def check():
+    """Composes the config of these overrides and checks it."""
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
+
+        def run(*overrides, config_dirs=()):
+            config = compose(["job_dir=unused", "data=digits", *overrides])
+            check_options(config, config_dirs)
+            return config
+
+        yield run
+
+
+def test_every_part_of_conf_passes(check):
+    for group, names in list_groups([find_conf_dir()]).items():
+        for name in names:
+            check(f"{group}=[{name}]" if group == "experiment" else f"{group}={name}")
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "default", "words"),
+    ("given", "line"),
     [
-        ("num_stu", "four", 4, "num_stu=four: must be a number"),
-        ("num_stu", True, 4, "num_stu=true: must be a number"),
-        ("num_stu", None, 4, "num_stu=null: must be a number"),
-        ("num_stu", 2.5, 4, "num_stu=2.5: must be a whole number"),
-        ("seed", 10**30, 0, r"must be within 2\^53, as every whole number"),
-        ("method.temperature", 1e-320, 4.0, "method.temperature=1e-320: must be finite, also in 32 bits"),
-        (
-            "data.std",
-            OmegaConf.create([1e308]),
-            OmegaConf.create([0.1]),
-            r"data.std=.1e\+308.: must be finite, also",
-        ),
-        ("method.teacher_mean", "x", None, "must be a list, such as method.teacher_mean="),
-        ("method.teacher_size", 2.5, None, "method.teacher_size=2.5: must be a whole number"),
-        ("method.teacher_network", 5, None, "method.teacher_network=5: must be a word"),
-        ("data.workers", "x", None, "data.workers=x: must be a number"),
-        ("trainer.devices", "auto", 1, "trainer.devices=auto: must be a number"),
-        ("trainer.devices", 1.5, 1, "trainer.devices=1.5: must be a whole number"),
-        ("optimizer.lr", float("nan"), 0.1, "optimizer.lr=nan: must be finite"),
-        ("optimizer.lr", -float("inf"), 0.1, "optimizer.lr=-inf: must be finite"),
-        ("overwrite", 1, False, "overwrite=1: must be true or false"),
-        ("data.load", "x", PART, "data.load=x: must be a part with options of its own"),
-        ("data.mean", 0.5, OmegaConf.create([0.1, 0.2]), "must be a list, such as data.mean=.0.1,0.2."),
-        ("data.mean", OmegaConf.create(["x"]), OmegaConf.create([0.1]), "data.mean=..x..: must be a number"),
-        ("data.name", None, "cifar10", "data.name=null: must be a word$"),
-        (
-            "data.name",
-            2024,
-            "cifar10",
-            """2024: must be a word; .* looks like none: data.name='"2024"'""",
-        ),
-        ("logger.tensorboard.name", 5, "tensorboard", "must be a word"),
-        ("logger.tensorboard", 5, PART, "logger.tensorboard=5: must be a part with options of its own"),
-        ("data.select", "x", "val", "data.select=x: is no option of its own: give select"),
-        ("method._partial_", False, True, "is no option"),
+        ("num_stu=four", "num_stu=four: must be a whole number, 1 or more and at most 100"),
+        ("num_stu=true", "num_stu=true: must be a whole number"),
+        ("num_stu=null", "num_stu=null: must be a whole number"),
+        ("num_stu=2.5", "num_stu=2.5: must be a whole number"),
+        ('num_stu="5"', "num_stu=5: must be a whole number"),
+        ("seed=1000000000000000000000000000000", r"must be within 2\^53, as every whole number"),
+        ("seed=5.0", "seed=5.0: must be a whole number"),
+        ("method.temperature=1e-320", "method.temperature=1e-320: must be finite, also in 32 bits"),
+        ("method.detach_teacher=1", "method.detach_teacher=1: must be true or false"),
+        ("data.std=[1e308]", r"data.std=.1e\+308.: must be finite, also"),
+        ("data.mean=0.5", "data.mean=0.5: must be a"),
+        ("data.name=null", "data.name=null: must be a text$"),
+        ("data.name=2024", """2024: must be a text; in quotes what looks like none: data.name='"2024"'"""),
+        ("data.select=last", "data.select=last: is no option of its own: give select"),
+        ("data.seed=5", "data.seed=5: is no option of its own: give seed"),
+        ("data={seed: 5}", "data.seed=5: is no option of its own: give seed"),
+        ("data.load=x", "data.load=x: must be a part with options of its own, such as data.load.NAME=VALUE"),
+        ("backbone={depth: x}", "backbone.depth=x: must be a whole number"),
+        ("+backbone.new=x", "backbone.new=x: is no option of this backbone"),
+        ("+method.alpha=3", "method.alpha=3: is no option of this method"),
+        ("method._partial_=false", "method._partial_=false: is no option"),
+        ("method._target_=os.system", "method._target_=os.system: is no option"),
+        ("data.load._target_=${seed}", "data.load._target_=0: is no option"),
+        ("+trainer.profiler={_target_: builtins.open}", "trainer.profiler=.*: is no option"),
+        ("+trainer.plugins=[{_target_: subprocess.run}]", "trainer.plugins=.*: is no option"),
+        ("+trainer.max_epoch=3", "trainer.max_epoch=3: is no option of this trainer"),
+        ("trainer.devices=auto", "must be a whole number, 1 or more; CUDA_VISIBLE_DEVICES says which GPUs"),
+        ("trainer.devices=1.5", "trainer.devices=1.5: must be a whole number"),
+        ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: must be one of auto, ddp"),
+        ("optimizer.lr=nan", "optimizer.lr=nan: must be finite"),
+        ("optimizer.lr=-inf", "optimizer.lr=-inf: must be finite"),
+        ("optimizer.lr=0", "optimizer.lr=0: must be a number, above 0"),
+        ("+optimizer.betas=[0.9,0.99]", "optimizer.betas=.*: is no option of this optimizer"),
+        ("scheduler.milestones=[0.5,2]", "scheduler.milestones=.0.5, 2.: must be a number, 0 or more and at most 1 or"),
+        ("scheduler.gamma=x", "scheduler.gamma=x: must be a number"),
+        ("overwrite=1", "overwrite=1: must be true or false"),
+        ("capture=0", "capture=0: must be one of auto, true, false"),
+        ("select=best", "select=best: must be one of val, last, test"),
+        ("checkpoint_every=-1", "checkpoint_every=-1: must be a number, 0 or more, or null"),
+        ("logger.tensorboard=5", "logger.tensorboard=5: is a part, chosen as logger=NAME|must be a part"),
+        ("+logger.mine={_target_: x}", "logger.mine=.*: is a part, chosen as logger=NAME"),
+        ("logger.tensorboard.name=5", "logger.tensorboard.name=5: must be a text"),
+        ("job_dir=5", r"job_dir=5: must be a path \(./5 where a folder is called 5\)"),
+        ("data_dir=null", "data_dir=null: must be a path"),
     ],
 )
-def test_what_is_not_of_the_default_s_kind_is_refused(key, value, default, words):
-    with pytest.raises(OptionError, match=words):
-        check_type(key, value, default)
+def test_what_does_not_fit_the_signature_is_refused(check, given, line):
+    with pytest.raises(OptionError, match=line):
+        check(given)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "default"),
+    "given",
     [
-        ("data.val_size", 0.1, 5000),
-        ("checkpoint_every", None, 15),
-        ("checkpoint_every", 0.5, 15),
-        ("optimizer.lr", 1, 0.1),
-        ("optimizer.lr", 1e30, 0.1),
-        ("data.mean", OmegaConf.create([0, 0.5]), OmegaConf.create([0.1, 0.2])),
-        ("resume", "auto", None),
-        ("capture", True, "auto"),
-        ("logger.mine", OmegaConf.create({"_target_": "x"}), None),
-        ("logger.csv", None, None),
-        ("trainer.precision", 32, "32-true"),
-        ("trainer.benchmark", None, True),
-        ("logger.tensorboard", None, PART),
-        ("logger.tensorboard.version", 1, ""),
-        ("logger.tensorboard.name", None, "tensorboard"),
-        ("method.teacher_mean", None, None),
-        ("select", 5, "val"),  # has its choices named later
-        ("trainer.log_every_n_steps", None, 1),
+        ["data.val_size=0.1"],
+        ["checkpoint_every=null"],
+        ["checkpoint_every=0.5"],
+        ["optimizer.lr=1"],
+        ["optimizer.lr=1e30"],
+        ["+optimizer.dampening=0.1"],
+        ["optimizer=adamw", "optimizer.betas=[0.9,0.99]"],
+        ["data.mean=[0,0.5,1]"],
+        ["resume=auto"],
+        ["capture=true"],
+        ["logger=csv"],
+        ["logger.tensorboard=null"],
+        ["logger.tensorboard.version=1"],
+        ["logger.tensorboard.name=null"],
+        ["+logger.tensorboard.flush_secs=5"],
+        ["trainer.precision=32"],
+        ["trainer.benchmark=null"],
+        ["trainer.log_every_n_steps=null"],
+        ["+trainer.profiler=simple"],
+        ["num_stu=???"],  # left to `check_complete`
+        ["method=kd"],
     ],
 )
-def test_what_an_option_may_be_is_taken(key, value, default):
-    check_type(key, value, default)
+def test_what_fits_is_taken(check, given):
+    check(*given)
+
+
+def test_what_must_be_given_is_named(check):
+    with pytest.raises(OptionError, match=r"method\.teacher_weights=\?\?\?: must be given"):
+        check_complete(check("method=kd").cfg)
+    with pytest.raises(OptionError, match="method.teacher_weights=5: must be a path"):
+        check("method=kd", "method.teacher_weights=5")
+
+
+def test_a_part_of_the_user_s_own_is_checked_against_its_signature(tmp_path, monkeypatch, check):
+    (tmp_path / "my_parts.py").write_text(
+        "from typing import Annotated\n\nfrom pydantic import Field\n\n\n"
+        "def optimize(params, lr: float, rho: Annotated[float, Field(gt=0, lt=1)] = 0.5): ...\n"
+    )
+    (tmp_path / "conf" / "optimizer").mkdir(parents=True)
+    text = "_target_: my_parts.optimize\n_partial_: true\nlr: 0.1\nrho: 0.5\n"
+    (tmp_path / "conf" / "optimizer" / "mine.yaml").write_text(text)
+    (tmp_path / "conf" / "optimizer" / "lost.yaml").write_text("_target_: no_such_package.optimize\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config_dirs, search = [tmp_path / "conf"], f"hydra.searchpath=[file://{tmp_path}/conf]"
+    check(search, "optimizer=mine", config_dirs=config_dirs)
+    with pytest.raises(OptionError, match="optimizer.rho=1: must be a number, above 0 and below 1"):
+        check(search, "optimizer=mine", "optimizer.rho=1", config_dirs=config_dirs)
+    with pytest.raises(OptionError, match="optimizer._target_=no_such_package.optimize: cannot be imported"):
+        check(search, "optimizer=lost", config_dirs=config_dirs)
 
 
 @pytest.mark.parametrize(
@@ -91,28 +146,13 @@ def test_names_of_parts_are_taken_in_sweeps_too(given):
     check_choices(["-m", given], list_groups([find_conf_dir()]))
 
 
-def test_what_is_in_a_part_is_looked_at_too():
-    default = OmegaConf.create({"network": {"depth": 56, "_partial_": True, "conv": {"a": 1}}, "needed": "???"})
-    for given in ({"depth": "x"}, {"depth": None}, {"conv": None}, {"conv": {"a": "x"}}, {"_partial_": False}):
-        value = OmegaConf.merge(default, {"network": given})
-        with pytest.raises(OptionError, match=r"backbone\.network\.(depth|conv|conv\.a|_partial_)="):
-            check_tree("backbone", value, default)
-    check_tree("backbone", OmegaConf.merge(default, {"network": {"depth": 20}, "needed": "x"}), default)
-    with pytest.raises(OptionError, match="backbone.network.new=x: is no option of this backbone"):
-        check_tree("backbone", OmegaConf.merge(default, {"network": {"new": "x"}}), default)
-
-
 @pytest.mark.parametrize("given", ["method=3", "logger=[]", "method=[od,dml]", "block_type={DW: 1}", "scheduler=null"])
 def test_what_names_no_part_is_refused_with_the_names(given):
     with pytest.raises(OptionError, match=r"must be one of \w+, \w+"):
         check_choices([given], list_groups([find_conf_dir()]))
 
 
-def test_paths_are_words():
-    check_paths(OmegaConf.create({"resume": None, "job_dir": "5", "data_dir": "data"}))
-    with pytest.raises(OptionError, match="job_dir=5: must be a path"):
-        check_paths(OmegaConf.create({"job_dir": 5}))
-    with pytest.raises(OptionError, match="data_dir=null: must be a path"):
-        check_paths(OmegaConf.create({"data_dir": None}))
-    with pytest.raises(OptionError, match="method.teacher_weights=null: must be a path"):
-        check_paths(OmegaConf.create({"method": {"teacher_weights": None}}))
+def test_paths_are_known_by_their_names():
+    paths = ["job_dir=a=b", "backbone.pretrained=x", "data.load.data_dir=x", "hydra.sweep.dir=x", "weights=x"]
+    assert all(map(is_path_option, paths))
+    assert not any(map(is_path_option, ["seed=1", "method=od", "hydra.sweep.subdir=x"]))

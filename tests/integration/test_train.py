@@ -244,7 +244,7 @@ def test_test_only_passes_over_a_broken_newest_checkpoint(finished, command):
     newest = finished / "checkpoints" / "epoch-0001.ckpt"
     newest.write_bytes(newest.read_bytes()[:99])
     result = command("test_only=true", f"resume={finished}")
-    assert f"passed over: resume={newest}" in result.out
+    assert f"skipped: resume={newest}" in result.out
     assert result.status == 0 or "epoch-0001.ckpt" in result.err  # where the broken one is itself the chosen one
 
 
@@ -285,7 +285,7 @@ def test_resume_auto_starts_continues_and_ends(command):
     result = command(*arguments)
     assert not any(path.exists() for path in torn)
     assert result.status == 0
-    assert f"passed over: resume={newest}" in result.out
+    assert f"skipped: resume={newest}" in result.out
     assert "continuing from" in result.out
     assert equal(summary(job_dir), whole)
 
@@ -558,10 +558,10 @@ CKPT = "{tmp}/broken.ckpt"
         (["trainer.precision=7"], "trainer: "),
         (["trainer.sync_batchnorm=true"], "trainer.sync_batchnorm=true: must be false on CPUs"),
         (["num_stu=1.5"], "num_stu=1.5: must be a whole number"),
-        (["num_stu=two"], "num_stu=two: must be a number"),
+        (["num_stu=two"], "num_stu=two: must be a whole number, 1 or more"),
         (["data.val_size=abc"], "data.val_size=abc: must be a number"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
-        (["seed=abc"], "seed=abc: must be a number"),
+        (["seed=abc"], "seed=abc: must be a whole number"),
         (["data.flip=abc"], "data.flip=abc: must be true or false"),
         (["data.eval_batch_size=0"], "data.eval_batch_size=0: must be a whole number, 1 or more"),
         (["data.val_size=1436"], "data.val_size=1436: must leave 2 images or more to train on"),
@@ -569,7 +569,10 @@ CKPT = "{tmp}/broken.ckpt"
         (["num_stu=${nope}"], "Interpolation key 'nope' not found"),
         (["trainer.strategy=ddp", "trainer.devices=2", "trainer.precision=7"], "trainer: "),
         (["data=cifar10", "data.load.name=x"], "data.load.name=x: must be one of cifar10, cifar100"),
-        (["trainer.devices=auto"], "trainer.devices=auto: must be a number; CUDA_VISIBLE_DEVICES says which GPUs"),
+        (
+            ["trainer.devices=auto"],
+            "trainer.devices=auto: must be a whole number, 1 or more; CUDA_VISIBLE_DEVICES says which GPUs",
+        ),
         (["trainer.num_nodes=2"], "trainer.num_nodes=2: 1 machine has been told of; torchrun or srun starts several"),
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn: must be one of auto, ddp"),
         (["num_stu=???"], "num_stu=???: must be given"),
@@ -579,8 +582,8 @@ CKPT = "{tmp}/broken.ckpt"
         (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: finds none"),
         (["method.average_decay=0.9", "trainer.precision=bf16-true"], "trainer.precision=bf16-true: averages, which"),
         (["data.crop_padding=8"], "data.crop_padding=8: must be 0 or more, below the images' 8 pixels a side"),
-        (["checkpoint_every=-1"], "checkpoint_every=-1: must be 0 or more minutes, or null"),
-        (["max_skipped=-1"], "max_skipped=-1: must be 0 or more"),
+        (["checkpoint_every=-1"], "checkpoint_every=-1: must be a number, 0 or more, or null"),
+        (["max_skipped=-1"], "max_skipped=-1: must be a whole number, 0 or more"),
     ],
 )
 def test_bad_input_is_one_line_without_a_traceback_and_nothing_is_lost(command, tmp_path, arguments, line):

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from odcheap.runs.checkpoint_io import all_paths, epoch_path, newest_usable, prune, read_run, step_path
+from odcheap.runs.checkpoint_io import (
+    epoch_path,
+    find_newest_usable,
+    list_checkpoints,
+    prune_checkpoints,
+    read_checkpoint,
+    step_path,
+)
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_checkpoint
 
@@ -19,35 +26,37 @@ def write(path, number):
     write_checkpoint(path, run_content(number=number))
 
 
-def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path):
+def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path, capsys):
     paths = [epoch_path(tmp_path, 0), step_path(tmp_path, 1, 20), step_path(tmp_path, 1, 100), epoch_path(tmp_path, 1)]
     for number, path in enumerate(paths):
         write(path, number)
-    assert all_paths(tmp_path) == paths
+    assert list_checkpoints(tmp_path) == paths
     paths[3].write_bytes(paths[3].read_bytes()[:50])
     paths[2].write_bytes(b"")
-    said = []
-    path, content = newest_usable(tmp_path, said.append)
+    path, content = find_newest_usable(tmp_path)
     assert (path, content["number"]) == (paths[1], 1)
-    assert [f"passed over: resume={p}" in line for p, line in zip(paths[:1:-1], said, strict=True)] == [True, True]
+    assert [
+        f"skipped: resume={p}" in line
+        for p, line in zip(paths[:1:-1], capsys.readouterr().out.splitlines(), strict=True)
+    ] == [True, True]
 
 
 def test_none_is_usable_where_there_is_none(tmp_path):
-    assert newest_usable(tmp_path, print) is None
+    assert find_newest_usable(tmp_path) is None
 
 
 def test_the_number_kept_is_bounded_and_the_selected_one_stays(tmp_path):
     paths = [epoch_path(tmp_path, k) for k in range(8)]
     for path in paths:
         write(path, 0)
-        prune(tmp_path, keep=2, selected=paths[1])
-    assert all_paths(tmp_path) == [paths[1], paths[6], paths[7]]
+        prune_checkpoints(tmp_path, keep=2, selected=paths[1])
+    assert list_checkpoints(tmp_path) == [paths[1], paths[6], paths[7]]
 
 
 def test_files_that_are_no_run_s_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(OptionError, match=r"resume=.*other.ckpt: not a whole checkpoint of an odcheap run.*weights="):
-        read_run(tmp_path / "other.ckpt")
+        read_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
@@ -61,13 +70,13 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         with pytest.raises(OptionError, match="its checksum is missing or does not match"):
-            read_run(path)
+            read_checkpoint(path)
     for end in range(0, len(whole), 11):
         path.write_bytes(whole[:end])
         with pytest.raises(OptionError, match="its checksum is missing or does not match"):
-            read_run(path)
+            read_checkpoint(path)
     path.write_bytes(whole)
-    assert read_run(path)["odcheap"]["overrides"] == ["seed=1"]
+    assert read_checkpoint(path)["odcheap"]["overrides"] == ["seed=1"]
 
 
 @pytest.mark.parametrize(
@@ -87,4 +96,4 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
 def test_one_that_somebody_made_up_is_refused(tmp_path, change):
     write_checkpoint(tmp_path / "x.ckpt", run_content() | change)
     with pytest.raises(OptionError, match="not a checkpoint of an odcheap run"):
-        read_run(tmp_path / "x.ckpt")
+        read_checkpoint(tmp_path / "x.ckpt")

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from odcheap.runs.folder import check_unoccupied
 from odcheap.runs.overrides import name_run, override_key
-from odcheap.runs.resume import flatten, refuse_occupied
+from odcheap.runs.settings import flatten
 from odcheap.utils.errors import OptionError
 
 
@@ -37,16 +38,16 @@ def test_flat():
 
 
 def test_an_occupied_folder_is_refused_with_the_three_ways_out(tmp_path):
-    refuse_occupied(tmp_path, overwrite=False)
+    check_unoccupied(tmp_path, overwrite=False)
     ways = "resume=auto continues it, overwrite=true starts anew, another job_dir leaves it"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch-0000.ckpt").write_text("")
     with pytest.raises(OptionError, match=f"holds an unfinished run; {ways}"):
-        refuse_occupied(tmp_path, overwrite=False)
+        check_unoccupied(tmp_path, overwrite=False)
     (tmp_path / "summary.json").write_text(json.dumps({"finished": True}))
     with pytest.raises(OptionError, match=f"holds a finished run; {ways}"):
-        refuse_occupied(tmp_path, overwrite=False)
-    refuse_occupied(tmp_path, overwrite=True)
+        check_unoccupied(tmp_path, overwrite=False)
+    check_unoccupied(tmp_path, overwrite=True)
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(OptionError, match="its summary.json cannot be read"):
-        refuse_occupied(tmp_path, overwrite=False)
+        check_unoccupied(tmp_path, overwrite=False)

@@ -8,8 +8,8 @@ from odcheap.runs import status
 
 
 def test_a_word_names_the_process(tmp_path):
-    status.mark(tmp_path, "failed", "no such data")
-    word = json.loads((tmp_path / status.NAME).read_text())
+    status.write_status(tmp_path, "failed", "no such data")
+    word = json.loads((tmp_path / status.FILE_NAME).read_text())
     assert word == {"state": "failed", "reason": "no such data", "host": socket.gethostname(), "pid": os.getpid()}
 
 
