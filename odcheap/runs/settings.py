@@ -20,7 +20,7 @@ class RunConfig:
 
     def __init__(self, cfg: DictConfig, parts: Mapping[str, Any], overrides: Sequence[str]):
         self.cfg, self.overrides = cfg, list(overrides)
-        self.parts = {group: name for group, name in parts.items() if group in cfg and name is not None}
+        self.parts = {group: name for group, name in parts.items() if isinstance(name, str) and is_part(cfg.get(group))}
 
     def to_settings(self) -> dict[str, Any]:
         """Returns the resolved config for the disk. Parts have their option names there, not Python paths."""
@@ -29,6 +29,11 @@ class RunConfig:
             settings[group] = part_settings(settings[group], name)
         loggers = settings.get("logger") or {}
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
+
+
+def is_part(node: Any) -> bool:
+    """Whether a config node describes a class or function with its options."""
+    return isinstance(node, Mapping | DictConfig) and "_target_" in node
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
