@@ -116,8 +116,8 @@ class BlockType:
             pair: The pair, with fresh weights.
 
         Returns:
-            The weights of the spatial operator, shaped as its `weight`, with NaN where the fresh ones should stay (None:
-            all should stay), and those of the 1 x 1 convolution, (O, C, 1, 1).
+            The weights of the spatial operator, shaped as its `weight`, with NaN where the fresh ones should stay (None
+            if all should stay), and those of the 1 x 1 convolution, (O, C, 1, 1).
         """
         if isinstance(pair.spatial, nn.Conv2d):
             return factorize.factorize_grouped(kernel, pair.spatial.groups)

@@ -26,8 +26,9 @@ def factorize_grouped(kernel: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         groups: Number of groups; C for a depth-wise convolution.
 
     Returns:
-        Spatial weights (C, C/groups, kh, kw) and 1 x 1 weights (O, C, 1, 1). Channels beyond the matrix' rank have 1 x 1
-        weights of zero and spatial weights of NaN, for the caller to fill: with two zeros in a row they could not learn.
+        Spatial weights (C, C/groups, kh, kw) and 1 x 1 weights (O, C, 1, 1). Channels beyond the rank of the matrix have
+        1 x 1 weights of zero, and spatial weights of NaN for the caller to fill: with two zeros in a row they could not
+        learn.
     """
     out, channels, *size = kernel.shape
     width = channels // groups
@@ -92,7 +93,7 @@ def spatial_kernel(spatial: nn.Module, like: Tensor, window: "Window") -> Tensor
     image = like.new_zeros(1, like.shape[1], *(2 * c + 1 for c in centre))
     image[:, :, centre[0], centre[1]] = 1
     response = probe(image)[0]
-    # Output y sums kernel[k] * image[y + dilation * k - padding], so entry k is seen at y = centre + padding - dilation * k.
+    # Output y sums kernel[k] * image[y + dilation * k - padding]: entry k is at y = centre + padding - dilation * k.
     rows, columns = (
         [c + p - d * k for k in range(size)]
         for c, p, d, size in zip(centre, padding, window.dilation, window.kernel_size, strict=True)

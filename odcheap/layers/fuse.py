@@ -72,7 +72,7 @@ def _fuse(pair: CheapConv) -> nn.Module:
 
 
 def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
-    """Compares the two on noise: an operator of somebody else may depend on the border or on other channels."""
+    """Compares the two on noise: the operator of a user's block type may depend on the border or on other channels."""
     side = [2 * d * k + 4 for k, d in zip(pair.window.kernel_size, pair.window.dilation, strict=True)]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, conv.in_channels, *side, generator=generator).to(conv.weight)
@@ -85,7 +85,7 @@ def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
 def dense_kernel(pair: CheapConv) -> Tensor:
     """Returns the kernel (O, C, kh, kw) that a pair computes.
 
-    W[o, c] = sum over the channels m of c's group of P[o, m] S[m, c], with the 1 x 1 weights P and the spatial kernels S.
+    W[o, c] = sum over the channels m of c's group of P[o, m] S[m, c], with 1 x 1 weights P and spatial kernels S.
     """
     mix = pair.pointwise.weight
     kernels = spatial_kernel(pair.spatial, mix, pair.window)

@@ -7,8 +7,8 @@ and w the ramp-up,
     a_kb = softmax_b(L(h_k) . E(h_b)),   t_k = sum_b a_kb q_b
     loss = sum_k L_gt_k + w T^2 [ sum_{k <= m} KL(t_k || q_k) + KL(1/m sum_b q_b || q_leader) ]
 
-T = 3, one view for all, w over the first 80 of 300 epochs. Nothing is a constant: L and E learn through the targets. The
-authors' code mixes logits where the formula mixes predictions; this is the formula. This is the network version:
+T = 3, one view for all, w over the first 80 of 300 epochs. Nothing is a constant: L and E learn through the targets.
+The authors' code mixes logits where the formula mixes predictions; this is the formula. This is the network version:
 students share nothing but L and E, which project to an eighth of the features. With two students there is one peer,
 which has no other peer to learn from.
 """

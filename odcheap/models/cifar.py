@@ -18,7 +18,7 @@ MAX_WIDTH = 100  # of a wide ResNet's factor and a DenseNet's growth; published 
 
 
 class CifarResNet(Backbone):
-    """ResNet of depth 6n + 2 for small images: a stem of 16 channels, three stages of n blocks with 16, 32, 64 channels.
+    """ResNet of depth 6n + 2 for small images: a stem, and three stages of n blocks with 16, 32 and 64 channels.
 
     Depths, widths and the standard form follow He et al., "Deep residual learning", 2015, section 4.2, with 1 x 1
     convolutions on the shortcuts that change the shape (855,770 parameters at depth 56). With a cheap block type the
@@ -212,7 +212,7 @@ def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], nu
 
 
 class WideBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU; where the shape changes, a 1 x 1 shortcut of the active input."""
+    """Two convolutions, each after batch norm and ReLU; a 1 x 1 shortcut where the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()

@@ -283,7 +283,7 @@ def load_pretrained(
 
 
 def update_name(name: str) -> str:
-    """Returns today's name of a tensor: no prefix of a parallel wrapper, no extra dots of torchvision's first DenseNets."""
+    """Returns today's name of a tensor: without a parallel wrapper's prefix and the extra dots of old DenseNets."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.removeprefix("module."))
 
 
