@@ -219,10 +219,6 @@ class ImageData(ABC):
         if few:
             allowed = f"each process needs an image to evaluate; there are {len(labels[few[0]])} ({few[0]})"
             raise OptionError("trainer.devices", world_size, allowed)
-        if not isinstance(self.eval_batch_size, int) or self.eval_batch_size < 1:
-            raise OptionError("data.eval_batch_size", self.eval_batch_size, "must be a whole number, 1 or more")
-        if self.select_by not in SELECT_BY:
-            raise OptionError("data.select_by", self.select_by, f"must be one of {', '.join(SELECT_BY)}")
         self.steps_per_epoch(world_size)  # refuses what cannot be divided into batches
         if self.select == "val" and not len(labels["val"]):
             allowed = "select=val needs held-out images; select=last picks nothing and uses all images"

@@ -19,6 +19,7 @@ from odcheap.data.folder_trees import Files, Tree, hash_files
 from odcheap.data.splits import hash_split, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
 from odcheap.predict import ImageError, decode_image, escape_control_chars
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.seeds import temporary_seed
 
@@ -219,6 +220,7 @@ class EvalStream:
             raise Failure(f"data_dir: none of {self.count} pictures to evaluate can be read: {self.stream.broken.last}")
 
 
+@check_arguments("data")
 class ImageFolderData(ImageData):
     """Image files in folders of classes, decoded anew in each epoch.
 
@@ -261,11 +263,6 @@ class ImageFolderData(ImageData):
     ):
         super().__init__(name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std)
         self.load, self.split_seed, self.workers = load, split_seed, workers
-        ranges = {"crop_ratio": (crop_ratio, 0.1, 1), "min_scale": (min_scale, 1e-6, 1)}
-        ranges |= {"image_size": (image_size, 1, LARGEST_SIDE), "workers": (workers or 0, 0, 1024)}
-        for option, (value, least, most) in ranges.items():
-            if not least <= value <= most:
-                raise OptionError(f"data.{option}", value, f"must be from {least} to {most}")
         self.image_size, self.shorter_side = (3, image_size, image_size), round(image_size / crop_ratio)
         self.train_transform = training_transform(image_size, min_scale, flip)
         self.eval_transform = evaluation_transform(image_size, self.shorter_side)

@@ -13,6 +13,7 @@ from torch import Tensor
 from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
 from odcheap.data.splits import hash_pixels, split_stratified
 from odcheap.data.transforms import Augmentation, Normalization, stack_views
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
 
@@ -78,6 +79,7 @@ class EvalBatches:
             yield Batch(self.norm.apply(images), target)
 
 
+@check_arguments("data")
 class InMemoryData(ImageData):
     """A data set that fits in memory.
 
@@ -119,7 +121,7 @@ class InMemoryData(ImageData):
         images = self.load()
         self.images, self.classes, self.image_size = images, images.classes, tuple(images.train.shape[1:])
         self.shorter_side = side = min(self.image_size[1:])
-        if not 0 <= self.augment.crop_padding < side:
+        if self.augment.crop_padding >= side:
             allowed = f"must be 0 or more, below the images' {side} pixels a side"
             raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
         digests = hash_pixels(images.train, self.split_seed)

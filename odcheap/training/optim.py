@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from odcheap.layers.cheap_conv import CheapConv
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError, first_line
 
 
@@ -31,12 +32,14 @@ def build_optimization(
     return built, build_scheduler(scheduler.func, built, steps, **scheduler.keywords)
 
 
+@check_arguments("optimizer")
 def build_optimizer(
     optimizer: Callable[..., Optimizer],
     network: nn.Module,
     *,
     lr: Annotated[float, Field(gt=0)],
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None,
     decay_norm: bool = True,
     decay_spatial: bool = True,
     **options: Any,
@@ -48,21 +51,25 @@ def build_optimizer(
         network: The network to train.
         lr: Learning rate, which the schedule changes.
         weight_decay: Weight decay of the parameters that are not exempt.
+        momentum: Momentum of the classes that have one; None: the class's default.
         decay_norm: False exempts weights and biases of batch norm from weight decay.
         decay_spatial: False exempts the spatial operators of cheap convolutions (DW, Group) from weight decay.
-        options: Further arguments of the optimizer's class, such as `momentum`.
+        options: Further arguments of the optimizer's class, such as `betas`.
 
     Raises:
         OptionError: `decay_spatial` is False and the network has no spatial operators with weights, or the class
             refuses its arguments.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> optimizer = build_optimizer(torch.optim.SGD, nn.BatchNorm2d(4), lr=0.1, decay_norm=False, momentum=0.9)
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.0]
     """
     exempt = find_exempt(network, decay_norm, decay_spatial)
     groups = group_parameters(network, weight_decay, exempt)
+    options |= {} if momentum is None else {"momentum": momentum}
     try:
         return optimizer(groups, lr=lr, **{name: to_plain(value) for name, value in options.items()})
     except (ValueError, RuntimeError) as error:
@@ -116,12 +123,14 @@ def to_plain(value: Any) -> Any:
     return tuple(to_plain(entry) for entry in value) if is_sequence(value) else value
 
 
+@check_arguments("scheduler")
 def build_scheduler(
     scheduler: Callable[..., LRScheduler],
     optimizer: Optimizer,
     steps: int,
     *,
     fractions: Sequence[str] = (),
+    gamma: Annotated[float, Field(gt=0)] | None = None,
     **options: Any,
 ) -> LRScheduler:
     """Builds a learning rate schedule that is stepped once for each step of the optimizer.
@@ -131,18 +140,22 @@ def build_scheduler(
         optimizer: The optimizer whose learning rate it sets.
         steps: Steps of the whole run.
         fractions: Names of the options that are fractions of the run's steps, in [0, 1] (a number or a list of them).
-        options: Arguments of the class. Those that are partial calls of schedules (`schedulers` of `SequentialLR`)
+        gamma: Factor of the learning rate, of the classes that have one; None: the class's default.
+        options: Further arguments of the class. Those that are partial calls of schedules (`schedulers` of `SequentialLR`)
             are built in the same way.
 
     Raises:
         OptionError: A fraction lies outside [0, 1], or the class refuses its arguments.
 
     Example:
+        >>> import torch
+        >>> from torch.optim.lr_scheduler import CosineAnnealingLR
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
         >>> cosine = build_scheduler(CosineAnnealingLR, optimizer, 1000, T_max=0.5, fractions=["T_max"])
         >>> cosine.T_max
         500
     """
+    options |= {} if gamma is None else {"gamma": gamma}
     arguments = {
         name: count_steps(name, value, steps) if name in fractions else value for name, value in options.items()
     }
@@ -179,6 +192,7 @@ def check_fraction(name: str, given: Any, value: float, steps: int) -> int:
     return round(value * steps)
 
 
+@check_arguments("scheduler")
 def warmup_cosine(
     optimizer: Optimizer, *, total: int, warmup: int, start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
 ) -> SequentialLR:

@@ -283,7 +283,7 @@ def test_networks_and_pictures_that_do_not_go_together_are_refused_by_name(comma
         (["backbone=torchvision", "backbone.name=mobilenet_v2"], "nothing to replace"),
         (["backbone=torchvision", "backbone.name=vit_b_16"], "vit_b_16: has no 4-D last feature map"),
         (["backbone=torchvision"], "backbone.name=???: must be given"),
-        (["backbone=resnet18", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K convolution is called so"),
+        (["backbone=resnet18", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K convolution has this name"),
         (["backbone=resnet18", "backbone.pretrained=none.pth"], "backbone.pretrained=none.pth: no such file"),
         (["backbone=resnet18", "block_type=Standard", "backbone.keep=[layer9]"], "backbone.keep=layer9: no K x K"),
         (["backbone=resnet18", "backbone.init=svd"], "backbone.init=svd: must be one of auto, fit, kaiming"),
@@ -291,7 +291,7 @@ def test_networks_and_pictures_that_do_not_go_together_are_refused_by_name(comma
         (["backbone=densenet40", "backbone.network.growth=10000"], "backbone.network.growth=10000: must be a whole"),
         (
             ["backbone=wrn16_4", "backbone.network.width=0"],
-            "backbone.network.width=0: must be a whole number, 1 to",
+            "backbone.network.width=0: must be a whole number, 1 or more",
         ),
     ],
 )

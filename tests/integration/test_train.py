@@ -165,6 +165,17 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, op
         assert equal(summary(straight), summary(again))
 
 
+def test_another_optimizer_and_schedule_resume_exactly_too(command, tmp_path):
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    often = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100"]
+    given = [*TINY, *often, "optimizer=adamw", "scheduler=warmup_cosine"]
+    assert command(*given, f"job_dir={straight}").status == 0
+    assert command(f"resume={straight}/checkpoints/epoch-0000-step-0000010.ckpt", f"job_dir={again}").status == 0
+    assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
+    rates = [float(row["lr"]) for row in metrics(straight)]
+    assert rates[0] > rates[1] > 0
+
+
 def test_a_run_that_goes_on_elsewhere_takes_the_selected_epoch_along(command, tmp_path):
     """After the first epoch the rate is far too high, so that epoch 0 stays the best."""
     first = tmp_path / "first"

@@ -102,6 +102,7 @@ def test_lists_of_options_are_plain_in_checkpoints():
             partial(STEPS, milestones=[0.5, 2]),
             r"scheduler.milestones=\[0.5, 2\]: must be a fraction of the run's steps",
         ),
+        (partial(STEPS, gamma=0.0), "scheduler.gamma=0.0: must be a number, above 0"),
         (partial(COSINE, T_max=-1), "scheduler.T_max=-1: must be a fraction of the run's steps"),
         (partial(ONE_CYCLE, pct_start=2.0), "scheduler=OneCycleLR: Expected float between 0 and 1 pct_start"),
         (partial(lr_scheduler.ReduceLROnPlateau), "scheduler=ReduceLROnPlateau: must be a function of the step"),
@@ -110,6 +111,12 @@ def test_lists_of_options_are_plain_in_checkpoints():
 def test_schedules_that_cannot_be_are_one_line(scheduler, line):
     with pytest.raises(OptionError, match=line):
         build_optimization(torch.nn.Linear(1, 1), SGD, scheduler, 100)
+
+
+@pytest.mark.parametrize(("option", "value"), [("lr", 0.0), ("lr", -1.0), ("momentum", 1.0), ("weight_decay", -1e-4)])
+def test_options_outside_their_range_are_refused_by_name(option, value):
+    with pytest.raises(OptionError, match=f"optimizer.{option}={value}: must be a number"):
+        build_optimizer(torch.optim.SGD, torch.nn.Linear(1, 1), **{"lr": 0.1, option: value})
 
 
 def test_what_the_optimizer_refuses_is_one_line():
