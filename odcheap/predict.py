@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,8 +95,9 @@ def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray
         float32 of shape (3, height, width) in [0, 1].
     """
     image, (height, width), shorter = decode_image(path), preprocess["size"], preprocess["shorter_side"]
-    scaled = tuple(shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size)
-    image = image.resize(scaled, Image.Resampling[preprocess["interpolation"].upper()])
+    smaller = min(image.size)
+    scaled = [shorter if side == smaller else int(shorter * side / smaller) for side in image.size]
+    image = image.resize((scaled[0], scaled[1]), Image.Resampling[preprocess["interpolation"].upper()])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(255)
@@ -274,13 +276,13 @@ def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float)
 def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
     """Times every ONNX file of the export, with one thread and with all; returns 0."""
     size: tuple[int, int, int] = (3, *json.loads(read_verified(folder, PREPROCESS_FILE))["size"])
-    functions = {}
+    functions: dict[Any, Callable[[], object]] = {}
     for path, threads in [(path, threads) for path in sorted(folder.glob("*.onnx")) for threads in (1, 0)]:
         session = create_session(read_verified(folder, path.name), threads)
         fixed = session.get_inputs()[0].shape[0]
         for batch in (fixed,) if isinstance(fixed, int) else TIMED_BATCH_SIZES:
             images, predictor = random_images(batch, size), create_predictor(session)
-            functions[path.name, batch, threads] = lambda predictor=predictor, images=images: predictor(images)
+            functions[path.name, batch, threads] = partial(predictor, images)
     print(f"{len(functions)} timings of {seconds:g} s each", file=sys.stderr)
     rows: list[tuple[str, ...]] = [("file", "images", "threads", "median ms", "95 % below")]
     for (name, batch, threads), timing in time_alternately(functions, seconds).items():

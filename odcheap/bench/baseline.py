@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+
+from odcheap.methods.base import Method
 
 
 class PillowImages(Dataset):
@@ -43,7 +45,7 @@ class PillowImages(Dataset):
 
 
 def train_steps(
-    method: nn.Module, images: PillowImages, batch_size: int, lr: float, device: torch.device, workers: int
+    method: Method, images: PillowImages, batch_size: int, lr: float, device: torch.device, workers: int
 ) -> Iterator[float]:
     """Takes one training step for each `next`, epoch after epoch without end, and yields the loss."""
     loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, drop_last=True)

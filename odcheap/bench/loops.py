@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +22,9 @@ from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import Listener
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
+from odcheap.models.backbone import Backbone
 from odcheap.runs.resume import Start
+from odcheap.runs.settings import RunConfig
 from odcheap.training.experiment import Experiment
 from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import WARM_UP, CudaGraphs, EagerStep, GraphStep
@@ -86,8 +88,9 @@ def compare_loops(
 
 def random_images(cfg: DictConfig, count: int) -> Images:
     """Returns random training images of the size that the backbone is made for, with labels."""
-    side = build_method(cfg).students.members[0].native_size
-    images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    side = cast(Backbone, build_method(cfg).students.members[0]).native_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     target = torch.arange(count) % NUM_CLASSES
     test, test_target = images[:NUM_CLASSES], target[:NUM_CLASSES]
     return Images(images, target, test, test_target, [str(k) for k in range(NUM_CLASSES)])
@@ -109,7 +112,7 @@ def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: to
 
 def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
     """Returns a step of a hand-written loop with odcheap's settings: channels last, autocast, CUDA graphs on a GPU."""
-    method = method.to(device, memory_format=torch.channels_last)
+    method = method.to(device).to(memory_format=torch.channels_last)
     optimizer, schedule = build_optimization(
         method, instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler), 1_000_000
     )
@@ -164,16 +167,20 @@ class StepTimer(pl.Callback):
         self.peak_bytes: int | None = None
         self.start_time = 0.0
 
-    def on_fit_start(self, *_: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.memory.start()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == self.first_steps:
             self.peak_bytes = self.memory.stop()
         if batch_idx >= self.first_steps and (batch_idx - self.first_steps) % (self.steps + 1) == 0:
             self.run_others()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # The first step of a round warms up, and the time runs from its end: what lies between two steps counts too.
         place = (batch_idx - self.first_steps) % (self.steps + 1)
         if batch_idx < self.first_steps or place not in (0, self.steps):
@@ -194,8 +201,9 @@ def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
         job_dir.mkdir()
         method = build_method(cfg, RUNS[cfg.together])
         optimizer, scheduler = instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler)
+        parts = dict.fromkeys(("block_type", "backbone"), "benchmark")  # the names that checkpoints would have
         experiment = Experiment(
-            Start(cfg, [], job_dir),
+            Start(RunConfig(cfg, parts, []), job_dir),
             create_data(cfg, images),
             method,
             optimizer,

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,7 @@ def describe_preprocessing(run: RunStudent) -> dict[str, Any]:
 
 
 @contextmanager
-def replace_folder(out: Path) -> Iterator[Path]:
+def replace_folder(out: Path) -> Generator[Path]:
     """Gives a temporary folder that takes the place of `out` at the end; after an error nothing of it is left."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import onnxruntime
@@ -50,7 +51,7 @@ def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches:
                 continue
             for batch in batches:
                 images = predict.random_images(batch, size)
-                calls[Key(name, runtime, batch, threads)] = lambda run=predictor, images=images: run(images)
+                calls[Key(name, runtime, batch, threads)] = partial(predictor, images)
     return calls
 
 

@@ -49,7 +49,8 @@ class RunStudent(NamedTuple):
     @property
     def image_size(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the input."""
-        return tuple(self.settings["image_size"])
+        channels, height, width = self.settings["image_size"]
+        return channels, height, width
 
 
 def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequence[Path] = ()) -> RunStudent:
@@ -73,8 +74,10 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
             title = describe_student(int(selected["student"]), int(selected["epoch"]), bool(selected["averaged"]))
         else:
             tensors, settings, title = read_checkpoint_student(job_dir, number)
-        figures = summary and (summary["selected"] if number is None else summary["students"][number])
-        test_top1 = figures and float(figures["test_top1"])
+        test_top1 = None
+        if summary is not None:
+            figures = summary["selected"] if number is None else summary["students"][number]
+            test_top1 = float(figures["test_top1"])
     except OptionError:
         raise
     except READ_ERRORS as error:

@@ -86,8 +86,13 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        names = {"input_names": [INPUT], "output_names": [OUTPUT]}
-        torch.onnx.export(program.exported, (), path, **names, external_data=False, verbose=False)
+        torch.onnx.export(
+            *(program.exported, (), path),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            external_data=False,
+            verbose=False,
+        )
         model = onnx.load(path)
     name_free_dimensions(model, program.free)
     use_global_pooling(model)

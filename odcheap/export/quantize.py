@@ -17,9 +17,9 @@ class BatchReader(CalibrationDataReader):
     def __init__(self, batches: Iterator[np.ndarray]):
         self.batches = batches
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> dict[str, np.ndarray]:
         images = next(self.batches, None)
-        return None if images is None else {INPUT: images}
+        return {} if images is None else {INPUT: images}
 
 
 def quantize_onnx(model: bytes, batches: Iterator[np.ndarray]) -> bytes:

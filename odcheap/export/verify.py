@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from odcheap.export.load_run import RunStudent
 from odcheap.export.onnx import MAX_DIFFERENCE
 from odcheap.utils.console import console, say
 from odcheap.utils.errors import Failure, OptionError, first_line
-from odcheap.utils.parts import build_part, part_settings
+from odcheap.utils.parts import build_part
 from odcheap.utils.text import escape_control_chars
 
 INT8 = "student-int8.onnx"
@@ -95,8 +95,6 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
     """
     try:
         settings = dict(config["data"])
-        if "part" not in settings:  # an older run's config, with Python paths
-            settings = part_settings(settings, str(settings.get("name")))
         if isinstance(settings.get("load"), dict):
             load = settings["load"]
             changes = {"data_dir": data_dir or load.get("data_dir"), "download": False}
@@ -154,7 +152,7 @@ def save_image(image: Tensor, path: Path) -> Path:
     return path
 
 
-def show_progress(items: Iterator, count: int, description: str) -> Iterator:
+def show_progress(items: Iterator, count: int, description: str) -> Iterable:
     """Yields the items, with a progress bar on a terminal."""
     out = console()
     return track(items, description, total=count, console=out, transient=True, disable=not out.is_terminal)

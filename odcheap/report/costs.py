@@ -9,9 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Group
 from rich.table import Table
-from torch import nn
 
 from odcheap.models import flops
+from odcheap.models.backbone import Backbone
 from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import find_conf_dir, list_parts
@@ -66,7 +66,7 @@ def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
     """Builds the config's network and counts."""
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
     try:
-        network: nn.Module = build(conv=conv, num_classes=NUM_CLASSES[32])
+        network: Backbone = build(conv=conv, num_classes=NUM_CLASSES[32])
         if NUM_CLASSES[network.native_size] != NUM_CLASSES[32]:
             network = build(conv=conv, num_classes=NUM_CLASSES[network.native_size])
     except Failure as error:

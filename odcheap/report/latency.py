@@ -32,12 +32,13 @@ def measure_latencies(
     paths = {id(entry.run): entry.folder / "student.safetensors" for entry in folders}
     by_network: dict[str, tuple[float, float] | None] = {}
     latencies: dict[str, tuple[float, float]] = {}
-    for row in runs.drop_duplicates("name").itertuples():
-        network = describe_network(row.run)
+    firsts = runs.drop_duplicates("name")
+    for name, run in zip(firsts["name"], firsts["run"], strict=True):
+        network = describe_network(run)
         if network not in by_network:
-            by_network[network] = time_student(paths[id(row.run)], config_dirs, seconds)
+            by_network[network] = time_student(paths[id(run)], config_dirs, seconds)
         if (pair := by_network[network]) is not None:
-            latencies[row.name] = pair
+            latencies[name] = pair
     return latencies
 
 

@@ -92,7 +92,8 @@ def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
     figure = Figure(figsize=(max(6, 3.2 * len(settings)) + 1, 4), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     colors, later = assign_styles(table["method"], COLORS), []
-    for (setting, method), runs in table.groupby(["setting", "method"], sort=False):
+    for _, runs in table.groupby(["setting", "method"], sort=False):
+        setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
         histories = [run.history for run in runs["run"]]
         for pattern, style in ((rf"^{stage}/student_\d+/top1$", "-"), (rf"^{stage}/teacher/top1$", "--")):
             curve = 100 * average_curves(histories, pattern)

@@ -80,8 +80,8 @@ def training_petamacs(summary: Summary) -> float | None:
 def training_hours(summary: Summary) -> float | None:
     """Hours of the training, including kd's teacher; None if that one's are unknown."""
     teacher = (summary.get("cost") or {}).get("teacher") or {}
-    seconds = (summary.get("train_seconds"), teacher.get("train_seconds", 0))
-    return None if None in seconds else sum(seconds) / 3600
+    own, teachers = summary.get("train_seconds"), teacher.get("train_seconds", 0)
+    return None if own is None or teachers is None else (own + teachers) / 3600
 
 
 ACCURACIES: dict[str, Callable[[Summary], float | None]] = {
@@ -154,10 +154,10 @@ def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
     """
     figures = [*ACCURACIES, *COSTS, *GAINS]
     rows = []
-    for (setting, method), runs in table.groupby(["setting", "method"], sort=False):
-        names = {"setting": setting, "method": method, "name": runs["name"].iloc[0], "n": len(runs)}
+    for _, runs in table.groupby(["setting", "method"], sort=False):
         spreads = {figure: compute_spread(runs[figure]) for figure in figures}
-        rows.append(names | {"baseline": bool(runs["baseline"].iloc[0])} | spreads)
+        names = {name: runs[name].iloc[0] for name in ("setting", "method", "name", "baseline")}
+        rows.append(names | {"n": len(runs)} | spreads)
     return pd.DataFrame(rows, dtype=object)
 
 
@@ -198,7 +198,7 @@ def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
 
 def join_labels(run: FinishedRun, is_named: pd.Series) -> str:
     """Joins the marked options to a label: parts by their names alone, the others as `option=value`."""
-    keys = sorted((k for k, named in is_named.items() if named), key=lambda key: (not key.endswith(".part"), key))
+    keys = sorted((str(k) for k, named in is_named.items() if named), key=lambda key: (not key.endswith(".part"), key))
     options = {key.removeprefix("method."): run.options[key] for key in keys}
     labels = (str(value) if key.endswith("part") else f"{key}={value}" for key, value in options.items())
     return escape_control_chars(" ".join(labels))

@@ -97,7 +97,7 @@ def write_report(
         images: Which images the accuracies are of.
         baseline: What gains are over.
     """
-    cells = pd.DataFrame({name: [format_cell(name, value) for value in values] for name, values in table.items()})
+    cells = pd.DataFrame({name: [format_cell(str(name), value) for value in values] for name, values in table.items()})
     lines = ["# Report", "", *describe_runs(folders), "", to_markdown(cells)]
     lines += ["", f"{images}. {READING.format(baseline=escape_markdown(baseline))}"]
     for name in figures:
