@@ -19,7 +19,7 @@ from odcheap.bench.baseline import PillowImages, train_steps
 from odcheap.bench.memory import PeakMemory
 from odcheap.data.base import Batch, Process
 from odcheap.data.in_memory import Images, InMemoryData
-from odcheap.distributed.signals import Listener
+from odcheap.distributed.signals import SignalListener
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
 from odcheap.models.backbone import Backbone
@@ -208,7 +208,7 @@ def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
             method,
             optimizer,
             scheduler,
-            Listener(),
+            SignalListener(),
             callbacks=[timer],
             console=Console(quiet=True),
         )

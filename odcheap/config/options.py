@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
 from odcheap.runs.overrides import override_key, quote_override
-from odcheap.runs.settings import RunConfig
+from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import check_value
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import CALL_KEYS, list_parts, read_part
@@ -94,7 +94,7 @@ GROUP_OPTIONS = {"trainer": TrainerOptions, "optimizer": OptimizerOptions, "sche
 def compose(overrides: Sequence[str]) -> RunConfig:
     """Composes the config of these overrides. Works inside a run of Hydra's only."""
     cfg = hydra.compose("config", overrides=[quote_override(o) for o in overrides], return_hydra_config=True)
-    parts = OmegaConf.to_container(cfg.hydra.runtime.choices, resolve=True)
+    parts = to_dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):
         del cfg["hydra"]
     return RunConfig(cfg, parts, overrides)
@@ -120,7 +120,7 @@ def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]])
             if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
                 none = "; csv stands for no further logger than metrics.csv" if group == "logger" else ""
                 allowed = f"must be one of {', '.join(groups[group])}{none}"
-                raise OptionError(group, override.input_line.partition("=")[2], allowed)
+                raise OptionError(group, str(override.input_line).partition("=")[2], allowed)
 
 
 def check_options(config: RunConfig, config_dirs: Sequence[Path] = ()) -> None:
@@ -135,7 +135,7 @@ def check_options(config: RunConfig, config_dirs: Sequence[Path] = ()) -> None:
     Raises:
         OptionError: Names the first option that is wrong, with its value and what is allowed.
     """
-    values = OmegaConf.to_container(config.cfg, resolve=True)
+    values = to_dict(config.cfg)
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in values and values[name] != "???":
             check_option(name, values[name], annotation)
@@ -150,10 +150,11 @@ def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> Non
     known = list_parts("logger", config_dirs)
     for name, node in loggers.items() if isinstance(loggers, Mapping) else [("", loggers)]:
         default = read_part("logger", name, config_dirs).get(name) if name in known else None
-        if node is not None and not isinstance(default, Mapping):
+        if node is None:  # logger=csv
+            continue
+        if not isinstance(default, Mapping):
             raise OptionError(f"logger.{name}".rstrip("."), node, "is a part, chosen as logger=NAME")
-        if node is not None:
-            check_part("logger", f"logger.{name}", values, default)
+        check_part("logger", f"logger.{name}", values, default)
 
 
 def check_part(group: str, path: str, values: Mapping[str, Any], default: Mapping[str, Any]) -> None:

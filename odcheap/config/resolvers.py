@@ -1,7 +1,7 @@
 """Values that the config computes: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -13,12 +13,12 @@ from odcheap.runs.overrides import name_run
 
 def given_overrides() -> list[str]:
     """Returns the options of the current run as they were given, interpolations included."""
-    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def chosen_parts() -> dict[str, Any]:
     """Returns the option name of the part that the current run has of each group."""
-    return OmegaConf.to_container(HydraConfig.get().runtime.choices, resolve=True)
+    return dict(HydraConfig.get().runtime.choices)
 
 
 def given_config_dirs() -> list[Path]:
@@ -37,7 +37,7 @@ def default_job_dir() -> str:
     config = HydraConfig.get()
     if is_sweep():
         return str(Path(config.sweep.dir) / config.sweep.subdir)
-    return str(Path("runs") / config.runtime.choices.data / default_run_name())
+    return str(Path("runs") / chosen_parts()["data"] / default_run_name())
 
 
 def default_run_name() -> str:

@@ -1,1 +1,1 @@
-"""Starting and stopping runs of several processes."""
+"""Runs of several processes: how they are started, find each other, and stop together."""

@@ -1,4 +1,4 @@
-"""The processes of a distributed run: those that torchrun or srun started, or torchrun with this run's overrides."""
+"""The processes of a distributed run: started by torchrun or srun, or by this process with torchrun."""
 
 import os
 import subprocess
@@ -16,100 +16,116 @@ from lightning_fabric.plugins.environments import (
 from omegaconf import DictConfig, OmegaConf
 
 from odcheap.distributed import slurm
-from odcheap.distributed.signals import Listener, Stopped
-from odcheap.distributed.torchrun import ENDING
+from odcheap.distributed.signals import SignalListener, Stopped
+from odcheap.distributed.torchrun import STOP_SIGNALS
 from odcheap.runs import status
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
 from odcheap.utils.errors import Failure, OptionError
 
+SHUTDOWN_SECONDS = "600"  # that torchrun leaves a process after a signal: to end a long step, and to save
 
-def by_torchrun() -> bool:
+
+def is_torchrun() -> bool:
+    """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def nodes() -> int:
-    """How many machines torchrun or srun has started this run on; 1 without either."""
-    if by_torchrun():
-        return int(os.environ["GROUP_WORLD_SIZE"])
-    return slurm.nodes()
+def count_nodes() -> int:
+    """Returns on how many machines torchrun or srun has started this run, 1 without either."""
+    return int(os.environ["GROUP_WORLD_SIZE"]) if is_torchrun() else slurm.count_nodes()
 
 
-def devices() -> int:
-    """How many processes torchrun or srun has started on each machine; 1 without either."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else slurm.tasks_a_node()
+def processes_per_node() -> int:
+    """Returns how many processes torchrun or srun has started on each machine, 1 without either."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else slurm.tasks_per_node()
 
 
-def environment() -> ClusterEnvironment:
-    """Who has started this process, for Lightning, which would guess wrong within a batch script of Slurm's."""
-    if by_torchrun():
+def make_cluster_environment() -> ClusterEnvironment:
+    """Returns what Lightning is to know of who started this process; in a batch script of Slurm it guesses wrong."""
+    if is_torchrun():
         return TorchElasticEnvironment()
-    if slurm.tasks() > 1:
-        slurm.prepare()
+    if slurm.count_tasks() > 1:
+        slurm.prepare_environment()
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
 
 
-def share_cores() -> None:
-    """As many threads as Slurm has given cores, which need not be bound to them; more would wait for each other."""
-    cores = slurm.cores()
+def limit_threads() -> None:
+    """Uses as many threads as Slurm has given cores: it need not bind the process to them."""
+    cores = slurm.cores_per_task()
     if cores and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
 
 
-def check(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
-    """Refuses a `trainer` that does not fit how the process was started; `trainer` is the option's choice."""
-    if in_sweep and by_torchrun():
+def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
+    """Checks that the trainer fits how this process was started.
+
+    Args:
+        cfg: The config.
+        trainer: The trainer's option name.
+        in_sweep: Whether the run is one of a sweep.
+
+    Raises:
+        OptionError: It does not fit.
+    """
+    if in_sweep and is_torchrun():
         raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
-    if trainer == "multinode" and not by_torchrun() and not slurm.in_step():
+    if trainer == "multinode" and not is_torchrun() and not slurm.is_step():
         allowed = "start it with torchrun --nnodes=N --nproc-per-node=M, or with srun; trainer=ddp is for one machine"
         raise OptionError("trainer", trainer, allowed)
-    if cfg.trainer.num_nodes != 1 and nodes() == 1:
-        allowed = "1 machine has been told of; torchrun or srun starts several, with trainer=multinode"
+    if cfg.trainer.num_nodes != 1 and count_nodes() == 1:
+        allowed = "this run was started on 1 machine; torchrun or srun starts several, with trainer=multinode"
         raise OptionError("trainer.num_nodes", cfg.trainer.num_nodes, allowed)
-    started = nodes() * devices()
-    if started > 1 and processes(cfg) != started:
+    started = count_nodes() * processes_per_node()
+    if started > 1 and count_processes(cfg) != started:
         raise OptionError("trainer", trainer, f"{started} processes were started; trainer=multinode makes them one run")
 
 
-def processes(cfg: DictConfig) -> int:
-    """How many processes the run has in all; 1 where only Lightning will know."""
-    devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
-    return max(1, devices * nodes) if isinstance(devices, int) and isinstance(nodes, int) else 1
+def count_processes(cfg: DictConfig) -> int:
+    """Returns how many processes the run has in all."""
+    return cfg.trainer.devices * cfg.trainer.num_nodes
 
 
-def needs_processes(cfg: DictConfig) -> bool:
-    """Several processes on one machine, and nobody has started them yet."""
-    several = isinstance(cfg.trainer.devices, int) and cfg.trainer.devices > 1
-    return several and cfg.trainer.num_nodes == 1 and not by_torchrun() and slurm.tasks() == 1
+def needs_launch(cfg: DictConfig) -> bool:
+    """Whether the run has several processes on one machine that are not started yet."""
+    is_local = cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1
+    return is_local and not is_torchrun() and slurm.count_tasks() == 1
 
 
-def start_processes(start: Start, config_dirs: Sequence[Path], listener: Listener) -> None:
-    """Starts `odcheap train` with the run's overrides in as many processes as it has devices.
+def launch_processes(start: Start, config_dirs: Sequence[Path], listener: SignalListener) -> None:
+    """Starts `odcheap train` with the run's overrides in as many processes as it has devices, and waits for them.
 
-    Raises `Failure` where one fails, `Stopped` where a signal has ended them in order.
+    Args:
+        start: The run.
+        config_dirs: The user's own `conf` directories.
+        listener: Forwards signals to the processes.
+
+    Raises:
+        Failure: A process failed.
+        Stopped: A signal has stopped the processes in order.
     """
     devices = start.cfg.trainer.devices
     overrides = [o for o in start.config.overrides if override_key(o) != "job_dir"]
     if start.checkpoint is not None and not any(override_key(o) == "resume" for o in overrides):
-        overrides.append("resume=auto")  # a sweep's default, which the process of its own does not have
+        overrides.append("resume=auto")  # the default in a sweep, which the new processes are not part of
     overrides.append(f"job_dir={os.path.join('.', start.job_dir)}")
-    overrides.append("hydra.mode=RUN")  # an experiment may make every command a sweep
+    overrides.append("hydra.mode=RUN")  # a recipe may make every command a sweep
     command = [sys.executable, "-m", "odcheap.distributed.torchrun", "--standalone", f"--nproc-per-node={devices}"]
     command += ["--module", "odcheap", "train", *(f"--config-dir={folder}" for folder in config_dirs)]
     command += [quote_override(o) for o in overrides]
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))}
-    env = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ  # seconds for a long step, and to save it
+    threads = max(1, (os.cpu_count() or 1) // devices)
+    defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS}
     status.write_status(start.job_dir, "running")
-    # In a session of its own: a Ctrl-C at the terminal comes to it once, by way of this process.
-    agent = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
-    with agent, listener.passing_on(agent):
+    # In a session of its own: a Ctrl-C at the terminal reaches it once, forwarded by this process.
+    agent = subprocess.Popen(command, env=defaults | os.environ, stdin=subprocess.PIPE, start_new_session=True)
+    with agent, listener.forward_to(agent):
         exit_status = agent.wait()
-    if exit_status - 128 in ENDING:
+    if exit_status - 128 in STOP_SIGNALS:
         raise Stopped(exit_status - 128)
     if exit_status:
         raise Failure(f"trainer.devices={devices}: a process of the run failed; its reason is above")
 
 
-OmegaConf.register_new_resolver("nodes", nodes, replace=True)
-OmegaConf.register_new_resolver("devices", devices, replace=True)
+OmegaConf.register_new_resolver("nodes", count_nodes, replace=True)
+OmegaConf.register_new_resolver("devices", processes_per_node, replace=True)

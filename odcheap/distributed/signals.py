@@ -1,119 +1,132 @@
-"""Signals: a run that is told to end saves first, on all its processes, wherever the signal arrived."""
+"""Signals that stop a run: the step is finished and saved first, in all processes."""
 
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
 from odcheap.distributed import slurm
-from odcheap.distributed.torchrun import ENDING
+from odcheap.distributed.torchrun import STOP_SIGNALS
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
+from odcheap.utils.console import process_rank
 
-SUBMITIT = signal.SIGUSR2  # by which submitit asks for a checkpoint; its handler puts the job back into the queue
-
-STARTER = os.getppid()  # asked before it can be gone
+# submitit sends this signal to ask for a checkpoint; its own handler then puts the job back into the queue.
+SUBMITIT_SIGNAL = signal.SIGUSR2
+REPEAT_SECONDS = 1.0  # the same signal within this time is one signal
+PARENT_PID = os.getppid()  # read before the parent can be gone
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run; the exit status is 128 + its number."""
+    """A signal has stopped the run. The exit status is 128 + the signal's number.
+
+    Args:
+        signum: The signal's number.
+    """
 
     def __init__(self, signum: int):
-        super().__init__(signum)  # what unpickling gives back to it, where a launcher sends it home
+        super().__init__(signum)  # `args`, from which a launcher's process builds the exception again
         self.code, self.signum, self.name = 128 + signum, signum, signal.Signals(signum).name
 
 
-class Listener:
-    """Hears signals. A first one ends the process where it is, or while it is `waiting` is only noted for the step's
-    end, or is passed on to the process that does the work; a second one ends the process at once. The same one within
-    a second is no second one: a process may get it from its starter and with all of its group.
+class SignalListener:
+    """Handles SIGTERM, SIGINT and SIGUSR1 while it is entered as a context.
+
+    The first signal raises `Stopped`; while `is_deferred` is set, it is only stored in `received`, for the end of the
+    training step; while a worker process does the work, it is forwarded to that. A second signal ends the process at
+    once. The same signal again within a second is not a second one: a process may get it both from its parent and with
+    its process group.
+
+    Attributes:
+        received: The number of the signal that arrived, 0 without one.
+        is_deferred: Whether a signal waits for the end of the training step.
     """
 
     def __init__(self) -> None:
-        self.heard, self.waiting, self.when = 0, False, 0.0
+        self.received, self.is_deferred, self.received_at = 0, False, 0.0
         self.worker: subprocess.Popen | None = None
-        self.led = False  # whether another process has done the work
-        self.owner = os.getpid()
-        self.requeue_by_submitit = False
-        self.before = {signum: signal.getsignal(signum) for signum in (*ENDING, SUBMITIT)}
+        self.had_worker = False
+        self.owner_pid = os.getpid()
+        self.submitit_requeues = False
+        self.previous_handlers: dict[int, Any] = {s: signal.getsignal(s) for s in (*STOP_SIGNALS, SUBMITIT_SIGNAL)}
 
-    def __enter__(self) -> "Listener":
-        self.install()
+    def __enter__(self) -> "SignalListener":
+        self.install_handlers()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if not self.heard:  # one that ends has still to hear a second one
-            self.take(self.before)
-        elif kind is None:  # it came after the last look, or another failure came first
-            raise Stopped(self.heard)
+        if not self.received:  # after a first signal the handlers stay, for a second one
+            set_handlers(self.previous_handlers)
+        elif kind is None:  # it arrived after the last step
+            raise Stopped(self.received)
 
-    def install(self) -> None:
-        """Takes the signals, also back from whoever has taken them since."""
-        self.take(dict.fromkeys(ENDING, self.hear))
-        if callable(self.before[SUBMITIT]):
-            self.take({SUBMITIT: self.hear_submitit})
+    def install_handlers(self) -> None:
+        """Installs the handlers, also again where Lightning has replaced them."""
+        set_handlers(dict.fromkeys(STOP_SIGNALS, self.handle))
+        if callable(self.previous_handlers[SUBMITIT_SIGNAL]):
+            set_handlers({SUBMITIT_SIGNAL: self.handle_submitit})
 
-    def take(self, handlers: dict[int, Any]) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+    def requeue_by_submitit(self) -> None:
+        """Calls submitit's own handler, which requeues the job and, in its first process, exits."""
+        self.previous_handlers[SUBMITIT_SIGNAL](SUBMITIT_SIGNAL, None)
 
-    def submitit(self) -> None:
-        """Its own handler: puts the job back into the queue, and ends the process where it is the first."""
-        self.before[SUBMITIT](SUBMITIT, None)
-
-    def hear(self, signum: int, _: FrameType | None) -> None:
-        if os.getpid() != self.owner:  # a loader's process: the one that owns it decides
+    def handle(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self.owner_pid:  # a process of the data loader: the one that owns it decides
             return
-        if signum == self.heard and time.monotonic() < self.when + 1:
+        if signum == self.received and time.monotonic() < self.received_at + REPEAT_SECONDS:
             return
         if self.worker is not None:
-            self.worker.send_signal(signal.SIGTERM)  # torchrun passes this one on, whatever its settings
-        elif self.heard:
+            self.worker.send_signal(signal.SIGTERM)  # torchrun forwards this one whatever its settings are
+        elif self.received:
             os._exit(128 + signum)
-        self.heard, self.when = signum, time.monotonic()
-        if not self.waiting and self.worker is None:
+        self.received, self.received_at = signum, time.monotonic()
+        if not self.is_deferred and self.worker is None:
             raise Stopped(signum)
 
-    def hear_submitit(self, signum: int, _: FrameType | None) -> None:
-        """Comes alone, or after a SIGTERM that announces the same."""
-        if os.getpid() != self.owner:
+    def handle_submitit(self, signum: int, _: FrameType | None) -> None:
+        """Handles submitit's signal, which arrives alone or after a SIGTERM that announces the same."""
+        if os.getpid() != self.owner_pid:
             return
-        self.requeue_by_submitit = True
-        self.heard = self.heard or signum
+        self.submitit_requeues = True
+        self.received = self.received or signum
         if self.worker is not None:
             self.worker.send_signal(signal.SIGTERM)
-        elif not self.waiting:
-            raise Stopped(self.heard)
+        elif not self.is_deferred:
+            raise Stopped(self.received)
 
     @contextmanager
-    def passing_on(self, worker: subprocess.Popen) -> Iterator[None]:
-        """While `worker` runs signals are its; afterwards `Stopped` where one came."""
-        self.worker, self.led = worker, True
+    def forward_to(self, worker: subprocess.Popen) -> Generator[None]:
+        """Forwards signals to a worker process while it runs; raises `Stopped` afterwards where one arrived."""
+        self.worker, self.had_worker = worker, True
         try:
             yield
         finally:
             self.worker = None
-        if self.heard:
-            raise Stopped(self.heard)
+        if self.received:
+            raise Stopped(self.received)
+
+
+def set_handlers(handlers: Mapping[int, Any]) -> None:
+    """Sets signal handlers, where this is the thread that may."""
+    if threading.current_thread() is threading.main_thread():
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager
-def ending_with(leader: int) -> Iterator[None]:
-    """Meanwhile, where the process that has started this one is gone, it is as if a SIGTERM had come."""
-    done = threading.Event()
+def stop_with_parent(parent_pid: int) -> Generator[None]:
+    """Sends this process a SIGTERM when its parent has died."""
+    is_done = threading.Event()
 
     def watch() -> None:
-        while os.getppid() == leader:
-            if done.wait(1):
+        while os.getppid() == parent_pid:
+            if is_done.wait(1):
                 return
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -121,30 +134,33 @@ def ending_with(leader: int) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        is_done.set()
 
 
 @contextmanager
-def leaving(job_dir: Path, listener: Listener, again: bool) -> Iterator[None]:
-    """Where a signal ends what is done within, the first process says how it goes on, and in a cluster sees to it.
+def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> Generator[None]:
+    """Where a signal stops the work within, writes the status, prints how to continue, and requeues a cluster's job.
 
-    `again`: the same command, started anew by the cluster, would continue.
+    Args:
+        job_dir: The run's folder.
+        listener: The listener that received the signal.
+        may_requeue: Whether the same command, started again by the cluster, would continue the run.
     """
     try:
         yield
     except Stopped as stop:
-        if rank_zero_only.rank in (0, None):
-            leave(stop, job_dir, listener, again)
+        if process_rank() == 0:
+            _report_stop(stop, job_dir, listener, may_requeue)
         raise
 
 
-def leave(stop: Stopped, job_dir: Path, listener: Listener, again: bool) -> None:
-    by_worker = listener.led and status.read_status(job_dir).get("state") == "stopped"
-    if not by_worker:
-        if job_dir.is_dir():  # it is made late, so that what is refused leaves none
+def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool) -> None:
+    is_reported = listener.had_worker and status.read_status(job_dir).get("state") == "stopped"
+    if not is_reported:
+        if job_dir.is_dir():  # there is none yet if the run was stopped early
             status.write_status(job_dir, "stopped", stop.name)
-        way = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
-        by_cluster = stop.signum != signal.SIGINT and not listener.requeue_by_submitit and again
-        print(f"{stop.name}: {way}{slurm.requeue() if by_cluster else ''}", flush=True)
-    if listener.requeue_by_submitit:
-        listener.submitit()
+        text = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
+        requeues = may_requeue and stop.signum != signal.SIGINT and not listener.submitit_requeues
+        print(f"{stop.name}: {text}{slurm.requeue_job() if requeues else ''}", flush=True)
+    if listener.submitit_requeues:
+        listener.requeue_by_submitit()

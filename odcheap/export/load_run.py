@@ -12,7 +12,7 @@ from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import build_network, load_network, read_student_settings
 from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, read_checkpoint
 from odcheap.runs.folder import read_summary
-from odcheap.runs.load import STUDENT, below
+from odcheap.runs.load import STUDENT, strip_prefix
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import read_safetensors
 
@@ -120,7 +120,7 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
     # Candidates are the students, then the averages of their weights.
     candidate = selected["candidate"] if number is None else number
     is_averaged = candidate >= count
-    tensors = below(state, f"{AVERAGED if is_averaged else STUDENT}{candidate % count}.")
+    tensors = strip_prefix(state, f"{AVERAGED if is_averaged else STUDENT}{candidate % count}.")
     return tensors, settings, describe_student(candidate % count, selected["epoch"], is_averaged)
 
 

@@ -76,7 +76,7 @@ def read_options(config: Path) -> dict[str, Any]:
 
     Options that say where the run is stored are left out, and so are those that repeat a root option (`data.seed`).
     """
-    options = flatten(OmegaConf.to_container(OmegaConf.load(config)))
+    options = flatten(OmegaConf.to_container(OmegaConf.load(config), resolve=False))
     job_dir = options["job_dir"]
     own = {key: value for key, value in options.items() if key not in STORAGE_OPTIONS and job_dir not in str(value)}
 

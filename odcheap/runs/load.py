@@ -1,6 +1,7 @@
-"""Weights from files into a method's students: our checkpoints, exported students, checkpoints of the 2019 code."""
+"""Loads weights into a method's students: from checkpoints, exported students and checkpoints of the 2019 code."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +13,36 @@ from odcheap.runs.reference import is_reference, translate_reference
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors, read_torch
 
-STUDENT = "method.students.members."
+STUDENT = "method.students.members."  # the prefix of the students' tensors in a checkpoint
 
 
 @dataclass(frozen=True)
 class Weights:
-    """`students`: a state dict each; `own`: the method's own parts (empty for a lone student); `split`: fingerprint."""
+    """Weights read from a file.
+
+    Attributes:
+        path: The file.
+        students: A state dict for each student.
+        method: The state dict of the method's own parts, such as the teacher; empty for a lone student.
+        split: The fingerprint of the data split that the weights were selected under, None where unknown.
+    """
 
     path: str
     students: list[dict[str, Tensor]]
-    own: dict[str, Tensor]
+    method: dict[str, Tensor]
     split: str | None
 
 
 def read_weights(path: str | Path, option: str = "weights") -> Weights:
-    """Raises `OptionError` where the file is missing, damaged or of no known kind."""
+    """Reads weights from a checkpoint, a `student.safetensors`, or a checkpoint of the 2019 code.
+
+    Args:
+        path: The file.
+        option: The option that named the file, for messages.
+
+    Raises:
+        OptionError: The file is missing, damaged or of no known kind.
+    """
     if str(path).endswith(".safetensors"):
         tensors, metadata = read_safetensors(path, option)
         settings = json.loads(metadata.get("odcheap", "{}"))
@@ -39,59 +55,72 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     if not count:
         raise OptionError(option, path, "holds no students (neither odcheap's nor the 2019 code's names)")
-    students = [below(state, f"{STUDENT}{k}.") for k in range(count)]
-    return Weights(str(path), students, own_parts(below(state, "method.")), content.get("odcheap", {}).get("split"))
+    students = [strip_prefix(state, f"{STUDENT}{k}.") for k in range(count)]
+    own = select_method_state(strip_prefix(state, "method."))
+    return Weights(str(path), students, own, content.get("odcheap", {}).get("split"))
 
 
 def load_weights(method: Method, weights: Weights, new_head: bool = False) -> str:
-    """Copies the weights into the method and says what was loaded.
+    """Copies weights into a method.
 
-    A lone student goes to student 0, the others keep their first weights. `new_head` loads the bodies and leaves all
-    classifiers and the method's own parts new. Any other difference raises `OptionError`, nothing changed.
+    A lone student goes to student 0, and the others keep their first weights.
+
+    Args:
+        method: The method.
+        weights: What was read from a file.
+        new_head: Load the bodies only; classifiers and the method's own parts keep their first weights.
+
+    Returns:
+        What was loaded, as one line.
+
+    Raises:
+        OptionError: Any other difference between file and method; nothing is changed then.
     """
     members = method.students.members
     if len(weights.students) not in (1, len(members)):
         raise OptionError("weights", weights.path, f"holds {len(weights.students)} students; num_stu={len(members)}")
     for student, state in zip(members, weights.students, strict=False):
         check_student(student, state, weights.path, new_head)
-    with_own = not new_head and bool(weights.own) and len(weights.students) == len(members)
-    if with_own:
-        check_own(method, weights)
+    with_method = not new_head and bool(weights.method) and len(weights.students) == len(members)
+    if with_method:
+        own = select_method_state(method.state_dict())
+        reason = "another method; weights_head=new keeps the students' bodies"
+        check_state_dict(own, weights.method, weights.path, reason)
     for student, state in zip(members, weights.students, strict=False):
-        student.load_state_dict(body(student, state) if new_head else state, strict=not new_head)
-    if with_own:
-        method.load_state_dict(weights.own, strict=False)
+        student.load_state_dict(select_body(student, state) if new_head else state, strict=not new_head)
+    if with_method:
+        method.load_state_dict(weights.method, strict=False)
     else:
         method.after_loading_students()
-    what = "the method's own parts too" if with_own else "the method's own parts are new"
+    own_text = "the method's own parts too" if with_method else "the method's own parts are new"
     heads = "classifiers are new" if new_head else "classifiers included"
-    return f"{len(weights.students)} of {len(members)} students from {weights.path} ({heads}, {what})"
+    return f"{len(weights.students)} of {len(members)} students from {weights.path} ({heads}, {own_text})"
 
 
-def own_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a method has beside its students; which teacher it had is no weight."""
+def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a method's own parts. The digest of a frozen teacher is none of its weights."""
     return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
 
 def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_head: bool) -> None:
+    """Raises `OptionError` where the state dict is not that of such a student."""
     own = student.state_dict()
-    classes, given = (s.get(f"{student.classifier}.weight") for s in (own, state))
     if new_head:
-        own, state = body(student, own), body(student, state)
-    elif given is not None and given.shape[1:] == classes.shape[1:] and len(given) != len(classes):
-        allowed = f"has {len(given)} classes, the data {len(classes)}; weights_head=new keeps the bodies only"
-        raise OptionError("weights", path, allowed)
+        own, state = select_body(student, own), select_body(student, state)
+    else:
+        name = f"{student.classifier}.weight"
+        expected, given = own[name], state.get(name)
+        if given is not None and given.shape[1:] == expected.shape[1:] and len(given) != len(expected):
+            allowed = f"has {len(given)} classes, the data {len(expected)}; weights_head=new keeps the bodies only"
+            raise OptionError("weights", path, allowed)
     check_state_dict(own, state, path, "another architecture")
 
 
-def check_own(method: nn.Module, weights: Weights) -> None:
-    own = own_parts(method.state_dict())
-    check_state_dict(own, weights.own, weights.path, "another method; weights_head=new keeps the students' bodies")
-
-
-def body(student: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def select_body(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a student without its classifier's."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{student.classifier}.")}
 
 
-def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with the prefix, under the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -116,7 +116,7 @@ def plan_start(
         return Start(merged, job_dir, checkpoint, content, in_own_folder)
     if not in_own_folder:
         check_unoccupied(job_dir, cfg.overwrite)
-    elif Path(resume).is_file():
+    elif Path(str(resume)).is_file():
         check_newest(checkpoint, cfg.overwrite)
     all_epochs_done = content["epoch"] + 1 >= merged.cfg.trainer.max_epochs
     is_finished = in_own_folder and all_epochs_done and read_summary(job_dir) is not None

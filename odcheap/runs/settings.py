@@ -1,7 +1,7 @@
 """A run's config with the names of its parts, and how it is written to the disk."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,11 +24,16 @@ class RunConfig:
 
     def to_settings(self) -> dict[str, Any]:
         """Returns the resolved config for the disk. Parts have their option names there, not Python paths."""
-        settings = OmegaConf.to_container(self.cfg, resolve=True)
+        settings = to_dict(self.cfg)
         for group, name in self.parts.items():
             settings[group] = part_settings(settings[group], name)
         loggers = settings.get("logger") or {}
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
+
+
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the resolved config as plain containers."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def is_part(node: Any) -> bool:

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ def is_alive(status: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def lock_folder(job_dir: Path) -> Iterator[None]:
+def lock_folder(job_dir: Path) -> Generator[None]:
     """Keeps other processes from training in the folder. The lock of a process that dies is free again.
 
     Raises:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from odcheap.data.base import Batch
 from odcheap.distributed import rendezvous
-from odcheap.distributed.signals import Listener, Stopped
+from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.runs.checkpoint_io import epoch_path, prune_checkpoints, step_path
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.nonfinite import CHECK_EVERY, NonfiniteGuard
@@ -226,19 +226,19 @@ def find_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
 class Interruption(pl.Callback):
     """Ends the training after the step in which any process has received a signal, with a checkpoint of that step."""
 
-    def __init__(self, listener: Listener, record: Record, guard: NonfiniteGuard):
+    def __init__(self, listener: SignalListener, record: Record, guard: NonfiniteGuard):
         self.listener, self.record, self.guard = listener, record, guard
         self.group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.listener.install()  # Lightning has installed handlers of its own
-        self.listener.waiting = True
+        self.listener.install_handlers()  # Lightning has installed handlers of its own
+        self.listener.is_deferred = True
         if trainer.world_size > 1:  # on the CPU, so that no GPU is waited for
             self.group = torch.distributed.new_group(backend="gloo")
-            rendezvous.refuse_apart(trainer.current_epoch, trainer.global_step, self.group)
+            rendezvous.check_same_start(trainer.current_epoch, trainer.global_step, self.group)
 
     def on_test_start(self, *_: Any) -> None:
-        self.listener.install()
+        self.listener.install_handlers()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -254,11 +254,11 @@ class Interruption(pl.Callback):
             raise Stopped(signum)
 
     def on_train_end(self, *_: Any) -> None:
-        self.listener.waiting = False
+        self.listener.is_deferred = False
 
     def agree_on_signal(self) -> int:
         """Returns the signal that any process has received, 0 for none."""
-        heard = torch.tensor(self.listener.heard)
+        heard = torch.tensor(self.listener.received)
         if self.group is not None:
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX, self.group)
         return int(heard)

@@ -25,7 +25,7 @@ from odcheap.config.messages import (
 )
 from odcheap.config.sweep_callback import started_sweeps
 from odcheap.distributed import launch, signals, slurm
-from odcheap.distributed.signals import Listener, ending_with, leaving
+from odcheap.distributed.signals import SignalListener, report_stop, stop_with_parent
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, make_folder, read_summary
 from odcheap.runs.overrides import quote_override
@@ -96,7 +96,7 @@ def run_job(cfg: DictConfig) -> float | None:
     config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
     # Processes that joblib has started would go on for hours after the death of the process that leads the sweep.
     in_worker = current_process().name != "MainProcess"
-    with Listener() as listener, ending_with(signals.STARTER) if in_worker else nullcontext():
+    with SignalListener() as listener, stop_with_parent(signals.PARENT_PID) if in_worker else nullcontext():
         if resolvers.is_sweep():
             outcome = run_in_sweep(lambda: train(config, listener))
         else:
@@ -138,7 +138,7 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
     return outcome
 
 
-def train(config: RunConfig, listener: Listener) -> Outcome:
+def train(config: RunConfig, listener: SignalListener) -> Outcome:
     """Checks the options, finds out whether the run continues an older one, and carries it out."""
     in_sweep = resolvers.is_sweep()
     config_dirs = resolvers.given_config_dirs()
@@ -149,27 +149,27 @@ def train(config: RunConfig, listener: Listener) -> Outcome:
         return composed
 
     options.check_options(config, config_dirs)
-    launch.check(config.cfg, config.parts["trainer"], in_sweep)
-    launch.share_cores()
-    default_resume = "auto" if in_sweep or slurm.restarted() else None
-    start = plan_start(config, compose, default_resume, slurm.restarted())
+    launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
+    launch.limit_threads()
+    default_resume = "auto" if in_sweep or slurm.is_restarted() else None
+    start = plan_start(config, compose, default_resume, slurm.is_restarted())
     if start.is_finished:
         say(f"{start.job_dir} holds this run, finished: nothing to do")
         return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
     if start.cfg.test_only:
         return carry_out(start, listener)
-    with leaving(start.job_dir, listener, again=not start.cfg.overwrite):
+    with report_stop(start.job_dir, listener, may_requeue=not start.cfg.overwrite):
         return carry_out(start, listener)
 
 
-def carry_out(start: Start, listener: Listener) -> Outcome:
+def carry_out(start: Start, listener: SignalListener) -> Outcome:
     """Builds the parts of the run, and trains and tests, here or in processes of its own."""
     options.check_complete(start.cfg)
     experiment = Experiment.build(start, listener)
-    if launch.needs_processes(start.cfg):
+    if launch.needs_launch(start.cfg):
         experiment.build_trainer()  # what Lightning refuses is one line here, and one from each process there
         make_folder(start.job_dir)
-        launch.start_processes(start, resolvers.given_config_dirs(), listener)
+        launch.launch_processes(start, resolvers.given_config_dirs(), listener)
         result = TEST if start.cfg.test_only else SUMMARY
         return Outcome(str(start.job_dir), "finished", json.loads((start.job_dir / result).read_text()))
     summary = experiment.run_test_only() if start.cfg.test_only else experiment.run()

@@ -17,7 +17,7 @@ from torch import nn
 
 from odcheap.data.base import SELECT_BY, ImageData, Process
 from odcheap.distributed import launch, rendezvous
-from odcheap.distributed.signals import Listener
+from odcheap.distributed.signals import SignalListener
 from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students, check_run
@@ -85,7 +85,7 @@ class Experiment:
         OptionError: The options do not fit together.
 
     Example:
-        `Experiment.build(start, Listener()).run()` trains, tests and writes a run's folder.
+        `Experiment.build(start, SignalListener()).run()` trains, tests and writes a run's folder.
     """
 
     start: Start
@@ -93,7 +93,7 @@ class Experiment:
     method: Method
     optimizer: partial
     scheduler: partial
-    listener: Listener
+    listener: SignalListener
     standard: nn.Module | None = None
     callbacks: Sequence[pl.Callback] = ()
     console: Console | None = None
@@ -102,7 +102,7 @@ class Experiment:
         cfg = self.cfg = self.start.cfg
         self.console = self.console or console()
         gradients = gradient_options(cfg)
-        batches = self.data.steps_per_epoch(launch.processes(cfg))
+        batches = self.data.steps_per_epoch(launch.count_processes(cfg))
         self.module = DistillationModule(
             self.method,
             self.optimizer,
@@ -119,7 +119,7 @@ class Experiment:
         self.record = Record(self.start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
 
     @classmethod
-    def build(cls, start: Start, listener: Listener) -> "Experiment":
+    def build(cls, start: Start, listener: SignalListener) -> "Experiment":
         """Builds a run's parts from its config, and loads the weights that it starts from.
 
         Args:
@@ -132,7 +132,7 @@ class Experiment:
         cfg = start.cfg
         data = instantiate(cfg.data)
         data.read()
-        data.check(launch.processes(cfg))
+        data.check(launch.count_processes(cfg))
         # A checkpoint holds the weights that a pretrained file brought, and the file may be gone.
         loaded = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
         network = instantiate(cfg.backbone, **loaded)
@@ -168,7 +168,7 @@ class Experiment:
             # The guard is first: it looks at a step before another callback saves it.
             callbacks=[guard, self.record, progress, Interruption(self.listener, self.record, guard), *self.callbacks],
             logger=logger,
-            plugins=[AtomicCheckpointIO(), launch.environment()],
+            plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
             limit_val_batches=1.0 if self.watches_images else 0,
         )
         device = trainer.strategy.root_device
@@ -177,8 +177,8 @@ class Experiment:
         check_run(self.method.students.run, device)
         # Lightning would convert the module only after it has loaded weights, and round them on the way.
         trainer.precision_plugin.convert_module(self.module)
-        if trainer.world_size > 1 and launch.by_torchrun() and not torch.distributed.is_initialized():
-            rendezvous.join("nccl" if device.type == "cuda" else "gloo")
+        if trainer.world_size > 1 and launch.is_torchrun() and not torch.distributed.is_initialized():
+            rendezvous.join_process_group("nccl" if device.type == "cuda" else "gloo")
         return trainer
 
     @property

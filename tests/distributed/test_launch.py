@@ -3,7 +3,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from odcheap.distributed import launch
-from odcheap.distributed.launch import needs_processes
+from odcheap.distributed.launch import needs_launch
 from odcheap.runs.overrides import quote_override
 from odcheap.utils.errors import OptionError
 
@@ -16,14 +16,12 @@ def test_quoted_paths_are_read_as_they_were_typed(value):
     assert override.value() == expected
 
 
-@pytest.mark.parametrize(
-    ("devices", "nodes", "expected"), [(1, 1, False), (2, 1, True), (2, 2, False), ("auto", 1, False)]
-)
+@pytest.mark.parametrize(("devices", "nodes", "expected"), [(1, 1, False), (2, 1, True), (2, 2, False)])
 def test_processes_are_started_for_several_devices_of_one_machine(devices, nodes, expected, alone, monkeypatch):
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
-    assert needs_processes(cfg) == expected
+    assert needs_launch(cfg) == expected
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert not needs_processes(cfg)
+    assert not needs_launch(cfg)
 
 
 @pytest.fixture
@@ -37,18 +35,18 @@ def trainer(devices, nodes):
 
 
 def test_processes_that_torchrun_or_srun_has_started_are_counted(alone, monkeypatch):
-    assert (launch.nodes(), launch.devices()) == (1, 1)
+    assert (launch.count_nodes(), launch.processes_per_node()) == (1, 1)
     with pytest.raises(OptionError, match="trainer=multinode: start it with torchrun --nnodes=N .* or with srun"):
-        launch.check(trainer(1, 1), "multinode", in_sweep=False)
+        launch.check_trainer(trainer(1, 1), "multinode", in_sweep=False)
     for name, value in {"STEP_ID": 0, "STEP_NUM_TASKS": 6, "STEP_NUM_NODES": 3}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert (launch.nodes(), launch.devices()) == (3, 2)
-    launch.check(trainer(2, 3), "multinode", in_sweep=False)
-    launch.check(trainer(2, 3), "multinode", in_sweep=True)  # a task of submitit's
+    assert (launch.count_nodes(), launch.processes_per_node()) == (3, 2)
+    launch.check_trainer(trainer(2, 3), "multinode", in_sweep=False)
+    launch.check_trainer(trainer(2, 3), "multinode", in_sweep=True)  # a task of submitit's
     with pytest.raises(OptionError, match="trainer=auto: 6 processes were started; trainer=multinode makes them one"):
-        launch.check(trainer(1, 1), "auto", in_sweep=False)
+        launch.check_trainer(trainer(1, 1), "auto", in_sweep=False)
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert (launch.nodes(), launch.devices()) == (4, 8)
+    assert (launch.count_nodes(), launch.processes_per_node()) == (4, 8)
     with pytest.raises(OptionError, match="trainer=ddp: a sweep starts its processes itself"):
-        launch.check(trainer(8, 4), "ddp", in_sweep=True)
+        launch.check_trainer(trainer(8, 4), "ddp", in_sweep=True)

@@ -14,7 +14,7 @@ from conftest import TINY, free_port
 
 import train
 from odcheap.distributed import rendezvous
-from odcheap.distributed.rendezvous import agree, join
+from odcheap.distributed.rendezvous import agree_on_prefix, join_process_group
 from odcheap.utils.errors import Failure
 
 
@@ -32,7 +32,7 @@ def together(store, world, order):
     found = {}
 
     def come(rank):
-        found[rank] = agree(client(store), rank, world, 20)
+        found[rank] = agree_on_prefix(client(store), rank, world, 20)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in order]
     for thread in threads:
@@ -53,11 +53,11 @@ def test_all_meet_in_one_room_and_no_attempt_in_that_of_an_earlier_one(store):
 def test_whoever_died_while_waiting_is_not_waited_for(store):
     """A first attempt loses process 0, then one loses process 1 after its answer; the third finds together."""
     with pytest.raises(Failure, match="process 1 of 2 waited 0 s in vain for process 0"):
-        agree(store, 1, 2, 0.1)
+        agree_on_prefix(store, 1, 2, 0.1)
     with pytest.raises(Failure, match="process 0 waited in vain for process 1"):
-        agree(store, 0, 2, 0.1)
+        agree_on_prefix(store, 0, 2, 0.1)
     with pytest.raises(Failure):  # it answers the question of a process 0 that has gone
-        agree(store, 1, 2, 0.3)
+        agree_on_prefix(store, 1, 2, 0.3)
     assert len(together(store, 2, (1, 0))) == 1
 
 
@@ -70,7 +70,7 @@ def test_each_attempt_has_a_room_of_its_own_in_torchrun_s_store(store, monkeypat
     for name, value in (agent | {"RANK": "0", "WORLD_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
     for _ in range(2):
-        join("gloo")
+        join_process_group("gloo")
     rooms[0].set("address", "of one that has died")
     assert not rooms[1].check(["address"])
 
@@ -138,7 +138,7 @@ def test_processes_that_begin_at_different_places_are_refused_everywhere(monkeyp
 
     monkeypatch.setattr(rendezvous.dist, "all_reduce", all_reduce)
     if not apart:
-        rendezvous.refuse_apart(3, 40, None)
+        rendezvous.check_same_start(3, 40, None)
         return
     with pytest.raises(Failure, match="the processes have found different checkpoints"):
-        rendezvous.refuse_apart(3, 40, None)
+        rendezvous.check_same_start(3, 40, None)

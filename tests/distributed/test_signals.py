@@ -10,14 +10,14 @@ import time
 import pytest
 from conftest import TINY, Begun
 
-from odcheap.distributed.signals import ENDING, Listener, Stopped, ending_with
+from odcheap.distributed.signals import STOP_SIGNALS, SignalListener, Stopped, stop_with_parent
 from odcheap.training.callbacks import Record
 
 
 @pytest.fixture
 def own_signals():
     """Puts back what this process did on signals before."""
-    before = {signum: signal.getsignal(signum) for signum in ENDING}
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -90,20 +90,20 @@ def test_what_a_launcher_s_process_was_stopped_by_reaches_its_leader():
 
 def test_a_signal_heard_too_late_is_not_forgotten(own_signals):
     def hears_twice():
-        with Listener() as listener:
-            listener.waiting = True
+        with SignalListener() as listener:
+            listener.is_deferred = True
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # the same at once: from a starter, and with all of a group
-            assert listener.heard == signal.SIGTERM
+            assert listener.received == signal.SIGTERM
 
     with pytest.raises(Stopped):
         hears_twice()
 
 
 def test_a_process_whose_starter_is_gone_ends_as_by_a_signal(own_signals):
-    with Listener(), ending_with(os.getppid()):
+    with SignalListener(), stop_with_parent(os.getppid()):
         time.sleep(1.5)
-    with pytest.raises(Stopped) as stopped, Listener(), ending_with(os.getppid() + 1):
+    with pytest.raises(Stopped) as stopped, SignalListener(), stop_with_parent(os.getppid() + 1):
         time.sleep(3)
     assert stopped.value.name == "SIGTERM"
 

@@ -584,7 +584,10 @@ CKPT = "{tmp}/broken.ckpt"
             ["trainer.devices=auto"],
             "trainer.devices=auto: must be a whole number, 1 or more; CUDA_VISIBLE_DEVICES says which GPUs",
         ),
-        (["trainer.num_nodes=2"], "trainer.num_nodes=2: 1 machine has been told of; torchrun or srun starts several"),
+        (
+            ["trainer.num_nodes=2"],
+            "trainer.num_nodes=2: this run was started on 1 machine; torchrun or srun starts several",
+        ),
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn: must be one of auto, ddp"),
         (["num_stu=???"], "num_stu=???: must be given"),
         (["+method.alpha=3"], "method.alpha=3: is no option of this method"),

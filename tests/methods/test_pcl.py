@@ -4,7 +4,7 @@ from methods.formulas import ce, check, logits, reached, soft, students, terms
 
 from odcheap.methods.alone import Alone
 from odcheap.methods.pcl import PeerCollaborativeLearning
-from odcheap.runs.load import Weights, below, load_weights
+from odcheap.runs.load import Weights, load_weights, strip_prefix
 
 
 @pytest.mark.parametrize("num_stu", [2, 3, 4])
@@ -31,7 +31,7 @@ def test_averages_begin_with_weights_that_were_loaded():
     with torch.no_grad():
         other.students.members[1].bn1.running_mean.fill_(3.0)
     content = {f"method.{name}": tensor for name, tensor in other.state_dict().items()}
-    weights = Weights("FILE", [below(content, f"method.students.members.{k}.") for k in range(2)], {}, None)
+    weights = Weights("FILE", [strip_prefix(content, f"method.students.members.{k}.") for k in range(2)], {}, None)
     load_weights(method, weights)
     assert torch.equal(method.averages.members[1].bn1.running_mean, torch.full((16,), 3.0))
 

@@ -5,7 +5,7 @@ from odcheap.layers.cheap_conv import DW, Group
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.runs.load import STUDENT, Weights, below, load_weights
+from odcheap.runs.load import STUDENT, Weights, load_weights, strip_prefix
 from odcheap.utils.errors import OptionError
 
 
@@ -17,8 +17,8 @@ def made(num_stu=2, classes=10, conv=None, seed=0):
 
 def weights_of(method, lone=False):
     state = {f"method.{name}": t.clone() for name, t in method.state_dict().items()}
-    students = [below(state, f"{STUDENT}{k}.") for k in range(1 if lone else len(method.students))]
-    own = {n: t for n, t in below(state, "method.").items() if not n.startswith("students.")}
+    students = [strip_prefix(state, f"{STUDENT}{k}.") for k in range(1 if lone else len(method.students))]
+    own = {n: t for n, t in strip_prefix(state, "method.").items() if not n.startswith("students.")}
     return Weights("FILE", students, {} if lone else own, None)
 
 

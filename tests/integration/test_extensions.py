@@ -1,0 +1,162 @@
+"""Parts of a user, from a folder outside the package: train, resume, export and report work with them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from odcheap import load_student
+from odcheap.utils.files import read_torch
+
+PARTS = '''
+"""One part of each kind."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from odcheap.data.in_memory import Images
+from odcheap.layers.cheap_conv import BlockType
+from odcheap.methods.base import Method
+
+
+class AveragePool(BlockType):
+    """A 3 x 3 average pool as the spatial operator."""
+
+    def make_spatial(self, channels, window):
+        return nn.AvgPool2d(window.kernel_size, window.stride, window.padding)
+
+
+class BestLogit(Method):
+    """Every student learns from the largest logit that any student has for each class."""
+
+    teacher_kind = "maximum"
+
+    def __init__(self, students, weight: Annotated[float, Field(gt=0)] = 1.0):
+        super().__init__(students)
+        self.weight = weight
+
+    def forward(self, images):
+        logits = self.students(images)[1]
+        return {"student_logits": logits, "teacher_logits": logits.amax(0)}
+
+    def loss(self, outputs, target):
+        students, teacher = outputs["student_logits"], outputs["teacher_logits"].detach().softmax(-1)
+        terms = {f"ce_student_{k}": F.cross_entropy(logits, target) for k, logits in enumerate(students)}
+        terms["teaching"] = self.weight * sum(F.cross_entropy(logits, teacher) for logits in students)
+        return terms | {"loss": sum(terms.values())}
+
+
+def load_stripes(count: Annotated[int, Field(ge=100)]):
+    """Horizontal and vertical stripes, 8 x 8."""
+    random = torch.Generator().manual_seed(0)
+    target = torch.arange(count) % 2
+    stripes = (255 * (torch.arange(8) % 2)).repeat(8, 1)
+    images = torch.stack([stripes.T if label else stripes for label in target])[:, None].expand(-1, 3, -1, -1)
+    noise = torch.randint(0, 100, images.shape, generator=random)
+    images = (images * 0.6 + noise).clamp(0, 255).to(torch.uint8)
+    test = count // 4
+    return Images(images[test:], target[test:], images[:test], target[:test], ["horizontal", "vertical"])
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Steps by the sign of the gradient."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, scale: Annotated[float, Field(gt=0)] = 1.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": scale})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    decayed = parameter.grad + group["weight_decay"] * parameter
+                    parameter.sub_(group["lr"] * group["scale"] * decayed.sign())
+        return loss
+'''
+CONF = {
+    "block_type/average_pool": "_target_: my_parts.AveragePool\n",
+    "method/best_logit": "_target_: my_parts.BestLogit\n_partial_: true\nweight: 0.5\n",
+    "optimizer/sign": "_target_: my_parts.SignSGD\n_partial_: true\nlr: 0.002\nweight_decay: 0.0\nscale: 1.0\n",
+    "data/stripes": """_target_: odcheap.data.in_memory.InMemoryData
+name: stripes
+load: {_target_: my_parts.load_stripes, _partial_: true, count: 400}
+batch_size: 50
+eval_batch_size: 100
+val_size: 60
+split_seed: 0
+flip: false
+crop_padding: 1
+mean: [0.5, 0.5, 0.5]
+std: [0.25, 0.25, 0.25]
+seed: ${seed}
+select: ${select}
+select_by: top1
+""",
+}
+CHOICES = ["block_type=average_pool", "method=best_logit", "optimizer=sign", "scheduler=cosine", "data=stripes"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run("train", ...)` is `odcheap train ...` in a folder with the user's parts."""
+    (tmp_path / "my_parts.py").write_text(PARTS)
+    for name, text in CONF.items():
+        path = tmp_path / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "odcheap", *arguments]
+        where = {"cwd": tmp_path, "env": environment}
+        return subprocess.run(command, **where, capture_output=True, text=True, timeout=250)
+
+    return call
+
+
+def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path, monkeypatch):
+    given = ["--config-dir", "conf", *CHOICES, "backbone=resnet20", "backbone.depth=8", "num_stu=2"]
+    given += ["trainer=cpu", "logger=csv", "trainer.max_epochs=2"]
+
+    done = run("train", *given, "job_dir=run")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["teacher"]["kind"] == "maximum"
+    assert summary["cost"]["macs"] < summary["cost"]["standard"]["macs"]
+
+    again = run("train", "--config-dir=conf", "resume=run/checkpoints/epoch-0000.ckpt", "job_dir=again")
+    assert again.returncode == 0, again.stderr
+    first, second = (tmp_path / name / "student.safetensors" for name in ("run", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    refused = run("train", *given, "job_dir=other", "method.weight=0")
+    assert refused.stderr == "error: method.weight=0: must be a number, above 0\n"
+    refused = run("train", "resume=run")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "unknown; must be one of" in refused.stderr  # the folder with its parts was not given
+
+    done = run("export", "run", "--seconds", "0.01", "--config-dir", "conf")
+    assert done.returncode == 0, done.stderr
+    assert {"student.onnx", "student.pt2"} <= {path.name for path in (tmp_path / "run" / "export").iterdir()}
+    done = run("report", "run", "--config-dir", "conf")
+    assert done.returncode == 0, done.stderr
+    assert "best_logit" in (tmp_path / "run" / "report" / "report.md").read_text()
+
+    saved = read_torch(tmp_path / "run" / "checkpoints" / "epoch-0001.ckpt")["odcheap"]
+    assert saved["config"]["block_type"] == {"part": "average_pool"}
+    assert saved["config"]["optimizer"]["part"] == "sign"
+    for path in (tmp_path / "run").rglob("*"):
+        if path.suffix in (".ckpt", ".safetensors", ".yaml"):
+            assert b"my_parts" not in path.read_bytes(), path
+
+    monkeypatch.syspath_prepend(tmp_path)
+    student = load_student(first, config_dirs=[tmp_path / "conf"])
+    assert student(torch.rand(1, 3, 8, 8)).shape == (1, 2)
