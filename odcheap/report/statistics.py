@@ -189,11 +189,20 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
 def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
     """Marks the values worth naming: options that vary, without values that more than two thirds of the runs share.
 
-    The choice of a part (`block_type.part`) is named wherever it varies.
+    The choice of a part (`block_type.part`) is named wherever it varies, and an option of a part only where it varies
+    among runs with the same choice: `scheduler.fractions` says nothing that the schedule's name does not.
     """
     shares = options.apply(lambda column: column.map(column.value_counts(normalize=True)).astype(float))
     is_part = pd.Series({key: key.endswith(".part") for key in options}, dtype=bool)
-    return options.notna() & (options.nunique() > 1) & (is_part | ~(shares > 2 / 3))
+    varies = pd.Series({key: _varies(options, key) for key in options}, dtype=bool)
+    return options.notna() & varies & (is_part | ~(shares > 2 / 3))
+
+
+def _varies(options: pd.DataFrame, key: str) -> bool:
+    part = f"{key.partition('.')[0]}.part"
+    if key == part or part not in options:
+        return options[key].nunique() > 1
+    return bool(options.groupby(part, dropna=False)[key].nunique().max() > 1)
 
 
 def join_labels(run: FinishedRun, is_named: pd.Series) -> str:

@@ -92,6 +92,16 @@ def test_of_one_factor_at_a_time_the_factor_is_named_and_nothing_is_mixed_up():
     assert all(row["n"] == 2 for row in rows.values())
 
 
+def test_an_option_that_goes_with_a_part_is_not_named():
+    """A schedule's own options differ from another schedule's; its name says so already."""
+    options = [("steps", "milestones"), ("steps", "milestones"), ("cosine", "T_max")]
+    runs = [
+        run("od", seed, [0.5], 0.5, **{"scheduler.part": part, "scheduler.fractions": fractions})
+        for seed, (part, fractions) in enumerate(options)
+    ]
+    assert set(tabulate_runs(runs)["setting"]) == {"steps", "cosine"}
+
+
 def test_a_data_set_is_named_by_its_name_alone():
     runs = [run("alone", 0, (0.5,), 0.5, **{"data.name": n, "data.flip": n == "a"}) for n in "ab"]
     assert list(tabulate_runs(runs)["setting"]) == ["data.name=a", "data.name=b"]
