@@ -38,13 +38,15 @@ from odcheap.utils.parts import build_part, find_conf_dir
 BLOCK_TYPES = ("DW", "Shift", "Group")
 BATCHES = (1, 64)  # images of an inference call
 STARTED = time.perf_counter()
-# Ends the run with the first optimizer step; only public hooks of PyTorch are used.
-FIRST_STEP = """
-import os, runpy, sys
+# Ends the process at the first optimizer step, by a public hook of PyTorch.
+EXIT_AT_FIRST_STEP = """
+import os, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(lambda *_: os._exit(17))
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TRAIN = """
+from odcheap.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
@@ -144,12 +146,11 @@ def measure_inference(
     ]
 
 
-def measure_start() -> float | None:
+def measure_start(script: str = TRAIN) -> float | None:
     """Returns the seconds from the command to the first step of a small run, None if it did not get there."""
-    train = Path(__file__).parents[2] / "train.py"
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, "-c", FIRST_STEP, str(train), "experiment=quickstart", "trainer=cpu"]
+        command = [sys.executable, "-c", EXIT_AT_FIRST_STEP + script, "experiment=quickstart", "trainer=cpu"]
         ended = subprocess.run([*command, f"job_dir={folder}/run"], capture_output=True)
         return time.perf_counter() - start if ended.returncode == 17 else None
 
