@@ -107,7 +107,7 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
     found, classes, skipped = list_parts(root, there)
     if len(there) > 1:
         val = found["val"] if "test" in found and "val" in found else None
-        return Tree(classes, found["train"], val, found.get("test", found.get("val")), skipped)
+        return Tree(classes, found["train"], val, found["test" if "test" in found else "val"], skipped)
     whole = found["train" if there else "."]
     split = split_stratified(
         hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size"

@@ -56,17 +56,17 @@ class TrainImages(Dataset):
     def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int, views: int = 1):
         self.files, self.transform, self.seed, self.size, self.views = files, transform, seed, size, views
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
+    def __getitem__(self, index: tuple[int, int]) -> Sample:
+        epoch, number = index
         broken = []
         for k in range(min(MAX_TRIES, len(self.files.names))):
-            i = (index + k) % len(self.files.names)
+            i = (number + k) % len(self.files.names)
             try:
                 image = decode_image(self.files.path(i))
             except ImageError as error:
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
-            views = [self.augment(image, epoch, index, view) for view in range(self.views)]
+            views = [self.augment(image, epoch, number, view) for view in range(self.views)]
             return Sample(
                 torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken
             )

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
-from odcheap.data.splits import hash_pixels, split_stratified
+from odcheap.data.splits import Split, hash_pixels, split_stratified
 from odcheap.data.transforms import Augmentation, Normalization, stack_views
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -113,13 +113,16 @@ class InMemoryData(ImageData):
     ):
         super().__init__(name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std)
         self.load, self.split_seed, self.augment = load, split_seed, Augmentation(flip, crop_padding)
-        self.images: Images | None = None
+        self.images: Images
+        self.split: Split
 
     def read(self) -> None:
-        if self.images is not None:
+        if hasattr(self, "images"):
             return
         images = self.load()
-        self.images, self.classes, self.image_size = images, images.classes, tuple(images.train.shape[1:])
+        self.images, self.classes = images, images.classes
+        channels, height, width = images.train.shape[1:]
+        self.image_size = (channels, height, width)
         self.shorter_side = side = min(self.image_size[1:])
         if self.augment.crop_padding >= side:
             allowed = f"must be 0 or more, below the images' {side} pixels a side"

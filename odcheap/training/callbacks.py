@@ -4,7 +4,7 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -54,24 +54,27 @@ class Record(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"selected": self.selected, "history": self.history, "seconds": self.seconds()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.selected, self.history, self.earlier_seconds = state["selected"], state["history"], state["seconds"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.selected, self.history = state_dict["selected"], state_dict["history"]
+        self.earlier_seconds = state_dict["seconds"]
 
     def seconds(self) -> float:
         """Returns how long the run has taken in all of its processes one after another."""
         return self.earlier_seconds + time.perf_counter() - self.start_time
 
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start_time = self.epoch_start = self.saved_time = time.perf_counter()
 
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_start, self.train_end, self.images = time.perf_counter(), None, 0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's end the schedule is one step further
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.images += len(batch.target) * trainer.world_size
         is_within = batch_idx + 1 < trainer.num_training_batches
@@ -80,14 +83,14 @@ class Record(pl.Callback):
             if trainer.strategy.broadcast(is_due):
                 self.save(trainer, step_path(self.job_dir, trainer.current_epoch, batch_idx + 1))
 
-    def on_validation_start(self, *_: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.train_end = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, DistillationModule)
-        row = self.summarize_epoch(trainer, module)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        row = self.summarize_epoch(trainer, pl_module)
         self.history.append(row)
-        self.select_best(trainer.current_epoch, module.figures.get("val"), len(module.method.candidates()))
+        self.select_best(trainer.current_epoch, pl_module.figures.get("val"), len(pl_module.method.candidates()))
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=row["step"])
         if trainer.is_global_zero:
@@ -150,29 +153,30 @@ class ProgressReporter(pl.Callback):
         self.steps, self.timed_from, self.reported = 0, 0.0, 0.0
         self.bar: Progress | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.steps = 0
         if self.console.is_terminal and trainer.is_global_zero:
             columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, expand=True)
-            batches = trainer.num_training_batches
+            batches, epochs = int(trainer.num_training_batches), trainer.max_epochs or 1
             done = trainer.current_epoch * batches + trainer.fit_loop.batch_idx + 1
-            self.task = self.bar.add_task("training", total=batches * (trainer.max_epochs or 1), completed=max(0, done))
+            self.task = self.bar.add_task("training", total=batches * epochs, completed=max(0, done))
             self.bar.start()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if not trainer.is_global_zero:
             return
         self.steps += 1
         now = time.perf_counter()
-        done = trainer.current_epoch * trainer.num_training_batches + batch_idx + 1
+        done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
         if self.steps == WARM_UP_STEPS:
             self.timed_from = self.reported = now
         if self.steps == WARM_UP_STEPS + TIMED_STEPS:
-            left = trainer.num_training_batches * trainer.max_epochs - done
-            self.report_expected_time(left * (now - self.timed_from) / TIMED_STEPS, trainer.max_epochs, module.device)
+            epochs = trainer.max_epochs or 1
+            left = trainer.num_training_batches * epochs - done
+            self.report_expected_time(left * (now - self.timed_from) / TIMED_STEPS, epochs, pl_module.device)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=self.describe_epoch(trainer))
         elif self.steps > WARM_UP_STEPS and now - self.reported > REPORT_EVERY:
@@ -191,7 +195,7 @@ class ProgressReporter(pl.Callback):
             text += f"  {row['images_per_second']:,.0f} images/s  best {format_accuracy(accuracy)}{teacher}"
         return text
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             row = self.record.history[-1]
             stage, student, accuracy, teacher = find_best_student(row)
@@ -200,10 +204,10 @@ class ProgressReporter(pl.Callback):
             text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)}{teacher}"
             self.console.print(text, soft_wrap=True)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -230,18 +234,18 @@ class Interruption(pl.Callback):
         self.listener, self.record, self.guard = listener, record, guard
         self.group: Any = None
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.install_handlers()  # Lightning has installed handlers of its own
         self.listener.is_deferred = True
         if trainer.world_size > 1:  # on the CPU, so that no GPU is waited for
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo"))
             rendezvous.check_same_start(trainer.current_epoch, trainer.global_step, self.group)
 
-    def on_test_start(self, *_: Any) -> None:
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.install_handlers()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = batch_idx + 1
         if done < trainer.num_training_batches and (signum := self.agree_on_signal()):
@@ -249,11 +253,11 @@ class Interruption(pl.Callback):
             self.record.save(trainer, step_path(self.record.job_dir, trainer.current_epoch, done))
             raise Stopped(signum)
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if signum := self.agree_on_signal():  # the record has just saved
             raise Stopped(signum)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.is_deferred = False
 
     def agree_on_signal(self) -> int:

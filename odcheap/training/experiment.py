@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,7 @@ from odcheap.distributed.signals import SignalListener
 from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students, check_run
+from odcheap.models.backbone import Backbone
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_checkpoint
@@ -33,7 +34,8 @@ from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.nonfinite import NonfiniteGuard
 from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import GradientOptions
-from odcheap.utils.console import console, say
+from odcheap.utils.console import console as build_console
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.files import write_text
 from odcheap.utils.seeds import temporary_seed
@@ -96,11 +98,10 @@ class Experiment:
     listener: SignalListener
     standard: nn.Module | None = None
     callbacks: Sequence[pl.Callback] = ()
-    console: Console | None = None
+    console: Console = field(default_factory=build_console)
 
     def __post_init__(self) -> None:
         cfg = self.cfg = self.start.cfg
-        self.console = self.console or console()
         gradients = gradient_options(cfg)
         batches = self.data.steps_per_epoch(launch.count_processes(cfg))
         self.module = DistillationModule(
@@ -148,7 +149,7 @@ class Experiment:
         optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
         build_optimization(method, optimizer, scheduler, steps=1000)  # an error here comes before there is a folder
         method.check_precision(str(cfg.trainer.precision))
-        check_image_size(students.members[0], data.image_size, start.config.parts["backbone"])
+        check_image_size(cast(Backbone, students.members[0]), data.image_size, start.config.parts["backbone"])
         load_start_weights(start, method, data)
         with temporary_seed(cfg.seed, "standard"):
             standard = network(conv=Standard(), num_classes=classes)
@@ -278,6 +279,7 @@ class Experiment:
     def summarize(self, fit: FitResult, selected: TestResult, last: TestResult) -> dict[str, Any]:
         """Returns the content of `summary.json`; every process must call it."""
         data, history, kind = self.data, fit.history, self.method.teacher_kind
+        assert self.standard is not None, "costs are compared with those of the standard network"
         at_selected, at_last = (
             summary.summarize_members(self.module.members, tested.figures, tested.val, kind)
             for tested in (selected, last)
@@ -381,7 +383,7 @@ def gradient_options(cfg: DictConfig) -> GradientOptions:
     return GradientOptions(**given, skip_nonfinite=cfg.on_nonfinite == "skip")
 
 
-def start_loggers(loggers: dict[str, Logger]) -> None:
+def start_loggers(loggers: dict[str, Any]) -> None:
     """Starts the loggers; whatever one's library raises is about its options, so it becomes an `OptionError`."""
     for name, logger in loggers.items():
         try:

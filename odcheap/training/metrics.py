@@ -14,7 +14,8 @@ class RunningSums(Metric):
         """Returns the sums over all processes, on the CPU; every process must call it."""
         self._update_count = max(1, self._update_count)  # torchmetrics warns of an empty sum, which is meant here
         with self.sync_context():
-            return {name: value.detach().cpu().clone() for name, value in self.metric_state.items()}
+            state = {name: value for name, value in self.metric_state.items() if isinstance(value, Tensor)}
+            return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_summed_state(self, state: dict[str, Tensor]) -> None:
         """Continues from what `summed_state` returned; one process only, since the others' sums are added."""

@@ -1,8 +1,8 @@
 """The LightningModule: trains a method with one of the steps of `train_step` and counts its figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -89,6 +89,9 @@ class DistillationModule(pl.LightningModule):
         self.step: EagerStep | GraphStep | None = None
         self.restored: dict[str, Any] = {}
 
+    def stage_scores(self, stage: str) -> MemberScores:
+        return cast(MemberScores, self.scores[f"{stage}_"])
+
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:
         optimizer, schedule = build_optimization(self.method, self.optimizer, self.scheduler, self.steps)
         return [optimizer], [schedule]
@@ -96,7 +99,8 @@ class DistillationModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # Not while the checkpoint is loaded: Lightning converts the module to its precision afterwards.
         self.continue_metrics(self.restored.get("metrics", {}))
-        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+        schedule = cast(LRScheduler, self.lr_schedulers())
         if self.restored.get("steps", self.steps) != self.steps:  # resumed with another number of epochs
             fresh = build_optimization(self.method, self.optimizer, self.scheduler, self.steps)
             follow_schedule(optimizer, schedule, fresh, schedule.last_epoch)
@@ -111,8 +115,8 @@ class DistillationModule(pl.LightningModule):
         self.step = None  # and with it the graphs' memory
 
     def on_train_epoch_start(self) -> None:
-        self.method.start_epoch(self.current_epoch, self.trainer.max_epochs)
-        self.scores["train_"].reset()
+        self.method.start_epoch(self.current_epoch, self.trainer.max_epochs or 1)
+        self.stage_scores("train").reset()
         if self.terms is not None:
             self.terms.reset()
 
@@ -122,9 +126,10 @@ class DistillationModule(pl.LightningModule):
         torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
         done = batch_idx + 1
         update = done % self.gradients.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
+        assert self.step is not None  # built when the training started
         result = self.step(batch, update)
         if update:
-            self.lr_schedulers().step()
+            cast(LRScheduler, self.lr_schedulers()).step()
             # Counted here, since a graph contains the optimizer's step: Lightning does not see it.
             progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
@@ -137,7 +142,7 @@ class DistillationModule(pl.LightningModule):
         if self.terms is None:
             self.terms = TermMeans(list(result.terms)).to(self.device)
         self.terms.update(result.terms, len(target))
-        self.scores["train_"].update(self.member_logits(result.outputs), target)
+        self.stage_scores("train").update(self.member_logits(result.outputs), target)
 
     def on_validation_epoch_start(self) -> None:
         self.share_buffers()
@@ -152,10 +157,10 @@ class DistillationModule(pl.LightningModule):
                 torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.scores["val_"].update(self.evaluate(batch), batch.target)
+        self.stage_scores("val").update(self.evaluate(batch), batch.target)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.scores["test_"].update(self.evaluate(batch), batch.target)
+        self.stage_scores("test").update(self.evaluate(batch), batch.target)
 
     def evaluate(self, batch: Batch) -> Tensor:
         return self.member_logits(to_single_precision(self.method(batch.images)))
@@ -172,7 +177,7 @@ class DistillationModule(pl.LightningModule):
 
     def compute_figures(self, stage: str) -> Figures:
         """Returns a stage's figures over all processes, and starts to count anew; every process must call it."""
-        scores = self.scores[f"{stage}_"]
+        scores = self.stage_scores(stage)
         computed = scores.compute()
         recall = computed["recall"]
         figures = Figures(
@@ -190,7 +195,9 @@ class DistillationModule(pl.LightningModule):
 
     def member_logits(self, outputs: dict[str, Tensor | None]) -> Tensor:
         """Returns (M, N, K) in the order of `members`; the ensemble's are the log of the students' mean softmax."""
-        students, teacher, averages = (outputs.get(f"{kind}_logits") for kind in ("student", "teacher", "average"))
+        teacher, averages = outputs.get("teacher_logits"), outputs.get("average_logits")
+        students = outputs["student_logits"]
+        assert students is not None
         ensemble = students.softmax(-1).mean(0).log()
         parts = [students, averages, teacher if teacher is None else teacher[None], ensemble[None]]
         return torch.cat([part for part in parts if part is not None]).detach()
@@ -199,9 +206,10 @@ class DistillationModule(pl.LightningModule):
         """Adds what the run is, the length of its schedule, and the running metrics of all processes."""
         checkpoint["odcheap"], checkpoint["steps"] = self.about, self.steps
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
-        checkpoint["metrics"] = {"scores": self.scores["train_"].summed_state()}
+        metrics: dict[str, Any] = {"scores": self.stage_scores("train").summed_state()}
         if self.terms is not None:
-            checkpoint["metrics"] |= {"names": self.terms.names, "terms": self.terms.summed_state()}
+            metrics |= {"names": self.terms.names, "terms": self.terms.summed_state()}
+        checkpoint["metrics"] = metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.restored = {name: checkpoint[name] for name in ("metrics", "steps") if name in checkpoint}
@@ -211,11 +219,12 @@ class DistillationModule(pl.LightningModule):
         if "names" in saved:
             self.terms = TermMeans(saved["names"]).to(self.device)
         if self.global_rank == 0:  # they are sums over processes: one process continues them
-            for name, metric in (("scores", self.scores["train_"]), ("terms", self.terms)):
-                if name in saved:
-                    metric.load_summed_state(saved[name])
+            if "scores" in saved:
+                self.stage_scores("train").load_summed_state(saved["scores"])
+            if self.terms is not None and "terms" in saved:
+                self.terms.load_summed_state(saved["terms"])
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the method's weights, which are all that a checkpoint's `state_dict` holds."""
         own = {name.removeprefix("method."): tensor for name, tensor in state_dict.items()}
         return self.method.load_state_dict(own, strict=strict, assign=assign)

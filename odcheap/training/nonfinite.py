@@ -31,11 +31,11 @@ class NonfiniteGuard(pl.Callback):
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped = state["skipped"]
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped = state_dict["skipped"]
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         result: StepResult = outputs["result"]
         if result.finite is not None:
@@ -43,10 +43,10 @@ class NonfiniteGuard(pl.Callback):
             # Copies: a recorded step overwrites its results at the next batch.
             terms = {name: term.clone() for name, term in result.terms.items() if name != "loss"}
             self.pending.append((place, result.finite.clone(), terms))
-        if self.skip or module.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY == 0:
+        if self.skip or pl_module.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY == 0:
             self.check()
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check()
 
     def check(self) -> None:

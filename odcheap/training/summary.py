@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,6 +21,7 @@ from torch import nn
 from odcheap import __version__
 from odcheap.data.base import ImageData
 from odcheap.methods.base import Method
+from odcheap.methods.teacher import Teacher
 from odcheap.models.flops import count_macs, count_params
 from odcheap.runs.settings import RunConfig
 from odcheap.training.module import Figures
@@ -108,7 +109,7 @@ def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str,
 
 
 def summarize_costs(
-    method: Method, standard: nn.Module | None, image_size: tuple[int, int, int], images_trained: int
+    method: Method, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int
 ) -> dict[str, Any]:
     """Returns the costs of a student, of the standard network, of a trained teacher, and of the training.
 
@@ -129,7 +130,8 @@ def summarize_costs(
     training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":
-        teacher = {"params": count_params(method.teacher.network), "macs": frozen[0], **method.teacher.history}
+        known = cast(Teacher, method.teacher)
+        teacher = {"params": count_params(known.network), "macs": frozen[0], **known.history}
         before = teacher["training_macs"]
     return {
         "params": count_params(student),

@@ -375,7 +375,7 @@ def test_a_run_from_pretrained_weights_goes_on_without_their_file(command, tmp_p
         ("data.load.test_size=null", "data.load.test_size=null: must be a number"),
         ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be three numbers"),
         ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, and std's above zero"),
-        ("data.max_broken=many", "data.max_broken=many: must be a number"),
+        ("data.max_broken=many", "data.max_broken=many: must be a whole number"),
     ],
 )
 def test_bad_numbers_are_one_line(command, tmp_path, option, message):

@@ -37,7 +37,7 @@ def test_the_end_of_an_epoch_never_passes_unseen():
     guard = NonfiniteGuard(skip=False, limit=0)
     list(steps(guard, [FINE, BAD]))
     with pytest.raises(Failure, match="step 1: kl"):
-        guard.on_train_epoch_end()
+        guard.on_train_epoch_end(None, None)
 
 
 def test_a_cpu_is_asked_at_once():
