@@ -371,7 +371,7 @@ def test_a_run_from_pretrained_weights_goes_on_without_their_file(command, tmp_p
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("data.workers=-1", "data.workers=-1: must be from 0 to 1024"),
+        ("data.workers=-1", "data.workers=-1: must be a whole number, 0 or more and at most 1024"),
         ("data.load.test_size=null", "data.load.test_size=null: must be a number"),
         ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be three numbers"),
         ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, and std's above zero"),

@@ -56,7 +56,7 @@ def test_outcomes_are_read_from_the_folders_of_the_runs(tmp_path):
 
 def run(folder, method, seed, value):
     folder.mkdir()
-    config = {"job_dir": str(folder), "seed": seed, "method": {"_target_": f"odcheap.methods.{method}.Class"}}
+    config = {"job_dir": str(folder), "seed": seed, "method": {"part": method}}
     (folder / "config.yaml").write_text(json.dumps(config))
     student = {"val_top1": value, "test_top1": value}
     summary = {"teacher": None, "selected": student, "last": {"students": [student]}}
