@@ -186,8 +186,11 @@ def check_part(group: str, path: str, values: Mapping[str, Any], default: Mappin
             continue  # missing, or as it is in the file: a list there may hold parts
         else:
             check_reference(option, value, own, group, values)
-            is_fraction = group == "scheduler" and name in (node.get("fractions") or [])
-            check_option(option, value, Fraction | list[Fraction] if is_fraction else annotations.get(name, Any))
+            fractions = node.get("fractions") if group == "scheduler" else None
+            annotation = annotations.get(name, Any)
+            if isinstance(fractions, list) and name in fractions:
+                annotation = list[Fraction] if isinstance(own, list) else Fraction
+            check_option(option, value, annotation)
 
 
 def check_reference(option: str, value: Any, default: Any, group: str, values: Mapping[str, Any]) -> None:

@@ -65,7 +65,12 @@ def test_every_part_of_conf_passes(check):
         ("optimizer.lr=-inf", "optimizer.lr=-inf: must be finite"),
         ("optimizer.lr=0", "optimizer.lr=0: must be a number, above 0"),
         ("+optimizer.betas=[0.9,0.99]", "optimizer.betas=.*: is no option of this optimizer"),
-        ("scheduler.milestones=[0.5,2]", "scheduler.milestones=.0.5, 2.: must be a number, 0 or more and at most 1 or"),
+        (
+            "scheduler.milestones=[0.5,2]",
+            "scheduler.milestones=.0.5, 2.: must be a list of entries, each a number, 0 or more and at most 1",
+        ),
+        ("scheduler.milestones=0", "scheduler.milestones=0: must be a list"),
+        ("scheduler.fractions=5", "scheduler.fractions=5: must be a list"),
         ("scheduler.gamma=x", "scheduler.gamma=x: must be a number"),
         ("overwrite=1", "overwrite=1: must be true or false"),
         ("capture=0", "capture=0: must be one of auto, true, false"),
