@@ -180,7 +180,7 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
 
 
 def hash_files(files: Files, split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of each file: of its size and its ends, and of all of it where those are not unique."""
+    """Returns a keyed 16-byte hash of each file: of its size and ends, and of all of it where those are not unique."""
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:

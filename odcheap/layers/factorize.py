@@ -26,8 +26,8 @@ def factorize_grouped(kernel: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         groups: Number of groups; C for a depth-wise convolution.
 
     Returns:
-        Spatial weights (C, C/groups, kh, kw) and 1 x 1 weights (O, C, 1, 1). Channels beyond the rank of the matrix have
-        1 x 1 weights of zero, and spatial weights of NaN for the caller to fill: with two zeros in a row they could not
+        Spatial weights (C, C/groups, kh, kw) and 1 x 1 weights (O, C, 1, 1). Channels beyond the rank of the matrix
+        have 1 x 1 weights of zero, and spatial weights of NaN for the caller to fill: with two zeros in a row they could not
         learn.
     """
     out, channels, *size = kernel.shape

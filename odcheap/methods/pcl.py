@@ -7,8 +7,8 @@ teacher, m_l the logits of peer l's average, q(z) = softmax(z / T) and w the ram
     loss = sum_k L_ce_k + L_ce_t + w T^2 sum_k [ KL(q(z_t) || q(z_k)) + 1 / (S - 1) sum_{l != k} KL(q(m_l) || q(z_k)) ]
 
 T = 3, w over the first 80 of 300 epochs; z_t and m_l are constants within the KLs. Every peer sees an augmentation of
-its own, its average the same. The averages are those of `AveragedStudents` with decay 0.999; their forward passes on the
-training batches are S more without a backward pass. The paper deploys an average: they are candidates beside the
+its own, its average the same. The averages are those of `AveragedStudents` with decay 0.999; their forward passes on
+the training batches are S more without a backward pass. The paper deploys an average: they are candidates beside the
 students. Its peers are branches of one network; ours are whole networks that share nothing but the ensemble's
 classifier.
 """

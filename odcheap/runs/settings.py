@@ -13,8 +13,8 @@ class RunConfig:
 
     Attributes:
         cfg: The config.
-        parts: The option name of the chosen part by group (`{"block_type": "DW"}`). Loggers, of which there may be several,
-            have their names in `cfg.logger`.
+        parts: The option name of the chosen part by group (`{"block_type": "DW"}`). Loggers, of which there may be
+            several, have their names in `cfg.logger`.
         overrides: The options as they were given.
     """
 

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str], show_sweep: Callable[[list[Outcome]], None]) 
     """Trains by the options given.
 
     Args:
-        arguments: What Hydra reads: options, `-m` for a sweep, `--config-dir DIR` for parts of the user's own, `--help`.
+        arguments: What Hydra reads: options, `-m` for a sweep, `--config-dir DIR` for the user's own parts, `--help`.
         show_sweep: Prints the tables at the end of a sweep.
 
     Returns:

@@ -141,8 +141,8 @@ def build_scheduler(
         steps: Steps of the whole run.
         fractions: Names of the options that are fractions of the run's steps, in [0, 1] (a number or a list of them).
         gamma: Factor of the learning rate, of the classes that have one; None: the class's default.
-        options: Further arguments of the class. Those that are partial calls of schedules (`schedulers` of `SequentialLR`)
-            are built in the same way.
+        options: Further arguments of the class. Those that are partial calls of schedules (`schedulers` of
+            `SequentialLR`) are built in the same way.
 
     Raises:
         OptionError: A fraction lies outside [0, 1], or the class refuses its arguments.

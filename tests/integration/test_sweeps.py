@@ -30,7 +30,7 @@ def write(path, content):
 
 
 def test_outcomes_are_read_from_the_folders_of_the_runs(tmp_path):
-    """A run that was killed is known by its process, which is gone; failures of an earlier sweep are not shown again."""
+    """A killed run is known by its process, which is gone; failures of an earlier sweep are not shown again."""
     here = {"host": socket.gethostname(), "reason": ""}
     write(tmp_path / "old_failure" / "status.json", {"state": "failed", "reason": "x"})
     write(tmp_path / "was_finished" / "summary.json", {"finished": True})
