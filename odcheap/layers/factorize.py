@@ -27,8 +27,8 @@ def factorize_grouped(kernel: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Spatial weights (C, C/groups, kh, kw) and 1 x 1 weights (O, C, 1, 1). Channels beyond the rank of the matrix
-        have 1 x 1 weights of zero, and spatial weights of NaN for the caller to fill: with two zeros in a row they could not
-        learn.
+        have 1 x 1 weights of zero, and spatial weights of NaN for the caller to fill: with two zeros in a
+        row they could not learn.
     """
     out, channels, *size = kernel.shape
     width = channels // groups
