@@ -1,7 +1,7 @@
 """One run from its parts to its folder: build, fit, test, write."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,7 +212,7 @@ class Experiment:
         return found
 
     @contextmanager
-    def occupied_folder(self, trainer: pl.Trainer) -> Iterator[None]:
+    def occupied_folder(self, trainer: pl.Trainer) -> Generator[None]:
         """Makes the run's folder and keeps other runs out of it."""
         make_folder(self.start.job_dir)
         with status.lock_folder(self.start.job_dir) if trainer.is_global_zero else nullcontext():
