@@ -17,7 +17,7 @@ def soft_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: Temperature,
-    kl_reduction: KlReduction = "batchmean",
+    reduction: KlReduction = "batchmean",
 ) -> Tensor:
     """Returns KL(softmax(teacher / T) || softmax(student / T)), without the factor T^2.
 
@@ -28,7 +28,7 @@ def soft_kl(
         student_logits: (..., N, K).
         teacher_logits: (..., N, K).
         temperature: T, from 1e-6 to 1e6.
-        kl_reduction: "batchmean" sums over the K classes and averages over the N images; "mean" averages over all N x K
+        reduction: "batchmean" sums over the K classes and averages over the N images; "mean" averages over all N x K
             elements, as the 2019 code does, and is smaller by the factor K.
 
     Raises:
@@ -39,10 +39,10 @@ def soft_kl(
         >>> student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
         >>> round(soft_kl(student, teacher, temperature=1.0).item(), 4)
         1.5232
-        >>> round(soft_kl(student, teacher, temperature=1.0, kl_reduction="mean").item(), 4)
+        >>> round(soft_kl(student, teacher, temperature=1.0, reduction="mean").item(), 4)
         0.7616
     """
     student = (student_logits / temperature).log_softmax(-1)
     teacher = (teacher_logits / temperature).log_softmax(-1)
     elements = teacher.exp() * (teacher - student)
-    return elements.sum(-1).mean(-1) if kl_reduction == "batchmean" else elements.mean((-2, -1))
+    return elements.sum(-1).mean(-1) if reduction == "batchmean" else elements.mean((-2, -1))

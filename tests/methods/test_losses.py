@@ -50,5 +50,5 @@ def test_temperature_must_be_positive(temperature):
 
 
 def test_unknown_reduction_is_refused():
-    with pytest.raises(OptionError, match="method.kl_reduction=sum: must be one of batchmean, mean"):
+    with pytest.raises(OptionError, match="reduction=sum: must be one of batchmean, mean"):
         soft_kl(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, "sum")
