@@ -20,6 +20,7 @@ from odcheap.bench.memory import PeakMemory
 from odcheap.data.base import Batch, Process
 from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import SignalListener
+from odcheap.layers import kernels
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
 from odcheap.models.backbone import Backbone
@@ -62,6 +63,7 @@ def compare_loops(
         The timings by the names of `LOOPS`.
     """
     autocast(cfg, device)  # refuses other precisions before anything is built
+    kernels.use(cfg.kernels)
     first_steps = WARM_UP + 2 if device.type == "cuda" else 2  # a CUDA graph is recorded within them
     images = random_images(cfg, (first_steps + rounds * (steps + 2) + 3) * cfg.data.batch_size)
     running: dict[str, Step] = {}

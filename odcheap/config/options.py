@@ -49,6 +49,7 @@ class RootOptions:
     checkpoint_every: Annotated[float, Field(ge=0)] | None  # minutes
     checkpoint_keep: Count
     capture: Literal["auto"] | bool
+    kernels: Literal["auto", "off"]
     on_nonfinite: Literal["stop", "skip"]
     max_skipped: Annotated[int, Field(ge=0)]
 

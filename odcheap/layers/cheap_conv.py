@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from odcheap.layers import factorize
+from odcheap.layers.pairs import fused_pair
 from odcheap.layers.shift import Pair, Shift2d, shift_taps, to_pair
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -70,6 +71,20 @@ class CheapConv(nn.Sequential):
         self.spatial = spatial
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
         self.window = window or Window()
+
+    @property
+    def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
+        """For GPU kernels: the spatial operator, the 1 x 1 convolution, and whether the first is a plain 3 x 3 shift.
+
+        None where the forward pass is not these two alone: in a subclass, and where a module was appended.
+        """
+        is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
+        return (self.spatial, self.pointwise, is_shift) if len(self) == 2 and type(self) is CheapConv else None
+
+    def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of `nn.Sequential`
+        parts = self.fusible_parts
+        fused = None if parts is None else fused_pair(input, *parts)
+        return super().forward(input) if fused is None else fused
 
 
 class BlockType:

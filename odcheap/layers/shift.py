@@ -89,6 +89,12 @@ class Shift2d(nn.Module):
             self.kernels = kernels
         return kernels
 
+    @property
+    def is_plain_3x3(self) -> bool:
+        """Whether window, stride, padding and dilation are those that the GPU kernels compute."""
+        options = (self.kernel_size, self.stride, self.dilation, self.border, self.padding_mode)
+        return type(self) is Shift2d and options == ((3, 3), (1, 1), (1, 1), [1, 1, 1, 1], "zeros")
+
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}, border={self.border}"
 

@@ -6,9 +6,10 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import BlockType, conv3x3
+from odcheap.layers.norm_act import batch_norm_act
+from odcheap.layers.pairs import conv_norm_act
 from odcheap.models.backbone import Backbone
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -59,7 +60,7 @@ class CifarResNet(Backbone):
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 64, H/4, W/4): the last feature map, with no activation after a cheap block's sum."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = batch_norm_act(self.conv1(x), self.bn1)
         return self.layer3(self.layer2(self.layer1(x)))
 
     def head(self, features: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ class BasicBlock(nn.Module):
         self.shortcut = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        main = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(main)) + self.shortcut(x), inplace=True)
+        main = batch_norm_act(self.conv1(x), self.bn1)
+        return batch_norm_act(self.conv2(main), self.bn2, self.shortcut(x), "add_act")
 
 
 class CheapBlock(nn.Module):
@@ -95,8 +96,8 @@ class CheapBlock(nn.Module):
         self.shortcut = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        main = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(main)), inplace=True) + self.shortcut(x)
+        main, x = conv_norm_act(x, self.conv1, self.bn1)
+        return conv_norm_act(main, self.conv2, self.bn2, self.shortcut(x))[0]
 
 
 def make_stage(

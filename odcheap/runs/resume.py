@@ -42,6 +42,7 @@ CHANGEABLE_OPTIONS = (
     "backbone.pretrained",
     "together",
     "capture",
+    "kernels",
     "method.teacher_weights",
 )
 # Where a run writes besides its folder, and what Hydra does, is not taken from a checkpoint, which may be a stranger's.

@@ -18,6 +18,7 @@ from torch import nn
 from odcheap.data.base import SELECT_BY, ImageData, Process
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
+from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students, check_run
@@ -102,6 +103,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         cfg = self.cfg = self.start.cfg
+        kernels.use(cfg.kernels)
         gradients = gradient_options(cfg)
         batches = self.data.steps_per_epoch(launch.count_processes(cfg))
         self.module = DistillationModule(
