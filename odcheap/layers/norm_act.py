@@ -59,7 +59,7 @@ def is_fusible(x: Tensor, shape: torch.Size, norm: nn.Module, residual: Tensor |
     dtype, channels = kernels.PARAMETERS[x.dtype], shape[1]
     if shape.numel() == channels:  # one value a channel: the module refuses it
         return False
-    if not all(kernels.is_plain(t, dtype, x.device) and t.numel() == channels for t in own if t is not None):
+    if not all(t is not None and kernels.is_plain(t, dtype, x.device) and t.numel() == channels for t in own):
         return False
     if not kernels.is_plain(norm.num_batches_tracked, torch.int64, x.device):
         return False

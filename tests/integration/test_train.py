@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from odcheap.data.digits import load_digits
 from odcheap.data.splits import hash_pixels, split_stratified
+from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.experiment import uses_graphs
@@ -510,6 +511,18 @@ def test_steps_are_recorded_on_one_gpu_where_nothing_acts_within_them(monkeypatc
         if not expected and "capture=false" not in overrides:
             with pytest.raises(OptionError, match="capture=true: cannot be: "):
                 uses_graphs(hydra.compose("config", ["job_dir=unused", *overrides, "capture=true"]))
+
+
+def test_kernels_are_set_by_the_option_and_may_change_on_resume(command, tmp_path):
+    before = kernels.use("auto")
+    try:
+        assert command(*TINY, "trainer.max_epochs=1", "kernels=off", f"job_dir={tmp_path}").status == 0
+        assert kernels.use("auto")[0] == "off"
+        kernels.use("off")
+        assert command(f"resume={tmp_path}", "kernels=auto", "trainer.max_epochs=2").status == 0
+        assert kernels.use("auto")[0] == "auto"
+    finally:
+        kernels.use(*before)
 
 
 def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorded, monkeypatch):

@@ -21,7 +21,7 @@ _settings: tuple[Mode, Pointwise] = ("auto", "fused")
 
 
 def use(mode: Mode, pointwise: Pointwise = "fused") -> tuple[Mode, Pointwise]:
-    """Sets, for the whole process, whether layers run as fused kernels. Steps that were recorded before stay as they are.
+    """Sets, for the whole process, whether layers run as fused kernels. A recorded step stays as it is.
 
     Args:
         mode: "auto" for fused kernels wherever they can run, "off" for PyTorch's operators everywhere.
