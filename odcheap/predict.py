@@ -251,14 +251,14 @@ def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, Timing]:
-    """Times functions one after another, in several rounds, so that a slow phase of the machine slows all of them.
+    """Times functions one after another, in several rounds, so that a slow phase of the machine affects all alike.
 
     Args:
         functions: The functions by name.
         seconds: Time spent on each function in all rounds together.
 
     Returns:
-        The time of one call by name.
+        The median and the 95th percentile of one call in seconds, by name. Each round begins with an untimed call.
     """
     times: dict[Any, list[float]] = {name: [] for name in functions}
     for completed in range(TIMING_ROUNDS):

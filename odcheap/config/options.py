@@ -1,4 +1,7 @@
-"""Checks of options before anything is built: their types and ranges stand in the signatures that they go to."""
+"""Checks of options before anything is built: their types and ranges stand in the signatures that they go to.
+
+One value is compared with its range in `utils.arguments.check_value`.
+"""
 
 import contextlib
 import importlib
@@ -281,7 +284,7 @@ PLAIN_TYPES = (int, float, bool, str, type(None), Any)
 
 
 def keep_plain(annotation: Any) -> Any:
-    """Returns the annotation without the types of a union that no option can have, such as tensors."""
+    """Returns the annotation; of a union only the types that can be written in a config (no tensors, for example)."""
     origin = get_origin(annotation)
     if origin not in (Union, UnionType):
         return annotation

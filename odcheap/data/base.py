@@ -179,7 +179,7 @@ class ImageData(ABC):
 
     @abstractmethod
     def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
-        """Yields a part's images of these numbers; those that cannot be read are left out."""
+        """Yields the images of a part at these positions (from 0). Images that cannot be read are skipped."""
 
     def val_loader(self, process: Process) -> Iterable[Batch]:
         """Returns the images that are evaluated after each epoch."""

@@ -155,7 +155,19 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
 
 
 def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[str]]:
-    """Lists names below `root` by class, both in alphabetical order; `OptionError` where a class is empty."""
+    """Lists the image files of each class below `root/part`, classes and files in alphabetical order.
+
+    Args:
+        root: The folder of the data set.
+        part: The folder of the classes, relative to `root`.
+        skipped: Other files are added to this list.
+
+    Returns:
+        The files of each class, as paths relative to `root`.
+
+    Raises:
+        OptionError: A class has no image.
+    """
     names = sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir() and entry.name[0] != ".")
     found = {name: list_images_below(root, os.path.normpath(os.path.join(part, name)), skipped) for name in names}
     empty = [name for name, files in found.items() if not files]

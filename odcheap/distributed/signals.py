@@ -1,4 +1,4 @@
-"""Signals that stop a run: the step is finished and saved first, in all processes."""
+"""Signals that stop a run. The step is finished and saved by `training.callbacks.Interruption`, in all processes."""
 
 import os
 import signal

@@ -9,7 +9,10 @@ from odcheap.utils.errors import OptionError
 
 
 def is_step() -> bool:
-    """Whether srun has started this process. A batch script has most of the same variables, and is one process."""
+    """Returns whether srun has started this process.
+
+    The script of an sbatch job has most of the same variables, so only `SLURM_STEP_ID` is looked at.
+    """
     return "SLURM_STEP_ID" in os.environ
 
 

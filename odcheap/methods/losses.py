@@ -1,4 +1,4 @@
-"""Losses between softened predictions: pure functions of logits."""
+"""Losses between softened predictions: pure functions of logits. `methods.okddip` has one of probabilities."""
 
 from typing import Annotated, Literal
 

@@ -34,11 +34,11 @@ class StudentSettings(NetworkSettings):
     """The settings of a student: its network, and how its images are prepared.
 
     Attributes:
-        split: Fingerprint of the held-out images.
+        split: Hash of the images and of which of them are held out (hexadecimal).
         image_size: [C, H, W] of the images that the network sees.
         shorter_side: Pixels to which the image's shorter side is scaled before the middle is cut out.
-        mean: Of the images in [0, 1], one number a channel.
-        std: Standard deviation, in the same way.
+        mean: Mean of each channel, of images scaled to [0, 1].
+        std: Standard deviation of each channel, on the same scale.
     """
 
     split: str

@@ -157,7 +157,18 @@ def prepare_network(
     init: Init,
     noise: float,
 ) -> nn.Module:
-    """Loads the weights, converts the network and adds the noise."""
+    """Converts a network, with the weights of a file where one is given.
+
+    Args:
+        network: The standard network.
+        conv: The block type that replaces its convolutions.
+        num_classes: The classes of the data.
+        pretrained: A file of weights, loaded before the conversion, or None.
+        keep: Convolutions that are left as they are.
+        init: How the cheap pairs start.
+        noise: With `pretrained`: standard deviation of the noise that is added to each converted weight, as a fraction
+            of the weights' own.
+    """
     if pretrained is None:
         return convert_to(network, conv, keep, "kaiming" if init == "auto" else init)
     load_pretrained(network, pretrained, num_classes)

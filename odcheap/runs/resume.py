@@ -1,4 +1,8 @@
-"""Resume: which run is continued, from which checkpoint, and with which options."""
+"""Resume: which run is continued, from which checkpoint, and with which options.
+
+The place within an epoch is the state of `data.base.ResumableBatches`, the running metrics are kept by
+`training.module`, and `training.callbacks` saves the checkpoints.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

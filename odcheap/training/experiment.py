@@ -311,7 +311,15 @@ class Experiment:
         return summary.summarize_selected(fit.candidate, selection, members, confusion, self.data.classes)
 
     def write(self, fit: FitResult, selected: TestResult, found: dict[str, Any]) -> None:
-        """Writes the results; `summary.json` comes last: where it is, everything is."""
+        """Writes the results into the run's folder.
+
+        `summary.json` is written last: if it exists, all other files are complete.
+
+        Args:
+            fit: The result of the training.
+            selected: The test of the selected epoch's weights.
+            found: The content of `summary.json`.
+        """
         job_dir, classes = self.start.job_dir, self.data.classes
         summary.write_confusion(job_dir / "confusion.csv", selected.figures.confusion[fit.candidate], classes)
         summary.write_split(job_dir / "split.csv", self.data.rows())

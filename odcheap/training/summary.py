@@ -204,7 +204,7 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Writes a network's weights with the settings that rebuild it, as safetensors."""
+    """Writes a network's weights as safetensors, with the settings that it can be built from as JSON metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content = save(tensors, metadata={"odcheap": json.dumps(settings)})
     write_atomic(path, lambda file: file.write(content))
