@@ -128,12 +128,12 @@ def test_what_must_be_given_is_named(check):
 
 
 def test_a_part_of_the_user_s_own_is_checked_against_its_signature(tmp_path, monkeypatch, check):
-    (tmp_path / "my_parts.py").write_text(
+    (tmp_path / "my_optimizers.py").write_text(
         "from typing import Annotated\n\nfrom pydantic import Field\n\n\n"
         "def optimize(params, lr: float, rho: Annotated[float, Field(gt=0, lt=1)] = 0.5): ...\n"
     )
     (tmp_path / "conf" / "optimizer").mkdir(parents=True)
-    text = "_target_: my_parts.optimize\n_partial_: true\nlr: 0.1\nrho: 0.5\n"
+    text = "_target_: my_optimizers.optimize\n_partial_: true\nlr: 0.1\nrho: 0.5\n"
     (tmp_path / "conf" / "optimizer" / "mine.yaml").write_text(text)
     (tmp_path / "conf" / "optimizer" / "lost.yaml").write_text("_target_: no_such_package.optimize\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -300,11 +300,11 @@ class AvgPool(BlockType):
 
 
 def test_a_block_type_of_a_user_is_exported_with_its_dense_form(tmp_path, monkeypatch):
-    (tmp_path / "my_parts.py").write_text(AVERAGE_POOLING)
+    (tmp_path / "my_average_pooling.py").write_text(AVERAGE_POOLING)
     monkeypatch.syspath_prepend(tmp_path)
     conf = tmp_path / "conf"
     (conf / "block_type").mkdir(parents=True)
-    (conf / "block_type" / "AvgPool.yaml").write_text("_target_: my_parts.AvgPool\n")
+    (conf / "block_type" / "AvgPool.yaml").write_text("_target_: my_average_pooling.AvgPool\n")
     settings = SETTINGS | {"block_type": {"part": "AvgPool"}}
     network = build_network(settings, "settings", "", config_dirs=[conf])
     job_dir = write_run(tmp_path / "run", network, settings)

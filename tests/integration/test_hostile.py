@@ -200,7 +200,7 @@ def test_a_download_that_is_not_the_official_archive_is_not_opened(tmp_path, mon
 
     monkeypatch.setattr(urllib.request, "urlopen", sent)
     for _ in range(2):  # the second time it lies there already
-        with pytest.raises(OptionError, match="the download came to nothing"):
+        with pytest.raises(OptionError, match="the downloaded files cannot be used"):
             cifar.load_cifar(name, str(root), 4, 2, download=True)
     assert [path.suffixes for path in root.iterdir()] == [[".tar", ".gz"]]
     assert not (tmp_path / "data" / "outside").exists()
