@@ -303,7 +303,7 @@ def main(arguments: list[str], prog: str | None = None) -> int:
         "paths",
         nargs="*",
         metavar="[EXPORT_DIR] IMAGE_OR_FOLDER",
-        help="EXPORT_DIR: the export, unless this file lies in it; then image files, and folders to search for them",
+        help="EXPORT_DIR (only where this file is not inside an export), then image files and folders with images",
     )
     parser.add_argument(
         "--model", metavar="FILE", default="student.onnx", help="another ONNX file of the export (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""Reads the folders of runs, in whatever state they are and whoever wrote them."""
+"""Reads the folders of runs: finished, unfinished, damaged, or written by somebody else."""
 
 import json
 from collections.abc import Iterable

@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
 
 
 def is_run_checkpoint(content: dict[str, Any]) -> bool:
-    """Whether all that is read of a checkpoint before Lightning sees it is there and of the right type.
+    """Returns whether a checkpoint has every entry that is read before Lightning loads it, with the right type.
 
     The file may be a stranger's, with a correct checksum.
     """

@@ -62,7 +62,7 @@ class Start:
         job_dir: The run's folder.
         checkpoint: The checkpoint that the run continues from, None for a new run.
         content: The content of the checkpoint.
-        in_own_folder: Whether the checkpoint lies in `job_dir`.
+        in_own_folder: Whether the checkpoint is in `job_dir`.
         is_finished: Whether there is nothing left to do.
     """
 
@@ -114,7 +114,9 @@ def plan_start(
     is_given = resume != "auto" and any(override_key(override) == "job_dir" for override in config.overrides)
     job_dir = Path(cfg.job_dir) if is_given else own_dir
     if job_dir is None:
-        raise OptionError("resume", resume, "lies in no run's checkpoints folder: say where to go on with job_dir=")
+        raise OptionError(
+            "resume", resume, "is in no run's checkpoints folder: give the folder of the continued run with job_dir="
+        )
     in_own_folder = own_dir is not None and job_dir.resolve() == own_dir.resolve()
     merged = reapply_overrides(content["odcheap"], config.overrides, job_dir, compose)
     if cfg.test_only:
@@ -132,7 +134,7 @@ def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path | None, Path, 
     """Finds the checkpoint that `resume` means.
 
     Returns:
-        The run's folder (None for a checkpoint that lies in none), the checkpoint and its content. None where
+        The run's folder (None for a checkpoint that is in none), the checkpoint and its content. None where
         `resume=auto` finds nothing to continue.
     """
     if resume != "auto" and not Path(resume).is_dir():

@@ -79,7 +79,7 @@ class Experiment:
         data: The data set, read.
         method: The method with its students.
         optimizer, scheduler: See `build_optimization`.
-        listener: Hears signals; they end the training after a step.
+        listener: Receives signals, which end the training after the current step.
         standard: The network with standard convolutions that costs are compared with.
         callbacks: Further callbacks of the `Trainer`.
         console: Where progress and results are printed.
@@ -127,7 +127,7 @@ class Experiment:
 
         Args:
             start: The run's config and folder, and the checkpoint that it continues.
-            listener: Hears signals.
+            listener: Receives signals.
 
         Raises:
             OptionError: The options do not fit together.

@@ -256,7 +256,7 @@ def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished,
     write_checkpoint(alone, content)
     result = command(f"resume={alone}")
     assert result.status == 1
-    assert "lies in no run's checkpoints folder: say where to go on with job_dir=" in result.err
+    assert "is in no run's checkpoints folder: give the folder of the continued run with job_dir=" in result.err
     content["odcheap"]["split"] = "of other images"
     write_checkpoint(alone, content)
     result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
