@@ -53,7 +53,7 @@ def train(arguments: Sequence[str]) -> int:
     from odcheap.utils.console import console
 
     def show(outcomes: list[Outcome]) -> None:
-        from odcheap.report.sweep_table import show_sweep
+        from odcheap.report.console_tables import show_sweep
 
         show_sweep(console(), outcomes)
 

@@ -18,13 +18,12 @@ import matplotlib
 import pandas as pd
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from rich.table import Table
-from rich.text import Text
 
 from odcheap.config.messages import describe_hydra_error
 from odcheap.report import costs, latency, plots, tables
+from odcheap.report.console_tables import build_table
 from odcheap.report.load_runs import RunFolder, load_runs
-from odcheap.report.statistics import BASELINE, summarize_runs, tabulate_runs, use_held_out
+from odcheap.report.statistics import BASELINE, summarize_runs, tabulate_runs
 from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_text
@@ -34,23 +33,16 @@ from odcheap.utils.text import escape_control_chars
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -> int:
     """Runs the command and returns the exit status."""
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dirs", nargs="*", metavar="DIR", help="folders of runs or sweeps; with --costs: OPTION=VALUE")
-    parser.add_argument("--out", type=Path, help="folder of the report (default: report/ in the first DIR)")
-    parser.add_argument("--status", action="store_true", help="only list the runs with their states")
-    parser.add_argument("--no-latency", action="store_true", help="do not time the students in ONNX Runtime")
-    parser.add_argument(
-        "--val", action="store_true", help="figures of the held-out images: to make decisions, not to publish"
-    )
-    parser.add_argument("--against", metavar="ROW", help="the row that gains are over, such as od (default: alone)")
-    parser.add_argument("--costs", action="store_true", help="parameters and MACs of networks, without any run")
-    parser.add_argument(
-        "--config-dir",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder with configuration files of your own, for networks that are not part of odcheap",
-    )
+    add = parser.add_argument
+    add("dirs", nargs="*", metavar="DIR", help="folders of runs or sweeps; with --costs: OPTION=VALUE")
+    add("--out", type=Path, help="folder of the report (default: report/ in the first DIR)")
+    add("--status", action="store_true", help="only list the runs with their states")
+    add("--no-latency", action="store_true", help="do not time the students in ONNX Runtime")
+    add("--val", action="store_true", help="figures of the held-out images: to make decisions, not to publish")
+    add("--against", metavar="ROW", help="gains are over this row, such as od (default: alone)")
+    add("--costs", action="store_true", help="parameters and MACs of networks, without any run")
+    more = "folder with configuration files of your own, for networks that odcheap does not have; may be repeated"
+    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
     options = parser.parse_args(arguments)
     try:
         if options.costs:
@@ -58,9 +50,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
         if not options.dirs:
             parser.error("name a DIR, or --costs")
         folders = load_runs(options.dirs)
-        if options.status:
-            return show_status(folders)
-        return write(folders, options)
+        return show_status(folders) if options.status else write_report(folders, options)
     except (HydraException, OmegaConfBaseException) as error:
         return print_error(describe_hydra_error(error))
     except Failure as error:
@@ -69,34 +59,27 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
 
 def show_status(folders: list[RunFolder]) -> int:
     """Prints a line for each run; returns 1 if one has failed."""
-    table = Table()
-    for column in ("run", "state", "details"):
-        table.add_column(column, overflow="fold")
-    for entry in folders:
-        name, reason = Text(escape_control_chars(entry.folder.name)), Text(escape_control_chars(entry.reason))
-        table.add_row(name, entry.state, reason)
-    console().print(table)
+    rows = [{"run": entry.folder.name, "state": entry.state, "details": entry.reason} for entry in folders]
+    console().print(build_table(rows, left=("run", "state", "details")))
     counts = Counter(entry.state for entry in folders)
     console().print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return int("failed" in counts)
 
 
-def write(folders: list[RunFolder], options: argparse.Namespace) -> int:
-    """Writes the report of the finished runs."""
-    if options.val:
-        folders = [e._replace(run=e.run._replace(summary=use_held_out(e.run.summary))) if e.run else e for e in folders]
-    finished = [entry for entry in folders if entry.run is not None]
+def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
+    """Writes the report of the finished runs; returns the exit status."""
+    finished = [entry.run for entry in folders if entry.run is not None]
     if not finished:
         raise Failure(f"no finished run among {len(folders)}; --status says more")
-    runs = tabulate_runs((entry.run for entry in finished if entry.run is not None), options.against)
+    runs = tabulate_runs(finished, options.against, "val" if options.val else "test")
     rows = summarize_runs(runs)
-    latencies = {} if options.no_latency else latency.measure_latencies(finished, runs, options.config_dir)
+    latencies = {} if options.no_latency else latency.measure_latencies(runs, options.config_dir)
     table, baseline = tables.build_table(rows, latencies), options.against or BASELINE
     out = options.out or Path(options.dirs[0]) / "report"
     out.mkdir(parents=True, exist_ok=True)
     figures = draw_figures(runs, rows, table, baseline, out)
     images = "Held-out images" if options.val else "Test images"
-    write_text(out / "report.md", tables.write_report(folders, runs, rows, table, figures, images, baseline))
+    write_text(out / "report.md", tables.format_report(folders, runs, table, figures, images, baseline))
     write_text(out / "report.csv", tables.to_csv(table))
     line = f"{len(finished)} finished runs of {len(folders)}; written: {escape_control_chars(out)}/report.md"
     console().print(line, soft_wrap=True)
@@ -120,5 +103,6 @@ def draw_figures(runs: pd.DataFrame, rows: pd.DataFrame, table: pd.DataFrame, ba
         if columns:
             figures["curves"] = plots.plot_curves(runs, "val" if "val/student_0/top1" in columns else "train")
         for name, figure in figures.items():
-            plots.save_figure(figure, out, name)
+            for suffix in ("png", "svg"):
+                figure.savefig(out / f"{name}.{suffix}", dpi=150)
     return list(figures)

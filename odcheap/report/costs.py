@@ -1,23 +1,23 @@
 """`odcheap report --costs`: parameters and multiply-accumulates of every network with every block type."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Group
-from rich.table import Table
 
+from odcheap.config.compose import compose_config
 from odcheap.models import flops
 from odcheap.models.backbone import Backbone
+from odcheap.report.console_tables import build_table
 from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure, OptionError
-from odcheap.utils.parts import find_conf_dir, list_parts
+from odcheap.utils.parts import list_parts
 
-CONF = find_conf_dir()
 NUM_CLASSES = {32: 10, 224: 1000}  # of the usual data set for each image size
+TITLE = "One network, one image. A MAC is two FLOPs; MACs are counted by PyTorch's own counter."
 
 
 class Cost(NamedTuple):
@@ -31,6 +31,32 @@ class Cost(NamedTuple):
     refused: str = ""
 
 
+def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
+    """Prints a line for each network, and below them why some are missing; returns the exit status."""
+    costs = list(count_costs(overrides, config_dirs))
+    if all(cost.refused for cost in costs):
+        return print_error(costs[0].refused)
+    standard = {cost.backbone: cost.macs for cost in costs if cost.block_type == "Standard" and not cost.refused}
+    rows = [
+        {
+            "backbone": cost.backbone,
+            "block_type": cost.block_type,
+            "image": f"{cost.pixels} x {cost.pixels}",
+            "parameters": f"{cost.params:,}",
+            "MACs": f"{cost.macs:,}",
+            "FLOPs": f"{2 * cost.macs:,}",
+            "MACs / Standard": f"{cost.macs / standard[cost.backbone]:.3f}" if cost.backbone in standard else "-",
+        }
+        for cost in costs
+        if not cost.refused
+    ]
+    console().print(build_table(rows, left=("backbone", "block_type"), title=TITLE))
+    for cost in costs:
+        if cost.refused:
+            console().print(f"{cost.backbone}: {cost.refused}")
+    return 0
+
+
 def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Iterator[Cost]:
     """Yields every backbone with every block type, or those that the overrides name.
 
@@ -41,24 +67,17 @@ def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> I
     Raises:
         OptionError: An option without which the backbone cannot be built is missing.
     """
-    named = dict(override.partition("=")[::2] for override in overrides)
-    rest = [o for o in overrides if o.partition("=")[0] not in ("backbone", "block_type")]
-    if config_dirs:
-        rest.append(f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in config_dirs)}]")
-    parts = {
-        group: [named[group]] if group in named else list_parts(group, config_dirs)
-        for group in ("backbone", "block_type")
-    }
-    block_types = sorted(parts["block_type"], key=lambda name: name != "Standard")  # the first is compared with
-    for backbone, block_type in (
-        (backbone, block_type) for backbone in parts["backbone"] for block_type in block_types
-    ):
-        cfg = hydra.compose("config", [f"backbone={backbone}", f"block_type={block_type}", "job_dir=unused", *rest])
+    chosen = dict(override.partition("=")[::2] for override in overrides)
+    backbones, block_types = (
+        [chosen[group]] if group in chosen else list_parts(group, config_dirs) for group in ("backbone", "block_type")
+    )
+    for backbone, block_type in product(backbones, sorted(block_types, key=lambda name: name != "Standard")):
+        cfg = compose_config([*overrides, f"backbone={backbone}", f"block_type={block_type}"], config_dirs)
         missing = OmegaConf.missing_keys(cfg.backbone)
-        if missing and "backbone" in named:
+        if missing and "backbone" in chosen:
             raise OptionError(f"backbone.{min(missing)}", "???", "must be given")
         if not missing:
-            name = f"{backbone} {named['backbone.name']}" if "backbone.name" in named else backbone
+            name = f"{backbone} {chosen['backbone.name']}" if "backbone.name" in chosen else backbone
             yield count_cost(cfg, name, block_type)
 
 
@@ -73,28 +92,3 @@ def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
         return Cost(backbone, block_type, refused=str(error))
     pixels, params = network.native_size, flops.count_params(network)
     return Cost(backbone, block_type, pixels, params, flops.count_macs(network.to("meta"), (3, pixels, pixels)))
-
-
-def build_table(rows: list[Cost]) -> Group:
-    """Returns a table with a line for each network, and below it why some are missing."""
-    title = "One network, one image. A MAC is two FLOPs; they are counted by PyTorch's own counter."
-    table = Table(title=title, title_justify="left", title_style="")
-    for column in ("backbone", "block_type", "image", "parameters", "MACs", "FLOPs", "MACs / Standard"):
-        table.add_column(column, justify="left" if column in ("backbone", "block_type") else "right")
-    standard = {row.backbone: row.macs for row in rows if row.block_type == "Standard" and not row.refused}
-    for row in rows:
-        if not row.refused:
-            share = f"{row.macs / standard[row.backbone]:.3f}" if row.backbone in standard else "-"
-            numbers = [f"{row.pixels} x {row.pixels}", f"{row.params:,}", f"{row.macs:,}", f"{2 * row.macs:,}", share]
-            table.add_row(row.backbone, row.block_type, *numbers)
-    return Group(table, *(f"{row.backbone}: {row.refused}" for row in rows if row.refused))
-
-
-def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
-    """Prints the table and returns the exit status; raises what Hydra raises for unknown options."""
-    with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
-        rows = list(count_costs(overrides, config_dirs))
-    if all(row.refused for row in rows):
-        return print_error(rows[0].refused)
-    console().print(build_table(rows))
-    return 0

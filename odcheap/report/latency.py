@@ -9,18 +9,17 @@ from odcheap.export.latency import time_onnx
 from odcheap.export.onnx import fastest_onnx
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import build_network, load_network, read_student_settings
-from odcheap.report.load_runs import FinishedRun, RunFolder
+from odcheap.report.load_runs import FinishedRun
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import read_safetensors
 
 
 def measure_latencies(
-    folders: list[RunFolder], runs: pd.DataFrame, config_dirs: Sequence[Path] = (), seconds: float = 1.0
+    runs: pd.DataFrame, config_dirs: Sequence[Path] = (), seconds: float = 1.0
 ) -> dict[str, tuple[float, float]]:
     """Times one student of each row in ONNX Runtime on the CPU; the same network is timed once.
 
     Args:
-        folders: The runs' folders.
         runs: The rows of `tabulate_runs`.
         config_dirs: `conf` directories with parts that odcheap does not have.
         seconds: Time for each network.
@@ -29,26 +28,22 @@ def measure_latencies(
         Milliseconds of one image, of the student and of the standard network, by the row's name. A student that cannot
         be rebuilt, such as one of an older version, is left out.
     """
-    paths = {id(entry.run): entry.folder / "student.safetensors" for entry in folders}
-    by_network: dict[str, tuple[float, float] | None] = {}
-    latencies: dict[str, tuple[float, float]] = {}
     firsts = runs.drop_duplicates("name")
+    by_network: dict[str, tuple[float, float] | None] = {}
+    latencies = {}
     for name, run in zip(firsts["name"], firsts["run"], strict=True):
-        network = describe_network(run)
+        network = repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
         if network not in by_network:
-            by_network[network] = time_student(paths[id(run)], config_dirs, seconds)
-        if (pair := by_network[network]) is not None:
-            latencies[name] = pair
-    return latencies
+            by_network[network] = time_student(run, config_dirs, seconds)
+        latencies[name] = by_network[network]
+    return {name: pair for name, pair in latencies.items() if pair is not None}
 
 
-def describe_network(run: FinishedRun) -> str:
-    """Returns the same text for runs whose students are the same network."""
-    return repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
-
-
-def time_student(path: Path, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> tuple[float, float] | None:
+def time_student(
+    run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0
+) -> tuple[float, float] | None:
     """Returns the milliseconds of one image, of the student and of the standard network; None if it has no network."""
+    path = run.folder / "student.safetensors"
     try:
         tensors, metadata = read_safetensors(path)
         settings = read_student_settings(metadata, "student", path)

@@ -24,15 +24,17 @@ class FinishedRun(NamedTuple):
         options: Its options by dotted names, such as `data.batch_size`; `method.part` is the method's name.
         summary: The content of `summary.json`.
         history: The rows of `metrics.csv`, one an epoch; empty if there is no such file.
+        folder: The run's folder.
     """
 
     options: dict[str, Any]
     summary: dict[str, Any]
     history: pd.DataFrame = pd.DataFrame()
+    folder: Path = Path()
 
 
 class RunFolder(NamedTuple):
-    """A run's folder: `state` is finished, failed, running, stopped or unreadable; `reason` explains it."""
+    """A run's folder: `state` is finished, failed, running, stopped or unreadable, and `reason` says why."""
 
     folder: Path
     state: str
@@ -60,10 +62,11 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
 def load_run(folder: Path) -> RunFolder:
     """Reads one run's folder; a folder that cannot be read gets the state `unreadable`."""
     try:
-        summary = read_json(folder / "summary.json")
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text()) if path.is_file() else {}
         if not summary.get("finished"):
-            return describe_unfinished(folder, read_json(folder / status.FILE_NAME))
-        run = FinishedRun(read_options(folder / "config.yaml"), summary, read_history(folder))
+            return describe_unfinished(folder, status.read_status(folder))
+        run = FinishedRun(read_options(folder / "config.yaml"), summary, read_history(folder), folder)
         return RunFolder(folder, "finished", "", run)
     except (*READ_ERRORS, OmegaConfBaseException, YAMLError) as error:
         return RunFolder(folder, "unreadable", first_line(error))
@@ -79,11 +82,6 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
         return RunFolder(folder, "running", f"{progress}; process {last.get('pid')} on {last.get('host')}")
     way = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
     return RunFolder(folder, "stopped", f"{progress}; {way}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file, an empty dict without the file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def read_history(folder: Path) -> pd.DataFrame:

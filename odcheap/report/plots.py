@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -139,9 +138,3 @@ def limit_to_hundred(axes: Axes) -> None:
     """Cuts the axis above 100 %, with space for a marker."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 100 + (100 - low) / 40))
-
-
-def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Writes the figure as PNG and as SVG."""
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{suffix}", dpi=150)

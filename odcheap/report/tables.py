@@ -77,10 +77,9 @@ def to_csv(table: pd.DataFrame) -> str:
     return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
 
 
-def write_report(
+def format_report(
     folders: list[RunFolder],
     runs: pd.DataFrame,
-    rows: pd.DataFrame,
     table: pd.DataFrame,
     figures: list[str],
     images: str,
@@ -91,7 +90,6 @@ def write_report(
     Args:
         folders: All folders, of finished and other runs.
         runs: The rows of `tabulate_runs`.
-        rows: The rows of `summarize_runs`.
         table: The table of `build_table`.
         figures: Names of the figures that lie beside the report.
         images: Which images the accuracies are of.

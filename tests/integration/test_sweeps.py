@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import train
-from odcheap.report.sweep_table import short_names, show_sweep
+from odcheap.report.console_tables import short_names, show_sweep
 from odcheap.runs.sweep import KILLED, Outcome, SweepFolder
 
 

@@ -24,7 +24,7 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "measure_latencies", lambda folders, runs, config_dirs: {"alone": (0.5, 1.5)})
+    monkeypatch.setattr(latency, "measure_latencies", lambda runs, config_dirs: {"alone": (0.5, 1.5)})
     folder = tmp_path / "sweep"
     for seed, value in enumerate((0.50, 0.52, 0.51)):
         plant(folder / f"alone-{seed}", "alone", seed, value)
@@ -41,6 +41,8 @@ def test_the_report(sweep, capsys):
     drawn = ("accuracy_macs", "accuracy_latency", "gains", "curves")
     figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
     assert names == figures | {"report.md", "report.csv"}
+    assert all(path.stat().st_size > 5000 for path in out.glob("*.png"))
+    assert all(path.read_text().startswith("<?xml") for path in out.glob("*.svg"))
     text = (out / "report.md").read_text()
     assert "| od | 3 | 61.00 ± 1.00 | +10.00 ± 0.00 | 61.00 ± 1.00 |" in text
     assert "| dml | 3 | 51.00 ± 1.73 | +0.00 ± 1.00 (not resolved) |" in text
@@ -63,6 +65,15 @@ def test_to_decide_there_are_the_held_out_images(sweep):
     assert "| od | 3 | 63.00 ± 1.00 | +10.00 ± 0.00 | 63.00 ± 1.00 |" in text
     assert "61.00" not in text
     assert "Held-out images. Top-1" in text
+
+
+def test_a_run_without_held_out_images_is_a_gap_in_their_report(tmp_path):
+    folder = plant(tmp_path / "sweep" / "last", "alone")
+    (folder / "summary.json").write_text(
+        (folder / "summary.json").read_text().replace('"val_top1": 0.52', '"val_top1": null')
+    )
+    assert main([str(tmp_path / "sweep"), "--val", "--no-latency"]) == 0
+    assert "| alone | 1 | 1,000 |" in (tmp_path / "sweep" / "report" / "report.md").read_text()
 
 
 def test_gains_may_be_over_another_row(sweep, capsys):

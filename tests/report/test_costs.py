@@ -1,14 +1,12 @@
-import hydra
 import pytest
 
 from odcheap.report import costs
 from odcheap.report.command import main
-from odcheap.utils.parts import find_conf_dir, list_parts
+from odcheap.utils.parts import list_parts
 
 
 def found(*overrides):
-    with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
-        return {(row.backbone, row.block_type): row for row in costs.count_costs(overrides)}
+    return {(row.backbone, row.block_type): row for row in costs.count_costs(overrides)}
 
 
 def test_costs_are_those_of_the_reference():

@@ -1,7 +1,7 @@
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models.cifar import CifarResNet
 from odcheap.report import latency
-from odcheap.report.load_runs import FinishedRun, RunFolder
+from odcheap.report.load_runs import FinishedRun
 from odcheap.report.statistics import tabulate_runs
 from odcheap.training.summary import write_student
 
@@ -20,7 +20,7 @@ SETTINGS = {
 def run(folder, method, settings=SETTINGS):
     folder.mkdir()
     write_student(folder / "student.safetensors", CifarResNet(8, DW(), 2), settings)
-    return RunFolder(folder, "finished", "", FinishedRun({"method.part": method, "seed": 0, "backbone.depth": 8}, {}))
+    return FinishedRun({"method.part": method, "seed": 0, "backbone.depth": 8}, {}, folder=folder)
 
 
 def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
@@ -31,9 +31,8 @@ def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
         return {("student", 1): 2.0, ("standard", 1): 3.0}
 
     monkeypatch.setattr(latency, "time_onnx", time_onnx)
-    folders = [run(tmp_path / name, name) for name in ("alone", "od")]
-    runs = tabulate_runs(entry.run for entry in folders)
-    assert latency.measure_latencies(folders, runs) == dict.fromkeys(("alone", "od"), (2.0, 3.0))
+    runs = tabulate_runs(run(tmp_path / name, name) for name in ("alone", "od"))
+    assert latency.measure_latencies(runs) == dict.fromkeys(("alone", "od"), (2.0, 3.0))
     ((size, lengths),) = calls
     student, standard = (
         sum(4 * p.numel() for p in CifarResNet(8, conv, 2).parameters()) for conv in (DW(), Standard())
@@ -43,11 +42,11 @@ def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
 
 
 def test_a_student_and_its_standard_network_are_timed(tmp_path):
-    student, standard = latency.time_student(run(tmp_path / "run", "od").folder / "student.safetensors", seconds=0.02)
+    student, standard = latency.time_student(run(tmp_path / "run", "od"), seconds=0.02)
     assert 0 < student < 1000
     assert 0 < standard < 1000
 
 
 def test_a_student_that_cannot_be_rebuilt_is_a_gap(tmp_path):
-    folders = [run(tmp_path / "alone", "alone", {"classes": ["a", "b"]})]
-    assert latency.measure_latencies(folders, tabulate_runs(entry.run for entry in folders)) == {}
+    runs = tabulate_runs([run(tmp_path / "alone", "alone", {"classes": ["a", "b"]})])
+    assert latency.measure_latencies(runs) == {}

@@ -3,7 +3,7 @@ import pytest
 
 from odcheap.report import plots
 from odcheap.report.load_runs import FinishedRun
-from odcheap.report.plots import assign_styles, average_curves, pareto_front, plot_tradeoff, save_figure
+from odcheap.report.plots import assign_styles, average_curves, pareto_front, plot_tradeoff
 from odcheap.report.statistics import summarize_runs, tabulate_runs
 
 
@@ -35,7 +35,7 @@ def test_a_curve_is_the_mean_of_students_and_seeds_as_far_as_all_go():
     assert average_curves([whole, pd.DataFrame()], students).empty
 
 
-def test_figures_are_drawn_with_names_and_units(tmp_path):
+def test_figures_are_drawn_with_names_and_units():
     table = tabulate_runs(runs())
     rows = summarize_runs(table)
     figures = {
@@ -43,10 +43,7 @@ def test_figures_are_drawn_with_names_and_units(tmp_path):
         "gains": plots.plot_gains(rows, "alone"),
         "curves": plots.plot_curves(table, "val"),
     }
-    for name, figure in figures.items():
-        save_figure(figure, tmp_path, name)
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
-        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+    for figure in figures.values():
         assert all(axes.get_xlabel() for axes in figure.axes)
     legends = {name: [text.get_text() for legend in f.legends for text in legend.texts] for name, f in figures.items()}
     assert legends["macs"] == ["alone", "od", "DW", "Shift"]
