@@ -16,9 +16,8 @@ def called(monkeypatch):
         depthwise3x3=lambda x, _: names.append("depthwise3x3") or x,
         shift3x3=lambda x: names.append("shift3x3") or x,
         pair_norm_act=lambda x, *_: names.append("pair_norm_act") or (x, x),
-        pointwise=lambda x, _: names.append("pointwise") or x,
     )
-    monkeypatch.setattr(kernels, "_settings", ("auto", "fused"))  # a run in another test may have set them
+    monkeypatch.setattr(kernels, "_mode", "auto")  # a run in another test may have set them
     monkeypatch.setattr(kernels, "is_on_current_device", lambda x: True)
     monkeypatch.setattr(kernels, "load_operators", lambda: plain)
     return names

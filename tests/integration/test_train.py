@@ -517,12 +517,12 @@ def test_kernels_are_set_by_the_option_and_may_change_on_resume(command, tmp_pat
     before = kernels.use("auto")
     try:
         assert command(*TINY, "trainer.max_epochs=1", "kernels=off", f"job_dir={tmp_path}").status == 0
-        assert kernels.use("auto")[0] == "off"
+        assert kernels.use("auto") == "off"
         kernels.use("off")
         assert command(f"resume={tmp_path}", "kernels=auto", "trainer.max_epochs=2").status == 0
-        assert kernels.use("auto")[0] == "auto"
+        assert kernels.use("auto") == "auto"
     finally:
-        kernels.use(*before)
+        kernels.use(before)
 
 
 def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorded, monkeypatch):

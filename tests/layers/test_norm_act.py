@@ -7,6 +7,7 @@ import torch
 from simulated_gpu import called  # noqa: F401 - a fixture
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from odcheap.layers import kernels, norm_act
 from odcheap.layers.cheap_conv import DW, Shift
@@ -83,7 +84,7 @@ def test_what_is_looked_at_stays_plain(called):  # noqa: F811
         part.register_forward_pre_hook(lambda *_: seen.append("hook"))
     pair(x)
     assert seen == ["hook"] * 3
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         DW()(16, 8, 1)(x)
     assert counter.get_total_flops() > 0
     torch.vmap(lambda x: F.relu(x) if kernels.can_apply(x, norm) else x)(x[None])
@@ -101,16 +102,13 @@ def test_compiled_networks_are_plain(called):  # noqa: F811
 
 def test_the_switch(called):  # noqa: F811
     pair, x = DW()(16, 8, 2), maps()
-    assert kernels.use("off") == ("auto", "fused")
+    assert kernels.use("off") == "auto"
     pair(x)
     assert not called
-    assert kernels.use("auto", "matmul") == ("off", "fused")
+    assert kernels.use("auto") == "off"
     pair(x)
-    assert called == ["depthwise3x3", "pointwise"]
-    assert kernels.use("auto") == ("auto", "matmul")
+    assert called == ["depthwise3x3"]
     with pytest.raises(ValueError, match='mode=1: must be "auto" or "off"'):
         kernels.use(1)
-    with pytest.raises(ValueError, match="pointwise='mm'"):
-        kernels.use("auto", "mm")
     with pytest.raises(ValueError, match="order='add'"):
         batch_norm_act(x, nn.BatchNorm2d(16), x, "add")

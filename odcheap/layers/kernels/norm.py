@@ -1,4 +1,7 @@
-"""Training batch norm with what follows it (ReLU, and a residual before or after it): two kernels each way."""
+"""Training batch norm with the ReLU and the residual that follow it: two Triton kernels forward, two backward.
+
+In all kernels a tile is rows (pixels) x channels, and ACC is the type in which sums are computed.
+"""
 
 from typing import Any, Literal, NamedTuple
 
@@ -8,78 +11,327 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from odcheap.layers.kernels.norm_kernels import chunk_gradients, chunk_statistics, input_gradient, normalise
-
 Order = Literal["act_add", "add_act"]
 
-CHANNELS = 16  # of a program: 32 bytes in bfloat16, the least that a GPU reads; few, so that chunks are few as well
+CHANNELS = 16  # channels of a program: 32 bytes in bfloat16, a GPU's smallest read; few, so that there are few chunks
 PROGRAMS = 128  # about one for each of an H100's 132 multiprocessors; each reads its channels' sums of all chunks
-MOST_ROWS = 1024  # of a program at a time
-LEAST_ROWS = 16
-ALONE, ACT_ADD, ADD_ACT = 0, 1, 2  # no residual; relu(bn(x)) + residual; relu(bn(x) + residual)
+MAX_ROWS = 1024  # rows of a tile
+MIN_ROWS = 16
+NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2  # relu(bn(x)); relu(bn(x)) + residual; relu(bn(x) + residual)
 
 
-class Plan(NamedTuple):
-    """How (N, C, H, W) is cut: chunks of `tiles` * `per_tile` rows, blocks of `block` channels."""
+@triton.jit
+def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The mask of a tile; constant along the channels if they fill their blocks, so that loads are wide."""
+    ok = (row < rows)[:, None]
+    if C % BLOCK != 0:
+        ok = ok & (channel < C)[None, :]
+    return ok
+
+
+@triton.jit
+def merge_tile(x, ok, left, earlier, mean, squares, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """Adds a tile to the mean and the sum of squared deviations of `earlier` rows.
+
+    Of the tile's rows the first `left` count; `x` is zero outside of the mask `ok`.
+    """
+    count = tl.minimum(tl.maximum(left, 0), ROWS).to(ACC)
+    tile_mean = tl.sum(x, axis=0) / tl.maximum(count, 1.0)
+    away = tl.where(ok, x - tile_mean[None, :], 0.0)
+    distance = tile_mean - mean
+    before = earlier.to(ACC)
+    share = count / tl.maximum(before + count, 1.0)  # 0 for a tile beyond the last row
+    squares += tl.sum(away * away, axis=0) + distance * distance * before * share
+    return mean + distance * share, squares
+
+
+@triton.jit
+def chunk_statistics(
+    x_ptr,
+    partial_ptr,
+    rows,
+    chunks,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes the mean and the sum of squared deviations of each channel in a chunk to partial (2, chunks, C)."""
+    chunk = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mean = tl.zeros([BLOCK], ACC)
+    squares = tl.zeros([BLOCK], ACC)
+    for tile in range(TILES):
+        first = (chunk * TILES + tile) * ROWS
+        row = first + tl.arange(0, ROWS)
+        ok = tile_mask(row, rows, channel, C, BLOCK)
+        x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=ok, other=0.0).to(ACC)
+        earlier = first - chunk * TILES * ROWS
+        mean, squares = merge_tile(x, ok, rows - first, earlier, mean, squares, ROWS, ACC)
+    tl.store(partial_ptr + chunk * C + channel, mean, mask=channel < C)
+    tl.store(partial_ptr + (chunks + chunk) * C + channel, squares, mask=channel < C)
+
+
+@triton.jit
+def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """Returns mean and sum of squared deviations over all chunks of CHUNK rows (Chan, Golub, LeVeque, 1979)."""
+    part = tl.arange(0, PARTS)
+    ok = (part < chunks)[:, None] & (channel < C)[None, :]
+    at = part[:, None] * C + channel[None, :]
+    means = tl.load(partial_ptr + at, mask=ok, other=0.0)
+    squares = tl.load(partial_ptr + chunks * C + at, mask=ok, other=0.0)
+    counts = tl.minimum(tl.maximum(rows - part * CHUNK, 0), CHUNK).to(means.dtype)[:, None]
+    mean = tl.sum(means * counts, axis=0) / rows
+    away = tl.where(ok, means - mean[None, :], 0.0)
+    return mean, tl.sum(squares + away * away * counts, axis=0)
+
+
+@triton.jit
+def update_running(running_ptr, value, channel, C: tl.constexpr, MOMENTUM: tl.constexpr):
+    """Moves a running statistic towards its current value."""
+    old = tl.load(running_ptr + channel, mask=channel < C, other=0.0)
+    tl.store(running_ptr + channel, old * (1.0 - MOMENTUM) + value * MOMENTUM, mask=channel < C)
+
+
+@triton.jit
+def normalize(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    partial_ptr,
+    saved_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    rows,
+    chunks,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EPS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ORDER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Combines the statistics of chunks of CHUNK rows, and writes y.
+
+    The programs of the first chunk also write saved (2, C), which holds mean and 1 / deviation, and the buffers.
+    """
+    chunk = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = channel < C
+    mean, squares = combine_statistics(partial_ptr, rows, chunks, channel, C, PARTS, CHUNK)
+    rstd = 1.0 / tl.sqrt(squares / rows + EPS)
+    if chunk == 0:
+        tl.store(saved_ptr + channel, mean, mask=known)
+        tl.store(saved_ptr + C + channel, rstd, mask=known)
+        update_running(running_mean_ptr, mean, channel, C, MOMENTUM)
+        update_running(running_var_ptr, squares / (rows - 1), channel, C, MOMENTUM)  # unbiased, as in nn.BatchNorm2d
+        if tl.program_id(1) == 0:
+            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+    weight = tl.load(weight_ptr + channel, mask=known, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(ACC)
+    for tile in range(TILES):
+        row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        ok = tile_mask(row, rows, channel, C, BLOCK)
+        at = row[:, None] * C + channel[None, :]
+        x = tl.load(x_ptr + at, mask=ok, other=0.0).to(ACC)
+        y = (x - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
+        if ORDER == 2:  # ADD_ACT
+            y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(ACC)
+        y = tl.where(y <= 0.0, 0.0, y)  # keeps NaN, as PyTorch's ReLU does
+        if ORDER == 1:  # ACT_ADD
+            y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(ACC)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl.constexpr):
+    """Returns mean, 1 / deviation, weight and bias of each channel."""
+    known = channel < C
+    mean = tl.load(saved_ptr + channel, mask=known, other=0.0)
+    rstd = tl.load(saved_ptr + C + channel, mask=known, other=0.0)
+    weight = tl.load(weight_ptr + channel, mask=known, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(ACC)
+    return mean, rstd, weight, bias
+
+
+@triton.jit
+def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER: tl.constexpr, ACC: tl.constexpr):
+    """Returns the gradient of the ReLU's input.
+
+    The sign of that input is the output's with ADD_ACT; otherwise the batch norm is computed again for it.
+    """
+    dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(ACC)
+    if ORDER == 2:  # noqa: SIM108 - Triton prunes an untaken branch, not an untaken operand
+        sign = tl.load(y_ptr + at, mask=ok, other=0.0).to(ACC)
+    else:
+        sign = x_hat * weight[None, :] + bias[None, :]
+    return tl.where(sign <= 0.0, 0.0, dy)
+
+
+@triton.jit
+def chunk_gradients(
+    dy_ptr,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    saved_ptr,
+    partial_ptr,
+    rows,
+    chunks,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    ORDER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes a chunk's sums of g and of g * x_hat to partial (2, chunks, C); g is the gradient of the ReLU's input."""
+    chunk = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mean, rstd, weight, bias = load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C, ACC)
+    total = tl.zeros([BLOCK], ACC)
+    total_hat = tl.zeros([BLOCK], ACC)
+    for tile in range(TILES):
+        row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        ok = tile_mask(row, rows, channel, C, BLOCK)
+        at = row[:, None] * C + channel[None, :]
+        x_hat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
+        g = relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC)
+        total += tl.sum(g, axis=0)
+        total_hat += tl.sum(g * x_hat, axis=0)
+    tl.store(partial_ptr + chunk * C + channel, total, mask=channel < C)
+    tl.store(partial_ptr + (chunks + chunk) * C + channel, total_hat, mask=channel < C)
+
+
+@triton.jit
+def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr):
+    """Returns the sums over all pixels of g and of g * x_hat, from what `chunk_gradients` wrote.
+
+    They are the gradients of the batch norm's bias and weight, which the programs of the first chunk write.
+    """
+    part = tl.arange(0, PARTS)
+    ok = (part < chunks)[:, None] & (channel < C)[None, :]
+    at = part[:, None] * C + channel[None, :]
+    total = tl.sum(tl.load(partial_ptr + at, mask=ok, other=0.0), axis=0)
+    total_hat = tl.sum(tl.load(partial_ptr + chunks * C + at, mask=ok, other=0.0), axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(dbias_ptr + channel, total.to(dbias_ptr.dtype.element_ty), mask=channel < C)
+        tl.store(dweight_ptr + channel, total_hat.to(dweight_ptr.dtype.element_ty), mask=channel < C)
+    return total, total_hat
+
+
+@triton.jit
+def input_gradient(
+    dy_ptr,
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    saved_ptr,
+    partial_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    chunks,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    ORDER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes dx, with ADD_ACT the residual's gradient, and in the first chunk's programs dweight and dbias."""
+    chunk = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total, total_hat = combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C, PARTS)
+    mean, rstd, weight, bias = load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C, ACC)
+    for tile in range(TILES):
+        row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        ok = tile_mask(row, rows, channel, C, BLOCK)
+        at = row[:, None] * C + channel[None, :]
+        x_hat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
+        g = relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC)
+        dx = (weight * rstd)[None, :] * (g - (total / rows)[None, :] - x_hat * (total_hat / rows)[None, :])
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+        if ORDER == 2:  # ADD_ACT
+            tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=ok)
+
+
+class NormPlan(NamedTuple):
+    """How a map is divided among programs: chunks of `tiles` * `tile_rows` rows, and blocks of `block` channels.
+
+    The fields are the arguments that all kernels of this module share, in their order.
+    """
 
     rows: int
     chunks: int
+    channels: int
     block: int
-    blocks: int
-    per_tile: int
+    tile_rows: int
     tiles: int
 
     @property
-    def warps(self) -> int:
-        """32 elements a thread."""
-        return min(max(self.per_tile * self.block // 1024, 4), 16)
+    def grid(self) -> tuple[int, int]:
+        """The number of programs: one for each chunk and block."""
+        return self.chunks, triton.cdiv(self.channels, self.block)
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Launch options for 32 elements a thread."""
+        return {"num_warps": min(max(self.tile_rows * self.block // 1024, 4), 16), "num_stages": 1}
 
     @property
     def parts(self) -> int:
-        """The chunks' number as a power of two."""
+        """The number of chunks, rounded up to a power of two."""
         return triton.next_power_of_2(self.chunks)
 
-    @property
-    def chunk_rows(self) -> int:
-        """The rows of a chunk."""
-        return self.per_tile * self.tiles
 
-
-def plan(x: Tensor) -> Plan:
-    """Such that the programs are about PROGRAMS: few chunks where channels are many."""
+def plan_norm(x: Tensor) -> NormPlan:
+    """Divides a map (N, C, H, W) among about PROGRAMS programs: many channels get few chunks."""
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
     blocks = triton.cdiv(channels, block)
-    wished = triton.cdiv(rows * min(blocks, PROGRAMS), PROGRAMS)  # rows a program
-    per_tile = min(max(triton.next_power_of_2(wished), LEAST_ROWS), MOST_ROWS)
-    tiles = triton.cdiv(wished, per_tile)
-    return Plan(rows, triton.cdiv(rows, per_tile * tiles), block, blocks, per_tile, tiles)
+    chunk_rows = triton.cdiv(rows * min(blocks, PROGRAMS), PROGRAMS)
+    tile_rows = min(max(triton.next_power_of_2(chunk_rows), MIN_ROWS), MAX_ROWS)
+    tiles = triton.cdiv(chunk_rows, tile_rows)
+    return NormPlan(rows, triton.cdiv(rows, tile_rows * tiles), channels, block, tile_rows, tiles)
 
 
-def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """The type of sums, for PyTorch and for Triton."""
+def sum_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """Returns the type in which sums are computed, for PyTorch and for Triton."""
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 class BatchNormAct(torch.autograd.Function):
-    """`batch_norm_act` for autograd; saves the input, the statistics and, for ADD_ACT, the output."""
+    """`batch_norm_act` for autograd; saves the input, the statistics and, with ADD_ACT, the output."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, order: int
     ) -> Tensor:
-        cut, (kept, acc), channels = plan(x), accumulator(x.dtype), x.shape[1]
+        plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
         y = torch.empty_like(x)
-        partial = torch.empty(2, cut.chunks, channels, dtype=kept, device=x.device)
-        saved = torch.empty(2, channels, dtype=kept, device=x.device)
-        grid, launch = (cut.chunks, cut.blocks), {"num_warps": cut.warps, "num_stages": 1}
-        chunk_statistics[grid](
-            x, partial, cut.rows, cut.chunks, channels, cut.block, cut.per_tile, cut.tiles, acc, **launch
-        )
+        partial = torch.empty(2, plan.chunks, plan.channels, dtype=dtype, device=x.device)
+        saved = torch.empty(2, plan.channels, dtype=dtype, device=x.device)
+        chunk_statistics[plan.grid](x, partial, *plan, acc, **plan.launch)
+
+        # Without a residual the kernel does not read its pointer, so that any tensor will do.
         buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
         pointers = (x, x if residual is None else residual, y, weight, bias, partial, saved, *buffers)
-        sizes = (cut.rows, cut.chunks, channels, cut.block, cut.per_tile, cut.tiles, cut.parts, cut.chunk_rows)
-        normalise[grid](*pointers, *sizes, float(norm.eps), float(norm.momentum), order, acc, **launch)
+        sizes = (*plan, plan.parts, plan.tile_rows * plan.tiles)
+        normalize[plan.grid](*pointers, *sizes, float(norm.eps), float(norm.momentum), order, acc, **plan.launch)
         torch.autograd.graph.increment_version(buffers)
         ctx.order = order
         ctx.save_for_backward(x, weight, bias, saved, *([y] if order == ADD_ACT else []))
@@ -89,38 +341,37 @@ class BatchNormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved, *output = ctx.saved_tensors
-        cut, (kept, acc), channels = plan(x), accumulator(x.dtype), x.shape[1]
+        plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        after_sum = ctx.order == ADD_ACT
-        y, dresidual = (output[0], torch.empty_like(x)) if after_sum else (x, dx)
-        partial = torch.empty(2, cut.chunks, channels, dtype=kept, device=x.device)
-        grid, launch = (cut.chunks, cut.blocks), {"num_warps": cut.warps, "num_stages": 1}
-        pointers, sizes = (dy, x, y, weight, bias, saved, partial), (cut.rows, cut.chunks, channels, cut.block)
-        chunk_gradients[grid](*pointers, *sizes, cut.per_tile, cut.tiles, ctx.order, acc, **launch)
-        made = (dx, dresidual, dweight, dbias)
-        input_gradient[grid](*pointers, *made, *sizes, cut.per_tile, cut.tiles, cut.parts, ctx.order, acc, **launch)
-        through = {ALONE: None, ACT_ADD: dy, ADD_ACT: dresidual}[ctx.order]
+        # Only with ADD_ACT do the kernels read `y` and write `dresidual`.
+        y, dresidual = (output[0], torch.empty_like(x)) if ctx.order == ADD_ACT else (x, dx)
+        partial = torch.empty(2, plan.chunks, plan.channels, dtype=dtype, device=x.device)
+        pointers, gradients = (dy, x, y, weight, bias, saved, partial), (dx, dresidual, dweight, dbias)
+        chunk_gradients[plan.grid](*pointers, *plan, ctx.order, acc, **plan.launch)
+        input_gradient[plan.grid](*pointers, *gradients, *plan, plan.parts, ctx.order, acc, **plan.launch)
+        through = {NO_RESIDUAL: None, ACT_ADD: dy, ADD_ACT: dresidual}[ctx.order]
         return dx, dweight, dbias, through, None, None
 
 
 def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, order: Order = "act_add") -> Tensor:
-    """Batch norm in training mode, ReLU and, where there is a residual, the sum with it.
+    """Returns batch norm in training mode, then ReLU, and the sum with a residual if there is one.
 
     Updates the running statistics and `num_batches_tracked` as `norm` would. Sums are in float32 (float64 for float64).
 
     Args:
-        x: (N, C, H, W), contiguous in channels-last memory format, with two pixels a channel or more; bfloat16, float32
-            or float64.
-        norm: affine, with running statistics and a momentum; its parameters are float32, or float64 for float64.
-        residual: as `x` in shape, type and memory format.
+        x: (N, C, H, W), contiguous in channels-last memory format, with at least two pixels in each channel; bfloat16,
+            float32 or float64.
+        norm: The batch norm, with parameters, running statistics and a momentum; the parameters are float32, or float64
+            for float64.
+        residual: A map with shape, type and memory format of `x`.
         order: "act_add" for relu(norm(x)) + residual, "add_act" for relu(norm(x) + residual).
 
     Returns:
-        (N, C, H, W), as `x` in type and memory format. It must not be changed in place where `order` is "add_act".
+        (N, C, H, W), with type and memory format of `x`. With "add_act" it must not be changed in place.
 
     Raises:
-        RuntimeError: on a second derivative.
+        RuntimeError: A second derivative is asked for.
     """
-    code = ALONE if residual is None else ACT_ADD if order == "act_add" else ADD_ACT
+    code = NO_RESIDUAL if residual is None else ACT_ADD if order == "act_add" else ADD_ACT
     return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, code)

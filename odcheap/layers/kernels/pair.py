@@ -1,4 +1,4 @@
-"""A cheap pair with the batch norm, ReLU and residual behind it: two kernels forward, three backward."""
+"""A cheap pair with the batch norm, ReLU and residual that follow it: two kernels forward, three backward."""
 
 from typing import Any, NamedTuple
 
@@ -9,51 +9,63 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from odcheap.layers.kernels import is_interpreted
-from odcheap.layers.kernels.norm import ACT_ADD, ALONE, accumulator, plan
-from odcheap.layers.kernels.norm_kernels import chunk_gradients, normalise
-from odcheap.layers.kernels.pair_gradient_kernels import pair_backward
-from odcheap.layers.kernels.pair_input_kernels import spatial_backward
-from odcheap.layers.kernels.pair_kernels import pair_forward
-from odcheap.layers.kernels.spatial import WARPS, wide_plan
+from odcheap.layers.kernels.norm import ACT_ADD, NO_RESIDUAL, chunk_gradients, normalize, plan_norm, sum_types
+from odcheap.layers.kernels.pair_kernels import pair_backward, pair_forward, spatial_backward
+from odcheap.layers.kernels.spatial import LAUNCH, map_sizes, plan_elements
 
-MOST_CHUNKS = 512  # of one tile each in CIFAR's three stages: a loop over tiles takes many registers
-ELEMENTS = 4096  # of a tile in bfloat16: 16 a thread
-EXACT_ROWS = 32  # of a tile in float32, where matrix products take no tensor cores
-PAIR_WARPS = 8
-REGISTERS = 128  # of a thread at most, such that two programs of the backward pass fit a multiprocessor
-LEAST = 16  # rows and channels of a matrix product
-GRADIENT_PROGRAMS = 512  # of the spatial operator's gradient, or more:
-GRADIENT_ELEMENTS = 2048  # of such a program at most, 16 a thread: twice as many take twice the registers
-SUMMED = 8192  # elements, chunks x columns, of a program that adds up the weights' gradients
+MAX_CHUNKS = 512  # of one tile each in CIFAR's three stages: a loop over tiles takes many registers
+TILE_ELEMENTS = 4096  # of a tile in bfloat16: 16 for each thread
+FLOAT32_ROWS = 32  # of a tile in float32, for which matrix products do not use tensor cores
+MIN_SIDE = 16  # rows and channels of a matrix product
+PAIR_LAUNCH = {"num_warps": 8, "num_stages": 1}
+MAX_REGISTERS = 128  # of a thread, so that two programs of the backward pass fit on a multiprocessor
+INPUT_PROGRAMS = 512  # programs of the input's gradient, or more:
+INPUT_ELEMENTS = 2048  # at most so many elements for such a program, 16 a thread: more take more registers
+SUMMED_ELEMENTS = 8192  # chunks x columns, of a program that adds up the weights' gradients
 
 
-class Cut(NamedTuple):
-    """The sizes of z, and how its rows are cut: chunks of `tiles` * `per_tile` rows."""
+class PairPlan(NamedTuple):
+    """How the 1 x 1 convolution's output is divided among programs: chunks of `tiles` * `tile_rows` rows.
 
-    shape: tuple[int, int, int, int]
+    The fields after `chunks` are arguments that the forward and the backward kernel share, in their order.
+    """
+
     rows: int
     chunks: int
-    per_tile: int
+    is_shift: bool
+    stride: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    padded_in: int
+    padded_out: int
+    tile_rows: int
     tiles: int
-    padded: tuple[int, int]
 
 
-def cut_rows(x: Tensor, features: int, stride: int) -> Cut:
-    """The cut of a pair's output, for x (N, C, H, W) and so many channels of the output."""
+def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> PairPlan:
+    """Divides the output of a pair with the input x (N, C, H, W) among programs."""
     images, channels, height, width = x.shape
-    shape = (images, features, triton.cdiv(height, stride), triton.cdiv(width, stride))
-    rows = images * shape[2] * shape[3]
-    padded = (max(triton.next_power_of_2(channels), LEAST), max(triton.next_power_of_2(features), LEAST))
-    wished = ELEMENTS // max(padded) if x.dtype == torch.bfloat16 else EXACT_ROWS
-    per_tile = min(wished, max(triton.next_power_of_2(rows), LEAST))
-    tiles = triton.cdiv(triton.cdiv(rows, per_tile), MOST_CHUNKS)
-    return Cut(shape, rows, triton.cdiv(rows, tiles * per_tile), per_tile, tiles, padded)
+    rows = images * triton.cdiv(height, stride) * triton.cdiv(width, stride)
+    padded_in, padded_out = (max(triton.next_power_of_2(c), MIN_SIDE) for c in (channels, out_channels))
+    tile_rows = TILE_ELEMENTS // max(padded_in, padded_out) if x.dtype == torch.bfloat16 else FLOAT32_ROWS
+    tile_rows = min(tile_rows, max(triton.next_power_of_2(rows), MIN_SIDE))
+    tiles = triton.cdiv(triton.cdiv(rows, tile_rows), MAX_CHUNKS)
+    chunks = triton.cdiv(rows, tiles * tile_rows)
+    sizes = (height, width, channels, out_channels, padded_in, padded_out)
+    return PairPlan(rows, chunks, is_shift, stride, *sizes, tile_rows, tiles)
 
 
-def multiplied(dtype: torch.dtype) -> tl.dtype:
-    """The type of what matrix products multiply; the interpreter's know no bfloat16."""
-    exact = accumulator(dtype)[1]
-    return tl.bfloat16 if dtype == torch.bfloat16 and not is_interpreted() else exact
+def empty_output(x: Tensor, channels: int, stride: int) -> Tensor:
+    """Returns an uninitialized channels-last map with so many channels, and the size of x after the stride."""
+    shape = (len(x), channels, triton.cdiv(x.shape[2], stride), triton.cdiv(x.shape[3], stride))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def factor_type(dtype: torch.dtype) -> tl.dtype:
+    """Returns the type of the factors of matrix products; the interpreter has no products of bfloat16."""
+    return tl.bfloat16 if dtype == torch.bfloat16 and not is_interpreted() else sum_types(dtype)[1]
 
 
 class PairNormAct(torch.autograd.Function):
@@ -71,98 +83,99 @@ class PairNormAct(torch.autograd.Function):
         norm: nn.BatchNorm2d,
         stride: int,
     ) -> tuple[Tensor, Tensor]:
-        (kept, acc), (_, channels, height, width), features = accumulator(x.dtype), x.shape, len(weight)
-        cut, is_shift = cut_rows(x, features, stride), kernel is None
-        z = torch.empty(cut.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        y, saved = torch.empty_like(z), torch.empty(2, features, dtype=kept, device=x.device)
-        partial = torch.empty(2, cut.chunks, features, dtype=kept, device=x.device)
-        sizes = (is_shift, stride, height, width, channels, features, *cut.padded, cut.per_tile, cut.tiles)
-        pair_forward[(cut.chunks,)](
-            *(x, x if kernel is None else kernel, weight, z, partial, cut.rows, cut.chunks, *sizes),
-            *(multiplied(x.dtype), acc),
-            num_warps=PAIR_WARPS,
-            num_stages=1,
+        # Kernels do not read the pointers of a depth-wise kernel or residual that is None: any tensor will do.
+        plan, (dtype, acc), features = (
+            plan_pair(x, kernel is None, len(weight), stride),
+            sum_types(x.dtype),
+            len(weight),
         )
-        wide, order = plan(z), ALONE if residual is None else ACT_ADD
+        z = empty_output(x, features, stride)
+        y, saved = torch.empty_like(z), torch.empty(2, features, dtype=dtype, device=x.device)
+        partial = torch.empty(2, plan.chunks, features, dtype=dtype, device=x.device)
+        pointers = (x, x if kernel is None else kernel, weight, z, partial)
+        pair_forward[(plan.chunks,)](*pointers, *plan, factor_type(x.dtype), acc, **PAIR_LAUNCH)
+
+        # The batch norm divides z in its own way, but combines the statistics of the pair's chunks.
+        norm_plan, order = plan_norm(z), NO_RESIDUAL if residual is None else ACT_ADD
         buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
         pointers = (z, z if residual is None else residual, y, gamma, beta, partial, saved, *buffers)
-        normalise[(wide.chunks, wide.blocks)](
-            *(*pointers, cut.rows, cut.chunks, features, wide.block, wide.per_tile, wide.tiles),
-            *(triton.next_power_of_2(cut.chunks), cut.per_tile * cut.tiles),
-            *(float(norm.eps), float(norm.momentum), order, acc),
-            num_warps=wide.warps,
-            num_stages=1,
-        )
+        sizes = (*norm_plan._replace(chunks=plan.chunks), triton.next_power_of_2(plan.chunks))
+        options = (plan.tile_rows * plan.tiles, float(norm.eps), float(norm.momentum), order, acc)
+        normalize[norm_plan.grid](*pointers, *sizes, *options, **norm_plan.launch)
         torch.autograd.graph.increment_version(buffers)
+
         ctx.set_materialize_grads(False)
-        ctx.stride, ctx.residual = stride, residual is not None
+        ctx.stride, ctx.has_residual = stride, residual is not None
         ctx.save_for_backward(x, kernel, weight, gamma, beta, z, saved)
         return y, x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, extra: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dinput: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return extra, *(None,) * 7
+            return dinput, *(None,) * 7
         x, kernel, weight, gamma, beta, z, saved = ctx.saved_tensors
-        (kept, acc), (_, channels, height, width), features = accumulator(x.dtype), x.shape, len(weight)
-        cut, wide, is_shift, launch = cut_rows(x, features, ctx.stride), plan(z), kernel is None, {"num_stages": 1}
+        is_shift, channels, features = kernel is None, x.shape[1], len(weight)
+        plan, norm_plan, (dtype, acc) = plan_pair(x, is_shift, features, ctx.stride), plan_norm(z), sum_types(x.dtype)
         dy = dy.contiguous(memory_format=torch.channels_last)
-        sums = torch.empty(2, wide.chunks, features, dtype=kept, device=x.device)
-        behind = (dy, z, z, gamma, beta, saved, sums, cut.rows, wide.chunks, features, wide.block, wide.per_tile)
-        chunk_gradients[(wide.chunks, wide.blocks)](*behind, wide.tiles, ALONE, acc, num_warps=wide.warps, **launch)
-
-        columns = (features + (0 if is_shift else 9)) * channels
-        partial = torch.empty(cut.chunks, columns, dtype=kept, device=x.device)
-        ds = torch.empty((*x.shape[:1], channels, *cut.shape[2:]), dtype=x.dtype, device=x.device)
-        ds = torch.empty_like(ds, memory_format=torch.channels_last)
         dgamma, dbeta, dx, dweight = (torch.empty_like(t) for t in (gamma, beta, x, weight))
         dkernel = None if kernel is None else torch.empty_like(kernel)
-        stands_in = x if kernel is None else kernel
-        sizes = (is_shift, ctx.stride, height, width, channels, features, *cut.padded, cut.per_tile, cut.tiles)
-        pair_backward[(cut.chunks,)](
-            *(dy, z, gamma, beta, saved, sums, x, stands_in, weight, ds, partial, dgamma, dbeta),
-            *(cut.rows, wide.chunks, *sizes, wide.parts, columns, multiplied(x.dtype), acc),
-            num_warps=PAIR_WARPS,
-            maxnreg=REGISTERS if x.dtype == torch.bfloat16 else None,
-            **launch,
+        kernel = x if kernel is None else kernel  # not read for a shift
+
+        # The sums that the batch norm's gradient needs.
+        sums = torch.empty(2, norm_plan.chunks, features, dtype=dtype, device=x.device)
+        pointers = (dy, z, z, gamma, beta, saved, sums)
+        chunk_gradients[norm_plan.grid](*pointers, *norm_plan, NO_RESIDUAL, acc, **norm_plan.launch)
+
+        # Through batch norm and 1 x 1 convolution; each chunk writes its part of the weights' gradients.
+        columns = (features + (0 if is_shift else 9)) * channels
+        partial = torch.empty(plan.chunks, columns, dtype=dtype, device=x.device)
+        ds = empty_output(x, channels, ctx.stride)
+        pair_backward[(plan.chunks,)](
+            *(dy, z, gamma, beta, saved, sums, x, kernel, weight, ds, partial, dgamma, dbeta),
+            *(plan.rows, norm_plan.chunks, *plan[2:], norm_plan.parts, columns, factor_type(x.dtype), acc),
+            maxnreg=MAX_REGISTERS if x.dtype == torch.bfloat16 else None,
+            **PAIR_LAUNCH,
         )
-        parts = triton.next_power_of_2(cut.chunks)
-        group = min(max(SUMMED // parts, 16), 64)
-        (programs, _), block, per_program = wide_plan(x, max(GRADIENT_PROGRAMS, x.numel() // GRADIENT_ELEMENTS))
-        added = None if extra is None else extra.contiguous(memory_format=torch.channels_last)
+
+        # Through the spatial operator; further programs of the same kernel add up the weights' gradients.
+        parts = triton.next_power_of_2(plan.chunks)
+        group = min(max(SUMMED_ELEMENTS // parts, 16), 64)
+        (programs, _), block, rows = plan_elements(x, max(INPUT_PROGRAMS, x.numel() // INPUT_ELEMENTS))
+        added = None if dinput is None else dinput.contiguous(memory_format=torch.channels_last)
+        pixels, height, width, _ = map_sizes(x)
         spatial_backward[(programs + triton.cdiv(columns, group),)](
-            *(ds, stands_in, dx if added is None else added, dx, partial, dweight, dweight if is_shift else dkernel),
-            *(x.numel() // channels, cut.chunks, programs, is_shift, added is not None, ctx.stride, height, width),
-            *(channels, block, per_program, features * channels, columns, parts, group, acc),
-            num_warps=WARPS,
-            **launch,
+            *(ds, kernel, dx if added is None else added, dx, partial, dweight, dweight if is_shift else dkernel),
+            *(pixels, plan.chunks, programs, is_shift, added is not None, ctx.stride, height, width),
+            *(channels, block, rows, features * channels, columns, parts, group, acc),
+            **LAUNCH,
         )
-        return dx, dkernel, dweight, dgamma, dbeta, dy if ctx.residual else None, None, None
+        return dx, dkernel, dweight, dgamma, dbeta, dy if ctx.has_residual else None, None, None
 
 
 def pair_norm_act(
     x: Tensor, kernel: Tensor | None, weight: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(conv1x1(spatial(x)))) + residual in training mode. Sums are in float32 (float64 for float64).
+    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
 
-    Where the plain modules store a map, values are rounded to the type of `x`: the spatial operator's output, the 1 x 1
-    convolution's, and both gradients of these. Weights are rounded as autocast does, their gradients are not.
+    Sums are in float32 (float64 for float64). Values are rounded to the type of `x` where the plain modules store a
+    map: the outputs of the spatial operator and of the 1 x 1 convolution, and the gradients of both. Weights are
+    rounded as autocast does; their gradients are not.
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format; bfloat16 or float32, interpreted also float64.
         kernel: (C, 1, 3, 3) of the depth-wise convolution with stride 1 and padding 1; None for `Shift2d` with a
             3 x 3 window.
         weight: (O, C, 1, 1) of the 1 x 1 convolution; C and O are at most 64.
-        norm: as for `batch_norm_act`.
+        norm: The batch norm, as for `batch_norm_act`.
         residual: (N, O, ceil(H / stride), ceil(W / stride)), channels-last and of the type of `x`, or None.
-        stride: 1 or 2, of the 1 x 1 convolution.
+        stride: The stride of the 1 x 1 convolution, 1 or 2.
 
     Returns:
-        (N, O, ceil(H / stride), ceil(W / stride)), and `x` again: what also reads the input should read this one, whose
-        gradient is added to the pair's own without a kernel.
+        (N, O, ceil(H / stride), ceil(W / stride)), and `x` again. Whatever else reads the input should read this one:
+        its gradient is then added to the pair's without another kernel.
 
     Raises:
-        RuntimeError: on a second derivative.
+        RuntimeError: A second derivative is asked for.
     """
     return PairNormAct.apply(x, kernel, weight, norm.weight, norm.bias, residual, norm, stride)

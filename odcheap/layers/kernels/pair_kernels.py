@@ -1,20 +1,20 @@
-"""Triton kernel of a cheap pair before its batch norm: spatial operator, 1 x 1 convolution, statistics.
+"""Triton kernels of a cheap pair with its batch norm: spatial operator, 1 x 1 convolution, and their gradients.
 
-Tiles are rows (pixels) x channels: IN of the input and OUT of the 1 x 1 convolution, both filled up with zeros to a
-power of two. A row of the output is a pixel that the stride keeps: at STRIDE times its row and column in the input.
-ACC is the type of the sums, DOT that of what matrix products multiply.
+Tiles are rows (pixels) x channels: IN channels of the input and OUT of the 1 x 1 convolution, both filled up with zeros
+to a power of two. A row of the output is a pixel that the stride keeps: at STRIDE times its row and column in the
+input. ACC is the type in which sums are computed, DOT that of the factors of matrix products.
 """
 
 import triton
 import triton.language as tl
 
-from odcheap.layers.kernels.norm_kernels import add_tile, inside
-from odcheap.layers.kernels.spatial_kernels import shift_offsets, tap
+from odcheap.layers.kernels.norm import combine_gradients, load_norm, merge_tile, relu_gradient, tile_mask
+from odcheap.layers.kernels.spatial import load_tap, shift_offsets
 
 
 @triton.jit
-def strided_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
-    """Of an output pixel: its row and column in the input's image, and its place among all pixels of the input."""
+def locate_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
+    """Returns an output pixel's row and column in the input's image, and its index among all pixels of the input."""
     out_h: tl.constexpr = (H + STRIDE - 1) // STRIDE
     out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
     h = row // out_w % out_h * STRIDE
@@ -23,7 +23,7 @@ def strided_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def strided_neighbour(
+def load_strided_neighbor(
     x_ptr,
     row,
     rows,
@@ -36,10 +36,10 @@ def strided_neighbour(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What the window's entry TAP covers in the input at each output pixel; zeros outside of the image."""
+    """Returns the input that entry TAP of the window reads for each output pixel; zeros outside of the image."""
     down: tl.constexpr = TAP // 3 - 1
     right: tl.constexpr = TAP % 3 - 1
-    h, w, source = strided_pixel(row, H, W, STRIDE)
+    h, w, source = locate_pixel(row, H, W, STRIDE)
     ok = ((row < rows) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W))[:, None]
     if C % BLOCK != 0:
         ok = ok & (channel < C)[None, :]
@@ -48,13 +48,13 @@ def strided_neighbour(
 
 
 @triton.jit
-def spatial_tile(
+def load_spatial(
     x_ptr,
     kernel_ptr,
     row,
     rows,
     channel,
-    SHIFTS: tl.constexpr,
+    IS_SHIFT: tl.constexpr,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -63,30 +63,30 @@ def spatial_tile(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The spatial operator at the output's pixels, rounded to the activations' type."""
-    if SHIFTS:
+    """Returns the spatial operator's output at these rows, rounded to the activations' type."""
+    if IS_SHIFT:
         down, right = shift_offsets(channel, 1, C)
-        h, w, source = strided_pixel(row, H, W, STRIDE)
+        h, w, source = locate_pixel(row, H, W, STRIDE)
         h2 = h[:, None] + down[None, :]
         w2 = w[:, None] + right[None, :]
-        ok = inside(row, rows, channel, C, BLOCK) & (h2 >= 0) & (h2 < H) & (w2 >= 0) & (w2 < W)
-        place = (source[:, None] + (down * W + right)[None, :]) * C + channel[None, :]
-        moved = tl.load(x_ptr + place, mask=ok, other=0.0)
+        ok = tile_mask(row, rows, channel, C, BLOCK) & (h2 >= 0) & (h2 < H) & (w2 >= 0) & (w2 < W)
+        at = (source[:, None] + (down * W + right)[None, :]) * C + channel[None, :]
+        moved = tl.load(x_ptr + at, mask=ok, other=0.0)
     else:
         total = tl.zeros([ROWS, BLOCK], ACC)
         for k in tl.static_range(9):
-            x = strided_neighbour(x_ptr, row, rows, channel, k, STRIDE, H, W, C, BLOCK, ACC)
-            total += x * tap(kernel_ptr, x_ptr, channel, k, C, ACC)
+            x = load_strided_neighbor(x_ptr, row, rows, channel, k, STRIDE, H, W, C, BLOCK, ACC)
+            total += x * load_tap(kernel_ptr, x_ptr, channel, k, C, ACC)
         moved = total.to(x_ptr.dtype.element_ty)
     return moved
 
 
 @triton.jit
-def settled(value, PACK: tl.constexpr, DOT: tl.constexpr):
-    """`value`, whose layout among the threads the compiler does not pass on to what it was made from.
+def fix_layout(value, PACK: tl.constexpr, DOT: tl.constexpr):
+    """Returns `value` unchanged, behind assembly code that the compiler cannot look through.
 
-    It sees through no assembly: else it would move each of the nine tiles of a window to the layout that their sum is
-    needed in, instead of the sum. PACK values of it take 32 bits.
+    Without it the compiler converts each of a window's nine tiles to the layout among threads in which their sum is
+    needed, instead of the sum. PACK values take 32 bits.
     """
     if DOT == tl.bfloat16:  # noqa: SIM300 - Triton compares its types in this order
         value = tl.inline_asm_elementwise(
@@ -104,7 +104,7 @@ def pair_forward(
     partial_ptr,
     rows,
     chunks,
-    SHIFTS: tl.constexpr,
+    IS_SHIFT: tl.constexpr,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -117,23 +117,259 @@ def pair_forward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """z, the 1 x 1 convolution of the spatial operator; a chunk's mean and squared deviations -> partial (2, .., C)."""
+    """Writes z, the 1 x 1 convolution of the spatial operator's output, and a chunk's statistics.
+
+    partial (2, chunks, C_OUT) gets the mean and the sum of squared deviations of each channel of z.
+    """
     chunk = tl.program_id(0)
     channel = tl.arange(0, IN)
     feature = tl.arange(0, OUT)
-    there = (channel < C_IN)[:, None] & (feature < C_OUT)[None, :]
-    weight = tl.load(weight_ptr + feature[None, :] * C_IN + channel[:, None], mask=there, other=0.0)
+    known = (channel < C_IN)[:, None] & (feature < C_OUT)[None, :]
+    weight = tl.load(weight_ptr + feature[None, :] * C_IN + channel[:, None], mask=known, other=0.0)
     weight = weight.to(x_ptr.dtype.element_ty).to(DOT)
     mean = tl.zeros([OUT], ACC)
     squares = tl.zeros([OUT], ACC)
     for tile in range(TILES):
         first = (chunk * TILES + tile) * ROWS
         row = first + tl.arange(0, ROWS)
-        s = spatial_tile(x_ptr, kernel_ptr, row, rows, channel, SHIFTS, STRIDE, H, W, C_IN, IN, ROWS, ACC)
-        z = tl.dot(settled(s, 2, DOT).to(DOT), weight, input_precision="ieee", out_dtype=ACC).to(z_ptr.dtype.element_ty)
-        ok = inside(row, rows, feature, C_OUT, OUT)
+        s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
+        z = tl.dot(fix_layout(s, 2, DOT).to(DOT), weight, input_precision="ieee", out_dtype=ACC).to(
+            z_ptr.dtype.element_ty
+        )
+        ok = tile_mask(row, rows, feature, C_OUT, OUT)
         tl.store(z_ptr + row[:, None] * C_OUT + feature[None, :], z, mask=ok)
         earlier = first - chunk * TILES * ROWS
-        mean, squares = add_tile(z.to(ACC), ok, rows - first, earlier, mean, squares, ROWS, ACC)
+        mean, squares = merge_tile(z.to(ACC), ok, rows - first, earlier, mean, squares, ROWS, ACC)
     tl.store(partial_ptr + chunk * C_OUT + feature, mean, mask=feature < C_OUT)
     tl.store(partial_ptr + (chunks + chunk) * C_OUT + feature, squares, mask=feature < C_OUT)
+
+
+@triton.jit
+def norm_gradient(
+    dy_ptr,
+    z_ptr,
+    gamma_ptr,
+    beta_ptr,
+    saved_ptr,
+    total,
+    total_hat,
+    row,
+    rows,
+    feature,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns the gradient of the batch norm's input, rounded to the activations' type; zeros beyond the last row."""
+    mean, rstd, gamma, beta = load_norm(saved_ptr, gamma_ptr, beta_ptr, feature, C, ACC)
+    ok = tile_mask(row, rows, feature, C, BLOCK)
+    at = row[:, None] * C + feature[None, :]
+    z_hat = (tl.load(z_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
+    g = relu_gradient(dy_ptr, z_ptr, at, ok, z_hat, gamma, beta, 1, ACC)
+    dz = (gamma * rstd)[None, :] * (g - (total / rows)[None, :] - z_hat * (total_hat / rows)[None, :])
+    return tl.where(ok, dz, 0.0).to(z_ptr.dtype.element_ty)
+
+
+@triton.jit
+def kernel_gradient(
+    x_ptr,
+    ds,
+    row,
+    rows,
+    channel,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns a tile's part of the gradient of each channel's kernel, in the first nine rows of (16, BLOCK).
+
+    Nine vectors would need more registers: a vector has copies in many threads, a tile has each element in one.
+    """
+    taps = tl.arange(0, 16)
+    total = tl.zeros([16, BLOCK], ACC)
+    for k in tl.static_range(9):
+        x = load_strided_neighbor(x_ptr, row, rows, channel, k, STRIDE, H, W, C, BLOCK, ACC)
+        total += tl.where((taps == k)[:, None], tl.sum(x * ds, axis=0)[None, :], 0.0)
+    return total
+
+
+@triton.jit
+def store_taps(at, dkernel, channel, C: tl.constexpr):
+    """Writes the first nine rows of dkernel (16, BLOCK) to (9, C)."""
+    taps = tl.arange(0, 16)
+    real = (taps < 9)[:, None] & (channel < C)[None, :]
+    tl.store(at + taps[:, None] * C + channel[None, :], dkernel, mask=real)
+
+
+@triton.jit
+def pair_backward(
+    dy_ptr,
+    z_ptr,
+    gamma_ptr,
+    beta_ptr,
+    saved_ptr,
+    sums_ptr,
+    x_ptr,
+    kernel_ptr,
+    weight_ptr,
+    ds_ptr,
+    partial_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    rows,
+    parts,
+    IS_SHIFT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes ds, the gradient of the spatial operator's output, and in the first chunk's program dgamma and dbeta.
+
+    A chunk's part of the weights' gradients goes to partial (chunks, COLUMNS): first that of the 1 x 1 convolution
+    (C_OUT, C_IN), then that of the depth-wise kernels (9, C_IN).
+    """
+    chunk = tl.program_id(0)
+    channel = tl.arange(0, IN)
+    feature = tl.arange(0, OUT)
+    total, total_hat = combine_gradients(sums_ptr, dgamma_ptr, dbeta_ptr, parts, feature, C_OUT, PARTS)
+    matrix = feature[:, None] * C_IN + channel[None, :]
+    known = (feature < C_OUT)[:, None] & (channel < C_IN)[None, :]
+    weight = tl.load(weight_ptr + matrix, mask=known, other=0.0).to(x_ptr.dtype.element_ty).to(DOT)
+    dweight = tl.zeros([OUT, IN], ACC)
+    dkernel = tl.zeros([16, IN], ACC)
+    for tile in range(TILES):
+        row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        dz = norm_gradient(
+            dy_ptr, z_ptr, gamma_ptr, beta_ptr, saved_ptr, total, total_hat, row, rows, feature, C_OUT, OUT, ACC
+        ).to(DOT)
+        s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
+        dweight += tl.dot(tl.trans(dz), fix_layout(s, 2, DOT).to(DOT), input_precision="ieee", out_dtype=ACC)
+        ds = tl.dot(dz, weight, input_precision="ieee", out_dtype=ACC).to(ds_ptr.dtype.element_ty)
+        at = row[:, None] * C_IN + channel[None, :]
+        tl.store(ds_ptr + at, ds, mask=tile_mask(row, rows, channel, C_IN, IN))
+        if not IS_SHIFT:
+            dkernel += kernel_gradient(x_ptr, ds.to(ACC), row, rows, channel, STRIDE, H, W, C_IN, IN, ACC)
+    tl.store(partial_ptr + chunk * COLUMNS + matrix, dweight, mask=known)
+    if not IS_SHIFT:
+        store_taps(partial_ptr + chunk * COLUMNS + C_OUT * C_IN, dkernel, channel, C_IN)
+
+
+@triton.jit
+def load_input_gradient(
+    ds_ptr,
+    kernel_ptr,
+    row,
+    rows,
+    channel,
+    IS_SHIFT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns dx at rows of the input: the sum over the output pixels that read the row; the stride skips some."""
+    out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
+    image = row // (H * W) * ((H + STRIDE - 1) // STRIDE * out_w)
+    h = row // W % H
+    w = row % W
+    ok = tile_mask(row, rows, channel, C, BLOCK)
+    if IS_SHIFT:
+        down, right = shift_offsets(channel, -1, C)
+        h2 = h[:, None] + down[None, :]
+        w2 = w[:, None] + right[None, :]
+        inside = ok & (h2 >= 0) & (h2 < H) & (w2 >= 0) & (w2 < W) & (h2 % STRIDE == 0) & (w2 % STRIDE == 0)
+        source = image[:, None] + h2 // STRIDE * out_w + w2 // STRIDE
+        dx = tl.load(ds_ptr + source * C + channel[None, :], mask=inside, other=0.0).to(ACC)
+    else:
+        dx = tl.zeros([ROWS, BLOCK], ACC)
+        for k in tl.static_range(9):
+            h1 = h + (1 - k // 3)
+            w1 = w + (1 - k % 3)
+            kept = (h1 >= 0) & (h1 < H) & (w1 >= 0) & (w1 < W) & (h1 % STRIDE == 0) & (w1 % STRIDE == 0)
+            source1 = (image + h1 // STRIDE * out_w + w1 // STRIDE)[:, None] * C + channel[None, :]
+            ds = tl.load(ds_ptr + source1, mask=ok & kept[:, None], other=0.0).to(ACC)
+            dx += ds * load_tap(kernel_ptr, ds_ptr, channel, k, C, ACC)
+    return dx
+
+
+@triton.jit
+def sum_weights(
+    partial_ptr,
+    dweight_ptr,
+    dkernel_ptr,
+    column,
+    chunks,
+    C: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Adds up partial (chunks, COLUMNS): the first WEIGHTS columns to dweight, the rest (9, C) to dkernel (C, 9)."""
+    part = tl.arange(0, PARTS)
+    ok = (part < chunks)[:, None] & (column < COLUMNS)[None, :]
+    total = tl.sum(tl.load(partial_ptr + part[:, None] * COLUMNS + column[None, :], mask=ok, other=0.0), axis=0)
+    tl.store(dweight_ptr + column, total.to(dweight_ptr.dtype.element_ty), mask=column < WEIGHTS)
+    rest = column - WEIGHTS
+    is_kernel = (rest >= 0) & (column < COLUMNS)
+    tl.store(dkernel_ptr + rest % C * 9 + rest // C, total.to(dkernel_ptr.dtype.element_ty), mask=is_kernel)
+
+
+@triton.jit
+def spatial_backward(
+    ds_ptr,
+    kernel_ptr,
+    extra_ptr,
+    dx_ptr,
+    partial_ptr,
+    dweight_ptr,
+    dkernel_ptr,
+    rows,
+    chunks,
+    programs,
+    IS_SHIFT: tl.constexpr,
+    EXTRA: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes dx in the first `programs` programs, and sums GROUP columns of `partial` in each of the others.
+
+    With EXTRA another gradient of the input is added to dx.
+    """
+    program = tl.program_id(0)
+    if program < programs:
+        row = program * ROWS + tl.arange(0, ROWS)
+        channel = tl.arange(0, BLOCK)
+        dx = load_input_gradient(ds_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C, BLOCK, ROWS, ACC)
+        ok = tile_mask(row, rows, channel, C, BLOCK)
+        at = row[:, None] * C + channel[None, :]
+        if EXTRA:
+            dx += tl.load(extra_ptr + at, mask=ok, other=0.0).to(ACC)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    else:
+        column = (program - programs) * GROUP + tl.arange(0, GROUP)
+        sum_weights(partial_ptr, dweight_ptr, dkernel_ptr, column, chunks, C, WEIGHTS, COLUMNS, PARTS)

@@ -1,36 +1,223 @@
-"""The spatial operators of cheap pairs with a 3 x 3 window, stride 1: depth-wise convolution and shift."""
+"""The spatial operators of cheap pairs with a 3 x 3 window and stride 1: depth-wise convolution and shift.
+
+In all kernels a tile is rows (pixels) x channels, and ACC is the type in which sums are computed.
+"""
 
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from odcheap.layers.kernels.norm import accumulator
-from odcheap.layers.kernels.spatial_kernels import depthwise_backward, depthwise_forward, gather, sum_chunks
+from odcheap.layers.kernels.norm import sum_types, tile_mask
 
-WIDE = 64  # channels of a program without sums: 128 bytes in bfloat16, a cache line
-PROGRAMS = 256  # of a convolution: each thread reads its channels' kernels first, which wants many pixels a thread
-GATHER_PROGRAMS = 1024
-MOST_ELEMENTS, LEAST_ELEMENTS = 4096, 512  # of a program: 32 and 4 a thread
-CHANNELS = 16  # of a program with sums, so that chunks are few
-SUM_ROWS = 64  # of such a program at a time: its nine sums have 8 elements a thread each
+# Programs that write each output by itself:
+WIDE = 64  # channels: 128 bytes in bfloat16, a cache line
+CONV_PROGRAMS = 256  # few, since each thread first reads its channels' kernels and then wants many pixels
+SHIFT_PROGRAMS = 1024
+MAX_ELEMENTS, MIN_ELEMENTS = 4096, 512  # elements of a program: 32 and 4 for each thread
+# Programs that also sum over pixels:
+CHANNELS = 16  # few, so that there are few chunks
+SUM_ROWS = 64  # rows of a tile: the nine sums then have 8 elements each in a thread
 SUM_PROGRAMS = 256
-WARPS = 4
+
+LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
-def wide_plan(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
-    """The grid, channels and rows of a program without sums, for about so many programs."""
+@triton.jit
+def load_neighbor(
+    x_ptr,
+    row,
+    rows,
+    channel,
+    DOWN: tl.constexpr,
+    RIGHT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns the tile that lies DOWN rows and RIGHT columns further in each image; zeros outside of the image."""
+    h = row // W % H + DOWN
+    w = row % W + RIGHT
+    ok = ((row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+    if C % BLOCK != 0:
+        ok = ok & (channel < C)[None, :]
+    source = row + (DOWN * W + RIGHT)
+    return tl.load(x_ptr + source[:, None] * C + channel[None, :], mask=ok, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_tap(weight_ptr, x_ptr, channel, TAP: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """Returns entry TAP of each channel's kernel, (1, BLOCK), rounded to the activations' type as autocast would."""
+    weight = tl.load(weight_ptr + channel * 9 + TAP, mask=channel < C, other=0.0)
+    return weight.to(x_ptr.dtype.element_ty).to(ACC)[None, :]
+
+
+@triton.jit
+def depthwise_forward(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    rows,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes y, the sum over the 3 x 3 window of x times the channel's kernel."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros([ROWS, BLOCK], ACC)
+    for i in tl.static_range(3):
+        for j in tl.static_range(3):
+            x = load_neighbor(x_ptr, row, rows, channel, i - 1, j - 1, H, W, C, BLOCK, ACC)
+            y += x * load_tap(weight_ptr, x_ptr, channel, i * 3 + j, C, ACC)
+    ok = tile_mask(row, rows, channel, C, BLOCK)
+    tl.store(y_ptr + row[:, None] * C + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def add_backward_tap(
+    dy_ptr,
+    row,
+    rows,
+    channel,
+    x,
+    weight,
+    dx,
+    dtap,
+    TAP: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Adds entry TAP's part to dx and to the entry's own gradient; both need dy at the opposite offset."""
+    dy = load_neighbor(dy_ptr, row, rows, channel, 1 - TAP // 3, 1 - TAP % 3, H, W, C, BLOCK, ACC)
+    return dx + dy * weight, dtap + dy * x
+
+
+@triton.jit
+def depthwise_backward(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes dx, and a chunk's part of the weights' gradient to partial (chunks, 9, C).
+
+    Nine variables in place of a list, which Triton does not have.
+    """
+    chunk = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = channel < C
+    w0 = load_tap(weight_ptr, x_ptr, channel, 0, C, ACC)
+    w1 = load_tap(weight_ptr, x_ptr, channel, 1, C, ACC)
+    w2 = load_tap(weight_ptr, x_ptr, channel, 2, C, ACC)
+    w3 = load_tap(weight_ptr, x_ptr, channel, 3, C, ACC)
+    w4 = load_tap(weight_ptr, x_ptr, channel, 4, C, ACC)
+    w5 = load_tap(weight_ptr, x_ptr, channel, 5, C, ACC)
+    w6 = load_tap(weight_ptr, x_ptr, channel, 6, C, ACC)
+    w7 = load_tap(weight_ptr, x_ptr, channel, 7, C, ACC)
+    w8 = load_tap(weight_ptr, x_ptr, channel, 8, C, ACC)
+    zero = tl.zeros([ROWS, BLOCK], ACC)
+    d0, d1, d2, d3, d4, d5, d6, d7, d8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    for tile in range(TILES):
+        row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        x = load_neighbor(x_ptr, row, rows, channel, 0, 0, H, W, C, BLOCK, ACC)
+        dx, d0 = add_backward_tap(dy_ptr, row, rows, channel, x, w0, zero, d0, 0, H, W, C, BLOCK, ACC)
+        dx, d1 = add_backward_tap(dy_ptr, row, rows, channel, x, w1, dx, d1, 1, H, W, C, BLOCK, ACC)
+        dx, d2 = add_backward_tap(dy_ptr, row, rows, channel, x, w2, dx, d2, 2, H, W, C, BLOCK, ACC)
+        dx, d3 = add_backward_tap(dy_ptr, row, rows, channel, x, w3, dx, d3, 3, H, W, C, BLOCK, ACC)
+        dx, d4 = add_backward_tap(dy_ptr, row, rows, channel, x, w4, dx, d4, 4, H, W, C, BLOCK, ACC)
+        dx, d5 = add_backward_tap(dy_ptr, row, rows, channel, x, w5, dx, d5, 5, H, W, C, BLOCK, ACC)
+        dx, d6 = add_backward_tap(dy_ptr, row, rows, channel, x, w6, dx, d6, 6, H, W, C, BLOCK, ACC)
+        dx, d7 = add_backward_tap(dy_ptr, row, rows, channel, x, w7, dx, d7, 7, H, W, C, BLOCK, ACC)
+        dx, d8 = add_backward_tap(dy_ptr, row, rows, channel, x, w8, dx, d8, 8, H, W, C, BLOCK, ACC)
+        ok = tile_mask(row, rows, channel, C, BLOCK)
+        tl.store(dx_ptr + row[:, None] * C + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    at = partial_ptr + chunk * (9 * C) + channel
+    tl.store(at, tl.sum(d0, axis=0), mask=known)
+    tl.store(at + C, tl.sum(d1, axis=0), mask=known)
+    tl.store(at + 2 * C, tl.sum(d2, axis=0), mask=known)
+    tl.store(at + 3 * C, tl.sum(d3, axis=0), mask=known)
+    tl.store(at + 4 * C, tl.sum(d4, axis=0), mask=known)
+    tl.store(at + 5 * C, tl.sum(d5, axis=0), mask=known)
+    tl.store(at + 6 * C, tl.sum(d6, axis=0), mask=known)
+    tl.store(at + 7 * C, tl.sum(d7, axis=0), mask=known)
+    tl.store(at + 8 * C, tl.sum(d8, axis=0), mask=known)
+
+
+@triton.jit
+def sum_chunks(partial_ptr, dweight_ptr, chunks, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Adds up partial (chunks, 9, C) to dweight (C, 9)."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, PARTS)
+    ok = (part < chunks)[:, None] & (column < 9 * C)[None, :]
+    total = tl.sum(tl.load(partial_ptr + part[:, None] * (9 * C) + column[None, :], mask=ok, other=0.0), axis=0)
+    at = column % C * 9 + column // C
+    tl.store(dweight_ptr + at, total.to(dweight_ptr.dtype.element_ty), mask=column < 9 * C)
+
+
+@triton.jit
+def shift_offsets(channel, SIGN: tl.constexpr, C: tl.constexpr):
+    """Returns the rows and columns by which each channel of a shift moves, times SIGN."""
+    entry = tl.where(channel < C // 9 * 9, channel % 9, 4)  # the remaining channels are copied
+    return SIGN * (entry // 3 - 1), SIGN * (entry % 3 - 1)
+
+
+@triton.jit
+def shift_channels(
+    x_ptr,
+    y_ptr,
+    rows,
+    SIGN: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Writes y: at each pixel x at SIGN times the channel's offset from there, zero outside of the image."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    down, right = shift_offsets(channel, SIGN, C)
+    h = (row // W % H)[:, None] + down[None, :]
+    w = (row % W)[:, None] + right[None, :]
+    ok = tile_mask(row, rows, channel, C, BLOCK)
+    inside = ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    source = row[:, None] + (down * W + right)[None, :]
+    x = tl.load(x_ptr + source * C + channel[None, :], mask=inside, other=0.0)
+    tl.store(y_ptr + row[:, None] * C + channel[None, :], x, mask=ok)
+
+
+def plan_elements(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
+    """Returns grid, channels and rows of the programs that sum over no pixels, for about so many programs."""
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), WIDE)
-    wished = triton.next_power_of_2(triton.cdiv(x.numel(), programs))
-    per_program = min(max(wished, LEAST_ELEMENTS), MOST_ELEMENTS) // block
-    return (triton.cdiv(rows, per_program), triton.cdiv(channels, block)), block, per_program
+    elements = triton.next_power_of_2(triton.cdiv(x.numel(), programs))
+    program_rows = min(max(elements, MIN_ELEMENTS), MAX_ELEMENTS) // block
+    return (triton.cdiv(rows, program_rows), triton.cdiv(channels, block)), block, program_rows
 
 
-def sum_plan(x: Tensor) -> tuple[tuple[int, int], int, int]:
-    """The grid, channels and tiles of a program with sums."""
+def plan_sums(x: Tensor) -> tuple[tuple[int, int], int, int]:
+    """Returns grid, channels and tiles of the programs that sum over pixels."""
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
     blocks = triton.cdiv(channels, block)
@@ -38,15 +225,20 @@ def sum_plan(x: Tensor) -> tuple[tuple[int, int], int, int]:
     return (triton.cdiv(rows, tiles * SUM_ROWS), blocks), block, tiles
 
 
+def map_sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """Returns number of pixels in all images, height, width and channels, in the order of the kernels' arguments."""
+    images, channels, height, width = x.shape
+    return images * height * width, height, width, channels
+
+
 class Depthwise(torch.autograd.Function):
     """`depthwise3x3` for autograd; saves its inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        (rows, (height, width)), y = (x.numel() // x.shape[1], x.shape[2:]), torch.empty_like(x)
-        grid, block, per_program = wide_plan(x, PROGRAMS)
-        sizes = (rows, height, width, x.shape[1], block, per_program)
-        depthwise_forward[grid](x, weight, y, *sizes, accumulator(x.dtype)[1], num_warps=WARPS, num_stages=1)
+        y = torch.empty_like(x)
+        grid, block, rows = plan_elements(x, CONV_PROGRAMS)
+        depthwise_forward[grid](x, weight, y, *map_sizes(x), block, rows, sum_types(x.dtype)[1], **LAUNCH)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -54,67 +246,67 @@ class Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (_, channels, height, width), (kept, acc) = x.shape, accumulator(x.dtype)
+        channels, (dtype, acc) = x.shape[1], sum_types(x.dtype)
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        grid, block, tiles = sum_plan(x)
-        partial = torch.empty(grid[0], 9, channels, dtype=kept, device=x.device)
-        pointers, launch = (dy, x, weight, dx, partial), {"num_warps": WARPS, "num_stages": 1}
-        sizes = (x.numel() // channels, height, width, channels, block, SUM_ROWS, tiles)
-        depthwise_backward[grid](*pointers, *sizes, acc, **launch)
-        parts, columns = triton.next_power_of_2(grid[0]), triton.cdiv(9 * channels, CHANNELS)
-        sum_chunks[(columns,)](partial, dweight, grid[0], channels, CHANNELS, parts, **launch)
+        grid, block, tiles = plan_sums(x)
+        chunks = grid[0]
+        partial = torch.empty(chunks, 9, channels, dtype=dtype, device=x.device)
+        depthwise_backward[grid](dy, x, weight, dx, partial, *map_sizes(x), block, SUM_ROWS, tiles, acc, **LAUNCH)
+        programs, parts = triton.cdiv(9 * channels, CHANNELS), triton.next_power_of_2(chunks)
+        sum_chunks[(programs,)](partial, dweight, chunks, channels, CHANNELS, parts, **LAUNCH)
         return dx, dweight
 
 
-class Shifted(torch.autograd.Function):
+class ShiftFunction(torch.autograd.Function):
     """`shift3x3` for autograd; its gradient is the opposite shift."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return shifted(x, 1)
+        return run_shift(x, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return shifted(dy.contiguous(memory_format=torch.channels_last), -1)
+        return run_shift(dy.contiguous(memory_format=torch.channels_last), -1)
 
 
-def shifted(x: Tensor, sign: int) -> Tensor:
-    """(N, C, H, W), channels-last: each channel moved by its offset, or for -1 by the opposite."""
-    (_, channels, height, width), y = x.shape, torch.empty_like(x)
-    grid, block, per_program = wide_plan(x, GATHER_PROGRAMS)
-    sizes = (x.numel() // channels, sign, height, width, channels, block, per_program)
-    gather[grid](x, y, *sizes, num_warps=WARPS, num_stages=1)
+def run_shift(x: Tensor, sign: int) -> Tensor:
+    """Moves each channel of a channels-last map by its offset, or with sign -1 by the opposite offset."""
+    (rows, *sizes), y = map_sizes(x), torch.empty_like(x)
+    grid, block, program_rows = plan_elements(x, SHIFT_PROGRAMS)
+    shift_channels[grid](x, y, rows, sign, *sizes, block, program_rows, **LAUNCH)
     return y
 
 
 def depthwise3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """Depth-wise 3 x 3 convolution with stride 1 and padding 1. Sums are in float32 (float64 for float64).
+    """Returns the depth-wise 3 x 3 convolution with stride 1 and padding 1.
+
+    Sums are in float32 (float64 for float64).
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format; bfloat16, float32 or float64.
-        weight: (C, 1, 3, 3), contiguous; it is rounded to `x`'s type, and its gradient has its own.
+        weight: (C, 1, 3, 3), contiguous. It is rounded to the type of `x`; its gradient has its own type.
 
     Returns:
-        (N, C, H, W), as `x` in type and memory format.
+        (N, C, H, W), with type and memory format of `x`.
 
     Raises:
-        RuntimeError: on a second derivative.
+        RuntimeError: A second derivative is asked for.
     """
     return Depthwise.apply(x, weight)
 
 
 def shift3x3(x: Tensor) -> Tensor:
-    """`Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros from outside the image.
+    """Returns `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros from outside of the image.
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format.
 
     Returns:
-        (N, C, H, W), as `x` in type and memory format.
+        (N, C, H, W), with type and memory format of `x`.
 
     Raises:
-        RuntimeError: on a second derivative.
+        RuntimeError: A second derivative is asked for.
     """
-    return Shifted.apply(x)
+    return ShiftFunction.apply(x)
