@@ -1,10 +1,10 @@
-"""Checks of options before anything is built: their types and ranges stand in the signatures that they go to.
+"""Checks of all options before anything is built.
 
-One value is compared with its range in `utils.arguments.check_value`.
+The type and the range of an option are annotations in the signature of the class or function that receives it. Options
+without such a signature have theirs here. `utils.arguments.check_value` compares one value with its annotation.
 """
 
 import contextlib
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +18,20 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sw
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
+from odcheap.methods.students import StudentCount
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import check_value
 from odcheap.utils.errors import OptionError, first_line
-from odcheap.utils.parts import CALL_KEYS, list_parts, read_part
+from odcheap.utils.parts import CALL_KEYS, import_target, list_parts, read_part
 
-LIST_GROUPS = ("logger", "experiment")  # of which several parts may be chosen
-# Options of these groups go to classes of libraries, which have more options than conf/ lists.
+LIST_GROUPS = ("logger", "experiment")  # groups of which several parts may be chosen
+# Groups whose parts are classes of libraries: these have more options than their files in conf/ list.
 LIBRARY_GROUPS = ("trainer", "logger", "optimizer", "scheduler")
 PATH_NAMES = ("job_dir", "data_dir", "resume", "weights", "pretrained", "teacher_weights")
-MAX_INT = 2**53  # beyond it not every whole number is a float of its own
-MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**127  # of normal numbers in 32 bits, with which networks compute
+MAX_INT = 2**53  # larger whole numbers cannot all be represented as floats
+MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**127  # the range of normal numbers in float32, in which networks compute
+OWN_CLASS = "is not an option: a class of your own needs a YAML file in a config directory of your own"
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +40,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class RootOptions:
     """Types and ranges of the options that belong to no group."""
 
-    num_stu: Annotated[int, Field(ge=1, le=100)]
+    num_stu: StudentCount
     seed: int
     together: Literal["auto", "sequential", "streams"]
     select: Literal["val", "last", "test"]
@@ -58,7 +60,7 @@ class RootOptions:
 
 
 class TrainerOptions:
-    """Types and ranges of the options of Lightning's trainer where odcheap allows less than Lightning."""
+    """Types and ranges of the options of Lightning's `Trainer` for which odcheap allows less than Lightning."""
 
     max_epochs: Count
     devices: Count
@@ -77,26 +79,8 @@ class TrainerOptions:
     enable_model_summary: bool
 
 
-class OptimizerOptions:
-    """Options of every optimizer, besides those of its class."""
-
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    decay_norm: bool
-    decay_spatial: bool
-
-
-class SchedulerOptions:
-    """Options of every learning rate schedule, besides those of its class."""
-
-    fractions: list[str]
-
-
-GROUP_OPTIONS = {"trainer": TrainerOptions, "optimizer": OptimizerOptions, "scheduler": SchedulerOptions}
-
-
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """Composes the config of these overrides. Works inside a run of Hydra's only."""
+    """Composes a config from overrides. Hydra must have been initialized, as it is within a run."""
     cfg = hydra.compose("config", overrides=[quote_override(o) for o in overrides], return_hydra_config=True)
     parts = to_dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):
@@ -105,36 +89,40 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 
 def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
-    """Checks that parts are chosen by names. Hydra's own errors about this take many lines.
+    """Checks that parts are chosen by their names. Hydra's own errors about this have many lines.
 
     Args:
-        arguments: As given on the command line.
-        groups: The config groups with the names of their parts.
+        arguments: The arguments of the command line.
+        groups: The names of the parts by config group.
 
     Raises:
-        OptionError: A group has a value that is no name.
+        OptionError: The value of a group is not a name, such as `method=3`.
     """
-    given = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
-    for override in OverridesParser.create().parse_overrides(given):
+    choices = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
+    for override in OverridesParser.create().parse_overrides(choices):
         group, value = override.key_or_group, override.value()
         for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
             if group == "experiment" and choice == []:
                 continue
             names = choice if isinstance(choice, list) and group in LIST_GROUPS and choice else [choice]
             if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
-                none = "; csv stands for no further logger than metrics.csv" if group == "logger" else ""
+                none = "; logger=csv writes metrics.csv only" if group == "logger" else ""
                 allowed = f"must be one of {', '.join(groups[group])}{none}"
                 raise OptionError(group, str(override.input_line).partition("=")[2], allowed)
 
 
-def check_options(config: RunConfig, config_dirs: Sequence[Path] = ()) -> None:
-    """Checks every option: that its part has it, and that its value has the type and range that it must have.
+def check_options(
+    config: RunConfig, config_dirs: Sequence[Path] = (), builders: Mapping[str, Callable[..., Any]] | None = None
+) -> None:
+    """Checks that each option exists and that its value has the right type and range.
 
-    Options that must be given and are missing are left to `check_complete`: a resumed run brings them along.
+    Missing values are left to `check_complete`, since a resumed run takes them from its checkpoint.
 
     Args:
         config: The config.
         config_dirs: The user's own `conf` directories.
+        builders: Functions that build the parts of a group, such as `build_optimizer` for "optimizer". Each part of
+            the group has the function's keyword-only parameters as options, besides those of its class.
 
     Raises:
         OptionError: Names the first option that is wrong, with its value and what is allowed.
@@ -143,8 +131,10 @@ def check_options(config: RunConfig, config_dirs: Sequence[Path] = ()) -> None:
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in values and values[name] != "???":
             check_option(name, values[name], annotation)
+    common = {group: read_annotations(builder, keyword_only=True) for group, builder in (builders or {}).items()}
+    common["trainer"] = get_type_hints(TrainerOptions, include_extras=True)
     for group, name in config.parts.items():
-        check_part(group, group, values, read_part(group, name, config_dirs))
+        check_part(group, group, values, read_part(group, name, config_dirs), common.get(group, {}))
     check_loggers(values, config_dirs)
 
 
@@ -157,39 +147,41 @@ def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> Non
         if node is None:  # logger=csv
             continue
         if not isinstance(default, Mapping):
-            raise OptionError(f"logger.{name}".rstrip("."), node, "is a part, chosen as logger=NAME")
-        check_part("logger", f"logger.{name}", values, default)
+            raise OptionError(f"logger.{name}".rstrip("."), node, "is a part; choose it with logger=NAME")
+        check_part("logger", f"logger.{name}", values, default, {})
 
 
-def check_part(group: str, path: str, values: Mapping[str, Any], default: Mapping[str, Any]) -> None:
-    """Checks the options of a part, nested parts included.
+def check_part(
+    group: str, path: str, values: Mapping[str, Any], default: Mapping[str, Any], common: Mapping[str, Any]
+) -> None:
+    """Checks the options of a part and of the parts nested in it.
 
     Args:
         group: The config group.
-        path: Where the part stands in the config, such as `backbone.network`.
+        path: The part's place in the config, such as `backbone.network`.
         values: The whole config, resolved.
         default: The part's node in its YAML file.
+        common: Annotations of the options that all parts of the group have, by name.
     """
     node = select(values, path)
     if not isinstance(node, Mapping):
         raise OptionError(path, node, f"must be a part with options of its own, such as {path}.NAME=VALUE")
-    target = import_target(path, default["_target_"]) if "_target_" in default else None
-    annotations = read_annotations(target) if target else {}
-    if path in GROUP_OPTIONS:
-        annotations |= get_type_hints(GROUP_OPTIONS[path], include_extras=True)
+    target = find_target(path, default["_target_"]) if "_target_" in default else None
+    annotations = {**(read_annotations(target) if target else {}), **common}
     for name, value in node.items():
         option, own = f"{path}.{name}", default.get(name)
         if name in CALL_KEYS:
             if name not in default or own != value:
-                raise OptionError(option, value, "is no option: a class of your own is a part, in a file of its own")
+                raise OptionError(option, value, OWN_CLASS)
         elif isinstance(own, Mapping):
-            check_part(group, option, values, own)
+            check_part(group, option, values, own, {})
         elif name not in default and not is_library_option(group, name, target):
-            raise OptionError(option, value, f"is no option of this {path.partition('.')[0]}")
+            raise OptionError(option, value, f"is not an option of this {path.partition('.')[0]}")
         elif value == "???" or (isinstance(own, list) and own == value):
-            continue  # missing, or as it is in the file: a list there may hold parts
+            continue  # missing, or unchanged: a list in the file may hold parts
         else:
             check_reference(option, value, own, group, values)
+            # `scheduler.fractions` names the options that are fractions of the run's steps.
             fractions = node.get("fractions") if group == "scheduler" else None
             annotation = annotations.get(name, Any)
             if isinstance(fractions, list) and name in fractions:
@@ -198,26 +190,26 @@ def check_part(group: str, path: str, values: Mapping[str, Any], default: Mappin
 
 
 def check_reference(option: str, value: Any, default: Any, group: str, values: Mapping[str, Any]) -> None:
-    """Refuses a value of its own for an option that takes another option's, such as `data.seed: ${seed}`.
+    """Refuses another value for an option whose file refers to another option, such as `data.seed: ${seed}`.
 
-    Paths may differ from what they refer to, and so may the options of libraries.
+    Paths and the options of libraries may differ from what they refer to.
     """
     reference = re.fullmatch(r"\$\{([\w.]+)\}", default) if isinstance(default, str) else None
     if reference is None or group in LIBRARY_GROUPS or option.rpartition(".")[2] in PATH_NAMES:
         return
     if select(values, reference[1]) != value:
-        raise OptionError(option, value, f"is no option of its own: give {reference[1]}")
+        raise OptionError(option, value, f"always equals {reference[1]}: set that option")
 
 
 def select(values: Any, path: str) -> Any:
-    """Returns the entry with this dotted name, None where there is none."""
+    """Returns the entry with this dotted name, or None if there is none."""
     for name in path.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values
 
 
 def is_library_option(group: str, name: str, target: Callable[..., Any] | None) -> bool:
-    """Whether a library's class has the option, though conf/ does not list it."""
+    """Returns whether a library's class has an option that its file in conf/ does not list."""
     if group not in LIBRARY_GROUPS or target is None:
         return False
     parameters = inspect.signature(target).parameters
@@ -225,75 +217,86 @@ def is_library_option(group: str, name: str, target: Callable[..., Any] | None) 
     return has_any or name in parameters
 
 
-def import_target(path: str, target: str) -> Callable[..., Any]:
-    """Imports what a part's `_target_` names."""
-    module, _, name = target.rpartition(".")
+def find_target(path: str, target: str) -> Callable[..., Any]:
+    """Imports the class or function that is the `_target_` of a part."""
     try:
-        return getattr(importlib.import_module(module), name)
+        return import_target(target)
     except (ImportError, AttributeError) as error:
         raise OptionError(f"{path}._target_", target, f"cannot be imported ({first_line(error)})") from error
 
 
-def read_annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the annotations of a callable's parameters; those that name what is not there are left out."""
+def read_annotations(target: Callable[..., Any], keyword_only: bool = False) -> dict[str, Any]:
+    """Returns the annotations of a callable's parameters by name, of all or of the keyword-only ones.
+
+    Annotations that cannot be evaluated, because their names are imported for type checkers only, are left out.
+    """
     function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     hints = {}
-    for name, hint in inspect.get_annotations(function).items():
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = parameter.annotation
+        if hint is parameter.empty or (keyword_only and parameter.kind is not parameter.KEYWORD_ONLY):
+            continue
         with contextlib.suppress(NameError):
             hints[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
-    return {name: hint for name, hint in hints.items() if name != "return"}
+    return hints
 
 
 def check_option(option: str, value: Any, annotation: Any) -> None:
-    """Checks one value: plain, numbers within what can be computed with, and of the annotated type and range."""
+    """Checks that a value is plain, that its numbers can be computed with, and that it has the annotated type."""
     check_plain(option, value, value)
     annotation = keep_plain(annotation)
     name = option.rpartition(".")[2]
     if name in PATH_NAMES and not isinstance(value, str) and not (value is None and type(None) in get_args(annotation)):
-        raise OptionError(option, value, "must be a path (./5 where a folder is called 5)")
+        raise OptionError(option, value, "must be a path (for a folder called 5, write ./5)")
     try:
         check_value(option, to_annotated(value, annotation), annotation)
     except OptionError as error:
         if annotation in (str, str | None) and isinstance(value, int | float):
             quoted = f"{option}='\"{str(value).lower()}\"'"
-            raise OptionError(option, value, f"must be a text; in quotes what looks like none: {quoted}") from error
+            raise OptionError(option, value, f"must be a string; write it in quotes: {quoted}") from error
         if option == "trainer.devices":
             raise OptionError(
-                option, value, f"{str(error).partition(': ')[2]}; CUDA_VISIBLE_DEVICES says which GPUs"
+                option, value, f"{str(error).partition(': ')[2]}; CUDA_VISIBLE_DEVICES chooses the GPUs"
             ) from error
         raise OptionError(option, value, str(error).partition(": ")[2]) from error
 
 
-def check_plain(option: str, value: Any, given: Any) -> None:
-    """Checks a value, and what is in it, for parts in disguise and for numbers that are too large or too small."""
+def check_plain(option: str, value: Any, whole: Any) -> None:
+    """Refuses dicts that `instantiate` would call, and numbers that are too large or too small.
+
+    Args:
+        option: The option's name.
+        value: The value, or an entry of it.
+        whole: The value, for messages.
+    """
     if isinstance(value, Mapping):
         for key, entry in value.items():
             if key in CALL_KEYS:
-                raise OptionError(option, given, "is no option: a class of your own is a part, in a file of its own")
-            check_plain(option, entry, given)
+                raise OptionError(option, whole, OWN_CLASS)
+            check_plain(option, entry, whole)
     elif isinstance(value, list):
         for entry in value:
-            check_plain(option, entry, given)
+            check_plain(option, entry, whole)
     elif type(value) is int and abs(value) > MAX_INT:
-        raise OptionError(option, given, "must be within 2^53, as every whole number")
+        raise OptionError(option, whole, "must be at most 2^53 in size, as every whole number")
     elif type(value) is float and value != 0 and not MIN_FLOAT <= abs(value) <= MAX_FLOAT:
-        raise OptionError(option, given, "must be finite, also in 32 bits: from 1.2e-38 to 1.7e38, or zero")
+        raise OptionError(option, whole, "must be finite, also as float32: from 1.2e-38 to 1.7e38, or zero")
 
 
 PLAIN_TYPES = (int, float, bool, str, type(None), Any)
 
 
 def keep_plain(annotation: Any) -> Any:
-    """Returns the annotation; of a union only the types that can be written in a config (no tensors, for example)."""
+    """Returns the annotation without those types of a union that a config cannot contain, such as tensors."""
     origin = get_origin(annotation)
     if origin not in (Union, UnionType):
         return annotation
     kept = [choice for choice in get_args(annotation) if choice in PLAIN_TYPES or get_origin(choice) is not None]
-    return Union[tuple(kept)] if kept else annotation  # noqa: UP007 - made of a list
+    return Union[tuple(kept)] if kept else annotation  # noqa: UP007 - built from a list
 
 
 def to_annotated(value: Any, annotation: Any) -> Any:
-    """Returns a list as a tuple where the annotation asks for one: YAML has lists only."""
+    """Returns a list as a tuple if the annotation asks for a tuple, which YAML does not have."""
     choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     wants_tuple = any(get_origin(choice) is tuple for choice in choices)
     wants_list = any(get_origin(choice) is list for choice in choices)
@@ -301,12 +304,12 @@ def to_annotated(value: Any, annotation: Any) -> Any:
 
 
 def check_complete(cfg: DictConfig) -> None:
-    """Raises `OptionError` where an option that has no default was not given."""
+    """Raises `OptionError` if an option without a default was not given."""
     for name in sorted(OmegaConf.missing_keys(cfg)):
         raise OptionError(name, "???", "must be given")
 
 
 def is_path_option(argument: str) -> bool:
-    """Whether an argument of the command line gives a path, in which Hydra's grammar means nothing."""
+    """Returns whether an argument of the command line sets a path, which Hydra must not parse."""
     key = override_key(argument)
     return key.rpartition(".")[2] in PATH_NAMES or key == "hydra.sweep.dir"

@@ -12,45 +12,40 @@ from odcheap.runs.overrides import name_run
 
 
 def given_overrides() -> list[str]:
-    """Returns the options of the current run as they were given, interpolations included."""
+    """Returns the overrides of the current run as they were given, with unresolved interpolations."""
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def chosen_parts() -> dict[str, Any]:
-    """Returns the option name of the part that the current run has of each group."""
+    """Returns the name of the part that was chosen, for each config group."""
     return dict(HydraConfig.get().runtime.choices)
 
 
 def given_config_dirs() -> list[Path]:
-    """Returns the folders that `--config-dir` has added to the search path of the current run."""
+    """Returns the config directories that were given with `--config-dir`."""
     sources = HydraConfig.get().runtime.config_sources
     return [Path(source.path) for source in sources if source.provider == "command-line"]
 
 
 def is_sweep() -> bool:
-    """Whether the current run is one of a sweep."""
+    """Returns whether the current run is part of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def default_job_dir() -> str:
-    """Returns `runs/<data>/<overrides>`; in a sweep `<hydra.sweep.dir>/<overrides>`."""
+    """Returns `runs/<data>/<overrides>`, or `<hydra.sweep.dir>/<overrides>` in a sweep."""
     config = HydraConfig.get()
     if is_sweep():
         return str(Path(config.sweep.dir) / config.sweep.subdir)
-    return str(Path("runs") / chosen_parts()["data"] / default_run_name())
-
-
-def default_run_name() -> str:
-    """Returns the name of the current run's folder."""
-    return name_run(given_overrides())
+    return str(Path("runs") / chosen_parts()["data"] / name_run(given_overrides()))
 
 
 def default_precision(accelerator: str) -> str:
-    """Returns `bf16-mixed` on a GPU that computes in bfloat16, else `32-true`."""
+    """Returns `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 OmegaConf.register_new_resolver("precision", default_precision, replace=True)
 OmegaConf.register_new_resolver("job_dir", default_job_dir, replace=True)
-OmegaConf.register_new_resolver("run_name", default_run_name, replace=True)
+OmegaConf.register_new_resolver("run_name", lambda: name_run(given_overrides()), replace=True)

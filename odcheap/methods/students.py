@@ -17,7 +17,7 @@ from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import derive_seed, temporary_seed
 
-MAX_STUDENTS = 100  # a typing error would be built until the memory is full
+StudentCount = Annotated[int, Field(ge=1, le=100)]  # more are probably a typing error, and would fill the memory
 StudentOutputs = tuple[list[Tensor], Tensor]
 RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
 
@@ -107,7 +107,7 @@ class Students(nn.Module):
     def __init__(
         self,
         build: Callable[[], Backbone],
-        num_stu: Annotated[int, Field(ge=1, le=MAX_STUDENTS)],
+        num_stu: StudentCount,
         seed: int,
         run: RunStudents = run_auto,
     ):

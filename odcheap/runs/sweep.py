@@ -1,12 +1,16 @@
-"""Outcomes of a sweep's runs, read from their folders."""
+"""Sweeps: a callback at their beginning, and the outcomes of their runs, read from the runs' folders."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST
+from odcheap.utils.console import say
 
 KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
@@ -18,7 +22,7 @@ class Outcome:
     Attributes:
         job_dir: The run's folder.
         text: `finished`, `was finished` (before this sweep began), `stopped: SIGNAL` or `failed: REASON`.
-        summary: What the run wrote at its end; None where it did not finish.
+        summary: The content of `summary.json` or `test.json`; None if the run did not finish.
     """
 
     job_dir: str
@@ -27,7 +31,9 @@ class Outcome:
 
 
 class SweepFolder:
-    """The folder of a sweep. It is created when the sweep begins, to know later which files the sweep has changed.
+    """The folder of a sweep.
+
+    The object is built when the sweep begins, so that it knows later which files the sweep has changed.
 
     Args:
         path: `hydra.sweep.dir`.
@@ -36,23 +42,36 @@ class SweepFolder:
     def __init__(self, path: Path):
         self.path = path
         self.files_before = self.list_files()
-        self.unwritten: list[Outcome] = []  # of runs whose folder could not be written
+        self.unwritten: list[Outcome] = []  # outcomes of runs whose folder could not be written
 
     def list_files(self) -> dict[Path, tuple[int, int]]:
-        """Returns the files that tell how runs ended, with what changes when they are written again."""
+        """Returns the files from which outcomes are read, with values that change when a file is written again."""
         paths = [path for name in (SUMMARY, TEST, status.FILE_NAME) for path in self.path.rglob(name)]
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     def read_outcomes(self) -> list[Outcome]:
-        """Returns the outcome of each run, by name. Failures from before this sweep are left out."""
+        """Returns the outcome of each run, sorted by name, without failures from before this sweep."""
         files = self.list_files()
         changed = {path for path, version in files.items() if self.files_before.get(path) != version}
         outcomes = [read_outcome(folder, changed) for folder in sorted({path.parent for path in files})]
         return [outcome for outcome in outcomes if outcome is not None] + self.unwritten
 
 
+# The sweep that this process has started, if any. Hydra builds the callback itself and gives no access to it.
+started_sweeps: list[SweepFolder] = []
+
+
+class SweepStart(Callback):
+    """Remembers the state of the sweep's folder before the first run, and prints where the folder is."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        folder = config.hydra.sweep.dir
+        started_sweeps.append(SweepFolder(Path(folder)))
+        say(f"sweep in {folder}; its progress: odcheap report --status {folder}")
+
+
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
-    """Returns how the run in this folder ended, None where nothing there belongs to this sweep.
+    """Returns how the run in this folder ended, or None if nothing in it belongs to this sweep.
 
     Args:
         folder: The run's folder.

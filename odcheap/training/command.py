@@ -23,7 +23,6 @@ from odcheap.config.messages import (
     hide_library_warnings,
     list_groups,
 )
-from odcheap.config.sweep_callback import started_sweeps
 from odcheap.distributed import launch, signals, slurm
 from odcheap.distributed.signals import SignalListener, report_stop, stop_with_parent
 from odcheap.runs import status
@@ -31,40 +30,44 @@ from odcheap.runs.folder import SUMMARY, TEST, make_folder, read_summary
 from odcheap.runs.overrides import quote_override
 from odcheap.runs.resume import Start, plan_start
 from odcheap.runs.settings import RunConfig
-from odcheap.runs.sweep import Outcome
+from odcheap.runs.sweep import Outcome, started_sweeps
 from odcheap.training.experiment import Experiment
+from odcheap.training.optim import build_optimizer, build_scheduler
 from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
 from odcheap.utils.parts import find_conf_dir
 
+# The functions that build the parts of these groups, whose arguments are options of every part.
+BUILDERS = {"optimizer": build_optimizer, "scheduler": build_scheduler}
+
 
 def main(arguments: Sequence[str], show_sweep: Callable[[list[Outcome]], None]) -> int:
-    """Trains by the options given.
+    """Runs the command.
 
     Args:
-        arguments: What Hydra reads: options, `-m` for a sweep, `--config-dir DIR` for the user's own parts, `--help`.
-        show_sweep: Prints the tables at the end of a sweep.
+        arguments: Options, `-m` for a sweep, `--config-dir DIR` for parts of the user's own, and `--help`.
+        show_sweep: A function that prints the tables at the end of a sweep.
 
     Returns:
-        The exit status: 1 where the run, or one of a sweep's runs, failed.
+        The exit status: 1 if the run, or one of a sweep's runs, failed.
     """
     conf = find_conf_dir()
-    sys.argv[1:] = [prepare_argument(argument, conf) for argument in arguments]  # Hydra reads them there
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors
+    sys.argv[1:] = [prepare_argument(argument, conf) for argument in arguments]  # where Hydra reads them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors and not exit
     started_sweeps.clear()
     exit_status = 0
     try:
-        options.check_choices(sys.argv[1:], list_groups([conf, *find_config_dirs(arguments)]))
+        options.check_choices(sys.argv[1:], list_groups(find_config_dirs(arguments)))
         hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(run_job)()
     except OptionError as error:
         exit_status = print_error(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return print_error(describe_hydra_error(error))
-    except Exception as error:  # of a launcher or a sweeper: `run_job` handles the errors of the runs
+    except Exception as error:  # from a launcher or a sweeper, since `run_job` handles the errors of runs
         if not started_sweeps:
             raise
         cause = f"{type(error).__name__}: {error}"
-        exit_status = print_error(f"the sweep ended early, the same command continues it: {cause}")
+        exit_status = print_error(f"the sweep ended early; the same command continues it: {cause}")
     outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
     if outcomes:
         show_sweep(outcomes)
@@ -72,29 +75,30 @@ def main(arguments: Sequence[str], show_sweep: Callable[[list[Outcome]], None]) 
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Returns the folder given by `--config-dir`, in a list that is empty without one."""
+    """Returns a list with the folder given by `--config-dir`, or an empty list."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
-    found = parser.parse_known_args(list(arguments))[0].config_dir
-    return [found] if found else []
+    folder = parser.parse_known_args(list(arguments))[0].config_dir
+    return [folder] if folder else []
 
 
 def prepare_argument(argument: str, conf: Path) -> str:
-    """Returns the argument as Hydra needs it: paths quoted, and our own file of a launcher or sweeper named.
+    """Returns an argument as Hydra needs it.
 
-    `hydra/launcher=joblib` stands for `joblib_sweep`, our file that builds on the plugin's `joblib`.
+    Paths are quoted. Launchers and sweepers are replaced by odcheap's own files for them: `hydra/launcher=joblib`
+    becomes `hydra/launcher=joblib_sweep`, a file that changes some defaults of the plugin's `joblib`.
     """
     if options.is_path_option(argument):
         return quote_override(argument)
-    is_ours = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
-    return f"{argument}_sweep" if is_ours else argument
+    has_own_file = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
+    return f"{argument}_sweep" if has_own_file else argument
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Hydra's task: one run, alone or in a sweep. Returns the chosen student's held-out accuracy for a sweeper."""
+    """Carries out one run, alone or in a sweep. Returns the selected student's held-out accuracy, for sweepers."""
     hide_library_warnings()
     config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
-    # Processes that joblib has started would go on for hours after the death of the process that leads the sweep.
+    # A process that joblib started would otherwise go on for hours after its parent has died.
     in_worker = current_process().name != "MainProcess"
     with SignalListener() as listener, stop_with_parent(signals.PARENT_PID) if in_worker else nullcontext():
         if resolvers.is_sweep():
@@ -105,7 +109,7 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:
-    """Runs the job. A failure that can be explained ends the process with one line."""
+    """Runs the job. An error that can be explained ends the process with one line and exit status 1."""
     try:
         return job()
     except EXPLAINED_ERRORS as error:
@@ -118,7 +122,7 @@ def run_alone(job: Callable[[], Outcome]) -> Outcome:
 
 
 def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
-    """Runs the job. A failure is written to the run's folder, and the sweep goes on."""
+    """Runs the job. An error is printed and written to the run's `status.json`, and the sweep goes on."""
     job_dir = Path(resolvers.default_job_dir())
     try:
         return job()
@@ -139,22 +143,22 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
 
 
 def train(config: RunConfig, listener: SignalListener) -> Outcome:
-    """Checks the options, finds out whether the run continues an older one, and carries it out."""
+    """Checks the options, decides whether the run continues an older one, and carries it out."""
     in_sweep = resolvers.is_sweep()
     config_dirs = resolvers.given_config_dirs()
 
     def compose(overrides: Sequence[str]) -> RunConfig:
         composed = options.compose(overrides)
-        options.check_options(composed, config_dirs)
+        options.check_options(composed, config_dirs, BUILDERS)
         return composed
 
-    options.check_options(config, config_dirs)
+    options.check_options(config, config_dirs, BUILDERS)
     launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
     launch.limit_threads()
     default_resume = "auto" if in_sweep or slurm.is_restarted() else None
     start = plan_start(config, compose, default_resume, slurm.is_restarted())
     if start.is_finished:
-        say(f"{start.job_dir} holds this run, finished: nothing to do")
+        say(f"{start.job_dir} holds this run, which is finished: nothing to do")
         return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
     if start.cfg.test_only:
         return carry_out(start, listener)
@@ -163,11 +167,11 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
 
 
 def carry_out(start: Start, listener: SignalListener) -> Outcome:
-    """Builds the parts of the run, and trains and tests, here or in processes of its own."""
+    """Builds the run and carries it out, in this process or in several new ones."""
     options.check_complete(start.cfg)
     experiment = Experiment.build(start, listener)
     if launch.needs_launch(start.cfg):
-        experiment.build_trainer()  # what Lightning refuses is one line here, and one from each process there
+        experiment.build_trainer()  # an error of Lightning is printed once here, and not by each new process
         make_folder(start.job_dir)
         launch.launch_processes(start, resolvers.given_config_dirs(), listener)
         result = TEST if start.cfg.test_only else SUMMARY

@@ -1,11 +1,11 @@
-"""Checks values against the type and the range that a signature gives them, such as `Annotated[float, Field(gt=0)]`."""
+"""Checks of arguments against the types and ranges in a signature, such as `Annotated[float, Field(gt=0)]`."""
 
 import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -14,13 +14,20 @@ from odcheap.utils.errors import OptionError
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
-def check_value(option: str, value: Any, annotation: Any) -> None:
+def check_value(option: str, value: Any, annotation: Any, adapter: TypeAdapter[Any] | None = None) -> None:
     """Raises `OptionError` unless the value has the annotated type and range.
 
-    Nothing is converted: "5" and 5.0 are no int, True is no number. Numbers must be finite.
+    Values are not converted: "5" and 5.0 are not accepted as int, and True is not accepted as a number. Numbers must
+    be finite.
+
+    Args:
+        option: The option's name, for the message.
+        value: The value to check.
+        annotation: A type, or `Annotated` with constraints of pydantic.
+        adapter: The annotation's validator. It takes longer to build than to use, so repeated checks pass it.
 
     Example:
         >>> from pydantic import Field
@@ -29,18 +36,10 @@ def check_value(option: str, value: Any, annotation: Any) -> None:
         Traceback (most recent call last):
         odcheap.utils.errors.OptionError: optimizer.lr=0: must be a number, above 0
     """
-    _validate(option, value, annotation, _make_adapter(annotation))
-
-
-def _make_adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=_CONFIG)
-
-
-def _validate(option: str, value: Any, annotation: Any, adapter: TypeAdapter[Any]) -> None:
-    """`check_value` with an adapter that is kept, since making one takes longer than the check."""
+    # The lists of a config are `ListConfig` objects, which pydantic does not take for lists.
     plain = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple) else value
     try:
-        adapter.validate_python(plain)
+        (adapter or TypeAdapter(annotation, config=_CONFIG)).validate_python(plain)
         is_valid = not isinstance(value, float) or math.isfinite(value)
     except ValidationError:
         is_valid = False
@@ -64,6 +63,7 @@ def describe_allowed(annotation: Any) -> str:
         return f"{describe_allowed(arguments[0])}, {limits}" if limits else describe_allowed(arguments[0])
     if origin in (Union, UnionType):
         choices = [choice for choice in arguments if choice is not type(None)]
+        # `Literal["auto"] | bool` is one list of names, "one of auto, true, false".
         end = ", or null" if type(None) in arguments else ""
         if any(get_origin(choice) is Literal for choice in choices) and all(
             choice is bool or get_origin(choice) is Literal for choice in choices
@@ -73,7 +73,7 @@ def describe_allowed(annotation: Any) -> str:
         return " or ".join(map(describe_allowed, choices)) + end
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
-    if origin in (list, tuple) and arguments:
+    if origin in (list, tuple, Sequence) and arguments:
         return f"a list of entries, each {describe_allowed(arguments[0])}"
     return TYPE_NAMES.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
 
@@ -97,43 +97,40 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
 
 
 def check_arguments(group: str) -> Callable[[Target], Target]:
-    """Returns a decorator that checks a function's arguments whose annotation is `Annotated` or `Literal`.
+    """Returns a decorator that checks arguments at each call: those whose annotation is `Annotated` or `Literal`.
 
-    On a class it checks the constructor's. For direct use from Python: on the command line the same annotations are
-    checked before anything is built.
+    On a class, the arguments of the constructor are checked. This is for calls from Python: on the command line the
+    same annotations are checked before anything is built.
 
     Args:
-        group: The config group that the options belong to, for messages; "" for none.
+        group: The config group that the options belong to, for messages; "" if they belong to none.
     """
 
     def decorate(target: Target) -> Target:
-        if inspect.isclass(target):
-            target.__init__ = _checked(target.__init__, group)
-            return target
-        return _checked(target, group)
+        function = target.__init__ if inspect.isclass(target) else target
+        signature = inspect.signature(function)
+
+        @functools.cache
+        def read_constraints() -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+            # Read at the first call and not here, since an annotation may name what is defined further down.
+            hints = get_type_hints(function, include_extras=True).items()
+            constrained = {name: hint for name, hint in hints if name != "return" and _is_constrained(hint)}
+            return {name: (hint, TypeAdapter(hint, config=_CONFIG)) for name, hint in constrained.items()}
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs).arguments
+            for name, (annotation, adapter) in read_constraints().items():
+                if name in arguments:
+                    check_value(f"{group}.{name}".lstrip("."), arguments[name], annotation, adapter)
+            return function(*args, **kwargs)
+
+        if not inspect.isclass(target):
+            return cast(Target, checked)
+        target.__init__ = checked
+        return target
 
     return decorate
-
-
-def _checked(function: Callable[..., Any], group: str) -> Any:
-    signature = inspect.signature(function)
-
-    @functools.cache
-    def constrained() -> dict[str, tuple[Any, TypeAdapter[Any]]]:
-        """The annotations that say more than a type; read at the first call, when all names are defined."""
-        hints = get_type_hints(function, include_extras=True)
-        hints = {name: hint for name, hint in hints.items() if name != "return" and _is_constrained(hint)}
-        return {name: (hint, _make_adapter(hint)) for name, hint in hints.items()}
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        for name, (annotation, adapter) in constrained().items():
-            if name in given:
-                _validate(f"{group}.{name}" if group else name, given[name], annotation, adapter)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def _is_constrained(annotation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a command prints: one line for all processes, one console for tables."""
+"""Output of commands: lines that one process prints for all, and a console for tables."""
 
 import os
 import sys
@@ -8,21 +8,27 @@ from rich.console import Console
 
 from odcheap.utils.text import escape_control_chars
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set by torchrun and Slurm before the processes have met
+# Set by torchrun and Slurm, so that the rank is known before the process group is initialized.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def process_rank() -> int:
     """Returns this process's rank in a distributed run, 0 in a run of one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         return torch.distributed.get_rank()
-    found = (os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal())
-    return int(next(found, "0"))
+    ranks = (os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal())
+    return int(next(ranks, "0"))
+
+
+def is_distributed() -> bool:
+    """Returns whether this process has joined a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def console() -> Console:
-    """Returns a console that prints text as it is, not as markup, and is wide enough for tables without a terminal."""
-    found = Console(markup=False, highlight=False)
-    return found if found.is_terminal else Console(markup=False, highlight=False, width=120)
+    """Returns a console that prints text without markup; if the output is no terminal, it is 120 columns wide."""
+    width = None if sys.stdout.isatty() else 120
+    return Console(markup=False, highlight=False, width=width)
 
 
 def say(text: object) -> None:
@@ -32,14 +38,17 @@ def say(text: object) -> None:
 
 
 def print_error(line: object, every_rank: bool = False) -> int:
-    """Prints `error: <line>` on stderr, from the process of rank 0 or from each one with its rank.
+    """Prints `error: <line>` on stderr.
+
+    Args:
+        line: The text after `error: `.
+        every_rank: Whether each process prints it, with its rank; otherwise only rank 0 does.
 
     Returns:
         The exit status of a command that failed, 1.
     """
     rank = process_rank()
     if every_rank or rank == 0:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        where = f"process {rank}: " if every_rank and distributed else ""
-        print(f"error: {where}{escape_control_chars(line)}", file=sys.stderr, flush=True)
+        process = f"process {rank}: " if every_rank and is_distributed() else ""
+        print(f"error: {process}{escape_control_chars(line)}", file=sys.stderr, flush=True)
     return 1

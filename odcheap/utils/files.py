@@ -1,11 +1,13 @@
-"""Files: reading that runs no code from the file, and writing that leaves the old file or the whole new one."""
+"""Files: reading without running code from the file, and writing that never leaves a half-written file."""
 
+import csv
 import hashlib
 import io
+import json
 import os
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from odcheap.utils.errors import OptionError, first_line
 
 CHECKSUM_PREFIX = b"odcheap-sha256:"
-EMPTY_COMMENT = b"\0\0"  # a zip archive without a comment ends with the comment's length, 0
-CHUNK = 1 << 20  # bytes
+EMPTY_COMMENT = b"\0\0"  # the end of a zip archive without a comment: the comment's length, 0
+CHUNK = 1 << 20  # bytes that are read at once
 
 
 def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
@@ -27,24 +29,24 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
         option: The option that named the file, for messages.
 
     Raises:
-        OptionError: The file is missing, damaged, holds other objects (nothing in it is run) or is no dict.
+        OptionError: The file is missing or damaged, or it holds something else than such a dict.
     """
     require_file(path, option)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickles that are refused anyway
+            warnings.simplefilter("ignore", UserWarning)  # about pickled objects, which are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged files PyTorch's reader raises errors of every kind
-        raise OptionError(option, path, f"not a whole, plain checkpoint ({first_line(error)})") from error
+        raise OptionError(option, path, f"not a complete checkpoint of plain tensors ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise OptionError(option, path, f"not a checkpoint: it holds a {type(content).__name__}, not a dict")
     return content
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes with `torch.save`, atomically, with the file's sha256 as the comment of the zip archive.
+    """Writes a file atomically with `torch.save`, and adds its sha256 as the comment of the zip archive.
 
-    The archive is made in memory first: PyTorch's writer can end the process where the disk is full.
+    The archive is made in memory first, since PyTorch's writer can end the process if the disk is full.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -59,15 +61,15 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def checksum_comment(sha256: "hashlib._Hash") -> bytes:
-    """Returns the end of a zip archive that holds this checksum: the comment's length, then the comment."""
+    """Returns the end of a zip archive whose comment is this checksum: the comment's length, then the comment."""
     comment = CHECKSUM_PREFIX + sha256.hexdigest().encode()
     return struct.pack("<H", len(comment)) + comment
 
 
 def verify_checksum(path: str | Path, option: str) -> None:
-    """Raises `OptionError` unless every bit of the file is as `write_checkpoint` wrote it.
+    """Raises `OptionError` unless the file is exactly what `write_checkpoint` wrote.
 
-    PyTorch's reader does not notice most changed bits.
+    PyTorch's own reader does not notice most changed bits.
     """
     require_file(path, option)
     sha256 = hashlib.sha256()
@@ -79,7 +81,7 @@ def verify_checksum(path: str | Path, option: str) -> None:
         comment = file.read()
     sha256.update(EMPTY_COMMENT)
     if comment != checksum_comment(sha256):
-        allowed = "not a whole checkpoint of an odcheap run: its checksum is missing or does not match"
+        allowed = "not a complete checkpoint of an odcheap run: its checksum is missing or does not match"
         raise OptionError(option, path, f"{allowed} (weights= takes weights from other files)")
 
 
@@ -95,21 +97,21 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise OptionError(option, path, f"not a whole safetensors file ({first_line(error)})") from error
+        raise OptionError(option, path, f"not a complete safetensors file ({first_line(error)})") from error
 
 
 def require_file(path: str | Path, option: str) -> None:
-    """Raises `OptionError` where there is no such file."""
+    """Raises `OptionError` if there is no such file."""
     if not Path(path).is_file():
         raise OptionError(option, path, "no such file")
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a temporary file, flushes it to the disk and renames it: a crash leaves the old file or the new one.
+    """Writes a temporary file, flushes it to the disk and renames it. A crash leaves the old or the new file.
 
     Args:
         path: The file to write.
-        write: Is called with the open temporary file.
+        write: A function that writes the content; it is called with the open temporary file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -121,7 +123,7 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on the disk only when the folder is
+    folder = os.open(path.parent, os.O_RDONLY)  # a rename reaches the disk only when the folder is flushed too
     try:
         os.fsync(folder)
     finally:
@@ -129,5 +131,17 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text in UTF-8, atomically; file names in it that are no UTF-8 are written with their own bytes."""
+    """Writes text as UTF-8, atomically. File names in it that are not UTF-8 keep their bytes."""
     write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows as a CSV file, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())

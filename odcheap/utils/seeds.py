@@ -1,4 +1,4 @@
-"""Random streams: every random number of a run depends only on the seed and on what it is used for."""
+"""Random streams, so that a random number of a run depends only on the seed and on what it is used for."""
 
 import hashlib
 from collections.abc import Generator
@@ -8,7 +8,7 @@ import torch
 
 
 def derive_seed(seed: int, *stream: str | int) -> int:
-    """Returns a 63-bit seed for each (seed, *stream), such as `derive_seed(0, "student", 3)`.
+    """Returns a 63-bit seed that belongs to (seed, *stream), such as `derive_seed(0, "student", 3)`.
 
     Example:
         >>> derive_seed(0, "student", 0) == derive_seed(0, "student", 0)

@@ -1,17 +1,8 @@
 """Numbers and file names as text for tables, messages and model cards."""
 
-from odcheap.predict import escape_control_chars
+from odcheap.predict import escape_control_chars as escape_control_chars  # also offered here
 
-__all__ = [
-    "escape_control_chars",
-    "format_accuracy",
-    "format_count",
-    "format_mean_deviation",
-    "format_millions",
-    "format_seconds",
-]
-
-MISSING = "-"  # in place of a number that there is not
+MISSING = "-"  # is written for a number that is not known
 
 
 def format_seconds(seconds: float) -> str:
@@ -27,12 +18,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_accuracy(value: float | None, sign: str = "") -> str:
-    """Returns a fraction in [0, 1] with four digits, `-` for None; `sign="+"` writes the sign of a difference."""
+    """Returns a fraction in [0, 1] with four digits, or `-` for None; `sign="+"` writes a plus sign too."""
     return MISSING if value is None else f"{value:{sign}.4f}"
 
 
 def format_mean_deviation(mean: float | None, deviation: float | None, sign: str = "") -> str:
-    """Returns a mean accuracy with its deviation, where there is one.
+    """Returns a mean accuracy, with its deviation if there is one.
 
     Example:
         >>> format_mean_deviation(0.91, 0.002)

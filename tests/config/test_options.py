@@ -6,6 +6,7 @@ from hydra import initialize_config_dir
 from odcheap.config.messages import list_groups
 from odcheap.config.options import check_choices, check_complete, check_options, compose, is_path_option
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
+from odcheap.training.command import BUILDERS
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import find_conf_dir
 
@@ -17,14 +18,14 @@ def check():
 
         def run(*overrides, config_dirs=()):
             config = compose(["job_dir=unused", "data=digits", *overrides])
-            check_options(config, config_dirs)
+            check_options(config, config_dirs, BUILDERS)
             return config
 
         yield run
 
 
 def test_every_part_of_conf_passes(check):
-    for group, names in list_groups([find_conf_dir()]).items():
+    for group, names in list_groups().items():
         for name in names:
             check(f"{group}=[{name}]" if group == "experiment" else f"{group}={name}")
 
@@ -37,34 +38,34 @@ def test_every_part_of_conf_passes(check):
         ("num_stu=null", "num_stu=null: must be a whole number"),
         ("num_stu=2.5", "num_stu=2.5: must be a whole number"),
         ('num_stu="5"', "num_stu=5: must be a whole number"),
-        ("seed=1000000000000000000000000000000", r"must be within 2\^53, as every whole number"),
+        ("seed=1000000000000000000000000000000", r"must be at most 2\^53 in size, as every whole number"),
         ("seed=5.0", "seed=5.0: must be a whole number"),
-        ("method.temperature=1e-320", "method.temperature=1e-320: must be finite, also in 32 bits"),
+        ("method.temperature=1e-320", "method.temperature=1e-320: must be finite, also as float32"),
         ("method.detach_teacher=1", "method.detach_teacher=1: must be true or false"),
         ("data.std=[1e308]", r"data.std=.1e\+308.: must be finite, also"),
         ("data.mean=0.5", "data.mean=0.5: must be a"),
-        ("data.name=null", "data.name=null: must be a text$"),
-        ("data.name=2024", """2024: must be a text; in quotes what looks like none: data.name='"2024"'"""),
-        ("data.select=last", "data.select=last: is no option of its own: give select"),
-        ("data.seed=5", "data.seed=5: is no option of its own: give seed"),
-        ("data={seed: 5}", "data.seed=5: is no option of its own: give seed"),
+        ("data.name=null", "data.name=null: must be a string$"),
+        ("data.name=2024", """2024: must be a string; write it in quotes: data.name='"2024"'"""),
+        ("data.select=last", "data.select=last: always equals select: set that option"),
+        ("data.seed=5", "data.seed=5: always equals seed: set that option"),
+        ("data={seed: 5}", "data.seed=5: always equals seed: set that option"),
         ("data.load=x", "data.load=x: must be a part with options of its own, such as data.load.NAME=VALUE"),
         ("backbone={depth: x}", "backbone.depth=x: must be a whole number"),
-        ("+backbone.new=x", "backbone.new=x: is no option of this backbone"),
-        ("+method.alpha=3", "method.alpha=3: is no option of this method"),
-        ("method._partial_=false", "method._partial_=false: is no option"),
-        ("method._target_=os.system", "method._target_=os.system: is no option"),
-        ("data.load._target_=${seed}", "data.load._target_=0: is no option"),
-        ("+trainer.profiler={_target_: builtins.open}", "trainer.profiler=.*: is no option"),
-        ("+trainer.plugins=[{_target_: subprocess.run}]", "trainer.plugins=.*: is no option"),
-        ("+trainer.max_epoch=3", "trainer.max_epoch=3: is no option of this trainer"),
-        ("trainer.devices=auto", "must be a whole number, 1 or more; CUDA_VISIBLE_DEVICES says which GPUs"),
+        ("+backbone.new=x", "backbone.new=x: is not an option of this backbone"),
+        ("+method.alpha=3", "method.alpha=3: is not an option of this method"),
+        ("method._partial_=false", "method._partial_=false: is not an option"),
+        ("method._target_=os.system", "method._target_=os.system: is not an option"),
+        ("data.load._target_=${seed}", "data.load._target_=0: is not an option"),
+        ("+trainer.profiler={_target_: builtins.open}", "trainer.profiler=.*: is not an option"),
+        ("+trainer.plugins=[{_target_: subprocess.run}]", "trainer.plugins=.*: is not an option"),
+        ("+trainer.max_epoch=3", "trainer.max_epoch=3: is not an option of this trainer"),
+        ("trainer.devices=auto", "must be a whole number, 1 or more; CUDA_VISIBLE_DEVICES chooses the GPUs"),
         ("trainer.devices=1.5", "trainer.devices=1.5: must be a whole number"),
         ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: must be one of auto, ddp"),
         ("optimizer.lr=nan", "optimizer.lr=nan: must be finite"),
         ("optimizer.lr=-inf", "optimizer.lr=-inf: must be finite"),
         ("optimizer.lr=0", "optimizer.lr=0: must be a number, above 0"),
-        ("+optimizer.betas=[0.9,0.99]", "optimizer.betas=.*: is no option of this optimizer"),
+        ("+optimizer.betas=[0.9,0.99]", "optimizer.betas=.*: is not an option of this optimizer"),
         (
             "scheduler.milestones=[0.5,2]",
             "scheduler.milestones=.0.5, 2.: must be a list of entries, each a number, 0 or more and at most 1",
@@ -77,10 +78,10 @@ def test_every_part_of_conf_passes(check):
         ("kernels=true", "kernels=true: must be one of auto, off"),
         ("select=best", "select=best: must be one of val, last, test"),
         ("checkpoint_every=-1", "checkpoint_every=-1: must be a number, 0 or more, or null"),
-        ("logger.tensorboard=5", "logger.tensorboard=5: is a part, chosen as logger=NAME|must be a part"),
-        ("+logger.mine={_target_: x}", "logger.mine=.*: is a part, chosen as logger=NAME"),
-        ("logger.tensorboard.name=5", "logger.tensorboard.name=5: must be a text"),
-        ("job_dir=5", r"job_dir=5: must be a path \(./5 where a folder is called 5\)"),
+        ("logger.tensorboard=5", "logger.tensorboard=5: is a part; choose it with logger=NAME|must be a part"),
+        ("+logger.mine={_target_: x}", "logger.mine=.*: is a part; choose it with logger=NAME"),
+        ("logger.tensorboard.name=5", "logger.tensorboard.name=5: must be a string"),
+        ("job_dir=5", r"job_dir=5: must be a path \(for a folder called 5, write ./5\)"),
         ("data_dir=null", "data_dir=null: must be a path"),
     ],
 )
@@ -150,13 +151,13 @@ def test_a_part_of_the_user_s_own_is_checked_against_its_signature(tmp_path, mon
     ["method=od,dml", "method=glob(*)", "experiment=[cifar10_od,short]", "experiment=[]", "seed=3"],
 )
 def test_names_of_parts_are_taken_in_sweeps_too(given):
-    check_choices(["-m", given], list_groups([find_conf_dir()]))
+    check_choices(["-m", given], list_groups())
 
 
 @pytest.mark.parametrize("given", ["method=3", "logger=[]", "method=[od,dml]", "block_type={DW: 1}", "scheduler=null"])
 def test_what_names_no_part_is_refused_with_the_names(given):
     with pytest.raises(OptionError, match=r"must be one of \w+, \w+"):
-        check_choices([given], list_groups([find_conf_dir()]))
+        check_choices([given], list_groups())
 
 
 def test_paths_are_known_by_their_names():

@@ -86,6 +86,6 @@ def test_weights_without_settings_are_no_student(tmp_path):
     with pytest.raises(OptionError, match="it does not say what its network is"):
         load_run.load_run_student(path)
     (path / "student.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(OptionError, match="not a whole safetensors file"):
+    with pytest.raises(OptionError, match="not a complete safetensors file"):
         load_run.load_run_student(path)
     assert OmegaConf.load(path / "config.yaml").data.name == "x"

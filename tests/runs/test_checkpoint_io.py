@@ -55,7 +55,9 @@ def test_the_number_kept_is_bounded_and_the_selected_one_stays(tmp_path):
 
 def test_files_that_are_no_run_s_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(OptionError, match=r"resume=.*other.ckpt: not a whole checkpoint of an odcheap run.*weights="):
+    with pytest.raises(
+        OptionError, match=r"resume=.*other.ckpt: not a complete checkpoint of an odcheap run.*weights="
+    ):
         read_checkpoint(tmp_path / "other.ckpt")
 
 

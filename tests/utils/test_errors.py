@@ -43,7 +43,7 @@ def test_a_lost_process_is_one_only_where_there_are_several(monkeypatch):
     error = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3443")
     assert describe_external_failure(error) is None
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert "another process of this run is gone" in describe_external_failure(error)
+    assert "another process of this run has ended" in describe_external_failure(error)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), FileNotFoundError(2, "no", "x")])

@@ -25,10 +25,10 @@ class Bomb:
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, zipped):
     file, mark = tmp_path / "bomb.pt", tmp_path / "ran"
     torch.save({"state_dict": Bomb(mark)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(OptionError, match=r"weights=.*bomb.pt: not a whole, plain checkpoint"):
+    with pytest.raises(OptionError, match=r"weights=.*bomb.pt: not a complete checkpoint of plain tensors"):
         read_torch(file, "weights")
     file.write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(OptionError, match="not a whole, plain checkpoint"):
+    with pytest.raises(OptionError, match="not a complete checkpoint of plain tensors"):
         read_torch(file, "weights")
     assert not mark.exists()
 
@@ -49,7 +49,7 @@ def test_missing_foreign_and_other_content_is_refused(tmp_path):
     with pytest.raises(OptionError, match=r"resume=.*nothing.ckpt: no such file"):
         read_torch(tmp_path / "nothing.ckpt", "resume")
     (tmp_path / "text").write_text("hello, this is no checkpoint at all")
-    with pytest.raises(OptionError, match="not a whole, plain checkpoint"):
+    with pytest.raises(OptionError, match="not a complete checkpoint of plain tensors"):
         read_torch(tmp_path / "text")
     torch.save([1, 2], tmp_path / "list")
     with pytest.raises(OptionError, match="it holds a list, not a dict"):
@@ -61,7 +61,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
     save_file({"a": torch.ones(3)}, file, metadata={"odcheap": "{}"})
     assert read_safetensors(file)[1] == {"odcheap": "{}"}
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(OptionError, match="not a whole safetensors file"):
+    with pytest.raises(OptionError, match="not a complete safetensors file"):
         read_safetensors(file)
 
 
