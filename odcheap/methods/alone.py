@@ -1,9 +1,9 @@
-"""No method: the students learn from the labels alone, which is the baseline of every gain.
+"""The baseline: the students learn from the labels alone.
 
     loss = sum_k CE(student_k)
 
-The students see the same batches and share nothing else: each one's weights are what they would be without the others.
-(On a GPU, students with dropout draw from one generator.)
+The students see the same batches and share nothing else, so each gets the weights that it would get without the others.
+(Except on a GPU with dropout: all students draw from one generator there.)
 """
 
 from torch import Tensor
@@ -21,8 +21,8 @@ class Alone(IndependentMethod):
     Args:
         students: The students.
         label_smoothing: The part of each label that is divided among all classes.
-        average_decay: The largest decay of averages of the students' weights over the steps, which are then candidates
-            too, for S more forward passes a step; None for no averages.
+        average_decay: The largest decay of moving averages of the students' weights; None for no averages. The averages
+            cost S more forward passes a step, and the best one may be selected in place of a student.
     """
 
     def __init__(
@@ -31,10 +31,6 @@ class Alone(IndependentMethod):
         super().__init__(students)
         self.label_smoothing = label_smoothing
         self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
-
-    def forward(self, images: Tensor) -> Outputs:
-        outputs = {"student_logits": self.students(images)[1], "teacher_logits": None}
-        return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the terms `ce_k` and their sum `loss`."""

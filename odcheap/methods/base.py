@@ -1,4 +1,4 @@
-"""The base class of methods, and what several of them share."""
+"""The base class of methods, and loss terms that several of them share."""
 
 import math
 from typing import Annotated, Any
@@ -19,11 +19,9 @@ RampUpLength = Annotated[float, Field(ge=0, le=1)]  # a fraction of the run's ep
 
 
 class Method(nn.Module):
-    """Students that are trained together. A new method is a subclass with `forward` and `loss`, and a YAML file.
+    """Students that are trained together. A new method is a subclass with `loss`, mostly `forward`, and a YAML file.
 
-    `forward(images)` takes (N, C, H, W), or (S, N, C, H, W) with a view for each student, and returns at least
-    `student_logits` (S, N, K) and `teacher_logits`, (N, K) or None. `loss(outputs, target)` returns the terms by the
-    paper's names, as they are summed, and their sum `loss`.
+    The terms that `loss` returns have the paper's names, and are logged as they are summed.
 
     Args:
         students: The students.
@@ -31,7 +29,7 @@ class Method(nn.Module):
     Attributes:
         teacher_kind: What the teacher is ("head", "gated", "mean", "frozen" or a word of your own); None without one.
         has_own_views: Whether each student is trained on an augmentation of its own.
-        min_students: Fewer students are refused with `OptionError`.
+        min_students: The least number of students; fewer are refused with `OptionError`.
     """
 
     teacher_kind: str | None = None
@@ -52,6 +50,18 @@ class Method(nn.Module):
         """The current weight of the terms that grow over the first epochs."""
         return 1.0 if self.ramp is None else self.ramp.weight
 
+    def forward(self, images: Tensor) -> Outputs:
+        """Returns named outputs: of a method without a teacher the students' logits, and those of their averages.
+
+        Args:
+            images: (N, C, H, W), or (S, N, C, H, W) with a view for each student.
+
+        Returns:
+            At least `student_logits` (S, N, K) and `teacher_logits`, (N, K) or None.
+        """
+        outputs = {"student_logits": self.students(images)[1], "teacher_logits": None}
+        return outputs | self.average_outputs(images)
+
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name, and their sum `loss`.
 
@@ -62,7 +72,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def candidates(self) -> list[nn.Module]:
-        """Returns the networks of which the best is kept: the students, then their averages where there are any."""
+        """Returns the networks of which the best is kept: the students, then their averages if there are any."""
         return [*self.students.members, *(self.averages.members if self.averages is not None else ())]
 
     def frozen_networks(self) -> list[nn.Module]:
@@ -70,33 +80,33 @@ class Method(nn.Module):
         return [] if self.averages is None else list(self.averages.members)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters in groups, each of which has a norm of its own where gradients are clipped."""
+        """Returns the parameters in groups; gradient clipping takes the norm of each group by itself."""
         return [list(self.parameters())]
 
     def average_outputs(self, images: Tensor) -> Outputs:
-        """Returns `average_logits` (S, N, K) of the averaged students; nothing where there are none."""
+        """Returns `average_logits` (S, N, K) of the averaged students; nothing if there are none."""
         return {} if self.averages is None else {"average_logits": self.averages.logits(images)}
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Is called before each epoch (from 0) of a run of `epochs`."""
+        """Prepares an epoch (counted from 0) of a run of `epochs`; training calls it before each epoch."""
         if self.ramp is not None:
             self.ramp.start_epoch(epoch, epochs)
 
     def after_step(self) -> None:
-        """Is called after each step of the optimizer."""
+        """Updates the averages; training calls it after each step of the optimizer."""
         if self.averages is not None:
             self.averages.update(self.students)
 
     def after_loading_students(self) -> None:
-        """Is called when the students' weights, but not the method's own parts, were loaded from a file."""
+        """Resets the averages, after only the students' weights were loaded from a file."""
         if self.averages is not None:
             self.averages.copy_weights(self.students)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` where a teacher from a file knows other classes than the data."""
+        """Raises `OptionError` if a teacher from a file has other classes than the data."""
 
     def check_precision(self, precision: str) -> None:
-        """Raises `OptionError` where the weights would have too few bits for their averages."""
+        """Raises `OptionError` if the weights would have too few bits for their averages."""
         if self.averages is not None:
             require_single_precision(precision)
 
@@ -106,7 +116,7 @@ class Method(nn.Module):
 
 
 class IndependentMethod(Method):
-    """A method whose students do not learn from each other: where gradients are clipped, each has its own norm."""
+    """A method whose students do not learn from each other: gradient clipping takes the norm of each by itself."""
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         return [list(student.parameters()) for student in self.students.members]
@@ -114,13 +124,15 @@ class IndependentMethod(Method):
 
 @check_arguments("method")
 class RampUp(nn.Module):
-    """The weight of a loss term, which grows from exp(-5) to 1 over the first epochs: exp(-5 (1 - t)^2), t from 0 to 1.
+    """The weight of a loss term, which grows from exp(-5) to 1 over the first epochs.
+
+    The weight is exp(-5 (1 - t)^2), in which t grows linearly from 0 to 1.
 
     Source: Laine, Aila, "Temporal ensembling for semi-supervised learning", 2017, section 3. The weight is a tensor, so
     that a step recorded as a CUDA graph reads the current value.
 
     Args:
-        ramp_up: The growth's length as a fraction of the run's epochs; 0 for a weight of 1 from the start.
+        ramp_up: The number of these epochs as a fraction of the run's epochs; 0 for a weight of 1 from the start.
     """
 
     weight: Tensor

@@ -4,12 +4,12 @@ Y. Zhang, T. Xiang, T. M. Hospedales, H. Lu, "Deep mutual learning", CVPR 2018. 
 
     loss_k = L_C_k + 1 / (S - 1) sum_{l != k} KL(p_l || p_k)
 
-The KL's gradient reaches student k only: p_l is a constant there. Temperature 1, no ramp-up, one view for all; the
-students share nothing but the images.
+p_l is a constant in the KL, whose gradient reaches student k only. The temperature is 1, and there is no ramp-up. All
+students see the same augmented images and share nothing else.
 
-Differences from the paper: it updates the students one after the other, with new predictions of those already updated;
-here, as in most later work, all take their step at once, so that a batch costs S forward passes. Its second form, in
-which each student imitates the mean of the others, is not offered.
+The paper updates the students one after the other, with new predictions of those that are already updated. Here, as in
+most later work, all take their step at once, so that a batch costs S forward passes. The paper's second form, in which
+each student imitates the mean of the others, is not implemented.
 """
 
 from torch import Tensor
@@ -35,12 +35,9 @@ class DeepMutualLearning(Method):
         super().__init__(students)
         self.temperature = temperature
 
-    def forward(self, images: Tensor) -> Outputs:
-        return {"student_logits": self.students(images)[1], "teacher_logits": None}
-
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the terms `L_C_k`, `D_KL_k` (with the factor T^2) and their sum `loss`."""
         logits = outputs["student_logits"]
-        pairs = soft_kl(logits[None], logits.detach()[:, None], self.temperature)  # (S, S): from peer l to student k
+        pairs = soft_kl(logits[None], logits.detach()[:, None], self.temperature)  # (S, S): row l is the target
         peers = self.temperature**2 * pairs.sum(0) / (len(logits) - 1)  # a student's distance from itself is zero
         return add_total(cross_entropy_terms(logits, target, "L_C") | student_terms(peers, "D_KL"))

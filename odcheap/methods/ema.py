@@ -18,22 +18,23 @@ AverageDecay = Annotated[float, Field(ge=0, lt=1)]
 class AveragedStudents(Students):
     """A copy of each student whose weights are averages of the student's over the steps.
 
-    After each step g (from 0): a <- d a + (1 - d) w, with d = min(1 - 1 / (g + 1), decay): true means at first. Source:
-    Tarvainen, Valpola, "Mean teachers are better role models", 2017, section 2.
+    After each step g (from 0) an average becomes d times itself plus (1 - d) times the weight, with
+    d = min(1 - 1 / (g + 1), decay). At first this is the mean of all steps. Source: Tarvainen, Valpola, "Mean teachers
+    are better role models", 2017, section 2.
 
-    `torch.optim.swa_utils.AveragedModel` would copy the students' batch norm statistics, and asks the GPU for its step
-    count, which a CUDA graph cannot; here batch norm has the statistics of the copies' own forward passes on the
-    training batches.
+    `torch.optim.swa_utils.AveragedModel` cannot be used: it reads its step count from the GPU, which is not possible in
+    a CUDA graph, and it copies the students' batch norm statistics. Here batch norm has the statistics of the copies'
+    own forward passes on the training batches.
 
     Args:
-        students: The students; nothing of them is shared.
+        students: The students, which are copied.
         average_decay: The largest d.
     """
 
     steps: Tensor
 
     def __init__(self, students: Students, average_decay: AverageDecay):
-        nn.Module.__init__(self)  # not the students': nothing is built anew
+        nn.Module.__init__(self)  # not that of `Students`, which would build new networks
         self.members, self.run = copy.deepcopy(students.members).requires_grad_(False), students.run
         self.decay = average_decay
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -62,7 +63,7 @@ class AveragedStudents(Students):
 
 
 def require_single_precision(precision: str) -> None:
-    """Raises `OptionError` for a type, or a precision in Lightning's terms, whose weights have fewer than 32 bits."""
+    """Raises `OptionError` if the weights have fewer than 32 bits with this precision of Lightning or `torch.dtype`."""
     if precision in ("bf16-true", "16-true", "bfloat16", "float16"):
         allowed = "averages, which move by thousandths, need weights in 32 bits (bf16-mixed has them)"
         raise OptionError("trainer.precision", precision, allowed)

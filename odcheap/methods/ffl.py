@@ -7,9 +7,10 @@ With z_e the mean of the students' logits z_k, w the ramp-up, and
     loss = sum_k L_ce_k + L_ce_f + w T^2 [ KL(softmax(z_e / T) || softmax(z_f / T))
                                            + sum_k KL(softmax(z_f / T) || softmax(z_k / T)) ]
 
-T = 3, one view for all. As in the authors' code the first argument of each KL is a constant, w grows over the first 80
-of 300 epochs, and the students (branches there, whole networks that share nothing here) learn from L_ce_f too. The
-authors train the fusion with a weight decay of its own, 1e-5; here all parts have the recipe's.
+T = 3, and all students see the same augmented images. As in the authors' code the first argument of each KL is a
+constant, w grows over the first 80 of 300 epochs, and the students learn from L_ce_f too. The authors' students are
+branches of one network; here they are whole networks that share nothing. The authors train the fusion with a weight
+decay of its own, 1e-5; here all parts have the run's weight decay.
 """
 
 import torch
@@ -24,7 +25,7 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class FeatureFusion(Method):
-    """Students and a classifier on their fused feature maps.
+    """Students that learn together with a classifier on their fused feature maps.
 
     Args:
         students: Two or more students.

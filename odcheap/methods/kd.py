@@ -1,12 +1,12 @@
-"""Offline distillation: every student learns from the labels and from a trained teacher, which stays as it is.
+"""Offline distillation: every student learns from the labels and from a trained teacher, which is not trained further.
 
 G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, 2015, section 2. With
 z_t the teacher's logits and z_k student k's,
 
     loss = sum_k [ (1 - alpha) CE(student_k) + alpha T^2 KL(softmax(z_t / T) || softmax(z_k / T)) ]
 
-The paper gives the labels a considerably lower weight and names no number: T = 4 and alpha = 0.9 are a usual choice.
-One view for all; the students share nothing but the teacher.
+The paper gives the labels a considerably lower weight but names no number; T = 4 and alpha = 0.9 are a usual choice.
+All students see the same augmented images and share nothing but the teacher.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class OfflineDistillation(IndependentMethod):
         students: The students.
         teacher: The trained network.
         temperature: T of the softened predictions.
-        alpha: Weight of the teacher's term; the labels have 1 - alpha.
+        alpha: Weight of the teacher's term; the labels' term has the weight 1 - alpha.
     """
 
     teacher_kind = "frozen"
@@ -80,9 +80,9 @@ def build_offline_distillation(
         students: The students.
         teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
         teacher_network: `torchvision/NAME` or `timm/NAME` for published weights.
-        teacher_mean: Mean of the teacher's images; None for its run's, or ImageNet's.
-        teacher_std: Their standard deviation, in the same way.
-        teacher_size: Side of its images in pixels, in the same way.
+        teacher_mean: Mean of the teacher's images; None for that of its run, or of ImageNet for published weights.
+        teacher_std: Their standard deviation; None as for the mean.
+        teacher_size: Side of its images in pixels; None as for the mean.
         mean: Mean of the students' images.
         std: Standard deviation of the students' images.
         temperature: T of the softened predictions.

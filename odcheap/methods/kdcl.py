@@ -1,15 +1,15 @@
-"""KDCL: a soft target from all students' logits and the label, over views that differ.
+"""KDCL: the students learn from a soft target that is made of their logits on different views and of the label.
 
 Q. Guo, X. Wang, Y. Wu, Z. Yu, D. Liang, X. Hu, P. Luo, "Online knowledge distillation via collaborative learning",
 CVPR 2020. With z_k student k's logits on its own view of the images and c the label,
 
     minlogit:  z_t[j] = min_k (z_k[j] - z_k[c])
-    naive:     z_t    = the z_k of least cross-entropy
+    naive:     z_t    = the z_k with the smallest cross-entropy
     loss       = sum_k L_CE_k + weight T^2 sum_k KL(softmax(z_t / T) || softmax(z_k / T))
 
-T = 2, weight 1, no ramp-up; z_t is a constant. Every student sees an augmentation of its own, and they share nothing.
-The target needs the label, so there is no teacher at test time. Two of the paper's four targets are not offered: Linear
-solves a problem for each image, General needs held-out images within training.
+T = 2, the weight is 1, and there is no ramp-up; z_t is a constant. Every student sees an augmentation of its own, and
+they share nothing. The target needs the label, so there is no teacher at test time. Two of the paper's four targets are
+not implemented: Linear solves an optimization problem for each image, and General needs held-out images in training.
 """
 
 from typing import Annotated, Literal
@@ -33,7 +33,7 @@ class CollaborativeLearning(Method):
         students: Two or more students.
         temperature: T of the softened predictions.
         weight: Factor on the soft target's terms.
-        soft_target: "minlogit", or "naive": the student of least cross-entropy, image by image.
+        soft_target: "minlogit", or "naive", which is for each image the student with the smallest cross-entropy.
     """
 
     has_own_views = True
@@ -50,9 +50,6 @@ class CollaborativeLearning(Method):
         self.temperature, self.weight = temperature, weight
         self.make_target = min_logit_target if soft_target == "minlogit" else naive_target
 
-    def forward(self, images: Tensor) -> Outputs:
-        return {"student_logits": self.students(images)[1], "teacher_logits": None}
-
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the terms `L_CE_k`, `L_KD_k` (with weight T^2) and their sum `loss`."""
         logits = outputs["student_logits"]
@@ -62,12 +59,12 @@ class CollaborativeLearning(Method):
 
 
 def min_logit_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the least difference from the label's logit, class by class: (S, N, K), labels (N,) -> (N, K)."""
+    """Returns the smallest difference of each class from the label's logit: (S, N, K), labels (N,) -> (N, K)."""
     label_logits = logits.gather(-1, target.expand(len(logits), -1)[..., None])
     return (logits - label_logits).amin(0)
 
 
 def naive_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the logits of least cross-entropy, image by image: (S, N, K), labels (N,) -> (N, K)."""
+    """Returns for each image the logits with the smallest cross-entropy: (S, N, K), labels (N,) -> (N, K)."""
     losses = torch.stack([F.cross_entropy(student, target, reduction="none") for student in logits])
     return logits.gather(0, losses.argmin(0)[None, :, None].expand(1, -1, logits.shape[-1]))[0]

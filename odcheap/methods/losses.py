@@ -1,4 +1,4 @@
-"""Losses between softened predictions: pure functions of logits. `methods.okddip` has one of probabilities."""
+"""The distillation loss, a function of logits. `methods.okddip` has one of probabilities."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from odcheap.utils.arguments import check_arguments
 
-# In this range, logits over the temperature and its square times a loss stay within float32.
+# In this range neither logits / T nor T^2 times a loss overflow in float32.
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
 KlReduction = Literal["batchmean", "mean"]
 
@@ -22,7 +22,7 @@ def soft_kl(
     """Returns KL(softmax(teacher / T) || softmax(student / T)), without the factor T^2.
 
     Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, section 2. Both logits receive
-    gradients. Dimensions before the last two are broadcast, and the result has them.
+    gradients. Dimensions before the last two are broadcast; the result has these dimensions.
 
     Args:
         student_logits: (..., N, K).

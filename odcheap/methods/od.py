@@ -6,7 +6,7 @@ distillation", arXiv 1909.13063, 2019. With Z_k student k's last feature map and
     teacher = linear(pool(ReLU(BN(concat(Z_1 .. Z_S)))))
     loss    = CE(teacher) + sum_k [ CE(student_k) + T^2 KL(softmax(teacher / T) || softmax(student_k / T)) ]
 
-The teacher's logits are not detached, so the KL also teaches the teacher: that is the whole of the mutual learning.
+The teacher's logits are not detached, so the gradient of the KL also trains the teacher, and learning is mutual.
 """
 
 import torch
@@ -28,11 +28,11 @@ class OnlineDistillation(Method):
         students: The students.
         temperature: T of the softened predictions.
         kl_reduction: "batchmean" (the textbook's) or "mean" (the 2019 code's, smaller by the number of classes).
-        detach_teacher: Whether the KL's gradient reaches the students only.
-        normalise: Whether batch norm and ReLU come before the teacher's classifier.
+        detach_teacher: Whether the gradient of the KL reaches the students only.
+        normalise: Whether the teacher's classifier has batch norm and ReLU before it.
         label_smoothing: The part of each label that is divided among all classes, for students and teacher.
-        average_decay: The largest decay of averages of the students' weights over the steps, which are then candidates
-            too, for S more forward passes a step; None for no averages.
+        average_decay: The largest decay of moving averages of the students' weights; None for no averages. The averages
+            cost S more forward passes a step, and the best one may be selected in place of a student.
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW

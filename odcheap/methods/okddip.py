@@ -1,4 +1,4 @@
-"""OKDDip: peers teach each other by attention, and all of them teach the group's leader.
+"""OKDDip: peers learn from each other by attention, and the group's leader learns from all of them.
 
 D. Chen, J.-P. Mei, C. Wang, Y. Feng, C. Chen, "Online knowledge distillation with diverse peers", AAAI 2020. The last
 student is the leader, the others are its m auxiliary peers. With q = softmax(z / T), h pooled features, L and E linear,
@@ -7,10 +7,10 @@ and w the ramp-up,
     a_kb = softmax_b(L(h_k) . E(h_b)),   t_k = sum_b a_kb q_b
     loss = sum_k L_gt_k + w T^2 [ sum_{k <= m} KL(t_k || q_k) + KL(1/m sum_b q_b || q_leader) ]
 
-T = 3, one view for all, w over the first 80 of 300 epochs. Nothing is a constant: L and E learn through the targets.
-The authors' code mixes logits where the formula mixes predictions; this is the formula. This is the network version:
-students share nothing but L and E, which project to an eighth of the features. With two students there is one peer,
-which has no other peer to learn from.
+T = 3, all students see the same augmented images, and w grows over the first 80 of 300 epochs. The targets are not
+constants, since L and E learn through them. The authors' code mixes logits, the formula mixes predictions; this is the
+formula. Of the paper's two versions this is the one with whole networks: students share nothing but L and E, which
+project to an eighth of the features. With two students there is one peer, which has no other peer to learn from.
 """
 
 import torch
@@ -24,7 +24,7 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class DiversePeers(Method):
-    """Peers that teach each other by attention, and a leader that learns from them.
+    """Peers that learn from each other by attention, and a leader that learns from them.
 
     Args:
         students: Two or more students; the last one is the leader.
@@ -42,7 +42,7 @@ class DiversePeers(Method):
         self.query, self.key = (nn.Linear(features, max(1, features // 8), bias=False) for _ in range(2))
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns the usual outputs, and `attention` (N, m, m) of each peer to each. The teacher is the peers' mean."""
+        """Returns the logits, and `attention` (N, m, m) of each peer to each peer. The teacher is the peers' mean."""
         features, logits = self.students(images)
         pooled = torch.stack([f.mean((2, 3)) for f in features[:-1]], dim=1)  # (N, m, F)
         attention = (self.query(pooled) @ self.key(pooled).transpose(1, 2)).softmax(-1)

@@ -1,4 +1,4 @@
-"""ONE: a gate weighs the students' logits into a teacher, from which all learn.
+"""ONE: a gate mixes the students' logits into a teacher, from which all students learn.
 
 X. Lan, X. Zhu, S. Gong, "Knowledge distillation by on-the-fly native ensemble", NeurIPS 2018. With z_k student k's
 logits, g = softmax(ReLU(BN(linear(features)))) the gate and w the ramp-up,
@@ -6,9 +6,10 @@ logits, g = softmax(ReLU(BN(linear(features)))) the gate and w the ramp-up,
     z_e  = sum_k g_k z_k
     loss = sum_k L_ce_k + L_ce_e + w T^2 sum_k KL(softmax(z_e / T) || softmax(z_k / T))
 
-T = 3, one view for all. As in the authors' code z_e is a constant within the KL, so that gate and teacher learn from
-L_ce_e alone, and w grows over the first 80 of 300 epochs. The paper's students are branches of one network, and the
-gate reads what they share; ours are whole networks that share nothing, and the gate reads their pooled features.
+T = 3, and all students see the same augmented images. As in the authors' code z_e is a constant in the KL, so that the
+gate learns from L_ce_e alone, and w grows over the first 80 of 300 epochs. The paper's students are branches of one
+network, and the gate reads the features that they share; here they are whole networks that share nothing, and the gate
+reads their pooled features.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""PCL: peers learn from an ensemble of their features, and from each other's averages over time.
+"""PCL: peers learn from an ensemble of their features, and from moving averages of each other.
 
 G. Wu, S. Gong, "Peer collaborative learning for online knowledge distillation", AAAI 2021. With z_t the ensemble
 teacher, m_l the logits of peer l's average, q(z) = softmax(z / T) and w the ramp-up,
@@ -6,11 +6,11 @@ teacher, m_l the logits of peer l's average, q(z) = softmax(z / T) and w the ram
     z_t  = linear(concat(pooled features))
     loss = sum_k L_ce_k + L_ce_t + w T^2 sum_k [ KL(q(z_t) || q(z_k)) + 1 / (S - 1) sum_{l != k} KL(q(m_l) || q(z_k)) ]
 
-T = 3, w over the first 80 of 300 epochs; z_t and m_l are constants within the KLs. Every peer sees an augmentation of
-its own, its average the same. The averages are those of `AveragedStudents` with decay 0.999; their forward passes on
-the training batches are S more without a backward pass. The paper deploys an average: they are candidates beside the
-students. Its peers are branches of one network; ours are whole networks that share nothing but the ensemble's
-classifier.
+T = 3, and w grows over the first 80 of 300 epochs; z_t and m_l are constants in the KLs. Every peer sees its own
+augmentation of the images, and its average sees the same one. The averages are those of `AveragedStudents` with decay
+0.999, and cost S more forward passes a step, without a backward pass. The paper deploys an average, so one may be
+selected in place of a student. The paper's peers are branches of one network; here they are whole networks that share
+nothing but the ensemble's classifier.
 """
 
 import torch
@@ -65,6 +65,8 @@ class PeerCollaborativeLearning(Method):
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
         terms |= student_terms(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
-        pairs = soft_kl(logits[None], outputs["average_logits"][:, None], self.temperature)  # from average l to peer k
+        pairs = soft_kl(
+            logits[None], outputs["average_logits"][:, None], self.temperature
+        )  # row l: average l is the target
         others = (pairs.sum(0) - pairs.diagonal()) / (len(logits) - 1)
         return add_total(terms | student_terms(weight * others, "L_pm"))

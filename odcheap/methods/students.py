@@ -29,7 +29,7 @@ def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
     depend on the other students.
     """
     features, logits = [], []
-    has_own_stream = members[0].training and not views[0].is_cuda  # a CUDA graph keeps the generator it was made with
+    has_own_stream = members[0].training and not views[0].is_cuda  # a CUDA graph keeps its generator
     base = int(torch.randint(2**62, ())) if has_own_stream else 0
     with torch.random.fork_rng(devices=[], enabled=has_own_stream):
         for k, (student, view) in enumerate(zip(members, views, strict=True)):
@@ -62,12 +62,12 @@ def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
 
 @lru_cache
 def _student_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """The same streams in every step: PyTorch keeps memory for each stream."""
+    """Returns the same streams in every step, since PyTorch keeps memory for each stream."""
     return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
 def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
-    """Runs on streams while a CUDA graph is recorded, else one after the other, which is faster on CPUs."""
+    """Runs the students on streams while a CUDA graph is recorded, and one after the other everywhere else."""
     is_recorded = views[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return run_on_streams(members, views) if is_recorded else run_sequential(members, views)
 
@@ -77,7 +77,7 @@ RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, 
 
 
 def check_run(run: RunStudents, device: torch.device) -> None:
-    """Raises `OptionError` where this way to run is not possible on the device."""
+    """Raises `OptionError` if this way to run is not possible on the device."""
     if run is run_on_streams and device.type != "cuda":
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
 
@@ -89,7 +89,7 @@ class Students(nn.Module):
     Args:
         build: Builds one student.
         num_stu: Number of students, S.
-        seed: The first weights of student k depend on (seed, k) only.
+        seed: The initial weights of student k depend on (seed, k) only.
         run: The way to run them on a batch.
 
     Shape:

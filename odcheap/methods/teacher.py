@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
-from odcheap.models.wrappers import load_pretrained, timm_backbone, torchvision_backbone
+from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
 
 OPTION = "method.teacher_weights"
-LIBRARIES = {"torchvision": torchvision_backbone, "timm": timm_backbone}
+LIBRARIES = {"torchvision": TorchvisionBackbone, "timm": TimmBackbone}
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224  # pixels
 Means = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -31,18 +31,18 @@ ImageSide = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 class Teacher(nn.Module):
     """A frozen network on images that were normalized for the students.
 
-    The network stays in eval mode whatever mode its surroundings are put into. It is no part of the state that a
-    checkpoint keeps, only a digest of it is: loading the state of another teacher raises `OptionError`.
+    The network stays in eval mode if the module that holds it is set to training mode. A checkpoint does not contain
+    its weights but their digest; loading the state of another teacher raises `OptionError`.
 
     Args:
         network: Normalized images (N, 3, side, side) -> logits (N, K).
-        images_norm: Mean and standard deviation with which the images come.
+        images_norm: Mean and standard deviation with which the images were normalized for the students.
         mean: The mean that the network expects.
-        std: The standard deviation that it expects.
-        size: The side in pixels that it expects.
-        classes: Its classes, where they are known.
-        split: Fingerprint of the images held out from its training, where it is known.
-        history: `train_seconds` and `training_macs` of its training, where they are known.
+        std: The standard deviation that the network expects.
+        size: The side of images in pixels that the network expects.
+        classes: The network's classes; None if they are not known.
+        split: Fingerprint of the images that were held out from its training; None if it is not known.
+        history: `train_seconds` and `training_macs` of its training, if they are known.
         path: The file, for messages.
 
     Shape:
@@ -65,7 +65,9 @@ class Teacher(nn.Module):
         path: str = "",
     ):
         super().__init__()
-        self._networks = (network.requires_grad_(False).eval(),)  # a tuple, so that it is not registered
+        self._networks = (
+            network.requires_grad_(False).eval(),
+        )  # in a tuple, so that it is no submodule: it has no state
         self.size, self.classes, self.split, self.path = size, classes, split, path
         self.history = {"train_seconds": None, "training_macs": None} | (history or {})
         from_mean, from_std, to_mean, to_std = (
@@ -84,7 +86,7 @@ class Teacher(nn.Module):
         return self  # stays in eval mode
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
-        self.network._apply(fn, recurse)  # moves and converts the network too, which is not registered
+        self.network._apply(fn, recurse)  # moves and converts the network, which is no submodule
         return super()._apply(fn, recurse)
 
     def get_extra_state(self) -> Tensor:
@@ -102,7 +104,7 @@ class Teacher(nn.Module):
         return self.network(images)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` where the teacher's classes are known and differ from these."""
+        """Raises `OptionError` if the teacher's classes are known and differ from these."""
         if self.classes is not None and self.classes != classes:
             own, given = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
             raise OptionError(OPTION, self.path, f"the teacher's classes are {own}; the data's {given}")
@@ -134,20 +136,24 @@ def load_teacher(
         teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
         teacher_network: The network of published weights: `torchvision/resnet50`, `timm/resnet18d`; None for a run.
         num_classes: K of the data.
-        teacher_mean: Mean of the images that the network expects; None for its run's, or ImageNet's.
-        teacher_std: Their standard deviation, in the same way.
-        teacher_size: Their side in pixels, in the same way.
-        mean: Mean of the images that come.
+        teacher_mean: Mean of the images that the network expects; None for that of its run, or of ImageNet for
+            published weights.
+        teacher_std: Their standard deviation; None as for the mean.
+        teacher_size: Their side in pixels; None as for the mean.
+        mean: Mean with which the students' images are normalized.
         std: Their standard deviation.
 
     Raises:
         OptionError: The file is of another kind, or does not fit the data or the network.
     """
     path = teacher_weights
+    # Published weights: no file says what images the network expects, so ImageNet's values are the default.
     if teacher_network is not None:
         network = load_published_network(teacher_network, path, num_classes)
         expected = teacher_mean or IMAGENET_NORM[0], teacher_std or IMAGENET_NORM[1], teacher_size or IMAGENET_SIZE
         return Teacher(network, (mean, std), *expected)
+
+    # A student of a run: its settings build the network and say what images it expects.
     file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
     tensors, metadata = read_safetensors(file, OPTION)
     hint = f"{path} (for published weights method.teacher_network names the network)"
@@ -163,7 +169,7 @@ def load_teacher(
 
 
 def read_training_costs(student: Path) -> dict[str, Any]:
-    """Returns `train_seconds` and `training_macs` from the summary beside a student's file, None where unknown."""
+    """Returns `train_seconds` and `training_macs` from the summary beside a student's file; None if unknown."""
     path = student.with_name("summary.json")
     summary = json.loads(path.read_text()) if path.is_file() else {}
     cost = summary.get("cost") or {}

@@ -1,4 +1,4 @@
-"""Standard networks of ours, torchvision or timm as backbones: converted to a block type, with features and a head."""
+"""Backbones made of standard networks (ours, torchvision's or timm's), whose convolutions are converted."""
 
 import copy
 import difflib
@@ -22,7 +22,7 @@ from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import read_safetensors, read_torch
 
 PROBE_SIZE = 96  # pixels: enough for every torchvision network, little work
-MAX_SMALL_SIZE = 64  # pixels: above it, networks made for 32 are refused
+MAX_SMALL_SIZE = 64  # pixels: larger images are refused for networks made for 32
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, used in training only
 Noise = Annotated[float, Field(ge=0)]
 
@@ -30,10 +30,10 @@ Noise = Annotated[float, Field(ge=0)]
 def converted_backbone(
     network: Callable[..., Backbone], conv: BlockType, num_classes: int, keep: list[str] | str | None = None
 ) -> Backbone:
-    """One of our standard networks, with its 3 x 3 convolutions (but the stem) replaced by pairs of the block type.
+    """Returns one of our standard networks with pairs in place of its 3 x 3 convolutions, except for the stem.
 
     Args:
-        network: Builds the standard network, given `num_classes`.
+        network: A function that builds the standard network, given `num_classes`.
         conv: The block type; Standard changes nothing.
         num_classes: K.
         keep: Convolutions to leave, see `cheapen`.
@@ -44,7 +44,7 @@ def converted_backbone(
 
 
 def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> Any:
-    """`cheapen`, with errors that name the options as in `conf/`; a standard block type changes nothing."""
+    """Calls `cheapen` with errors that name the options as in `conf/`; a standard block type changes nothing."""
     try:
         if not conv.is_cheap:
             check_conversion_options(network, keep, init)  # a sweep over block types finds mistakes in its first run
@@ -54,144 +54,99 @@ def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, 
         raise error if str(error).startswith("block_type") else error.with_group("backbone") from None
 
 
-def mobilenetv2(conv: BlockType, num_classes: int) -> Backbone:
-    """MobileNetV2 for images of 32 x 32, without the strides before 8 pixels; last feature map (N, 1280, H/8, W/8).
-
-    Its depth-wise convolutions already stand between 1 x 1 convolutions, so the block type's spatial operator takes
-    their place without another 1 x 1. DW and Standard are the published network. Source: Sandler et al., "MobileNetV2:
-    Inverted residuals and linear bottlenecks", 2018.
-    """
-    stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
-    network: Any = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
-    network.features[0][0].stride = (1, 1)
-    for block in network.modules():
-        for name, layer in block.named_children():
-            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                spatial = conv.make_spatial(layer.in_channels, Window.from_conv(layer))
-                for parameter in spatial.parameters():
-                    if parameter.ndim > 1:
-                        nn.init.kaiming_normal_(parameter, mode="fan_out")  # as torchvision does
-                setattr(block, name, spatial)
-    backbone = find_num_features(TorchvisionBackbone(network, num_classes), "mobilenetv2")
-    backbone.native_size = 32
-    return backbone
-
-
 @check_arguments("backbone")
-def torchvision_backbone(
-    name: str,
-    conv: BlockType,
-    num_classes: int,
-    pretrained: str | None = None,
-    keep: list[str] | str | None = None,
-    init: Init = "auto",
-    noise: Noise = 0.0,
-) -> Backbone:
-    """A classification network of torchvision, converted to the block type.
+class LibraryBackbone(Backbone):
+    """A classification network of a library, converted to the block type.
+
+    A subclass creates the standard network, and splits its forward pass into `features` and `head`.
 
     Args:
-        name: Its name in torchvision.
+        name: The network's name in the library.
         conv: The block type; Standard changes nothing.
         num_classes: K.
-        pretrained: A local file of its weights, loaded before the conversion; a classifier for another number of
-            classes is left out.
+        pretrained: A local file of the network's weights, which are loaded before the conversion. A classifier for
+            another number of classes is left out.
         keep: Convolutions to leave, see `cheapen`.
-        init: See `cheapen`; "auto" fits where there are pretrained weights.
+        init: How the pairs start, see `cheapen`; "auto" fits them if there are pretrained weights.
         noise: Makes students that start from one file differ, see `add_weight_noise`.
 
     Raises:
-        OptionError: An unknown name, weights that do not fit, nothing to replace, or no last feature map.
+        OptionError: The name is unknown, the weights do not fit, there is nothing to replace, or no last feature map.
     """
-    check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
-    has_auxiliary_heads = name in ("googlenet", "inception_v3")
-    options = {"aux_logits": False, "init_weights": pretrained is None} if has_auxiliary_heads else {}
-    network: Any = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-    if has_auxiliary_heads:
-        network.transform_input = True  # the published weights expect TensorFlow's normalization
-    backbone = find_num_features(TorchvisionBackbone(network, num_classes), name)
-    backbone.network = prepare_network(network, conv, num_classes, pretrained, keep, init, noise)
-    return backbone
-
-
-@check_arguments("backbone")
-def timm_backbone(
-    name: str,
-    conv: BlockType,
-    num_classes: int,
-    pretrained: str | None = None,
-    keep: list[str] | str | None = None,
-    init: Init = "auto",
-    noise: Noise = 0.0,
-) -> Backbone:
-    """A network of timm, converted to the block type. The arguments are those of `torchvision_backbone`.
-
-    Raises:
-        Failure: timm is not installed.
-        OptionError: As `torchvision_backbone`.
-    """
-    if importlib.util.find_spec("timm") is None:
-        raise Failure("backbone=timm: the timm package is not installed; uv sync --extra timm (or pip install timm)")
-    import timm
-
-    check_name(name, timm.list_models(), "timm")
-    network = timm.create_model(name, pretrained=False, num_classes=num_classes)
-    backbone = find_num_features(TimmBackbone(network, num_classes), name)
-    backbone.network = prepare_network(network, conv, num_classes, pretrained, keep, init, noise)
-    return backbone
-
-
-def check_name(name: str, known: list[str], library: str) -> None:
-    """Raises `OptionError` with similar names where the library has no such network."""
-    if name not in known:
-        similar = ", ".join(difflib.get_close_matches(str(name), known, n=4, cutoff=0.4)) or "none"
-        allowed = f"no classification network of {library} has this name; similar: {similar}"
-        raise OptionError("backbone.name", name, allowed)
-
-
-def prepare_network(
-    network: nn.Module,
-    conv: BlockType,
-    num_classes: int,
-    pretrained: str | None,
-    keep: Iterable[str] | None,
-    init: Init,
-    noise: float,
-) -> nn.Module:
-    """Converts a network, with the weights of a file where one is given.
-
-    Args:
-        network: The standard network.
-        conv: The block type that replaces its convolutions.
-        num_classes: The classes of the data.
-        pretrained: A file of weights, loaded before the conversion, or None.
-        keep: Convolutions that are left as they are.
-        init: How the cheap pairs start.
-        noise: With `pretrained`: standard deviation of the noise that is added to each converted weight, as a fraction
-            of the weights' own.
-    """
-    if pretrained is None:
-        return convert_to(network, conv, keep, "kaiming" if init == "auto" else init)
-    load_pretrained(network, pretrained, num_classes)
-    converted = convert_to(network, conv, keep, "fit" if init == "auto" else init)
-    add_weight_noise(converted, noise)
-    return converted
-
-
-class TorchvisionBackbone(Backbone):
-    """A torchvision network, split before its global pool: `head(features(x))` is its own forward pass."""
 
     native_size = 224
     network: Any  # a module whose parts are found by their names
 
-    def __init__(self, network: nn.Module, num_classes: int):
+    def __init__(
+        self,
+        name: str,
+        conv: BlockType,
+        num_classes: int,
+        pretrained: str | None = None,
+        keep: list[str] | str | None = None,
+        init: Init = "auto",
+        noise: Noise = 0.0,
+    ):
         super().__init__()
+        network = self.create_network(name, num_classes, pretrained is not None)
+        self.set_network(network, num_classes, name)
+        if pretrained is not None:
+            load_pretrained(network, pretrained, num_classes)
+        if init == "auto":
+            init = "kaiming" if pretrained is None else "fit"
+        self.network = convert_to(network, conv, keep, init)
+        if pretrained is not None:
+            add_weight_noise(self.network, noise)
+
+    def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
+        """Returns the standard network, for published weights if `is_pretrained`."""
+        raise NotImplementedError
+
+    def set_network(self, network: nn.Module, num_classes: int, name: str) -> None:
+        """Sets the standard network and the attributes that depend on it.
+
+        Raises:
+            OptionError: The network has no 4-D last feature map, or `head(features(x))` differs from its own forward
+                pass.
+        """
         self.network, self.num_classes = network, num_classes
         self.classifier = f"network.{find_last_layer(network, num_classes)}"
+        x = torch.linspace(-2, 2, 3 * PROBE_SIZE * PROBE_SIZE).view(1, 3, PROBE_SIZE, PROBE_SIZE)
+        allowed = "has no 4-D last feature map (N, C, H, W) before its head (a transformer?): the teacher needs one"
+        error = OptionError("backbone.name", name, allowed)
+        self.eval()
+        try:
+            with torch.no_grad():
+                features = self.features(x)
+                is_split = features.ndim == 4 and torch.allclose(self.head(features), network(x), atol=1e-5, rtol=1e-4)
+        except (RuntimeError, ValueError, AssertionError, TypeError) as reason:
+            raise error from reason
+        if not is_split or features.shape[1] != getattr(network, "num_features", features.shape[1]):
+            raise error
+        self.num_features = features.shape[1]
+        self.train()
+
+
+class TorchvisionBackbone(LibraryBackbone):
+    """A torchvision network, split before its global pool."""
+
+    def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
+        check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
+        has_auxiliary_heads = name in ("googlenet", "inception_v3")
+        options = {"aux_logits": False, "init_weights": not is_pretrained} if has_auxiliary_heads else {}
+        network: Any = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+        if has_auxiliary_heads:
+            network.transform_input = True  # the published weights expect TensorFlow's normalization
+        return network
+
+    def set_network(self, network: nn.Module, num_classes: int, name: str) -> None:
+        # All torchvision networks run their children in order; these are the first ones after the last feature map.
         names = [name for name, _ in network.named_children()]
         split = next((k for k, n in enumerate(names) if n in ("avgpool", "dropout", "classifier", "fc")), len(names))
         self.body, self.tail = names[:split], [name for name in names[split:] if name != "avgpool"]
         tail_types = [type(module) for name in self.tail for module in network.get_submodule(name).modules()]
         self.tail_pools, self.tail_flattens = nn.AdaptiveAvgPool2d in tail_types, nn.Flatten in tail_types
+        super().set_network(network, num_classes, name)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
@@ -213,16 +168,51 @@ class TorchvisionBackbone(Backbone):
         return x.flatten(1)
 
 
-class TimmBackbone(Backbone):
-    """A timm network, which itself says where its features end."""
+class MobileNetV2(TorchvisionBackbone):
+    """MobileNetV2 for images of 32 x 32, without the strides before 8 pixels; last feature map (N, 1280, H/8, W/8).
 
-    native_size = 224
-    network: Any  # a module whose parts are found by their names
+    Its depth-wise convolutions already have 1 x 1 convolutions before and after them, so the block type's spatial
+    operator takes their place without another 1 x 1. DW and Standard are the published network. Source: Sandler et al.,
+    "MobileNetV2: Inverted residuals and linear bottlenecks", 2018.
 
-    def __init__(self, network: nn.Module, num_classes: int):
-        super().__init__()
-        self.network, self.num_classes = network, num_classes
-        self.classifier = f"network.{find_last_layer(network, num_classes)}"
+    Args:
+        conv: The block type.
+        num_classes: K.
+    """
+
+    native_size = 32
+
+    def __init__(self, conv: BlockType, num_classes: int):
+        Backbone.__init__(self)
+        stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2]]
+        stages += [[6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+        network: Any = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
+        network.features[0][0].stride = (1, 1)
+        for block in network.modules():
+            for name, layer in block.named_children():
+                if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                    spatial = conv.make_spatial(layer.in_channels, Window.from_conv(layer))
+                    for parameter in spatial.parameters():
+                        if parameter.ndim > 1:
+                            nn.init.kaiming_normal_(parameter, mode="fan_out")  # as torchvision does
+                    setattr(block, name, spatial)
+        self.set_network(network, num_classes, "mobilenetv2")
+
+
+class TimmBackbone(LibraryBackbone):
+    """A timm network, which itself says where its features end.
+
+    Raises:
+        Failure: timm is not installed.
+    """
+
+    def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
+        if importlib.util.find_spec("timm") is None:
+            raise Failure("backbone=timm: timm is not installed; uv sync --extra timm (or pip install timm)")
+        import timm
+
+        check_name(name, timm.list_models(), "timm")
+        return timm.create_model(name, pretrained=False, num_classes=num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
@@ -233,30 +223,12 @@ class TimmBackbone(Backbone):
         return self.network.forward_head(features)
 
 
-def find_num_features(backbone: TorchvisionBackbone | TimmBackbone, name: str) -> Backbone:
-    """Sets `num_features` of a backbone and returns it.
-
-    Raises:
-        OptionError: The network has no 4-D last feature map, or the head after the split gives other logits than the
-            network's own forward pass.
-    """
-    x = torch.linspace(-2, 2, 3 * PROBE_SIZE * PROBE_SIZE).view(1, 3, PROBE_SIZE, PROBE_SIZE)
-    allowed = "has no 4-D last feature map (N, C, H, W) with a head behind it (a transformer?): the teacher needs one"
-    error = OptionError("backbone.name", name, allowed)
-    training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            features = backbone.features(x)
-            is_split = features.ndim == 4 and torch.allclose(
-                backbone.head(features), backbone.network(x), atol=1e-5, rtol=1e-4
-            )
-    except (RuntimeError, ValueError, AssertionError, TypeError) as reason:
-        raise error from reason
-    if not is_split or features.shape[1] != getattr(backbone.network, "num_features", features.shape[1]):
-        raise error
-    backbone.num_features = features.shape[1]
-    return backbone.train(training)
+def check_name(name: str, known: list[str], library: str) -> None:
+    """Raises `OptionError` with similar names if the library has no such network."""
+    if name not in known:
+        similar = ", ".join(difflib.get_close_matches(str(name), known, n=4, cutoff=0.4)) or "none"
+        allowed = f"no classification network of {library} has this name; similar: {similar}"
+        raise OptionError("backbone.name", name, allowed)
 
 
 def load_pretrained(
@@ -269,7 +241,7 @@ def load_pretrained(
         path: A state dict written by `torch.save` or as safetensors.
         num_classes: K.
         option: The option that named the file, for messages.
-        new_head: Whether a classifier for another number of classes is left out, so that the network's stays fresh.
+        new_head: Whether a classifier for another number of classes is left out; the network keeps its own then.
 
     Raises:
         OptionError: The weights do not fit; nothing has been changed.
@@ -294,7 +266,7 @@ def load_pretrained(
 
 
 def update_name(name: str) -> str:
-    """Returns today's name of a tensor: without a parallel wrapper's prefix and the extra dots of old DenseNets."""
+    """Returns a tensor's current name: without the prefix of `DataParallel` and the extra dots of old DenseNets."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.removeprefix("module."))
 
 
@@ -303,7 +275,7 @@ def find_last_layer(network: nn.Module, num_classes: int) -> str:
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     last = next((name for name, module in reversed(layers) if module.weight.shape[0] == num_classes), None)
     if last is None:
-        raise OptionError("backbone", type(network).__name__, "has no linear layer that gives the logits")
+        raise OptionError("backbone", type(network).__name__, "has no last layer with one output for each class")
     return last
 
 
@@ -311,12 +283,12 @@ def find_last_layer(network: nn.Module, num_classes: int) -> str:
 def add_weight_noise(network: nn.Module, noise: float) -> None:
     """Adds Gaussian noise to the weights of the converted layers.
 
-    Students that start from one file would otherwise be equal and, seeing the same batches, stay equal. In a network
-    that was not converted the noise goes to the convolutions with more than one tap.
+    Students that start from one file would otherwise be equal and stay equal, since they see the same batches. In a
+    network that was not converted the noise is added to the convolutions with more than one tap.
 
     Args:
         network: The network, changed in place.
-        noise: The noise's standard deviation, as a factor on that of each weight tensor.
+        noise: The noise's standard deviation, as a fraction of that of each weight tensor.
     """
     pairs = [module for module in network.modules() if isinstance(module, CheapConv)]
     for module in pairs or find_spatial_convs(network).values():
@@ -326,7 +298,7 @@ def add_weight_noise(network: nn.Module, noise: float) -> None:
 
 
 def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name: str) -> None:
-    """Raises `OptionError` where images are too large for a network for small ones, or too small for its strides.
+    """Raises `OptionError` if images are too large for a network for small ones, or too small for its strides.
 
     Args:
         backbone: The network.
@@ -350,11 +322,11 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
 
 
 def find_stride(backbone: Backbone) -> int:
-    """Returns how many pixels of the image's side stand for one of the last feature map's."""
+    """Returns how many times smaller the sides of the last feature map are than the image's."""
     return 1024 // _features_on_meta(backbone, 1024, 1024).shape[-1]
 
 
 def _features_on_meta(backbone: Backbone, height: int, width: int) -> Tensor:
-    """The last feature map on the meta device, where nothing is computed."""
+    """Returns the last feature map on the meta device, on which nothing is computed but shapes."""
     images = torch.empty(1, 3, height, width, device="meta")
     return copy.deepcopy(backbone).to("meta").eval().features(images)

@@ -11,7 +11,7 @@ from odcheap import predict
 from odcheap.export import onnx as onnx_export
 from odcheap.layers.cheap_conv import DW, Shift
 from odcheap.models.cifar import CifarResNet, vgg16
-from odcheap.models.wrappers import torchvision_backbone
+from odcheap.models.wrappers import TorchvisionBackbone
 from odcheap.utils.errors import OptionError
 
 
@@ -68,7 +68,7 @@ def test_an_old_opset_has_the_same_answers(backbone):
     if backbone == "ours":
         network = settled(CifarResNet(8, DW(), 5)).float()
     else:
-        network = torchvision_backbone("resnet18", DW(), 5).eval()
+        network = TorchvisionBackbone("resnet18", DW(), 5).eval()
     program = onnx_export.export_program(network, (3, 32, 32), batch=2)
     content = onnx_export.to_onnx(program, opset=11)
     model = onnx.load_from_string(content)

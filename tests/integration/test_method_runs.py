@@ -18,7 +18,7 @@ from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.models.wrappers import torchvision_backbone
+from odcheap.models.wrappers import TorchvisionBackbone
 from odcheap.training.optim import build_optimization
 from odcheap.training.summary import write_student
 from odcheap.training.train_step import EagerStep, GraphStep
@@ -126,7 +126,7 @@ def test_a_run_calls_the_method_before_each_epoch_and_after_each_step(command, t
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_converted_network_of_torchvision_takes_a_step(made, name):
-    method = made(name, build=lambda: torchvision_backbone("resnet18", DW(), 10))
+    method = made(name, build=lambda: TorchvisionBackbone("resnet18", DW(), 10))
     optimizer, _ = build_optimization(method, *RECIPE, 10)
     assert EagerStep(method, optimizer)(batch(method, size=4, side=64)).finite
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.students import Students
 from odcheap.models.convert import cheapen
-from odcheap.models.wrappers import load_pretrained, timm_backbone, torchvision_backbone
+from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import temporary_seed
 
@@ -26,17 +26,17 @@ def file(tmp_path):
 
 def test_pretrained_weights_are_fitted_into_the_pairs(file):
     network, path = file
-    made = torchvision_backbone("resnet18", DW(), 7, pretrained=path, noise=0.0).eval()
+    made = TorchvisionBackbone("resnet18", DW(), 7, pretrained=path, noise=0.0).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(made(x), cheapen(network, "DW", init="fit")(x))
-    anew = torchvision_backbone("resnet18", DW(), 7, pretrained=path, init="kaiming").eval()
+    anew = TorchvisionBackbone("resnet18", DW(), 7, pretrained=path, init="kaiming").eval()
     assert not torch.allclose(anew(x), made(x))
     assert torch.equal(anew.network.bn1.running_mean, network.bn1.running_mean)
 
 
 def test_a_classifier_for_other_classes_stays_new(file):
     network, path = file
-    made = torchvision_backbone("resnet18", Standard(), 3, pretrained=path, noise=0.0)
+    made = TorchvisionBackbone("resnet18", Standard(), 3, pretrained=path, noise=0.0)
     assert made.network.fc.weight.shape == (3, 512)
     assert torch.equal(made.network.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
 
@@ -46,7 +46,7 @@ def test_noise_makes_students_from_one_file_differ_and_no_noise_does_not(file, b
     _, path = file
 
     def students(noise):
-        return Students(lambda: torchvision_backbone("resnet18", block_type, 7, path, noise=noise), 2, seed=0).members
+        return Students(lambda: TorchvisionBackbone("resnet18", block_type, 7, path, noise=noise), 2, seed=0).members
 
     a, b = students(0.0)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -87,7 +87,7 @@ def test_inception_with_its_auxiliary_classifier_and_its_own_normalisation(tmp_p
             module.momentum = 1.0  # takes this batch's statistics: what goes in then matters for what comes out
     network(torch.randn(4, 3, 64, 64))
     torch.save(network.eval().state_dict(), tmp_path / "googlenet.pth")
-    made = torchvision_backbone("googlenet", Standard(), 7, str(tmp_path / "googlenet.pth"), noise=0.0).eval()
+    made = TorchvisionBackbone("googlenet", Standard(), 7, str(tmp_path / "googlenet.pth"), noise=0.0).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(made(x), network(x))
 
@@ -95,12 +95,12 @@ def test_inception_with_its_auxiliary_classifier_and_its_own_normalisation(tmp_p
 def test_weights_that_do_not_fit_are_refused_by_name(file, tmp_path):
     _, path = file
     with pytest.raises(OptionError, match=r"backbone.pretrained=.*resnet18.pth: weights of another network: "):
-        torchvision_backbone("resnet34", DW(), 7, path)
+        TorchvisionBackbone("resnet34", DW(), 7, path)
     with pytest.raises(OptionError, match=r"backbone.pretrained=nowhere.pth: no such file"):
-        torchvision_backbone("resnet18", DW(), 7, "nowhere.pth")
+        TorchvisionBackbone("resnet18", DW(), 7, "nowhere.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(OptionError, match=r"backbone.pretrained=.*holds a Tensor"):
-        torchvision_backbone("resnet18", DW(), 7, str(tmp_path / "tensor.pth"))
+        TorchvisionBackbone("resnet18", DW(), 7, str(tmp_path / "tensor.pth"))
 
 
 def test_timm_weights(tmp_path):
@@ -108,6 +108,6 @@ def test_timm_weights(tmp_path):
     network = timm.create_model("resnet10t", num_classes=5).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     with temporary_seed(1, "other"):
-        made = timm_backbone("resnet10t", Standard(), 5, str(tmp_path / "model.safetensors"), noise=0.0).eval()
+        made = TimmBackbone("resnet10t", Standard(), 5, str(tmp_path / "model.safetensors"), noise=0.0).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(made(x), network(x))

@@ -7,7 +7,7 @@ from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Standard
 from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
-from odcheap.models.wrappers import check_image_size, find_stride, mobilenetv2, timm_backbone, torchvision_backbone
+from odcheap.models.wrappers import MobileNetV2, TimmBackbone, TorchvisionBackbone, check_image_size, find_stride
 from odcheap.utils.errors import OptionError
 
 FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5"]
@@ -23,7 +23,7 @@ OTHERS = [
 
 def check_torchvision(name):
     """Features and head together are the network's own forward pass, in training mode too."""
-    backbone = torchvision_backbone(name, Standard(), 7)
+    backbone = TorchvisionBackbone(name, Standard(), 7)
     x = torch.randn(2, 3, 96, 96)
     for mode in (True, False):
         backbone.train(mode)
@@ -53,7 +53,7 @@ def test_every_other_torchvision_network(name):
 )
 def test_timm_networks(name):
     pytest.importorskip("timm")
-    backbone = timm_backbone(name, Standard(), 7).eval()
+    backbone = TimmBackbone(name, Standard(), 7).eval()
     x = torch.randn(2, 3, 64, 64)
     maps = backbone.features(x)
     assert maps.shape[:2] == (2, backbone.num_features)
@@ -64,15 +64,15 @@ def test_timm_networks(name):
 @pytest.mark.parametrize(
     ("build", "name"),
     [
-        (torchvision_backbone, "vit_b_16"),
-        (torchvision_backbone, "maxvit_t"),
-        (timm_backbone, "vit_tiny_patch16_224"),
-        (timm_backbone, "swin_tiny_patch4_window7_224"),
-        (timm_backbone, "mixer_s32_224"),
+        (TorchvisionBackbone, "vit_b_16"),
+        (TorchvisionBackbone, "maxvit_t"),
+        (TimmBackbone, "vit_tiny_patch16_224"),
+        (TimmBackbone, "swin_tiny_patch4_window7_224"),
+        (TimmBackbone, "mixer_s32_224"),
     ],
 )
 def test_transformers_are_refused_by_name(build, name):
-    if build is timm_backbone:
+    if build is TimmBackbone:
         pytest.importorskip("timm")
     with pytest.raises(OptionError, match=f"backbone.name={name}: has no 4-D last feature map"):
         build(name, Standard(), 7)
@@ -80,9 +80,9 @@ def test_transformers_are_refused_by_name(build, name):
 
 def test_unknown_names_are_answered_with_near_ones():
     with pytest.raises(OptionError, match=r"backbone.name=resnet81: no classification network.*resnet18"):
-        torchvision_backbone("resnet81", DW(), 7)
+        TorchvisionBackbone("resnet81", DW(), 7)
     with pytest.raises(OptionError, match="nothing to replace"):
-        torchvision_backbone("mobilenet_v2", DW(), 7)
+        TorchvisionBackbone("mobilenet_v2", DW(), 7)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_unknown_names_are_answered_with_near_ones():
     [
         (densenet(40, 12, 10), 1_019_722),
         (wide_resnet(16, 4, 10), 2_748_890),
-        (mobilenetv2(Standard(), 10), 2_236_682),
+        (MobileNetV2(Standard(), 10), 2_236_682),
     ],
 )
 def test_small_networks_have_the_published_number_of_parameters(network, parameters):
@@ -106,7 +106,7 @@ def test_vgg16_by_hand():
 
 @pytest.mark.parametrize(("block_type", "kind"), [(Shift(), Shift2d), (Group(4), nn.Conv2d), (DW(), nn.Conv2d)])
 def test_mobilenetv2_takes_the_block_type_s_spatial_operator(block_type, kind):
-    network = mobilenetv2(block_type, 10)
+    network = MobileNetV2(block_type, 10)
     assert not any(isinstance(m, CheapConv) for m in network.modules())
     spatial = [block.conv[-3][0] for block in network.network.features[1:-1]]
     assert all(isinstance(layer, kind) for layer in spatial)
@@ -125,11 +125,11 @@ def test_pictures_smaller_than_the_stride_are_refused(backbone, stride):
 
 def test_pictures_that_leave_nothing_are_refused():
     with pytest.raises(OptionError, match="backbone=it: pictures of 40 x 40 are too small"):
-        check_image_size(torchvision_backbone("inception_v3", Standard(), 3), (3, 40, 40), "it")
+        check_image_size(TorchvisionBackbone("inception_v3", Standard(), 3), (3, 40, 40), "it")
 
 
 def test_a_network_for_small_pictures_refuses_large_ones():
     check_image_size(CifarResNet(8, DW(), 3), (3, 64, 64), "resnet56")
     with pytest.raises(OptionError, match="backbone=resnet56: is made for 32 x 32 pictures, and these have 65 x 65"):
         check_image_size(CifarResNet(8, DW(), 3), (3, 65, 65), "resnet56")
-    check_image_size(torchvision_backbone("resnet18", DW(), 3), (3, 224, 224), "resnet18")
+    check_image_size(TorchvisionBackbone("resnet18", DW(), 3), (3, 224, 224), "resnet18")
