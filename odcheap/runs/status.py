@@ -11,7 +11,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_text
+from odcheap.utils.files import write_json
 
 FILE_NAME = "status.json"
 State = Literal["running", "stopped", "failed", "finished"]
@@ -20,7 +20,7 @@ State = Literal["running", "stopped", "failed", "finished"]
 def write_status(job_dir: Path, state: State, reason: str = "") -> None:
     """Writes the state of the run, with the process and the host that write it."""
     status = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
-    write_text(job_dir / FILE_NAME, json.dumps(status, indent=2) + "\n")
+    write_json(job_dir / FILE_NAME, status)
 
 
 def read_status(job_dir: Path) -> dict[str, Any]:

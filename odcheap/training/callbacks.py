@@ -1,7 +1,5 @@
-"""Callbacks of a run: its record with selection and checkpoints, its progress, and its end by a signal."""
+"""Callbacks: figures, selection and checkpoints of a run, its progress, and its interruption by a signal."""
 
-import csv
-import io
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +16,11 @@ from odcheap.runs.checkpoint_io import epoch_path, prune_checkpoints, step_path
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.nonfinite import CHECK_EVERY, NonfiniteGuard
 from odcheap.training.summary import name_figures
-from odcheap.utils.files import write_text
+from odcheap.utils.files import write_csv
 from odcheap.utils.text import format_accuracy, format_seconds
 
-WARM_UP_STEPS, TIMED_STEPS = 5, 20  # the first steps allocate memory; the next ones tell how long the run will take
-REPORT_EVERY = 30  # seconds between lines of progress where there is no terminal
+WARM_UP_STEPS, TIMED_STEPS = 5, 20  # the expected time is measured on 20 steps, after 5 that allocate memory
+REPORT_EVERY = 30  # seconds between lines of progress if the output is not a terminal
 
 
 class Record(pl.Callback):
@@ -32,9 +30,9 @@ class Record(pl.Callback):
         job_dir: The run's folder.
         select: "val" or "test" selects the best figure on those images (ties go to the earlier epoch, then the lower
             candidate); "last" selects student 0 of the last epoch.
-        figure: The figure that decides, "top1" or "balanced_accuracy".
-        every: Minutes between checkpoints within an epoch; None saves at the ends of epochs only.
-        keep: Number of newest checkpoints that are kept, beside the selected epoch's.
+        figure: The figure by which "val" and "test" select, "top1" or "balanced_accuracy".
+        every: Minutes between checkpoints within an epoch; None saves only at the end of each epoch.
+        keep: Number of newest checkpoints that are kept, in addition to the selected epoch's.
 
     Attributes:
         history: The figures of each epoch by name.
@@ -45,7 +43,7 @@ class Record(pl.Callback):
         self.job_dir, self.select, self.figure, self.every, self.keep = job_dir, select, figure, every, keep
         self.selected: dict[str, Any] = {"candidate": 0, "epoch": 0, "score": -1.0}
         self.history: list[dict[str, Any]] = []
-        self.earlier_seconds = 0.0  # spent by the processes that this one continues
+        self.earlier_seconds = 0.0  # training time before the run was resumed
         self.start_time = self.epoch_start = self.saved_time = time.perf_counter()
         self.train_end: float | None = None
         self.images = 0
@@ -59,7 +57,7 @@ class Record(pl.Callback):
         self.earlier_seconds = state_dict["seconds"]
 
     def seconds(self) -> float:
-        """Returns how long the run has taken in all of its processes one after another."""
+        """Returns the training time so far, including the time before the run was resumed."""
         return self.earlier_seconds + time.perf_counter() - self.start_time
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,7 +69,7 @@ class Record(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the epoch's end the schedule is one step further
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the epoch it is the next one's
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -94,10 +92,14 @@ class Record(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=row["step"])
         if trainer.is_global_zero:
-            write_text(self.job_dir / "metrics.csv", format_csv(self.history))
+            names = list(self.history[0])
+            write_csv(
+                self.job_dir / "metrics.csv", [names, *([row.get(name) for name in names] for row in self.history)]
+            )
         self.save(trainer, epoch_path(self.job_dir, trainer.current_epoch))
 
     def summarize_epoch(self, trainer: pl.Trainer, module: DistillationModule) -> dict[str, Any]:
+        """Returns the figures of the epoch by name. Every process must call it."""
         seconds = (self.train_end or time.perf_counter()) - self.epoch_start
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
@@ -106,7 +108,7 @@ class Record(pl.Callback):
             "images_per_second": self.images / seconds,
             "seconds": self.seconds(),
         }
-        row |= {f"train/{name}": value for name, value in module.compute_terms().items()}
+        row |= {f"train/{name}": value for name, value in module.terms.compute().items()}
         row |= name_figures("train", module.members, module.compute_figures("train"))
         if "val" in module.figures:
             stage = "test" if self.select == "test" else "val"
@@ -114,7 +116,7 @@ class Record(pl.Callback):
         return row
 
     def select_best(self, epoch: int, figures: Figures | None, candidates: int) -> None:
-        """Selects an epoch's best candidate where it is better than the one selected before."""
+        """Selects the epoch's best candidate if it is better than the one selected before."""
         if self.select == "last":
             self.selected = {"candidate": 0, "epoch": epoch, "score": -1.0}
         elif figures is not None:
@@ -124,19 +126,11 @@ class Record(pl.Callback):
                     self.selected = {"candidate": candidate, "epoch": epoch, "score": score}
 
     def save(self, trainer: pl.Trainer, path: Path) -> None:
-        """Saves a checkpoint, and removes those that are no longer kept."""
+        """Saves a checkpoint, and removes older ones beyond the number to keep."""
         trainer.save_checkpoint(path)
         self.saved_time = time.perf_counter()
         if trainer.is_global_zero:
             prune_checkpoints(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
-
-
-def format_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 class ProgressReporter(pl.Callback):
@@ -145,7 +139,7 @@ class ProgressReporter(pl.Callback):
     Args:
         record: The run's record.
         console: Where to print.
-        shorter: What is suggested where a run on a CPU will take hours.
+        shorter: Shorter runs that are suggested if a run on a CPU will take hours.
     """
 
     def __init__(self, record: Record, console: Console, shorter: str):
@@ -217,7 +211,12 @@ class ProgressReporter(pl.Callback):
 
 
 def find_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
-    """Returns which part was evaluated, the best candidate on it, its accuracy, and a text with the teacher's."""
+    """Finds the best candidate in the figures of an epoch.
+
+    Returns:
+        The stage by which candidates are compared, the best one's name and accuracy, and a text with the teacher's
+        accuracy.
+    """
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
     prefixes = (f"{stage}/student_", f"{stage}/average_")
     candidates = {name: value for name, value in row.items() if name.startswith(prefixes) and name.endswith("/top1")}
@@ -228,16 +227,16 @@ def find_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
 
 
 class Interruption(pl.Callback):
-    """Ends the training after the step in which any process has received a signal, with a checkpoint of that step."""
+    """Saves a checkpoint and ends the training after the step in which any process has received a signal."""
 
     def __init__(self, listener: SignalListener, record: Record, guard: NonfiniteGuard):
         self.listener, self.record, self.guard = listener, record, guard
         self.group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.listener.install_handlers()  # Lightning has installed handlers of its own
+        self.listener.install_handlers()  # Lightning has replaced them
         self.listener.is_deferred = True
-        if trainer.world_size > 1:  # on the CPU, so that no GPU is waited for
+        if trainer.world_size > 1:  # gloo compares the signals on the CPU, without waiting for a GPU
             self.group = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo"))
             rendezvous.check_same_start(trainer.current_epoch, trainer.global_step, self.group)
 
@@ -254,15 +253,15 @@ class Interruption(pl.Callback):
             raise Stopped(signum)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if signum := self.agree_on_signal():  # the record has just saved
+        if signum := self.agree_on_signal():  # `Record` has just saved a checkpoint
             raise Stopped(signum)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.is_deferred = False
 
     def agree_on_signal(self) -> int:
-        """Returns the signal that any process has received, 0 for none."""
-        heard = torch.tensor(self.listener.received)
+        """Returns the number of a signal that any process has received, 0 without one."""
+        signum = torch.tensor(self.listener.received)
         if self.group is not None:
-            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX, self.group)
-        return int(heard)
+            torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, self.group)
+        return int(signum)

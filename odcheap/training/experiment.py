@@ -1,8 +1,8 @@
-"""One run from its parts to its folder: build, fit, test, write."""
+"""One run: it is built from its config, trained, tested, and written to its folder."""
 
 import logging
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -26,30 +26,35 @@ from odcheap.models.backbone import Backbone
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_checkpoint
-from odcheap.runs.folder import CONFIG, make_folder
+from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, make_folder
 from odcheap.runs.load import load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.training import summary
 from odcheap.training.callbacks import Interruption, ProgressReporter, Record
-from odcheap.training.module import DistillationModule, Figures
+from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import NonfiniteGuard
 from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
-from odcheap.utils.files import write_text
+from odcheap.utils.files import write_csv, write_json, write_text
 from odcheap.utils.seeds import temporary_seed
 
-logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # our first line says what its greetings say
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # the device is in the first line of odcheap
 
-GRAPH_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 changes the scale of its loss
+GRAPH_PRECISIONS = (
+    "32-true",
+    "32",
+    "bf16-mixed",
+    "bf16-true",
+)  # float16 scales the loss by a changing factor
 SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training leaves: the figures of each epoch, and the candidate and epoch selected."""
+    """The result of a training: the figures of each epoch, and which candidate and epoch were selected."""
 
     history: list[dict[str, Any]]
     candidate: int
@@ -62,27 +67,27 @@ class FitResult:
 
 @dataclass(frozen=True)
 class TestResult:
-    """A test's figures, and the held-out figures of the same weights (by name, empty where there are none)."""
+    """The result of a test: what `summarize_members` returns, and the confusion matrix of each member."""
 
-    __test__ = False  # no test case, whatever pytest takes it for
+    __test__ = False  # pytest would take the class for a test case
 
-    figures: Figures
-    val: dict[str, float | None]
+    members: dict[str, Any]
+    confusion: list[list[list[int]]]
 
 
 @dataclass
 class Experiment:
-    """The parts of a run, put together.
+    """A run, built from its parts.
 
     Args:
         start: The run's config and folder, and the checkpoint that it continues.
         data: The data set, read.
         method: The method with its students.
         optimizer, scheduler: See `build_optimization`.
-        listener: Receives signals, which end the training after the current step.
-        standard: The network with standard convolutions that costs are compared with.
+        listener: Receives signals. They end the training after the current step.
+        standard: The network with standard convolutions, for the comparison of costs.
         callbacks: Further callbacks of the `Trainer`.
-        console: Where progress and results are printed.
+        console: Prints progress and results.
 
     Raises:
         OptionError: The options do not fit together.
@@ -104,7 +109,9 @@ class Experiment:
     def __post_init__(self) -> None:
         cfg = self.cfg = self.start.cfg
         kernels.use(cfg.kernels)
-        gradients = gradient_options(cfg)
+        # Lightning refuses these options of `trainer` with manual optimization, so the training step takes them.
+        options = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
+        gradients = GradientOptions(**options, skip_nonfinite=cfg.on_nonfinite == "skip")
         batches = self.data.steps_per_epoch(launch.count_processes(cfg))
         self.module = DistillationModule(
             self.method,
@@ -123,7 +130,7 @@ class Experiment:
 
     @classmethod
     def build(cls, start: Start, listener: SignalListener) -> "Experiment":
-        """Builds a run's parts from its config, and loads the weights that it starts from.
+        """Builds a run from its config, and loads the weights from which it starts.
 
         Args:
             start: The run's config and folder, and the checkpoint that it continues.
@@ -136,7 +143,7 @@ class Experiment:
         data = instantiate(cfg.data)
         data.read()
         data.check(launch.count_processes(cfg))
-        # A checkpoint holds the weights that a pretrained file brought, and the file may be gone.
+        # A resumed run needs no pretrained weights: they are in its checkpoint, and their file may be gone.
         loaded = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
         network = instantiate(cfg.backbone, **loaded)
         classes = len(data.classes)
@@ -149,7 +156,7 @@ class Experiment:
         with temporary_seed(cfg.seed, "method"):
             method = instantiate(cfg.method)(students=students)
         optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
-        build_optimization(method, optimizer, scheduler, steps=1000)  # an error here comes before there is a folder
+        build_optimization(method, optimizer, scheduler, steps=1000)  # so that errors appear before the folder is made
         method.check_precision(str(cfg.trainer.precision))
         check_image_size(cast(Backbone, students.members[0]), data.image_size, start.config.parts["backbone"])
         load_start_weights(start, method, data)
@@ -158,17 +165,17 @@ class Experiment:
         return cls(start, data, method, optimizer, scheduler, listener, standard)
 
     def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:
-        """Builds Lightning's `Trainer`; with several processes they join here.
+        """Builds Lightning's `Trainer`. If there are several processes, they form their process group here.
 
         Raises:
-            OptionError: The device cannot do what the options ask for.
+            OptionError: The device does not support an option.
         """
         cfg = self.cfg
         guard = NonfiniteGuard(cfg.on_nonfinite == "skip", cfg.max_skipped)
         progress = ProgressReporter(self.record, self.console, SHORTER_RUNS)
         trainer = instantiate(
             {name: value for name, value in cfg.trainer.items() if name not in GradientOptions._fields},
-            # The guard is first: it looks at a step before another callback saves it.
+            # The guard comes first, so that a step is checked before another callback saves a checkpoint.
             callbacks=[guard, self.record, progress, Interruption(self.listener, self.record, guard), *self.callbacks],
             logger=logger,
             plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
@@ -178,7 +185,7 @@ class Experiment:
         if cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", True, "must be false on CPUs: PyTorch has it for GPUs only")
         check_run(self.method.students.run, device)
-        # Lightning would convert the module only after it has loaded weights, and round them on the way.
+        # Lightning converts the module after loading a checkpoint into it, which would round the loaded weights.
         trainer.precision_plugin.convert_module(self.module)
         if trainer.world_size > 1 and launch.is_torchrun() and not torch.distributed.is_initialized():
             rendezvous.join_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -186,39 +193,40 @@ class Experiment:
 
     @property
     def watches_images(self) -> bool:
-        """Whether there are images that are evaluated after each epoch."""
+        """Whether images are evaluated after each epoch."""
         return len(self.data.labels[self.data.watched_part]) > 0
 
     def run(self) -> dict[str, Any]:
-        """Trains, tests the last epoch and the selected one, writes the run's folder; returns its summary."""
+        """Trains, tests the weights of the last and of the selected epoch, and writes the run's folder.
+
+        Returns:
+            The content of `summary.json`.
+        """
         loggers = {name: instantiate(part) for name, part in self.cfg.logger.items() if part}
         trainer = self.build_trainer(list(loggers.values()))
-        with self.occupied_folder(trainer):
+        job_dir = self.start.job_dir
+        make_folder(job_dir)
+        with status.lock_folder(job_dir) if trainer.is_global_zero else nullcontext():
             if trainer.is_global_zero:
                 prepare_folder(self.start)
                 start_loggers(loggers)
-                write_text(self.start.job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
-                status.write_status(self.start.job_dir, "running")
+                write_text(job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
+                status.write_status(job_dir, "running")
             self.print_introduction(trainer)
+
             fit = self.fit(trainer)
             last = self.test(trainer, fit.history[-1])
             if fit.epoch != fit.history[-1]["epoch"]:
-                path = epoch_path(self.start.job_dir, fit.epoch)
+                path = epoch_path(job_dir, fit.epoch)
                 self.module.load_state_dict(read_checkpoint(path, "job_dir")["state_dict"])
             selected = self.test(trainer, fit.row(fit.epoch))
-            found = self.summarize(fit, selected, last)
-            if trainer.is_global_zero:
-                self.write(fit, selected, found)
-                status.write_status(self.start.job_dir, "finished")
-                summary.print_summary(self.console, found, f"{self.start.job_dir}: finished")
-        return found
 
-    @contextmanager
-    def occupied_folder(self, trainer: pl.Trainer) -> Generator[None]:
-        """Makes the run's folder and keeps other runs out of it."""
-        make_folder(self.start.job_dir)
-        with status.lock_folder(self.start.job_dir) if trainer.is_global_zero else nullcontext():
-            yield
+            content = self.summarize(fit, selected, last)
+            if trainer.is_global_zero:
+                self.write(fit, selected, content)
+                status.write_status(job_dir, "finished")
+                summary.print_summary(self.console, content, f"{job_dir}: finished")
+        return content
 
     def fit(self, trainer: pl.Trainer) -> FitResult:
         """Trains, from the start or from the run's checkpoint."""
@@ -226,7 +234,7 @@ class Experiment:
         trainer.fit(
             self.module,
             self.data.train_loader(process, views),
-            self.data.val_loader(process),  # not iterated where there are no images to watch
+            self.data.val_loader(process),  # not used if there are no images to evaluate
             ckpt_path=self.start.checkpoint,
             weights_only=True,
         )
@@ -234,17 +242,25 @@ class Experiment:
         return FitResult(self.record.history, selected["candidate"], selected["epoch"])
 
     def test(self, trainer: pl.Trainer, val: dict[str, Any]) -> TestResult:
-        """Tests the module's weights; `val` has their held-out figures by name (`val/student_0/top1`)."""
+        """Tests the module's weights. Their figures on the held-out images are given by name (`val/student_0/top1`)."""
         trainer.test(self.module, self.data.test_loader(loading_process(trainer)), verbose=False)
-        return TestResult(self.module.figures["test"], val)
+        figures = self.module.figures["test"]
+        members = summary.summarize_members(self.module.members, figures, val, self.method.teacher_kind)
+        return TestResult(members, figures.confusion)
 
     def run_test_only(self) -> dict[str, Any]:
-        """Evaluates a checkpoint or given weights; writes `test.json`, and nothing else; returns its content."""
+        """Evaluates a checkpoint or weights, and writes `test.json` and no other file.
+
+        Returns:
+            The content of `test.json`.
+        """
         trainer = self.build_trainer()
         make_folder(self.start.job_dir)
         if self.start.content is not None:
             self.module.load_state_dict(self.start.content["state_dict"])
         self.print_introduction(trainer)
+
+        # Select a student by the held-out images, as after the last epoch of a training.
         epoch = self.start.content["epoch"] if self.start.content is not None else 0
         val: dict[str, Any] = {}
         if self.watches_images:
@@ -255,42 +271,37 @@ class Experiment:
                 val = summary.name_figures("val", self.module.members, figures)
         fit = FitResult([], self.record.selected["candidate"], epoch)
         tested = self.test(trainer, val)
-        members = summary.summarize_members(self.module.members, tested.figures, val, self.method.teacher_kind)
-        found = {
-            "selected": self.summarize_selected(fit, tested, members),
-            **members,
+        content = {
+            "selected": self.summarize_selected(fit, tested),
+            **tested.members,
             "split": self.data.fingerprint,
             "versions": summary.list_versions(),
         }
         if trainer.is_global_zero:
-            summary.write_json(self.start.job_dir / "test.json", found)
-            summary.print_summary(self.console, found, f"{self.start.job_dir}: test only")
-        return found
+            write_json(self.start.job_dir / TEST, content)
+            summary.print_summary(self.console, content, f"{self.start.job_dir}: test only")
+        return content
 
     def print_introduction(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data
         train, val, test = (len(data.labels[part]) for part in ("train", "val", "test"))
         counts = f"{train:,} training, {val:,} held-out, {test:,} test"
-        where = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
-        say(f"{data.name}: {counts} images; {cfg.num_stu} students; {where}; {self.start.job_dir}")
+        device = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
+        say(f"{data.name}: {counts} images; {cfg.num_stu} students; {device}; {self.start.job_dir}")
         if self.start.checkpoint:
             say(f"continuing from {self.start.checkpoint}")
         if cfg.select == "test":
-            say("warning: select=test picks student and epoch on the test images; its accuracy is no honest estimate")
+            say("warning: select=test picks student and epoch on the test images; its accuracy is too high an estimate")
 
     def summarize(self, fit: FitResult, selected: TestResult, last: TestResult) -> dict[str, Any]:
-        """Returns the content of `summary.json`; every process must call it."""
-        data, history, kind = self.data, fit.history, self.method.teacher_kind
+        """Returns the content of `summary.json`. Every process must call it."""
+        data, history = self.data, fit.history
         assert self.standard is not None, "costs are compared with those of the standard network"
-        at_selected, at_last = (
-            summary.summarize_members(self.module.members, tested.figures, tested.val, kind)
-            for tested in (selected, last)
-        )
         images = len(data.labels["train"]) * len(history)
         return {
-            "selected": self.summarize_selected(fit, selected, at_selected),
-            **at_selected,
-            "last": at_last,
+            "selected": self.summarize_selected(fit, selected),
+            **selected.members,
+            "last": last.members,
             "cost": summary.summarize_costs(self.method, self.standard, data.image_size, images),
             "images_per_second": sum(row["images_per_second"] for row in history) / len(history),
             "train_seconds": history[-1]["seconds"],
@@ -305,12 +316,24 @@ class Experiment:
             "finished": True,
         }
 
-    def summarize_selected(self, fit: FitResult, tested: TestResult, members: dict[str, Any]) -> dict[str, Any]:
-        selection = {"epoch": fit.epoch, "selected_on": self.record.select, "selected_by": self.record.figure}
-        confusion = tested.figures.confusion[fit.candidate]
-        return summary.summarize_selected(fit.candidate, selection, members, confusion, self.data.classes)
+    def summarize_selected(self, fit: FitResult, tested: TestResult) -> dict[str, Any]:
+        """Returns the selected candidate's entry; `recall` is by class, None for a class without test images."""
+        students, averages = tested.members["students"], tested.members["averages"] or []
+        figures = [*students, *averages][fit.candidate]
+        confusion = enumerate(tested.confusion[fit.candidate])
+        recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in confusion]
+        return {
+            "student": fit.candidate % len(students),
+            "averaged": fit.candidate >= len(students),
+            "epoch": fit.epoch,
+            "selected_on": self.record.select,
+            "selected_by": self.record.figure,
+            **figures,
+            "balanced_accuracy": figures["test_balanced_accuracy"],
+            "recall": dict(zip(self.data.classes, recall, strict=True)),
+        }
 
-    def write(self, fit: FitResult, selected: TestResult, found: dict[str, Any]) -> None:
+    def write(self, fit: FitResult, selected: TestResult, content: dict[str, Any]) -> None:
         """Writes the results into the run's folder.
 
         `summary.json` is written last: if it exists, all other files are complete.
@@ -318,32 +341,34 @@ class Experiment:
         Args:
             fit: The result of the training.
             selected: The test of the selected epoch's weights.
-            found: The content of `summary.json`.
+            content: The content of `summary.json`.
         """
         job_dir, classes = self.start.job_dir, self.data.classes
-        summary.write_confusion(job_dir / "confusion.csv", selected.figures.confusion[fit.candidate], classes)
-        summary.write_split(job_dir / "split.csv", self.data.rows())
+        counts = ([name, *row] for name, row in zip(classes, selected.confusion[fit.candidate], strict=True))
+        write_csv(job_dir / "confusion.csv", [["true \\ predicted", *classes], *counts])
+        if files := list(self.data.rows()):
+            write_csv(job_dir / "split.csv", [["file", "class", "part"], *files])
         student = self.method.candidates()[fit.candidate]
-        summary.write_student(job_dir / "student.safetensors", student, self.module.about["student"])
-        summary.write_json(job_dir / "summary.json", found)
+        summary.write_student(job_dir / STUDENT, student, self.module.about["student"])
+        write_json(job_dir / SUMMARY, content)
 
 
 def loading_process(trainer: pl.Trainer) -> Process:
-    """Returns for which process of the run data is loaded."""
+    """Returns the device and the rank of this process, for the data loaders."""
     return Process(trainer.strategy.root_device, trainer.global_rank, trainer.world_size, trainer.num_devices)
 
 
 def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
-    """Loads `weights` into a new run, and checks that the data are those of the run that is continued.
+    """Loads `weights` into a new run, and checks that a continued run has the same data as before.
 
     Raises:
-        OptionError: The data are others, or the weights do not fit.
+        OptionError: The data differ, or the weights do not fit.
     """
     cfg = start.cfg
     method.check_classes(data.classes)
     if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
         if not cfg.test_only:
-            allowed = "holds other images than the run that is resumed was started with"
+            allowed = "has other images than those with which the resumed run was started"
             raise OptionError("data_dir", cfg.data_dir, allowed)
         say("warning: other images, or another split of them, than the checkpoint was trained with")
     if cfg.weights is None or start.checkpoint is not None:
@@ -355,27 +380,27 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
 
 
 def uses_graphs(cfg: DictConfig) -> bool:
-    """Whether steps are recorded as CUDA graphs: on one GPU, where nothing else acts within a step.
+    """Returns whether steps are recorded as CUDA graphs: on one GPU, if no option needs an action within a step.
 
     Raises:
-        OptionError: `capture=true` cannot be.
+        OptionError: `capture=true` is not possible.
     """
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     obstacles = {
         f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
-        "several processes average their gradients within a step": cfg.trainer.devices != 1
+        "several processes average their gradients in each step": cfg.trainer.devices != 1
         or cfg.trainer.num_nodes != 1
         or cfg.trainer.strategy != "auto",
-        "on_nonfinite=skip looks at each step before it is taken": cfg.on_nonfinite == "skip",
-        "trainer.gradient_clip_val acts within a step": cfg.trainer.get("gradient_clip_val") is not None,
-        "trainer.accumulate_grad_batches acts within a step": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
+        "on_nonfinite=skip checks the gradients before each step": cfg.on_nonfinite == "skip",
+        "trainer.gradient_clip_val needs eager steps": cfg.trainer.get("gradient_clip_val") is not None,
+        "trainer.accumulate_grad_batches needs eager steps": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
         f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in GRAPH_PRECISIONS,
     }
     if cfg.test_only:
         return False
     reasons = [reason for reason, holds in obstacles.items() if holds]
     if cfg.capture is True and reasons:
-        raise OptionError("capture", True, f"cannot be: {reasons[0]}")
+        raise OptionError("capture", True, f"is not possible: {reasons[0]}")
     return cfg.capture is not False and not reasons
 
 
@@ -384,19 +409,13 @@ def report_eager(reason: str) -> None:
 
 
 def refuse_eager(reason: str) -> None:
-    raise OptionError("capture", True, f"cannot be: {reason}")
-
-
-def gradient_options(cfg: DictConfig) -> GradientOptions:
-    """Takes the options of `trainer` that Lightning does not accept with manual optimization."""
-    given = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
-    return GradientOptions(**given, skip_nonfinite=cfg.on_nonfinite == "skip")
+    raise OptionError("capture", True, f"is not possible: {reason}")
 
 
 def start_loggers(loggers: dict[str, Any]) -> None:
-    """Starts the loggers; whatever one's library raises is about its options, so it becomes an `OptionError`."""
+    """Starts the loggers. Any error of a logger's library is about its options, so it becomes an `OptionError`."""
     for name, logger in loggers.items():
         try:
             _ = logger.experiment
         except Exception as error:
-            raise OptionError("logger", name, f"cannot begin: {first_line(error)}") from error
+            raise OptionError("logger", name, f"cannot be started: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Running figures of an epoch, as torchmetrics: exact sums over all images and processes."""
+"""Metrics of an epoch: exact sums over all images and processes, which can be saved in the middle of the epoch."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,19 @@ from torchmetrics import Metric
 
 
 class RunningSums(Metric):
-    """Sums that can be saved in the middle of an epoch, over all processes, and continued by the first of them."""
+    """A metric whose states are sums. They are saved as the sums over all processes, and process 0 continues them."""
 
     full_state_update = False
 
     def summed_state(self) -> dict[str, Tensor]:
         """Returns the sums over all processes, on the CPU; every process must call it."""
-        self._update_count = max(1, self._update_count)  # torchmetrics warns of an empty sum, which is meant here
+        self._update_count = max(1, self._update_count)  # without updates torchmetrics warns, but a sum of 0 is correct
         with self.sync_context():
             state = {name: value for name, value in self.metric_state.items() if isinstance(value, Tensor)}
             return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_summed_state(self, state: dict[str, Tensor]) -> None:
-        """Continues from what `summed_state` returned; one process only, since the others' sums are added."""
+        """Continues from the result of `summed_state`. Only one process may load it, since sums are added up later."""
         for name, value in state.items():
             setattr(self, name, value.to(self.device))
         self._update_count = 1
@@ -27,8 +27,8 @@ class RunningSums(Metric):
 class MemberScores(RunningSums):
     """Accuracy of M networks on the same images, as micro-averaged fractions in [0, 1].
 
-    One state for all networks, so that a batch costs a few kernels and not a few for each of them. Only counts are
-    kept: the figures are exact however the images are divided among batches and processes.
+    All networks share one state, so that a batch takes a few kernels in all and not a few for each network. Only
+    counts are kept, so the figures do not depend on how the images are divided among batches and processes.
 
     Args:
         members: Number of networks, M.
@@ -63,15 +63,15 @@ class MemberScores(RunningSums):
         if classes > 5:
             self.top5_hits += (logits.topk(5, dim=-1).indices == target[:, None]).any(-1).sum(-1)
         if len(self.confusion):
-            cell = target * classes + predicted  # (M, N): the entry of its matrix that an image adds to
+            cell = target * classes + predicted  # (M, N): the matrix entry that counts the image
             self.confusion.view(len(logits), -1).scatter_add_(1, cell, torch.ones_like(cell))
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the figures.
 
         Returns:
-            `top1` and `top5` (M,), the latter of no meaning with 5 classes or fewer; `recall` (M, K), NaN for a class
-            without images; `confusion` (M, K, K) counts, true classes by predicted ones, (0, K, K) where not counted.
+            `top1` and `top5` (M,); `top5` means nothing with 5 classes or fewer. `recall` (M, K), NaN for a class
+            without images. `confusion` counts (M, K, K), true classes by predicted ones; (0, K, K) if not counted.
         """
         total = self.seen.sum().double()
         return {
@@ -83,22 +83,33 @@ class MemberScores(RunningSums):
 
 
 class TermMeans(RunningSums):
-    """Means of named loss terms over the images of an epoch."""
+    """Means of named loss terms over the images of an epoch. The batches bring the names.
+
+    Example:
+        >>> means = TermMeans()
+        >>> means.update({"ce": torch.tensor(1.0)}, images=3)
+        >>> means.update({"ce": torch.tensor(2.0)}, images=1)
+        >>> means.compute()
+        {'ce': 1.25}
+    """
 
     total: Tensor
     images: Tensor
 
-    def __init__(self, names: list[str]):
+    def __init__(self) -> None:
         super().__init__()
-        self.names = names
-        self.add_state("total", torch.zeros(len(names), dtype=torch.double), dist_reduce_fx="sum")
+        self.names: list[str] = []
+        self.add_state("total", torch.zeros(0, dtype=torch.double), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, terms: dict[str, Tensor], images: int) -> None:
-        """Adds a batch: each term is a mean over so many images."""
-        self.total += images * torch.stack([terms[name].detach() for name in self.names]).double()
+        """Adds a batch, of which each term is the mean over so many images."""
+        self.names = self.names or list(terms)
+        batch = images * torch.stack([terms[name].detach() for name in self.names]).double()
+        self.total = self.total + batch if len(self.total) else batch
         self.images += images
 
-    def compute(self) -> dict[str, Tensor]:
-        """Returns the means by the terms' names."""
-        return dict(zip(self.names, self.total / self.images, strict=True))
+    def compute(self) -> dict[str, float]:
+        """Returns the means by the terms' names, without any entry before the first batch."""
+        means = (self.total / self.images).tolist()
+        return dict(zip(self.names, means, strict=True)) if means else {}

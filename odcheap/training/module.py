@@ -1,4 +1,4 @@
-"""The LightningModule: trains a method with one of the steps of `train_step` and counts its figures."""
+"""The LightningModule: it trains a method with a step of `train_step` and computes accuracies."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +18,6 @@ from odcheap.training.train_step import (
     EagerStep,
     GradientOptions,
     GraphStep,
-    StepResult,
     to_single_precision,
 )
 from odcheap.utils.seeds import derive_seed
@@ -29,8 +28,8 @@ STAGES = ("train", "val", "test")
 class Figures(NamedTuple):
     """Accuracies of all members on one part of the data, as lists in the order of `DistillationModule.members`.
 
-    `top5` is None with 5 classes or fewer. The teacher's figures are None where it may have been trained on the
-    images. `confusion` holds K x K counts (true classes by predicted ones) for each member, in tests only.
+    `top5` is None with 5 classes or fewer. The teacher's figures are None if it may have been trained on the images.
+    `confusion` has K x K counts (true classes by predicted ones) for each member; it is filled in tests only.
     """
 
     top1: list[float | None]
@@ -40,21 +39,25 @@ class Figures(NamedTuple):
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains a method and evaluates its members: the candidates (students, then averages of their weights where the
-    method has them), the teacher where there is one, and the students' ensemble.
+    """Trains a method and evaluates its members.
 
-    Optimization is manual: `training_step` only calls a training step and returns its result.
+    The members are the students, the averages of their weights if the method has such averages, the teacher if there
+    is one, and the ensemble of the students. Lightning's manual optimization is used: `training_step` calls a step of
+    `train_step` and returns its result.
+
+    A checkpoint from the middle of an epoch also holds the running metrics of the epoch. The loader
+    (`data.base.ResumableBatches`) saves how many batches were done.
 
     Args:
         method: The method to train.
         optimizer, scheduler: See `build_optimization`.
-        steps: Steps of the optimizer in the whole run.
+        steps: Number of optimizer steps in the whole run.
         classes: Number of classes.
         seed: The run's seed.
-        about: What describes the run, kept in every checkpoint as `odcheap`.
+        about: A description of the run, which every checkpoint contains as `odcheap`.
         gradients: How gradients are accumulated, clipped and checked.
-        on_graph_refused: Records steps as CUDA graphs, and is called with the reason where that fails; None trains in
-            eager mode.
+        on_graph_refused: If given, steps are recorded as CUDA graphs, and this function is called with the reason if
+            that fails. None trains in eager mode.
         teacher_saw_val: Whether the teacher may have been trained on the held-out images.
 
     Attributes:
@@ -81,10 +84,10 @@ class DistillationModule(pl.LightningModule):
         self.about, self.gradients, self.on_graph_refused = about or {}, gradients, on_graph_refused
         self.teacher_saw_val = teacher_saw_val
         self.members = name_members(method)
-        # The underscores: a module cannot have a part called "train".
+        # With an underscore, since a `ModuleDict` cannot have a key "train".
         scores = {f"{stage}_": MemberScores(len(self.members), classes, stage == "test") for stage in STAGES}
         self.scores = nn.ModuleDict(scores)
-        self.terms: TermMeans | None = None
+        self.terms = TermMeans()
         self.figures: dict[str, Figures] = {}
         self.step: EagerStep | GraphStep | None = None
         self.restored: dict[str, Any] = {}
@@ -97,14 +100,21 @@ class DistillationModule(pl.LightningModule):
         return [optimizer], [schedule]
 
     def on_train_start(self) -> None:
-        # Not while the checkpoint is loaded: Lightning converts the module to its precision afterwards.
-        self.continue_metrics(self.restored.get("metrics", {}))
+        # Continue the running metrics of an interrupted epoch. They are sums over all processes, so only one process
+        # loads them. This is not done in `on_load_checkpoint`, since Lightning converts the module's precision later.
+        metrics = self.restored.get("metrics")
+        if metrics is not None and self.global_rank == 0:
+            self.stage_scores("train").load_summed_state(metrics["scores"])
+            self.terms.load_summed_state(metrics["terms"])
+            self.terms.names = metrics["names"]
+
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         schedule = cast(LRScheduler, self.lr_schedulers())
-        if self.restored.get("steps", self.steps) != self.steps:  # resumed with another number of epochs
+        if self.restored.get("steps", self.steps) != self.steps:  # the run is resumed with another number of epochs
             fresh = build_optimization(self.method, self.optimizer, self.scheduler, self.steps)
             follow_schedule(optimizer, schedule, fresh, schedule.last_epoch)
         self.restored = {}
+
         if self.on_graph_refused is not None:
             self.step = GraphStep(EagerStep(self.method, optimizer), CudaGraphs(), self.on_graph_refused)
         else:
@@ -112,37 +122,31 @@ class DistillationModule(pl.LightningModule):
             self.step = EagerStep(self.method, optimizer, self.gradients, scaler, self.manual_backward)
 
     def on_train_end(self) -> None:
-        self.step = None  # and with it the graphs' memory
+        self.step = None  # frees the memory of CUDA graphs
 
     def on_train_epoch_start(self) -> None:
         self.method.start_epoch(self.current_epoch, self.trainer.max_epochs or 1)
         self.stage_scores("train").reset()
-        if self.terms is not None:
-            self.terms.reset()
+        self.terms.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Trains on a batch; callbacks find the `StepResult` as `outputs["result"]`."""
-        # What a network draws (dropout) depends on the step's place in the run alone, so a resumed run draws it again.
+        """Trains on a batch. Callbacks receive the `StepResult` as `outputs["result"]`."""
+        # Random numbers of the networks (dropout) depend only on the step, so a resumed run draws the same ones.
         torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
         done = batch_idx + 1
         update = done % self.gradients.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
-        assert self.step is not None  # built when the training started
+        assert self.step is not None  # built in `on_train_start`
         result = self.step(batch, update)
         if update:
             cast(LRScheduler, self.lr_schedulers()).step()
-            # Counted here, since a graph contains the optimizer's step: Lightning does not see it.
+            # Lightning counts the optimizer's steps, but does not see those inside a CUDA graph.
             progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
             progress.increment_completed()
-        if result.taken or not update:  # not where the step was skipped
-            self.count(result, batch.target)
+        if result.taken or not update:  # a skipped step does not count
+            self.terms.update(result.terms, len(batch.target))
+            self.stage_scores("train").update(self.member_logits(result.outputs), batch.target)
         return {"loss": result.terms["loss"], "result": result}
-
-    def count(self, result: StepResult, target: Tensor) -> None:
-        if self.terms is None:
-            self.terms = TermMeans(list(result.terms)).to(self.device)
-        self.terms.update(result.terms, len(target))
-        self.stage_scores("train").update(self.member_logits(result.outputs), target)
 
     def on_validation_epoch_start(self) -> None:
         self.share_buffers()
@@ -151,7 +155,7 @@ class DistillationModule(pl.LightningModule):
         self.share_buffers()
 
     def share_buffers(self) -> None:
-        """Batch norm's statistics differ between processes; rank 0's are saved, so all processes evaluate with them."""
+        """Copies rank 0's batch norm statistics to all processes, since a checkpoint contains those of rank 0."""
         if self.trainer.world_size > 1:
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -171,12 +175,8 @@ class DistillationModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.compute_figures("test")
 
-    def compute_terms(self) -> dict[str, float]:
-        """Returns the means of the epoch's loss terms over all processes; every process must call it."""
-        return {name: value.item() for name, value in self.terms.compute().items()} if self.terms is not None else {}
-
     def compute_figures(self, stage: str) -> Figures:
-        """Returns a stage's figures over all processes, and starts to count anew; every process must call it."""
+        """Returns a stage's figures over all processes and resets its counts. Every process must call it."""
         scores = self.stage_scores(stage)
         computed = scores.compute()
         recall = computed["recall"]
@@ -194,7 +194,7 @@ class DistillationModule(pl.LightningModule):
         return figures
 
     def member_logits(self, outputs: dict[str, Tensor | None]) -> Tensor:
-        """Returns (M, N, K) in the order of `members`; the ensemble's are the log of the students' mean softmax."""
+        """Returns the members' logits (M, N, K); the ensemble's are the logarithm of the students' mean softmax."""
         teacher, averages = outputs.get("teacher_logits"), outputs.get("average_logits")
         students = outputs["student_logits"]
         assert students is not None
@@ -203,35 +203,23 @@ class DistillationModule(pl.LightningModule):
         return torch.cat([part for part in parts if part is not None]).detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the run is, the length of its schedule, and the running metrics of all processes."""
+        """Adds the run's description, the length of its schedule, and the running metrics of all processes."""
         checkpoint["odcheap"], checkpoint["steps"] = self.about, self.steps
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
-        metrics: dict[str, Any] = {"scores": self.stage_scores("train").summed_state()}
-        if self.terms is not None:
-            metrics |= {"names": self.terms.names, "terms": self.terms.summed_state()}
-        checkpoint["metrics"] = metrics
+        scores, terms = self.stage_scores("train").summed_state(), self.terms.summed_state()
+        checkpoint["metrics"] = {"scores": scores, "terms": terms, "names": self.terms.names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.restored = {name: checkpoint[name] for name in ("metrics", "steps") if name in checkpoint}
 
-    def continue_metrics(self, saved: dict[str, Any]) -> None:
-        """Continues the running metrics of an epoch that another process began."""
-        if "names" in saved:
-            self.terms = TermMeans(saved["names"]).to(self.device)
-        if self.global_rank == 0:  # they are sums over processes: one process continues them
-            if "scores" in saved:
-                self.stage_scores("train").load_summed_state(saved["scores"])
-            if self.terms is not None and "terms" in saved:
-                self.terms.load_summed_state(saved["terms"])
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads the method's weights, which are all that a checkpoint's `state_dict` holds."""
+        """Loads the method's weights. The `state_dict` of a checkpoint contains nothing else."""
         own = {name.removeprefix("method."): tensor for name, tensor in state_dict.items()}
         return self.method.load_state_dict(own, strict=strict, assign=assign)
 
 
 def name_members(method: Method) -> list[str]:
-    """Returns the names of the networks that are evaluated, in the order of their logits."""
+    """Returns the names of the members, in the order of their logits."""
     students = len(method.students)
     averages = len(method.candidates()) - students
     names = [f"student_{k}" for k in range(students)] + [f"average_{k}" for k in range(averages)]

@@ -1,4 +1,4 @@
-"""A callback that acts on losses and gradients that are not finite."""
+"""A callback for steps whose loss or gradients are not finite."""
 
 from typing import Any
 
@@ -10,23 +10,23 @@ from odcheap.training.train_step import StepResult
 from odcheap.utils.console import say
 from odcheap.utils.errors import Failure
 
-CHECK_EVERY = 10  # batches between looks at the device and at the clock: each look may have to wait
+CHECK_EVERY = 10  # batches between checks, since a check waits for the GPU
 
 
 class NonfiniteGuard(pl.Callback):
-    """Ends the run at a step whose gradient is not finite, or counts the steps that were skipped for it.
+    """Ends the run at a step whose gradients are not finite, or counts such steps if they are skipped.
 
-    The gradients decide, which all processes share; the loss terms only say where it began. A run that is to end need
-    not know at once: a GPU is asked every `CHECK_EVERY` steps, and always before a checkpoint is written.
+    The gradients are the same in all processes, so all processes decide alike. The loss terms are used for the message
+    only. Results on a GPU are checked every `CHECK_EVERY` steps, and always before a checkpoint is written.
 
     Args:
-        skip: Whether the training step leaves such steps out.
-        limit: How many may be left out in the whole run.
+        skip: Whether the training step skips the optimizer's step in that case.
+        limit: Number of steps that may be skipped in the whole run.
     """
 
     def __init__(self, skip: bool, limit: int):
         self.skip, self.limit, self.skipped = skip, limit, 0
-        self.pending: list[tuple[str, Tensor, dict[str, Tensor]]] = []  # place, finite, terms of each unchecked step
+        self.pending: list[tuple[str, Tensor, dict[str, Tensor]]] = []  # step, whether finite, loss terms
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped}
@@ -40,7 +40,7 @@ class NonfiniteGuard(pl.Callback):
         result: StepResult = outputs["result"]
         if result.finite is not None:
             place = f"epoch {trainer.current_epoch}, step {trainer.global_step - 1}"
-            # Copies: a recorded step overwrites its results at the next batch.
+            # They are copied, since a CUDA graph overwrites its results at the next batch.
             terms = {name: term.clone() for name, term in result.terms.items() if name != "loss"}
             self.pending.append((place, result.finite.clone(), terms))
         if self.skip or pl_module.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY == 0:
@@ -50,19 +50,19 @@ class NonfiniteGuard(pl.Callback):
         self.check()
 
     def check(self) -> None:
-        """Looks at the steps since the last check.
+        """Checks the steps since the last check.
 
         Raises:
-            Failure: The run is to end: at the first step that was not finite, or after too many skipped ones.
+            Failure: A step was not finite and is not skipped, or too many steps were skipped.
         """
         pending, self.pending = self.pending, []
         if not pending or torch.stack([finite for _, finite, _ in pending]).all():
             return
         place, _, terms = next(step for step in pending if not step[1])
-        where = f"{place}: {', '.join(name for name, t in terms.items() if not torch.isfinite(t)) or 'a gradient'}"
+        names = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "a gradient"
         self.skipped += 1
         if not self.skip or self.skipped > self.limit:
-            what = f"on_nonfinite={'skip' if self.skip else 'stop'}: {where} is not finite"
+            what = f"on_nonfinite={'skip' if self.skip else 'stop'}: {place}: {names} is not finite"
             more = f" (more than max_skipped={self.limit} times)" if self.skip else ""
             raise Failure(f"{what}{more}; the last checkpoint is kept; try a lower optimizer.lr")
-        say(f"skipped {where} is not finite ({self.skipped} of {self.limit})")
+        say(f"skipped {place}: {names} is not finite ({self.skipped} of {self.limit})")

@@ -20,13 +20,13 @@ from odcheap.utils.errors import OptionError, first_line
 def build_optimization(
     network: nn.Module, optimizer: partial[Optimizer], scheduler: partial[LRScheduler], steps: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """Builds optimizer and learning rate schedule from the partial calls that `conf/` describes.
+    """Builds optimizer and learning rate schedule from the partial calls that `conf/` defines.
 
     Args:
         network: The network to train.
         optimizer: A class of `torch.optim` with the options of `build_optimizer`.
         scheduler: A class of `torch.optim.lr_scheduler` with the options of `build_scheduler`.
-        steps: Steps of the whole run; the schedule is stepped once for each.
+        steps: Number of optimizer steps in the whole run; the schedule is stepped once after each.
     """
     built = build_optimizer(optimizer.func, network, **optimizer.keywords)
     return built, build_scheduler(scheduler.func, built, steps, **scheduler.keywords)
@@ -44,14 +44,14 @@ def build_optimizer(
     decay_spatial: bool = True,
     **options: Any,
 ) -> Optimizer:
-    """Builds an optimizer over the parameters of a network that are trained.
+    """Builds an optimizer for the trainable parameters of a network.
 
     Args:
         optimizer: A class of `torch.optim`, such as `torch.optim.SGD`.
         network: The network to train.
-        lr: Learning rate, which the schedule changes.
+        lr: The learning rate, which a schedule may change.
         weight_decay: Weight decay of the parameters that are not exempt.
-        momentum: Momentum of the classes that have one; None: the class's default.
+        momentum: Momentum, for classes that have it; None uses the class's default.
         decay_norm: False exempts weights and biases of batch norm from weight decay.
         decay_spatial: False exempts the spatial operators of cheap convolutions (DW, Group) from weight decay.
         options: Further arguments of the optimizer's class, such as `betas`.
@@ -67,8 +67,7 @@ def build_optimizer(
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.0]
     """
-    exempt = find_exempt(network, decay_norm, decay_spatial)
-    groups = group_parameters(network, weight_decay, exempt)
+    groups = group_parameters(network, weight_decay, decay_norm, decay_spatial)
     options |= {} if momentum is None else {"momentum": momentum}
     try:
         return optimizer(groups, lr=lr, **{name: to_plain(value) for name, value in options.items()})
@@ -76,33 +75,32 @@ def build_optimizer(
         raise OptionError("optimizer", getattr(optimizer, "__name__", "optimizer"), first_line(error)) from error
 
 
-def find_exempt(network: nn.Module, decay_norm: bool = True, decay_spatial: bool = True) -> list[nn.Parameter]:
-    """Lists the parameters without weight decay; see `build_optimizer`."""
+def group_parameters(
+    network: nn.Module, weight_decay: float, decay_norm: bool, decay_spatial: bool
+) -> list[dict[str, Any]]:
+    """Divides the trainable parameters into groups with and without weight decay. Empty groups are left out."""
     norms = [] if decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
     pairs = [] if decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
     spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
     if not (spatial or decay_spatial):
-        allowed = "finds none of the spatial operators that block_type=DW or Group puts in"
+        allowed = "has no effect: the network has no spatial operators of block_type=DW or Group"
         raise OptionError("optimizer.decay_spatial", False, allowed)
-    return spatial + [p for norm in norms for p in norm.parameters()]
-
-
-def group_parameters(network: nn.Module, weight_decay: float, exempt: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Divides the trained parameters into groups with and without weight decay; an empty group is left out."""
-    trained, exempt_ids = [p for p in network.parameters() if p.requires_grad], {id(p) for p in exempt}
-    decayed = [p for p in trained if id(p) not in exempt_ids]
-    spared = [p for p in trained if id(p) in exempt_ids]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    exempt = {id(p) for p in spatial} | {id(p) for norm in norms for p in norm.parameters()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def follow_schedule(
     optimizer: Optimizer, scheduler: LRScheduler, fresh: tuple[Optimizer, LRScheduler], done: int
 ) -> None:
-    """Sets optimizer and schedule to where a newly built pair is after `done` steps.
+    """Sets the learning rates of optimizer and schedule to those of a newly built pair after `done` steps.
 
-    A run that is resumed with another number of epochs needs this: the state in its checkpoint is that of a schedule
-    of another length.
+    This is needed if a run is resumed with another number of epochs, since the schedule in its checkpoint then has
+    another length.
     """
     new_optimizer, new_scheduler = fresh
     with warnings.catch_warnings():
@@ -119,7 +117,7 @@ def is_sequence(value: Any) -> bool:
 
 
 def to_plain(value: Any) -> Any:
-    """Turns the lists of a config into tuples: they go into checkpoints, which hold plain containers only."""
+    """Converts the lists of a config to tuples, since checkpoints may contain plain containers only."""
     return tuple(to_plain(entry) for entry in value) if is_sequence(value) else value
 
 
@@ -133,19 +131,19 @@ def build_scheduler(
     gamma: Annotated[float, Field(gt=0)] | None = None,
     **options: Any,
 ) -> LRScheduler:
-    """Builds a learning rate schedule that is stepped once for each step of the optimizer.
+    """Builds a learning rate schedule that is stepped once after each step of the optimizer.
 
     Args:
         scheduler: A class of `torch.optim.lr_scheduler`, or a function that returns a schedule.
         optimizer: The optimizer whose learning rate it sets.
-        steps: Steps of the whole run.
-        fractions: Names of the options that are fractions of the run's steps, in [0, 1] (a number or a list of them).
-        gamma: Factor of the learning rate, of the classes that have one; None: the class's default.
-        options: Further arguments of the class. Those that are partial calls of schedules (`schedulers` of
-            `SequentialLR`) are built in the same way.
+        steps: Number of optimizer steps in the whole run.
+        fractions: Names of those options that are given as fractions of the run's steps, in [0, 1].
+        gamma: Factor of the learning rate, for classes that have it; None uses the class's default.
+        options: Further arguments of the class. If they contain partial calls of schedules, as `schedulers` of
+            `SequentialLR` does, these are built in the same way.
 
     Raises:
-        OptionError: A fraction lies outside [0, 1], or the class refuses its arguments.
+        OptionError: A fraction is outside [0, 1], or the class refuses its arguments.
 
     Example:
         >>> import torch
@@ -166,12 +164,12 @@ def build_scheduler(
     except (ValueError, ZeroDivisionError) as error:
         raise OptionError("scheduler", name, first_line(error)) from error
     if isinstance(built, ReduceLROnPlateau):
-        raise OptionError("scheduler", name, "must be a function of the step, and not of a metric")
+        raise OptionError("scheduler", name, "must depend on the step only, and not on a metric")
     return built
 
 
 def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
-    """Builds schedules that are an argument of another one."""
+    """Builds the schedules that are an argument of another schedule."""
     if is_sequence(value):
         return [build_nested(entry, optimizer, steps) for entry in value]
     if isinstance(value, partial) and inspect.isclass(value.func) and issubclass(value.func, LRScheduler):
@@ -180,27 +178,30 @@ def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
 
 
 def count_steps(name: str, value: Any, steps: int) -> Any:
-    """Turns a fraction of the run into a number of steps; a single one is one step at least."""
-    if is_sequence(value):
-        return [check_fraction(name, list(value), fraction, steps) for fraction in value]
-    return max(1, check_fraction(name, value, value, steps))
-
-
-def check_fraction(name: str, given: Any, value: float, steps: int) -> int:
-    if not 0 <= value <= 1:
-        raise OptionError(f"scheduler.{name}", given, "must be a fraction of the run's steps: 0 to 1")
-    return round(value * steps)
+    """Converts a fraction of the run to a number of steps, at least 1, or a list of fractions to a list of numbers."""
+    fractions = list(value) if is_sequence(value) else [value]
+    if not all(0 <= fraction <= 1 for fraction in fractions):
+        allowed = "must be a fraction of the run's steps: 0 to 1"
+        raise OptionError(f"scheduler.{name}", fractions if is_sequence(value) else value, allowed)
+    counts = [round(fraction * steps) for fraction in fractions]
+    return counts if is_sequence(value) else max(1, counts[0])
 
 
 @check_arguments("scheduler")
 def warmup_cosine(
     optimizer: Optimizer, *, total: int, warmup: int, start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
 ) -> SequentialLR:
-    """A linear rise from `start_factor` of the learning rate during `warmup` steps, then half a cosine down to 0.
+    """Returns a schedule with a linear warm-up followed by cosine annealing to 0.
 
-    Source: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (the rise);
-    Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, equation 5 (the cosine).
+    Source: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (warm-up);
+    Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, equation 5 (annealing).
+
+    Args:
+        optimizer: The optimizer whose learning rate is set.
+        total: Number of steps of the whole run.
+        warmup: Number of steps of the warm-up.
+        start_factor: The first learning rate, as a fraction of the optimizer's.
     """
-    rise = LinearLR(optimizer, start_factor, total_iters=warmup)
-    fall = CosineAnnealingLR(optimizer, max(1, total - warmup))
-    return SequentialLR(optimizer, [rise, fall], [warmup])
+    linear = LinearLR(optimizer, start_factor, total_iters=warmup)
+    cosine = CosineAnnealingLR(optimizer, max(1, total - warmup))
+    return SequentialLR(optimizer, [linear, cosine], [warmup])

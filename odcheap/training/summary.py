@@ -1,10 +1,7 @@
-"""What a finished run leaves: dictionaries of its results, its files, and the table that is printed."""
+"""The results of a run as dictionaries, as a table, and as `student.safetensors`."""
 
-import csv
-import io
 import json
 import platform
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +22,7 @@ from odcheap.methods.teacher import Teacher
 from odcheap.models.flops import count_macs, count_params
 from odcheap.runs.settings import RunConfig
 from odcheap.training.module import Figures
-from odcheap.utils.files import write_atomic, write_text
+from odcheap.utils.files import write_atomic
 from odcheap.utils.text import escape_control_chars, format_accuracy
 
 FIGURES = ("top1", "top5", "balanced_accuracy")
@@ -39,13 +36,13 @@ def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, 
 def summarize_members(
     members: list[str], test: Figures, val: dict[str, Any], teacher_kind: str | None
 ) -> dict[str, Any]:
-    """Returns `students`, `averages` (of their weights, or None), `teacher` (or None) and `ensemble`.
+    """Returns the entries `students`, `averages` (None without them), `teacher` (None without one) and `ensemble`.
 
     Args:
         members: The members' names.
         test: Their figures on the test images.
-        val: Their figures on the held-out images, at the same weights, by name.
-        teacher_kind: What the teacher is.
+        val: Their figures on the held-out images with the same weights, by name (`val/student_0/top1`).
+        teacher_kind: The method's `teacher_kind`.
     """
 
     def summarize(k: int, name: str) -> dict[str, Any]:
@@ -67,40 +64,8 @@ def summarize_members(
     }
 
 
-def summarize_selected(
-    candidate: int,
-    selection: dict[str, Any],
-    members: dict[str, Any],
-    confusion: list[list[int]],
-    classes: list[str],
-) -> dict[str, Any]:
-    """Returns the selected candidate's entry.
-
-    Args:
-        candidate: Its number: the students, then their averages.
-        selection: How it was selected, which becomes a part of the entry.
-        members: What `summarize_members` returned.
-        confusion: Its K x K counts on the test images.
-        classes: Names of the classes.
-
-    Returns:
-        Its figures, with `recall` by class, None for a class without test images.
-    """
-    students, averages = members["students"], members["averages"] or []
-    chosen = [*students, *averages][candidate]
-    recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in enumerate(confusion)]
-    return {
-        "student": candidate % len(students),
-        "averaged": candidate >= len(students),
-        **selection,
-        **chosen,
-        "balanced_accuracy": chosen["test_balanced_accuracy"],
-        "recall": dict(zip(classes, recall, strict=True)),
-    }
-
-
 def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
-    """Returns the number of images of each part: in all, and by class."""
+    """Returns the number of images of each part, in total and by class."""
     by_class = {part: np.bincount(target, minlength=len(classes)).tolist() for part, target in labels.items()}
     return {
         "images": {part: len(target) for part, target in labels.items()},
@@ -111,27 +76,25 @@ def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str,
 def summarize_costs(
     method: Method, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int
 ) -> dict[str, Any]:
-    """Returns the costs of a student, of the standard network, of a trained teacher, and of the training.
+    """Returns the costs of a student, of the standard network, of a frozen teacher, and of the training.
 
     Args:
         method: The method.
         standard: The network with standard convolutions.
         image_size: (C, H, W).
-        images_trained: Images of all epochs.
+        images_trained: Number of images in all epochs.
 
     Returns:
-        `training_macs` counts a backward pass as two forward passes; `training_macs_with_teacher` adds the teacher's
-        own training, None where that is unknown.
+        Parameters and multiply-accumulates (`macs`) of one image. `training_macs` counts a backward pass as two forward
+        passes. `training_macs_with_teacher` adds the training of a frozen teacher, and is None if that is unknown.
     """
-    student, frozen = (
-        method.students.members[0],
-        [count_macs(network, image_size) for network in method.frozen_networks()],
-    )
+    student = method.students.members[0]
+    frozen = [count_macs(network, image_size) for network in method.frozen_networks()]
     training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":
-        known = cast(Teacher, method.teacher)
-        teacher = {"params": count_params(known.network), "macs": frozen[0], **known.history}
+        frozen_teacher = cast(Teacher, method.teacher)
+        teacher = {"params": count_params(frozen_teacher.network), "macs": frozen[0], **frozen_teacher.history}
         before = teacher["training_macs"]
     return {
         "params": count_params(student),
@@ -148,7 +111,7 @@ def summarize_costs(
 
 
 def list_versions() -> dict[str, str]:
-    """Returns the versions that results may depend on."""
+    """Returns the versions of the packages that results may depend on."""
     return {
         "odcheap": __version__,
         "python": platform.python_version(),
@@ -160,7 +123,7 @@ def list_versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Returns what a measurement of speed depends on."""
+    """Returns the properties of the machine that speed depends on."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
@@ -173,27 +136,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_confusion(path: Path, counts: list[list[int]], classes: list[str]) -> None:
-    """Writes a confusion matrix: rows are the true classes, columns the predicted ones."""
-    rows = ([name, *row] for name, row in zip(classes, counts, strict=True))
-    write_text(path, format_rows([["true \\ predicted", *classes], *rows]))
-
-
-def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Writes which file is in which part of the data; nothing where the images are not files."""
-    listed = list(rows)
-    if listed:
-        write_text(path, format_rows([["file", "class", "part"], *listed]))
-
-
-def format_rows(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
 def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
-    """Returns what every checkpoint says of its run, with `student`, the settings that rebuild a student."""
+    """Returns the description of a run that is in each checkpoint. `student` has the settings that build a student."""
     settings = config.to_settings()
     about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
     student = {key: settings[key] for key in ("backbone", "block_type")}
@@ -204,25 +148,21 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Writes a network's weights as safetensors, with the settings that it can be built from as JSON metadata."""
+    """Writes a network's weights as safetensors, with the settings from which it can be built as JSON metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content = save(tensors, metadata={"odcheap": json.dumps(settings)})
     write_atomic(path, lambda file: file.write(content))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
 def print_summary(console: Console, summary: dict[str, Any], title: str) -> None:
-    """Prints a run's results: a title, a table and a caption."""
+    """Prints a run's results as a title, a table and a caption."""
     console.print(escape_control_chars(title), soft_wrap=True)
     console.print(build_table(summary))
     console.print(build_caption(summary), soft_wrap=True)
 
 
 def build_table(summary: dict[str, Any]) -> Table:
-    """Returns a table of all members at the selected epoch, with the chosen one marked."""
+    """Returns a table of all members at the selected epoch. The selected one is marked."""
     choice = summary["selected"]
     table = Table()
     for column in ("", "val top-1", "test top-1", "test top-5", "test balanced"):

@@ -261,7 +261,7 @@ def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished,
     write_checkpoint(alone, content)
     result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
     assert result.status == 1
-    assert "data_dir=data: holds other images than the run that is resumed" in result.err
+    assert "data_dir=data: has other images than those with which the resumed run" in result.err
 
 
 def test_test_only_passes_over_a_broken_newest_checkpoint(finished, command):
@@ -509,7 +509,7 @@ def test_steps_are_recorded_on_one_gpu_where_nothing_acts_within_them(monkeypatc
         cfg = hydra.compose("config", ["job_dir=unused", *overrides])
         assert uses_graphs(cfg) == expected
         if not expected and "capture=false" not in overrides:
-            with pytest.raises(OptionError, match="capture=true: cannot be: "):
+            with pytest.raises(OptionError, match="capture=true: is not possible: "):
                 uses_graphs(hydra.compose("config", ["job_dir=unused", *overrides, "capture=true"]))
 
 
@@ -533,7 +533,7 @@ def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorde
     given = (*TINY, "checkpoint_every=0", f"job_dir={tmp_path}/run")
     result = command(*given, "capture=true")
     assert result.status == 1
-    assert result.err == "error: capture=true: cannot be: operation not permitted when stream is capturing\n"
+    assert result.err == "error: capture=true: is not possible: operation not permitted when stream is capturing\n"
     result = command(*given, "overwrite=true")
     assert result.status == 0
     assert "the step runs without a CUDA graph: operation not permitted when stream is capturing" in result.out
@@ -582,7 +582,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["method.kl_reduction=sum"], "method.kl_reduction=sum: must be one of batchmean, mean"),
         (["select=best"], "select=best: must be one of val, last, test"),
         (["on_nonfinite=ignore"], "on_nonfinite=ignore: must be one of stop, skip"),
-        (["capture=true"], "capture=true: cannot be: trainer.accelerator=cpu: there is no CUDA device to use"),
+        (["capture=true"], "capture=true: is not possible: trainer.accelerator=cpu: there is no CUDA device to use"),
         (["capture=perhaps"], "capture=perhaps: must be one of auto, true, false"),
         (["together=vmap"], "together=vmap: must be one of auto, sequential, streams"),
         (["together=streams"], "together=streams: needs a CUDA device; the run is on cpu"),
@@ -616,7 +616,7 @@ CKPT = "{tmp}/broken.ckpt"
         (["+method.alpha=3"], "method.alpha=3: is not an option of this method"),
         (["+logger.csv.x=1"], "logger.csv={'x': 1}: is a part; choose it with logger=NAME"),
         (["capture=0"], "capture=0: must be one of auto, true, false"),
-        (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: finds none"),
+        (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: has no effect"),
         (["method.average_decay=0.9", "trainer.precision=bf16-true"], "trainer.precision=bf16-true: averages, which"),
         (["data.crop_padding=8"], "data.crop_padding=8: must be 0 or more, below the images' 8 pixels a side"),
         (["checkpoint_every=-1"], "checkpoint_every=-1: must be a number, 0 or more, or null"),
@@ -638,7 +638,7 @@ def test_bad_input_is_one_line_without_a_traceback_and_nothing_is_lost(command, 
 def test_a_logger_that_cannot_begin_ends_the_run_in_one_line_before_it_trains(command, tmp_path):
     result = command(*TINY[:-1], "logger=tensorboard", "+logger.tensorboard.nope=1", f"job_dir={tmp_path}/run")
     assert (result.status, result.err.count("\n")) == (1, 1)
-    assert result.err.startswith("error: logger=tensorboard: cannot begin: SummaryWriter")
+    assert result.err.startswith("error: logger=tensorboard: cannot be started: SummaryWriter")
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -27,7 +27,8 @@ def test_scores_equal_torchmetrics(classes):
 
 
 def test_terms_are_means_over_images():
-    terms = TermMeans(["ce", "loss"])
+    terms = TermMeans()
+    assert terms.summed_state()["images"] == 0
     terms.update({"loss": torch.tensor(2.0), "ce": torch.tensor(1.0)}, images=3)
     terms.update({"loss": torch.tensor(6.0), "ce": torch.tensor(5.0)}, images=1)
-    assert {name: value.item() for name, value in terms.compute().items()} == {"ce": 2.0, "loss": 3.0}
+    assert terms.compute() == {"ce": 2.0, "loss": 3.0}

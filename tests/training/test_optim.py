@@ -105,7 +105,7 @@ def test_lists_of_options_are_plain_in_checkpoints():
         (partial(STEPS, gamma=0.0), "scheduler.gamma=0.0: must be a number, above 0"),
         (partial(COSINE, T_max=-1), "scheduler.T_max=-1: must be a fraction of the run's steps"),
         (partial(ONE_CYCLE, pct_start=2.0), "scheduler=OneCycleLR: Expected float between 0 and 1 pct_start"),
-        (partial(lr_scheduler.ReduceLROnPlateau), "scheduler=ReduceLROnPlateau: must be a function of the step"),
+        (partial(lr_scheduler.ReduceLROnPlateau), "scheduler=ReduceLROnPlateau: must depend on the step only"),
     ],
 )
 def test_schedules_that_cannot_be_are_one_line(scheduler, line):
@@ -144,7 +144,7 @@ def test_weight_decay_spares_what_it_is_told_to(decay_norm, decay_spatial):
 def test_to_spare_spatial_operators_that_are_not_there_is_refused(conv):
     with pytest.raises(
         OptionError,
-        match="optimizer.decay_spatial=false: finds none of the spatial operators that block_type=DW or Group puts in",
+        match="optimizer.decay_spatial=false: has no effect: the network has no spatial operators of",
     ):
         build_optimizer(torch.optim.SGD, CifarResNet(8, conv, 10), lr=0.1, decay_spatial=False)
 
