@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,17 +158,6 @@ def test_files_that_do_not_fit_together_are_one_line(export, tmp_path, capsys, n
     pictures_ = [str(noise(tmp_path / f"{'x' * k}.png")) for k in range(1, 9)]
     assert predict.main([str(export), *pictures_]) == 1
     assert "its files do not fit together" in capsys.readouterr().err
-
-
-def test_a_provider_that_does_not_work_is_not_taken_for_another(made, monkeypatch):
-    content, real = (made / "student.onnx").read_bytes(), onnxruntime.InferenceSession
-
-    def silently(model, options, providers):
-        return real(model, options, providers=["CPUExecutionProvider"])
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", silently)
-    with pytest.raises(predict.PredictError, match="has no working CUDAExecutionProvider here"):
-        predict.create_session(content, provider="CUDAExecutionProvider")
 
 
 def test_the_copy_works_where_neither_torch_nor_odcheap_is(export, tmp_path):

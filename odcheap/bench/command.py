@@ -12,28 +12,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 import torch
-from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
-from odcheap.config.messages import describe_error, describe_hydra_error, hide_library_warnings
+from odcheap.config.compose import compose_config
+from odcheap.config.messages import EXPLAINED_ERRORS, describe_error, hide_library_warnings
 from odcheap.export import latency, onnx
+from odcheap.layers.cheap_conv import BlockType
+from odcheap.models.backbone import Backbone
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.console import print_error
-from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_text
-from odcheap.utils.parts import build_part, find_conf_dir
+from odcheap.utils.parts import build_part
 
 BLOCK_TYPES = ("DW", "Shift", "Group")
 BATCHES = (1, 64)  # images of an inference call
@@ -48,27 +47,38 @@ TRAIN = """
 from odcheap.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
+TABLES = """{hardware}
+
+Training of {num_stu} students, batch {batch_size}; ratios are medians (min to max):
+
+{training}
+
+Inference in ONNX Runtime on the CPU, compared with the standard network:
+
+{inference}
+
+Start-up to the first step: {start}
+"""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") -> int:
     """Runs the command and returns the exit status."""
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results (default: %(default)s)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OPTION=VALUE", help="training options, such as block_type=Shift num_stu=2"
-    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
+    add("--out", type=Path, default=Path("bench"), help="folder of the results (default: %(default)s)")
+    more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
+    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
+    add("overrides", nargs="*", metavar="OPTION=VALUE", help="training options, such as block_type=Shift num_stu=2")
     options = parser.parse_args(arguments)
     hide_library_warnings()
     try:
-        with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
-            for result in measure(options.overrides, options.quick):  # what is measured stays if a later part fails
-                options.out.mkdir(parents=True, exist_ok=True)
-                write_text(options.out / "bench.json", json.dumps(result, indent=2) + "\n")
-    except (Failure, InstantiationException, MisconfigurationException) as error:
+        for result in measure(options.overrides, options.quick, options.config_dir):
+            # Written after each part, so that the measurements stay if a later part fails.
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_text(options.out / "bench.json", json.dumps(result, indent=2) + "\n")
+    except EXPLAINED_ERRORS as error:
         return print_error(describe_error(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        return print_error(describe_hydra_error(error))
     text = format_tables(result)
     write_text(options.out / "bench.md", text)
     plot_training(result).savefig(options.out / "bench.png", dpi=120)
@@ -77,34 +87,38 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     return 0
 
 
-def measure(overrides: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+def measure(overrides: list[str], quick: bool, config_dirs: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
     """Yields the result each time that a part of it has been measured."""
-    cfg = compose_run(overrides)
+
+    def compose(*more: str) -> DictConfig:
+        # The data are random, so no images are held out.
+        return compose_config([*overrides, *more, "select=last", "data.val_size=0"], config_dirs)
+
+    cfg = compose()
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (2, 5)
     result: dict[str, Any] = {"machine": describe_machine(device), "versions": list_versions(), "overrides": overrides}
+
+    # Training: every block type with every precision, unless the options choose one.
     result["training"] = []
-    named = dict(override.partition("=")[::2] for override in overrides)
-    block_types = [named["block_type"]] if "block_type" in named else BLOCK_TYPES[: 1 if quick else None]
-    precisions = [named["trainer.precision"]] if "trainer.precision" in named else PRECISIONS
-    for block_type, precision in [(block_type, precision) for block_type in block_types for precision in precisions]:
-        own = compose_run([*overrides, f"block_type={block_type}", f"trainer.precision={precision}"])
+    chosen = dict(override.partition("=")[::2] for override in overrides)
+    block_types = [chosen["block_type"]] if "block_type" in chosen else BLOCK_TYPES[: 1 if quick else None]
+    precisions = [chosen["trainer.precision"]] if "trainer.precision" in chosen else PRECISIONS
+    for block_type, precision in product(block_types, precisions):
+        own = compose(f"block_type={block_type}", f"trainer.precision={precision}")
         report_progress(f"training, {block_type}, {precision}: {rounds} rounds")
         row = {"block_type": block_type, "precision": precision, "num_stu": own.num_stu}
         timings = compare_loops(own, device, steps, rounds, report_progress)
         result["training"].append(row | summarize(timings, own.data.batch_size))
         yield result
+
     report_progress("inference in ONNX Runtime")
-    result["inference"] = measure_inference(cfg, block_types, 0.5 if quick else 3.0)
+    convs = {t: build_part("block_type", {"part": t}, config_dirs=config_dirs) for t in (*block_types, "Standard")}
+    result["inference"] = measure_inference(instantiate(cfg.backbone), convs, 0.5 if quick else 3.0)
     report_progress("start-up")
     result["start_seconds"] = measure_start()
     yield result
-
-
-def compose_run(overrides: list[str]) -> DictConfig:
-    """Composes a run's config without held-out images: the data are random."""
-    return hydra.compose("config", [*overrides, "select=last", "data.val_size=0", "job_dir=unused"])
 
 
 def report_progress(text: str) -> None:
@@ -124,30 +138,29 @@ def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]
 
 
 def compare_times(numerator: LoopTiming, denominator: LoopTiming) -> dict[str, float]:
-    """Returns median, smallest and largest ratio over the rounds; what slows a whole round down cancels out."""
+    """Returns median, smallest and largest ratio of the rounds; whatever slows a whole round down cancels out."""
     ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def measure_inference(
-    cfg: DictConfig, block_types: list[str] | tuple[str, ...], seconds: float
+    build: Callable[..., Backbone], convs: dict[str, BlockType], seconds: float
 ) -> list[dict[str, Any]]:
-    """Times the backbone in ONNX Runtime on the CPU with these block types and as the standard network."""
-    convs = {name: build_part("block_type", {"part": name}) for name in dict.fromkeys([*block_types, "Standard"])}
-    build = instantiate(cfg.backbone)
+    """Times a backbone in ONNX Runtime on the CPU with block types, which are given by name; one is `Standard`."""
     networks = {name: build(conv=conv, num_classes=NUM_CLASSES) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
     files = {name: onnx.fastest_onnx(network, size) for name, network in networks.items()}
     ms = latency.time_onnx(files, size, BATCHES, seconds)
-    speedup = {(name, batch): ms["Standard", batch] / ms[name, batch] for name, batch in ms}
     return [
-        {"block_type": n} | {f"ms_{b}": ms[n, b] for b in BATCHES} | {f"speedup_{b}": speedup[n, b] for b in BATCHES}
-        for n in files
+        {"block_type": name}
+        | {f"ms_{batch}": ms[name, batch] for batch in BATCHES}
+        | {f"speedup_{batch}": ms["Standard", batch] / ms[name, batch] for batch in BATCHES}
+        for name in files
     ]
 
 
 def measure_start(script: str = TRAIN) -> float | None:
-    """Returns the seconds from the command to the first step of a small run, None if it did not get there."""
+    """Returns the seconds from the command to the first step of a small run; None if it did not reach one."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-c", EXIT_AT_FIRST_STEP + script, "experiment=quickstart", "trainer=cpu"]
@@ -175,21 +188,13 @@ def format_tables(result: dict[str, Any]) -> str:
         for row in result["inference"]
     )
     first, start, hardware = result["training"][0], result["start_seconds"], result["machine"]
-    return "\n".join(
-        [
-            f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads",
-            "",
-            f"Training of {first['num_stu']} students, batch {first['batch_size']}; ratios are medians (min to max):",
-            "",
-            training.to_markdown(index=False),
-            "",
-            "Inference in ONNX Runtime on the CPU, beside the standard network:",
-            "",
-            inference.to_markdown(index=False),
-            "",
-            "Start-up to the first step: " + ("not measured" if start is None else f"{start:.1f} s"),
-            "",
-        ]
+    return TABLES.format(
+        hardware=f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads",
+        num_stu=first["num_stu"],
+        batch_size=first["batch_size"],
+        training=training.to_markdown(index=False),
+        inference=inference.to_markdown(index=False),
+        start="not measured" if start is None else f"{start:.1f} s",
     )
 
 

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch.utils.benchmark import Timer
 
-import odcheap.config.resolvers  # noqa: F401 - registers what the config computes
 from odcheap.bench.baseline import PillowImages, train_steps
 from odcheap.bench.memory import PeakMemory
 from odcheap.data.base import Batch, Process

@@ -3,25 +3,25 @@
 The folder JOB_DIR/export (or --out) has these files:
 
   student.onnx         for ONNX Runtime and compilers; the normalization is part of the graph
-  student-dense.onnx   the same function as dense convolutions, where that is faster here
+  student-dense.onnx   the same function as dense convolutions, written if that is faster here
   student-int8.onnx    8-bit integers, with --int8
   student.pt2          for torch.export.load, which needs PyTorch only
   student.safetensors  for odcheap.load_student
   predict.py           classifies image files: python predict.py IMAGE_OR_FOLDER...
-  preprocess.json, labels.json, README.md (the model card with accuracy, speed, checks and checksums)
+  preprocess.json      how an image file becomes the network's input
+  labels.json          the names of the classes
+  README.md            the model card: accuracy, speed, checks and checksums
 
 Every file is run on the run's test images and compared with the trained network before the folder appears.
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.export import latency, model_card, onnx, quantize, verify
 from odcheap.export.load_run import RunStudent, load_run_student
-from odcheap.export.model_card import DENSE, STANDARD, STUDENT, ModelFile
+from odcheap.export.model_card import DENSE, STANDARD, STUDENT
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
-from odcheap.models import flops
 from odcheap.models.build import NormalizedNetwork
 from odcheap.training import summary
 from odcheap.utils.console import print_error, say
@@ -45,22 +44,6 @@ from odcheap.utils.files import write_atomic, write_text
 
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The command's options: `batch` and `opset` make a static graph; `seconds` are spent on each timing."""
-
-    job_dir: Path
-    out: Path
-    student: int | None
-    data_dir: str | None
-    int8: bool
-    batch: int | None
-    opset: int | None
-    overwrite: bool
-    seconds: float
-    config_dir: list[Path]
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -> int:
@@ -76,13 +59,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: PyTorch's choice)")
     add("--overwrite", action="store_true", help="replace an older export")
     add("--seconds", type=float, default=1.0, metavar="S", help="time for each timing (default: %(default)s)")
-    more = (
-        "folder with configuration files of your own, for a run with parts that odcheap does not have; may be repeated"
-    )
+    more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
     add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
-    values = vars(parser.parse_args(arguments))
-    values["out"] = Path(os.path.realpath(values["out"] or values["job_dir"] / "export"))
-    options = ExportOptions(**values)
+    options = parser.parse_args(arguments)
+    options.out = Path(os.path.realpath(options.out or options.job_dir / "export"))
     hide_library_warnings()
     try:
         check_options(options)
@@ -100,13 +80,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     return 0
 
 
-def check_options(options: ExportOptions) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raises `OptionError` for values that are not allowed, and for a folder that must not be replaced."""
     batch, opset, out = options.batch, options.opset, options.out
     if batch is not None and batch < 1:
         raise OptionError("--batch", batch, "must be 1 or more")
     if options.int8 and (batch or 1) > CALIBRATION_IMAGES:
-        raise OptionError("--batch", batch, f"must be at most {CALIBRATION_IMAGES} with --int8, which looks at so many")
+        allowed = f"must be at most {CALIBRATION_IMAGES} with --int8, which calibrates on that many images"
+        raise OptionError("--batch", batch, allowed)
     if options.int8 and opset is not None and opset < OLDEST_INT8_OPSET:
         raise OptionError("--opset", opset, f"must be {OLDEST_INT8_OPSET} or more with --int8")
     if not options.seconds > 0:
@@ -119,30 +100,30 @@ def check_options(options: ExportOptions) -> None:
     others = sorted({path.name for path in out.iterdir()} - exported) if out.is_dir() else []
     if not exported or others:
         which = f" ({others[0]} is not a file of an export)" if exported else ""
-        raise OptionError("--out", out, f"exists and is no export{which}: name another folder")
+        raise OptionError("--out", out, f"exists and is not an export{which}: name another folder")
     if not options.overwrite:
         raise OptionError("--out", out, "holds an export; --overwrite replaces it, another --out leaves it")
 
 
 def list_exported(folder: Path) -> set[str]:
-    """Returns the names that the model card in this folder lists, and its own; none without a model card."""
+    """Returns the names of the files that this folder's model card lists, and the card's own; none without a card."""
     path = folder / predict.CARD_FILE
     text = path.read_text(errors="replace") if path.is_file() else ""
     names = {match[2] for match in predict.CHECKSUM_LINE.finditer(text)}
     return names | {predict.CARD_FILE} if predict.PREPROCESS_FILE in names else set()
 
 
-def export(run: RunStudent, options: ExportOptions) -> None:
-    """Writes the folder; it appears after all files have been checked."""
+def export(run: RunStudent, options: argparse.Namespace) -> None:
+    """Writes the export's folder, which appears only when all files have been checked."""
     say(f"{run.job_dir}: {run.title}")
     data, reason = load_test_data(run, options)
     preprocess = describe_preprocessing(run)
     with replace_folder(options.out) as folder:
         files = write_files(run, options, data, preprocess, folder)
         timings = time_files(run, options, files, folder)
-        if any(file.name == DENSE for file in files) and not is_faster(timings, DENSE):
+        if DENSE in files and not is_faster(timings, DENSE):
             (folder / DENSE).unlink()
-            files = [file for file in files if file.name != DENSE]
+            del files[DENSE]
             timings = {key: timing for key, timing in timings.items() if key.name != DENSE}
         verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch)
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
@@ -153,7 +134,7 @@ def export(run: RunStudent, options: ExportOptions) -> None:
         say(line)
 
 
-def load_test_data(run: RunStudent, options: ExportOptions) -> tuple[ImageData | None, str]:
+def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageData | None, str]:
     """Returns the run's data set; None and the reason if it is not available and no option asks for it."""
     data_dir, load = options.data_dir, run.config["data"].get("load") or {}
     if data_dir is not None and "data_dir" not in load:
@@ -186,7 +167,7 @@ def describe_preprocessing(run: RunStudent) -> dict[str, Any]:
 
 @contextmanager
 def replace_folder(out: Path) -> Generator[Path]:
-    """Gives a temporary folder that takes the place of `out` at the end; after an error nothing of it is left."""
+    """Yields a temporary folder. At the end it takes the place of `out`; after an error nothing of it is left."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(".part", f".{out.name}.", out.parent))
@@ -210,9 +191,9 @@ def replace_folder(out: Path) -> Generator[Path]:
 
 
 def write_files(
-    run: RunStudent, options: ExportOptions, data: ImageData | None, preprocess: dict[str, Any], folder: Path
-) -> list[ModelFile]:
-    """Writes all files but the model card, and returns the ONNX files."""
+    run: RunStudent, options: argparse.Namespace, data: ImageData | None, preprocess: dict[str, Any], folder: Path
+) -> dict[str, nn.Module]:
+    """Writes all files except the model card; returns the ONNX files' names with the networks that they hold."""
     summary.write_student(folder / "student.safetensors", run.network, run.settings)
     write_text(folder / predict.PREPROCESS_FILE, json.dumps(preprocess, indent=2) + "\n")
     write_text(folder / predict.LABELS_FILE, json.dumps(run.settings["classes"], indent=1) + "\n")
@@ -231,7 +212,7 @@ def write_files(
         forms[verify.INT8] = cheap
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))
-    return [ModelFile(n, flops.count_params(f), flops.count_macs(f, run.image_size)) for n, f in forms.items()]
+    return forms
 
 
 def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
@@ -240,17 +221,17 @@ def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
 
 def iterate_calibration_batches(data: ImageData, batch: int | None) -> Iterator[np.ndarray]:
     """Yields training images as float32 in [0, 1]; a static graph takes full batches only."""
-    images = (sample.image.numpy() for sample in verify.iterate_samples(data, "train", CALIBRATION_IMAGES))
-    while chunk := list(itertools.islice(images, batch or predict.BATCH_SIZE)):
+    samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
+    for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):
         if batch is None or len(chunk) == batch:
-            yield np.stack(chunk).astype(np.float32) / np.float32(255)
+            yield np.stack([sample.image.numpy() for sample in chunk]).astype(np.float32) / np.float32(255)
 
 
-def time_files(run: RunStudent, options: ExportOptions, files: list[ModelFile], folder: Path) -> latency.Timings:
+def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
     """Times the ONNX files, and both networks in ONNX Runtime and in PyTorch, alternately."""
     size, standard = run.image_size, add_normalization(run.standard, run)
     batches = predict.TIMED_BATCH_SIZES if options.batch is None else (options.batch,)
-    models = {file.name: (folder / file.name).read_bytes() for file in files}
+    models = {name: (folder / name).read_bytes() for name in files}
     models[STANDARD] = onnx.to_onnx(onnx.export_program(standard, size, options.batch), options.opset)
     networks = {STUDENT: add_normalization(run.network, run), STANDARD: standard}
     calls = latency.onnx_calls(models, size, batches) | latency.torch_calls(networks, size, batches)
@@ -260,11 +241,8 @@ def time_files(run: RunStudent, options: ExportOptions, files: list[ModelFile], 
 
 def is_faster(timings: latency.Timings, name: str) -> bool:
     """Whether a file is faster than `student.onnx` for one of the numbers of images."""
-    pairs = (
-        [latency.fastest(timings, n, latency.ONNX_RUNTIME, b).p50 for n in (name, "student.onnx")]
-        for b in model_card.sizes(timings)
-    )
-    return any(own < cheap for own, cheap in pairs)
+    own, cheap = (model_card.compute_speedups(timings, file) for file in (name, "student.onnx"))
+    return any(own[batch] > cheap[batch] for batch in own)
 
 
 def format_input_shape(path: Path) -> str:

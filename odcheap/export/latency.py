@@ -1,17 +1,15 @@
-"""Inference time of networks in ONNX Runtime and in PyTorch, on the CPU and on a GPU if there is one."""
+"""Inference time of networks in ONNX Runtime on the CPU, and in PyTorch on the CPU and on a GPU if there is one."""
 
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import onnxruntime
 import torch
 from torch import nn
 
 from odcheap import predict
 
-CUDA = "CUDAExecutionProvider"
 ONNX_RUNTIME, PYTORCH = "ONNX Runtime", "PyTorch"
 
 
@@ -29,29 +27,20 @@ Timings = dict[Key, predict.Timing]
 
 
 def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run ONNX files: on the CPU with one thread and with all, and on a GPU if there is one.
+    """Returns functions that run ONNX files on the CPU, with one thread and with all.
 
     Args:
         models: The contents of ONNX files by name.
         size: Shape (C, H, W) of an image.
         batches: Numbers of images per call.
     """
-    ways = [(ONNX_RUNTIME, "CPUExecutionProvider", threads) for threads in (1, 0)]
-    if CUDA in onnxruntime.get_available_providers():
-        ways.append((f"{ONNX_RUNTIME}, GPU", CUDA, 0))
     calls: Calls = {}
     for name, model in models.items():
-        for runtime, provider, threads in ways:
-            try:
-                predictor = predict.create_predictor(predict.create_session(model, threads, provider))
-            except predict.PredictError as error:
-                if provider != CUDA:
-                    raise
-                print(f"not timed: {error}", flush=True)
-                continue
+        for threads in (1, 0):
+            predictor = predict.create_predictor(predict.create_session(model, threads))
             for batch in batches:
                 images = predict.random_images(batch, size)
-                calls[Key(name, runtime, batch, threads)] = partial(predictor, images)
+                calls[Key(name, ONNX_RUNTIME, batch, threads)] = partial(predictor, images)
     return calls
 
 
@@ -59,18 +48,19 @@ def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], b
     """Returns functions that run networks in PyTorch; arguments as in `onnx_calls`."""
     calls: Calls = {}
     for name, network in networks.items():
+        network = network.to(memory_format=torch.channels_last)
         for batch in batches:
             images = torch.from_numpy(predict.random_images(batch, size)).contiguous(memory_format=torch.channels_last)
             for threads in (1, 0):
-                calls[Key(name, PYTORCH, batch, threads)] = cpu_call(network, images, threads)
+                calls[Key(name, PYTORCH, batch, threads)] = torch_call(network, images, threads)
             if torch.cuda.is_available():
-                calls[Key(name, f"{PYTORCH}, GPU", batch, 0)] = gpu_call(network, images)
+                on_gpu = torch_call(copy.deepcopy(network).cuda(), images.cuda())
+                calls[Key(name, f"{PYTORCH}, GPU", batch, 0)] = on_gpu
     return calls
 
 
-def cpu_call(network: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], object]:
-    """Returns a function that runs the network with so many threads (0: all) and then restores their number."""
-    network = network.to(memory_format=torch.channels_last)
+def torch_call(network: nn.Module, images: torch.Tensor, threads: int = 0) -> Callable[[], None]:
+    """Returns a function that runs the network with so many CPU threads (0: all) and then restores their number."""
     before = torch.get_num_threads()
 
     def call() -> None:
@@ -78,20 +68,10 @@ def cpu_call(network: nn.Module, images: torch.Tensor, threads: int) -> Callable
         try:
             with torch.inference_mode():
                 network(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
         finally:
             torch.set_num_threads(before)
-
-    return call
-
-
-def gpu_call(network: nn.Module, images: torch.Tensor) -> Callable[[], object]:
-    """Returns a function that runs a copy of the network on the GPU and waits for the result."""
-    network, images = copy.deepcopy(network).cuda(), images.cuda()
-
-    def call() -> None:
-        with torch.inference_mode():
-            network(images)
-        torch.cuda.synchronize()
 
     return call
 
@@ -109,6 +89,5 @@ def time_onnx(
     Returns:
         Median milliseconds of a call by (name, batch), with the faster number of threads.
     """
-    calls = {key: call for key, call in onnx_calls(models, size, batches).items() if key.runtime == ONNX_RUNTIME}
-    timings = predict.time_alternately(calls, seconds)
+    timings = predict.time_alternately(onnx_calls(models, size, batches), seconds)
     return {(n, b): 1000 * fastest(timings, n, ONNX_RUNTIME, b).p50 for n in models for b in batches}

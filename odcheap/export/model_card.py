@@ -4,7 +4,6 @@ import datetime
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import onnx
 import onnxruntime
@@ -21,7 +20,13 @@ from odcheap.utils.text import escape_control_chars
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
-USAGE = """```
+CARD = """# {network}
+
+{speed}
+
+{accuracy}
+
+```
 python predict.py IMAGE_OR_FOLDER...   # needs onnxruntime, numpy, pillow
 ```
 
@@ -34,21 +39,43 @@ student = load_student("student.safetensors")
 logits = student(images)
 ```
 
-`torch.export.load("student.pt2").module()` gives the same with PyTorch alone."""
+`torch.export.load("student.pt2").module()` gives the same with PyTorch alone.
 
+## Size and speed
 
-class ModelFile(NamedTuple):
-    """An ONNX file; parameters and MACs are those of the form of the network that it holds."""
+{sizes}
 
-    name: str
-    params: int
-    macs: int
+Measured alternately on {cpu}: milliseconds, median (95th percentile), with one thread or with all,
+whichever is faster. **Measure again on the target**: `python predict.py --bench`.
+
+<details><summary>All timings</summary>
+
+{timings}
+
+</details>
+
+## Checks
+
+{checks}
+
+## Origin
+
+{origin}
+
+## Checksums
+
+`sha256sum -c` reads them.
+
+```
+{checksums}
+```
+"""
 
 
 def write_card(
     run: RunStudent,
     folder: Path,
-    files: list[ModelFile],
+    files: Mapping[str, nn.Module],
     timings: Timings,
     verification: Verification,
     cpu: str,
@@ -59,21 +86,24 @@ def write_card(
     Args:
         run: The exported student.
         folder: The exported files; their checksums are computed.
-        files: The ONNX files.
+        files: The ONNX files' names, with the networks that they hold.
         timings: Of the files, of the student and of the standard network.
         verification: What the checks have shown.
         cpu: Name of the CPU of the timings.
         shape: Shape of the ONNX file's input.
     """
-    lines = [f"# {format_code(name_network(run))}", "", *describe_speed(run, timings), ""]
-    lines += [*describe_accuracy(run, verification), "", USAGE.format(shape=shape), "", "## Size and speed", ""]
-    lines += [*size_table(run, folder, files, timings), ""]
-    lines += [f"Measured alternately on {cpu}: milliseconds, median (95th percentile), with one thread or with all,"]
-    lines += ["whichever is faster. **Measure again on the target**: `python predict.py --bench`.", ""]
-    lines += ["<details><summary>All timings</summary>", "", *timings_table(timings), "", "</details>", ""]
-    lines += ["## Checks", "", *describe_checks(verification), "", "## Origin", "", *describe_origin(run), ""]
-    lines += ["## Checksums", "", "`sha256sum -c` reads them.", "", "```", *checksum_lines(folder), "```"]
-    return "\n".join(lines) + "\n"
+    sections = {
+        "speed": describe_speed(run, timings),
+        "accuracy": describe_accuracy(run, verification),
+        "sizes": size_table(run, folder, files, timings),
+        "checks": describe_checks(verification),
+        "origin": describe_origin(run),
+        "checksums": checksum_lines(folder),
+    }
+    rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
+    table = to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))
+    text = {name: "\n".join(lines) for name, lines in sections.items()}
+    return CARD.format(network=format_code(name_network(run)), shape=shape, cpu=cpu, timings=table, **text)
 
 
 def extract_opening(text: str) -> str:
@@ -109,10 +139,10 @@ def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
 
 def compute_speedups(timings: Timings, name: str) -> dict[int, float]:
     """Returns the standard network's time divided by this file's time, by number of images."""
-    times = {
-        batch: [fastest(timings, n, ONNX_RUNTIME, batch).p50 for n in (STANDARD, name)] for batch in sizes(timings)
+    return {
+        batch: fastest(timings, STANDARD, ONNX_RUNTIME, batch).p50 / fastest(timings, name, ONNX_RUNTIME, batch).p50
+        for batch in sizes(timings)
     }
-    return {batch: standard / own for batch, (standard, own) in times.items()}
 
 
 def sizes(timings: Timings) -> list[int]:
@@ -145,15 +175,18 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     return lines
 
 
-def size_table(run: RunStudent, folder: Path, files: list[ModelFile], timings: Timings) -> list[str]:
+def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], timings: Timings) -> list[str]:
     """Returns a table of size, costs and times of the files and of both networks."""
-    sources = [(format_code(f.name), f.params, f.macs, f.name, ONNX_RUNTIME) for f in files]
-    costs = {name: count_costs(run, network) for name, network in ((STANDARD, run.standard), (STUDENT, run.network))}
-    sources.append((STANDARD, *costs[STANDARD], STANDARD, ONNX_RUNTIME))
-    sources += [(f"{name}, in PyTorch", *costs[name], name, PYTORCH) for name in costs]
+    both = {STANDARD: run.standard, STUDENT: run.network}
+    costs = {
+        name: (flops.count_params(network), flops.count_macs(network, run.image_size))
+        for name, network in {**files, **both}.items()
+    }
+    sources = [(format_code(name), name, ONNX_RUNTIME) for name in files]
+    sources += [(STANDARD, STANDARD, ONNX_RUNTIME), *((f"{name}, in PyTorch", name, PYTORCH) for name in both)]
     rows = []
-    for title, params, macs, name, runtime in sources:
-        path = folder / name
+    for title, name, runtime in sources:
+        (params, macs), path = costs[name], folder / name
         size = f"{path.stat().st_size / 1e6:.2f} MB" if path.is_file() else ""
         row = {"": title, "size": size, "parameters": f"{params:,}", "MACs": f"{macs / 1e6:.2f} M"}
         times = {count_images(b): format_timing(fastest(timings, name, runtime, b)) for b in sizes(timings)}
@@ -165,18 +198,8 @@ def size_table(run: RunStudent, folder: Path, files: list[ModelFile], timings: T
     return lines
 
 
-def count_costs(run: RunStudent, network: nn.Module) -> tuple[int, int]:
-    """Returns parameters and MACs."""
-    return flops.count_params(network), flops.count_macs(network, run.image_size)
-
-
 def format_timing(timing: Timing) -> str:
     return f"{1000 * timing.p50:.3g} ({1000 * timing.p95:.3g})"
-
-
-def timings_table(timings: Timings) -> list[str]:
-    rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
-    return [to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))]
 
 
 def to_markdown(table: pd.DataFrame) -> str:

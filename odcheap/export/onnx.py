@@ -1,8 +1,6 @@
 """Networks as PyTorch programs and as ONNX files."""
 
 import io
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import onnx
@@ -84,16 +82,9 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
     Raises:
         OptionError: The graph cannot be written with this opset.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        torch.onnx.export(
-            *(program.exported, (), path),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            external_data=False,
-            verbose=False,
-        )
-        model = onnx.load(path)
+    exported = torch.onnx.export(program.exported, (), input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    assert exported is not None, "PyTorch returns the model if no file is given"
+    model = exported.model_proto
     name_free_dimensions(model, program.free)
     use_global_pooling(model)
     if opset is not None:
@@ -126,6 +117,7 @@ def use_global_pooling(model: onnx.ModelProto) -> None:
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    # A mean that drops its dimensions becomes two nodes: GlobalAveragePool keeps them.
     nodes, pooled = [], set()
     for node in graph.node:
         if is_spatial_mean(node, constants):
@@ -141,6 +133,7 @@ def use_global_pooling(model: onnx.ModelProto) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+    # The lists of axes and the shapes are not inputs any more.
     used = {name for node in nodes for name in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)

@@ -1,8 +1,9 @@
 """Checks that every exported file computes what the trained network computes.
 
-Each file runs in its own runtime, from image files: the run's test images, or noise if these are not available.
+Each file runs in its own runtime and starts from image files: the run's test images, or noise without them.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -70,9 +71,9 @@ class Verification(NamedTuple):
     Attributes:
         images: Number of images.
         on_data: Whether they were the run's test images.
-        differences: Largest difference of a logit by file.
-        top1: Accuracy by file, None without labels.
-        reason: Why there were no test images.
+        differences: Largest difference of a logit, by file.
+        top1: Accuracy by file; None without labels.
+        reason: Why there were no test images; empty if there were.
     """
 
     images: int
@@ -87,7 +88,7 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
 
     Args:
         config: The run's `config.yaml`.
-        data_dir: Where the images are now; None is where the run found them.
+        data_dir: Where the images are now; None if they are where the run found them.
         config_dirs: `conf` directories with data sets that odcheap does not have.
 
     Raises:
@@ -109,25 +110,28 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
 
 
 def iterate_samples(data: ImageData, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
-    """Yields the readable images of a part as evaluation sees them; `limit` spreads so many over the whole part."""
+    """Yields the readable images of a part as evaluation sees them; with a limit, so many from all over the part."""
     count = len(data.labels[part])
     return data.iterate_images(part, range(count) if limit is None else range(0, count, -(-count // limit)))
+
+
+def split_batches(samples: Iterable[LabeledImage], size: int) -> Iterator[list[LabeledImage]]:
+    """Yields lists of so many samples; the last one may be shorter."""
+    samples = iter(samples)
+    while batch := list(itertools.islice(samples, size)):
+        yield batch
 
 
 @torch.inference_mode()
 def compute_test_reference(data: ImageData, network: nn.Module, folder: Path) -> Reference:
     """Computes the network's logits of all test images; images without a file are written to the folder."""
-    files, labels, logits, batch = [], [], [], []
-    count = len(data.labels["test"])
-    for k, sample in enumerate(show_progress(iterate_samples(data, "test"), count, "the trained network"), start=1):
-        files.append(sample.path or save_image(sample.image, folder / f"{k:06d}.png"))
-        labels.append(sample.label)
-        batch.append(sample.image)
-        if len(batch) == BATCH_SIZE:
-            logits.append(network(data.norm.apply(torch.stack(batch))))
-            batch = []
-    if batch:
-        logits.append(network(data.norm.apply(torch.stack(batch))))
+    files, labels, logits = [], [], []
+    samples = show_progress(iterate_samples(data, "test"), len(data.labels["test"]), "the trained network")
+    for batch in split_batches(samples, BATCH_SIZE):
+        for sample in batch:
+            files.append(sample.path or save_image(sample.image, folder / f"{len(files):06d}.png"))
+            labels.append(sample.label)
+        logits.append(network(data.norm.apply(torch.stack([sample.image for sample in batch]))))
     if not files:
         raise Failure("data_dir: none of the test images can be read")
     return Reference(files, np.array(labels), torch.cat(logits).numpy())
@@ -166,18 +170,18 @@ def verify_files(
     folder: Path,
     batch: int | None,
 ) -> Verification:
-    """Compares every file of the folder with the trained network; of 8-bit integers only the accuracy is measured.
+    """Compares every file of the folder with the trained network; 8-bit integers get only their accuracy measured.
 
     Args:
         run: The exported student.
         data: The run's data set; None if it is not available.
-        reason: Why it is not.
+        reason: Why it is not available.
         preprocess: The content of `preprocess.json`.
         folder: The exported files.
         batch: Number of images that a static graph takes.
 
     Raises:
-        Failure: A file computes something else.
+        Failure: A file does not compute what the network computes.
     """
     differences, top1 = {}, {}
     with tempfile.TemporaryDirectory() as images:
@@ -198,10 +202,10 @@ def verify_files(
 def check_accuracy(run: RunStudent, reference: Reference) -> None:
     """Raises `Failure` if the trained network's accuracy is not the one in the run's summary.
 
-    Images whose two largest logits are close may be classified differently: closer than a thousandth if the run
-    evaluated in 32 bits on a CPU, which adds up in another order; otherwise closer than three hundredths of the logits'
-    range (a GPU's 32 bits are rounded to 11 bits, bfloat16 has 8). With less than 32 bits half a percent of all images
-    may differ in addition.
+    Rounding can change the class of an image whose two largest logits are close. They count as close if they differ by
+    less than a thousandth after a run in 32 bits on a CPU, where only the order of sums differs, and otherwise by less
+    than 3 % of the logits' range: a GPU rounds 32 bits to 11, and bfloat16 has 8. With less than 32 bits, half a
+    percent of all images may be classified differently in addition.
     """
     if run.test_top1 is None:
         return

@@ -48,7 +48,7 @@ def light(monkeypatch):
 
     def times(run, options, files, folder):
         batches = (1, 64) if options.batch is None else (options.batch,)
-        names = [*(file.name for file in files), STANDARD, STUDENT]
+        names = [*files, STANDARD, STUDENT]
         keys = [
             Key(name, runtime, batch, 1) for name in names for runtime in (ONNX_RUNTIME, PYTORCH) for batch in batches
         ]
@@ -189,7 +189,7 @@ def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsy
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert command.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
-    assert "exists and is no export" in capsys.readouterr().err
+    assert "exists and is not an export" in capsys.readouterr().err
     (tmp_path / "mine" / "preprocess.json").write_text("{}")  # of somebody else's project
     assert command.main([str(job_dir), *QUICK, "--overwrite", "--out", str(tmp_path / "mine")]) == 1
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
@@ -226,7 +226,7 @@ def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_
         (["run", "--batch", "0"], "--batch=0: must be 1 or more"),
         (["run", "--opset", "5"], "--opset=5: must be 7 to"),
         (["run", "--data-dir", "x"], "--data-dir=x: the run's images are in no folder"),
-        (["run", "--out", "run"], "exists and is no export"),
+        (["run", "--out", "run"], "exists and is not an export"),
         (["run", "--out", "/"], "--out=/: is a mount point"),
         (["run", "--int8", "--batch", "600"], "--batch=600: must be at most 512 with --int8"),
         (["run", "--int8", "--opset", "11"], "--opset=11: must be 13 or more with --int8"),

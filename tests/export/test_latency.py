@@ -31,7 +31,7 @@ def test_the_better_number_of_threads_counts():
 
 def test_a_failing_network_leaves_the_threads_as_they_were():
     threads = torch.get_num_threads()
-    work = latency.cpu_call(nn.Linear(2, 2), torch.zeros(1, 3, 4, 4), threads + 1)
+    work = latency.torch_call(nn.Linear(2, 2), torch.zeros(1, 3, 4, 4), threads + 1)
     with pytest.raises(RuntimeError):
         work()
     assert torch.get_num_threads() == threads

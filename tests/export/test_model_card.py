@@ -64,7 +64,7 @@ def write_card(tmp_path, verification, settings=SETTINGS):
     for name in ("student.onnx", "labels.json"):
         (tmp_path / name).write_bytes(b"12345")
     timings = found((1, 20), (3, 50))
-    return model_card.write_card(run, tmp_path / "run", [], timings, verification, "a machine", "(n, 3, height, width)")
+    return model_card.write_card(run, tmp_path / "run", {}, timings, verification, "a machine", "(n, 3, height, width)")
 
 
 def test_the_card_says_what_was_checked_and_on_what(tmp_path):
