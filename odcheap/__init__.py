@@ -3,28 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from odcheap.layers.cheap_conv import BlockType
-    from odcheap.layers.shift import Shift2d
-    from odcheap.methods.losses import soft_kl
-    from odcheap.methods.od import OnlineDistillation
-    from odcheap.methods.students import Students
-    from odcheap.models.build import load_student
-    from odcheap.models.convert import cheapen, conversion_table
-    from odcheap.runs.reference import load_reference
-
 __version__ = "0.1.0"
-__all__ = [
-    "BlockType",
-    "OnlineDistillation",
-    "Shift2d",
-    "Students",
-    "cheapen",
-    "conversion_table",
-    "load_reference",
-    "load_student",
-    "soft_kl",
-]
 
 # Imported when first used: `odcheap.predict` works without PyTorch, and commands start without what they do not need.
 _MODULES = {
@@ -38,6 +17,18 @@ _MODULES = {
     "load_student": "odcheap.models.build",
     "soft_kl": "odcheap.methods.losses",
 }
+__all__ = list(_MODULES)
+
+if TYPE_CHECKING:  # the same names for type checkers
+    from odcheap.layers.cheap_conv import BlockType as BlockType
+    from odcheap.layers.shift import Shift2d as Shift2d
+    from odcheap.methods.losses import soft_kl as soft_kl
+    from odcheap.methods.od import OnlineDistillation as OnlineDistillation
+    from odcheap.methods.students import Students as Students
+    from odcheap.models.build import load_student as load_student
+    from odcheap.models.convert import cheapen as cheapen
+    from odcheap.models.convert import conversion_table as conversion_table
+    from odcheap.runs.reference import load_reference as load_reference
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The command line: `odcheap train | export | predict | report | bench`."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -10,8 +11,14 @@ commands (odcheap COMMAND --help shows the arguments):
   export   write a run's student as files for a device: odcheap export JOB_DIR
   predict  classify images with an export: odcheap predict EXPORT IMAGE...
   report   compare runs, in a table and figures: odcheap report DIR...
-  bench    measure the training speed
+  bench    measure the speed of training and inference on this machine
 """
+COMMANDS = {
+    "export": "odcheap.export.command",
+    "predict": "odcheap.predict",
+    "report": "odcheap.report.command",
+    "bench": "odcheap.bench.command",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,26 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # Imported here, so that each command starts without the packages of the others.
-    if name == "train":
-        return train(rest)
-    if name == "export":
-        from odcheap.export import command
-    elif name == "predict":
-        from odcheap import predict as command
-    elif name == "report":
-        from odcheap.report import command
-    elif name == "bench":
-        from odcheap.bench import command
-    elif name in ("-h", "--help"):
+    if name in ("-h", "--help"):
         print(HELP, end="")
         return 0
-    else:
-        print(
-            f"error: {name!r}: unknown command; must be one of train, export, predict, report, bench", file=sys.stderr
-        )
+    if name == "train":
+        return train(rest)
+    if name not in COMMANDS:
+        known = ", ".join(["train", *COMMANDS])
+        print(f"error: {name!r}: unknown command; must be one of {known}", file=sys.stderr)
         return 1
-    return command.main(rest)
+    # Imported here, so that each command starts without the packages of the others.
+    return importlib.import_module(COMMANDS[name]).main(rest)
 
 
 def train(arguments: Sequence[str]) -> int:

@@ -34,11 +34,11 @@ Predictor = Callable[[np.ndarray], np.ndarray]  # images (n, 3, H, W) in [0, 1] 
 
 
 class PredictError(ValueError):
-    """A request that cannot be carried out; the text is one line for the user."""
+    """A failure that the user can act on; its text is one line."""
 
 
 class ImageError(PredictError):
-    """A file that is no image, is damaged, or has pixels of an unknown range."""
+    """An image file that is damaged, is not an image, or has pixels of an unknown range."""
 
 
 class Timing(NamedTuple):
@@ -49,7 +49,7 @@ class Timing(NamedTuple):
 
 
 def decode_image(path: str | Path) -> Image.Image:
-    """Reads an image file as RGB, rotated as its EXIF data say.
+    """Reads an image file as RGB, and rotates it as its EXIF data say.
 
     Raises:
         ImageError: The file cannot be decoded completely, or one side is more than 100 times the other.
@@ -131,9 +131,10 @@ def create_predictor(session: Any) -> Predictor:
 
 
 def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
-    """Lets a function that takes exactly `batch_size` images take any number: the last image is repeated.
+    """Wraps a function that takes exactly `batch_size` images so that it takes any number of images.
 
-    With `batch_size=None` the function already takes any number and is returned unchanged.
+    The last batch is filled up with copies of the last image. With `batch_size=None` the function already takes any
+    number and is returned unchanged.
     """
     if batch_size is None:
         return run
@@ -225,12 +226,8 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
         results = [{"path": str(path), "label": top[0][0], "probability": top[0][1]} for path, top in rows]
         print(json.dumps(results, indent=1))
     else:
-        print_table(
-            [
-                (escape_control_chars(path), *(f"{escape_control_chars(n)} {p:.3f}" for n, p in top))
-                for path, top in rows
-            ]
-        )
+        cells = [(str(path), *(f"{label} {probability:.3f}" for label, probability in top)) for path, top in rows]
+        print_table([tuple(map(escape_control_chars, row)) for row in cells])
     return int(len(rows) < len(files))
 
 
@@ -299,7 +296,7 @@ def main(arguments: list[str], prog: str | None = None) -> int:
         "paths",
         nargs="*",
         metavar="[EXPORT_DIR] IMAGE_OR_FOLDER",
-        help="EXPORT_DIR (only where this file is not inside an export), then image files and folders with images",
+        help="EXPORT_DIR (if this file is not in an export itself), then image files and folders with images",
     )
     parser.add_argument(
         "--model", metavar="FILE", default="student.onnx", help="another ONNX file of the export (default: %(default)s)"
@@ -312,7 +309,9 @@ def main(arguments: list[str], prog: str | None = None) -> int:
         folder, paths = Path(paths[0]), paths[1:]
     try:
         if not (folder / PREPROCESS_FILE).is_file():
-            raise PredictError(f"EXPORT_DIR={(paths or [''])[0]}: is no export; odcheap export JOB_DIR makes one")
+            raise PredictError(
+                f"EXPORT_DIR={(paths or [''])[0]}: is not an export; `odcheap export JOB_DIR` writes one"
+            )
         if options.bench:
             return benchmark_models(folder)
         return classify_images(folder, options.model, paths, options.json)

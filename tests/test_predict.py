@@ -104,7 +104,7 @@ def test_a_file_that_was_changed_after_the_export_is_refused(export, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["NOWHERE", "x.png"], "EXPORT_DIR=NOWHERE: is no export"),
+        (["NOWHERE", "x.png"], "EXPORT_DIR=NOWHERE: is not an export"),
         (["EXPORT", "EXPORT/predict.py"], "cannot be read as an image"),
         (["EXPORT"], "IMAGE_OR_FOLDER: no images found"),
         (["EXPORT", "x.png", "--model", "other.onnx"], "other.onnx: cannot be checked"),
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_one_line(export, capsys, arguments, line):
 def test_without_its_card_nothing_is_believed(export, tmp_path, capsys):
     (export / "README.md").unlink()
     assert predict.main([str(export), str(noise(tmp_path / "x.png"))]) == 1
-    assert "is no export" in capsys.readouterr().err
+    assert "is not an export" in capsys.readouterr().err
 
 
 def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp_path, capsys, monkeypatch):

@@ -32,7 +32,7 @@ from torch import nn
 from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
-from odcheap.export import latency, model_card, onnx, quantize, verify
+from odcheap.export import latency, model_card, onnx, verify
 from odcheap.export.load_run import RunStudent, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
@@ -208,7 +208,7 @@ def write_files(
     if options.int8 and data is not None:
         say(f"8-bit integers, calibrated on up to {CALIBRATION_IMAGES} training images")
         batches = iterate_calibration_batches(data, options.batch)
-        contents[verify.INT8] = quantize.quantize_onnx(contents["student.onnx"], batches)
+        contents[verify.INT8] = onnx.quantize_onnx(contents["student.onnx"], batches)
         forms[verify.INT8] = cheap
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from odcheap.report.statistics import Spread
 
@@ -28,15 +29,15 @@ def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
         costs: The cost by the row's index; rows without a cost or an accuracy are left out.
         label: What the cost is, with its unit.
     """
-    figure, axes = create_figure(8, 5)
+    figure, (axes,) = create_figure(8, 5)
     colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
     shown = rows.assign(cost=costs)[costs.notna() & rows["selected"].notna()]
     for row in shown.to_dict("records"):
         accuracy: Spread = row["selected"]
-        error, style = 100 * (accuracy.deviation or 0), markers[row["setting"]]
-        axes.errorbar(row["cost"], 100 * accuracy.mean, error, fmt=style, color=colors[row["method"]], lw=1, capsize=2)
-    front = pareto_front([(row.cost, row.selected.mean) for row in shown.itertuples()])
-    axes.step([x for x, _ in front], [100 * y for _, y in front], where="post", color="#BBBBBB", zorder=1)
+        error, marker = 100 * (accuracy.deviation or 0), markers[row["setting"]]
+        axes.errorbar(row["cost"], 100 * accuracy.mean, error, fmt=marker, color=colors[row["method"]], lw=1, capsize=2)
+    front = pareto_front([(row.cost, 100 * row.selected.mean) for row in shown.itertuples()])
+    axes.step(*zip(*front, strict=True), where="post", color="#BBBBBB", zorder=1)
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 of the selected student, %\n(bars: standard deviation over seeds)")
     axes.set_title("Accuracy against cost (gray: Pareto front)", loc="left", fontsize=11)
@@ -50,7 +51,7 @@ def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the points (cost, accuracy) than which no other is as cheap and as accurate, sorted by cost."""
+    """Returns the points (cost, accuracy) for which no other point is as cheap and as accurate, sorted by cost."""
     front: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or accuracy > front[-1][1]:
@@ -59,9 +60,9 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
-    """Draws each row's gain over the baseline, with two standard errors; hollow if it is not resolved."""
+    """Draws each row's gain over the baseline, with two standard errors. The marker is hollow if it is not resolved."""
     shown = rows[rows["gain"].notna()][::-1]
-    figure, axes = create_figure(8, 1.4 + 0.34 * max(1, len(shown)))
+    figure, (axes,) = create_figure(8, 1.4 + 0.34 * len(shown))
     colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
     for place, row in enumerate(shown.to_dict("records")):
         gain: Spread = row["gain"]
@@ -70,11 +71,10 @@ def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
         fill = color if gain.is_resolved else "white"
         axes.errorbar(100 * gain.mean, place, xerr=error, marker=marker, color=color, markerfacecolor=fill)
     axes.axvline(0, color="#BBBBBB", zorder=0)
-    axes.margins(y=0.5 / max(1, len(shown)))
+    axes.margins(y=0.5 / len(shown))
     axes.set_yticks(range(len(shown)), list(shown["name"]))
-    axes.set_xlabel(
-        f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 2 standard errors)"
-    )
+    label = f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 2 standard errors)"
+    axes.set_xlabel(label)
     counts = " or ".join(map(str, sorted({gain.n for gain in shown["gain"]})))
     axes.set_title(f"Gains over {baseline} (n = {counts}; hollow: not resolved)", loc="left", fontsize=11)
     return figure
@@ -85,11 +85,10 @@ def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
 
     Args:
         table: The runs of `tabulate_runs`.
-        stage: Whose images: `val` or `train`.
+        stage: The images that the accuracy is of: `val` or `train`.
     """
     settings = list(dict.fromkeys(table["setting"]))
-    figure = Figure(figsize=(max(6, 3.2 * len(settings)) + 1, 4), layout="constrained")
-    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    figure, panels = create_figure(max(6, 3.2 * len(settings)) + 1, 4, len(settings))
     colors, later = assign_styles(table["method"], COLORS), []
     for _, runs in table.groupby(["setting", "method"], sort=False):
         setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
@@ -98,15 +97,16 @@ def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
             curve = 100 * average_curves(histories, pattern)
             panels[settings.index(setting)].plot(curve.index + 1, curve, style, color=colors[method])
             later += list(curve[len(curve) // 5 :])
-    panels[0].set_ylim(bottom=min(later, default=0) - 1)  # the first epochs would flatten the rest
+
+    # With the first epochs inside the axis, the differences between the later ones would be hard to see.
+    panels[0].set_ylim(bottom=min(later, default=0) - 1)
     limit_to_hundred(panels[0])
     panels[0].set_ylabel(f"{stage} top-1, %")
     for axes, setting in zip(panels, settings, strict=True):
         axes.set_title(setting or "all runs", loc="left", fontsize=10)
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.margins(x=0.02)
-        remove_clutter(axes)
     handles = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
     handles += [Line2D([], [], color="#888888", ls=ls, label=n) for n, ls in (("mean student", "-"), ("teacher", "--"))]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
@@ -121,17 +121,15 @@ def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.Series:
     return pd.concat(curves, axis=1).dropna().mean(axis=1)
 
 
-def create_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def create_figure(width: float, height: float, count: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Returns a figure with so many panels in a row, without a frame at the top and the right."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    remove_clutter(axes)
-    return figure, axes
-
-
-def remove_clutter(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EEEEEE")
-    axes.set_axisbelow(True)
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EEEEEE")
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def limit_to_hundred(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""The report's text: tables in Markdown and CSV, and what a reader has to know about them."""
+"""The report's text: tables in Markdown and CSV, and what a reader must know about them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ from odcheap.utils.text import escape_control_chars
 COLUMNS = ["mean student", "gain", "selected", "selected gain", "ensemble"]
 COLUMNS += [name for name in (*ACCURACIES, *COSTS) if name not in COLUMNS]
 WHOLE_NUMBERS = ("params", "macs", "epochs")
-READING = """Top-1 in percent, mean ± sample standard deviation over n seeds. *Mean student*: mean of all students
-after the last epoch, nothing is selected; *selected*: the student that was best on held-out images, so for `alone` the
-best of independent students. Gains over `{baseline}` are paired by seed, in percentage points; a gain smaller than two
-standard errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15 multiply-accumulates.
-Milliseconds are for one image in ONNX Runtime on this machine, of the student and of the standard network. Teachers of
-different kinds cannot be compared."""
+READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
+students after the last epoch, without any selection. *Selected* is the student that was best on held-out images; for
+`alone` it is the best of independent students. Gains over `{baseline}` are paired by seed, in percentage points. A gain
+smaller than two standard errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15
+multiply-accumulates. Milliseconds are for one image in ONNX Runtime on this machine, of the student and of the standard
+network. Teachers of different kinds cannot be compared."""
 SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
@@ -54,7 +54,7 @@ def format_cell(column: str, value: Any) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Escapes names and options of other people for a Markdown table: no markup, no further cells."""
+    """Escapes text of other people for a Markdown table, so that it contains neither markup nor further cells."""
     return re.sub(r"([\\`\[<|])", r"\\\1", escape_control_chars(text))
 
 
@@ -67,14 +67,12 @@ def to_csv(table: pd.DataFrame) -> str:
     """Returns the table of `build_table` as CSV with unrounded fractions; a spread becomes three columns."""
     columns = {}
     for name, values in table.items():
-        if any(isinstance(value, Spread) for value in values):
-            for k, part in enumerate(Spread._fields):
-                columns[f"{name} {part}"] = pd.array(
-                    [value[k] if value is not None else None for value in values], object
-                )
-        else:
+        if not any(isinstance(value, Spread) for value in values):
             columns[name] = values
-    return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+            continue
+        for part in Spread._fields:
+            columns[f"{name} {part}"] = [getattr(value, part, None) for value in values]
+    return pd.DataFrame(columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def format_report(
@@ -105,7 +103,7 @@ def format_report(
 
 
 def describe_runs(folders: list[RunFolder]) -> list[str]:
-    """Says how many runs on which data, and which version of PyTorch."""
+    """Returns the number of runs, their data and epochs, and the version of PyTorch."""
     summaries = [entry.run.summary for entry in folders if entry.run is not None]
     data = sorted({str(summary.get("data", "unknown data")) for summary in summaries})
     epochs = sorted({str(summary.get("epochs", "?")) for summary in summaries})
@@ -133,8 +131,7 @@ def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[
     """Yields the runs that are not in the table, and why."""
     duplicates = sum(entry.run is not None for entry in folders) - len(runs)
     if duplicates:
-        yield f"{duplicates} finished runs have the options and the seed of another one and are left out."
-        yield ""
+        yield from (f"{duplicates} finished runs have the options and the seed of another one and are left out.", "")
     unfinished = [entry for entry in folders if entry.run is None]
     if unfinished:
         yield from ("Not in the table:", "")

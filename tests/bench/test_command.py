@@ -55,6 +55,15 @@ def test_the_block_type_can_be_chosen(quick, tmp_path):
     assert [(row["block_type"], row["precision"]) for row in found["training"]] == [("Group", "32-true")]
 
 
+def test_a_block_type_of_a_user_can_be_measured(quick, tmp_path):
+    (tmp_path / "block_type").mkdir()
+    (tmp_path / "block_type" / "Mine.yaml").write_text("_target_: odcheap.layers.cheap_conv.DW\n")
+    given = [*SMALL, "block_type=Mine", "trainer.precision=32-true", "--config-dir", str(tmp_path)]
+    assert command.main(["--quick", "--out", str(tmp_path / "out"), *given]) == 0
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["block_type"] for row in found["training"] + found["inference"]] == ["Mine", "Mine", "Standard"]
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
