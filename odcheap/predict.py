@@ -28,13 +28,13 @@ PREPROCESS_FILE, LABELS_FILE, CARD_FILE = "preprocess.json", "labels.json", "REA
 CHECKSUM_LINE = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # in the model card: sha256 and file name
 BATCH_SIZE = 32  # images that are in memory at the same time
 TIMED_BATCH_SIZES, TIMING_ROUNDS = (1, 64), 5
-TIMING_PAUSE = 0.02  # seconds between two timings, in which the threads of the other session go idle
+TIMING_PAUSE = 0.02  # seconds before each timing, in which the threads of the previous session become idle
 
 Predictor = Callable[[np.ndarray], np.ndarray]  # images (n, 3, H, W) in [0, 1] -> logits (n, K)
 
 
 class PredictError(ValueError):
-    """A failure that the user can act on; its text is one line."""
+    """A failure that the user can act on. Its text is one line."""
 
 
 class ImageError(PredictError):
@@ -206,13 +206,15 @@ def escape_control_chars(text: object) -> str:
 
 
 def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -> int:
-    """Prints the classes of all images; returns 1 if an image could not be read, else 0."""
+    """Prints the three most likely classes of each image; returns 1 if an image could not be read, else 0."""
     preprocess, labels = (json.loads(read_verified(folder, name)) for name in (PREPROCESS_FILE, LABELS_FILE))
     predictor = create_predictor(create_session(read_verified(folder, model)))
     files = list(dict.fromkeys(find_images(paths)))
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES)[:6])
         raise PredictError(f"{', '.join(paths) or 'IMAGE_OR_FOLDER'}: no images found ({suffixes}, ...)")
+
+    # An image that cannot be read is named, and the others are classified.
     rows = []
     for path, logits in predict_files(predictor, files, preprocess):
         if isinstance(logits, ImageError):
@@ -304,6 +306,8 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a list of {path, label, probability}")
     parser.add_argument("--bench", action="store_true", help="time every ONNX file of the export on this machine")
     options = parser.parse_args(arguments)
+
+    # The export is the first path if that is an export, otherwise the folder of this file.
     folder, paths = Path(__file__).parent, options.paths
     if paths and all(os.path.isfile(os.path.join(paths[0], name)) for name in (PREPROCESS_FILE, CARD_FILE)):
         folder, paths = Path(paths[0]), paths[1:]

@@ -1,7 +1,7 @@
 """A training loop in the style of 2019, the benchmark's baseline; nothing else uses it.
 
 It runs eagerly in float32 with channels first, one student after another. Pillow augments the images one by one on the
-CPU, and loss and accuracies are read after every step, for which a GPU has to be waited for.
+CPU. Loss and accuracies are read after every step, so the program waits for the GPU at every step.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ class PillowImages(Dataset):
     Args:
         images: uint8 of shape (N, 3, H, W).
         target: Labels of shape (N,).
-        mean: Of each channel, for images in [0, 1].
-        std: Of each channel.
+        mean: Mean of each channel, for images in [0, 1].
+        std: Standard deviation of each channel.
     """
 
     def __init__(self, images: Tensor, target: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -47,7 +47,7 @@ class PillowImages(Dataset):
 def train_steps(
     method: Method, images: PillowImages, batch_size: int, lr: float, device: torch.device, workers: int
 ) -> Iterator[float]:
-    """Takes one training step for each `next`, epoch after epoch without end, and yields the loss."""
+    """Yields the loss of one training step after another, without an end."""
     loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, drop_last=True)
     optimizer = torch.optim.SGD(method.parameters(), lr, momentum=0.9, weight_decay=2e-4)
     while True:

@@ -6,7 +6,6 @@ ONNX Runtime, the student beside the standard network. The results are written t
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.console import print_error
-from odcheap.utils.files import write_text
+from odcheap.utils.files import write_json, write_text
 from odcheap.utils.parts import build_part
 
 BLOCK_TYPES = ("DW", "Shift", "Group")
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
         for result in measure(options.overrides, options.quick, options.config_dir):
             # Written after each part, so that the measurements stay if a later part fails.
             options.out.mkdir(parents=True, exist_ok=True)
-            write_text(options.out / "bench.json", json.dumps(result, indent=2) + "\n")
+            write_json(options.out / "bench.json", result)
     except EXPLAINED_ERRORS as error:
         return print_error(describe_error(error))
     text = format_tables(result)
@@ -169,7 +168,7 @@ def measure_start(script: str = TRAIN) -> float | None:
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Returns the result as two Markdown tables."""
+    """Returns the result in Markdown: a table of the training and one of the inference, with the start-up time."""
     training = pd.DataFrame(
         {"block_type": row["block_type"], "precision": row["precision"]}
         | {f"{LOOPS[name]}, images/s": f"{rate:.0f}" for name, rate in row["images_per_second"].items()}

@@ -33,7 +33,7 @@ from odcheap.utils.errors import Failure, OptionError
 LOOPS = {"loop_2019": "2019-style loop", "bare_loop": "bare loop", "trainer": "Trainer"}
 PRECISIONS = ("32-true", "bf16-mixed")
 NUM_CLASSES = 10
-LOADER_WORKERS = {"cuda": 4, "cpu": 0}  # processes that augment the baseline's images; a CPU has no core to spare
+LOADER_WORKERS = {"cuda": 4, "cpu": 0}  # processes that augment the baseline's images; on a CPU all cores train
 LR = 1e-3  # low, because the labels are random; the speed does not depend on it
 
 Step = Callable[[], object]
@@ -54,9 +54,9 @@ def compare_loops(
     Args:
         cfg: A run's composed config, which says what is trained.
         device: Where it is trained.
-        steps: Steps of each loop that are timed in a round, after two more to warm up.
+        steps: Number of steps of each loop that are timed in a round, after a warm-up.
         rounds: Number of rounds; in each round all loops take their steps one after another.
-        report: Is called with a line after each round.
+        report: A function that is called with a line after each round.
 
     Returns:
         The timings by the names of `LOOPS`.
@@ -159,7 +159,7 @@ def autocast(cfg: DictConfig, device: torch.device) -> contextlib.AbstractContex
 
 
 class StepTimer(pl.Callback):
-    """Times rounds of steps within a `Trainer`'s fit, and runs the other loops before each round."""
+    """Times rounds of training steps of a `Trainer`, and runs the other loops before each round."""
 
     def __init__(self, first_steps: int, steps: int, rounds: int, run_others: Step, device: torch.device):
         self.first_steps, self.steps, self.rounds, self.run_others = first_steps, steps, rounds, run_others
@@ -182,7 +182,7 @@ class StepTimer(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The first step of a round warms up, and the time runs from its end: what lies between two steps counts too.
+        # The first step of a round warms up. The time starts at its end, so that the work between two steps counts too.
         place = (batch_idx - self.first_steps) % (self.steps + 1)
         if batch_idx < self.first_steps or place not in (0, self.steps):
             return

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on a GPU or on the CPU."""
+"""Measures peak memory on a GPU or on the CPU."""
 
 import ctypes
 import threading
@@ -39,7 +39,7 @@ class PeakMemory:
 
 
 class Mallinfo2(ctypes.Structure):
-    """glibc's `struct mallinfo2`; in use are `hblkhd` bytes in memory mappings and `uordblks` bytes in the heap."""
+    """glibc's `struct mallinfo2`: `hblkhd` bytes are in use in memory mappings, `uordblks` bytes in the heap."""
 
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]

@@ -16,7 +16,6 @@ Every file is run on the run's test images and compared with the trained network
 """
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -40,7 +39,7 @@ from odcheap.models.build import NormalizedNetwork
 from odcheap.training import summary
 from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
-from odcheap.utils.files import write_atomic, write_text
+from odcheap.utils.files import write_atomic, write_json, write_text
 
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
@@ -62,6 +61,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
     add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
     options = parser.parse_args(arguments)
+    # Links are followed, because the folder is renamed at the end and a link would be replaced by it.
     options.out = Path(os.path.realpath(options.out or options.job_dir / "export"))
     hide_library_warnings()
     try:
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
 def check_options(options: argparse.Namespace) -> None:
     """Raises `OptionError` for values that are not allowed, and for a folder that must not be replaced."""
     batch, opset, out = options.batch, options.opset, options.out
+
+    # Values.
     if batch is not None and batch < 1:
         raise OptionError("--batch", batch, "must be 1 or more")
     if options.int8 and (batch or 1) > CALIBRATION_IMAGES:
@@ -92,6 +94,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise OptionError("--opset", opset, f"must be {OLDEST_INT8_OPSET} or more with --int8")
     if not options.seconds > 0:
         raise OptionError("--seconds", options.seconds, "must be above 0")
+
+    # The folder: only an export is ever replaced, and only if nobody has put other files into it.
     if out.is_mount():
         raise OptionError("--out", out, "is a mount point, which cannot be replaced: name a folder in it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -119,6 +123,7 @@ def export(run: RunStudent, options: argparse.Namespace) -> None:
     data, reason = load_test_data(run, options)
     preprocess = describe_preprocessing(run)
     with replace_folder(options.out) as folder:
+        # The dense form stays only if it is faster here.
         files = write_files(run, options, data, preprocess, folder)
         timings = time_files(run, options, files, folder)
         if DENSE in files and not is_faster(timings, DENSE):
@@ -135,10 +140,10 @@ def export(run: RunStudent, options: argparse.Namespace) -> None:
 
 
 def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageData | None, str]:
-    """Returns the run's data set; None and the reason if it is not available and no option asks for it."""
+    """Returns the run's data set; or None and the reason, if it is not available and no option needs it."""
     data_dir, load = options.data_dir, run.config["data"].get("load") or {}
     if data_dir is not None and "data_dir" not in load:
-        raise OptionError("--data-dir", data_dir, "the run's images are in no folder: leave it out")
+        raise OptionError("--data-dir", data_dir, "must not be given: the run's images are not read from a folder")
     try:
         data = verify.load_data(run.config, data_dir, run.config_dirs)
         if data.fingerprint != run.settings["split"]:
@@ -195,8 +200,8 @@ def write_files(
 ) -> dict[str, nn.Module]:
     """Writes all files except the model card; returns the ONNX files' names with the networks that they hold."""
     summary.write_student(folder / "student.safetensors", run.network, run.settings)
-    write_text(folder / predict.PREPROCESS_FILE, json.dumps(preprocess, indent=2) + "\n")
-    write_text(folder / predict.LABELS_FILE, json.dumps(run.settings["classes"], indent=1) + "\n")
+    write_json(folder / predict.PREPROCESS_FILE, preprocess)
+    write_json(folder / predict.LABELS_FILE, run.settings["classes"])
     shutil.copyfile(predict.__file__, folder / "predict.py")
     cheap = add_normalization(cheap_form(run.network), run)
     program = onnx.export_program(cheap, run.image_size, options.batch)

@@ -54,7 +54,7 @@ class RunStudent(NamedTuple):
 
 
 def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequence[Path] = ()) -> RunStudent:
-    """Loads a student of a finished run, or of the epochs that an unfinished run has completed.
+    """Loads a student of a finished run, or of an unfinished one that has completed an epoch.
 
     Args:
         job_dir: The run's folder.
@@ -68,6 +68,7 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
         raise OptionError(OPTION, job_dir, "no such folder")
     config, summary = read_config(job_dir), read_summary(job_dir)
     try:
+        # A finished run has the selected student in a file of its own; all others are in checkpoints.
         if summary is not None and number is None:
             tensors, metadata = read_safetensors(job_dir / "student.safetensors", OPTION)
             settings, selected = read_student_settings(metadata, OPTION, job_dir), summary["selected"]
@@ -91,7 +92,7 @@ def read_config(job_dir: Path) -> dict[str, Any]:
     """Reads a run's `config.yaml` as plain containers; interpolations in it stay text.
 
     Raises:
-        OptionError: There is no config, or it is no run's.
+        OptionError: There is no config, or it is not that of a run.
     """
     path = job_dir / "config.yaml"
     if not path.is_file():
@@ -101,12 +102,12 @@ def read_config(job_dir: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise OptionError(OPTION, path, f"cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
-        raise OptionError(OPTION, path, "is no run's config")
+        raise OptionError(OPTION, path, "is not the config of a run")
     return config
 
 
 def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Reads weights, settings and title of a student at the epoch selected so far."""
+    """Returns weights, settings and title of a student at the epoch selected so far."""
     newest = find_newest_usable(job_dir)
     if newest is None or not newest[1]["callbacks"]["Record"]["history"]:
         raise OptionError(OPTION, job_dir, "no epoch of this run has finished, or its checkpoints are gone")

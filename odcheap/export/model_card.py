@@ -1,4 +1,4 @@
-"""The model card of an export (its README.md): accuracy, speed, checks, origin, and checksums of the files."""
+"""The model card of an export, its README.md: accuracy, speed, checks, origin, and checksums of the files."""
 
 import datetime
 import hashlib
@@ -31,7 +31,7 @@ python predict.py IMAGE_OR_FOLDER...   # needs onnxruntime, numpy, pillow
 ```
 
 The input is RGB in [0, 1], {shape}; the normalization is part of the graph. `preprocess.json` says how an image file
-becomes that, `labels.json` names the classes.
+becomes this input, and `labels.json` names the classes.
 
 ```python
 from odcheap import load_student
@@ -45,7 +45,7 @@ logits = student(images)
 
 {sizes}
 
-Measured alternately on {cpu}: milliseconds, median (95th percentile), with one thread or with all,
+Times are in milliseconds, median (95th percentile), measured alternately on {cpu}, with one thread or with all,
 whichever is faster. **Measure again on the target**: `python predict.py --bench`.
 
 <details><summary>All timings</summary>
@@ -87,7 +87,7 @@ def write_card(
         run: The exported student.
         folder: The exported files; their checksums are computed.
         files: The ONNX files' names, with the networks that they hold.
-        timings: Of the files, of the student and of the standard network.
+        timings: Times of the files, of the student and of the standard network.
         verification: What the checks have shown.
         cpu: Name of the CPU of the timings.
         shape: Shape of the ONNX file's input.
@@ -107,12 +107,12 @@ def write_card(
 
 
 def extract_opening(text: str) -> str:
-    """Returns what stands between a card's title and its first block of code, as plain text for a terminal."""
+    """Returns a card's text between its title and its first block of code, as plain text for a terminal."""
     return text.partition("\n")[2].partition("```")[0].strip().replace("**", "").replace("\n\n", "\n")
 
 
 def format_code(text: object) -> str:
-    """Returns other people's text as code in Markdown: without markup, line ends and control characters."""
+    """Returns text of other people as inline code in Markdown, so that it is one line and contains no markup."""
     return f"`{escape_control_chars(text).replace('`', chr(39))}`"
 
 

@@ -34,12 +34,12 @@ class Program(NamedTuple):
 def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: int | None = None) -> Program:
     """Traces a network in eval mode: images (n, C, H, W) -> logits (n, K).
 
-    A dimension may vary if the graph was seen to compute the same as the network with other sizes.
+    Height and width may vary only if the graph has been checked to compute what the network computes at other sizes.
 
     Args:
         network: The network; it is moved to the CPU and set to eval mode.
         image_size: Shape (C, H, W) of an image.
-        batch: Number of images of a graph in which no dimension may vary.
+        batch: Number of images, for a graph in which no dimension may vary.
     """
     network = network.eval().cpu()
     if batch is not None:
@@ -155,7 +155,7 @@ def is_spatial_mean(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]
 def set_opset(model: onnx.ModelProto, opset: int) -> None:
     """Declares another opset for the same nodes.
 
-    The operators of convolutional networks changed between opsets in the types they accept and rarely in more. The
+    Between opsets, the operators of convolutional networks usually changed only in the types that they accept. The
     checks of an export show whether the file still computes the same.
 
     Raises:

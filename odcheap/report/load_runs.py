@@ -60,7 +60,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def load_run(folder: Path) -> RunFolder:
-    """Reads one run's folder; a folder that cannot be read gets the state `unreadable`."""
+    """Reads one run's folder. A folder that cannot be read gets the state `unreadable`."""
     try:
         path = folder / "summary.json"
         summary = json.loads(path.read_text()) if path.is_file() else {}
@@ -73,18 +73,18 @@ def load_run(folder: Path) -> RunFolder:
 
 
 def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
-    """Says what happened to a run without a finished summary; `last` is the content of `status.json`."""
+    """Returns the state of a run without a finished summary; `last` is the content of `status.json`."""
     epochs = len(read_history(folder))
     progress = f"{epochs} epochs done" if epochs else "no epoch done"
     if last.get("state") == "failed":
         return RunFolder(folder, "failed", last.get("reason", ""))
     if last.get("state") == "running" and status.is_alive(last):
         return RunFolder(folder, "running", f"{progress}; process {last.get('pid')} on {last.get('host')}")
-    way = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
-    return RunFolder(folder, "stopped", f"{progress}; {way}")
+    advice = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
+    return RunFolder(folder, "stopped", f"{progress}; {advice}")
 
 
 def read_history(folder: Path) -> pd.DataFrame:
-    """Returns the rows of `metrics.csv` as floats; what is empty is NaN."""
+    """Returns the rows of `metrics.csv` as floats; empty cells are NaN."""
     path = folder / "metrics.csv"
     return pd.read_csv(path).astype(float) if path.is_file() else pd.DataFrame()

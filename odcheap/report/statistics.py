@@ -1,4 +1,4 @@
-"""Compares runs: a name for each setting and method, means over seeds, and gains over a baseline, paired by seed."""
+"""Compares runs: names their settings and methods, and computes means over seeds and gains that are paired by seed."""
 
 import math
 from collections.abc import Iterable

@@ -225,7 +225,7 @@ def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_
         (["run", "--student", "2"], "--student=2: must be 0 to 1"),
         (["run", "--batch", "0"], "--batch=0: must be 1 or more"),
         (["run", "--opset", "5"], "--opset=5: must be 7 to"),
-        (["run", "--data-dir", "x"], "--data-dir=x: the run's images are in no folder"),
+        (["run", "--data-dir", "x"], "--data-dir=x: must not be given: the run's images are not read"),
         (["run", "--out", "run"], "exists and is not an export"),
         (["run", "--out", "/"], "--out=/: is a mount point"),
         (["run", "--int8", "--batch", "600"], "--batch=600: must be at most 512 with --int8"),
