@@ -228,16 +228,24 @@ def find_target(path: str, target: str) -> Callable[..., Any]:
 def read_annotations(target: Callable[..., Any], keyword_only: bool = False) -> dict[str, Any]:
     """Returns the annotations of a callable's parameters by name, of all or of the keyword-only ones.
 
-    Annotations that cannot be evaluated, because their names are imported for type checkers only, are left out.
+    A constructor with `**options` has its base class's parameters too. Annotations that cannot be evaluated, because
+    their names are imported for type checkers only, are left out.
     """
-    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
-    hints = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = parameter.annotation
-        if hint is parameter.empty or (keyword_only and parameter.kind is not parameter.KEYWORD_ONLY):
-            continue
-        with contextlib.suppress(NameError):
-            hints[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+    constructors = (
+        [cls.__init__ for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else []
+    )
+    hints: dict[str, Any] = {}
+    for function in map(inspect.unwrap, constructors or [target]):
+        parameters = inspect.signature(function).parameters
+        for name, parameter in parameters.items():
+            hint = parameter.annotation
+            is_left_out = keyword_only and parameter.kind is not parameter.KEYWORD_ONLY
+            if name in hints or hint is parameter.empty or parameter.kind is parameter.VAR_KEYWORD or is_left_out:
+                continue
+            with contextlib.suppress(NameError):
+                hints[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
     return hints
 
 

@@ -1,20 +1,22 @@
-"""What all data sets have in common: batches, their order, and the face that training and export use."""
+"""The interface of data sets that training and export use, and the order of training batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from odcheap.data.transforms import Normalization
+from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import make_generator
 
-MIN_IMAGES = 2  # of a batch in each process: batch norm needs two
-SELECT_BY = {"top1": "top1", "balanced": "balanced_accuracy"}  # value of the option -> name of the figure
+MIN_IMAGES = 2  # of a batch in each process, since batch norm needs two
+SELECT_BY = {"top1": "top1", "balanced": "balanced_accuracy"}  # the option's value -> the metric's name
 
 
 class Batch(NamedTuple):
@@ -24,8 +26,8 @@ class Batch(NamedTuple):
         images: (N, C, H, W), or views of them (S, N, C, H, W).
         target: Labels (N,).
         share: N times the number of processes, divided by the size of the global batch. A process multiplies its mean
-            loss by it; the gradients averaged over the processes are then exactly those of the global batch's mean
-            loss, also where the last batch divides unevenly.
+            loss by it. The average of the processes' gradients is then exactly that of the global batch's mean loss,
+            even if the last batch divides unevenly.
     """
 
     images: Tensor
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Process(NamedTuple):
-    """The process that loads data: its device, its rank, and the number of processes in all and on its machine."""
+    """The process that loads data: its device, its rank, the number of all processes and of those on its machine."""
 
     device: torch.device = torch.device("cpu")
     rank: int = 0
@@ -43,7 +45,7 @@ class Process(NamedTuple):
 
 
 class LabeledImage(NamedTuple):
-    """An image (C, H, W) uint8 as evaluation sees it, its label, and its file where it has one."""
+    """An image (C, H, W) uint8 as evaluation sees it, its label, and its file; None if it is not read from one."""
 
     image: Tensor
     label: int
@@ -51,15 +53,15 @@ class LabeledImage(NamedTuple):
 
 
 class BatchOrder:
-    """The images of each batch of an epoch, on one process; it depends on (seed, epoch) only.
+    """The order of the training images on one process, which depends on (seed, epoch) only.
 
-    A last batch with fewer than two images for each process is left out.
+    The last batch of an epoch is left out if it has fewer than two images for each process.
 
     Args:
         count: Number of training images.
         batch_size: Images of a batch, of all processes together.
         seed: The run's seed.
-        rank: This process.
+        rank: The rank of this process.
         world_size: Number of processes.
 
     Raises:
@@ -74,7 +76,7 @@ class BatchOrder:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Sets the epoch; Lightning calls it before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -90,10 +92,10 @@ class BatchOrder:
 
 
 class ResumableBatches(ABC):
-    """Training batches whose place in the epoch is state, so that a resumed run continues there.
+    """Training batches whose position in the epoch is saved, so that a resumed run continues there.
 
     Attributes:
-        sampler: The order; Lightning calls `set_epoch` of an attribute with this name.
+        sampler: The order of the images. Lightning calls `set_epoch` of an attribute with this name.
     """
 
     def __init__(self, order: BatchOrder):
@@ -120,23 +122,32 @@ class ResumableBatches(ABC):
         self.start = state["done"] % len(self)
 
 
+@check_arguments("data")
 class ImageData(ABC):
     """A data set for classification, with three parts: "train", "val" (held out) and "test".
 
-    A subclass reads its images in `read`, and sets `classes` (names by label), `fingerprint` (of the data and of what
-    is held out), `image_size` (C, H, W) and `shorter_side` (pixels to which an image's shorter side is resized before
-    its center is cropped).
+    A subclass reads its images in `read`, and sets the attributes.
 
     Args:
         name: Name of the data set.
         seed: The run's seed, for order and augmentation.
-        select: What the student is selected on; "test" evaluates the test images after each epoch.
-        select_by: The figure that decides: top-1, or "balanced", the mean of the classes' recalls.
+        select: The images on which the student is selected: "val", "test", or "last" for no selection.
+        select_by: The metric that selects: "top1", or "balanced", the mean of the classes' recalls.
         batch_size: Images of a training batch, of all processes together.
         eval_batch_size: Images of an evaluation batch, of each process.
         val_size: Held-out images: a count, or a fraction below 1.
+        split_seed: Seed of the held-out split.
         mean: Means of the channels in [0, 1].
         std: Standard deviations of the channels.
+
+    Attributes:
+        classes: Names of the classes by label.
+        fingerprint: Hash of the data and of which images are held out.
+        image_size: (C, H, W).
+        shorter_side: Pixels to which an image's shorter side is resized before its center is cropped.
+
+    Raises:
+        OptionError: The options do not suit the images.
     """
 
     classes: list[str]
@@ -150,19 +161,21 @@ class ImageData(ABC):
         seed: int,
         select: Literal["val", "last", "test"],
         select_by: Literal["top1", "balanced"],
-        batch_size: int,
-        eval_batch_size: int,
-        val_size: float,
+        batch_size: Annotated[int, Field(ge=1)],
+        eval_batch_size: Annotated[int, Field(ge=1)],
+        val_size: Annotated[float, Field(ge=0)],
+        split_seed: int,
         mean: Iterable[float],
         std: Iterable[float],
     ):
         self.name, self.seed, self.select, self.select_by = name, seed, select, select_by
-        self.batch_size, self.eval_batch_size, self.val_size = batch_size, eval_batch_size, val_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_size, self.split_seed = val_size, split_seed
         self.norm = Normalization(tuple(mean), tuple(std))
 
     @abstractmethod
     def read(self) -> None:
-        """Reads or lists the images and makes the split, once."""
+        """Reads or lists the images and splits them; does nothing if that has been done."""
 
     @property
     @abstractmethod
@@ -171,7 +184,7 @@ class ImageData(ABC):
 
     @abstractmethod
     def train_loader(self, process: Process, views: int = 1) -> ResumableBatches:
-        """Returns training batches, with so many independent augmentations of each image."""
+        """Returns training batches with `views` independent augmentations of each image."""
 
     @abstractmethod
     def eval_loader(self, part: str, process: Process) -> Iterable[Batch]:
@@ -202,7 +215,7 @@ class ImageData(ABC):
         return len(self.train_order(Process(world_size=world_size)))
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yields file, class and part of each image; nothing where the images are not files."""
+        """Yields file, class and part of each image; nothing if the images are not files."""
         yield from ()
 
     def unreadable(self) -> list[str]:
@@ -210,7 +223,7 @@ class ImageData(ABC):
         return []
 
     def check(self, world_size: int = 1) -> None:
-        """Raises `OptionError` where the images cannot be divided among batches and processes as the options say."""
+        """Raises `OptionError` if the images cannot be divided among batches and processes as the options say."""
         labels = self.labels
         if len(labels["train"]) < MIN_IMAGES * world_size:
             allowed = f"must leave {MIN_IMAGES * world_size} images or more to train on ({MIN_IMAGES} a process)"
@@ -219,7 +232,7 @@ class ImageData(ABC):
         if few:
             allowed = f"each process needs an image to evaluate; there are {len(labels[few[0]])} ({few[0]})"
             raise OptionError("trainer.devices", world_size, allowed)
-        self.steps_per_epoch(world_size)  # refuses what cannot be divided into batches
+        self.steps_per_epoch(world_size)  # refuses a batch that is too small for so many processes
         if self.select == "val" and not len(labels["val"]):
-            allowed = "select=val needs held-out images; select=last picks nothing and uses all images"
+            allowed = "select=val needs held-out images; select=last selects nothing and trains on all images"
             raise OptionError("data.val_size", self.val_size, allowed)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: from the official files, from a tree of image files, or downloaded."""
+"""CIFAR-10 and CIFAR-100, from the official files, from folders of image files, or downloaded."""
 
 import hashlib
 import os
@@ -15,15 +15,15 @@ from safetensors.torch import save
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from odcheap.data.folder_trees import is_image_name
+from odcheap.data.folder_trees import Files, list_parts
 from odcheap.data.in_memory import Images
 from odcheap.predict import ImageError, decode_image, escape_control_chars
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors, write_atomic
 
 CLASSES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-NETWORK_TIMEOUT = 60  # seconds without a byte
-CACHE_FORMAT = "1"  # to be raised when decoding changes
+NETWORK_TIMEOUT = 60  # seconds without a byte received
+CACHE_FORMAT = "1"  # must change if decoding changes
 
 
 def load_cifar(
@@ -37,10 +37,10 @@ def load_cifar(
 
     Args:
         name: "cifar10" or "cifar100".
-        data_dir: Folder of the official files, or of a tree `<name>/{train,test}/<class>/*` of image files.
-        train_images: Number of training images that a tree must have.
-        test_images: Number of test images that a tree must have.
-        download: Whether the official files are downloaded where neither is there.
+        data_dir: The folder of the official files, or of image files in `<name>/{train,test}/<class>/*`.
+        train_images: The expected number of training image files.
+        test_images: The expected number of test image files.
+        download: Whether the official files are downloaded if neither is there.
 
     Raises:
         OptionError: The name is unknown, or the images are missing, incomplete or damaged.
@@ -74,6 +74,7 @@ def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
 
 
 def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Images:
+    """Downloads the official files with torchvision and loads them."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
@@ -100,57 +101,41 @@ def load_tree(tree: Path, train_images: int, test_images: int) -> Images:
     Raises:
         OptionError: A part, a class or an image is missing or damaged.
     """
-    parts = {part: list_images(tree / part) for part in ("train", "test")}
-    if parts["train"].keys() != parts["test"].keys():
-        odd = sorted(parts["train"].keys() ^ parts["test"].keys())
-        raise OptionError("data_dir", tree, f"train and test must have the same classes; only one has {', '.join(odd)}")
+    parts, classes, _ = list_parts(tree, ("train", "test"))
+    paths = {part: [files.path(k) for k in range(len(files.names))] for part, files in parts.items()}
     for part, expected in (("train", train_images), ("test", test_images)):
-        found = sum(len(files) for files in parts[part].values())
+        found = len(paths[part])
         if found != expected:
-            allowed = f"half unpacked? data.load.{part}_images={expected} images are expected, {found} are there"
+            allowed = f"data.load.{part}_images={expected} images are expected, {found} are there (half unpacked?)"
             raise OptionError("data_dir", tree / part, allowed)
-    every = [path for part in parts.values() for paths in part.values() for path in paths]
 
     def decode() -> dict[str, Tensor]:
-        print(f"reading {len(every):,} images below {escape_control_chars(tree)}, once", flush=True)  # 20 s for CIFAR
+        count = train_images + test_images
+        print(f"reading {count:,} images below {escape_control_chars(tree)}, once", flush=True)  # takes 20 s for CIFAR
         train, train_target = decode_images(parts["train"])
         test, test_target = decode_images(parts["test"])
         return {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
 
-    tensors = load_cached(tree.parent / f".{tree.name}.safetensors", hash_file_stats(every), decode)
-    test_files = [file for files in parts["test"].values() for file in files]
-    return Images(**tensors, classes=list(parts["train"]), test_files=test_files)
+    key = hash_file_stats(paths["train"] + paths["test"])
+    tensors = load_cached(tree.parent / f".{tree.name}.safetensors", key, decode)
+    return Images(**tensors, classes=classes, test_files=paths["test"])
 
 
-def list_images(folder: Path) -> dict[str, list[Path]]:
-    """Lists image files by class, classes and files in alphabetical order."""
-    if not folder.is_dir():
-        raise OptionError("data_dir", folder, "no such folder; train/<class>/* and test/<class>/* are expected")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    files = {c.name: sorted(f for f in c.iterdir() if is_image_name(f.name)) for c in classes}
-    empty = [name for name, found in files.items() if not found]
-    if empty or not files:
-        raise OptionError("data_dir", folder, f"no images in {', '.join(empty) or 'it'}")
-    return files
-
-
-def decode_images(files: dict[str, list[Path]]) -> tuple[Tensor, Tensor]:
-    """Decodes the files of each class: images (N, 3, H, W) uint8 and labels (N,)."""
-    pixels, target = [], []
-    for label, paths in enumerate(files.values()):
-        for path in paths:
-            try:
-                pixels.append(np.asarray(decode_image(path)))
-            except ImageError as error:
-                raise OptionError("data_dir", path, str(error).removeprefix(f"{path} ")) from error
-            target.append(label)
-            if pixels[-1].shape != pixels[0].shape:
-                raise OptionError("data_dir", path, f"all images must have one size, {pixels[0].shape[:2]}")
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(target)
+def decode_images(files: Files) -> tuple[Tensor, Tensor]:
+    """Decodes files of one size; returns images (N, 3, H, W) uint8 and labels (N,)."""
+    pixels = []
+    for path in map(files.path, range(len(files.names))):
+        try:
+            pixels.append(np.asarray(decode_image(path)))
+        except ImageError as error:
+            raise OptionError("data_dir", path, str(error).removeprefix(f"{path} ")) from error
+        if pixels[-1].shape != pixels[0].shape:
+            raise OptionError("data_dir", path, f"all images must have one size, {pixels[0].shape[:2]}")
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(files.target)
 
 
 def hash_file_stats(paths: list[Path]) -> str:
-    """Returns a hash that differs where a file was added, removed, renamed or written: names, sizes and times."""
+    """Returns a hash of names, sizes and times, which changes if a file is added, removed, renamed or written."""
     whole = hashlib.blake2b(CACHE_FORMAT.encode(), digest_size=16)
     for path in paths:
         stat = os.stat(path)
@@ -162,7 +147,7 @@ def hash_file_stats(paths: list[Path]) -> str:
 def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the tensors that `path` holds under this key, or creates and writes them.
 
-    A damaged or outdated file is replaced. Where it cannot be written a line says so.
+    A damaged or outdated file is replaced. If it cannot be written, a line is printed.
     """
     if path.is_file():
         try:

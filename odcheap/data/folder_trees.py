@@ -1,4 +1,4 @@
-"""Image files in folders of classes: ImageNet's layout, and the user's own in four layouts."""
+"""Lists image files in folders of classes, in ImageNet's layout or in one of the layouts of the user's own images."""
 
 import hashlib
 import os
@@ -23,9 +23,9 @@ from odcheap.utils.errors import OptionError
 PARTS = ("train", "val", "test")
 LAYOUTS = "<class>/*, or train/<class>/* with val/, test/ or both beside it"
 UNPACKING = ".unpacking"
-HASHED_BYTES = 4096  # at each end of a file; they tell most files from others
-MANY_FILES = 50_000  # so many take a while: a line says so
-READER_THREADS = 16  # a disk answers several at once
+HASHED_BYTES = 4096  # at each end of a file, by which most files differ
+MANY_FILES = 50_000  # for so many files a line says why it takes time
+READER_THREADS = 16  # a disk serves several threads at once
 
 
 class Files(NamedTuple):
@@ -52,9 +52,9 @@ class Tree:
     Attributes:
         classes: Names of the classes by label.
         train: Files to train on.
-        val: Held-out files; None where they are to be split off `train`.
+        val: Held-out files; None if they are to be split off `train`.
         test: Files to test on.
-        skipped: Names of files that are no images.
+        skipped: Names of files that are not images.
     """
 
     classes: list[str]
@@ -65,17 +65,17 @@ class Tree:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is an image by its name; hidden files are not."""
+    """Whether a file's name is that of an image; hidden files do not count as images."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def list_imagenet(data_dir: str) -> Tree:
     """Lists ILSVRC-2012: `train/<wnid>/*`, and `val/<wnid>/*` as the test images.
 
-    Where only the official archives are there, they are unpacked once.
+    If there are only the official archives, they are unpacked.
 
     Raises:
-        OptionError: Neither is there, or train and val have different classes.
+        OptionError: There is neither, or train and val have different classes.
     """
     root = Path(data_dir)
     if not (root / "train").is_dir() and (root / archives.ARCHIVE_META["train"][0]).is_file():
@@ -88,12 +88,12 @@ def list_imagenet(data_dir: str) -> Tree:
 
 
 def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], split_seed: int) -> Tree:
-    """Lists images in one folder a class, or in such folders below `train` with `val`, `test` or both beside it.
+    """Lists images in a folder for each class, or in such folders below `train` with `val`, `test` or both beside it.
 
     Args:
         data_dir: The folder.
-        test_size: Test images, a count or a fraction below 1, which are split off (stratified) where there is neither
-            `val` nor `test`. A `val` without `test` is the test.
+        test_size: Number of test images, or a fraction below 1. They are split off (stratified) if there is neither
+            `val` nor `test`. A `val` without `test` is the test set.
         split_seed: Seed of that split.
 
     Raises:
@@ -113,18 +113,20 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
         hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size"
     )
     if not len(split.val):
-        raise OptionError("data.load.test_size", test_size, "there is no test folder, and nothing is split off for one")
+        raise OptionError(
+            "data.load.test_size", test_size, "there is no test folder, and no images are split off for testing"
+        )
     return Tree(classes, whole.subset(split.train), None, whole.subset(split.val), skipped)
 
 
 def check_folder_names(root: Path, there: list[str]) -> None:
-    """Raises `OptionError` for folders such as "valid" beside "train", or "Train", which would be a class."""
+    """Raises `OptionError` for a folder such as "valid" beside "train", or "Train", which would be read as a class."""
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
     for entry in sorted(root.iterdir()):
         holds_folders = entry.is_dir() and any(inner.is_dir() for inner in entry.iterdir())
         if entry.name in there and not holds_folders:
-            allowed = f"is taken for pictures to {entry.name}, not for a class, and holds no class folders; {LAYOUTS}"
+            allowed = f"is read as the {entry.name} images, not as a class, and has no class folders; {LAYOUTS}"
             raise OptionError("data_dir", entry, f"{allowed} is expected")
         near = entry.name not in PARTS and entry.name.lower().startswith(("train", "val", "test", "dev"))
         if near and holds_folders:
@@ -132,7 +134,16 @@ def check_folder_names(root: Path, there: list[str]) -> None:
 
 
 def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
-    """Lists the files of each part ("." where there are none), the class names, and files that are no images."""
+    """Lists the files of each part, the class names, and files that are not images.
+
+    Args:
+        root: The folder of the data set.
+        parts: Folders below `root` that contain the class folders; none if `root` itself contains them. The result then
+            has the part ".".
+
+    Raises:
+        OptionError: A part is missing, its classes differ from those of another part, or a class has no image.
+    """
     skipped: list[str] = []
     by_part = {part: list_classes(root, part, skipped) for part in parts or (".",)}
     first, *others = by_part
@@ -168,18 +179,20 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
     Raises:
         OptionError: A class has no image.
     """
+    if not (root / part).is_dir():
+        raise OptionError("data_dir", root / part, f"no such folder; {part}/<class>/* is expected")
     names = sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir() and entry.name[0] != ".")
     found = {name: list_images_below(root, os.path.normpath(os.path.join(part, name)), skipped) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise OptionError("data_dir", root / part / empty[0], "this class has no pictures: fill or remove the folder")
+        raise OptionError("data_dir", root / part / empty[0], "this class has no images: fill or remove the folder")
     return found
 
 
 def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
     """Lists image files below a folder at any depth; other files are added to `skipped`."""
     found = []
-    for where, inner, names in os.walk(root / folder):  # a link to a folder may lead round in a circle
+    for where, inner, names in os.walk(root / folder):  # it does not follow links to folders, which may form a circle
         below = os.path.relpath(where, root)
         skipped += [os.path.join(below, name) for name in inner if os.path.islink(os.path.join(where, name))]
         inner[:] = [name for name in inner if name[0] != "."]
@@ -192,7 +205,10 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
 
 
 def hash_files(files: Files, split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of each file: of its size and ends, and of all of it where those are not unique."""
+    """Returns a keyed 16-byte hash of each file.
+
+    It is made of the file's size and ends, or of the whole file if another file has the same size and ends.
+    """
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:
@@ -203,12 +219,12 @@ def hash_files(files: Files, split_seed: int) -> list[bytes]:
                 whole.update(length.to_bytes(8, "big") + file.read(HASHED_BYTES))
                 file.seek(max(0, length - HASHED_BYTES))
                 whole.update(file.read(HASHED_BYTES))
-        except OSError:  # decoding will name it
+        except OSError:  # decoding will report the file
             whole.update(files.names[index])
         return whole.digest()
 
     if len(files.names) > MANY_FILES:
-        print(f"looking into {len(files.names):,} files below {escape_control_chars(files.root)}", flush=True)
+        print(f"reading the ends of {len(files.names):,} files below {escape_control_chars(files.root)}", flush=True)
 
     def whole_digest(index: int) -> bytes:
         with open(files.path(index), "rb") as file:
@@ -216,6 +232,7 @@ def hash_files(files: Files, split_seed: int) -> list[bytes]:
 
     with ThreadPoolExecutor(READER_THREADS) as pool:
         found = list(pool.map(digest, range(len(files.names))))
+        # Files that have their size and ends in common are hashed as a whole.
         times = Counter(found)
         tied = [index for index, value in enumerate(found) if times[value] > 1]
         for index, value in zip(tied, pool.map(whole_digest, tied), strict=True):
@@ -227,11 +244,11 @@ def unpack_imagenet(root: Path) -> None:
     """Unpacks the official archives into `train` and `val`, which appear only when they are complete."""
     beside = root / UNPACKING
     if (root / "val").exists():
-        raise OptionError("data_dir", root / "val", "is there and train is not: remove it to have both unpacked")
+        raise OptionError("data_dir", root / "val", "exists and train does not: remove it to have both unpacked")
     try:
         beside.mkdir()
     except FileExistsError:
-        allowed = "another process unpacks here, or one was interrupted: then delete this folder and start again"
+        allowed = "another process is unpacking here; if none is, delete this folder and start again"
         raise OptionError("data_dir", beside, allowed) from None
     print(f"unpacking ImageNet's archives in {escape_control_chars(root)}, once", flush=True)
     try:

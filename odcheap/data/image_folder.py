@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.seeds import temporary_seed
 
-MAX_TRIES = 20  # successive images that may be unreadable before a batch fails
+MAX_TRIES = 20  # if so many successive images are unreadable, the batch fails
 NO_TARGET = -1  # label of an image that cannot be read
 
 
 class Sample(NamedTuple):
-    """An image (C, H, W) uint8, or a batch of them, with labels, and the files that cannot be read, with reasons."""
+    """An image (C, H, W) uint8 or a batch of them, with labels, and the (file, reason) of each that cannot be read."""
 
     image: Tensor
     target: Tensor
@@ -36,21 +36,21 @@ class Sample(NamedTuple):
 
 
 def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
-    """A random crop of at least `min_scale` of the area, resized to `size` x `size`; half of them are flipped."""
-    steps = [v2.RandomResizedCrop(size, scale=(min_scale, 1.0))]
-    return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
+    """Returns a random crop of at least `min_scale` of the area, resized to `size` x `size`, and perhaps a flip."""
+    flips = [v2.RandomHorizontalFlip()] if flip else []
+    return v2.Compose([v2.RandomResizedCrop(size, scale=(min_scale, 1.0)), *flips, v2.PILToTensor()])
 
 
 def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
-    """The shorter side resized to `shorter_side`, then a center crop of `size` x `size`."""
+    """Returns a resize of the shorter side to `shorter_side`, then a center crop of `size` x `size`."""
     return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 class TrainImages(Dataset):
-    """Augmented images by (epoch, index): what is random about one depends on (seed, epoch, index) only.
+    """Augmented images by (epoch, index); the augmentation depends on (seed, epoch, index) only.
 
-    The next readable image replaces one that cannot be read; after 20 in a row the sample has the label -1. With
-    `views` above 1 a sample has so many augmentations, (S, C, H, W).
+    The next readable image replaces one that cannot be read. If 20 in a row cannot be read, the sample has the label
+    -1. With more than one view a sample has so many augmentations of an image, (S, C, H, W).
     """
 
     def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int, views: int = 1):
@@ -78,7 +78,7 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Images by index, resized and cropped. One that cannot be read is black and has the label -1."""
+    """Images by index, resized and cropped. An image that cannot be read is black and has the label -1."""
 
     def __init__(self, files: Files, transform: v2.Transform, size: int):
         self.files, self.transform, self.size = files, transform, size
@@ -106,9 +106,10 @@ def collate(samples: list[Sample]) -> Sample:
 
 
 def ignore_group_signals(_: int) -> None:
-    """In a loader process: leaves signals to a whole group (Slurm, Ctrl-C) to the run, which saves and then ends it.
+    """Makes a loader process ignore signals to the whole process group (from Slurm or Ctrl-C).
 
-    Only a signal from the run itself, multiprocessing's at exit, ends the loader process.
+    The run handles them: it saves a checkpoint, for which it needs its loader processes, and ends them afterwards. Only
+    a signal from the run itself, which multiprocessing sends at exit, ends a loader process.
     """
     signals, run = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}, os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -122,17 +123,17 @@ def ignore_group_signals(_: int) -> None:
 
 
 class BrokenImages:
-    """The image files that cannot be read; each is named once.
+    """The image files that could not be read so far.
 
     Args:
-        limit: How many there may be.
+        limit: The number of files that may be unreadable.
     """
 
     def __init__(self, limit: int):
         self.limit, self.seen, self.last = limit, set(), ""
 
     def report(self, found: list[tuple[str, str]]) -> None:
-        """Prints a warning for each new (file, reason); raises `OptionError` where there are more than `limit`."""
+        """Prints a warning for each new (file, reason); raises `OptionError` if there are more than `limit`."""
         for path, reason in found:
             if path in self.seen:
                 continue
@@ -141,7 +142,7 @@ class BrokenImages:
             count = f"{len(self.seen)} of data.max_broken={self.limit}"
             print(f"warning: {escape_control_chars(reason)}; left out ({count})", flush=True)
             if len(self.seen) > self.limit:
-                allowed = f"more pictures cannot be read, the last one {path}; the last checkpoint is kept"
+                allowed = f"more images cannot be read, the last one is {path}; the last checkpoint is kept"
                 raise OptionError("data.max_broken", self.limit, allowed)
 
     def gather(self) -> list[str]:
@@ -154,11 +155,11 @@ class BrokenImages:
 
 
 class Stream:
-    """Batches of the readable images of a plan, on the device; the plan is given anew for each pass."""
+    """Loads batches of images onto the device with loader processes; images that cannot be read are left out."""
 
     def __init__(self, images: Dataset, norm: Normalization, device: torch.device, workers: int, broken: BrokenImages):
         self.norm, self.device, self.broken = norm, device, broken
-        self.plan: list[list] = []
+        self.plan: list[list] = []  # the images of each batch; `batches` fills it, so that workers can live on
         self.loader = DataLoader(
             images,
             batch_sampler=self.plan,
@@ -170,11 +171,12 @@ class Stream:
         )
 
     def batches(self, plan: list[list]) -> Iterator[Batch]:
+        """Yields the batches whose images a plan lists."""
         self.plan[:] = plan
         for sample in self.loader:
             self.broken.report(sample.broken)
             images, target = sample.image, sample.target
-            readable = target != NO_TARGET  # asked on the CPU, so that no GPU is waited for
+            readable = target != NO_TARGET  # on the CPU, so that nothing waits for the GPU
             if not readable.all():
                 images, target = images[..., readable, :, :, :], target[readable]
             images, target = (t.to(self.device, non_blocking=True) for t in (images, target))
@@ -183,7 +185,7 @@ class Stream:
 
 
 class TrainStream(ResumableBatches):
-    """Training batches of an epoch; `Failure` where no image can replace an unreadable one."""
+    """Training batches of an epoch; raises `Failure` if no image can replace an unreadable one."""
 
     def __init__(self, stream: Stream, order: BatchOrder):
         super().__init__(order)
@@ -195,12 +197,12 @@ class TrainStream(ResumableBatches):
         for batch, indices, (_, share) in zip(self.stream.batches(plan), plan, planned, strict=True):
             if len(batch.target) < len(indices):
                 last = self.stream.broken.last
-                raise Failure(f"data_dir: no picture in {MAX_TRIES} can be read; the last one {last}")
+                raise Failure(f"data_dir: no image of {MAX_TRIES} can be read; the last one is {last}")
             yield batch._replace(share=share)
 
 
 class EvalStream:
-    """Every readable image once over all processes; `Failure` where this process has none."""
+    """Every readable image once over all processes; raises `Failure` if this process has none."""
 
     def __init__(self, stream: Stream, count: int, batch_size: int, process: Process):
         self.stream, self.count = stream, count
@@ -217,25 +219,23 @@ class EvalStream:
             if len(batch.target):
                 yield batch
         if not readable:
-            raise Failure(f"data_dir: none of {self.count} pictures to evaluate can be read: {self.stream.broken.last}")
+            raise Failure(f"data_dir: none of {self.count} images to evaluate can be read: {self.stream.broken.last}")
 
 
 @check_arguments("data")
 class ImageFolderData(ImageData):
-    """Image files in folders of classes, decoded anew in each epoch.
-
-    The arguments that are not listed are those of `ImageData`.
+    """Image files in folders of classes, which are decoded again in each epoch.
 
     Args:
-        load: Lists the files, such as `list_class_folders` or `list_imagenet` with its options. Where it names no
-            held-out files, `val_size` of the training files are held out, stratified, by their contents.
-        image_size: Pixels a side.
+        load: A function that lists the files, such as `list_class_folders` or `list_imagenet` with its options. If it
+            lists no held-out files, `val_size` of the training files are held out, stratified, by their contents.
+        image_size: Side of the images in pixels.
         crop_ratio: Evaluation resizes the shorter side to `image_size / crop_ratio` and crops the center.
         min_scale: Training crops a random part of at least this share of the area.
         flip: Whether training images are flipped horizontally at random.
-        workers: Loader processes of each process; None: one for each core.
-        max_broken: Files that may be unreadable; more of them end the run.
-        split_seed: Seed of the held-out split.
+        workers: Loader processes of each process; None for one on each core.
+        max_broken: The number of files that may be unreadable; more of them end the run.
+        **options: The arguments of `ImageData`.
 
     Raises:
         OptionError: The options do not suit the images.
@@ -244,25 +244,16 @@ class ImageFolderData(ImageData):
     def __init__(
         self,
         load: Callable[[], Tree],
-        name: str,
-        seed: int,
-        select: Literal["val", "last", "test"],
-        select_by: Literal["top1", "balanced"],
-        batch_size: Annotated[int, Field(ge=1)],
-        eval_batch_size: Annotated[int, Field(ge=1)],
-        val_size: Annotated[float, Field(ge=0)],
-        split_seed: int,
         image_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)],
         crop_ratio: Annotated[float, Field(ge=0.1, le=1)],
         min_scale: Annotated[float, Field(ge=1e-6, le=1)],
         flip: bool,
-        mean: Iterable[float],
-        std: Iterable[float],
         workers: Annotated[int, Field(ge=0, le=1024)] | None,
         max_broken: Annotated[int, Field(ge=0)],
+        **options: Any,
     ):
-        super().__init__(name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std)
-        self.load, self.split_seed, self.workers = load, split_seed, workers
+        super().__init__(**options)
+        self.load, self.workers = load, workers
         self.image_size, self.shorter_side = (3, image_size, image_size), round(image_size / crop_ratio)
         self.train_transform = training_transform(image_size, min_scale, flip)
         self.eval_transform = evaluation_transform(image_size, self.shorter_side)
@@ -273,10 +264,12 @@ class ImageFolderData(ImageData):
         if self.parts:
             return
         tree = self.load()
+        self.classes = tree.classes
         if tree.skipped:
             first = escape_control_chars(tree.skipped[0])
-            print(f"passed over {len(tree.skipped):,} files that are no pictures by their names, {first} among them")
-        self.classes = tree.classes
+            print(f"skipped {len(tree.skipped):,} files whose names are not those of images, such as {first}")
+
+        # Hold out training files, unless the folders name held-out files.
         digests = hash_files(tree.train, self.split_seed)
         if tree.val is None:
             split = split_stratified(digests, torch.from_numpy(tree.train.target), self.val_size)

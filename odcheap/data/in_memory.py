@@ -1,9 +1,9 @@
-"""Data sets that fit in memory: all images lie on the training device and are augmented there."""
+"""Data sets that fit in memory: all images are on the training device and are augmented there."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class Images:
 
     Attributes:
         classes: Names of the classes by label.
-        test_files: The test images' files; None where they are not files.
+        test_files: The test images' files; None if they are not read from image files.
     """
 
     train: Tensor
@@ -35,7 +35,7 @@ class Images:
 
 
 class TrainBatches(ResumableBatches):
-    """Augmented, normalized batches of images (N, C, H, W) uint8 that lie on the training device."""
+    """Augmented, normalized batches of images (N, C, H, W) uint8 that are on the training device."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class TrainBatches(ResumableBatches):
         count, seed = len(self.images), self.sampler.seed
         drawn = [self.augment.draw(count, seed, epoch, view).to(device) for view in range(self.views)]
         parts, shares = zip(*self.sampler.batches(), strict=True)
-        # Copied to the device at once: a copy for each batch would make a GPU wait each time.
+        # One copy to the device for all batches: a copy for each batch would make the GPU wait each time.
         order = torch.cat(parts).to(device).split([len(part) for part in parts])
         for k in range(start, len(order)):
             images = self.images[order[k]]
@@ -63,7 +63,7 @@ class TrainBatches(ResumableBatches):
 
 
 class EvalBatches:
-    """Every image once over all processes, only normalized."""
+    """Batches of every image, each once over all processes, normalized and not augmented."""
 
     def __init__(self, images: Tensor, target: Tensor, batch_size: int, norm: Normalization, process: Process):
         own = slice(process.rank, None, process.world_size)
@@ -83,13 +83,11 @@ class EvalBatches:
 class InMemoryData(ImageData):
     """A data set that fits in memory.
 
-    The arguments that are not listed are those of `ImageData`.
-
     Args:
-        load: Returns the images, such as `load_cifar` or `load_digits` with its options.
+        load: A function that returns the images, such as `load_cifar` or `load_digits` with its options.
         flip: Whether training images are flipped horizontally at random.
         crop_padding: Pixels of zeros around a training image, of which a random part of the old size is cropped.
-        split_seed: Seed of the held-out split.
+        **options: The arguments of `ImageData`.
 
     Raises:
         OptionError: The options do not suit the images.
@@ -98,21 +96,12 @@ class InMemoryData(ImageData):
     def __init__(
         self,
         load: Callable[[], Images],
-        name: str,
-        seed: int,
-        select: Literal["val", "last", "test"],
-        select_by: Literal["top1", "balanced"],
-        batch_size: Annotated[int, Field(ge=1)],
-        eval_batch_size: Annotated[int, Field(ge=1)],
-        val_size: Annotated[float, Field(ge=0)],
-        split_seed: int,
         flip: bool,
         crop_padding: Annotated[int, Field(ge=0)],
-        mean: Iterable[float],
-        std: Iterable[float],
+        **options: Any,
     ):
-        super().__init__(name, seed, select, select_by, batch_size, eval_batch_size, val_size, mean, std)
-        self.load, self.split_seed, self.augment = load, split_seed, Augmentation(flip, crop_padding)
+        super().__init__(**options)
+        self.load, self.augment = load, Augmentation(flip, crop_padding)
         self.images: Images
         self.split: Split
 

@@ -1,4 +1,4 @@
-"""The held-out split: stratified, and a function of the images only, not of their names, order or source."""
+"""The held-out split, which is stratified and depends on the images only, not on their names, order or source."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ class Split:
 
     Attributes:
         train, val: Indices, in an order that depends on the images only.
-        fingerprint: Hash of the data and of what is held out.
+        fingerprint: Hash of the data and of which images are held out.
     """
 
     train: np.ndarray
@@ -31,7 +31,7 @@ def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
 
 
 def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name: str = "data.val_size") -> Split:
-    """Holds out images of each class in proportion to its size: those with the smallest digests.
+    """Holds out the images with the smallest digests, of each class in proportion to its size.
 
     Args:
         digests: A hash of each image.
@@ -40,7 +40,7 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
         name: The option that `val_size` is the value of, for messages.
 
     Raises:
-        OptionError: `val_size` leaves no images, or is no number of images.
+        OptionError: `val_size` leaves no training images, or is not a number of images.
     """
     labels = target.numpy()
     total = count_held_out(val_size, len(labels), name)
@@ -57,6 +57,7 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
 
 
 def count_held_out(val_size: float, available: int, name: str) -> int:
+    """Returns the number of images that `val_size` stands for; see `split_stratified` for the arguments."""
     if not isinstance(val_size, int | float) or not math.isfinite(val_size):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
     count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
@@ -70,7 +71,7 @@ def count_held_out(val_size: float, available: int, name: str) -> int:
 def divide_proportionally(counts: np.ndarray, total: int) -> np.ndarray:
     """Divides `total` in proportion to `counts`, rounded by largest remainder (ties to the lower class).
 
-    Each class keeps at least one image, as far as possible.
+    Each class keeps at least one image if the total allows it.
     """
     exact = counts * total / counts.sum()
     most = np.maximum(counts - 1, 0) if total <= np.maximum(counts - 1, 0).sum() else counts
@@ -81,7 +82,7 @@ def divide_proportionally(counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def hash_split(digests: list[bytes], labels: np.ndarray, val: np.ndarray) -> str:
-    """Returns 16 hexadecimal digits that differ where the data or the held-out images differ."""
+    """Returns 16 hexadecimal digits that identify the data and the held-out images."""
     whole = hashlib.blake2b(digest_size=8)
     held_out = set(val.tolist())
     for entry in sorted(digest + bytes([i in held_out]) + str(labels[i]).encode() for i, digest in enumerate(digests)):

@@ -1,4 +1,4 @@
-"""Augmentation and normalization of whole batches on the device where the images lie."""
+"""Augmentation and normalization of whole batches on the device of the images."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import make_generator
 
-LARGEST_SIDE = 4096  # pixels; a value that was meant otherwise would fill the memory
+LARGEST_SIDE = 4096  # pixels; a mistyped number would fill the memory
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Augmentation:
 
 
 def augmentation_stream(*place: int) -> tuple[str | int, ...]:
-    """Returns the random stream of an augmentation, whose last number is the view.
+    """Returns the random stream of an augmentation; the last number is the view.
 
-    The first view is the one that all methods see, so its stream does not name it.
+    The stream of view 0 does not contain the view, so that it is the same for methods with one view and with several.
     """
     return ("augment", *(place if place[-1] else place[:-1]))
 
 
 def stack_views(views: list[Tensor]) -> Tensor:
-    """Returns a single view (N, C, H, W) as it is, several as (S, N, C, H, W), each with channels last in memory."""
+    """Returns one view as it is, (N, C, H, W), and several as (S, N, C, H, W), each with channels last in memory."""
     if len(views) == 1:
         return views[0]
     return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
@@ -77,7 +77,7 @@ class Normalization:
     def __post_init__(self) -> None:
         for option, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or (option == "std" and min(values) <= 0):
-                raise OptionError(f"data.{option}", list(values), "must be three numbers, and std's above zero")
+                raise OptionError(f"data.{option}", list(values), "must be three numbers, those of std above 0")
 
     def apply(self, images: Tensor) -> Tensor:
         """Normalizes (N, C, H, W) uint8; returns float32, channels last in memory."""
@@ -87,5 +87,5 @@ class Normalization:
 
 @functools.lru_cache
 def scale_to_bytes(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns 255 times the values, (1, C, 1, 1). Cached, since a copy to a GPU in each batch would make it wait."""
+    """Returns 255 times the values, (1, C, 1, 1); cached, since a copy in each batch would make a GPU wait."""
     return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)

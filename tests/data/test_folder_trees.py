@@ -101,13 +101,13 @@ def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):
             "must have the same classes: bird is only in test",
         ),
         ({"train": TWO, "test": {"cat": 1}}, "dog is only in train"),
-        ({"root": {"cat": 3, "dog": 0}}, "dog: this class has no pictures"),
+        ({"root": {"cat": 3, "dog": 0}}, "dog: this class has no images"),
         ({"root": {"cat": 3}}, "needs two classes or more"),
         ({"val": TWO, "test": TWO}, "has val and test but no train"),
         ({"train": TWO, "valid": TWO}, "valid: folders of classes are called train, val and test: rename it"),
         ({"Train": TWO, "Test": TWO}, "Test: folders of classes are called train, val and test"),
         ({"training": TWO, "validation": TWO}, "training: folders of classes are called"),
-        ({"root": {"bus": 3, "car": 3, "train": 3}}, "train: is taken for pictures to train, not for a class"),
+        ({"root": {"bus": 3, "car": 3, "train": 3}}, "train: is read as the train images, not as a class"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, counts, message):
@@ -195,7 +195,7 @@ def test_the_official_archives_are_unpacked_once(official, capsys):
 
 def test_damaged_and_half_unpacked_archives_are_refused(official):
     (official / folder_trees.UNPACKING).mkdir()
-    with pytest.raises(OptionError, match="another process unpacks here, or one was interrupted"):
+    with pytest.raises(OptionError, match="another process is unpacking here; if none is, delete this folder"):
         folder_trees.list_imagenet(str(official))
     (official / folder_trees.UNPACKING).rmdir()
     (official / "ILSVRC2012_img_val.tar").write_bytes(b"?")

@@ -167,7 +167,7 @@ def test_broken_pictures_are_left_out_of_evaluation_and_replaced_in_training(fla
 def test_too_many_broken_pictures_are_the_end():
     broken = BrokenImages(1)
     broken.report([("a.jpg", "a.jpg cannot be read")] * 3)
-    with pytest.raises(OptionError, match=r"data.max_broken=1: more pictures cannot be read, the last one b.jpg"):
+    with pytest.raises(OptionError, match=r"data.max_broken=1: more images cannot be read, the last one is b.jpg"):
         broken.report([("b.jpg", "b.jpg cannot be read")])
 
 
@@ -323,7 +323,7 @@ def test_no_readable_picture_is_one_line(command, tmp_path, workers):
         file.write_text("version https://git-lfs.github.com/spec/v1")
     result = tiny(command, base, tmp_path / "run", f"data.workers={workers}")
     assert (result.status, result.err.count("\n")) == (1, 1), result.err
-    assert "no picture in 20 can be read" in result.err
+    assert "no image of 20 can be read" in result.err
 
 
 def test_a_test_that_cannot_be_read_is_no_result(command, tmp_path):
@@ -332,7 +332,7 @@ def test_a_test_that_cannot_be_read_is_no_result(command, tmp_path):
         file.write_bytes(b"?")
     result = tiny(command, base, tmp_path / "run")
     assert (result.status, result.err.count("\n")) == (1, 1), result.err
-    assert "none of 6 pictures to evaluate can be read" in result.err
+    assert "none of 6 images to evaluate can be read" in result.err
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -374,7 +374,7 @@ def test_a_run_from_pretrained_weights_goes_on_without_their_file(command, tmp_p
         ("data.workers=-1", "data.workers=-1: must be a whole number, 0 or more and at most 1024"),
         ("data.load.test_size=null", "data.load.test_size=null: must be a number"),
         ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be three numbers"),
-        ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, and std's above zero"),
+        ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, those of std above 0"),
         ("data.max_broken=many", "data.max_broken=many: must be a whole number"),
     ],
 )
