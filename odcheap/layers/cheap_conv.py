@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from odcheap.layers import factorize
 from odcheap.layers.pairs import fused_pair
-from odcheap.layers.shift import Pair, Shift2d, shift_taps, to_pair
+from odcheap.layers.shift import Pair, Shift2d, to_pair
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution slides over the image: all options of `nn.Conv2d` but channels, groups and bias."""
+    """The options of an `nn.Conv2d` except channels, groups and bias."""
 
     kernel_size: Pair = (3, 3)
     stride: Pair = (1, 1)
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def taps(self) -> int:
-        """Number of pixels that the kernel reads."""
+        """Number of entries of the kernel."""
         return self.kernel_size[0] * self.kernel_size[1]
 
     def make_conv(self, in_channels: int, out_channels: int, groups: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -47,7 +47,9 @@ class Window:
 
 
 class CheapConv(nn.Sequential):
-    """A spatial operator (C -> C), then a 1 x 1 convolution (C -> O); both are linear, so together they are one kernel.
+    """A pair of a spatial operator (C -> C) and a 1 x 1 convolution (C -> O).
+
+    Both are linear, so together they compute a convolution with one dense kernel.
 
     Args:
         spatial: The spatial operator, with the window's stride, padding and dilation.
@@ -55,7 +57,7 @@ class CheapConv(nn.Sequential):
         out_channels: O.
         stride: Stride of the 1 x 1 convolution.
         bias: Whether the 1 x 1 convolution has a bias.
-        window: The window of the convolution that the pair replaces, with the spatial operator's own stride.
+        window: The window of the convolution that the pair replaces; its stride is the spatial operator's.
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class CheapConv(nn.Sequential):
 
     @property
     def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
-        """For GPU kernels: the spatial operator, the 1 x 1 convolution, and whether the first is a plain 3 x 3 shift.
+        """The spatial operator, the 1 x 1 convolution, and whether the first is a plain 3 x 3 shift, for GPU kernels.
 
-        None where the forward pass is not these two alone: in a subclass, and where a module was appended.
+        None if the forward pass may be more than these two: in a subclass, and if a module was appended.
         """
         is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
         return (self.spatial, self.pointwise, is_shift) if len(self) == 2 and type(self) is CheapConv else None
@@ -88,11 +90,11 @@ class CheapConv(nn.Sequential):
 
 
 class BlockType:
-    """A kind of convolution that networks are built of. Called, it makes a 3 x 3 convolution without bias.
+    """A kind of convolution of which networks are built; calling it returns a 3 x 3 convolution without bias.
 
     A new cheap convolution is a subclass with `make_spatial` and a YAML file in `conf/block_type`. Training,
-    `cheapen`, costs, export and report then work with it. The spatial operator must be linear and treat each channel
-    by itself (or be an `nn.Conv2d`), give what a convolution with the same window would give in size, and have its
+    `cheapen`, costs, export and report then work with it. The spatial operator must be linear, treat each channel by
+    itself (or be an `nn.Conv2d`), have outputs of the same size as a convolution with the same window, and keep its
     stride in an attribute `stride`. An attribute `description` is its name in tables.
 
     Example:
@@ -103,7 +105,7 @@ class BlockType:
         torch.Size([1, 32, 4, 4])
     """
 
-    is_cheap = True  # False: the standard convolution; networks are then built in their published form
+    is_cheap = True  # False for the standard convolution, with which networks are built in their published form
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         """Returns the spatial operator: (N, C, H, W) -> (N, C, H', W') with the size of a convolution's output.
@@ -115,7 +117,7 @@ class BlockType:
         raise NotImplementedError
 
     def reason_to_keep(self, channels: int, window: Window) -> str | None:
-        """Returns why `cheapen` should leave a convolution with this input and window as it is; None if it should not.
+        """Returns why `cheapen` should not replace a convolution with this input and window; None if it should.
 
         Args:
             channels: Number of input channels.
@@ -127,31 +129,31 @@ class BlockType:
         """Returns the weights with which a pair comes nearest to a given kernel, in least squares.
 
         Args:
-            kernel: (O, C, kh, kw), of the convolution that is replaced.
-            pair: The pair, with fresh weights.
+            kernel: The kernel (O, C, kh, kw) of the convolution that is replaced.
+            pair: The pair with its initial weights.
 
         Returns:
-            The weights of the spatial operator, shaped as its `weight`, with NaN where the fresh ones should stay (None
-            if all should stay), and those of the 1 x 1 convolution, (O, C, 1, 1).
+            The weights of the spatial operator, with the shape of its `weight`, and those of the 1 x 1 convolution,
+            (O, C, 1, 1). NaN stands for a weight that keeps its initial value; None if all of them do.
         """
         if isinstance(pair.spatial, nn.Conv2d):
             return factorize.factorize_grouped(kernel, pair.spatial.groups)
         return None, factorize.fit_pointwise(kernel, factorize.spatial_kernel(pair.spatial, kernel, pair.window))
 
     def make_pair(self, in_channels: int, out_channels: int, window: Window, bias: bool = False) -> CheapConv:
-        """Returns a pair that stands for a convolution with this window; the spatial operator carries the stride."""
+        """Returns a pair in place of a convolution with this window; the spatial operator has the stride."""
         spatial = self.make_spatial(in_channels, window)
         return CheapConv(spatial, in_channels, out_channels, bias=bias, window=window)
 
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-        """Returns a 3 x 3 pair whose 1 x 1 convolution carries the stride, as in the 2019 code."""
+        """Returns a 3 x 3 pair whose 1 x 1 convolution has the stride, as in the 2019 code."""
         window = Window()
         return CheapConv(self.make_spatial(in_channels, window), in_channels, out_channels, stride, window=window)
 
 
 @dataclass(frozen=True)
 class Shift(BlockType):
-    """Shift, then 1 x 1."""
+    """A shift, then a 1 x 1 convolution."""
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return Shift2d(window.kernel_size, window.dilation, window.stride, window.padding, window.padding_mode)
@@ -160,15 +162,10 @@ class Shift(BlockType):
         too_few = channels < window.taps
         return f"a shift of {window.taps} taps moves none of {channels} channels" if too_few else None
 
-    def factorize(self, kernel: Tensor, pair: CheapConv) -> tuple[None, Tensor]:
-        """The same as the general way, but exact: of each channel's kernel the entry that the shift reads."""
-        rows, columns = kernel.shape[2:]
-        return None, factorize.select_taps(kernel, shift_taps(kernel.shape[1], (rows, columns), kernel.device))
-
 
 @dataclass(frozen=True)
 class DW(BlockType):
-    """Depth-wise convolution, then 1 x 1."""
+    """A depth-wise convolution, then a 1 x 1 convolution."""
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return window.make_conv(channels, channels, groups=channels)
@@ -177,11 +174,11 @@ class DW(BlockType):
 @check_arguments("block_type")
 @dataclass(frozen=True)
 class Group(BlockType):
-    """Convolution in groups, then 1 x 1.
+    """A convolution in groups, then a 1 x 1 convolution.
 
     Args:
-        groups: Number of groups. As a network's block it must divide the channels; `cheapen` and networks from other
-            libraries take the largest divisor up to it.
+        groups: Number of groups. In the CIFAR ResNets it must divide the channels; `cheapen` and networks from other
+            libraries use the largest divisor of the channels up to it.
     """
 
     groups: Annotated[int, Field(ge=1)] = 4
@@ -210,7 +207,7 @@ class Standard(BlockType):
     is_cheap = False
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
-        """A depth-wise convolution, for networks whose spatial operators are depth-wise in their published form."""
+        """Returns a depth-wise convolution, for networks that have depth-wise layers in their published form."""
         return window.make_conv(channels, channels, groups=channels)
 
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Forms of a trained network that compute the same at another speed; each is a copy of the given network."""
+"""Copies of a trained network that compute the same in another form, for speed on a device."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from odcheap.layers.shift import to_pair
 
 
 def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:
-    """Returns a copy of the network in which `change(pair)` stands in place of each cheap pair."""
+    """Returns a copy of the network with each cheap pair replaced by `change(pair)`."""
     changed = copy.deepcopy(network)
     if isinstance(changed, CheapConv):
         return change(changed)
@@ -53,7 +53,7 @@ def _total_stride(pair: CheapConv) -> tuple[int, int]:
 def dense_form(network: nn.Module) -> nn.Module:
     """Returns the network with each pair as one K x K convolution, which is the same linear map.
 
-    A pair whose spatial operator is not what `BlockType` asks for (linear, channel by channel) stays a pair.
+    A pair stays as it is if its spatial operator is not linear or mixes channels, against what `BlockType` requires.
     """
     return replace_pairs(network, _fuse)
 
@@ -72,7 +72,7 @@ def _fuse(pair: CheapConv) -> nn.Module:
 
 
 def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
-    """Compares the two on noise: the operator of a user's block type may depend on the border or on other channels."""
+    """Whether both agree on noise; a user's spatial operator may depend on the border or on other channels."""
     side = [2 * d * k + 4 for k, d in zip(pair.window.kernel_size, pair.window.dilation, strict=True)]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, conv.in_channels, *side, generator=generator).to(conv.weight)
@@ -85,7 +85,8 @@ def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
 def dense_kernel(pair: CheapConv) -> Tensor:
     """Returns the kernel (O, C, kh, kw) that a pair computes.
 
-    W[o, c] = sum over the channels m of c's group of P[o, m] S[m, c], with 1 x 1 weights P and spatial kernels S.
+    With 1 x 1 weights P and spatial kernels S it is W[o, c] = sum_m P[o, m] S[m, c], over the channels m in the group
+    of channel c.
     """
     mix = pair.pointwise.weight
     kernels = spatial_kernel(pair.spatial, mix, pair.window)

@@ -20,13 +20,13 @@ class Shift2d(nn.Module):
 
     Args:
         kernel_size: Side k of the window of offsets, or (rows, columns).
-        dilation: Distance d of neighbouring offsets in pixels, or (rows, columns).
-        stride: Pixels between two outputs, or (rows, columns).
+        dilation: Distance d of neighboring offsets in pixels, or (rows, columns).
+        stride: Distance of neighboring outputs in pixels, or (rows, columns).
         padding: As in `nn.Conv2d`; None keeps the size of the image at stride 1.
         padding_mode: As in `nn.Conv2d`.
 
     Shape:
-        (N, C, H, W) or (C, H, W) -> the same with H / stride, W / stride where `padding` is None.
+        (N, C, H, W) or (C, H, W) -> the same with H / stride and W / stride, if `padding` is None.
 
     Example:
         >>> x = torch.arange(9.0).view(1, 1, 3, 3).expand(1, 9, 3, 3)
@@ -54,7 +54,7 @@ class Shift2d(nn.Module):
         self.kernels: Tensor | None = None
 
     def _padding_sides(self, dim: int) -> Pair:
-        """Pixels added before and after the rows (dim 0) or the columns (dim 1)."""
+        """Returns the pixels added before and after the rows (dim 0) or the columns (dim 1)."""
         k, d = self.kernel_size[dim], self.dilation[dim]
         if self.padding is None:
             return d * (k // 2), d * (k - 1 - k // 2)
@@ -70,21 +70,24 @@ class Shift2d(nn.Module):
         return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, groups=len(kernels))
 
     def _pad(self, x: Tensor) -> tuple[Tensor, Pair]:
-        """Returns the input, padded where `conv2d` cannot do it itself, and the padding left for `conv2d`."""
+        """Returns the input, padded if `conv2d` cannot do that itself, and the padding that is left for `conv2d`."""
         left, right, top, bottom = self.border
         if left == right and top == bottom and self.padding_mode == "zeros":
             return x, (top, left)
         return F.pad(x, self.border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
 
     def _one_hot_kernels(self, x: Tensor) -> Tensor:
-        """(C, 1, kh, kw): one where each channel reads from, else zero. Kept for the next call."""
+        """Returns (C, 1, kh, kw), which is one at the entry that each channel reads; kept for the next call."""
         kept = self.kernels
         if kept is not None and (len(kept), kept.dtype, kept.device) == (x.shape[-3], x.dtype, x.device):
             return kept
-        rows, columns = self.kernel_size
-        with torch.inference_mode(False):  # kernels from a call in evaluation are used in training too
-            taps = shift_taps(x.shape[-3], self.kernel_size, x.device)
-            kernels = F.one_hot(taps, rows * columns).to(x.dtype).view(-1, 1, rows, columns)
+        (rows, columns), channels = self.kernel_size, x.shape[-3]
+        entries = rows * columns
+        with torch.inference_mode(False):  # kernels of a call in evaluation are used in training too
+            channel = torch.arange(channels, device=x.device)
+            center = rows // 2 * columns + columns // 2  # for the remaining channels, which are copied
+            taps = torch.where(channel < channels // entries * entries, channel % entries, center)
+            kernels = F.one_hot(taps, entries).to(x.dtype).view(-1, 1, rows, columns)
         if type(kernels) is Tensor and not torch.compiler.is_compiling():  # tracers use subclasses of Tensor
             self.kernels = kernels
         return kernels
@@ -100,19 +103,8 @@ class Shift2d(nn.Module):
 
 
 def to_pair(value: int | tuple[int, ...]) -> Pair:
-    """Returns (rows, columns) of a number that stands for both."""
+    """Returns (rows, columns) for a number or a pair, as PyTorch's options have them."""
     if isinstance(value, int):
         return value, value
     rows, columns = value
     return rows, columns
-
-
-def shift_taps(channels: int, kernel_size: Pair, device: torch.device | None = None) -> Tensor:
-    """Returns which entry of its window each channel of a shift reads, as a tensor (C,).
-
-    Entries are counted row by row; channels that are copied read the centre.
-    """
-    rows, columns = kernel_size
-    channel = torch.arange(channels, device=device)
-    shifted = channels // (rows * columns) * (rows * columns)
-    return torch.where(channel < shifted, channel % (rows * columns), rows // 2 * columns + columns // 2)

@@ -1,4 +1,4 @@
-"""What a network offers to be trained as a student."""
+"""The interface of networks that can be trained as students."""
 
 from torch import Tensor, nn
 
@@ -6,15 +6,16 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """A classification network in two parts: `features` gives its last feature map, `head` the logits.
 
-    A new backbone is a subclass with both, called with `conv` (a `BlockType`) and `num_classes`, and a YAML file in
-    `conf/backbone`.
+    A new backbone is a subclass with both methods, whose constructor takes `conv` (a `BlockType`) and `num_classes`,
+    and a YAML file in `conf/backbone`.
 
     Attributes:
         num_features: Channels of the last feature map, C.
         num_classes: Number of classes, K.
         classifier: Name of the layer that gives the logits.
-        native_size: Side in pixels of the images that the network is made for.
-        standard_note: How the standard network of the same name differs in more than the convolution; None if not.
+        native_size: Side in pixels of the images for which the network is made.
+        standard_note: How the standard network of the same name differs in more than the convolution; None if it only
+            differs in that.
 
     Shape:
         (N, 3, H, W) -> logits (N, K).

@@ -1,4 +1,4 @@
-"""Networks from the settings that are stored beside their weights."""
+"""Builds networks from the settings that are stored with their weights."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
 from odcheap.utils.parts import build_part
 
-MAX_SIDE = 4096  # pixels
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 ThreeNumbers = Annotated[list[float], Field(min_length=3, max_length=3)]
 BUILD_ERRORS = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, Failure)
 
@@ -36,9 +36,9 @@ class StudentSettings(NetworkSettings):
     Attributes:
         split: Hash of the images and of which of them are held out (hexadecimal).
         image_size: [C, H, W] of the images that the network sees.
-        shorter_side: Pixels to which the image's shorter side is scaled before the middle is cut out.
-        mean: Mean of each channel, of images scaled to [0, 1].
-        std: Standard deviation of each channel, on the same scale.
+        shorter_side: Pixels to which the image's shorter side is resized before its center is cropped.
+        mean: Mean of each channel of images in [0, 1].
+        std: Standard deviation of each channel of images in [0, 1].
     """
 
     split: str
@@ -49,12 +49,12 @@ class StudentSettings(NetworkSettings):
 
 
 class NormalizedNetwork(nn.Module):
-    """A network for RGB in [0, 1]: subtracts `mean` and divides by `std`, channel by channel, before the network.
+    """A network for RGB images in [0, 1], which normalizes them first.
 
     Args:
-        network: (N, 3, H, W), normalized -> logits (N, K).
-        mean: One number a channel.
-        std: One number a channel.
+        network: A network that maps normalized images (N, 3, H, W) to logits (N, K).
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
     """
 
     mean: Tensor
@@ -78,8 +78,8 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
         config_dirs: Further `conf` directories, for a student with parts of your own.
 
     Returns:
-        A network in eval mode: RGB in [0, 1], (N, 3, H, W) -> logits (N, K). Its attribute `network` is the network
-        without the normalization.
+        A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K). Its attribute `network` is
+        the network without the normalization.
 
     Raises:
         OptionError: The file is damaged or of another kind, or the weights do not fit.
@@ -113,13 +113,13 @@ def read_student_settings(metadata: Mapping[str, str], option: str, path: str | 
         path: The file, for messages.
 
     Raises:
-        OptionError: The settings are missing or cannot be meant.
+        OptionError: The settings are missing or not valid.
     """
     try:
         settings = json.loads(metadata.get("odcheap", "{}"))
         StudentSettings.model_validate(settings)
     except (ValueError, RecursionError) as error:
-        raise OptionError(option, path, "is no student of a run: it does not say what its network is") from error
+        raise OptionError(option, path, "is no student of a run: it has no valid settings of a network") from error
     return settings
 
 
@@ -161,7 +161,7 @@ def build_network(
         settings: See `load_network`.
         option: The option that named the file, for messages.
         path: The file, for messages.
-        block_type: Takes the place of the settings' one.
+        block_type: A block type to use in place of that of the settings.
         config_dirs: Further `conf` directories.
 
     Raises:
@@ -187,7 +187,7 @@ def build_network(
 def check_state_dict(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | Path, reason: str, option: str = "weights"
 ) -> None:
-    """Raises `OptionError` where two state dicts differ in names or shapes; names the first difference.
+    """Raises `OptionError` with the first difference if two state dicts differ in names or shapes.
 
     Args:
         own: The network's state dict.

@@ -14,7 +14,7 @@ from odcheap.models.backbone import Backbone
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
-MAX_DEPTH = 1202  # of He et al.; a typing error would be built until the memory is full
+MAX_DEPTH = 1202  # the deepest network of He et al.; a mistyped number would fill the memory
 MAX_WIDTH = 100  # of a wide ResNet's factor and a DenseNet's growth; published ones are 20 and 48 at most
 
 
@@ -69,7 +69,7 @@ class CifarResNet(Backbone):
 
 
 class BasicBlock(nn.Module):
-    """He et al.'s block: the first convolution carries the stride, the last ReLU comes after the sum."""
+    """He et al.'s block: the first convolution has the stride, and the last ReLU comes after the sum."""
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -85,7 +85,7 @@ class BasicBlock(nn.Module):
 
 
 class CheapBlock(nn.Module):
-    """The 2019 code's block: the second convolution carries the stride, both have a ReLU, none follows the sum."""
+    """The 2019 code's block: the second convolution has the stride, both have a ReLU, and none follows the sum."""
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -103,13 +103,13 @@ class CheapBlock(nn.Module):
 def make_stage(
     block: Callable[..., nn.Module], conv: BlockType, in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Returns `blocks` blocks in a row; the first one changes the channels and carries the stride."""
+    """Returns `blocks` blocks in a row; the first one changes the channels and has the stride."""
     first = block(conv, in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(conv, out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
 def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Returns the identity, or a 1 x 1 convolution with batch norm where the shape changes."""
+    """Returns the identity, or a 1 x 1 convolution with batch norm if the shape changes."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -119,7 +119,7 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module
 
 
 class PlainNetwork(Backbone):
-    """A standard network of three parts: layers that give the last feature map, global average pool, linear layer."""
+    """A standard network of layers that give the last feature map, a global average pool and a linear layer."""
 
     native_size = 32
     classifier = "fc"
@@ -139,10 +139,10 @@ class PlainNetwork(Backbone):
 
 
 def vgg16(num_classes: int) -> PlainNetwork:
-    """VGG-16 with batch norm and one linear layer; last feature map (N, 512, H/32, W/32).
+    """Returns VGG-16 with batch norm and one linear layer; last feature map (N, 512, H/32, W/32).
 
     Source: Simonyan and Zisserman, "Very deep convolutional networks", 2015, configuration D; the small head is usual
-    for images of 32 x 32.
+    for images of 32 x 32 pixels.
     """
     layers: list[nn.Module] = []
     channels = 3
@@ -156,7 +156,7 @@ def vgg16(num_classes: int) -> PlainNetwork:
 
 @check_arguments("backbone.network")
 def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
-    """DenseNet without bottlenecks or compression; last feature map (N, C, H/4, W/4).
+    """Returns DenseNet without bottlenecks or compression; last feature map (N, C, H/4, W/4).
 
     Source: Huang et al., "Densely connected convolutional networks", 2017, section 4.2: three blocks, a first
     convolution of 16 channels.
@@ -192,7 +192,7 @@ class DenseLayer(nn.Module):
 
 @check_arguments("backbone.network")
 def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
-    """Wide ResNet with activations before the convolutions; last feature map (N, 64 * width, H/4, W/4).
+    """Returns a wide ResNet with activations before the convolutions; last feature map (N, 64 * width, H/4, W/4).
 
     Source: Zagoruyko and Komodakis, "Wide residual networks", 2016.
 
@@ -213,7 +213,7 @@ def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], nu
 
 
 class WideBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU; a 1 x 1 shortcut where the shape changes."""
+    """Two convolutions, each after batch norm and ReLU, and a 1 x 1 shortcut if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -234,7 +234,7 @@ def norm_relu(channels: int) -> nn.Sequential:
 
 
 def init_kaiming(network: nn.Module) -> None:
-    """Gives every convolution Kaiming-normal weights (fan-in); all else keeps PyTorch's default."""
+    """Initializes every convolution with Kaiming-normal weights (fan-in); other layers keep PyTorch's default."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)

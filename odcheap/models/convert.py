@@ -1,4 +1,4 @@
-"""Conversion of any convolutional network: its standard K x K convolutions are replaced by cheap pairs."""
+"""Converts any convolutional network: replaces its standard K x K convolutions by cheap pairs."""
 
 import copy
 import difflib
@@ -32,18 +32,18 @@ def cheapen(
     """Returns a copy of a network with cheap pairs in place of its standard K x K convolutions.
 
     Each pair is a spatial operator with the convolution's kernel size, stride, dilation and padding, then a 1 x 1
-    convolution with its channels and bias, so that all shapes stay the same. All else keeps its weights. Convolutions
-    in groups and of other classes than `nn.Conv2d` are left; each convolution that is left says why in its attribute
-    `reason_kept`.
+    convolution with its channels and bias, so that all shapes stay the same. All other layers keep their weights.
+    Convolutions in groups and of other classes than `nn.Conv2d` are not replaced. Each convolution that is not replaced
+    has an attribute `reason_kept`, which says why.
 
     Args:
         model: The network; it is not changed.
         block_type: The name of a block type ("Shift", "DW", "Group" or one from `config_dirs`), or the object.
-        groups: For "Group": the number of groups. A layer gets the largest divisor of its channels up to it.
-        keep: Convolutions to leave: their names, names of modules that hold them, or patterns (`layer4.*`). None keeps
-            the stem, the network's first convolution; () keeps none.
-        init: "fit" sets each pair to the nearest to the replaced kernel (least squares), "kaiming" draws fresh weights,
-            "auto" fits where the network looks trained.
+        groups: The number of groups for "Group". A layer gets the largest divisor of its channels up to it.
+        keep: Convolutions that are not replaced: their names, names of modules that contain them, or patterns
+            (`layer4.*`). None keeps the stem, the network's first convolution; () keeps none.
+        init: "fit" sets each pair as near as possible to the replaced kernel (least squares), "kaiming" draws new
+            weights, and "auto" fits if the network looks trained.
         config_dirs: Further `conf` directories with block types.
 
     Raises:
@@ -62,6 +62,8 @@ def cheapen(
     if not isinstance(block_type, BlockType) or not block_type.is_cheap:
         raise OptionError("block_type", type(block_type).__name__, "is no cheap convolution")
     check_conversion_options(model, keep, init)
+
+    # Make the pairs, and note why the other convolutions are kept.
     fit = init == "fit" or (init == "auto" and looks_trained(model))
     converted = copy.deepcopy(model)
     convs: dict[str, Any] = find_spatial_convs(converted)
@@ -75,10 +77,12 @@ def cheapen(
         examples = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         allowed = f"nothing to replace in {type(model).__name__} ({examples})"
         raise OptionError("block_type", type(block_type).__name__, allowed)
+
+    # Replace each convolution in all modules that hold it.
     if converted in pairs:
         return pairs[converted]
     for parent in converted.modules():
-        for name, child in parent._modules.items():  # named_children leaves out a layer's second place
+        for name, child in parent._modules.items():  # named_children lists a shared layer once only
             if child in pairs:
                 parent._modules[name] = pairs[child]
     return converted
@@ -93,13 +97,13 @@ def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init:
 
 
 def find_spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Returns the convolutions with more than one tap, by name, in the network's order."""
+    """Returns the convolutions larger than 1 x 1 by name, in the network's order."""
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     return {name: conv for name, conv in convs.items() if max(conv.kernel_size) > 1}
 
 
 def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable[str] | None) -> dict[str, str]:
-    """Returns name -> reason for each convolution with more than one tap that is not replaced."""
+    """Returns the reason for each convolution larger than 1 x 1 that is not replaced, by its name."""
     convs = find_spatial_convs(model)
     chosen = find_stem(model) if keep is None else match_names(list(convs), keep)
     reasons = {}
@@ -120,15 +124,15 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
 
 
 def find_stem(model: nn.Module) -> set[str]:
-    """Returns the name of the network's first convolution, or nothing where there is none."""
+    """Returns a set with the name of the network's first convolution, if there is one."""
     return set([name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:1])
 
 
 def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
-    """Returns the names that match a pattern, or lie in a module of that name.
+    """Returns the names that match a pattern, or that are in a module of that name.
 
     Raises:
-        OptionError: A pattern matches none, or is no text.
+        OptionError: A pattern matches no name, or is not a text.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -145,10 +149,10 @@ def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
 
 
 def looks_trained(model: nn.Module) -> bool:
-    """Whether the network's normalization has moved from its initial values.
+    """Whether the network's normalization layers differ from their initial values.
 
-    A network without normalization that could tell counts as trained where a convolution's weights have left the range
-    of PyTorch's default initialization and its biases are not zero.
+    A network without such layers looks trained if a convolution has biases that are not zero, and weights outside the
+    range of PyTorch's default initialization.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) or hasattr(module, "running_mean")]
     values = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]
@@ -164,12 +168,12 @@ def looks_trained(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
-    """Returns the pair for a convolution, on its device and of its type.
+    """Returns the pair for a convolution, with its device and type.
 
     Args:
         conv: The convolution that it replaces.
         block_type: The kind of pair.
-        fit: Whether the pair is set to the nearest to the convolution; else it has fresh Kaiming-normal weights.
+        fit: Whether the pair is set as near as possible to the convolution; otherwise its weights are Kaiming-normal.
     """
     has_bias = conv.bias is not None
     pair = block_type.make_pair(conv.in_channels, conv.out_channels, Window.from_conv(conv), has_bias).to(conv.weight)
@@ -191,7 +195,7 @@ def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """A convolution with more than one tap, before and after: its description, parameters and MACs."""
+    """A convolution larger than 1 x 1, with description, parameters and MACs before and after the conversion."""
 
     name: str
     before: str
@@ -205,7 +209,7 @@ class ConversionTable:
     """What `cheapen` replaced; printed, it is a table.
 
     Attributes:
-        rows: The convolutions with more than one tap, in the network's order.
+        rows: The convolutions larger than 1 x 1, in the network's order.
         params: Parameters of the whole network, before and after.
         macs: Multiply-accumulates of the whole network for one image, before and after.
     """
@@ -230,7 +234,7 @@ def conversion_table(
 
     Args:
         before: The network that was given to `cheapen`.
-        after: What it returned.
+        after: The network that `cheapen` returned.
         image_size: (C, H, W) of the image for which MACs are counted.
 
     Example:
@@ -251,7 +255,7 @@ def conversion_table(
 
 
 def describe_layer(layer: nn.Module) -> str:
-    """Describes a convolution or a pair in a few words; for a convolution that was kept, says why."""
+    """Returns a description of a convolution or a pair; that of a convolution that was kept says why."""
     if isinstance(layer, CheapConv):
         return f"{describe_layer(layer.spatial)} + 1 x 1"
     if not isinstance(layer, nn.Conv2d):

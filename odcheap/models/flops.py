@@ -13,7 +13,7 @@ def count_params(network: nn.Module) -> int:
 
 
 def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
-    """Returns the multiply-accumulates of one forward pass of one image; convolutions and matrix products only.
+    """Returns the multiply-accumulates of convolutions and matrix products in a forward pass of one image.
 
     This is half of what PyTorch's FLOP counter counts (a multiply-accumulate is two FLOPs), without operators such as
     `Shift2d` that only move data but run as a convolution.
@@ -30,7 +30,7 @@ def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
 
 
 def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
-    """Returns the same for each module that computes anything, by name; the network itself has the name ""."""
+    """Returns the multiply-accumulates of each module by its name; the network itself has the name ""."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     example = next(chain(network.parameters(), network.buffers()))
@@ -43,7 +43,7 @@ def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -
     root = f"{type(network).__name__}."
     flops = {"": counts["Global"]}
     flops |= {name.removeprefix(root): count for name, count in counts.items() if name.startswith(root)}
-    # What moves data only is taken from the counts of all modules around it.
+    # Operators that only move data are subtracted from the counts of all modules that contain them.
     for name in [name for name, module in network.named_modules() if getattr(module, "zero_macs", False)]:
         moved = flops.pop(name, 0)
         parents = {"", *(name[:k] for k, char in enumerate(name) if char == ".")}

@@ -284,7 +284,7 @@ def add_weight_noise(network: nn.Module, noise: float) -> None:
     """Adds Gaussian noise to the weights of the converted layers.
 
     Students that start from one file would otherwise be equal and stay equal, since they see the same batches. In a
-    network that was not converted the noise is added to the convolutions with more than one tap.
+    network that was not converted the noise is added to the convolutions larger than 1 x 1.
 
     Args:
         network: The network, changed in place.

@@ -83,7 +83,7 @@ def test_a_config_is_data_and_nothing_in_it_is_resolved(tmp_path, monkeypatch):
 def test_weights_without_settings_are_no_student(tmp_path):
     path = write_run(tmp_path / "run")
     save_file(CifarResNet(8, DW(), 3).state_dict(), path / "student.safetensors")
-    with pytest.raises(OptionError, match="it does not say what its network is"):
+    with pytest.raises(OptionError, match="it has no valid settings of a network"):
         load_run.load_run_student(path)
     (path / "student.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(OptionError, match="not a complete safetensors file"):

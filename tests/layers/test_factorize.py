@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from odcheap.layers import factorize
+from odcheap.layers.cheap_conv import Shift, Window
 
 
 def composed(spatial, pointwise, groups):
@@ -52,7 +53,9 @@ def test_channels_beyond_the_rank_are_left_to_the_caller():
 
 
 def test_a_shift_keeps_the_entry_that_it_reads():
-    kernel = torch.randn(3, 4, 2, 2)
-    pointwise = factorize.select_taps(kernel, torch.tensor([0, 3, 1, 2]))
-    for channel, (row, column) in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
+    kernel = torch.randn(3, 5, 2, 2)
+    pair = Shift().make_pair(5, 3, Window((2, 2), padding=(0, 0)))
+    spatial, pointwise = Shift().factorize(kernel, pair)
+    assert spatial is None
+    for channel, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (1, 1)]):  # the last one is copied
         assert torch.equal(pointwise[:, channel, 0, 0], kernel[:, channel, row, column])
