@@ -1,1 +1,1 @@
-"""Runs of several processes: how they are started, find each other, and stop together."""
+"""Runs of several processes: how they are started, how they connect, and how they stop together."""

@@ -1,4 +1,4 @@
-"""The processes of a distributed run: started by torchrun or srun, or by this process with torchrun."""
+"""Starts the processes of a distributed run, or connects to torchrun or srun if they have started them."""
 
 import os
 import subprocess
@@ -23,26 +23,26 @@ from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
 from odcheap.utils.errors import Failure, OptionError
 
-SHUTDOWN_SECONDS = "600"  # that torchrun leaves a process after a signal: to end a long step, and to save
+SHUTDOWN_SECONDS = "600"  # the time that torchrun gives a process after a signal, to finish its step and to save
 
 
 def is_torchrun() -> bool:
-    """Whether torchrun has started this process."""
+    """Returns whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def count_nodes() -> int:
-    """Returns on how many machines torchrun or srun has started this run, 1 without either."""
+    """Returns the number of machines on which torchrun or srun has started this run, 1 without either."""
     return int(os.environ["GROUP_WORLD_SIZE"]) if is_torchrun() else slurm.count_nodes()
 
 
 def processes_per_node() -> int:
-    """Returns how many processes torchrun or srun has started on each machine, 1 without either."""
+    """Returns the number of processes that torchrun or srun has started on each machine, 1 without either."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else slurm.tasks_per_node()
 
 
 def make_cluster_environment() -> ClusterEnvironment:
-    """Returns what Lightning is to know of who started this process; in a batch script of Slurm it guesses wrong."""
+    """Returns the environment for Lightning, which would mistake a batch script of Slurm for a process of srun."""
     if is_torchrun():
         return TorchElasticEnvironment()
     if slurm.count_tasks() > 1:
@@ -52,14 +52,14 @@ def make_cluster_environment() -> ClusterEnvironment:
 
 
 def limit_threads() -> None:
-    """Uses as many threads as Slurm has given cores: it need not bind the process to them."""
+    """Uses as many threads as Slurm has given cores, since Slurm may not bind the process to them."""
     cores = slurm.cores_per_task()
     if cores and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
 
 
 def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
-    """Checks that the trainer fits how this process was started.
+    """Checks that the trainer matches the way in which this process was started.
 
     Args:
         cfg: The config.
@@ -67,7 +67,7 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
         in_sweep: Whether the run is one of a sweep.
 
     Raises:
-        OptionError: It does not fit.
+        OptionError: It does not match.
     """
     if in_sweep and is_torchrun():
         raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
@@ -83,48 +83,51 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
 
 
 def count_processes(cfg: DictConfig) -> int:
-    """Returns how many processes the run has in all."""
+    """Returns the number of processes of the run on all machines."""
     return cfg.trainer.devices * cfg.trainer.num_nodes
 
 
 def needs_launch(cfg: DictConfig) -> bool:
-    """Whether the run has several processes on one machine that are not started yet."""
+    """Returns whether the run has several processes on this machine that must be started first."""
     is_local = cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1
     return is_local and not is_torchrun() and slurm.count_tasks() == 1
 
 
 def launch_processes(start: Start, config_dirs: Sequence[Path], listener: SignalListener) -> None:
-    """Starts `odcheap train` with the run's overrides in as many processes as it has devices, and waits for them.
+    """Starts `odcheap train` with the run's overrides in one process for each device, and waits for the end.
 
     Args:
         start: The run.
         config_dirs: The user's own `conf` directories.
-        listener: Forwards signals to the processes.
+        listener: The listener that forwards signals to the processes.
 
     Raises:
         Failure: A process failed.
-        Stopped: A signal has stopped the processes in order.
+        Stopped: A signal has stopped the processes, and they have saved.
     """
+    # The processes run the same command, with the options that this process has chosen by itself.
     devices = start.cfg.trainer.devices
     overrides = [o for o in start.config.overrides if override_key(o) != "job_dir"]
     if start.checkpoint is not None and not any(override_key(o) == "resume" for o in overrides):
-        overrides.append("resume=auto")  # the default in a sweep, which the new processes are not part of
+        overrides.append("resume=auto")  # this is the default in a sweep, but the new processes are not in a sweep
     overrides.append(f"job_dir={os.path.join('.', start.job_dir)}")
-    overrides.append("hydra.mode=RUN")  # a recipe may make every command a sweep
+    overrides.append("hydra.mode=RUN")  # a recipe may set another mode
     command = [sys.executable, "-m", "odcheap.distributed.torchrun", "--standalone", f"--nproc-per-node={devices}"]
     command += ["--module", "odcheap", "train", *(f"--config-dir={folder}" for folder in config_dirs)]
     command += [quote_override(o) for o in overrides]
+
+    # The processes share the cores. A Ctrl-C at the terminal goes to all processes of the session, so torchrun gets
+    # one of its own, and the listener forwards the signal once.
     threads = max(1, (os.cpu_count() or 1) // devices)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS}
     status.write_status(start.job_dir, "running")
-    # In a session of its own: a Ctrl-C at the terminal reaches it once, forwarded by this process.
     agent = subprocess.Popen(command, env=defaults | os.environ, stdin=subprocess.PIPE, start_new_session=True)
     with agent, listener.forward_to(agent):
         exit_status = agent.wait()
     if exit_status - 128 in STOP_SIGNALS:
         raise Stopped(exit_status - 128)
     if exit_status:
-        raise Failure(f"trainer.devices={devices}: a process of the run failed; its reason is above")
+        raise Failure(f"trainer.devices={devices}: a process of the run failed; its error is printed above")
 
 
 OmegaConf.register_new_resolver("nodes", count_nodes, replace=True)

@@ -1,4 +1,4 @@
-"""Signals that stop a run. The step is finished and saved by `training.callbacks.Interruption`, in all processes."""
+"""Signals that stop a run. `training.callbacks.Interruption` then finishes the step and saves, in all processes."""
 
 import os
 import signal
@@ -17,34 +17,34 @@ from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
 from odcheap.utils.console import process_rank
 
-# submitit sends this signal to ask for a checkpoint; its own handler then puts the job back into the queue.
+# submitit sends this signal before the time of a job ends. Its own handler then requeues the job.
 SUBMITIT_SIGNAL = signal.SIGUSR2
-REPEAT_SECONDS = 1.0  # the same signal within this time is one signal
-PARENT_PID = os.getppid()  # read before the parent can be gone
+REPEAT_SECONDS = 1.0  # the same signal within this time counts once
+PARENT_PID = os.getppid()  # read at import, when the parent still exists
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the run. The exit status is 128 + the signal's number.
+    """Ends the process because a signal has stopped the run. The exit status is 128 + the signal's number.
 
     Args:
         signum: The signal's number.
     """
 
     def __init__(self, signum: int):
-        super().__init__(signum)  # `args`, from which a launcher's process builds the exception again
+        super().__init__(signum)  # sets `args`, from which pickle builds the exception again in another process
         self.code, self.signum, self.name = 128 + signum, signum, signal.Signals(signum).name
 
 
 class SignalListener:
-    """Handles SIGTERM, SIGINT and SIGUSR1 while it is entered as a context.
+    """A context manager that handles SIGTERM, SIGINT and SIGUSR1.
 
-    The first signal raises `Stopped`; while `is_deferred` is set, it is only stored in `received`, for the end of the
-    training step; while a worker process does the work, it is forwarded to that. A second signal ends the process at
-    once. The same signal again within a second is not a second one: a process may get it both from its parent and with
-    its process group.
+    The first signal raises `Stopped`, with two exceptions: while `is_deferred` is set, the signal is only stored in
+    `received` until the training step has ended, and while a worker process does the work, the signal is forwarded to
+    the worker. A second signal ends the process at once. The same signal within a second counts once, since a process
+    may get it both from its parent and as a member of its process group.
 
     Attributes:
-        received: The number of the signal that arrived, 0 without one.
+        received: The number of the signal that has arrived, 0 without one.
         is_deferred: Whether a signal waits for the end of the training step.
     """
 
@@ -61,13 +61,13 @@ class SignalListener:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if not self.received:  # after a first signal the handlers stay, for a second one
+        if not self.received:  # otherwise the handlers stay, for a second signal
             set_handlers(self.previous_handlers)
-        elif kind is None:  # it arrived after the last step
+        elif kind is None:  # the signal arrived after the last step
             raise Stopped(self.received)
 
     def install_handlers(self) -> None:
-        """Installs the handlers, also again where Lightning has replaced them."""
+        """Installs the handlers. This is repeated when Lightning has replaced them."""
         set_handlers(dict.fromkeys(STOP_SIGNALS, self.handle))
         if callable(self.previous_handlers[SUBMITIT_SIGNAL]):
             set_handlers({SUBMITIT_SIGNAL: self.handle_submitit})
@@ -77,12 +77,12 @@ class SignalListener:
         self.previous_handlers[SUBMITIT_SIGNAL](SUBMITIT_SIGNAL, None)
 
     def handle(self, signum: int, _: FrameType | None) -> None:
-        if os.getpid() != self.owner_pid:  # a process of the data loader: the one that owns it decides
+        if os.getpid() != self.owner_pid:  # a worker of the data loader, which its owner will stop
             return
         if signum == self.received and time.monotonic() < self.received_at + REPEAT_SECONDS:
             return
         if self.worker is not None:
-            self.worker.send_signal(signal.SIGTERM)  # torchrun forwards this one whatever its settings are
+            self.worker.send_signal(signal.SIGTERM)  # the signal that torchrun always forwards
         elif self.received:
             os._exit(128 + signum)
         self.received, self.received_at = signum, time.monotonic()
@@ -90,7 +90,7 @@ class SignalListener:
             raise Stopped(signum)
 
     def handle_submitit(self, signum: int, _: FrameType | None) -> None:
-        """Handles submitit's signal, which arrives alone or after a SIGTERM that announces the same."""
+        """Handles submitit's signal, which arrives alone or after a SIGTERM for the same reason."""
         if os.getpid() != self.owner_pid:
             return
         self.submitit_requeues = True
@@ -102,7 +102,7 @@ class SignalListener:
 
     @contextmanager
     def forward_to(self, worker: subprocess.Popen) -> Generator[None]:
-        """Forwards signals to a worker process while it runs; raises `Stopped` afterwards where one arrived."""
+        """Forwards signals to a worker process while it runs, and then raises `Stopped` if a signal has arrived."""
         self.worker, self.had_worker = worker, True
         try:
             yield
@@ -113,7 +113,7 @@ class SignalListener:
 
 
 def set_handlers(handlers: Mapping[int, Any]) -> None:
-    """Sets signal handlers, where this is the thread that may."""
+    """Sets signal handlers if this is the main thread, which alone may do so."""
     if threading.current_thread() is threading.main_thread():
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -139,7 +139,7 @@ def stop_with_parent(parent_pid: int) -> Generator[None]:
 
 @contextmanager
 def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> Generator[None]:
-    """Where a signal stops the work within, writes the status, prints how to continue, and requeues a cluster's job.
+    """If a signal stops the block, writes the status, prints how to continue, and requeues the job of a cluster.
 
     Args:
         job_dir: The run's folder.
@@ -157,7 +157,7 @@ def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> G
 def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool) -> None:
     is_reported = listener.had_worker and status.read_status(job_dir).get("state") == "stopped"
     if not is_reported:
-        if job_dir.is_dir():  # there is none yet if the run was stopped early
+        if job_dir.is_dir():  # the run may have been stopped before it was made
             status.write_status(job_dir, "stopped", stop.name)
         text = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
         requeues = may_requeue and stop.signum != signal.SIGINT and not listener.submitit_requeues

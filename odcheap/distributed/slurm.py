@@ -1,4 +1,4 @@
-"""Slurm: what it says about this process, and how a job is put back into its queue."""
+"""Slurm: its environment variables, and requeueing of jobs."""
 
 import os
 import re
@@ -11,23 +11,23 @@ from odcheap.utils.errors import OptionError
 def is_step() -> bool:
     """Returns whether srun has started this process.
 
-    The script of an sbatch job has most of the same variables, so only `SLURM_STEP_ID` is looked at.
+    The script of an sbatch job has most of the same variables, but not `SLURM_STEP_ID`.
     """
     return "SLURM_STEP_ID" in os.environ
 
 
 def count_tasks() -> int:
-    """Returns how many processes srun has started, 1 outside srun."""
+    """Returns the number of processes that srun has started, 1 without srun."""
     return int(os.environ["SLURM_STEP_NUM_TASKS"]) if is_step() else 1
 
 
 def count_nodes() -> int:
-    """Returns on how many machines srun has started them, 1 outside srun."""
+    """Returns the number of machines on which srun has started processes, 1 without srun."""
     return int(os.environ["SLURM_STEP_NUM_NODES"]) if is_step() else 1
 
 
 def tasks_per_node() -> int:
-    """Returns how many processes each machine has. Raises `OptionError` where their numbers differ."""
+    """Returns the number of processes on each machine. Raises `OptionError` if the machines differ in it."""
     each, rest = divmod(count_tasks(), count_nodes())
     if rest:
         raise OptionError("srun --ntasks", count_tasks(), f"must be divisible by the number of nodes, {count_nodes()}")
@@ -35,7 +35,7 @@ def tasks_per_node() -> int:
 
 
 def cores_per_task() -> int | None:
-    """Returns how many cores Slurm has given this process, None outside its jobs."""
+    """Returns the number of cores that Slurm has given this process, None outside of Slurm's jobs."""
     if "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
     if "SLURM_CPUS_ON_NODE" in os.environ:
@@ -44,10 +44,10 @@ def cores_per_task() -> int | None:
 
 
 def prepare_environment() -> None:
-    """Sets the variables that Lightning reads.
+    """Sets the environment variables that Lightning reads.
 
-    These are the tasks of a node, also where --ntasks was given, and the address of the first process. It is the
-    address that Slurm itself uses: names of nodes need not be names of hosts.
+    `SLURM_NTASKS_PER_NODE` is missing if `srun --ntasks` was used. `MASTER_ADDR` must be an address that Slurm knows,
+    since the name of a node need not be the name of a host.
     """
     os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks_per_node())
     if "MASTER_ADDR" not in os.environ:
@@ -60,27 +60,27 @@ def find_address(node: str) -> str:
     try:
         return socket.gethostbyname(node)
     except OSError:
-        found = re.search(r"NodeAddr=(\S+)", ask_slurm("scontrol", "show", "node", node))
-        if found is None:
+        match = re.search(r"NodeAddr=(\S+)", ask_slurm("scontrol", "show", "node", node))
+        if match is None:
             raise OptionError("MASTER_ADDR", "", f"must be given: neither the network nor Slurm knows {node}") from None
-        return found[1]
+        return match[1]
 
 
 def is_restarted() -> bool:
-    """Whether Slurm has started this job before."""
+    """Returns whether Slurm has started this job before."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
 def requeue_job() -> str:
-    """Puts this job back into the queue, unless it was cancelled or Slurm requeues it anyway.
+    """Requeues this job, unless it was cancelled or Slurm requeues it by itself.
 
     Returns:
-        What was done, as the end of a sentence; empty outside Slurm and where nothing was to be done.
+        What was done, as the end of a sentence. It is empty outside of Slurm and if there was nothing to do.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return ""
     job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # the last task has the array's own number, which means all of them
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # the last task's job number is that of the whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     state = read_job_state(job)
     if state is None:
@@ -94,13 +94,13 @@ def requeue_job() -> str:
 
 
 def read_job_state(job: str) -> str | None:
-    """Returns the state of a job such as RUNNING, None where Slurm does not answer."""
-    found = re.search(r"JobState=(\S+)", ask_slurm("scontrol", "show", "job", job))
-    return found[1] if found else None
+    """Returns the state of a job, such as RUNNING, or None if Slurm does not answer."""
+    match = re.search(r"JobState=(\S+)", ask_slurm("scontrol", "show", "job", job))
+    return match[1] if match else None
 
 
 def ask_slurm(*command: str) -> str:
-    """Returns the output of one of Slurm's commands, empty where it fails."""
+    """Returns the output of one of Slurm's commands, or an empty string if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):

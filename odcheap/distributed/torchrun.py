@@ -1,4 +1,4 @@
-"""`python -m odcheap.distributed.torchrun`: torchrun that stops with its parent, and names the process that failed."""
+"""`python -m odcheap.distributed.torchrun`: torchrun that ends with its parent and reports which process failed."""
 
 import logging
 import os
@@ -11,20 +11,20 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # they stop a run in order
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # they stop a run after it has saved
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs torchrun.
 
     Args:
-        arguments: What torchrun is called with.
+        arguments: The arguments of torchrun.
 
     Returns:
-        The exit status: 128 + its number where a signal stopped the run in order.
+        The exit status; if a signal stopped the run after it had saved, 128 + the signal's number.
     """
-    logging.disable(logging.ERROR)  # the line below says it
-    for signum in (signal.SIGUSR1, signal.SIGUSR2):  # sent to the whole process group: the parent forwards them
+    logging.disable(logging.ERROR)  # the line printed below replaces torchrun's report
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):  # they reach the whole process group, and the parent forwards them
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
@@ -35,13 +35,13 @@ def main(arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode - 128 in STOP_SIGNALS:
             return failure.exitcode
-        print(f"error: process {rank} {describe_exit(failure)}; the others were ended", file=sys.stderr, flush=True)
+        print(f"error: process {rank} {describe_exit(failure)}; the others were stopped", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 def stop_with_parent() -> None:
-    """Sends this process a SIGTERM when the parent dies, in whatever way: our standard input then closes."""
+    """Sends this process a SIGTERM when its parent dies. The parent holds the other end of standard input."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

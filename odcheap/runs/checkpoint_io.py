@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read without running code, bounded in number."""
+"""Checkpoints of a run: how they are written, read, named, and removed."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from odcheap.utils.files import read_torch, verify_checksum, write_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes and reads Lightning's checkpoints such that a crash during a save leaves the older files whole."""
+    """Writes Lightning's checkpoints so that a crash never leaves an incomplete file, and reads them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
         option: The option that named the file, for messages.
 
     Raises:
-        OptionError: The file is damaged, or no checkpoint of an odcheap run.
+        OptionError: The file is damaged, or it is not a checkpoint of an odcheap run.
     """
     verify_checksum(path, option)
     content = read_torch(path, option)
@@ -44,28 +44,23 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
 
 
 def is_run_checkpoint(content: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint has every entry that is read before Lightning loads it, with the right type.
+    """Returns whether a checkpoint has the entries that are read before Lightning loads it, with the right types.
 
-    The file may be a stranger's, with a correct checksum.
+    This is checked since a file from an untrusted source may have a correct checksum.
     """
-    saved, record = content.get("odcheap"), (content.get("callbacks") or {}).get("Record")
-    types = {"overrides": list, "config": dict, "split": str, "classes": list, "student": dict}
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in types.items()):
-        return False
-    if not all(isinstance(text, str) for text in [*saved["overrides"], *saved["classes"]]):
-        return False
-    has_record = isinstance(content.get("epoch"), int) and isinstance(record, dict) and is_record(record)
-    return has_record and "loops" in content and "state_dict" in content
-
-
-def is_record(record: dict[str, Any]) -> bool:
-    """Whether this is the state of the callback that keeps figures and selection."""
-    selected = record.get("selected")
     return (
-        isinstance(record.get("history"), list)
-        and isinstance(selected, dict)
-        and all(isinstance(selected.get(name), int) for name in ("candidate", "epoch"))
+        has_entries(content, odcheap=dict, callbacks=dict, epoch=int, loops=dict, state_dict=dict)
+        and has_entries(content["odcheap"], overrides=list, config=dict, split=str, classes=list, student=dict)
+        and all(isinstance(text, str) for name in ("overrides", "classes") for text in content["odcheap"][name])
+        and has_entries(content["callbacks"], Record=dict)
+        and has_entries(content["callbacks"]["Record"], history=list, selected=dict)
+        and has_entries(content["callbacks"]["Record"]["selected"], candidate=int, epoch=int)
     )
+
+
+def has_entries(node: dict[str, Any], **types: type) -> bool:
+    """Returns whether a dict has entries of these names and types."""
+    return all(isinstance(node.get(name), kind) for name, kind in types.items())
 
 
 def epoch_path(job_dir: Path, epoch: int) -> Path:
@@ -74,7 +69,7 @@ def epoch_path(job_dir: Path, epoch: int) -> Path:
 
 
 def step_path(job_dir: Path, epoch: int, step: int) -> Path:
-    """Returns the path of a checkpoint after `step` batches of an epoch; it sorts before the epoch's own."""
+    """Returns the path of a checkpoint after `step` batches of an epoch. It sorts before the epoch's checkpoint."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
 
 
@@ -84,14 +79,14 @@ def list_checkpoints(job_dir: Path) -> list[Path]:
 
 
 def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
-    """Removes all checkpoints but the newest `keep` and the selected one."""
+    """Removes all checkpoints except the newest `keep` and the selected one."""
     for path in list_checkpoints(job_dir)[:-keep]:
         if path != selected:
             path.unlink(missing_ok=True)
 
 
 def find_newest_usable(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the newest whole checkpoint and its content, None without one. Prints which were skipped, and why."""
+    """Returns the newest usable checkpoint and its content, or None. Prints which ones were skipped, and why."""
     for path in reversed(list_checkpoints(job_dir)):
         try:
             return path, read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""A run's folder: whether it may be used, what an older run has left in it, and the run's result."""
+"""A run's folder: whether a run may use it, the removal of an older run's files, and the results in it."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from odcheap.utils.errors import OptionError
 
 CONFIG, SUMMARY, TEST, STUDENT = "config.yaml", "summary.json", "test.json", "student.safetensors"
 OUTPUTS = (CONFIG, SUMMARY, TEST, STUDENT, "metrics.csv", "confusion.csv", "split.csv")
-THREE_WAYS = "resume=auto continues it, overwrite=true starts anew, another job_dir leaves it"
+THREE_WAYS = "resume=auto continues it, overwrite=true replaces it, another job_dir keeps it"
 
 
 def make_folder(job_dir: Path) -> None:
-    """Makes the folder. Raises `OptionError` where it cannot be written."""
+    """Makes the folder. Raises `OptionError` if it cannot be written."""
     try:
         job_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -28,7 +28,7 @@ def make_folder(job_dir: Path) -> None:
 
 
 def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
-    """Raises `OptionError` where the folder holds a run, unless that is to be overwritten."""
+    """Raises `OptionError` if the folder holds a run, unless `overwrite` allows to replace it."""
     if overwrite:
         return
     if read_summary(job_dir) is not None:
@@ -38,18 +38,18 @@ def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
 
 
 def remove_partial_files(job_dir: Path) -> None:
-    """Removes files that a killed process had begun to write."""
+    """Removes temporary files of processes that were killed while they wrote."""
     for folder in (job_dir, job_dir / "checkpoints"):
         for path in filter(Path.is_file, folder.glob(".*.part")):
             path.unlink(missing_ok=True)
 
 
 def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
-    """Removes what an older run has written.
+    """Removes the files of an older run.
 
     Args:
         job_dir: The folder.
-        keep_until: A checkpoint of the folder; it and the earlier ones are kept, and so is what TensorBoard reads.
+        keep_until: A checkpoint of the folder. It, the earlier ones and the files of TensorBoard are kept.
     """
     checkpoints = list_checkpoints(job_dir)
     if keep_until is None:
@@ -61,7 +61,7 @@ def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
 
 
 def read_summary(job_dir: Path) -> dict[str, Any] | None:
-    """Returns the finished run's `summary.json`, None where there is none."""
+    """Returns the content of a finished run's `summary.json`, or None if the run is not finished."""
     try:
         summary = json.loads((job_dir / SUMMARY).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -72,9 +72,9 @@ def read_summary(job_dir: Path) -> dict[str, Any] | None:
 
 
 def read_options(config: Path) -> dict[str, Any]:
-    """Returns what a run's `config.yaml` says about what it computed, by dotted names.
+    """Returns the options in a run's `config.yaml` that determine its results, by dotted names.
 
-    Options that say where the run is stored are left out, and so are those that repeat a root option (`data.seed`).
+    Options about where the run is stored are left out, and so are options that repeat a root option (`data.seed`).
     """
     options = flatten(OmegaConf.to_container(OmegaConf.load(config), resolve=False))
     job_dir = options["job_dir"]

@@ -1,4 +1,4 @@
-"""Loads weights into a method's students: from checkpoints, exported students and checkpoints of the 2019 code."""
+"""Loads weights into a method's students, from checkpoints, exported students or checkpoints of the 2019 code."""
 
 import json
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ class Weights:
     Attributes:
         path: The file.
         students: A state dict for each student.
-        method: The state dict of the method's own parts, such as the teacher; empty for a lone student.
-        split: The fingerprint of the data split that the weights were selected under, None where unknown.
+        method: The state dict of the method's own parts, such as the teacher; empty if the file has one student only.
+        split: The fingerprint of the data split under which the weights were selected, None if unknown.
     """
 
     path: str
@@ -41,7 +41,7 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         option: The option that named the file, for messages.
 
     Raises:
-        OptionError: The file is missing, damaged or of no known kind.
+        OptionError: The file is missing, damaged or of an unknown kind.
     """
     if str(path).endswith(".safetensors"):
         tensors, metadata = read_safetensors(path, option)
@@ -54,7 +54,7 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
     state = content.get("state_dict", {})
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     if not count:
-        raise OptionError(option, path, "holds no students (neither odcheap's nor the 2019 code's names)")
+        raise OptionError(option, path, "holds no students: it has the names of neither odcheap nor the 2019 code")
     students = [strip_prefix(state, f"{STUDENT}{k}.") for k in range(count)]
     own = select_method_state(strip_prefix(state, "method."))
     return Weights(str(path), students, own, content.get("odcheap", {}).get("split"))
@@ -63,19 +63,20 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
 def load_weights(method: Method, weights: Weights, new_head: bool = False) -> str:
     """Copies weights into a method.
 
-    A lone student goes to student 0, and the others keep their first weights.
+    If the file has one student, it becomes student 0, and the other students keep their initial weights.
 
     Args:
         method: The method.
-        weights: What was read from a file.
-        new_head: Load the bodies only; classifiers and the method's own parts keep their first weights.
+        weights: The weights, read from a file.
+        new_head: Loads the bodies only. Classifiers and the method's own parts keep their initial weights.
 
     Returns:
-        What was loaded, as one line.
+        One line that says what was loaded.
 
     Raises:
-        OptionError: Any other difference between file and method; nothing is changed then.
+        OptionError: File and method differ in another way. The method is then unchanged.
     """
+    # Everything is checked first, so that an error leaves the method unchanged.
     members = method.students.members
     if len(weights.students) not in (1, len(members)):
         raise OptionError("weights", weights.path, f"holds {len(weights.students)} students; num_stu={len(members)}")
@@ -86,6 +87,7 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False) -> st
         own = select_method_state(method.state_dict())
         reason = "another method; weights_head=new keeps the students' bodies"
         check_state_dict(own, weights.method, weights.path, reason)
+
     for student, state in zip(members, weights.students, strict=False):
         student.load_state_dict(select_body(student, state) if new_head else state, strict=not new_head)
     if with_method:
@@ -98,20 +100,20 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False) -> st
 
 
 def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a method's own parts. The digest of a frozen teacher is none of its weights."""
+    """Returns the tensors of a method's own parts, without the digest of a frozen teacher."""
     return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
 
 def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_head: bool) -> None:
-    """Raises `OptionError` where the state dict is not that of such a student."""
+    """Raises `OptionError` unless the state dict fits the student."""
     own = student.state_dict()
     if new_head:
         own, state = select_body(student, own), select_body(student, state)
     else:
         name = f"{student.classifier}.weight"
-        expected, given = own[name], state.get(name)
-        if given is not None and given.shape[1:] == expected.shape[1:] and len(given) != len(expected):
-            allowed = f"has {len(given)} classes, the data {len(expected)}; weights_head=new keeps the bodies only"
+        expected, loaded = own[name], state.get(name)
+        if loaded is not None and loaded.shape[1:] == expected.shape[1:] and len(loaded) != len(expected):
+            allowed = f"has {len(loaded)} classes, the data {len(expected)}; weights_head=new keeps the bodies only"
             raise OptionError("weights", path, allowed)
     check_state_dict(own, state, path, "another architecture")
 
@@ -122,5 +124,5 @@ def select_body(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with the prefix, under the rest of their names."""
+    """Returns the tensors whose names begin with the prefix, by their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-# Options that say where and how a run is stored, not what it computes: they are no part of a run's name.
+# Options that determine where and how a run is stored, but not its results. They are not part of a run's name.
 STORAGE_OPTIONS = (
     "job_dir",
     "data_dir",
@@ -43,7 +43,7 @@ def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None
 
 
 def quote_override(override: str) -> str:
-    """Returns the override with its value in quotes where Hydra's grammar would not read it as one word.
+    """Returns the override with its value in quotes if Hydra would otherwise parse the value.
 
     Example:
         >>> quote_override("resume=runs/a=b,c=d")
@@ -56,7 +56,7 @@ def quote_override(override: str) -> str:
 
 
 def name_run(overrides: Sequence[str]) -> str:
-    """Returns a folder name made of the overrides that say what is computed, "default" without any.
+    """Returns a folder name made of the overrides that determine the results, or "default" without any.
 
     Example:
         >>> name_run(["num_stu=4", "block_type=DW", "resume=auto"])

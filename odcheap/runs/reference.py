@@ -1,4 +1,4 @@
-"""Checkpoints of the 2019 reference code, read by what is known of their format: keys, shapes, serialization."""
+"""Checkpoints of the 2019 reference code, read by the names and shapes of their tensors."""
 
 import re
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ POINTWISE_NAME = re.compile(r"(layer\d+\.\d+)\.conv([12])\.weight")
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """A checkpoint of the 2019 code under our names.
+    """The weights in a checkpoint of the 2019 code, under odcheap's names.
 
     Attributes:
         students: A state dict for each student.
         head: The state dict of the teacher's head.
         block_type: "Shift", "DW" or "Group".
-        depth: Of the ResNet.
-        groups: Of "Group", else 1.
-        num_classes: K.
+        depth: Depth of the ResNet.
+        groups: Number of groups of "Group", otherwise 1.
+        num_classes: Number of classes, K.
     """
 
     students: list[dict[str, Tensor]]
@@ -42,12 +42,12 @@ class ReferenceWeights:
 
 
 def is_reference(content: dict[str, Any]) -> bool:
-    """Whether the content of a checkpoint has the 2019 code's names."""
+    """Returns whether a checkpoint is one of the 2019 code, by the names of its tensors."""
     return any(re.match(r"(module\.)?resnet_m\d+\.", str(name)) for name in content.get("state_dict", {}))
 
 
 def translate_reference(content: dict[str, Any], path: str | Path, option: str = "path") -> ReferenceWeights:
-    """Renames the weights of a 2019 checkpoint, and reads block type, depth, groups and students from its names.
+    """Renames the weights of a 2019 checkpoint, and reads block type, depth and groups from names and shapes.
 
     Args:
         content: The checkpoint.
@@ -64,25 +64,24 @@ def translate_reference(content: dict[str, Any], path: str | Path, option: str =
         first = students[0]
         blocks = len({name.split(".")[1] for name in first if name.startswith("layer1.")})
         spatial_names = {name.split(".")[-2] for name in state if name.endswith(("dw1.weight", "group1.weight"))}
+        groups = 1
+        if "group1" in spatial_names:
+            weight = first["layer1.0.conv1.spatial.weight"]  # (C, C / groups, kh, kw)
+            groups = weight.shape[0] // weight.shape[1]
         return ReferenceWeights(
             students=students,
             head={name: tensor for name, tensor in state.items() if name.startswith(("norm.", "fc."))},
             block_type="Group" if "group1" in spatial_names else "DW" if "dw1" in spatial_names else "Shift",
             depth=6 * blocks + 2,
-            groups=_count_groups(first["layer1.0.conv1.spatial.weight"]) if "group1" in spatial_names else 1,
+            groups=groups,
             num_classes=first["fc.weight"].shape[0],
         )
     except (KeyError, IndexError, AttributeError) as error:
         raise OptionError(option, path, f"looks like a checkpoint of the 2019 code but lacks {error}") from error
 
 
-def _count_groups(weight: Tensor) -> int:
-    """Of the weights (C, C/groups, kh, kw) of a convolution in groups."""
-    return weight.shape[0] // weight.shape[1]
-
-
 def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The state dict of student k, counted from 1, under our names."""
+    """Returns the state dict of student k (from 1) under odcheap's names."""
     prefix = f"resnet_m{k}."
     renamed = {}
     for name, tensor in state.items():
@@ -97,12 +96,12 @@ class ReferenceModel(nn.Module):
 
     Attributes:
         block_type: "Shift", "DW" or "Group", as in the file.
-        depth: Of the ResNet.
-        groups: Of "Group", else 1.
+        depth: Depth of the ResNet.
+        groups: Number of groups of "Group", otherwise 1.
         num_stu: Number of students, S.
 
     Shape:
-        (N, 3, H, W), normalized -> logits of the students (S, N, K) and of the teacher (N, K).
+        Normalized images (N, 3, H, W) -> logits of the students (S, N, K) and of the teacher (N, K).
     """
 
     def __init__(self, weights: ReferenceWeights):
@@ -123,7 +122,9 @@ class ReferenceModel(nn.Module):
         return outputs["student_logits"], outputs["teacher_logits"]
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Returns the 2019 code's loss, a scalar: element-mean KL, T = 4, nothing detached.
+        """Returns the 2019 code's loss, a scalar, with the KL divergence averaged over elements and T = 4.
+
+        Gradients flow through students and teacher.
 
         Args:
             student_logits: (S, N, K).
@@ -134,7 +135,7 @@ class ReferenceModel(nn.Module):
 
 
 def load_reference(path: str | Path) -> ReferenceModel:
-    """Loads a checkpoint of the 2019 code, with or without the prefix `module.` of several GPUs.
+    """Loads a checkpoint of the 2019 code, with or without the prefix `module.` of `DataParallel`.
 
     Args:
         path: The checkpoint.
@@ -144,7 +145,7 @@ def load_reference(path: str | Path) -> ReferenceModel:
         `loss` is the 2019 code's.
 
     Raises:
-        OptionError: The file is no such checkpoint.
+        OptionError: The file is not such a checkpoint.
 
     Example:
         >>> model = load_reference(path)

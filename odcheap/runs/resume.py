@@ -1,7 +1,8 @@
 """Resume: which run is continued, from which checkpoint, and with which options.
 
-The place within an epoch is the state of `data.base.ResumableBatches`, the running metrics are kept by
-`training.module`, and `training.callbacks` saves the checkpoints.
+What a checkpoint contains beside Lightning's own state comes from three objects: the loader
+(`data.base.ResumableBatches`) saves the position within the epoch, the `DistillationModule` the running metrics, and
+the callback `Record`, which also writes the checkpoints, the history and the selection.
 """
 
 import os
@@ -26,7 +27,7 @@ from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_atomic
 
-# What may differ between a run and its continuation: where and on what it runs, not what it computes.
+# Options that may differ when a run is resumed: they determine where it runs, but not its results.
 CHANGEABLE_OPTIONS = (
     "trainer",
     "data_dir",
@@ -49,7 +50,8 @@ CHANGEABLE_OPTIONS = (
     "kernels",
     "method.teacher_weights",
 )
-# Where a run writes besides its folder, and what Hydra does, is not taken from a checkpoint, which may be a stranger's.
+# Options that are not taken from a checkpoint, since it may come from an untrusted source: they could make the run
+# write outside its folder, or make Hydra call something.
 UNTRUSTED_OPTIONS = ("hydra", "logger.", "trainer.default_root_dir", "trainer.logger", "trainer.callbacks")
 
 
@@ -58,12 +60,12 @@ class Start:
     """How a run begins.
 
     Attributes:
-        config: The run's config; of a resumed run with the overrides it was started with.
+        config: The run's config. For a resumed run it includes the overrides with which the run was started.
         job_dir: The run's folder.
-        checkpoint: The checkpoint that the run continues from, None for a new run.
+        checkpoint: The checkpoint from which the run continues, None for a new run.
         content: The content of the checkpoint.
         in_own_folder: Whether the checkpoint is in `job_dir`.
-        is_finished: Whether there is nothing left to do.
+        is_finished: Whether the run is already finished.
     """
 
     config: RunConfig
@@ -84,33 +86,36 @@ def plan_start(
     default_resume: str | None = None,
     is_restarted: bool = False,
 ) -> Start:
-    """Finds out whether the run starts anew or continues an older one.
+    """Decides whether a new run starts or an older one continues.
 
-    With `resume` the overrides that the run was started with are applied again.
+    With `resume`, the overrides with which the run was started are applied again.
 
     Args:
-        config: The config of the options given.
-        compose: Composes and checks a config from overrides.
-        default_resume: Stands for `resume` where that is not given.
-        is_restarted: Whether this very command was started before: what it left in `job_dir` then goes before any
-            `resume` that was given.
+        config: The config, composed from the options on the command line.
+        compose: A function that composes a config from overrides and checks it.
+        default_resume: The value of `resume` if it is not given.
+        is_restarted: Whether a cluster has started the same command before. Then the checkpoints in `job_dir` are
+            continued, even if another `resume` was given.
 
     Raises:
-        OptionError: An override given anew would change the experiment, a checkpoint is missing or unusable, or the
+        OptionError: An override would change the resumed experiment, a checkpoint is missing or unusable, or the
             folder holds another run.
     """
+    # Find the checkpoint. Without one a new run starts.
     cfg = config.cfg
     resume = cfg.resume or (None if cfg.overwrite else default_resume)
     if is_restarted and not cfg.overwrite and list_checkpoints(Path(cfg.job_dir)):
         resume = "auto"
     if cfg.test_only and not (cfg.resume or cfg.weights):
         raise OptionError("test_only", True, "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
-    found = locate_checkpoint(cfg, resume) if resume and (cfg.resume or not cfg.test_only) else None
-    if found is None:
+    located = locate_checkpoint(cfg, resume) if resume and (cfg.resume or not cfg.test_only) else None
+    if located is None:
         if not cfg.test_only:
             check_unoccupied(Path(cfg.job_dir), cfg.overwrite)
         return Start(config, Path(cfg.job_dir))
-    own_dir, checkpoint, content = found
+
+    # The run continues in its own folder, unless another one was given.
+    own_dir, checkpoint, content = located
     is_given = resume != "auto" and any(override_key(override) == "job_dir" for override in config.overrides)
     job_dir = Path(cfg.job_dir) if is_given else own_dir
     if job_dir is None:
@@ -118,6 +123,8 @@ def plan_start(
             "resume", resume, "is in no run's checkpoints folder: give the folder of the continued run with job_dir="
         )
     in_own_folder = own_dir is not None and job_dir.resolve() == own_dir.resolve()
+
+    # Apply the old overrides and the new ones. Refuse to overwrite newer checkpoints or another run.
     merged = reapply_overrides(content["odcheap"], config.overrides, job_dir, compose)
     if cfg.test_only:
         return Start(merged, job_dir, checkpoint, content, in_own_folder)
@@ -131,10 +138,10 @@ def plan_start(
 
 
 def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path | None, Path, dict[str, Any]] | None:
-    """Finds the checkpoint that `resume` means.
+    """Finds the checkpoint that the option `resume` names.
 
     Returns:
-        The run's folder (None for a checkpoint that is in none), the checkpoint and its content. None where
+        The run's folder (None if the checkpoint is not in a run's folder), the checkpoint and its content. None if
         `resume=auto` finds nothing to continue.
     """
     if resume != "auto" and not Path(resume).is_dir():
@@ -142,12 +149,12 @@ def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path | None, Path, 
         folder = checkpoint.parent
         return (folder.parent if folder.name == "checkpoints" else None), checkpoint, content
     job_dir = Path(cfg.job_dir) if resume == "auto" else Path(resume)
-    found = find_selected_checkpoint(job_dir) if cfg.test_only else find_newest_usable(job_dir)
-    if found is None:
+    usable = find_selected_checkpoint(job_dir) if cfg.test_only else find_newest_usable(job_dir)
+    if usable is None:
         if resume == "auto" and not cfg.test_only:
             return None
         raise OptionError("resume", resume, f"{job_dir} holds no usable checkpoint in checkpoints/")
-    return job_dir, *found
+    return job_dir, *usable
 
 
 def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -160,25 +167,27 @@ def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | Non
 
 
 def check_newest(checkpoint: Path, overwrite: bool) -> None:
-    """Raises `OptionError` where a run would go back to an earlier checkpoint without `overwrite`."""
+    """Raises `OptionError` if newer checkpoints would be lost and `overwrite` does not allow it."""
     if not overwrite and checkpoint.name != list_checkpoints(checkpoint.parent.parent)[-1].name:
-        ways = "overwrite=true throws the later ones away, another job_dir keeps them"
+        ways = "overwrite=true removes the newer ones, another job_dir keeps them"
         raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")
 
 
 def reapply_overrides(
     saved: Mapping[str, Any], overrides: Sequence[str], job_dir: Path, compose: Callable[[Sequence[str]], RunConfig]
 ) -> RunConfig:
-    """Composes the config of a resumed run: the overrides it was started with, then those given anew.
+    """Composes the config of a resumed run: first the overrides of its start, then the new ones.
 
     Raises:
-        OptionError: The result differs from the saved config in what is computed.
+        OptionError: The config differs from the saved one in an option that may not change.
     """
-    given = {override_key(override) for override in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
+    replaced = {override_key(override) for override in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
     kept = [o for o in saved["overrides"] if not o.lstrip("+~").startswith(UNTRUSTED_OPTIONS)]
-    kept = [override for override in kept if override_key(override) not in given]
-    anew = [override for override in overrides if override_key(override) != "job_dir"]
-    merged = compose([*kept, *anew, f"job_dir={os.path.join('.', job_dir)}"])
+    kept = [override for override in kept if override_key(override) not in replaced]
+    new = [override for override in overrides if override_key(override) != "job_dir"]
+    merged = compose([*kept, *new, f"job_dir={os.path.join('.', job_dir)}"])
+
+    # Root options are compared first, since options in groups may repeat them.
     before, now = flatten(saved["config"]), flatten(merged.to_settings())
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
         may_change = any(name == option or name.startswith(f"{option}.") for option in CHANGEABLE_OPTIONS)
@@ -191,19 +200,19 @@ def reapply_overrides(
 
 
 def prepare_folder(start: Start) -> None:
-    """Makes the folder of a training run, and clears what `overwrite` says is to go."""
+    """Makes the folder of a training run, and removes the files that `overwrite` replaces."""
     make_folder(start.job_dir)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
     remove_partial_files(start.job_dir)
     if start.cfg.overwrite:
         if (start.job_dir / "export").exists():
-            say(f"warning: {start.job_dir}/export is left from the run that is overwritten")
+            say(f"warning: {start.job_dir}/export remains from the run that is overwritten")
         remove_outputs(start.job_dir, keep_until=start.checkpoint if start.in_own_folder else None)
     copy_selected_checkpoint(start)
 
 
 def copy_selected_checkpoint(start: Start) -> None:
-    """Copies the selected epoch's checkpoint to the folder of a run that goes on elsewhere: it may be needed again."""
+    """Copies the selected epoch's checkpoint if the run continues in another folder, where it may be needed."""
     if start.checkpoint is None or start.content is None or start.in_own_folder:
         return
     record = start.content["callbacks"]["Record"]
@@ -212,6 +221,6 @@ def copy_selected_checkpoint(start: Start) -> None:
     target = epoch_path(start.job_dir, record["selected"]["epoch"])
     source = start.checkpoint.with_name(target.name)
     if not source.is_file():
-        raise OptionError("resume", start.checkpoint, f"the selected epoch's {source.name} must lie beside it")
+        raise OptionError("resume", start.checkpoint, f"the selected epoch's {source.name} must be in the same folder")
     content = source.read_bytes()
     write_atomic(target, lambda file: file.write(content))

@@ -1,4 +1,4 @@
-"""A run's config with the names of its parts, and how it is written to the disk."""
+"""A run's config with the names of its parts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -13,9 +13,9 @@ class RunConfig:
 
     Attributes:
         cfg: The config.
-        parts: The option name of the chosen part by group (`{"block_type": "DW"}`). Loggers, of which there may be
-            several, have their names in `cfg.logger`.
-        overrides: The options as they were given.
+        parts: The name of the chosen part by group (`{"block_type": "DW"}`). Loggers are not included: there may be
+            several, and `cfg.logger` has their names.
+        overrides: The overrides as they were given.
     """
 
     def __init__(self, cfg: DictConfig, parts: Mapping[str, Any], overrides: Sequence[str]):
@@ -23,7 +23,7 @@ class RunConfig:
         self.parts = {group: name for group, name in parts.items() if isinstance(name, str) and is_part(cfg.get(group))}
 
     def to_settings(self) -> dict[str, Any]:
-        """Returns the resolved config for the disk. Parts have their option names there, not Python paths."""
+        """Returns the resolved config as it is written to the disk, with option names of parts and no Python paths."""
         settings = to_dict(self.cfg)
         for group, name in self.parts.items():
             settings[group] = part_settings(settings[group], name)
@@ -32,17 +32,17 @@ class RunConfig:
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
-    """Returns the resolved config as plain containers."""
+    """Returns the resolved config as plain dicts and lists."""
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def is_part(node: Any) -> bool:
-    """Whether a config node describes a class or function with its options."""
+    """Returns whether a config node describes a class or function with its options."""
     return isinstance(node, Mapping | DictConfig) and "_target_" in node
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested options by dotted names.
+    """Returns nested options as one dict with dotted names.
 
     Example:
         >>> flatten({"a": {"b": 1}, "c": 2})

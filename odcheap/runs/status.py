@@ -1,4 +1,4 @@
-"""`status.json` in a run's folder: whether the run is going on, where, or why it failed."""
+"""The file `status.json` in a run's folder, and the lock of the folder."""
 
 import json
 import os
@@ -18,33 +18,33 @@ State = Literal["running", "stopped", "failed", "finished"]
 
 
 def write_status(job_dir: Path, state: State, reason: str = "") -> None:
-    """Writes the state of the run, with the process and the host that write it."""
+    """Writes the state of the run, with the process and the host of the writer."""
     status = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
     write_json(job_dir / FILE_NAME, status)
 
 
 def read_status(job_dir: Path) -> dict[str, Any]:
-    """Returns the latest status, empty where there is none."""
+    """Returns the latest status, or an empty dict if there is none."""
     path = job_dir / FILE_NAME
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote the status still runs; one of another host is assumed to."""
+    """Returns whether the process that wrote the status still runs. This is assumed if it is on another host."""
     if status.get("host") != socket.gethostname():
         return True
     try:
         os.kill(int(status["pid"]), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # another user's process
         return True
     return True
 
 
 @contextmanager
 def lock_folder(job_dir: Path) -> Generator[None]:
-    """Keeps other processes from training in the folder. The lock of a process that dies is free again.
+    """Keeps other processes from training in the folder. The lock of a process that has died is free.
 
     Raises:
         OptionError: Another process holds the lock.

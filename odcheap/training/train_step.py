@@ -17,14 +17,14 @@ from odcheap.data.base import Batch
 from odcheap.methods.base import Method
 from odcheap.utils.errors import first_line
 
-# Relative difference up to which a replay equals an eager step: rounding in bfloat16 and sums in changing order stay
-# far below it, a stale or missing part of the computation lies far above.
+# The largest relative difference between a replay and an eager step. Differences by rounding in bfloat16 and by another
+# order of sums are far smaller; if a part of the computation is outdated or missing, they are far larger.
 TOLERANCE = 0.05
-WARM_UP = 3  # eager steps with each shape of batch, in which libraries choose kernels and momentum is allocated
+WARM_UP = 3  # eager steps with each batch shape before recording: libraries choose kernels, momentum is allocated
 
 
 class StepResult(NamedTuple):
-    """What a training step computed, detached from the autograd graph.
+    """The result of a training step, detached from the autograd graph.
 
     Attributes:
         terms: The loss terms by name, scalars; `loss` is their sum.
@@ -44,10 +44,10 @@ class GradientOptions(NamedTuple):
     """How a step treats its gradients; the first three are options of Lightning's `Trainer`.
 
     Attributes:
-        accumulate_grad_batches: Batches whose gradients are averaged for one step of the optimizer.
-        gradient_clip_val: Largest norm (or value) of the gradients; None does not clip.
+        accumulate_grad_batches: Number of batches whose gradients are averaged for one optimizer step.
+        gradient_clip_val: Largest norm or value of the gradients; None does not clip.
         gradient_clip_algorithm: Whether the norm or each value is clipped.
-        skip_nonfinite: Whether a step is left out where a gradient is not finite. Each step then waits for the device.
+        skip_nonfinite: Whether steps whose gradients are not finite are skipped. Each step then waits for the device.
     """
 
     accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
@@ -57,12 +57,12 @@ class GradientOptions(NamedTuple):
 
 
 def to_single_precision(outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Converts bfloat16 outputs to float32: losses and accuracies are computed in single precision."""
+    """Converts bfloat16 outputs to float32, in which losses and accuracies are computed."""
     return {name: t.float() if t is not None and t.dtype == torch.bfloat16 else t for name, t in outputs.items()}
 
 
 def has_finite_gradients(network: nn.Module) -> Tensor:
-    """Returns a boolean scalar on the gradients' device, without waiting for it."""
+    """Returns whether all gradients are finite, as a boolean scalar on their device, without waiting for it."""
     return torch.isfinite(get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
 
 
@@ -71,10 +71,10 @@ class EagerStep:
 
     Args:
         method: The method to train.
-        optimizer: An optimizer over its parameters.
+        optimizer: An optimizer of its parameters.
         options: How gradients are accumulated, clipped and checked.
-        scaler: The scaler of float16 training, whose scaled loss `backward` differentiates.
-        backward: Computes the gradients of a loss; `Tensor.backward`, or Lightning's, which averages over processes.
+        scaler: The gradient scaler of float16 training; `backward` then scales the loss.
+        backward: A function that computes the gradients of a loss. Lightning's averages them over processes.
     """
 
     def __init__(
@@ -91,19 +91,19 @@ class EagerStep:
         self.buffers: list[Tensor] = []
 
     def __call__(self, batch: Batch, update: bool = True) -> StepResult:
-        """Trains on a batch, under the autocast in force.
+        """Trains on a batch, under the current autocast.
 
         Args:
             batch: Images (N, C, H, W), or (S, N, C, H, W) with a view for each student, and labels (N,).
-            update: Whether the optimizer takes a step; False only accumulates gradients.
+            update: Whether the optimizer takes a step. False only accumulates gradients.
         """
         if not self.accumulating:
             self.optimizer.zero_grad(set_to_none=True)
-            if self.options.skip_nonfinite:  # a bad batch changes batch norm's statistics before its loss is known
+            if self.options.skip_nonfinite:  # to restore batch norm's statistics if the step is skipped
                 self.buffers = [buffer.clone() for buffer in self.method.buffers()]
         self.accumulating = not update
         outputs = to_single_precision(self.method(batch.images))
-        # Losses are computed in float32; backward uses the types of the forward pass by itself.
+        # Losses are computed in float32. The backward pass uses the types of the forward pass anyway.
         with torch.autocast(batch.images.device.type, enabled=False):
             terms = self.method.loss(outputs, batch.target)
             weight = batch.share / self.options.accumulate_grad_batches
@@ -113,7 +113,7 @@ class EagerStep:
         return StepResult({name: term.detach() for name, term in terms.items()}, kept, finite, taken)
 
     def update(self) -> tuple[Tensor, bool]:
-        """Takes the optimizer's step; returns whether the gradients were finite and whether the step was taken."""
+        """Takes the optimizer's step. Returns whether the gradients were finite and whether the step was taken."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         finite = has_finite_gradients(self.method)
@@ -130,6 +130,7 @@ class EagerStep:
         return finite, taken
 
     def clip(self) -> None:
+        """Clips the gradients, by norm in each group of parameters that the method names."""
         limit = self.options.gradient_clip_val
         if not limit:
             return
@@ -141,7 +142,7 @@ class EagerStep:
 
 
 class CudaGraphs:
-    """Runs work on a CUDA stream of its own, or records it there as a CUDA graph."""
+    """Runs steps on a separate CUDA stream, or records them there as CUDA graphs."""
 
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -154,20 +155,20 @@ class CudaGraphs:
         return result
 
     def record(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
-        """Records the work without computing anything.
+        """Records the work without running it.
 
         Returns:
-            A function that replays it, and the result whose tensors each replay overwrites.
+            A function that replays the work, and the result, whose tensors each replay overwrites.
         """
         graph = torch.cuda.CUDAGraph()
-        # thread_local: data loaders pin memory in threads of their own meanwhile
+        # thread_local, since data loaders pin memory in other threads meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
 
 
 class Recording(NamedTuple):
-    """A recorded step: the tensors it reads (batch, learning rates), its replay, and the result that it writes."""
+    """A recorded step: the batch and the learning rates that it reads, its replay, and the result that it writes."""
 
     batch: Batch
     rates: list[Tensor]
@@ -176,16 +177,16 @@ class Recording(NamedTuple):
 
 
 class GraphStep:
-    """An eager step that is recorded as a CUDA graph for each shape of batch, after some eager steps with it.
+    """A training step that is recorded as a CUDA graph for each batch shape, after a few eager steps with that shape.
 
-    A recording is compared with an eager step before it is used: both must change the weights alike, from the same
-    state. Where they do not, or where the step cannot be recorded (because it waits for the GPU, for instance),
-    `on_refused` is called with the reason and all steps stay eager. Results are valid until the next call.
+    Before a recording is used it is compared with an eager step: from the same state, both must change the weights in
+    the same way. If they do not, or if the step cannot be recorded (for example because it waits for the GPU),
+    `on_refused` is called with the reason, and all further steps are eager. Results are valid until the next call.
 
     Args:
-        eager: The step to record, of one process, without accumulation, clipping, skipping and scaling.
-        graphs: Runs and records.
-        on_refused: Is called with the reason where the step stays eager.
+        eager: The step to record. It must not accumulate, clip, scale or skip, and there must be one process.
+        graphs: Runs and records the step.
+        on_refused: A function that is called with the reason if the step stays eager.
     """
 
     def __init__(self, eager: EagerStep, graphs: CudaGraphs, on_refused: Callable[[str], None]):
@@ -217,42 +218,43 @@ class GraphStep:
         return recording.result
 
     def try_recording(self, shape: tuple[int, ...], batch: Batch) -> None:
-        """Records a step for this shape and keeps it where its replay equals an eager step."""
+        """Records a step for this shape, and keeps the recording if its replay equals an eager step."""
         try:
             expected = self.measure_change(lambda: self.run_eager(batch))
             recording = self.record(batch)
-            found = self.measure_change(lambda: self.replay(recording, batch))
+            replayed = self.measure_change(lambda: self.replay(recording, batch))
         except RuntimeError as error:
             self.is_refused = True
-            # Leaving the recording fails as well, with an error that says less than the first one.
+            # The end of a failed recording raises a second error, which says less than the first one.
             self.on_refused(first_line(error.__context__ or error))
             return
-        difference = max(relative_difference(a, b) for a, b in zip(found, expected, strict=True))
+        difference = max(relative_difference(a, b) for a, b in zip(replayed, expected, strict=True))
         if difference < TOLERANCE:
             self.recordings[shape] = recording
         else:
             self.is_refused = True
-            self.on_refused(f"its replay changes the weights otherwise than an eager step, by {difference:.1%}")
+            self.on_refused(f"its replay changes the weights differently from an eager step, by {difference:.1%}")
 
     def record(self, batch: Batch) -> Recording:
+        """Records a step on a copy of the batch, into which replays copy theirs."""
         batch = batch._replace(images=batch.images.clone(), target=batch.target.clone())
+        # The learning rates become tensors, which each replay reads. As numbers they would be constants of the graph.
         groups = self.optimizer.param_groups
-        given = [group["lr"] for group in groups]
-        # As tensors, the learning rates are read anew by each replay; as numbers they would be part of the graph.
-        rates = [torch.full((), lr, device=batch.images.device, dtype=torch.float32) for lr in given]
-        torch.clear_autocast_cache()  # weights that were cast before the recording would keep their values of now
+        numbers = [group["lr"] for group in groups]
+        rates = [torch.full((), lr, device=batch.images.device, dtype=torch.float32) for lr in numbers]
+        torch.clear_autocast_cache()  # otherwise the graph would read weights that were cast before the recording
         try:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             replay, result = self.graphs.record(lambda: self.eager(batch))
         finally:
-            for group, lr in zip(groups, given, strict=True):
+            for group, lr in zip(groups, numbers, strict=True):
                 group["lr"] = lr
             torch.clear_autocast_cache()
         return Recording(batch, rates, replay, result)
 
     def measure_change(self, step: Callable[[], object]) -> list[list[Tensor]]:
-        """Returns how a step changes weights, optimizer state and buffers; all of it and the random state are reset."""
+        """Returns the changes of weights, optimizer state and buffers by a step, and then undoes the step."""
         before = [[t.detach().clone() for t in kind] for kind in self.list_state()]
         device = next(self.method.parameters()).device
         try:
@@ -269,15 +271,16 @@ class GraphStep:
                         a.copy_(b)
 
     def list_state(self) -> list[list[Tensor]]:
+        """Returns the tensors that a step changes: weights, optimizer state and buffers."""
         states = self.optimizer.state.values()
         of_optimizer = [t for state in states for t in state.values() if isinstance(t, Tensor)]
         return [list(self.method.parameters()), of_optimizer, list(self.method.buffers())]
 
 
-def relative_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Returns the norm of the difference of two lists of tensors, divided by the norm of the second."""
+def relative_difference(measured: list[Tensor], expected: list[Tensor]) -> float:
+    """Returns the norm of the difference of two lists of tensors, divided by the norm of the second one."""
     if not expected:
         return 0.0
-    difference = get_total_norm([a - b for a, b in zip(found, expected, strict=True)])
-    length = get_total_norm(expected)
-    return (difference / length).item() if length > 0 else difference.item()
+    difference = get_total_norm([a - b for a, b in zip(measured, expected, strict=True)])
+    norm = get_total_norm(expected)
+    return (difference / norm).item() if norm > 0 else difference.item()

@@ -145,5 +145,5 @@ def test_no_process_outlives_another_that_was_killed(tmp_path, whom):
         assert run.end() == -signal.SIGKILL  # its workers hold the pipe: they have ended too
     else:
         assert run.end() == 1
-        assert "error: process 1 was killed by SIGKILL (out of memory?); the others were ended\n" in run.said
+        assert "error: process 1 was killed by SIGKILL (out of memory?); the others were stopped\n" in run.said
     assert ranks(f"job_dir={job_dir}") == {}

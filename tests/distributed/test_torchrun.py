@@ -18,7 +18,7 @@ def agent(tmp_path, worker, **own):
     ("worker", "status", "line"),
     [
         ("", 0, ""),
-        ("sys.exit(3 * rank)", 1, "error: process 1 ended with status 3; the others were ended\n"),
+        ("sys.exit(3 * rank)", 1, "error: process 1 ended with status 3; the others were stopped\n"),
         ("rank or os.kill(os.getpid(), signal.SIGKILL)", 1, "error: process 0 was killed by SIGKILL (out of memory?)"),
         ("sys.exit(143)", 143, ""),
     ],

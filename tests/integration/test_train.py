@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_elsewhere_takes_the_selected_epoch_along(command, tm
     (first / "checkpoints" / "epoch-0000.ckpt").unlink()
     result = command(place, f"job_dir={tmp_path}/third")
     assert result.status == 1
-    assert "the selected epoch's epoch-0000.ckpt must lie beside it" in result.err
+    assert "the selected epoch's epoch-0000.ckpt must be in the same folder" in result.err
 
 
 def test_a_run_that_ended_before_its_summary_was_written_is_completed(finished, command):
@@ -231,7 +231,7 @@ def test_going_back_within_a_run_is_refused_or_throws_the_later_part_away(finish
     place = f"resume={finished}/checkpoints/epoch-0000.ckpt"
     result = command(place)
     assert result.status == 1
-    assert "is not its run's newest checkpoint; overwrite=true throws the later ones away" in result.err
+    assert "is not its run's newest checkpoint; overwrite=true removes the newer ones" in result.err
     assert hashes(finished) == before
     straight = summary(finished)
     assert command(place, "overwrite=true").status == 0
@@ -342,7 +342,7 @@ def test_a_finished_run_is_refused_or_overwritten(finished, command):
     before = hashes(finished)
     result = command(*TINY, f"job_dir={finished}")
     assert result.status == 1
-    assert "holds a finished run; resume=auto continues it, overwrite=true starts anew" in result.err
+    assert "holds a finished run; resume=auto continues it, overwrite=true replaces it" in result.err
     assert hashes(finished) == before
     assert command(*TINY, "seed=1", f"job_dir={finished}", "overwrite=true").status == 0
     assert summary(finished)["seed"] == 1

@@ -39,7 +39,7 @@ def test_flat():
 
 def test_an_occupied_folder_is_refused_with_the_three_ways_out(tmp_path):
     check_unoccupied(tmp_path, overwrite=False)
-    ways = "resume=auto continues it, overwrite=true starts anew, another job_dir leaves it"
+    ways = "resume=auto continues it, overwrite=true replaces it, another job_dir keeps it"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch-0000.ckpt").write_text("")
     with pytest.raises(OptionError, match=f"holds an unfinished run; {ways}"):

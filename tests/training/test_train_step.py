@@ -126,7 +126,8 @@ class Waiting(Recorder):
 
 
 @pytest.mark.parametrize(
-    ("recorder", "reason"), [(Stale, "its replay changes the weights otherwise"), (Waiting, "operation not permitted")]
+    ("recorder", "reason"),
+    [(Stale, "its replay changes the weights differently"), (Waiting, "operation not permitted")],
 )
 def test_a_step_that_cannot_be_recorded_stays_plain_and_says_why(recorder, reason):
     method, optimizer, schedule = made()

@@ -60,7 +60,7 @@ def test_a_process_that_dies_ends_all_with_a_line_and_one_alone_goes_on(tmp_path
     assert run.end() == 1
     assert time.monotonic() - began < 60
     said = "".join(run.said)
-    assert "error: process 1 was killed by SIGKILL (out of memory?); the others were ended" in said
+    assert "error: process 1 was killed by SIGKILL (out of memory?); the others were stopped" in said
     assert "Traceback" not in said
     result = command(f"resume={job_dir}", "trainer=cpu", "trainer.max_epochs=5")
     assert result.status == 0, result.err
