@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.config.compose import compose_config
 from odcheap.config.messages import EXPLAINED_ERRORS, describe_error, hide_library_warnings
-from odcheap.export import latency, onnx
+from odcheap.export import latency
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
 from odcheap.training.summary import describe_machine, list_versions
@@ -148,13 +148,12 @@ def measure_inference(
     """Times a backbone in ONNX Runtime on the CPU with block types, which are given by name; one is `Standard`."""
     networks = {name: build(conv=conv, num_classes=NUM_CLASSES) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
-    files = {name: onnx.fastest_onnx(network, size) for name, network in networks.items()}
-    ms = latency.time_onnx(files, size, BATCHES, seconds)
+    ms = latency.time_networks(networks, size, BATCHES, seconds)
     return [
         {"block_type": name}
         | {f"ms_{batch}": ms[name, batch] for batch in BATCHES}
         | {f"speedup_{batch}": ms["Standard", batch] / ms[name, batch] for batch in BATCHES}
-        for name in files
+        for name in networks
     ]
 
 

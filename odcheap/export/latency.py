@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from odcheap import predict
+from odcheap.export.onnx import export_program, to_onnx
+from odcheap.layers.fuse import cheap_form
 
 ONNX_RUNTIME, PYTORCH = "ONNX Runtime", "PyTorch"
 
@@ -81,13 +83,14 @@ def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Ti
     return min(timing for key, timing in timings.items() if key[:3] == (name, runtime, batch))
 
 
-def time_onnx(
-    models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
+def time_networks(
+    networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> dict[tuple[str, int], float]:
-    """Times ONNX files alternately on the CPU.
+    """Times the ONNX files of networks alternately on the CPU; for the arguments see `onnx_calls`.
 
     Returns:
         Median milliseconds of a call by (name, batch), with the faster number of threads.
     """
+    models = {name: to_onnx(export_program(cheap_form(network), size)) for name, network in networks.items()}
     timings = predict.time_alternately(onnx_calls(models, size, batches), seconds)
-    return {(n, b): 1000 * fastest(timings, n, ONNX_RUNTIME, b).p50 for n in models for b in batches}
+    return {(n, b): 1000 * fastest(timings, n, ONNX_RUNTIME, b).p50 for n in networks for b in batches}

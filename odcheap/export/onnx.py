@@ -15,7 +15,6 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from odcheap.layers.fuse import cheap_form
 from odcheap.utils.errors import OptionError, first_line
 
 INPUT, OUTPUT = "images", "logits"
@@ -96,11 +95,6 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
     if opset is not None:
         set_opset(model, opset)
     return model.SerializeToString()
-
-
-def fastest_onnx(network: nn.Module, image_size: tuple[int, int, int]) -> bytes:
-    """Returns the ONNX file that an export writes, without the normalization."""
-    return to_onnx(export_program(cheap_form(network), image_size))
 
 
 def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from odcheap.export.latency import time_onnx
-from odcheap.export.onnx import fastest_onnx
+from odcheap.export.latency import time_networks
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import build_network, load_network, read_student_settings
 from odcheap.report.load_runs import FinishedRun
@@ -51,7 +50,6 @@ def time_student(
         standard = build_network(settings, "student", path, Standard(), config_dirs).eval()
     except Failure:
         return None
-    size = tuple(settings["image_size"])
-    models = {"student": fastest_onnx(student, size), "standard": fastest_onnx(standard, size)}
-    times = time_onnx(models, size, (1,), seconds)
+    networks = {"student": student, "standard": standard}
+    times = time_networks(networks, tuple(settings["image_size"]), (1,), seconds)
     return times["student", 1], times["standard", 1]

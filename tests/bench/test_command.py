@@ -14,10 +14,10 @@ def quick(monkeypatch):
     """Without the start-up, and with inference times of a machine on which cheap networks are twice as fast."""
     monkeypatch.setattr(command, "measure_start", lambda: 7.5)
 
-    def times(models, size, batches, seconds):
-        return {(name, batch): batch * (2.0 if name == "Standard" else 1.0) for name in models for batch in batches}
+    def times(networks, size, batches, seconds):
+        return {(name, batch): batch * (2.0 if name == "Standard" else 1.0) for name in networks for batch in batches}
 
-    monkeypatch.setattr(latency, "time_onnx", times)
+    monkeypatch.setattr(latency, "time_networks", times)
 
 
 def test_it_measures_prints_and_writes(quick, tmp_path, capsys):

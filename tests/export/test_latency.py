@@ -38,6 +38,5 @@ def test_a_failing_network_leaves_the_threads_as_they_were():
 
 
 def test_times_are_milliseconds_of_one_call():
-    content = onnx.fastest_onnx(CifarResNet(8, DW(), 10), (3, 16, 16))
-    times = latency.time_onnx({"a": content}, (3, 16, 16), (1, 64), seconds=0.05)
+    times = latency.time_networks({"a": CifarResNet(8, DW(), 10)}, (3, 16, 16), (1, 64), seconds=0.05)
     assert 0 < times["a", 1] < times["a", 64] < 10_000
