@@ -10,7 +10,15 @@ from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from odcheap.layers.cheap_conv import CheapConv
 from odcheap.utils.arguments import check_arguments
@@ -178,13 +186,38 @@ def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
 
 
 def count_steps(name: str, value: Any, steps: int) -> Any:
-    """Converts a fraction of the run to a number of steps, at least 1, or a list of fractions to a list of numbers."""
+    """Converts a fraction of the run to a number of steps, at least 1 unless it is 0, or a list of them to a list."""
     fractions = list(value) if is_sequence(value) else [value]
     if not all(0 <= fraction <= 1 for fraction in fractions):
         allowed = "must be a fraction of the run's steps: 0 to 1"
         raise OptionError(f"scheduler.{name}", fractions if is_sequence(value) else value, allowed)
     counts = [round(fraction * steps) for fraction in fractions]
-    return counts if is_sequence(value) else max(1, counts[0])
+    return counts if is_sequence(value) else max(int(value > 0), counts[0])
+
+
+@check_arguments("scheduler")
+def warmup_multistep(
+    optimizer: Optimizer,
+    *,
+    milestones: Sequence[int],
+    warmup: int = 0,
+    gamma: Annotated[float, Field(gt=0)] = 0.1,
+    start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01,
+) -> LRScheduler:
+    """Multiplies the learning rate by `gamma` at each milestone, after a linear warm-up.
+
+    Source: He et al., "Deep residual learning", 2015, section 4.2 (the steps; the warm-up of the deepest network);
+    Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (the linear warm-up).
+
+    Args:
+        optimizer: The optimizer whose learning rate is set.
+        milestones: Steps, counted from the start of the run.
+        warmup: Steps during which the learning rate increases from `start_factor` times its value; 0 for none.
+        gamma: Factor of the learning rate at each milestone.
+        start_factor: Factor of the learning rate at the first step of the warm-up.
+    """
+    steps = MultiStepLR(optimizer, list(milestones), gamma)
+    return ChainedScheduler([LinearLR(optimizer, start_factor, total_iters=warmup), steps]) if warmup else steps
 
 
 @check_arguments("scheduler")

@@ -162,6 +162,7 @@ def test_reference_is_the_2019_code_to_the_letter(composed):
     assert recipe == (0.1, 0.9, False, 2e-4)
     schedule = cfg.scheduler
     assert (cfg.optimizer.decay_norm, list(schedule.milestones), schedule.gamma) == (True, [0.5, 0.75], 0.1)
+    assert schedule.warmup == 0
     assert (cfg.trainer.max_epochs, cfg.backbone.depth, cfg.num_stu) == (300, 56, 4)
 
 

@@ -13,6 +13,7 @@ from odcheap.training.optim import (
     build_scheduler,
     follow_schedule,
     warmup_cosine,
+    warmup_multistep,
 )
 from odcheap.utils.errors import OptionError
 
@@ -27,6 +28,9 @@ ONE_CYCLE = partial(
     anneal_strategy="linear",
     cycle_momentum=False,
     fractions=["total_steps"],
+)
+WARMUP_STEPS = partial(
+    warmup_multistep, milestones=[0.5, 0.75], gamma=0.1, warmup=0.1, fractions=["milestones", "warmup"]
 )
 WARMUP = partial(warmup_cosine, total=1.0, warmup=0.1, start_factor=0.01, fractions=["total", "warmup"])
 
@@ -66,6 +70,16 @@ def test_warmup_then_cosine():
     found = rates(WARMUP, 200)
     assert found[:20] == pytest.approx(np.linspace(0.001, 0.1, 21)[:20], rel=1e-9)
     assert found[20:] == pytest.approx(0.05 * (1 + np.cos(np.pi * np.arange(180) / 180)), abs=1e-9)
+
+
+def test_warmup_then_steps():
+    expected = [0.1 * min(1, 0.01 + 0.99 * s / 20) * 0.1 ** ((s >= 100) + (s >= 150)) for s in range(200)]
+    assert rates(WARMUP_STEPS, 200) == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_warmup_is_the_plain_schedule_and_a_short_run_has_one_step_of_it():
+    assert rates(partial(WARMUP_STEPS, warmup=0), 20) == pytest.approx(rates(STEPS, 20), rel=1e-12)
+    assert rates(partial(WARMUP_STEPS, warmup=0.001), 20)[:2] == pytest.approx([0.001, 0.1])
 
 
 def test_schedules_within_a_schedule_are_built_too():
@@ -154,7 +168,7 @@ def test_build_scheduler_keeps_whole_steps():
     assert build_scheduler(lr_scheduler.StepLR, optimizer, 100, step_size=7).step_size == 7
 
 
-@pytest.mark.parametrize("scheduler", [STEPS, COSINE, ONE_CYCLE, WARMUP])
+@pytest.mark.parametrize("scheduler", [STEPS, COSINE, ONE_CYCLE, WARMUP, WARMUP_STEPS])
 def test_a_schedule_of_another_length_goes_on_as_if_it_had_been_so_from_the_start(scheduler):
     straight = rates(scheduler, 40)
     optimizer, schedule = build_optimization(torch.nn.Linear(1, 1), SGD, scheduler, 40)
