@@ -31,7 +31,8 @@ def load_cifar(
     data_dir: str,
     train_images: Annotated[int, Field(ge=1)],
     test_images: Annotated[int, Field(ge=1)],
-    download: bool,
+    download: bool = True,
+    read_only: bool = False,
 ) -> Images:
     """Loads CIFAR-10 or CIFAR-100.
 
@@ -41,6 +42,7 @@ def load_cifar(
         train_images: The expected number of training image files.
         test_images: The expected number of test image files.
         download: Whether the official files are downloaded if neither is there.
+        read_only: Whether nothing may be written to the folder: no download, and no cache of decoded images.
 
     Raises:
         OptionError: The name is unknown, or the images are missing, incomplete or damaged.
@@ -58,9 +60,10 @@ def load_cifar(
             why = f"{dataset.base_folder} is incomplete or damaged; delete it to have it downloaded again"
             raise missing_error(data_dir, name, why) from error
     if (root / name).is_dir():
-        return load_tree(root / name, train_images, test_images)
-    if not download:
-        raise missing_error(data_dir, name, "and data.load.download is false")
+        return load_tree(root / name, train_images, test_images, read_only)
+    if not download or read_only:
+        reason = "data.load.download is false" if not download else "data.load.read_only is true"
+        raise missing_error(data_dir, name, f"and {reason}")
     print(f"downloading {name} to {escape_control_chars(data_dir)}", flush=True)
     return download_official(dataset, data_dir, name)
 
@@ -95,7 +98,7 @@ def missing_error(data_dir: str, name: str, why: str) -> OptionError:
     )
 
 
-def load_tree(tree: Path, train_images: int, test_images: int) -> Images:
+def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool = False) -> Images:
     """Loads a tree of image files; they are decoded once and cached beside the tree.
 
     Raises:
@@ -117,7 +120,8 @@ def load_tree(tree: Path, train_images: int, test_images: int) -> Images:
         return {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
 
     key = hash_file_stats(paths["train"] + paths["test"])
-    tensors = load_cached(tree.parent / f".{tree.name}.safetensors", key, decode)
+    cache = tree.parent / f".{tree.name}.safetensors"
+    tensors = load_cached(cache, key, decode, write=not read_only)
     return Images(**tensors, classes=classes, test_files=paths["test"])
 
 
@@ -144,8 +148,8 @@ def hash_file_stats(paths: list[Path]) -> str:
     return whole.hexdigest()
 
 
-def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the tensors that `path` holds under this key, or creates and writes them.
+def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]], write: bool = True) -> dict[str, Tensor]:
+    """Returns the tensors that `path` holds under this key, or creates them and, with `write`, writes them.
 
     A damaged or outdated file is replaced. If it cannot be written, a line is printed.
     """
@@ -157,6 +161,8 @@ def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]]) -
         except OptionError as error:
             print(f"decoding again: {error}", flush=True)
     tensors = create()
+    if not write:
+        return tensors
     content = save(tensors, metadata={"key": key})
     try:
         write_atomic(path, lambda file: file.write(content))

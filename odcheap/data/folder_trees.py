@@ -69,7 +69,7 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def list_imagenet(data_dir: str) -> Tree:
+def list_imagenet(data_dir: str, read_only: bool = False) -> Tree:
     """Lists ILSVRC-2012: `train/<wnid>/*`, and `val/<wnid>/*` as the test images.
 
     If there are only the official archives, they are unpacked.
@@ -78,7 +78,7 @@ def list_imagenet(data_dir: str) -> Tree:
         OptionError: There is neither, or train and val have different classes.
     """
     root = Path(data_dir)
-    if not (root / "train").is_dir() and (root / archives.ARCHIVE_META["train"][0]).is_file():
+    if not (root / "train").is_dir() and (root / archives.ARCHIVE_META["train"][0]).is_file() and not read_only:
         unpack_imagenet(root)
     if not all((root / part).is_dir() for part in ("train", "val")):
         names = ", ".join(name for name, _ in archives.ARCHIVE_META.values())

@@ -27,7 +27,7 @@ from odcheap.export.load_run import RunStudent
 from odcheap.export.onnx import MAX_DIFFERENCE
 from odcheap.utils.console import console, say
 from odcheap.utils.errors import Failure, OptionError, first_line
-from odcheap.utils.parts import build_part
+from odcheap.utils.parts import build_part, read_part
 from odcheap.utils.text import escape_control_chars
 
 INT8 = "student-int8.onnx"
@@ -98,8 +98,9 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
         settings = dict(config["data"])
         if isinstance(settings.get("load"), dict):
             load = settings["load"]
-            changes = {"data_dir": data_dir or load.get("data_dir"), "download": False}
-            settings["load"] = load | {option: value for option, value in changes.items() if option in load}
+            changes = {"data_dir": data_dir or load.get("data_dir"), "read_only": True}
+            known = read_part("data", settings.get("part"), config_dirs).get("load") or {}
+            settings["load"] = load | {option: value for option, value in changes.items() if option in known}
         data = build_part("data", settings, config_dirs=config_dirs)
         data.read()
     except OptionError:

@@ -22,10 +22,12 @@ from odcheap.runs.folder import (
     remove_partial_files,
 )
 from odcheap.runs.overrides import find_override, override_key
+from odcheap.runs.saved_options import DATA_FOLDERS, READ_ONLY, select_saved_overrides
 from odcheap.runs.settings import RunConfig, flatten
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_atomic
+from odcheap.utils.text import escape_control_chars
 
 # Options that may differ when a run is resumed: they determine where it runs, but not its results.
 CHANGEABLE_OPTIONS = (
@@ -41,6 +43,7 @@ CHANGEABLE_OPTIONS = (
     "on_nonfinite",
     "max_skipped",
     "data.load.data_dir",
+    "data.load.read_only",
     "data.workers",
     "data.max_broken",
     "experiment",
@@ -50,9 +53,6 @@ CHANGEABLE_OPTIONS = (
     "kernels",
     "method.teacher_weights",
 )
-# Options that are not taken from a checkpoint, since it may come from an untrusted source: they could make the run
-# write outside its folder, or make Hydra call something.
-UNTRUSTED_OPTIONS = ("hydra", "logger.", "trainer.default_root_dir", "trainer.logger", "trainer.callbacks")
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,24 @@ def check_newest(checkpoint: Path, overwrite: bool) -> None:
 def reapply_overrides(
     saved: Mapping[str, Any], overrides: Sequence[str], job_dir: Path, compose: Callable[[Sequence[str]], RunConfig]
 ) -> RunConfig:
-    """Composes the config of a resumed run: first the overrides of its start, then the new ones.
+    """Composes the config of a resumed run: first the saved options of its experiment, then the new overrides.
+
+    The checkpoint may come from a stranger (see `runs.saved_options`). If only the checkpoint names the folder of the
+    images, nothing is downloaded, unpacked or cached there.
 
     Raises:
-        OptionError: The config differs from the saved one in an option that may not change.
+        OptionError: The config differs from the saved one in an option that may not change, or a saved override has
+            a value that is not plain.
     """
-    replaced = {override_key(override) for override in overrides} | {"job_dir", "resume", "overwrite", "test_only"}
-    kept = [o for o in saved["overrides"] if not o.lstrip("+~").startswith(UNTRUSTED_OPTIONS)]
-    kept = [override for override in kept if override_key(override) not in replaced]
+    kept, left_out = select_saved_overrides(saved["overrides"], overrides)
+    if left_out:
+        names = escape_control_chars(", ".join(left_out))
+        say(f"not taken from the checkpoint: {names} (give them again to have them)")
     new = [override for override in overrides if override_key(override) != "job_dir"]
-    merged = compose([*kept, *new, f"job_dir={os.path.join('.', job_dir)}"])
+    composed = [*kept, *new, f"job_dir={os.path.join('.', job_dir)}"]
+    merged = compose(composed)
+    if any(override_key(o) in DATA_FOLDERS for o in kept) and "read_only" in (merged.cfg.data.get("load") or {}):
+        merged = compose([*composed, READ_ONLY])
 
     # Root options are compared first, since options in groups may repeat them.
     before, now = flatten(saved["config"]), flatten(merged.to_settings())

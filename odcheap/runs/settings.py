@@ -1,9 +1,11 @@
 """A run's config with the names of its parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers.oc import env
 
 from odcheap.utils.parts import part_settings
 
@@ -23,12 +25,27 @@ class RunConfig:
         self.parts = {group: name for group, name in parts.items() if isinstance(name, str) and is_part(cfg.get(group))}
 
     def to_settings(self) -> dict[str, Any]:
-        """Returns the resolved config as it is written to the disk, with option names of parts and no Python paths."""
-        settings = to_dict(self.cfg)
+        """Returns the resolved config for the disk.
+
+        Parts have their option names there, not Python paths. What refers to the environment (`${oc.env:NAME}`) is
+        written as the reference: the values of the environment, which may be secret, are not written.
+        """
+        with unread_environment():
+            settings = to_dict(self.cfg)
         for group, name in self.parts.items():
             settings[group] = part_settings(settings[group], name)
         loggers = settings.get("logger") or {}
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
+
+
+@contextmanager
+def unread_environment() -> Generator[None]:
+    """Resolves `${oc.env:NAME}` to this text itself instead of the variable's value."""
+    OmegaConf.register_new_resolver("oc.env", lambda *names: f"${{oc.env:{','.join(map(str, names))}}}", replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", env, replace=True)
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:

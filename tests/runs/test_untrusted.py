@@ -1,56 +1,152 @@
 """A checkpoint from a stranger: its options call nothing and write nowhere."""
 
+import socket
+
+import numpy as np
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from odcheap.utils.files import read_torch, write_checkpoint
 
-HOSTILE = [
+CANARY = "canary-of-the-environment"
+
+# Each is put into a checkpoint with a correct checksum. OUT is a folder outside of the run, URL a server of the test.
+REFUSED = [  # within the closed list of options, but no plain value
     "method._target_=os.system",
     "method._target_=odcheap.utils.files.write_text",
-    "+method.students={_target_: os.system, _args_: [touch owned]}",
     "block_type._target_=torch.load",
     "backbone._target_=torch.hub.load",
     "data.load._target_=odcheap.data.folder_trees.unpack_imagenet",
     "data.load._target_=${seed}",
-    "+trainer.profiler={_target_: builtins.open, file: owned, mode: w}",
-    "+trainer.plugins=[{_target_: subprocess.run}]",
     "optimizer._target_=odcheap.utils.files.os.system",
     "block_type=../../outside",
+    "data.name=${oc.env:CANARY}",
+    "data.name='${oc.decode:${oc.env:CANARY}}'",
+    "seed=${oc.env:CANARY}",
+    "data_dir=${oc.env:CANARY}",
+    "backbone.name=hf-hub:stranger/model",
+    "optimizer.lr={_target_: os.system, _args_: [touch OUT]}",
+    "seed=1,2",
+    "trainer.precision=${oc.env:CANARY}",
+    "trainer.max_epochs=${oc.env:CANARY}",
+    "experiment=../x",
+    "experiment=[quickstart,../x]",
+    "data@trainer=digits",
+]
+LEFT_OUT = [  # outside of the closed list: the run goes on without them
+    "+method.students={_target_: os.system, _args_: [touch OUT]}",
+    "+trainer.profiler={_target_: builtins.open, file: OUT, mode: w}",
+    "+trainer.profiler=simple",
+    "+trainer.plugins=[{_target_: subprocess.run}]",
+    "+trainer.callbacks=[{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: OUT}]",
+    "+trainer.logger=OUT",
+    "+trainer.fast_dev_run=true",
+    "+trainer.limit_test_batches=1",
+    "trainer.default_root_dir=OUT",
+    "trainer.devices=64",
+    "trainer=ddp",
+    "logger=mlflow",
+    "logger=wandb",
+    "logger=tensorboard",
+    "logger.mlflow.tracking_uri=URL/${oc.env:CANARY}",
+    "logger.tensorboard.save_dir=OUT",
+    "+logger.tensorboard={_target_: pytorch_lightning.loggers.TensorBoardLogger, save_dir: OUT}",
+    "+logger.mlflow={_target_: pytorch_lightning.loggers.MLFlowLogger, tracking_uri: URL}",
+    "hydra.sweep.dir=OUT",
+    "hydra/launcher=joblib",
+    "+note=${oc.env:CANARY}",
+    "data.workers=64",
+    "data_dir=OUT",
+    "checkpoint_keep=1",
+    "backbone.pretrained=URL/model.pth",
+    "~method",
 ]
 
 
 @pytest.fixture
 def checkpoint(command, tmp_path):
-    """Of a finished run, the folder of which is gone."""
+    """The checkpoint of the first of two epochs, as a run leaves it that was interrupted."""
     assert command(*TINY, "trainer.max_epochs=1", f"job_dir={tmp_path}/run").status == 0
+    for name in ("summary.json", "student.safetensors"):
+        (tmp_path / "run" / name).unlink()
     return tmp_path / "run" / "checkpoints" / "epoch-0000.ckpt"
 
 
-def test_a_strangers_checkpoint_calls_nothing_of_its_own(checkpoint, command, tmp_path):
+@pytest.fixture
+def hostile(checkpoint, tmp_path, monkeypatch):
+    """`hostile(override)` writes a checkpoint with this override; a connection ends the test, and CANARY is set."""
+
+    def connect(_, address):
+        pytest.fail(f"connects to {address}")
+
+    monkeypatch.setenv("CANARY", CANARY)
+    monkeypatch.setattr(socket.socket, "connect", connect)
     content = read_torch(checkpoint)
-    own = list(content["odcheap"]["overrides"])
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    for override in HOSTILE:
-        content["odcheap"]["overrides"] = [*own, override]
+    own = [o for o in content["odcheap"]["overrides"] if not o.startswith("trainer.max_epochs")]
+
+    def write(override):
+        override = override.replace("OUT", str(tmp_path / "outside")).replace("URL", "http://127.0.0.1:9")
+        content["odcheap"]["overrides"] = [*own, "trainer.max_epochs=2", override]
+        content["odcheap"]["config"]["trainer"]["max_epochs"] = 2
         write_checkpoint(checkpoint, content)
-        for way in (f"resume={checkpoint}", f"resume={tmp_path}/run", "test_only=true"):
-            more = [f"resume={checkpoint}"] if way == "test_only=true" else []
-            result = command(way, *more)
-            assert result.status == 1, (override, way, result.out)
-            assert result.err.startswith("error: "), result.err
-            assert result.err.count("\n") == 1
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+        return checkpoint
+
+    return write
 
 
-def test_where_a_run_writes_is_not_taken_from_a_file(checkpoint, command, tmp_path):
-    content = read_torch(checkpoint)
-    outside = tmp_path / "outside"
-    given = [f"logger.tensorboard.save_dir={outside}", f"trainer.default_root_dir={outside}", "hydra.sweep.dir=/x"]
-    given.append(f"+trainer.logger={outside}")
-    overrides = [o for o in content["odcheap"]["overrides"] if not o.startswith(("logger", "trainer.max_epochs"))]
-    content["odcheap"]["overrides"] = [*overrides, *given]
-    write_checkpoint(checkpoint, content)
-    result = command(f"resume={checkpoint}", "trainer.max_epochs=2")
+def contents(folder):
+    """Every file below the folder, with its bytes, and every folder."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_is_no_plain_value_in_a_checkpoint_is_refused(hostile, command, tmp_path, override):
+    checkpoint = hostile(override)
+    before = contents(tmp_path)
+    for arguments in ([f"resume={checkpoint}"], [f"resume={tmp_path}/run"], ["test_only=true", f"resume={checkpoint}"]):
+        result = command(*arguments)
+        assert (result.status, result.err[:7], result.err.count("\n")) == (1, "error: ", 1), (arguments, result)
+        assert CANARY not in result.out + result.err
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("override", LEFT_OUT)
+def test_what_is_outside_the_closed_list_is_left_out(hostile, command, tmp_path, override):
+    hostile(override)
+    before = contents(tmp_path)
+    result = command(f"resume={tmp_path}/run", "trainer=cpu", "logger=csv")
+    given_again = override in ("trainer=ddp", "logger=mlflow", "logger=wandb", "logger=tensorboard")
+    assert given_again or "not taken from the checkpoint: " in result.out
     assert result.status == 0, result.err
-    assert not outside.exists()
+    after = contents(tmp_path)
+    outside = {path for path in after.keys() - before.keys() if tmp_path / "run" not in path.parents}
+    assert not outside
+    assert all(after.get(path) == content for path, content in before.items() if tmp_path / "run" not in path.parents)
+    assert not [path for path, content in after.items() if CANARY.encode() in content]
+    assert CANARY not in result.out + result.err
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_a_folder_of_images_that_only_the_checkpoint_names_is_read_and_never_written(command, tmp_path):
+    for k in range(24):
+        path = tmp_path / "pictures" / "cifar10" / ("train", "test")[k // 12] / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), 10 * k, np.uint8)).save(path)
+    sizes = ["data.load.train_images=12", "data.load.test_images=12", "data.val_size=4", "data.batch_size=8"]
+    run = [*TINY[2:], "data=cifar10", *sizes, f"data_dir={tmp_path}/pictures", f"job_dir={tmp_path}/run"]
+    assert command(*run, "trainer.max_epochs=1").status == 0
+    (tmp_path / "pictures" / ".cifar10.safetensors").unlink()
+    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=2", "trainer=cpu", "logger=csv")
+    assert result.status == 0, result.err
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["cifar10"]
+
+
+def test_no_value_of_the_environment_is_written(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("CANARY", CANARY)
+    (tmp_path / CANARY).mkdir()
+    given = ["data_dir=${oc.env:CANARY}"]
+    assert command(*TINY, *given, "trainer.max_epochs=1", f"job_dir={tmp_path}/run").status == 0
+    assert not [path for path, content in contents(tmp_path / "run").items() if CANARY.encode() in content]
+    result = command(*TINY, *given, "trainer.max_epochs=2", f"job_dir={tmp_path}/run", "resume=auto")
+    assert result.status == 0, result.err

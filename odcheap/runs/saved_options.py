@@ -1,0 +1,128 @@
+"""The options that a resumed run takes from its checkpoint: a closed list, as plain values.
+
+A checkpoint may come from a stranger. Options that say where to write, where to connect, or what to run besides the
+experiment are therefore taken from the command line and from `conf/` only.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.errors import HydraException
+
+from odcheap.runs.overrides import override_key
+from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import PART_NAME
+
+# Options and groups that define the experiment. Everything else in a checkpoint's overrides is left out.
+EXPERIMENT_OPTIONS = ("num_stu", "seed", "select", "on_nonfinite", "max_skipped", "experiment")
+EXPERIMENT_OPTIONS += ("trainer.max_epochs", "trainer.precision", "trainer.accumulate_grad_batches")
+EXPERIMENT_OPTIONS += ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
+EXPERIMENT_GROUPS = ("block_type", "backbone", "method", "data", "optimizer", "scheduler")
+# Options of these groups that say on which machine a run computes, or that let a loader write files.
+MACHINE_OPTIONS = ("data.workers", "data.load.download", "data.load.read_only")
+DATA_FOLDERS = ("data_dir", "data.load.data_dir")
+READ_ONLY = "data.load.read_only=true"
+# These are paths. They are taken only if something exists there already.
+PATH_OPTIONS = (*DATA_FOLDERS, "backbone.pretrained", "method.teacher_weights")
+# Options that belong to one command and are left out without a message.
+SILENT_OPTIONS = ("job_dir", "resume", "overwrite", "test_only", "weights", "weights_head", "data.load.read_only")
+OPTION_NAME = re.compile(r"[A-Za-z]\w*")
+PLAIN_TEXT = re.compile(r"[\w.+*?\[\]@ -]*")
+LIBRARY_NETWORK = re.compile(r"(torchvision|timm)/[\w.+-]+")
+MAX_DEPTH = 4  # of nested lists
+
+
+def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Selects the overrides of a checkpoint that define its experiment.
+
+    Args:
+        saved: The overrides in the checkpoint.
+        given: The overrides of this command; a saved one of the same option is replaced by them.
+
+    Returns:
+        The selected overrides, written anew from their parsed values, and the options that were left out.
+
+    Raises:
+        OptionError: The value of a selected option is an interpolation, a path, or anything else that is not plain.
+
+    Example:
+        >>> select_saved_overrides(["num_stu=2", "logger=mlflow", "job_dir=runs/a"], ["num_stu=2"])
+        ([], ['logger=mlflow'])
+    """
+    given_keys = {override_key(override) for override in given}
+    selected, left_out = [], []
+    for text in saved:
+        override = parse_override(text)
+        key = override.key_or_group
+        if key in given_keys or key in SILENT_OPTIONS:
+            continue
+        if override.type is not OverrideType.CHANGE or not is_experiment_option(key):
+            left_out.append(text)
+            continue
+        value = check_plain(key, override.value())
+        if key in PATH_OPTIONS and value is not None and not is_file_or_folder(value):
+            left_out.append(text)
+        else:
+            selected.append(f"{key}={to_grammar(value)}")
+    return selected, left_out
+
+
+def parse_override(text: str) -> Override:
+    """Parses an override of a checkpoint; only `key=value` with a single value is known."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise OptionError("resume", text, "this override in the checkpoint cannot be read") from error
+    if override.is_sweep_override() or override.package is not None:
+        raise OptionError("resume", text, "this override in the checkpoint must be a single value")
+    return override
+
+
+def is_experiment_option(key: str) -> bool:
+    """Returns whether an option is in the closed list."""
+    if key in MACHINE_OPTIONS:
+        return False
+    return key in (*EXPERIMENT_OPTIONS, *PATH_OPTIONS) or key.split(".")[0] in EXPERIMENT_GROUPS
+
+
+def check_plain(key: str, value: Any, depth: int = MAX_DEPTH) -> Any:
+    """Returns the value; raises `OptionError` unless it is plain: numbers, simple texts, or lists and dicts of them."""
+    if isinstance(value, list) and depth:
+        return [check_plain(key, entry, depth - 1) for entry in value]
+    if isinstance(value, dict) and depth and all(OPTION_NAME.fullmatch(str(name)) for name in value):
+        return {str(name): check_plain(key, entry, depth - 1) for name, entry in value.items()}
+    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and is_plain_text(key, value)):
+        return value
+    allowed = "a checkpoint may give plain names and numbers only; give this option on the command line if it is yours"
+    raise OptionError(key, value, allowed)
+
+
+def is_plain_text(key: str, value: str) -> bool:
+    """Returns whether a text is what the option may hold: a part's name, a path, or a text without special signs."""
+    if key in PATH_OPTIONS:
+        return "$" not in value and "\0" not in value
+    if key == "method.teacher_network":
+        return LIBRARY_NETWORK.fullmatch(value) is not None
+    if key in (*EXPERIMENT_GROUPS, "experiment"):
+        return PART_NAME.fullmatch(value) is not None
+    return PLAIN_TEXT.fullmatch(value) is not None
+
+
+def is_file_or_folder(path: Any) -> bool:
+    """Returns whether there is a regular file or a folder at the path; a pipe or a device would block a reader."""
+    return isinstance(path, str) and (Path(path).is_file() or Path(path).is_dir())
+
+
+def to_grammar(value: Any) -> str:
+    """Writes a plain value so that Hydra's grammar reads the same value."""
+    if isinstance(value, list):
+        return f"[{','.join(map(to_grammar, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{to_grammar(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.double).with_quotes()
+    return "null" if value is None else str(value).lower()
