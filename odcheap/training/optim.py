@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
-    ChainedScheduler,
     CosineAnnealingLR,
+    LambdaLR,
     LinearLR,
     LRScheduler,
-    MultiStepLR,
     ReduceLROnPlateau,
     SequentialLR,
 )
@@ -203,7 +202,7 @@ def warmup_multistep(
     warmup: int = 0,
     gamma: Annotated[float, Field(gt=0)] = 0.1,
     start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01,
-) -> LRScheduler:
+) -> LambdaLR:
     """Multiplies the learning rate by `gamma` at each milestone, after a linear warm-up.
 
     Source: He et al., "Deep residual learning", 2015, section 4.2 (the steps; the warm-up of the deepest network);
@@ -216,8 +215,12 @@ def warmup_multistep(
         gamma: Factor of the learning rate at each milestone.
         start_factor: Factor of the learning rate at the first step of the warm-up.
     """
-    steps = MultiStepLR(optimizer, list(milestones), gamma)
-    return ChainedScheduler([LinearLR(optimizer, start_factor, total_iters=warmup), steps]) if warmup else steps
+
+    def factor(step: int) -> float:
+        increase = start_factor + (1 - start_factor) * min(1.0, step / warmup) if warmup else 1.0
+        return increase * gamma ** sum(step >= milestone for milestone in milestones)
+
+    return LambdaLR(optimizer, factor)
 
 
 @check_arguments("scheduler")
