@@ -139,7 +139,7 @@ def decode_images(files: Files) -> tuple[Tensor, Tensor]:
 
 
 def hash_file_stats(paths: list[Path]) -> str:
-    """Returns a hash of names, sizes and times, which changes if a file is added, removed, renamed or written."""
+    """Returns a hash of names, sizes and modification times; it changes if any file is added, removed or written."""
     whole = hashlib.blake2b(CACHE_FORMAT.encode(), digest_size=16)
     for path in paths:
         stat = os.stat(path)

@@ -155,7 +155,10 @@ class BrokenImages:
 
 
 class Stream:
-    """Loads batches of images onto the device with loader processes; images that cannot be read are left out."""
+    """Loads batches of images onto the device with worker processes.
+
+    Images that the data set marks as unreadable are left out of their batch.
+    """
 
     def __init__(self, images: Dataset, norm: Normalization, device: torch.device, workers: int, broken: BrokenImages):
         self.norm, self.device, self.broken = norm, device, broken

@@ -112,7 +112,8 @@ def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
 def use_global_pooling(model: onnx.ModelProto) -> None:
     """Replaces means over height and width by GlobalAveragePool, and the Reshape after it by Flatten.
 
-    Old opsets have these operators with the same attributes, and compilers for devices know them.
+    The model is changed in place. These two operators are the same in old opsets, and compilers for embedded devices
+    support them.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}

@@ -51,9 +51,10 @@ def _total_stride(pair: CheapConv) -> tuple[int, int]:
 
 
 def dense_form(network: nn.Module) -> nn.Module:
-    """Returns the network with each pair as one K x K convolution, which is the same linear map.
+    """Returns the network with each pair replaced by the one K x K convolution that computes the same.
 
-    A pair stays as it is if its spatial operator is not linear or mixes channels, against what `BlockType` requires.
+    A pair is left as it is if its spatial operator breaks the rules of `BlockType`: it must be linear and must treat
+    each channel by itself.
     """
     return replace_pairs(network, _fuse)
 

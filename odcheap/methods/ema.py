@@ -63,7 +63,11 @@ class AveragedStudents(Students):
 
 
 def require_single_precision(precision: str) -> None:
-    """Raises `OptionError` if the weights have fewer than 32 bits with this precision of Lightning or `torch.dtype`."""
+    """Raises `OptionError` if this precision keeps the weights in fewer than 32 bits.
+
+    Args:
+        precision: A precision of Lightning, such as "bf16-true", or the name of a dtype, such as "bfloat16".
+    """
     if precision in ("bf16-true", "16-true", "bfloat16", "float16"):
         allowed = "averages, which move by thousandths, need weights in 32 bits (bf16-mixed has them)"
         raise OptionError("trainer.precision", precision, allowed)

@@ -77,7 +77,7 @@ RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, 
 
 
 def check_run(run: RunStudents, device: torch.device) -> None:
-    """Raises `OptionError` if this way to run is not possible on the device."""
+    """Raises `OptionError` if the students cannot be run in this way on the device."""
     if run is run_on_streams and device.type != "cuda":
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
 
@@ -127,7 +127,7 @@ class Students(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Channels of one student's last feature map."""
+        """Number of channels of one student's last feature map."""
         return self.backbones()[0].num_features
 
     @property

@@ -32,14 +32,15 @@ def cheapen(
     """Returns a copy of a network with cheap pairs in place of its standard K x K convolutions.
 
     Each pair is a spatial operator with the convolution's kernel size, stride, dilation and padding, then a 1 x 1
-    convolution with its channels and bias, so that all shapes stay the same. All other layers keep their weights.
-    Convolutions in groups and of other classes than `nn.Conv2d` are not replaced. Each convolution that is not replaced
-    has an attribute `reason_kept`, which says why.
+    convolution with the output channels and the bias of the replaced convolution. All shapes stay the same, and all
+    other layers keep their weights. Grouped convolutions, and classes other than `nn.Conv2d`, are not replaced. Each
+    convolution that is not replaced has an attribute `reason_kept`, which says why.
 
     Args:
         model: The network; it is not changed.
         block_type: The name of a block type ("Shift", "DW", "Group" or one from `config_dirs`), or the object.
-        groups: The number of groups for "Group". A layer gets the largest divisor of its channels up to it.
+        groups: The number of groups for "Group". If it does not divide a layer's channels, the largest
+            smaller divisor is used.
         keep: Convolutions that are not replaced: their names, names of modules that contain them, or patterns
             (`layer4.*`). None keeps the stem, the network's first convolution; () keeps none.
         init: "fit" sets each pair as near as possible to the replaced kernel (least squares), "kaiming" draws new
@@ -97,7 +98,7 @@ def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init:
 
 
 def find_spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Returns the convolutions larger than 1 x 1 by name, in the network's order."""
+    """Returns the convolutions with a kernel larger than 1 x 1, in the network's order, with their names as keys."""
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     return {name: conv for name, conv in convs.items() if max(conv.kernel_size) > 1}
 

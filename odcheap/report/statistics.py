@@ -142,8 +142,9 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
 
     Returns:
         The columns `setting` (options outside the method that vary), `method` (its name and those of its own options
-        that vary), and `name` (both). Values that more than two thirds of the runs share are left out, so that in a
-        study of one factor at a time the factor is named.
+        that vary), and `name` (both). A value that more than two thirds of the runs share counts as
+        the default and is left out: in a study that changes one option at a time, each run is named by the option that
+        it changes.
     """
     options = pd.DataFrame([{key: repr(value) for key, value in run.options.items()} for run in runs])
     own = [key for key in options if key.startswith("method.")]

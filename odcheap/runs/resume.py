@@ -220,7 +220,7 @@ def prepare_folder(start: Start) -> None:
 
 
 def copy_selected_checkpoint(start: Start) -> None:
-    """Copies the selected epoch's checkpoint if the run continues in another folder, where it may be needed."""
+    """Copies the selected epoch's checkpoint if the run continues in another folder: no later epoch may be better."""
     if start.checkpoint is None or start.content is None or start.in_own_folder:
         return
     record = start.content["callbacks"]["Record"]

@@ -185,14 +185,14 @@ class ProgressReporter(pl.Callback):
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self.record.history:
             row = self.record.history[-1]
-            _, _, accuracy, teacher = find_best_student(row)
+            _, _, accuracy, teacher = describe_best_student(row)
             text += f"  {row['images_per_second']:,.0f} images/s  best {format_accuracy(accuracy)}{teacher}"
         return text
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             row = self.record.history[-1]
-            stage, student, accuracy, teacher = find_best_student(row)
+            stage, student, accuracy, teacher = describe_best_student(row)
             text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
             text += f"  loss {row['train/loss']:.4f}  {row['images_per_second']:,.0f} images/s"
             text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)}{teacher}"
@@ -210,8 +210,8 @@ class ProgressReporter(pl.Callback):
             self.bar = None
 
 
-def find_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
-    """Finds the best candidate in the figures of an epoch.
+def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
+    """Describes the best candidate of an epoch for the progress line; the selection is made by `Record.select_best`.
 
     Returns:
         The stage by which candidates are compared, the best one's name and accuracy, and a text with the teacher's

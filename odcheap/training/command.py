@@ -122,7 +122,10 @@ def run_alone(job: Callable[[], Outcome]) -> Outcome:
 
 
 def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
-    """Runs the job. An error is printed and written to the run's `status.json`, and the sweep goes on."""
+    """Runs the job and returns its outcome.
+
+    An error is printed and written to the run's `status.json`; the sweep goes on with a failed outcome.
+    """
     job_dir = Path(resolvers.default_job_dir())
     try:
         return job()

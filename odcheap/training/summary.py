@@ -36,12 +36,14 @@ def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, 
 def summarize_members(
     members: list[str], test: Figures, val: dict[str, Any], teacher_kind: str | None
 ) -> dict[str, Any]:
-    """Returns the entries `students`, `averages` (None without them), `teacher` (None without one) and `ensemble`.
+    """Returns the entries of `summary.json` about the members: students, their averages, the teacher and the ensemble.
+
+    The entries `averages` and `teacher` are None if the method has none.
 
     Args:
         members: The members' names.
-        test: Their figures on the test images.
-        val: Their figures on the held-out images with the same weights, by name (`val/student_0/top1`).
+        test: The members' figures on the test images.
+        val: The members' figures on the held-out images with the same weights, by name (`val/student_0/top1`).
         teacher_kind: The method's `teacher_kind`.
     """
 

@@ -27,10 +27,10 @@ class StepResult(NamedTuple):
     """The result of a training step, detached from the autograd graph.
 
     Attributes:
-        terms: The loss terms by name, scalars; `loss` is their sum.
+        terms: The loss terms by name, scalars; the entry `loss` is the sum of the others.
         outputs: The method's outputs, in float32.
-        finite: Whether every gradient was finite, a boolean scalar on their device; None while gradients are only
-            accumulated.
+        finite: Whether every gradient was finite, a boolean scalar on the gradients' device; None while gradients are
+            only accumulated.
         taken: Whether the optimizer's step was taken.
     """
 
@@ -130,7 +130,7 @@ class EagerStep:
         return finite, taken
 
     def clip(self) -> None:
-        """Clips the gradients, by norm in each group of parameters that the method names."""
+        """Clips the gradients: each value by itself, or the norm of each of the method's `clip_groups`."""
         limit = self.options.gradient_clip_val
         if not limit:
             return

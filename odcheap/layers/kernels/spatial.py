@@ -40,7 +40,7 @@ def load_neighbor(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the tile that lies DOWN rows and RIGHT columns further in each image; zeros outside of the image."""
+    """Returns the tile DOWN rows and RIGHT columns further (negative: up, left) in each image; zeros outside of it."""
     h = row // W % H + DOWN
     w = row % W + RIGHT
     ok = ((row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
@@ -99,7 +99,10 @@ def add_backward_tap(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds entry TAP's part to dx and to the entry's own gradient; both need dy at the opposite offset."""
+    """Returns `dx` and `dtap` with the contribution of kernel entry TAP added.
+
+    Both use dy at the opposite offset of the position from which this entry has read x.
+    """
     dy = load_neighbor(dy_ptr, row, rows, channel, 1 - TAP // 3, 1 - TAP % 3, H, W, C, BLOCK, ACC)
     return dx + dy * weight, dtap + dy * x
 
