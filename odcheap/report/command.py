@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
     add("--status", action="store_true", help="only list the runs with their states")
     add("--no-latency", action="store_true", help="do not time the students in ONNX Runtime")
     add("--val", action="store_true", help="figures of the held-out images: to make decisions, not to publish")
-    add("--against", metavar="ROW", help="gains are over this row, such as od (default: alone)")
+    add(
+        "--against",
+        metavar="METHOD",
+        help="gains are over this method, or over this row (default: alone)",
+    )
     add("--costs", action="store_true", help="parameters and MACs of networks, without any run")
     more = "folder with configuration files of your own, for networks that odcheap does not have; may be repeated"
     add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)

@@ -60,20 +60,20 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
-    """Draws each row's gain over the baseline, with two standard errors. The marker is hollow if it is not resolved."""
+    """Draws each row's gain over the baseline, with its 95 % interval; the marker is hollow if it is not resolved."""
     shown = rows[rows["gain"].notna()][::-1]
     figure, (axes,) = create_figure(8, 1.4 + 0.34 * len(shown))
     colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
     for place, row in enumerate(shown.to_dict("records")):
         gain: Spread = row["gain"]
-        error = None if gain.standard_error is None else 200 * gain.standard_error
+        error = None if gain.interval is None else 100 * (gain.interval[1] - gain.mean)
         color, marker = colors[row["method"]], markers[row["setting"]]
         fill = color if gain.is_resolved else "white"
         axes.errorbar(100 * gain.mean, place, xerr=error, marker=marker, color=color, markerfacecolor=fill)
     axes.axvline(0, color="#BBBBBB", zorder=0)
     axes.margins(y=0.5 / len(shown))
     axes.set_yticks(range(len(shown)), list(shown["name"]))
-    label = f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 2 standard errors)"
+    label = f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 95 % confidence intervals)"
     axes.set_xlabel(label)
     counts = " or ".join(map(str, sorted({gain.n for gain in shown["gain"]})))
     axes.set_title(f"Gains over {baseline} (n = {counts}; hollow: not resolved)", loc="left", fontsize=11)

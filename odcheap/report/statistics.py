@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
+import scipy.stats
 
 from odcheap.report.load_runs import FinishedRun
 from odcheap.utils.errors import Failure
@@ -27,14 +28,17 @@ class Spread(NamedTuple):
     deviation: float | None
 
     @property
-    def standard_error(self) -> float | None:
-        """The standard error of the mean; None for one value."""
-        return None if self.deviation is None else self.deviation / math.sqrt(self.n)
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the mean by Student's t-distribution; None for one value."""
+        if self.deviation is None:
+            return None
+        half_width = float(scipy.stats.t.ppf(0.975, self.n - 1)) * self.deviation / math.sqrt(self.n)
+        return self.mean - half_width, self.mean + half_width
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the mean is at least two standard errors away from zero; never with one value."""
-        return self.standard_error is not None and abs(self.mean) >= 2 * self.standard_error + TOLERANCE
+        """Whether the interval leaves zero out; never with one value."""
+        return self.interval is not None and (self.interval[0] > TOLERANCE or self.interval[1] < -TOLERANCE)
 
 
 def compute_spread(values: pd.Series) -> Spread | None:
@@ -81,7 +85,8 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
 
     Args:
         runs: The runs to compare.
-        against: The `name` of the row that all others are compared with; None is `alone` in the same setting.
+        against: The method that the others are compared with in the same setting, or the `name` of a row that all rows
+            of all settings are compared with. None is the method `alone`.
         images: The images that the accuracies are of: `test` or `val` (held out).
 
     Returns:
@@ -89,7 +94,7 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
         `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN without a baseline run of that seed).
 
     Raises:
-        Failure: No row is called `against`, or none has a seed in common with it.
+        Failure: No method and no row is called `against`, or none has a seed in common with it.
     """
     runs = list(runs)
     table = label_runs(runs)
@@ -109,12 +114,14 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
 
 def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
     """Adds `baseline` and the columns of `GAINS`; see `tabulate_runs`."""
-    if against is None:
-        table["baseline"], keys = table["method"] == BASELINE, ["setting", "seed"]
+    if against is None or against in set(table["method"]):
+        table["baseline"], keys = table["method"] == (against or BASELINE), ["setting", "seed"]
     else:
         table["baseline"], keys = table["name"] == against, ["seed"]
         if not table["baseline"].any():
-            raise Failure(f"--against={against}: must be one of {'; '.join(sorted(set(table['name'])))}")
+            known = [*dict.fromkeys([*sorted(table["method"]), *sorted(table["name"])])]
+            raise Failure(f"--against={against}: must be a method or a row, one of {'; '.join(known)}")
+    if against is not None:
         seeds = set(table.loc[table["baseline"], "seed"])
         if not table.loc[~table["baseline"], "seed"].isin(seeds).any():
             raise Failure(f"--against={against}: no other row has a run with one of its seeds, {sorted(seeds)}")

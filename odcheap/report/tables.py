@@ -16,8 +16,9 @@ COLUMNS += [name for name in (*ACCURACIES, *COSTS) if name not in COLUMNS]
 WHOLE_NUMBERS = ("params", "macs", "epochs")
 READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
 students after the last epoch, without any selection. *Selected* is the student that was best on held-out images; for
-`alone` it is the best of independent students. Gains over `{baseline}` are paired by seed, in percentage points. A gain
-smaller than two standard errors is *not resolved*. Options that most runs share are not named. A PMAC is 10^15
+`alone` it is the best of independent students. Gains over `{baseline}` are paired by seed, in percentage points, with
+their 95 % confidence interval by Student's t-distribution; a gain is *not resolved* if the interval contains zero, and
+with one seed. Options that most runs share are not named. A PMAC is 10^15
 multiply-accumulates. Milliseconds are for one image in ONNX Runtime on this machine, of the student and of the standard
 network. Teachers of different kinds cannot be compared."""
 SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
@@ -42,10 +43,10 @@ def build_table(rows: pd.DataFrame, latencies: Mapping[str, tuple[float, float]]
 def format_cell(column: str, value: Any) -> str:
     """Formats a value for Markdown: a `Spread` in percent, other numbers with three digits, nothing for None."""
     if isinstance(value, Spread):
-        is_gain = column in GAINS
-        text = f"{100 * value.mean:{'+' if is_gain else ''}.2f}"
-        text += "" if value.deviation is None else f" ± {100 * value.deviation:.2f}"
-        return f"{text} (not resolved)" if is_gain and not value.is_resolved else text
+        if column in GAINS:
+            interval = value.interval and " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in value.interval))
+            return f"{100 * value.mean:+.2f}{interval or ''}{'' if value.is_resolved else ' (not resolved)'}"
+        return f"{100 * value.mean:.2f}" + ("" if value.deviation is None else f" ± {100 * value.deviation:.2f}")
     if value is None:
         return ""
     if isinstance(value, float):
@@ -64,7 +65,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Returns the table of `build_table` as CSV with unrounded fractions; a spread becomes three columns."""
+    """Returns the table of `build_table` as CSV, in fractions; a spread becomes three columns, a gain five."""
     columns = {}
     for name, values in table.items():
         if not any(isinstance(value, Spread) for value in values):
@@ -72,6 +73,9 @@ def to_csv(table: pd.DataFrame) -> str:
             continue
         for part in Spread._fields:
             columns[f"{name} {part}"] = [getattr(value, part, None) for value in values]
+        if name in GAINS:
+            intervals = [getattr(value, "interval", None) or (None, None) for value in values]
+            columns |= {f"{name} low": [low for low, _ in intervals], f"{name} high": [high for _, high in intervals]}
     return pd.DataFrame(columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 

@@ -44,8 +44,8 @@ def test_the_report(sweep, capsys):
     assert all(path.stat().st_size > 5000 for path in out.glob("*.png"))
     assert all(path.read_text().startswith("<?xml") for path in out.glob("*.svg"))
     text = (out / "report.md").read_text()
-    assert "| od | 3 | 61.00 ± 1.00 | +10.00 ± 0.00 | 61.00 ± 1.00 |" in text
-    assert "| dml | 3 | 51.00 ± 1.73 | +0.00 ± 1.00 (not resolved) |" in text
+    assert "| od | 3 | 61.00 ± 1.00 | +10.00 [+10.00, +10.00] | 61.00 ± 1.00 |" in text
+    assert "| dml | 3 | 51.00 ± 1.73 | +0.00 [-2.48, +2.48] (not resolved) |" in text
     assert "| dml | -1.00 | +0.00 | +1.00 |" in text
     assert "| 1,000 | 2,000,000 | 5 | 3 | 2 |" in text
     assert "teacher (head)" in text
@@ -55,6 +55,7 @@ def test_the_report(sweep, capsys):
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["alone", "dml", "od"]
     assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
+    assert float(rows[1]["gain low"]) == pytest.approx(-0.02484, abs=1e-5)  # t(0.975, 2) = 4.3027, of 0.01 / sqrt(3)
     assert [rows[0][name] for name in ("gain mean", "latency ms", "standard ms")] == ["", "0.5", "1.5"]
     assert rows[2]["latency ms"] == rows[2]["standard ms"] == ""
 
@@ -62,7 +63,7 @@ def test_the_report(sweep, capsys):
 def test_to_decide_there_are_the_held_out_images(sweep):
     assert main([str(sweep), "--val", "--no-latency"]) == 0
     text = (sweep / "report" / "report.md").read_text()
-    assert "| od | 3 | 63.00 ± 1.00 | +10.00 ± 0.00 | 63.00 ± 1.00 |" in text
+    assert "| od | 3 | 63.00 ± 1.00 | +10.00 [+10.00, +10.00] | 63.00 ± 1.00 |" in text
     assert "61.00" not in text
     assert "Held-out images. Top-1" in text
 
@@ -79,10 +80,10 @@ def test_a_run_without_held_out_images_is_a_gap_in_their_report(tmp_path):
 def test_gains_may_be_over_another_row(sweep, capsys):
     assert main([str(sweep), "--against", "od", "--no-latency"]) == 0
     text = (sweep / "report" / "report.md").read_text()
-    assert "| alone | 3 | 51.00 ± 1.00 | -10.00 ± 0.00 |" in text
+    assert "| alone | 3 | 51.00 ± 1.00 | -10.00 [-10.00, -10.00] |" in text
     assert "Gains over `od` are paired by seed" in text
     assert main([str(sweep), "--against", "kd", "--no-latency"]) == 1
-    assert capsys.readouterr().err == "error: --against=kd: must be one of alone; dml; od\n"
+    assert capsys.readouterr().err == "error: --against=kd: must be a method or a row, one of alone; dml; od\n"
 
 
 def test_a_teacher_s_own_training_is_counted(tmp_path):

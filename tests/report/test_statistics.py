@@ -69,7 +69,9 @@ def test_gains_over_a_named_row_are_paired_by_seed_across_settings():
     assert gains["od, num_stu=8"] == (2, pytest.approx(0.15), pytest.approx(statistics.stdev([0.1, 0.2])))
     assert gains["od, num_stu=2"].mean == pytest.approx(-0.1)
     assert gains["alone, num_stu=4"].mean == pytest.approx(-0.05)
-    with pytest.raises(Failure, match="--against=dml: must be one of alone, num_stu=4; od, num_stu=2; od"):
+    with pytest.raises(
+        Failure, match="--against=dml: must be a method or a row, one of alone; od; alone, num_stu=4; od, num_stu=2"
+    ):
         tabulate_runs(runs, "dml")
     with pytest.raises(Failure, match=r"--against=od: no other row has a run with one of its seeds, \[5\]"):
         tabulate_runs([run("od", 5, (0.5,), 0.5), run("alone", 4, (0.5,), 0.5)], "od")
@@ -114,17 +116,30 @@ def test_nothing_gives_nothing():
 
 @pytest.mark.parametrize(
     ("values", "resolved"),
-    [([0.1], False), ([0.1, 0.1], True), ([0.1, -0.1], False), ([1e-17, 1e-17], False), ([0.01, 0.02, 0.03], True)],
+    [
+        ([0.1], False),
+        ([0.1, 0.1], True),
+        ([0.1, -0.1], False),
+        ([1e-17, 1e-17], False),
+        ([0.01, 0.02, 0.03], False),  # two standard errors from zero are not enough: t(0.975, 2) is 4.3
+        ([0.015, 0.02, 0.025], True),
+    ],
 )
-def test_a_gain_is_resolved_from_two_standard_errors_on(values, resolved):
+def test_a_gain_is_resolved_if_its_interval_leaves_zero_out(values, resolved):
     spread = compute_spread(pd.Series([*values, None]))
-    assert (spread.n, spread.mean) == (len(values), pytest.approx(statistics.mean(values)))
     assert spread.is_resolved == resolved
 
 
-def test_what_an_older_run_lacks_is_a_gap():
-    (row,) = compare([FinishedRun({"method.part": "od", "seed": 0}, {"finished": True})]).values()
-    assert row["mean student"] is row["selected"] is row["teacher (head)"] is row["gain"] is None
+def test_the_interval_is_student_s():
+    low, high = compute_spread(pd.Series([1.05, 1.38])).interval
+    assert (low, high) == (pytest.approx(1.215 - 12.7062 * 0.165), pytest.approx(1.215 + 12.7062 * 0.165))
+
+
+def test_a_method_as_the_baseline_is_compared_within_each_setting():
+    runs = [run(m, 0, (a + w,), 0.5, width=w) for w in (0.1, 0.2) for m, a in (("alone", 0.3), ("od", 0.4))]
+    gains = {name: row["gain"] for name, row in compare(runs, "od").items()}
+    assert gains["od, width=0.1"] is gains["od, width=0.2"] is None
+    assert [gains[f"alone, width={w}"].mean for w in (0.1, 0.2)] == pytest.approx([-0.1, -0.1])
 
 
 def test_teachers_of_different_kinds_are_told_apart():
