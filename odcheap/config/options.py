@@ -168,7 +168,9 @@ def check_part(
         raise OptionError(path, node, f"must be a part with options of its own, such as {path}.NAME=VALUE")
     target = find_target(path, default["_target_"]) if "_target_" in default else None
     annotations = {**(read_annotations(target) if target else {}), **common}
-    for name, value in node.items():
+    # `scheduler.fractions` names the options that are fractions of the run's steps, so it is checked before them.
+    fractions = node.get("fractions") if group == "scheduler" else None
+    for name, value in sorted(node.items(), key=lambda item: item[0] != "fractions"):
         option, own = f"{path}.{name}", default.get(name)
         if name in CALL_KEYS:
             if name not in default or own != value:
@@ -181,8 +183,6 @@ def check_part(
             continue  # missing, or unchanged: a list in the file may hold parts
         else:
             check_reference(option, value, own, group, values)
-            # `scheduler.fractions` names the options that are fractions of the run's steps.
-            fractions = node.get("fractions") if group == "scheduler" else None
             annotation = annotations.get(name, Any)
             if isinstance(fractions, list) and name in fractions:
                 annotation = list[Fraction] if isinstance(own, list) else Fraction
