@@ -1,5 +1,6 @@
 """The export's command for pictures: no torch, any picture, no changed file."""
 
+import ast
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers.test_fuse import settled
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from odcheap import predict
@@ -143,21 +145,174 @@ def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("labels.json", '["a"]'),
-        ("labels.json", "{}"),
-        ("preprocess.json", "[]"),
-        ("labels.json", "3"),
+        ("labels.json", '["a"]', "must be a list of two names or more"),
+        ("labels.json", "{}", "must be a list of two names or more"),
+        ("labels.json", "3", "must be a list of two names or more"),
+        ("labels.json", '["a", "b"]', "student.onnx: has 3 outputs, and labels.json 2 names"),
+        ("labels.json", "[" * 200_000, "is not valid JSON"),
+        ("preprocess.json", "[]", "must be an object, not a list"),
+        ("preprocess.json", "{", "is not valid JSON"),
+        *(
+            ("preprocess.json", json.dumps(PREPROCESS | {name: value}), f"{name}={value}: must be")
+            for name, value in (
+                ("size", [20_000, 20_000]),
+                ("size", [16]),
+                ("size", 16),
+                ("size", [16, 16.0]),
+                ("shorter_side", 20_000),
+                ("shorter_side", 0),
+                ("interpolation", "none"),
+                ("bit_depth", 64),
+            )
+        ),
+        ("preprocess.json", json.dumps(PREPROCESS | {"size": [32, 32]}), "takes images of 3 x 16 x 16, and"),
     ],
 )
-def test_files_that_do_not_fit_together_are_one_line(export, tmp_path, capsys, name, content):
+def test_files_with_the_wrong_content_are_one_line(export, tmp_path, capsys, name, content, message):
     (export / name).write_text(content)
+    sign(export)
+    assert message in refusal(capsys, export, noise(tmp_path / "x.png"))
+    if "outputs" not in message:
+        assert message in refusal(capsys, export, "--bench")
+
+
+def refusal(capsys, *arguments):
+    """Returns the one line with which a prediction is refused."""
+    capsys.readouterr()
+    assert predict.main([str(argument) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert not out
+    return err
+
+
+def sign(export):
+    """Writes the card anew, as somebody does who makes up an export."""
     (export / "README.md").unlink()
     (export / "README.md").write_text("\n".join(model_card.checksum_lines(export)))
-    pictures_ = [str(noise(tmp_path / f"{'x' * k}.png")) for k in range(1, 9)]
-    assert predict.main([str(export), *pictures_]) == 1
-    assert "its files do not fit together" in capsys.readouterr().err
+
+
+def make_model(nodes, shape=("n", 3, 16, 16), kind=TensorProto.FLOAT, constants=()):
+    """An ONNX file with these nodes, from `images` to `logits`."""
+    images = helper.make_tensor_value_info("images", kind, shape)
+    logits = helper.make_tensor_value_info("logits", kind, None)
+    tensors = [numpy_helper.from_array(np.array(value), name) for name, value in constants]
+    graph = helper.make_graph(nodes, "x", [images], [logits], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def make_terabytes():
+    """A model that fills a tensor of 3 TB on its way; how large it is depends on the input, so nothing is known."""
+    nodes = [
+        helper.make_node("Shape", ["images"], ["shape"]),
+        helper.make_node("Mul", ["shape", "factor"], ["large"]),
+        helper.make_node("ConstantOfShape", ["large"], ["filled"]),
+        helper.make_node("ReduceMean", ["filled"], ["logits"], axes=[2, 3], keepdims=0),
+    ]
+    return make_model(nodes, constants=[("factor", [1, 1, 1 << 16, 1 << 14])])
+
+
+def make_mean(offset=0.0, **options):
+    """A model of three logits, the means of the channels."""
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("Add", ["mean", "offset"], ["logits"]),
+    ]
+    kind = np.float16 if options.get("kind") == TensorProto.FLOAT16 else np.float32
+    return make_model(nodes, constants=[("offset", np.array(offset, kind))], **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (make_terabytes(), "ONNX Runtime cannot run the model"),
+        (make_mean(kind=TensorProto.FLOAT16), "the model takes tensor(float16) ['n', 3, 16, 16]; it must take images"),
+        (make_mean(shape=("n", 3, 20, 16)), "takes images of 3 x 20 x 16, and preprocess.json makes them 3 x 16 x 16"),
+        (make_mean(shape=("n", 1, 16, 16)), "takes images of 1 x 16 x 16, and preprocess.json makes them 3 x 16 x 16"),
+        (make_mean(shape=(10**9, 3, 16, 16)), "which is too large"),
+        (make_mean(shape=(0, 3, 16, 16)), "which is too large"),
+        (make_model([helper.make_node("Identity", ["images"], ["logits"])]), "it must return numbers (n, K)"),
+        (make_model([]), "cannot load the model"),
+        (b"", "cannot load the model"),
+    ],
+    ids=["terabytes", "float16", "size", "channels", "batch", "no batch", "rank", "no nodes", "empty"],
+)
+def test_a_model_of_another_kind_is_one_line(export, tmp_path, capfd, model, message):
+    (export / "student.onnx").write_bytes(model)
+    sign(export)
+    assert message in refusal(capfd, export, noise(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_outputs_that_are_not_finite_are_said_and_not_printed(export, tmp_path, capsys, value):
+    (export / "student.onnx").write_bytes(make_mean([0, value, 0]))
+    sign(export)
+    assert "x.png: the model's outputs are not finite numbers" in refusal(capsys, export, noise(tmp_path / "x.png"))
+
+
+def test_a_model_whose_images_may_have_any_size_is_used(export, tmp_path, capsys):
+    (export / "student.onnx").write_bytes(make_mean(shape=("n", 3, "height", "width")))
+    sign(export)
+    assert predict.main([str(export), str(noise(tmp_path / "x.png"))]) == 0
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "labels.json", "README.md"])
+def test_a_pipe_in_an_export_is_not_waited_for(export, tmp_path, capsys, name):
+    (export / name).unlink()
+    os.mkfifo(export / name)
+    assert predict.main([str(export), str(noise(tmp_path / "x.png"))]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sixteen_bits_are_read_as_the_export_says(export, tmp_path, capsys):
+    Image.fromarray(np.full((20, 20), 4095, np.uint16)).save(tmp_path / "x.png")
+    assert "bit_depth does not say" in refusal(capsys, export, tmp_path / "x.png")
+    pixels = predict.preprocess_image(tmp_path / "x.png", PREPROCESS | {"bit_depth": 12})
+    assert pixels.min() == 1
+
+
+def test_no_syntax_is_newer_than_the_oldest_python():
+    """The long form is a run with Python 3.8, Pillow 9.0 and ONNX Runtime 1.14, by hand."""
+    with open(predict.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read(), feature_version=(3, 8))
+    # What is evaluated when the file runs must be known to Python 3.8 too; annotations are not evaluated.
+    newer = {"removeprefix", "removesuffix", "bit_count", "exif_transpose", "strict", "slots", "kw_only", "Resampling"}
+    annotated = [node.annotation for node in ast.walk(tree) if getattr(node, "annotation", None)]
+    annotated += [node.returns for node in ast.walk(tree) if getattr(node, "returns", None)]
+    skipped = {id(node) for annotation in annotated for node in ast.walk(annotation)}
+    for node in (node for node in ast.walk(tree) if id(node) not in skipped):
+        names = [getattr(node, "attr", None), *(keyword.arg for keyword in getattr(node, "keywords", []))]
+        assert not newer.intersection(names)
+        assert not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr) and is_type(node.right)), node.lineno
+    assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    assert "Python 3.8, numpy 1.18, Pillow 9.0 and onnxruntime 1.14" in ast.get_docstring(tree)
+
+
+def is_type(node):
+    return isinstance(node, ast.Name) and node.id in ("int", "str", "float", "dict", "list", "Path")
+
+
+@pytest.mark.parametrize("package", ["PIL", "onnxruntime"])
+def test_an_old_package_is_one_line(export, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setattr(sys.modules[package], "__version__", "1.9.9" if package == "onnxruntime" else "8.4.0")
+    path = noise(tmp_path / "x.png")
+    assert "is too old: " in refusal(capsys, export, path)
+
+
+def test_a_terminal_that_knows_ascii_only_and_accents_in_paths(export, tmp_path):
+    folder = tmp_path / "josé's #1 [x] & ~"
+    folder.mkdir()
+    paths = [noise(folder / "größe.png"), folder / "fehlt.png"]
+    export = export.rename(folder / "exporté")
+    command = [sys.executable, str(export / "predict.py"), *map(str, paths)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1
+    assert b"jos\\xe9's #1 [x] & ~/gr\\xf6\\xdfe.png  " in done.stdout
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_the_copy_works_where_neither_torch_nor_odcheap_is(export, tmp_path):

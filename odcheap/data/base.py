@@ -145,6 +145,7 @@ class ImageData(ABC):
         fingerprint: Hash of the data and of which images are held out.
         image_size: (C, H, W).
         shorter_side: Pixels to which an image's shorter side is resized before its center is cropped.
+        bit_depth: Bits that are used in images with 16 bits a channel; None if there are no such images.
 
     Raises:
         OptionError: The options do not suit the images.
@@ -154,6 +155,7 @@ class ImageData(ABC):
     fingerprint: str
     image_size: tuple[int, int, int]
     shorter_side: int
+    bit_depth: int | None = None
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from pydantic import Field
 from torchvision.datasets import imagenet as archives
 
 from odcheap.data.splits import split_stratified
-from odcheap.predict import IMAGE_SUFFIXES, escape_control_chars
+from odcheap.predict import MAX_IMAGE_BYTES, escape_control_chars, is_image_file, open_regular
 from odcheap.utils.errors import OptionError
 
 PARTS = ("train", "val", "test")
@@ -62,11 +62,6 @@ class Tree:
     val: Files | None
     test: Files
     skipped: list[str]
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file's name is that of an image; hidden files do not count as images."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def list_imagenet(data_dir: str, read_only: bool = False) -> Tree:
@@ -191,17 +186,29 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
 
 def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
     """Lists image files below a folder at any depth; other files are added to `skipped`."""
-    found = []
-    for where, inner, names in os.walk(root / folder):  # it does not follow links to folders, which may form a circle
-        below = os.path.relpath(where, root)
-        skipped += [os.path.join(below, name) for name in inner if os.path.islink(os.path.join(where, name))]
-        inner[:] = [name for name in inner if name[0] != "."]
-        for name in names:
-            if is_image_name(name):
-                found.append(os.path.join(below, name))
-            elif name[0] != ".":
-                skipped.append(os.path.join(below, name))
+    found, folders = [], [folder]
+    while folders:
+        below = folders.pop()
+        try:
+            entries = [entry for entry in os.scandir(root / below) if entry.name[0] != "."]
+        except OSError as error:
+            raise OptionError("data_dir", root / below, f"cannot be read ({error.strerror})") from error
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            # Links to folders are not followed, since they may form a circle. A link that leads nowhere is listed, so
+            # that decoding reports it. Pipes, devices and sockets are skipped.
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif (entry.is_file() or is_dead_link(entry)) and is_image_file(str(root / below), entry.name):
+                found.append(name)
+            else:
+                skipped.append(name)
     return sorted(found)
+
+
+def is_dead_link(entry: os.DirEntry) -> bool:
+    """Whether an entry of a folder is a link that leads nowhere."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def hash_files(files: Files, split_seed: int) -> list[bytes]:
@@ -214,7 +221,7 @@ def hash_files(files: Files, split_seed: int) -> list[bytes]:
     def digest(index: int) -> bytes:
         whole = hashlib.blake2b(digest_size=16, key=key)
         try:
-            with open(files.path(index), "rb") as file:
+            with open_regular(files.path(index), MAX_IMAGE_BYTES) as file:
                 length = os.fstat(file.fileno()).st_size
                 whole.update(length.to_bytes(8, "big") + file.read(HASHED_BYTES))
                 file.seek(max(0, length - HASHED_BYTES))
@@ -227,7 +234,7 @@ def hash_files(files: Files, split_seed: int) -> list[bytes]:
         print(f"reading the ends of {len(files.names):,} files below {escape_control_chars(files.root)}", flush=True)
 
     def whole_digest(index: int) -> bytes:
-        with open(files.path(index), "rb") as file:
+        with open_regular(files.path(index), MAX_IMAGE_BYTES) as file:
             return hashlib.blake2b(hashlib.file_digest(file, "blake2b").digest(), digest_size=16, key=key).digest()
 
     with ThreadPoolExecutor(READER_THREADS) as pool:

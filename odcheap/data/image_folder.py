@@ -18,12 +18,13 @@ from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Proces
 from odcheap.data.folder_trees import Files, Tree, hash_files
 from odcheap.data.splits import hash_split, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
-from odcheap.predict import ImageError, decode_image, escape_control_chars
+from odcheap.predict import ImageError, decode_image, escape_control_chars, measure_16_bits
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.seeds import temporary_seed
 
 MAX_TRIES = 20  # if so many successive images are unreadable, the batch fails
+SAMPLED_FILES = 200  # files of which the kind of pixels is looked at before the training
 NO_TARGET = -1  # label of an image that cannot be read
 
 
@@ -53,8 +54,17 @@ class TrainImages(Dataset):
     -1. With more than one view a sample has so many augmentations of an image, (S, C, H, W).
     """
 
-    def __init__(self, files: Files, transform: v2.Transform, seed: int, size: int, views: int = 1):
+    def __init__(
+        self,
+        files: Files,
+        transform: v2.Transform,
+        seed: int,
+        size: int,
+        views: int = 1,
+        bit_depth: int | None = None,
+    ):
         self.files, self.transform, self.seed, self.size, self.views = files, transform, seed, size, views
+        self.bit_depth = bit_depth
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         epoch, number = index
@@ -62,7 +72,7 @@ class TrainImages(Dataset):
         for k in range(min(MAX_TRIES, len(self.files.names))):
             i = (number + k) % len(self.files.names)
             try:
-                image = decode_image(self.files.path(i))
+                image = decode_image(self.files.path(i), self.bit_depth)
             except ImageError as error:
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
@@ -80,12 +90,12 @@ class TrainImages(Dataset):
 class EvalImages(Dataset):
     """Images by index, resized and cropped. An image that cannot be read is black and has the label -1."""
 
-    def __init__(self, files: Files, transform: v2.Transform, size: int):
-        self.files, self.transform, self.size = files, transform, size
+    def __init__(self, files: Files, transform: v2.Transform, size: int, bit_depth: int | None = None):
+        self.files, self.transform, self.size, self.bit_depth = files, transform, size, bit_depth
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = decode_image(self.files.path(index))
+            image = decode_image(self.files.path(index), self.bit_depth)
         except ImageError as error:
             return empty_sample(self.size, [(str(self.files.path(index)), str(error))])
         return Sample(self.transform(image), torch.tensor(self.files.target[index]), [])
@@ -103,6 +113,19 @@ def collate(samples: list[Sample]) -> Sample:
     images = stack_views([view.contiguous(memory_format=torch.channels_last) for view in views])
     broken = [entry for sample in samples for entry in sample.broken]
     return Sample(images, torch.stack([sample.target for sample in samples]), broken)
+
+
+def refuse_16_bits(files: Files) -> None:
+    """Raises `OptionError` if some of the files have 16 bits a channel; it looks at up to 200 of them."""
+    count = len(files.names)
+    sample = [files.path(k) for k in np.unique(np.linspace(0, count - 1, SAMPLED_FILES).astype(int))] if count else []
+    found = {path: largest for path in sample if (largest := measure_16_bits(path)) is not None}
+    if found:
+        largest = max(found.values())
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if largest < 1 << bits)
+        seen = f"{len(found)} of {len(sample)} files, such as {next(iter(found))}, have 16 bits a channel"
+        hint = f"the largest value is {largest}, which {bits} bits can hold" if largest else "they are no gray images"
+        raise OptionError("data.bit_depth", None, f"must say how many bits are used: {seen}; {hint}")
 
 
 def ignore_group_signals(_: int) -> None:
@@ -238,6 +261,8 @@ class ImageFolderData(ImageData):
         flip: Whether training images are flipped horizontally at random.
         workers: Loader processes of each process; None for one on each core.
         max_broken: The number of files that may be unreadable; more of them end the run.
+        bit_depth: The number of bits that are used in images with 16 bits a channel. With None there may be no such
+            images, since a file does not say whether its values end at 4,095 or at 65,535.
         **options: The arguments of `ImageData`.
 
     Raises:
@@ -253,6 +278,7 @@ class ImageFolderData(ImageData):
         flip: bool,
         workers: Annotated[int, Field(ge=0, le=1024)] | None,
         max_broken: Annotated[int, Field(ge=0)],
+        bit_depth: Annotated[int, Field(ge=8, le=16)] | None = None,
         **options: Any,
     ):
         super().__init__(**options)
@@ -260,7 +286,7 @@ class ImageFolderData(ImageData):
         self.image_size, self.shorter_side = (3, image_size, image_size), round(image_size / crop_ratio)
         self.train_transform = training_transform(image_size, min_scale, flip)
         self.eval_transform = evaluation_transform(image_size, self.shorter_side)
-        self.broken = BrokenImages(max_broken)
+        self.broken, self.bit_depth = BrokenImages(max_broken), bit_depth
         self.parts: dict[str, Files] = {}
 
     def read(self) -> None:
@@ -286,6 +312,8 @@ class ImageFolderData(ImageData):
             self.fingerprint = hash_split(both, target, np.arange(len(digests), len(both)))
             self.parts = {"train": tree.train.subset(order), "val": tree.val}
         self.parts["test"] = tree.test
+        if self.bit_depth is None:
+            refuse_16_bits(self.parts["train"])
         self.check()
 
     @property
@@ -301,7 +329,8 @@ class ImageFolderData(ImageData):
                 yield os.fsdecode(name), self.classes[label], part
 
     def train_loader(self, process: Process, views: int = 1) -> TrainStream:
-        images = TrainImages(self.parts["train"], self.train_transform, self.seed, self.image_size[-1], views)
+        options = self.seed, self.image_size[-1], views, self.bit_depth
+        images = TrainImages(self.parts["train"], self.train_transform, *options)
         return TrainStream(self.stream(images, process), self.train_order(process))
 
     def eval_loader(self, part: str, process: Process) -> EvalStream:
@@ -309,7 +338,7 @@ class ImageFolderData(ImageData):
         return EvalStream(stream, len(self.parts[part].names), self.eval_batch_size, process)
 
     def eval_images(self, part: str) -> EvalImages:
-        return EvalImages(self.parts[part], self.eval_transform, self.image_size[-1])
+        return EvalImages(self.parts[part], self.eval_transform, self.image_size[-1], self.bit_depth)
 
     def stream(self, images: Dataset, process: Process) -> Stream:
         workers = self.workers

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     add("--data-dir", metavar="DIR", help="where the run's images are now (default: where they were in training)")
     add("--int8", action="store_true", help="also write 8-bit integers, calibrated on training images")
     add("--batch", type=int, metavar="N", help="a static graph for exactly N images, for a device's compiler")
-    add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: PyTorch's choice)")
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: 18, if possible)")
     add("--overwrite", action="store_true", help="replace an older export")
     add("--seconds", type=float, default=1.0, metavar="S", help="time for each timing (default: %(default)s)")
     more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
@@ -165,6 +165,7 @@ def describe_preprocessing(run: RunStudent) -> dict[str, Any]:
         "shorter_side": settings["shorter_side"],
         "size": settings["image_size"][1:],
         "interpolation": "bilinear",
+        "bit_depth": settings.get("bit_depth"),
         "mean": settings["mean"],
         "std": settings["std"],
     }

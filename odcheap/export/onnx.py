@@ -1,5 +1,6 @@
 """Networks as PyTorch programs and as ONNX files, also in 8-bit integers."""
 
+import contextlib
 import io
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from odcheap.utils.errors import OptionError, first_line
 INPUT, OUTPUT = "images", "logits"
 DIMENSIONS = ("n", "height", "width")
 MAX_DIFFERENCE = 1e-4  # of a logit between two forms of one network
-OLDEST_OPSET = 7
+OLDEST_OPSET, DEFAULT_OPSET = 7, 18
 
 
 class Program(NamedTuple):
@@ -82,7 +83,8 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
 
     Args:
         program: The traced network.
-        opset: Version of ONNX's operators; None is PyTorch's choice.
+        opset: Version of ONNX's operators; None is 18, which ONNX Runtime 1.14 can run, or PyTorch's choice if the
+            network has operators that are newer.
 
     Raises:
         OptionError: The graph cannot be written with this opset.
@@ -94,6 +96,9 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
     use_global_pooling(model)
     if opset is not None:
         set_opset(model, opset)
+    else:
+        with contextlib.suppress(OptionError):  # a network with newer operators keeps PyTorch's opset
+            set_opset(model, DEFAULT_OPSET)
     return model.SerializeToString()
 
 
@@ -160,11 +165,13 @@ def set_opset(model: onnx.ModelProto, opset: int) -> None:
     if not OLDEST_OPSET <= opset <= newest:
         raise OptionError("--opset", opset, f"must be {OLDEST_OPSET} to {newest}")
     (own,) = (entry for entry in model.opset_import if entry.domain == "")
+    before = own.version, model.ir_version
     own.version = opset
     model.ir_version = helper.find_min_ir_version_for(model.opset_import)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        own.version, model.ir_version = before
         reason = f"this network cannot be written with this opset ({first_line(error)})"
         raise OptionError("--opset", opset, reason) from error
 

@@ -16,6 +16,7 @@ from odcheap.utils.files import read_safetensors
 from odcheap.utils.parts import build_part
 
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+BitDepth = Annotated[int, Field(ge=8, le=16)] | None
 ThreeNumbers = Annotated[list[float], Field(min_length=3, max_length=3)]
 BUILD_ERRORS = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, Failure)
 
@@ -39,6 +40,7 @@ class StudentSettings(NetworkSettings):
         shorter_side: Pixels to which the image's shorter side is resized before its center is cropped.
         mean: Mean of each channel of images in [0, 1].
         std: Standard deviation of each channel of images in [0, 1].
+        bit_depth: Bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 
     split: str
@@ -46,6 +48,7 @@ class StudentSettings(NetworkSettings):
     shorter_side: Side
     mean: ThreeNumbers
     std: ThreeNumbers
+    bit_depth: BitDepth = None
 
 
 class NormalizedNetwork(nn.Module):

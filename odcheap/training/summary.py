@@ -145,6 +145,7 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
     student = {key: settings[key] for key in ("backbone", "block_type")}
     student |= {key: about[key] for key in ("classes", "split")}
     student |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
+    student["bit_depth"] = data.bit_depth
     student |= {"mean": list(data.norm.mean), "std": list(data.norm.std)}
     return about | {"student": student}
 

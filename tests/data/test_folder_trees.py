@@ -1,5 +1,6 @@
 """The layouts of class folders, and what is wrong with some of them."""
 
+import os
 import tarfile
 
 import numpy as np
@@ -76,12 +77,23 @@ def test_folders_within_a_class_belong_to_it_and_other_files_are_skipped(tmp_pat
     (tmp_path / "train/cat/more/deep/x.png").write_bytes(b"x")
     (tmp_path / "train/cat/notes.txt").write_text("")
     (tmp_path / "train/cat/.DS_Store").write_text("")
+    os.mkfifo(tmp_path / "train/cat/pipe.png")
+    (tmp_path / "train/cat/dead.jpg").symlink_to("nowhere")
     (tmp_path / "train/.cache").mkdir()
     for link, target in (("back", ".."), ("self", ".")):
         (tmp_path / "train/cat" / link).symlink_to(target)
     tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
-    assert len(tree.train.names) == 31
-    assert sorted(tree.skipped) == ["train/cat/back", "train/cat/notes.txt", "train/cat/self"]
+    assert len(tree.train.names) == 32
+    assert sorted(tree.skipped) == ["train/cat/back", "train/cat/notes.txt", "train/cat/pipe.png", "train/cat/self"]
+
+
+def test_a_link_to_a_pipe_does_not_stop_the_listing(tmp_path):
+    grow(tmp_path, root=TWO)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "cat" / "x.jpg").symlink_to(tmp_path / "pipe")
+    folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+    files = folder_trees.Files(str(tmp_path), np.array([b"pipe"]), np.array([0]))
+    assert len(folder_trees.hash_files(files, 0)) == 1  # and it is not opened, either, if it is listed
 
 
 def test_a_class_may_be_a_link_and_keeps_its_only_picture(tmp_path):

@@ -1,20 +1,24 @@
 """Pictures of every kind that Pillow writes, and files that are none."""
 
 import contextlib
+import os
+import socket
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import v2
 
 from odcheap.data import image_folder
-from odcheap.data.folder_trees import Files, is_image_name
+from odcheap.data.folder_trees import Files
 from odcheap.data.image_folder import EvalImages, TrainImages
-from odcheap.predict import ImageError, decode_image
+from odcheap.predict import ImageError, decode_image, is_image_file
 
 
 def saved(path, size=(12, 8), mode="RGB", **options):
@@ -47,7 +51,127 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 256 * 100, 65535]], np.uint16)).save(tmp_path / "x.png")
-    assert [decode_image(tmp_path / "x.png").getpixel((k, 0))[0] for k in range(3)] == [0, 100, 255]
+    assert [decode_image(tmp_path / "x.png", 16).getpixel((k, 0))[0] for k in range(3)] == [0, 100, 255]
+
+
+def test_twelve_bits_in_sixteen_are_scaled_by_what_is_said_and_never_guessed(tmp_path):
+    twelve = np.random.default_rng(0).integers(0, 4096, (20, 20)).astype(np.uint16)
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(twelve).save(tmp_path / name)
+        with pytest.raises(ImageError, match="bit_depth does not say how many of them are used"):
+            decode_image(tmp_path / name)
+        assert np.array_equal(np.asarray(decode_image(tmp_path / name, 12))[..., 0], twelve // 16)
+        with pytest.raises(ImageError, match=r"a pixel of 40\d\d, too large for bit_depth=10"):
+            decode_image(tmp_path / name, 10)
+
+
+def test_sixteen_bits_of_color_are_read_in_full_or_refused(tmp_path):
+    rows = b"".join(b"\0" + struct.pack(">3H", 65535, 256 * 100, 0) for _ in range(2))
+    (tmp_path / "x.png").write_bytes(png(1, 2, 16, 2, rows))
+    assert decode_image(tmp_path / "x.png", 16).getpixel((0, 0)) == (255, 100, 0)
+    for depth in (None, 12):
+        with pytest.raises(ImageError, match="bit_depth"):
+            decode_image(tmp_path / "x.png", depth)
+
+
+def test_a_pgm_says_its_range_itself(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5 2 1 4095\n" + struct.pack(">2H", 4095, 2048))
+    assert [decode_image(tmp_path / "x.pgm").getpixel((k, 0))[0] for k in (0, 1)] == [255, 128]
+
+
+def png(width, height, bits, kind, rows, *chunks):
+    """A PNG with further chunks (name, content) before its pixels."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    parts = [chunk(*entry) for entry in (*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))]
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(parts)
+
+
+def test_long_texts_and_profiles_of_a_png_are_ignored(tmp_path):
+    long = zlib.compress(bytes(2 << 20))
+    for name, content in ((b"iCCP", b"x\0\0" + long), (b"zTXt", b"x\0\0" + long), (b"iCCP", b"?")):
+        (tmp_path / "x.png").write_bytes(png(1, 1, 8, 2, b"\0\1\2\3", (name, content)))
+        assert decode_image(tmp_path / "x.png").getpixel((0, 0)) == (1, 2, 3)
+
+
+TEXT_FOR_A_NUMBER = struct.pack("<HHI4s", 0x11A, 2, 3, b"72\0\0")  # XResolution, as some cameras write it
+TURNED = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+TURNED += TEXT_FOR_A_NUMBER + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_of_odd_exif_data_the_orientation_is_used(tmp_path, suffix):
+    assert decode_image(saved(tmp_path / f"x.{suffix}", exif=TURNED)).size == (8, 12)
+
+
+@given(changes=st.lists(st.tuples(st.integers(6, len(TURNED) - 1), st.integers(0, 255)), min_size=1, max_size=6))
+@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_whole_pixels_are_read_whatever_the_exif_data_are(tmp_path_factory, suffix, changes):
+    exif = bytearray(TURNED)
+    for place, value in changes:
+        exif[place] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = saved(tmp_path_factory.mktemp("x") / f"x.{suffix}", exif=bytes(exif))
+    assert decode_image(path).size in ((12, 8), (8, 12))
+
+
+def test_a_turned_tiff_is_turned_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(saved(tmp_path / "x.tif", exif=exif)).size == (8, 12)
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat.jpg", "cat.eps"])
+def test_postscript_starts_nothing(tmp_path, monkeypatch, name):
+    """A `gs` on the path, which Pillow would start for an EPS, leaves a file behind."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / name).write_bytes(eps)
+    with pytest.raises(ImageError, match=r"PostScript, which is a program: convert it to PNG"):
+        decode_image(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    assert not is_image_file(str(tmp_path), "cat.eps")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "link to a pipe", "/dev/zero"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    path = tmp_path / "x.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(ImageError, match=r"x.png cannot be read as an image .*not a regular file"):
+        decode_image(path)
+
+
+def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "x.png", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ImageError, match="more than 536,870,912"):
+        decode_image(tmp_path / "x.png")
+
+
+def test_heic_is_named(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(ImageError, match="HEIC: convert it to JPEG or PNG"):
+        decode_image(tmp_path / "x.jpg")
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
@@ -177,6 +301,11 @@ def test_grey_and_odd_sized_pictures_train(tmp_path):
     assert batch.image.dtype == torch.uint8
 
 
-def test_names_of_pictures():
-    assert all(is_image_name(name) for name in ("a.jpg", "A.JPEG", "b.png", "c.webp", "d.tiff"))
-    assert not any(is_image_name(name) for name in ("notes.txt", ".hidden.jpg", "jpg", "x.npy"))
+def test_names_of_pictures(tmp_path):
+    saved(tmp_path / "without.png").rename(tmp_path / "without")
+    (tmp_path / "README").write_text("?")
+    os.mkfifo(tmp_path / "pipe")
+    folder = str(tmp_path)
+    assert all(is_image_file(folder, name) for name in ("a.jpg", "A.JPEG", "b.png", "c.webp", "d.tiff", "without"))
+    names = ("notes.txt", ".hidden.jpg", "jpg", "x.npy", "x.eps", "README", "pipe")
+    assert not any(is_image_file(folder, name) for name in names)

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from conftest import Begun
 from PIL import Image
+from safetensors import safe_open
 
 from odcheap.data.base import Process
 from odcheap.data.folder_trees import list_class_folders
@@ -204,6 +205,23 @@ def test_every_layout_trains_imbalanced_too(command, tmp_path, layout):
     assert chosen["test_top1"] == pytest.approx(hits / summary["images"]["test"])
     content = torch.load(job_dir / "checkpoints" / "epoch-0001.ckpt", weights_only=True)
     assert content["odcheap"]["classes"] == ["blue", "green", "red"]
+
+
+def test_sixteen_bits_are_asked_for_and_then_read_and_exported(command, tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for k in range(12):
+            pixels = random.integers(0, 4096, (20, 20)).astype(np.uint16)
+            Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{k}.png")
+    options = [*SMALL, f"data_dir={tmp_path / 'mine'}", f"job_dir={tmp_path / 'run'}", "data.batch_size=8"]
+    result = command(*options)
+    assert result.status == 1
+    assert "data.bit_depth=null: must say how many bits are used" in result.err
+    assert "which 12 bits can hold" in result.err
+    assert command(*options, "data.bit_depth=12").status == 0
+    with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["odcheap"])["bit_depth"] == 12
 
 
 def test_selection_by_balanced_accuracy(command, tmp_path):

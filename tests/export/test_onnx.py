@@ -63,6 +63,12 @@ def cheap():
     return onnx_export.to_onnx(onnx_export.export_program(network, (3, 16, 16)))
 
 
+def test_without_an_opset_the_file_is_one_that_onnx_runtime_1_14_can_run(cheap):
+    model = onnx.load_from_string(cheap)
+    assert model.opset_import[0].version <= 18
+    assert model.ir_version <= 8
+
+
 @pytest.mark.parametrize("backbone", ["ours", "torchvision"])
 def test_an_old_opset_has_the_same_answers(backbone):
     if backbone == "ours":
