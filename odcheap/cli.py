@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from odcheap.utils.signals import exit_on_signals
+
 HELP = """usage: odcheap COMMAND [ARGUMENTS]
 
 commands (odcheap COMMAND --help shows the arguments):
@@ -40,19 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join(["train", *COMMANDS])
         print(f"error: {name!r}: unknown command; must be one of {known}", file=sys.stderr)
         return 1
-    # Imported here, so that each command starts without the packages of the others.
-    return importlib.import_module(COMMANDS[name]).main(rest)
+    try:
+        with exit_on_signals():  # imported here, so that each command starts without the packages of the others
+            command = importlib.import_module(COMMANDS[name])
+        return command.main(rest)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
 
 
 def train(arguments: Sequence[str]) -> int:
     """Runs `odcheap train` and returns the exit status."""
-    from odcheap.runs.sweep import Outcome
-    from odcheap.training import command
-    from odcheap.utils.console import console
+    with exit_on_signals():
+        from odcheap.runs.sweep import Outcome
+        from odcheap.training import command
+        from odcheap.utils.console import console, keep_going_without_output
 
-    def show(outcomes: list[Outcome]) -> None:
-        from odcheap.report.console_tables import show_sweep
+        def show(outcomes: list[Outcome]) -> None:
+            from odcheap.report.console_tables import show_sweep
 
-        show_sweep(console(), outcomes)
+            show_sweep(console(), outcomes)
 
-    return command.main(arguments, show)
+        with keep_going_without_output():
+            return command.main(arguments, show)

@@ -1,5 +1,8 @@
 """Runs `python -m odcheap.bench`."""
 
-from odcheap.bench.command import main
+from odcheap.utils.signals import exit_on_signals
+
+with exit_on_signals():
+    from odcheap.bench.command import main
 
 raise SystemExit(main())

@@ -1,5 +1,6 @@
 """Data sets of image files: decoded and augmented by loader processes, normalized on the training device."""
 
+import multiprocessing.queues
 import os
 import signal
 import threading
@@ -22,10 +23,12 @@ from odcheap.predict import ImageError, decode_image, escape_control_chars, meas
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.seeds import temporary_seed
+from odcheap.utils.signals import STOP_SIGNALS
 
 MAX_TRIES = 20  # if so many successive images are unreadable, the batch fails
 SAMPLED_FILES = 200  # files of which the kind of pixels is looked at before the training
 NO_TARGET = -1  # label of an image that cannot be read
+BATCH_TIMEOUT = 600  # seconds without a batch after which the run ends
 
 
 class Sample(NamedTuple):
@@ -128,21 +131,28 @@ def refuse_16_bits(files: Files) -> None:
         raise OptionError("data.bit_depth", None, f"must say how many bits are used: {seen}; {hint}")
 
 
-def ignore_group_signals(_: int) -> None:
-    """Makes a loader process ignore signals to the whole process group (from Slurm or Ctrl-C).
+def prepare_loader_process(_: int) -> None:
+    """Prepares a loader process: for signals, and for an error at the end of its work.
 
-    The run handles them: it saves a checkpoint, for which it needs its loader processes, and ends them afterwards. Only
-    a signal from the run itself, which multiprocessing sends at exit, ends a loader process.
+    Signals to the whole process group (from Slurm or Ctrl-C) are ignored. The run handles them: it saves a checkpoint,
+    for which it needs its loader processes, and ends them afterwards. Only a signal from the run itself, which
+    multiprocessing sends at exit, ends a loader process.
+
+    A batch that cannot be handed over, because the shared memory is full, ends the process, which the run notices.
+    Without this, Python would print a traceback, drop the batch, and the run would wait for it forever.
     """
-    signals, run = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}, os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    # With the start method forkserver, `os.getppid()` is the server and not the run.
+    parent = multiprocessing.parent_process()
+    run = parent.pid if parent is not None else os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:
-        while signal.sigwaitinfo(signals).si_pid != run:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != run:
             pass
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore
 
 
 class BrokenImages:
@@ -191,9 +201,10 @@ class Stream:
             batch_sampler=self.plan,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=ignore_group_signals,
+            worker_init_fn=prepare_loader_process,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            timeout=BATCH_TIMEOUT if workers else 0,
         )
 
     def batches(self, plan: list[list]) -> Iterator[Batch]:

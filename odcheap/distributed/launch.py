@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from odcheap.distributed import slurm
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.distributed.torchrun import STOP_SIGNALS
 from odcheap.runs import status
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
 from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.signals import PARENT_VARIABLE, STOP_SIGNALS
 
 SHUTDOWN_SECONDS = "600"  # the time that torchrun gives a process after a signal, to finish its step and to save
 
@@ -121,7 +121,8 @@ def launch_processes(start: Start, config_dirs: Sequence[Path], listener: Signal
     threads = max(1, (os.cpu_count() or 1) // devices)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS}
     status.write_status(start.job_dir, "running")
-    agent = subprocess.Popen(command, env=defaults | os.environ, stdin=subprocess.PIPE, start_new_session=True)
+    environment = defaults | os.environ | {PARENT_VARIABLE: str(os.getpid())}
+    agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     with agent, listener.forward_to(agent):
         exit_status = agent.wait()
     if exit_status - 128 in STOP_SIGNALS:

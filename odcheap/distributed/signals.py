@@ -6,21 +6,23 @@ import subprocess
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from odcheap.distributed import slurm
-from odcheap.distributed.torchrun import STOP_SIGNALS
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
 from odcheap.utils.console import process_rank
+from odcheap.utils.errors import Failure, describe_external_failure, first_line
+from odcheap.utils.signals import STOP_SIGNALS
 
 # submitit sends this signal before the time of a job ends. Its own handler then requeues the job.
 SUBMITIT_SIGNAL = signal.SIGUSR2
 REPEAT_SECONDS = 1.0  # the same signal within this time counts once
-PARENT_PID = os.getppid()  # read at import, when the parent still exists
+WAIT_SECONDS = 20.0  # after a signal, the longest time without a batch; Slurm kills a job 30 s after SIGTERM
+POLL_SECONDS = 0.5
 
 
 class Stopped(SystemExit):
@@ -36,20 +38,28 @@ class Stopped(SystemExit):
 
 
 class SignalListener:
-    """A context manager that handles SIGTERM, SIGINT and SIGUSR1.
+    """A context manager that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP.
 
-    The first signal raises `Stopped`, with two exceptions: while `is_deferred` is set, the signal is only stored in
-    `received` until the training step has ended, and while a worker process does the work, the signal is forwarded to
-    the worker. A second signal ends the process at once. The same signal within a second counts once, since a process
-    may get it both from its parent and as a member of its process group.
+    The first signal raises `Stopped`, with two exceptions: after `defer`, the signal is only stored in `received` until
+    the training step has ended, and while a worker process does the work, the signal is forwarded to the worker. A
+    second signal ends the process at once. The same signal within a second counts once, since a process may get it
+    both from its parent and as a member of its process group. SIGHUP stays ignored if it was ignored before, as `nohup`
+    does.
+
+    A step cannot end if the data loader delivers nothing. If a signal has arrived and no batch comes within
+    `WAIT_SECONDS`, `Stopped` is therefore raised without waiting any longer.
 
     Attributes:
         received: The number of the signal that has arrived, 0 without one.
         is_deferred: Whether a signal waits for the end of the training step.
+        waiting_since: The time since which the run has been waiting for a batch, None while it computes.
+        has_given_up: Whether the run was stopped because no batch came.
     """
 
     def __init__(self) -> None:
         self.received, self.is_deferred, self.received_at = 0, False, 0.0
+        self.waiting_since: float | None = None
+        self.has_given_up = False
         self.worker: subprocess.Popen | None = None
         self.had_worker = False
         self.owner_pid = os.getpid()
@@ -68,9 +78,26 @@ class SignalListener:
 
     def install_handlers(self) -> None:
         """Installs the handlers. This is repeated when Lightning has replaced them."""
-        set_handlers(dict.fromkeys(STOP_SIGNALS, self.handle))
+        is_nohup = self.previous_handlers[signal.SIGHUP] is signal.SIG_IGN
+        set_handlers({s: self.handle for s in STOP_SIGNALS if not (s == signal.SIGHUP and is_nohup)})
         if callable(self.previous_handlers[SUBMITIT_SIGNAL]):
             set_handlers({SUBMITIT_SIGNAL: self.handle_submitit})
+
+    def defer(self) -> None:
+        """Lets signals wait for the end of the training step from now on."""
+        self.is_deferred = True
+        threading.Thread(target=self.watch_waiting, daemon=True).start()
+
+    def watch_waiting(self) -> None:
+        """Sends the signal again, now to be handled at once, if no batch comes after it."""
+        while self.is_deferred:
+            since = self.waiting_since
+            if self.received and since is not None:
+                has_given_up = time.monotonic() - max(since, self.received_at) > WAIT_SECONDS
+                if has_given_up and not self.has_given_up:
+                    self.has_given_up = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, self.received)
+            time.sleep(POLL_SECONDS)
 
     def requeue_by_submitit(self) -> None:
         """Calls submitit's own handler, which requeues the job and, in its first process, exits."""
@@ -79,6 +106,9 @@ class SignalListener:
     def handle(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner_pid:  # a worker of the data loader, which its owner will stop
             return
+        if self.has_given_up and self.is_deferred:
+            self.is_deferred = False
+            raise Stopped(self.received)
         if signum == self.received and time.monotonic() < self.received_at + REPEAT_SECONDS:
             return
         if self.worker is not None:
@@ -120,26 +150,10 @@ def set_handlers(handlers: Mapping[int, Any]) -> None:
 
 
 @contextmanager
-def stop_with_parent(parent_pid: int) -> Generator[None]:
-    """Sends this process a SIGTERM when its parent has died."""
-    is_done = threading.Event()
-
-    def watch() -> None:
-        while os.getppid() == parent_pid:
-            if is_done.wait(1):
-                return
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_done.set()
-
-
-@contextmanager
 def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> Generator[None]:
     """If a signal stops the block, writes the status, prints how to continue, and requeues the job of a cluster.
+
+    If the block fails in another way after the run was marked as running, the status becomes "failed".
 
     Args:
         job_dir: The run's folder.
@@ -152,6 +166,19 @@ def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> G
         if process_rank() == 0:
             _report_stop(stop, job_dir, listener, may_requeue)
         raise
+    except Exception as error:
+        if process_rank() == 0:
+            _report_failure(error, job_dir)
+        raise
+
+
+def _report_failure(error: Exception, job_dir: Path) -> None:
+    """Writes that the run has failed, if its status says that it is running and no process does so."""
+    with suppress(OSError, LookupError, TypeError, ValueError):  # the cause may be that the folder cannot be written
+        last = status.read_status(job_dir)
+        if last.get("state") == "running" and (last.get("pid") == os.getpid() or not status.is_alive(last)):
+            line = str(error) if isinstance(error, Failure) else describe_external_failure(error)
+            status.write_status(job_dir, "failed", line or f"{type(error).__name__}: {first_line(error)}")
 
 
 def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool) -> None:
@@ -161,6 +188,7 @@ def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_req
             status.write_status(job_dir, "stopped", stop.name)
         text = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
         requeues = may_requeue and stop.signum != signal.SIGINT and not listener.submitit_requeues
-        print(f"{stop.name}: {text}{slurm.requeue_job() if requeues else ''}", flush=True)
+        hint = " (no batch of images came; see data.workers and /dev/shm)" if listener.has_given_up else ""
+        print(f"{stop.name}{hint}: {text}{slurm.requeue_job() if requeues else ''}", flush=True)
     if listener.submitit_requeues:
         listener.requeue_by_submitit()

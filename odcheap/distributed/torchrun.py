@@ -4,14 +4,13 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # they stop a run after it has saved
+from odcheap.utils.signals import PARENT_VARIABLE, STOP_SIGNALS, find_parent, stop_with_parent
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,9 +25,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.disable(logging.ERROR)  # the line printed below replaces torchrun's report
     for signum in (signal.SIGUSR1, signal.SIGUSR2):  # they reach the whole process group, and the parent forwards them
         signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=stop_with_parent, daemon=True).start()
+    leader, os.environ[PARENT_VARIABLE] = find_parent(), str(os.getpid())  # the latter is for the processes of the run
     try:
-        run.main(list(arguments))
+        with stop_with_parent(leader):
+            run.main(list(arguments))
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
@@ -38,13 +38,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: process {rank} {describe_exit(failure)}; the others were stopped", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def stop_with_parent() -> None:
-    """Sends this process a SIGTERM when its parent dies. The parent holds the other end of standard input."""
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def describe_exit(failure: ProcessFailure) -> str:

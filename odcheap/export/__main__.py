@@ -1,5 +1,8 @@
 """Runs `python -m odcheap.export`."""
 
-from odcheap.export.command import main
+from odcheap.utils.signals import exit_on_signals
+
+with exit_on_signals():
+    from odcheap.export.command import main
 
 raise SystemExit(main())

@@ -31,13 +31,14 @@ from torch import nn
 from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
+from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.export import latency, model_card, onnx, verify
 from odcheap.export.load_run import RunStudent, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
 from odcheap.training import summary
-from odcheap.utils.console import print_error, say
+from odcheap.utils.console import keep_going_without_output, print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_json, write_text
 
@@ -65,13 +66,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     options.out = Path(os.path.realpath(options.out or options.job_dir / "export"))
     hide_library_warnings()
     try:
-        check_options(options)
-        export(load_run_student(options.job_dir, options.student, options.config_dir), options)
+        with keep_going_without_output(), SignalListener():
+            check_options(options)
+            export(load_run_student(options.job_dir, options.student, options.config_dir), options)
     except (Failure, predict.PredictError) as error:
         return print_error(str(error))
-    except KeyboardInterrupt:
-        print_error("interrupted: nothing was written")
-        return 130
+    except Stopped as stop:
+        print_error(f"{stop.name}: interrupted, nothing was written")
+        return 128 + stop.signum
     except (OSError, MemoryError, RuntimeError) as error:
         line = describe_external_failure(error)
         if line is None and not isinstance(error, OSError):

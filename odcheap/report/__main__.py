@@ -1,5 +1,8 @@
 """Runs `python -m odcheap.report`."""
 
-from odcheap.report.command import main
+from odcheap.utils.signals import exit_on_signals
+
+with exit_on_signals():
+    from odcheap.report.command import main
 
 raise SystemExit(main())

@@ -227,7 +227,10 @@ def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
 
 
 class Interruption(pl.Callback):
-    """Saves a checkpoint and ends the training after the step in which any process has received a signal."""
+    """Saves a checkpoint and ends the training after the step in which any process has received a signal.
+
+    It also tells the listener when the training waits for a batch, so that a signal ends a wait that has no end.
+    """
 
     def __init__(self, listener: SignalListener, record: Record, guard: NonfiniteGuard):
         self.listener, self.record, self.guard = listener, record, guard
@@ -235,10 +238,40 @@ class Interruption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.install_handlers()  # Lightning has replaced them
-        self.listener.is_deferred = True
+        self.listener.defer()
         if trainer.world_size > 1:  # gloo compares the signals on the CPU, without waiting for a GPU
             self.group = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo"))
             rendezvous.check_same_start(trainer.current_epoch, trainer.global_step, self.group)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.set_waiting(True)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.set_waiting(False)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.set_waiting(True)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.set_waiting(False)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.set_waiting(batch_idx + 1 < trainer.num_val_batches[dataloader_idx])
+
+    def set_waiting(self, is_waiting: bool) -> None:
+        self.listener.waiting_since = time.monotonic() if is_waiting else None
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.install_handlers()
@@ -251,6 +284,7 @@ class Interruption(pl.Callback):
             self.guard.check()
             self.record.save(trainer, step_path(self.record.job_dir, trainer.current_epoch, done))
             raise Stopped(signum)
+        self.set_waiting(done < trainer.num_training_batches)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if signum := self.agree_on_signal():  # `Record` has just saved a checkpoint

@@ -23,8 +23,8 @@ from odcheap.config.messages import (
     hide_library_warnings,
     list_groups,
 )
-from odcheap.distributed import launch, signals, slurm
-from odcheap.distributed.signals import SignalListener, report_stop, stop_with_parent
+from odcheap.distributed import launch, slurm
+from odcheap.distributed.signals import SignalListener, report_stop
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, make_folder, read_summary
 from odcheap.runs.overrides import quote_override
@@ -36,6 +36,7 @@ from odcheap.training.optim import build_optimizer, build_scheduler
 from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
 from odcheap.utils.parts import find_conf_dir
+from odcheap.utils.signals import find_parent, stop_with_parent
 
 # The functions that build the parts of these groups, whose arguments are options of every part.
 BUILDERS = {"optimizer": build_optimizer, "scheduler": build_scheduler}
@@ -98,9 +99,9 @@ def run_job(cfg: DictConfig) -> float | None:
     """Carries out one run, alone or in a sweep. Returns the selected student's held-out accuracy, for sweepers."""
     hide_library_warnings()
     config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
-    # A process that joblib started would otherwise go on for hours after its parent has died.
-    in_worker = current_process().name != "MainProcess"
-    with SignalListener() as listener, stop_with_parent(signals.PARENT_PID) if in_worker else nullcontext():
+    # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
+    in_worker = current_process().name != "MainProcess" or launch.is_torchrun()
+    with SignalListener() as listener, stop_with_parent(find_parent()) if in_worker else nullcontext():
         if resolvers.is_sweep():
             outcome = run_in_sweep(lambda: train(config, listener))
         else:

@@ -1,7 +1,10 @@
-"""Output of commands: lines that one process prints for all, and a console for tables."""
+"""Output of commands: lines that one process prints for all, a console for tables, and output that nobody reads."""
 
 import os
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -52,3 +55,52 @@ def print_error(line: object, every_rank: bool = False) -> int:
         process = f"process {rank}: " if every_rank and is_distributed() else ""
         print(f"error: {process}{escape_control_chars(line)}", file=sys.stderr, flush=True)
     return 1
+
+
+class LastingStream:
+    """A text stream that ignores that nothing can be written to it any more.
+
+    The reader of a pipe may end (`| head`), and a terminal may be closed. Python then raises an error in `print`.
+
+    Args:
+        stream: The stream, such as `sys.stdout`.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError:
+            self.discard()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.discard()
+
+    def discard(self) -> None:
+        """Lets what is written from now on vanish, also what the stream still holds in its buffer."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def keep_going_without_output() -> Generator[None]:
+    """Within this block, stdout and stderr that are closed or cannot be written are not an error."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as null:
+        sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream or null)) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before

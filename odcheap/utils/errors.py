@@ -2,6 +2,8 @@
 
 import errno
 import re
+import shutil
+from pathlib import Path
 
 LOWER_MEMORY = "lower data.batch_size or num_stu, or try trainer.precision=bf16-mixed"
 CAN_RESUME = "the last checkpoint is complete, and resume=auto continues from it"
@@ -9,6 +11,8 @@ OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memo
 CONNECTION_LOST = re.compile(
     r"connection (closed|reset)|broken pipe|socket closed|timed out|remote process exited", re.IGNORECASE
 )
+LOADER_ENDED = re.compile(r"DataLoader (worker \(pid|timed out)")  # not an error that was raised in a worker
+SHARED_MEMORY = Path("/dev/shm")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -66,6 +70,12 @@ def describe_external_failure(error: BaseException) -> str | None:
         return f"out of memory {place}: {LOWER_MEMORY}; {CAN_RESUME}"
     if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and CONNECTION_LOST.search(text):
         return f"another process of this run has ended, and its own line says why ({first_line(error)}); {CAN_RESUME}"
+    if isinstance(error, RuntimeError) and LOADER_ENDED.match(text):
+        free = f"{shutil.disk_usage(SHARED_MEMORY).free / 1e6:.0f} MB of it are free" if SHARED_MEMORY.is_dir() else ""
+        what = "a process that loads images has ended or delivers nothing"
+        cause = first_line(error).partition(". ")[0]
+        advice = f"if {SHARED_MEMORY} is full ({free}), enlarge it (docker run --shm-size=8g) or lower data.workers"
+        return f"data.workers: {what} ({cause}); {advice}; {CAN_RESUME}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         file = f"{error.filename}: " if error.filename else ""
         return f"{file}{error.strerror}: cannot be written or read; {CAN_RESUME}"

@@ -3,15 +3,22 @@
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import TINY, Begun
+from conftest import ONE_THREAD, TINY, Begun
 
-from odcheap.distributed.signals import STOP_SIGNALS, SignalListener, Stopped, stop_with_parent
+import train
+from odcheap.distributed import signals
+from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.training.callbacks import Record
+from odcheap.utils.errors import Failure
+from odcheap.utils.signals import STOP_SIGNALS, stop_with_parent
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ def own_signals():
         signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_the_step_and_the_run_ends_as_if_nothing_had_been(
     tmp_path, command, own_signals, monkeypatch, name
 ):
@@ -108,6 +115,85 @@ def test_a_process_whose_starter_is_gone_ends_as_by_a_signal(own_signals):
     assert stopped.value.name == "SIGTERM"
 
 
+def test_nohup_is_respected(own_signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with SignalListener():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(own_signals, monkeypatch, is_waiting):
+    """But it never ends a step that takes long."""
+    monkeypatch.setattr(signals, "WAIT_SECONDS", 0.5)
+
+    def waits():
+        with SignalListener() as listener:
+            listener.defer()
+            listener.waiting_since = time.monotonic() if is_waiting else None
+            os.kill(os.getpid(), signal.SIGTERM)
+            begun = time.monotonic()
+            try:
+                time.sleep(3)
+            finally:
+                listener.is_deferred = False
+                assert (time.monotonic() - begun < 2.5) == is_waiting
+                assert listener.has_given_up == is_waiting
+
+    with pytest.raises(Stopped) as stopped:
+        waits()
+    assert stopped.value.name == "SIGTERM"
+
+
+def begin(*command, cwd, **more):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=cwd, env=ONE_THREAD, **pipes | more)
+
+
+def wait_until_it_imports(process):
+    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("command", [[train.__file__, *TINY], ["-m", "odcheap.export", "x"]], ids=["train", "export"])
+def test_a_signal_during_the_imports_is_one_line(tmp_path, name, command):
+    process = begin(*command, cwd=tmp_path)
+    wait_until_it_imports(process)
+    process.send_signal(getattr(signal, name))
+    out, _ = process.communicate(timeout=60)
+    assert out == f"{name}: ended before anything was started\n"
+    assert process.returncode == 128 + getattr(signal, name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["pipe", "closed"])
+def test_an_output_that_nobody_reads_ends_no_training(tmp_path, how):
+    """`train.py | head -1`, and `train.py >&-`."""
+    command = [train.__file__, *TINY, f"job_dir={tmp_path}/run"]
+    if how == "pipe":
+        process = begin(*command, cwd=tmp_path)
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0
+    else:
+        words = " ".join(map(shlex.quote, [sys.executable, *command]))
+        assert subprocess.run(["sh", "-c", f"exec {words} >&- 2>&-"], env=ONE_THREAD, check=False).returncode == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    assert (tmp_path / "run" / "student.safetensors").is_file()
+
+
+def test_a_failed_run_is_not_called_running(tmp_path, command, monkeypatch):
+    def fail(*_):
+        raise Failure("it failed")
+
+    monkeypatch.setattr(Record, "on_train_epoch_end", fail)
+    assert command(*TINY, f"job_dir={tmp_path}/run").status == 1
+    found = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (found["state"], found["reason"]) == ("failed", "it failed")
+
+
 def ranks(train_py):
     """Process ids by rank of the workers that this process tree holds."""
     found = {}
@@ -135,15 +221,41 @@ def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, w
     assert json.loads((job_dir / "status.json").read_text())["reason"] == "SIGTERM"
 
 
-@pytest.mark.parametrize("whom", ["leader", pytest.param("rank 1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whom", ["leader", "agent", pytest.param("rank 0", marks=pytest.mark.slow), "rank 1"])
 def test_no_process_outlives_another_that_was_killed(tmp_path, whom):
     job_dir = tmp_path / "run"
     run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=300", f"job_dir={job_dir}", cwd=tmp_path)
     run.until("epoch 1 (2/300)")
-    os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGKILL)
+    found = ranks(f"job_dir={job_dir}")
+    agent = parent(found[0])
+    os.kill({"leader": run.process.pid, "agent": agent, "rank 0": found[0], "rank 1": found[1]}[whom], signal.SIGKILL)
     if whom == "leader":
         assert run.end() == -signal.SIGKILL  # its workers hold the pipe: they have ended too
     else:
         assert run.end() == 1
-        assert "error: process 1 was killed by SIGKILL (out of memory?); the others were stopped\n" in run.said
+    if whom.startswith("rank"):
+        line = f"error: process {whom[-1]} was killed by SIGKILL (out of memory?); the others were stopped\n"
+        assert line in run.said
+    assert ranks(f"job_dir={job_dir}") == {}
+    assert json.loads((job_dir / "status.json").read_text())["state"] != "running"
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_three_interrupts_leave_no_process_behind(tmp_path):
+    """The ranks are stopped meanwhile, so that they cannot end at the first one."""
+    job_dir = tmp_path / "run"
+    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=300", f"job_dir={job_dir}", cwd=tmp_path)
+    run.until("epoch 1 (2/300)")
+    found = ranks(f"job_dir={job_dir}")
+    for pid in found.values():
+        os.kill(pid, signal.SIGSTOP)
+    for _ in range(3):
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(1.2)
+    for pid in found.values():
+        os.kill(pid, signal.SIGCONT)
+    assert run.end() == 128 + signal.SIGINT
     assert ranks(f"job_dir={job_dir}") == {}

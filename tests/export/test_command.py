@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from odcheap.export import onnx as onnx_export
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.model_card import STANDARD, STUDENT
 from odcheap.models.build import build_network, load_student
+from odcheap.utils.signals import STOP_SIGNALS
 
 QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[2]
@@ -176,6 +178,26 @@ def test_a_failed_check_leaves_nothing_that_looks_finished(run, light, capsys, m
     assert command.main([str(job_dir), *QUICK]) == 1
     assert "error: student.onnx: a logit differs from the trained network's by" in capsys.readouterr().err
     assert set(job_dir.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_an_export_that_a_signal_ends_leaves_nothing(tmp_path, capsys, monkeypatch, name):
+    folder, signum = write_run(tmp_path / "run"), getattr(signal, name)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    files = sorted(folder.rglob("*"))
+
+    def write(run, options, data, preprocess, part):
+        (part / "student.onnx").touch()
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(command, "write_files", write)
+    try:
+        assert command.main([str(folder)]) == 128 + signum
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == f"error: {name}: interrupted, nothing was written\n"
+    assert sorted(folder.rglob("*")) == files
 
 
 def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsys):

@@ -1,0 +1,66 @@
+"""Loader processes that fail, that deliver nothing, or that another start method has started."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from odcheap.data import image_folder
+from odcheap.data.image_folder import BrokenImages, Sample, Stream
+from odcheap.data.transforms import Normalization
+from odcheap.utils.errors import describe_external_failure
+
+
+class Fixed(Dataset):
+    """Black images. `broken` is what each sample reports as unreadable, `seconds` the time that each one takes."""
+
+    def __init__(self, broken=(), seconds=0.0):
+        self.broken, self.seconds = list(broken), seconds
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor(0), self.broken)
+
+
+def load(images):
+    norm = Normalization((0.0,) * 3, (1.0,) * 3)
+    stream = Stream(images, norm, torch.device("cpu"), 1, BrokenImages(10))
+    return list(stream.batches([[0, 1], [2, 3]]))
+
+
+def expect_line(images):
+    with pytest.raises(RuntimeError) as caught:
+        load(images)
+    line = describe_external_failure(caught.value)
+    assert line.startswith("data.workers: ")
+    assert "/dev/shm" in line
+    assert "\n" not in line
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run():
+    """PyTorch reports a full /dev/shm in the same place as an object that cannot be pickled."""
+    expect_line(Fixed(broken=[(lambda: "cannot be pickled", "")]))
+
+
+def test_a_loader_that_delivers_nothing_ends_the_run(monkeypatch):
+    monkeypatch.setattr(image_folder, "BATCH_TIMEOUT", 1)
+    expect_line(Fixed(seconds=4))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_loader_processes_end_with_the_run_for_each_start_method(method):
+    script = f"""
+import multiprocessing
+from tests.data.test_loader_processes import Fixed, load
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}", force=True)
+    print(len(load(Fixed())))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100
+    )
+    assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
