@@ -1,8 +1,8 @@
 """Loads weights into a method's students, from checkpoints, exported students or checkpoints of the 2019 code."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ class Weights:
         students: A state dict for each student.
         method: The state dict of the method's own parts, such as the teacher; empty if the file has one student only.
         split: The fingerprint of the data split under which the weights were selected, None if unknown.
+        classes: The names of the classes by label, None if unknown.
     """
 
     path: str
     students: list[dict[str, Tensor]]
     method: dict[str, Tensor]
     split: str | None
+    classes: list[str] | None = None
 
 
 def read_weights(path: str | Path, option: str = "weights") -> Weights:
@@ -46,7 +48,7 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
     if str(path).endswith(".safetensors"):
         tensors, metadata = read_safetensors(path, option)
         settings = json.loads(metadata.get("odcheap", "{}"))
-        return Weights(str(path), [tensors], {}, settings.get("split"))
+        return Weights(str(path), [tensors], {}, settings.get("split"), settings.get("classes"))
     content = read_torch(path, option)
     if is_reference(content):
         reference = translate_reference(content, path, option)
@@ -57,10 +59,11 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         raise OptionError(option, path, "holds no students: it has the names of neither odcheap nor the 2019 code")
     students = [strip_prefix(state, f"{STUDENT}{k}.") for k in range(count)]
     own = select_method_state(strip_prefix(state, "method."))
-    return Weights(str(path), students, own, content.get("odcheap", {}).get("split"))
+    about = content.get("odcheap", {})
+    return Weights(str(path), students, own, about.get("split"), about.get("classes"))
 
 
-def load_weights(method: Method, weights: Weights, new_head: bool = False) -> str:
+def load_weights(method: Method, weights: Weights, new_head: bool = False, classes: Sequence[str] | None = None) -> str:
     """Copies weights into a method.
 
     If the file has one student, it becomes student 0, and the other students keep their initial weights.
@@ -69,6 +72,8 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False) -> st
         method: The method.
         weights: The weights, read from a file.
         new_head: Loads the bodies only. Classifiers and the method's own parts keep their initial weights.
+        classes: The names of the data's classes by label. If the weights have these classes in another order or besides
+            others, the classifiers' outputs are matched by name, and the method's own parts keep their initial weights.
 
     Returns:
         One line that says what was loaded.
@@ -76,6 +81,9 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False) -> st
     Raises:
         OptionError: File and method differ in another way. The method is then unchanged.
     """
+    matched = not new_head and classes is not None and weights.classes not in (None, list(classes))
+    if matched:
+        weights = select_classes(weights, list(classes or ()), str(method.students.members[0].classifier))
     # Everything is checked first, so that an error leaves the method unchanged.
     members = method.students.members
     if len(weights.students) not in (1, len(members)):
@@ -96,7 +104,42 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False) -> st
         method.after_loading_students()
     own_text = "the method's own parts too" if with_method else "the method's own parts are new"
     heads = "classifiers are new" if new_head else "classifiers included"
+    heads = "the classifiers' outputs matched by the names of the classes" if matched else heads
     return f"{len(weights.students)} of {len(members)} students from {weights.path} ({heads}, {own_text})"
+
+
+def select_classes(weights: Weights, classes: list[str], classifier: str) -> Weights:
+    """Returns weights whose classifiers have the outputs of these classes, without the method's own parts.
+
+    Args:
+        weights: Weights with known classes.
+        classes: The names of the data's classes by label.
+        classifier: The name of the students' last layer.
+
+    Raises:
+        OptionError: The weights lack one of the classes.
+    """
+    known = weights.classes or []
+    missing = [name for name in classes if name not in known]
+    if missing:
+        allowed = f"has {describe_classes(known)}, the data {describe_classes(classes)}"
+        allowed += f"; weights_head=new keeps the bodies only ({missing[0]} is not in the file)"
+        raise OptionError("weights", weights.path, allowed)
+    outputs = {name: k for k, name in enumerate(known)}
+    rows = [outputs[name] for name in classes]
+    students = []
+    for state in weights.students:
+        heads = {name: tensor for name, tensor in state.items() if name.startswith(f"{classifier}.")}
+        if any(tensor.ndim < 1 or len(tensor) != len(known) for tensor in heads.values()):
+            raise OptionError("weights", weights.path, f"has {len(known)} classes and a classifier of another size")
+        students.append(state | {name: tensor[rows] for name, tensor in heads.items()})
+    return replace(weights, students=students, method={}, classes=classes)
+
+
+def describe_classes(classes: Sequence[str]) -> str:
+    """Returns the number and the first names of classes: `3 classes (cat, dog, owl)`."""
+    names = ", ".join(name[:40] for name in classes[:3])
+    return f"{len(classes)} classes ({names}{', ...' if len(classes) > 3 else ''})"
 
 
 def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_checkpoint
 from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, make_folder
-from odcheap.runs.load import load_weights, read_weights
+from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.training import summary
 from odcheap.training.callbacks import Interruption, ProgressReporter, Record
@@ -366,6 +366,10 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
     """
     cfg = start.cfg
     method.check_classes(data.classes)
+    if start.content is not None and start.content["odcheap"]["classes"] != list(data.classes):
+        own, given = describe_classes(data.classes), describe_classes(start.content["odcheap"]["classes"])
+        allowed = f"has {own}, the checkpoint {given}; weights=CHECKPOINT matches classes by their names"
+        raise OptionError("data_dir", cfg.data_dir, allowed)
     if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
         if not cfg.test_only:
             allowed = "has other images than those with which the resumed run was started"
@@ -374,7 +378,7 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
     if cfg.weights is None or start.checkpoint is not None:
         return
     weights = read_weights(cfg.weights)
-    say(load_weights(method, weights, new_head=cfg.weights_head == "new"))
+    say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
     if weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")
 

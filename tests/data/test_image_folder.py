@@ -224,6 +224,20 @@ def test_sixteen_bits_are_asked_for_and_then_read_and_exported(command, tmp_path
         assert json.loads(file.metadata()["odcheap"])["bit_depth"] == 12
 
 
+def test_weights_know_their_classes(command, tmp_path):
+    base = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}})
+    assert command(*SMALL, f"data_dir={base}", f"job_dir={tmp_path / 'run'}", "trainer.max_epochs=1").status == 0
+    (base / "red").rename(base / "apple")
+    (base / "blue").rename(base / "sky")
+    both = "has 2 classes (apple, sky), the checkpoint 2 classes (blue, red)"
+    tested = ["test_only=true", f"job_dir={tmp_path / 'test'}", f"data_dir={base}"]
+    assert both in command(*tested, f"resume={tmp_path / 'run'}").err
+    for name in ("student.safetensors", "checkpoints/epoch-0000.ckpt"):
+        refused = command(*SMALL, *tested, f"weights={tmp_path / 'run' / name}")
+        assert "has 2 classes (blue, red), the data 2 classes (apple, sky); weights_head=new" in refused.err
+        assert refused.status == 1
+
+
 def test_selection_by_balanced_accuracy(command, tmp_path):
     base = plant(tmp_path / "mine", LAYOUTS["all three"])
     chosen = {}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,39 @@ def test_a_new_head_keeps_the_bodies_only():
         assert torch.equal(source.students.members[k].conv1.weight, target.students.members[k].conv1.weight)
         assert same(untouched.students.members[k].fc, target.students.members[k].fc)
     assert same(untouched.fc, target.fc)
+
+
+NAMES = [f"class {k}" for k in range(10)]
+
+
+@pytest.mark.parametrize("classes", [NAMES[::-1], NAMES[3:7], [NAMES[8], NAMES[2]]])
+def test_classes_in_another_order_or_besides_others_are_matched_by_name(classes):
+    source, target = made(seed=1), made(classes=len(classes))
+    known = replace(weights_of(source), classes=NAMES)
+    own = {name: tensor.clone() for name, tensor in target.fc.state_dict().items()}
+    assert "matched by the names of the classes" in load_weights(target, known, classes=classes)
+    images = torch.randn(2, 3, 32, 32)
+    for before, after in zip(source.students.members, target.students.members, strict=True):
+        expected = before.eval()(images)[:, [NAMES.index(name) for name in classes]]
+        assert torch.allclose(after.eval()(images), expected, atol=1e-6)
+    assert all(torch.equal(target.fc.state_dict()[name], tensor) for name, tensor in own.items())
+
+
+def test_other_classes_are_refused_by_both_names_and_a_new_head_is_the_way_out():
+    source, target, untouched = made(seed=1), made(), made()
+    known = replace(weights_of(source), classes=NAMES)
+    renamed = [*NAMES[:9], "tom"]
+    message = r"weights=FILE: has 10 classes \(class 0, class 1, class 2, ...\), the data 10 classes \(class 0, .*\); "
+    with pytest.raises(OptionError, match=message + r"weights_head=new .*\(tom is not in the file\)"):
+        load_weights(target, known, classes=renamed)
+    assert same(target, untouched)
+    load_weights(target, known, new_head=True, classes=renamed)
+    assert torch.equal(source.students.members[0].conv1.weight, target.students.members[0].conv1.weight)
+
+
+def test_classes_that_do_not_fit_the_file_s_own_classifier_are_refused():
+    with pytest.raises(OptionError, match="has 12 classes and a classifier of another size"):
+        load_weights(made(), replace(weights_of(made()), classes=[*NAMES, "a", "b"]), classes=NAMES)
 
 
 @pytest.mark.parametrize(
