@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,25 @@ from pydantic import Field
 from torchvision.datasets import imagenet as archives
 
 from odcheap.data.splits import split_stratified
-from odcheap.predict import MAX_IMAGE_BYTES, escape_control_chars, is_image_file, open_regular
-from odcheap.utils.errors import OptionError
+from odcheap.predict import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    escape_control_chars,
+    is_image_file,
+    open_regular,
+    read_regular,
+)
+from odcheap.utils.errors import OptionError, first_line
 
 PARTS = ("train", "val", "test")
 LAYOUTS = "<class>/*, or train/<class>/* with val/, test/ or both beside it"
 UNPACKING = ".unpacking"
 HASHED_BYTES = 4096  # at each end of a file, by which most files differ
 MANY_FILES = 50_000  # for so many files a line says why it takes time
+# Folders that file servers and archives leave beside images, such as thumbnails.
+JUNK_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
+PART_WORDS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
+TINY_LABELS, KAGGLE_LABELS = "val_annotations.txt", "LOC_val_solution.csv"  # of tiny-imagenet-200, of ImageNet
 READER_THREADS = 16  # a disk serves several threads at once
 
 
@@ -54,7 +66,7 @@ class Tree:
         train: Files to train on.
         val: Held-out files; None if they are to be split off `train`.
         test: Files to test on.
-        skipped: Names of files that are not images.
+        skipped: Names of files that are not images, and of folders that are passed over, which end with "/".
     """
 
     classes: list[str]
@@ -99,7 +111,11 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
         raise OptionError("data_dir", data_dir, f"no such folder; {LAYOUTS} is expected")
     there = [part for part in PARTS if (root / part).is_dir()]
     check_folder_names(root, there)
+    unlabeled = "test" in there and "val" in there and is_flat(root / "test") and read_labels(root, "test") is None
+    if unlabeled:
+        there.remove("test")  # as in tiny-imagenet-200
     found, classes, skipped = list_parts(root, there)
+    skipped += ["test/"] if unlabeled else []
     if len(there) > 1:
         val = found["val"] if "test" in found and "val" in found else None
         return Tree(classes, found["train"], val, found["test" if "test" in found else "val"], skipped)
@@ -118,14 +134,24 @@ def check_folder_names(root: Path, there: list[str]) -> None:
     """Raises `OptionError` for a folder such as "valid" beside "train", or "Train", which would be read as a class."""
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
+    # "seg_train" beside "seg_test" are parts; a lone "crash test" is a class.
+    has_part_words = sum(map(is_part_name, list_folders(root))) > 1
     for entry in sorted(root.iterdir()):
         holds_folders = entry.is_dir() and any(inner.is_dir() for inner in entry.iterdir())
-        if entry.name in there and not holds_folders:
+        if entry.name in there and not holds_folders and read_labels(root, entry.name) is None:
             allowed = f"is read as the {entry.name} images, not as a class, and has no class folders; {LAYOUTS}"
             raise OptionError("data_dir", entry, f"{allowed} is expected")
-        near = entry.name not in PARTS and entry.name.lower().startswith(("train", "val", "test", "dev"))
-        if near and holds_folders:
-            raise OptionError("data_dir", entry, "folders of classes are called train, val and test: rename it")
+        near = entry.name.lower().startswith(("train", "val", "test", "dev"))
+        near |= has_part_words and is_part_name(entry.name)
+        if near and entry.name not in PARTS and holds_folders:
+            twice = (entry / entry.name).is_dir()
+            what = f"put what is in {entry.name}/{entry.name} into a folder of such a name" if twice else "rename it"
+            raise OptionError("data_dir", entry, f"folders of classes are called train, val and test: {what}")
+
+
+def is_part_name(name: str) -> bool:
+    """Whether one of the words of a folder's name is that of a part, as in "seg_train"."""
+    return bool(PART_WORDS.intersection(re.split(r"[^a-z]+", name.lower())))
 
 
 def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
@@ -151,7 +177,12 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
                 "data_dir", root, f"{first} and {other} must have the same classes: {odd[0]} is only in {only}"
             )
     if len(classes) < 2:
-        raise OptionError("data_dir", root, f"needs two classes or more; {LAYOUTS} is expected")
+        allowed = f"needs two classes or more; {LAYOUTS} is expected"
+        folders = list_folders(root / first / classes[0]) if classes else []
+        if len(folders) > 1:
+            place = os.path.normpath(os.path.join(first, classes[0]))
+            allowed += f" (are the {len(folders)} folders in {place} the classes, one level too deep?)"
+        raise OptionError("data_dir", root, allowed)
     found = {}
     for part, files in by_part.items():
         names = np.array([os.fsencode(name) for names in files.values() for name in names])
@@ -176,12 +207,83 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
     """
     if not (root / part).is_dir():
         raise OptionError("data_dir", root / part, f"no such folder; {part}/<class>/* is expected")
-    names = sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if is_flat(root / part):
+        flat = list_images_below(root, part, skipped)
+        if flat:
+            return group_by_label(root, part, flat, skipped)
+    names = list_folders(root / part)
+    # A folder that holds all other classes once more, as some archives do, would be a class with all their images.
+    copies = [name for name in names if len(names) > 2 and {*names} - {name} <= {*list_folders(root / part / name)}]
+    junk = [entry for entry in JUNK_FOLDERS if (root / part / entry).is_dir()]
+    skipped += [os.path.normpath(os.path.join(part, name)) + "/" for name in copies + junk]
+    names = [name for name in names if name not in copies]
     found = {name: list_images_below(root, os.path.normpath(os.path.join(part, name)), skipped) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise OptionError("data_dir", root / part / empty[0], "this class has no images: fill or remove the folder")
+        folder = os.path.normpath(os.path.join(part, empty[0]))
+        others = [name for name in skipped if name.startswith(f"{folder}/")]
+        what = ": fill or remove the folder"
+        if others:
+            is_heic = others[0].lower().endswith((".heic", ".heif"))
+            what = f" that can be read, but {len(others):,} other files, such as {others[0]}"
+            what += ": convert HEIC to JPEG or PNG" if is_heic else ""
+        raise OptionError("data_dir", root / folder, f"this class has no images{what}")
     return found
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Returns the names of the folders in a folder in alphabetical order, without hidden ones and known junk."""
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in names if name[0] != "." and name not in JUNK_FOLDERS)
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether a folder has no folders of classes, but images in itself or in a folder `images`."""
+    return list_folders(folder) in ([], ["images"])
+
+
+def group_by_label(root: Path, part: str, names: list[str], skipped: list[str]) -> dict[str, list[str]]:
+    """Groups images that are not in folders of classes by the labels that a file beside them lists.
+
+    Args:
+        root: The folder of the data set.
+        part: The folder of the images, relative to `root`.
+        names: The images.
+        skipped: Images without a label are added to this list.
+
+    Raises:
+        OptionError: There is no such file.
+    """
+    labels = read_labels(root, part)
+    if labels is None:
+        allowed = f"has {len(names):,} images outside folders of classes, such as {names[0]}: sort them into "
+        allowed += f"{part}/<class>/, or add {KAGGLE_LABELS} of ImageNet or {TINY_LABELS} of tiny-imagenet-200"
+        raise OptionError("data_dir", root / part, allowed)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        label = labels.get(Path(name).stem)
+        if label is None:
+            skipped.append(name)
+        else:
+            found.setdefault(label, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def read_labels(root: Path, part: str) -> dict[str, str] | None:
+    """Returns the classes of a part's images by the files' names without suffix; None if no file lists them."""
+    lists = [(root / part / TINY_LABELS, "\t")]
+    if part == "val":
+        lists += [(root / KAGGLE_LABELS, ","), (root / part / KAGGLE_LABELS, ",")]
+    for path, separator in lists:
+        if path.is_file():
+            try:
+                text = read_regular(path, MAX_TEXT_BYTES).decode()
+            except (OSError, UnicodeDecodeError) as error:
+                raise OptionError("data_dir", path, f"cannot be read ({first_line(error)})") from error
+            rows = [line.split(separator) for line in text.splitlines()]
+            # The second column of ImageNet's list has the class and then boxes: "n03995372 85 1 499 272".
+            return {Path(row[0]).stem: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
+    return None
 
 
 def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
@@ -198,7 +300,10 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
             # Links to folders are not followed, since they may form a circle. A link that leads nowhere is listed, so
             # that decoding reports it. Pipes, devices and sockets are skipped.
             if entry.is_dir(follow_symlinks=False):
-                folders.append(name)
+                if entry.name in JUNK_FOLDERS:
+                    skipped.append(f"{name}/")
+                else:
+                    folders.append(name)
             elif (entry.is_file() or is_dead_link(entry)) and is_image_file(str(root / below), entry.name):
                 found.append(name)
             else:
@@ -211,11 +316,8 @@ def is_dead_link(entry: os.DirEntry) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def hash_files(files: Files, split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of each file.
-
-    It is made of the file's size and ends, or of the whole file if another file has the same size and ends.
-    """
+def hash_ends(files: Files, split_seed: int) -> list[bytes]:
+    """Returns a keyed 16-byte hash of each file's size and ends."""
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:
@@ -233,18 +335,52 @@ def hash_files(files: Files, split_seed: int) -> list[bytes]:
     if len(files.names) > MANY_FILES:
         print(f"reading the ends of {len(files.names):,} files below {escape_control_chars(files.root)}", flush=True)
 
-    def whole_digest(index: int) -> bytes:
-        with open_regular(files.path(index), MAX_IMAGE_BYTES) as file:
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        return list(pool.map(digest, range(len(files.names))))
+
+
+def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[bytes]:
+    """Returns a keyed 16-byte hash of the whole content of the files at these positions."""
+    key = str(split_seed).encode()
+
+    def digest(number: int) -> bytes:
+        with open_regular(files.path(number), MAX_IMAGE_BYTES) as file:
             return hashlib.blake2b(hashlib.file_digest(file, "blake2b").digest(), digest_size=16, key=key).digest()
 
     with ThreadPoolExecutor(READER_THREADS) as pool:
-        found = list(pool.map(digest, range(len(files.names))))
-        # Files that have their size and ends in common are hashed as a whole.
-        times = Counter(found)
-        tied = [index for index, value in enumerate(found) if times[value] > 1]
-        for index, value in zip(tied, pool.map(whole_digest, tied), strict=True):
-            found[index] = value
+        return list(pool.map(digest, index))
+
+
+def hash_files(files: Files, split_seed: int, ends: list[bytes] | None = None) -> list[bytes]:
+    """Returns a keyed 16-byte hash of each file.
+
+    It is made of the file's size and ends, or of the whole file if another file has the same size and ends.
+
+    Args:
+        files: The files.
+        split_seed: The key.
+        ends: What `hash_ends` returns for these files, if it is known.
+    """
+    found = list(ends or hash_ends(files, split_seed))
+    times = Counter(found)
+    tied = [index for index, value in enumerate(found) if times[value] > 1]
+    for index, value in zip(tied, hash_whole(files, tied, split_seed), strict=True):
+        found[index] = value
     return found
+
+
+def find_duplicates(train: Files, test: Files, ends: tuple[list[bytes], list[bytes]]) -> list[int]:
+    """Returns the positions of the test files whose bytes are those of a training file.
+
+    Args:
+        train: Training files.
+        test: Test files.
+        ends: What `hash_ends` returns for both.
+    """
+    common = set(ends[0]) & set(ends[1])
+    index = [[k for k, value in enumerate(part) if value in common] for part in ends]
+    trained_on = set(hash_whole(train, index[0], 0))
+    return [k for k, value in zip(index[1], hash_whole(test, index[1], 0), strict=True) if value in trained_on]
 
 
 def unpack_imagenet(root: Path) -> None:

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
-from odcheap.data.folder_trees import Files, Tree, hash_files
+from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, hash_files
 from odcheap.data.splits import hash_split, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
 from odcheap.predict import ImageError, decode_image, escape_control_chars, measure_16_bits
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.seeds import temporary_seed
 from odcheap.utils.signals import STOP_SIGNALS
@@ -305,12 +306,17 @@ class ImageFolderData(ImageData):
             return
         tree = self.load()
         self.classes = tree.classes
-        if tree.skipped:
-            first = escape_control_chars(tree.skipped[0])
-            print(f"skipped {len(tree.skipped):,} files whose names are not those of images, such as {first}")
+        folders = [name for name in tree.skipped if name.endswith("/")]
+        skipped = [name for name in tree.skipped if not name.endswith("/")]
+        if skipped:
+            say(f"skipped {len(skipped):,} files whose names are not those of images, such as {skipped[0]}")
+        if folders:
+            listed = ", ".join(folders[:3])
+            say(f"skipped {len(folders):,} folders of thumbnails, copies, or images without labels, such as {listed}")
 
         # Hold out training files, unless the folders name held-out files.
-        digests = hash_files(tree.train, self.split_seed)
+        ends = hash_ends(tree.train, self.split_seed)
+        digests = hash_files(tree.train, self.split_seed, ends)
         if tree.val is None:
             split = split_stratified(digests, torch.from_numpy(tree.train.target), self.val_size)
             self.fingerprint = split.fingerprint
@@ -323,6 +329,10 @@ class ImageFolderData(ImageData):
             self.fingerprint = hash_split(both, target, np.arange(len(digests), len(both)))
             self.parts = {"train": tree.train.subset(order), "val": tree.val}
         self.parts["test"] = tree.test
+        twice = find_duplicates(tree.train, tree.test, (ends, hash_ends(tree.test, self.split_seed)))
+        if twice:
+            first = os.fsdecode(tree.test.names[twice[0]])
+            say(f"warning: {len(twice):,} test images are also training images, byte for byte, such as {first}")
         if self.bit_depth is None:
             refuse_16_bits(self.parts["train"])
         self.check()

@@ -127,6 +127,95 @@ def test_what_is_wrong_is_named(tmp_path, counts, message):
         folder_trees.list_class_folders(grow(tmp_path, **counts), 0.1, 0)
 
 
+@pytest.mark.parametrize("junk", folder_trees.JUNK_FOLDERS)
+def test_thumbnails_and_other_junk_are_passed_over_and_said(tmp_path, junk):
+    grow(tmp_path, root=TWO)
+    grow(tmp_path / "cat" / junk, root={"0.jpg": 3})
+    grow(tmp_path, root={junk: 4})
+    tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+    assert tree.classes == ["cat", "dog"]
+    assert len(tree.train.names) + len(tree.test.names) == 30
+    assert sorted(tree.skipped) == sorted([f"{junk}/", f"cat/{junk}/"])
+
+
+def test_a_data_set_once_more_inside_itself_is_passed_over_and_said(tmp_path):
+    grow(tmp_path, root=TWO)
+    grow(tmp_path / "pets", root=TWO)
+    tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+    assert (tree.classes, tree.skipped) == (["cat", "dog"], ["pets/"])
+    assert len(tree.train.names) + len(tree.test.names) == 30
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"seg_train/seg_train": TWO, "seg_test/seg_test": TWO}, "put what is in seg_test/seg_test into a folder"),
+        ({"my-train": TWO, "my-test": TWO}, "my-test: folders of classes are called train, val and test: rename it"),
+        ({"pets": TWO}, r"\(are the 2 folders in pets the classes, one level too deep\?\)"),
+        ({"train/pets": TWO, "test/pets": TWO}, r"\(are the 2 folders in train/pets the classes"),
+    ],
+)
+def test_folders_one_level_too_deep_are_named(tmp_path, parts, message):
+    with pytest.raises(OptionError, match=message):
+        folder_trees.list_class_folders(grow(tmp_path, **parts), 0.1, 0)
+
+
+def test_a_class_may_have_a_part_s_word_in_its_name(tmp_path):
+    grow(tmp_path, **{"root": TWO, "crash test": {"front": 5, "side": 5}})
+    assert folder_trees.list_class_folders(str(tmp_path), 0.1, 0).classes == ["cat", "crash test", "dog"]
+
+
+def test_tiny_imagenet_s_layout(tmp_path):
+    grow(tmp_path, **{f"train/{name}": {"images": 4} for name in TWO}, val={"images": 5}, test={"images": 3})
+    labels = ["cat", "dog", "dog", "cat"]
+    lines = [f"{k}.jpg\t{label}\t0\t32\t44\t62\n" for k, label in enumerate(labels)]
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+    assert tree.classes == ["cat", "dog"]
+    assert dict(zip(tree.test.names.tolist(), tree.test.target.tolist(), strict=True)) == {
+        f"val/images/{k}.jpg".encode(): tree.classes.index(label) for k, label in enumerate(labels)
+    }
+    assert tree.skipped == ["val/val_annotations.txt", "val/images/4.jpg", "test/"]
+
+
+@pytest.mark.parametrize("place", [".", "val"])
+def test_imagenet_s_validation_images_as_they_come(tmp_path, place):
+    grow(tmp_path, train={"n01": 4, "n02": 4}, root={"val": 3})
+    with pytest.raises(OptionError, match=r"val: has 3 images outside folders of classes.*add LOC_val_solution.csv"):
+        folder_trees.list_imagenet(str(tmp_path))
+    rows = ["ImageId,PredictionString", "0,n02 85 1 499 272 n02 1 2 3 4 ", "1,n01 1 2 3 4 ", "2,n02 1 2 3 4 "]
+    (tmp_path / place / "LOC_val_solution.csv").write_text("\n".join(rows))
+    tree = folder_trees.list_imagenet(str(tmp_path))
+    assert tree.test.names.tolist() == [b"val/1.jpg", b"val/0.jpg", b"val/2.jpg"]
+    assert tree.test.target.tolist() == [0, 1, 1]
+    assert folder_trees.list_class_folders(str(tmp_path), 0.1, 0).test.target.tolist() == [0, 1, 1]
+
+
+def test_a_class_of_another_format_is_named_and_one_without_suffixes_is_read(tmp_path):
+    grow(tmp_path, root=TWO)
+    for k, path in enumerate(sorted((tmp_path / "cat").iterdir())):
+        path.write_bytes(b"\xff\xd8\xff" + bytes([k]))
+        path.rename(path.with_suffix(""))
+    tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+    assert len(tree.train.names) + len(tree.test.names) == 30
+    for path in (tmp_path / "dog").iterdir():
+        path.rename(path.with_suffix(".HEIC"))
+    message = r"dog: this class has no images that can be read, but 10 other files, such as dog/.*HEIC: convert HEIC to"
+    with pytest.raises(OptionError, match=message):
+        folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+
+
+def test_equal_files_in_training_and_test_are_found(tmp_path):
+    grow(tmp_path, train=TWO, test=TWO)
+    middle = b"x" * 10_000
+    for name, content in (("train/cat/0", b"a"), ("test/cat/5", b"a"), ("test/dog/5", b"b"), ("test/dog/6", b"a")):
+        (tmp_path / f"{name}.jpg").write_bytes(middle + content + middle)
+    tree = folder_trees.list_class_folders(str(tmp_path), 0.1, 0)
+    ends = folder_trees.hash_ends(tree.train, 0), folder_trees.hash_ends(tree.test, 0)
+    found = folder_trees.find_duplicates(tree.train, tree.test, ends)
+    assert [tree.test.names[k] for k in found] == [b"test/cat/5.jpg", b"test/dog/6.jpg"]
+
+
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(OptionError, match=r"data_dir=.*nowhere: no such folder"):
         folder_trees.list_class_folders(str(tmp_path / "nowhere"), 0.1, 0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -222,6 +223,16 @@ def test_sixteen_bits_are_asked_for_and_then_read_and_exported(command, tmp_path
     assert command(*options, "data.bit_depth=12").status == 0
     with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
         assert json.loads(file.metadata()["odcheap"])["bit_depth"] == 12
+
+
+def test_junk_and_duplicates_are_said(command, tmp_path):
+    base = plant(tmp_path / "mine", {"train": {"red": 20, "blue": 20}, "test": {"red": 5, "blue": 5}})
+    shutil.copytree(base / "train" / "red", base / "train" / "red" / "@eaDir")
+    shutil.copyfile(base / "train" / "red" / "3.png", base / "test" / "red" / "again.png")
+    result = command(*SMALL, f"data_dir={base}", f"job_dir={tmp_path / 'run'}", "trainer.max_epochs=1")
+    assert "skipped 1 folders of thumbnails, copies, or images without labels, such as train/red/@eaDir/" in result.out
+    assert "warning: 1 test images are also training images, byte for byte, such as test/red/again.png" in result.out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"]["test"] == 11
 
 
 def test_weights_know_their_classes(command, tmp_path):
