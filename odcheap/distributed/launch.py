@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from odcheap.distributed import slurm
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.runs import status
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
 from odcheap.utils.errors import Failure, OptionError
@@ -120,7 +119,6 @@ def launch_processes(start: Start, config_dirs: Sequence[Path], listener: Signal
     # one of its own, and the listener forwards the signal once.
     threads = max(1, (os.cpu_count() or 1) // devices)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS}
-    status.write_status(start.job_dir, "running")
     environment = defaults | os.environ | {PARENT_VARIABLE: str(os.getpid())}
     agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     with agent, listener.forward_to(agent):

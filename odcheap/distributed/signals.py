@@ -14,8 +14,9 @@ from typing import Any
 from odcheap.distributed import slurm
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
+from odcheap.runs.folder import is_run_folder
 from odcheap.utils.console import process_rank
-from odcheap.utils.errors import Failure, describe_external_failure, first_line
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure, first_line
 from odcheap.utils.signals import STOP_SIGNALS
 
 # submitit sends this signal before the time of a job ends. Its own handler then requeues the job.
@@ -182,10 +183,12 @@ def _report_failure(error: Exception, job_dir: Path) -> None:
 
 
 def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool) -> None:
-    is_reported = listener.had_worker and status.read_status(job_dir).get("state") == "stopped"
+    is_run = is_run_folder(job_dir)  # the run may have been stopped before its folder was made or marked
+    is_reported = is_run and listener.had_worker and status.read_status(job_dir).get("state") == "stopped"
     if not is_reported:
-        if job_dir.is_dir():  # the run may have been stopped before it was made
-            status.write_status(job_dir, "stopped", stop.name)
+        if is_run:
+            with suppress(OptionError), status.lock_folder(job_dir):  # another process may train there
+                status.write_status(job_dir, "stopped", stop.name)
         text = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
         requeues = may_requeue and stop.signum != signal.SIGINT and not listener.submitit_requeues
         hint = " (no batch of images came; see data.workers and /dev/shm)" if listener.has_given_up else ""

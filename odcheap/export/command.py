@@ -16,6 +16,7 @@ Every file is run on the run's test images and compared with the trained network
 """
 
 import argparse
+import errno
 import os
 import shutil
 import tempfile
@@ -43,7 +44,10 @@ from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_json, write_text
 
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
+MAX_CARD = 1 << 20  # characters of a model card that are read
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
+
+Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -> int:
@@ -62,13 +66,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
     add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
     options = parser.parse_args(arguments)
-    # Links are followed, because the folder is renamed at the end and a link would be replaced by it.
-    options.out = Path(os.path.realpath(options.out or options.job_dir / "export"))
     hide_library_warnings()
     try:
         with keep_going_without_output(), SignalListener():
-            check_options(options)
-            export(load_run_student(options.job_dir, options.student, options.config_dir), options)
+            options.out = resolve_out(options.job_dir, options.out)
+            older = check_options(options)
+            export(load_run_student(options.job_dir, options.student, options.config_dir), options, older)
     except (Failure, predict.PredictError) as error:
         return print_error(str(error))
     except Stopped as stop:
@@ -82,8 +85,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     return 0
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raises `OptionError` for values that are not allowed, and for a folder that must not be replaced."""
+def resolve_out(job_dir: Path, out: Path | None) -> Path:
+    """Returns the folder to write. A link that the user names is followed; one in the run's folder is refused.
+
+    Links are resolved here, because the folder is renamed at the end and a link would be replaced by it.
+    """
+    default = job_dir / "export"
+    if out is None and default.is_symlink():
+        raise OptionError("--out", default, "is a link to elsewhere: name the folder to write with --out")
+    return Path(os.path.realpath(out or default))
+
+
+def check_options(options: argparse.Namespace) -> Versions | None:
+    """Checks the values, and that the folder may be written.
+
+    Returns:
+        The files of the older export that will be replaced; None if there is none.
+
+    Raises:
+        OptionError: A value is not allowed, or the folder must not be replaced.
+    """
     batch, opset, out = options.batch, options.opset, options.out
 
     # Values.
@@ -101,30 +122,52 @@ def check_options(options: argparse.Namespace) -> None:
     if out.is_mount():
         raise OptionError("--out", out, "is a mount point, which cannot be replaced: name a folder in it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+        return None
+    versions = read_versions(out)  # read first, so that a later change is noticed
     exported = list_exported(out)
-    others = sorted({path.name for path in out.iterdir()} - exported) if out.is_dir() else []
+    others = sorted(path.name for path in out.iterdir() if not is_exported(path, exported)) if out.is_dir() else []
     if not exported or others:
         which = f" ({others[0]} is not a file of an export)" if exported else ""
         raise OptionError("--out", out, f"exists and is not an export{which}: name another folder")
     if not options.overwrite:
         raise OptionError("--out", out, "holds an export; --overwrite replaces it, another --out leaves it")
+    return versions
+
+
+def read_versions(folder: Path) -> Versions:
+    """Returns the names in a folder, with values that change when a file is written again."""
+    entries = {path.name: path.lstat() for path in folder.iterdir()} if folder.is_dir() else {}
+    return {name: (entry.st_ino, entry.st_mtime_ns) for name, entry in entries.items()}
+
+
+def is_exported(path: Path, names: set[str]) -> bool:
+    """Returns whether a file is one of these names; a folder or a link of such a name is not."""
+    return path.name in names and path.is_file() and not path.is_symlink()
 
 
 def list_exported(folder: Path) -> set[str]:
     """Returns the names of the files that this folder's model card lists, and the card's own; none without a card."""
     path = folder / predict.CARD_FILE
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = ""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read(MAX_CARD)
     names = {match[2] for match in predict.CHECKSUM_LINE.finditer(text)}
     return names | {predict.CARD_FILE} if predict.PREPROCESS_FILE in names else set()
 
 
-def export(run: RunStudent, options: argparse.Namespace) -> None:
-    """Writes the export's folder, which appears only when all files have been checked."""
+def export(run: RunStudent, options: argparse.Namespace, older: Versions | None) -> None:
+    """Writes the export's folder, which appears only when all files have been checked.
+
+    Args:
+        run: The run's student.
+        options: The command's options.
+        older: The files of an older export that is replaced, see `check_options`.
+    """
     say(f"{run.job_dir}: {run.title}")
     data, reason = load_test_data(run, options)
     preprocess = describe_preprocessing(run)
-    with replace_folder(options.out) as folder:
+    with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
         files = write_files(run, options, data, preprocess, folder)
         timings = time_files(run, options, files, folder)
@@ -174,28 +217,44 @@ def describe_preprocessing(run: RunStudent) -> dict[str, Any]:
 
 
 @contextmanager
-def replace_folder(out: Path) -> Generator[Path]:
-    """Yields a temporary folder. At the end it takes the place of `out`; after an error nothing of it is left."""
+def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
+    """Yields a temporary folder. At the end it takes the place of `out`; after an error nothing of it is left.
+
+    Args:
+        out: The folder to write.
+        older: The files of an older export in `out`, which are removed; None if `out` does not exist or is empty.
+
+    Raises:
+        OptionError: The folder cannot be written, or somebody has written there meanwhile; that is kept.
+    """
+    changed = OptionError("--out", out, "another process has written here meanwhile, which is kept")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(".part", f".{out.name}.", out.parent))
     except OSError as error:
         raise OptionError("--out", out, f"cannot be written ({error.strerror})") from error
+    aside = folder.with_suffix(".old")
     try:
         yield folder
         folder.chmod(0o755)  # temporary folders are readable by their owner only
-        older = folder.with_suffix(".old")
-        if out.exists():
-            out.rename(older)
+        if older is not None:
+            out.rename(aside)
+            if read_versions(aside) != older:
+                raise changed
         try:
-            folder.rename(out)
-        except OSError:
-            if older.exists():
-                older.rename(out)
+            folder.rename(out)  # replaces an empty folder, and nothing else
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise changed from error
             raise
-        shutil.rmtree(older, ignore_errors=True)
+        for name in older or ():
+            (aside / name).unlink(missing_ok=True)
+        if aside.exists():
+            aside.rmdir()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if aside.exists() and not out.exists():
+            aside.rename(out)
 
 
 def write_files(

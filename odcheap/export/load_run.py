@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import Tensor, nn
 
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import build_network, load_network, read_student_settings
+from odcheap.runs import folder
 from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, read_checkpoint
-from odcheap.runs.folder import read_summary
 from odcheap.runs.load import STUDENT, strip_prefix
-from odcheap.utils.errors import OptionError, first_line
+from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
 
 OPTION = "JOB_DIR"
@@ -66,7 +65,7 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
     """
     if not job_dir.is_dir():
         raise OptionError(OPTION, job_dir, "no such folder")
-    config, summary = read_config(job_dir), read_summary(job_dir)
+    config, summary = read_config(job_dir), folder.read_summary(job_dir)
     try:
         # A finished run has the selected student in a file of its own; all others are in checkpoints.
         if summary is not None and number is None:
@@ -97,11 +96,8 @@ def read_config(job_dir: Path) -> dict[str, Any]:
     path = job_dir / "config.yaml"
     if not path.is_file():
         raise OptionError(OPTION, job_dir, "holds no run of odcheap (config.yaml is missing)")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise OptionError(OPTION, path, f"cannot be read ({first_line(error)})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+    config = folder.read_config(path, OPTION)
+    if not isinstance(config.get("data"), dict):
         raise OptionError(OPTION, path, "is not the config of a run")
     return config
 

@@ -10,6 +10,9 @@ only become one row; gains over method=alone are paired by seed.
 """
 
 import argparse
+import io
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +28,12 @@ from odcheap.report.console_tables import build_table
 from odcheap.report.load_runs import RunFolder, load_runs
 from odcheap.report.statistics import BASELINE, summarize_runs, tabulate_runs
 from odcheap.utils.console import console, print_error
-from odcheap.utils.errors import Failure
-from odcheap.utils.files import write_text
+from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.files import write_atomic, write_text
 from odcheap.utils.text import escape_control_chars
+
+REPORT_START = re.compile(rb"# Report\n\n\d+ finished runs on ")
+FIGURES, SUFFIXES = ("accuracy_macs", "accuracy_latency", "gains", "curves"), ("png", "svg")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -> int:
@@ -79,8 +85,7 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     rows = summarize_runs(runs)
     latencies = {} if options.no_latency else latency.measure_latencies(runs, options.config_dir)
     table, baseline = tables.build_table(rows, latencies), options.against or BASELINE
-    out = options.out or Path(options.dirs[0]) / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    out = prepare_folder(options.out, Path(options.dirs[0]) / "report")
     figures = draw_figures(runs, rows, table, baseline, out)
     images = "Held-out images" if options.val else "Test images"
     write_text(out / "report.md", tables.format_report(folders, runs, table, figures, images, baseline))
@@ -88,6 +93,38 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     line = f"{len(finished)} finished runs of {len(folders)}; written: {escape_control_chars(out)}/report.md"
     console().print(line, soft_wrap=True)
     return 0
+
+
+def prepare_folder(out: Path | None, default: Path) -> Path:
+    """Makes the report's folder, and returns it.
+
+    Raises:
+        OptionError: The folder cannot be made, or it holds somebody's own files of a report's names.
+    """
+    folder = default if out is None else out
+    if out is None and default.is_symlink():
+        raise OptionError("--out", default, "is a link to elsewhere: name the folder to write with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("--out", folder, f"cannot be written ({error.strerror})") from error
+    names = ["report.csv", *(f"{figure}.{suffix}" for figure in FIGURES for suffix in SUFFIXES)]
+    others = [name for name in names if os.path.lexists(folder / name)]
+    if not is_report(folder / "report.md") and (others or os.path.lexists(folder / "report.md")):
+        name = others[0] if others else "report.md"
+        raise OptionError("--out", folder, f"holds a {name} that no report has written: name another folder")
+    wrong = [name for name in ("report.md", *names) if (folder / name).is_dir()]
+    if wrong:
+        raise OptionError("--out", folder, f"holds a folder called {wrong[0]}: name another folder")
+    return folder
+
+
+def is_report(path: Path) -> bool:
+    """Returns whether a file is a report: it begins as every report does."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return REPORT_START.match(file.read(100)) is not None
 
 
 def draw_figures(runs: pd.DataFrame, rows: pd.DataFrame, table: pd.DataFrame, baseline: str, out: Path) -> list[str]:
@@ -107,6 +144,8 @@ def draw_figures(runs: pd.DataFrame, rows: pd.DataFrame, table: pd.DataFrame, ba
         if columns:
             figures["curves"] = plots.plot_curves(runs, "val" if "val/student_0/top1" in columns else "train")
         for name, figure in figures.items():
-            for suffix in ("png", "svg"):
-                figure.savefig(out / f"{name}.{suffix}", dpi=150)
+            for suffix in SUFFIXES:
+                image = io.BytesIO()
+                figure.savefig(image, format=suffix, dpi=150)
+                write_atomic(out / f"{name}.{suffix}", lambda file, image=image: file.write(image.getbuffer()))
     return list(figures)

@@ -1,6 +1,7 @@
 """Tables for the console: the runs of a sweep, and what the methods gain."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.text import Text
 from odcheap.report.load_runs import FinishedRun, read_options
 from odcheap.report.statistics import Spread, summarize_runs, tabulate_runs
 from odcheap.runs.sweep import Outcome
+from odcheap.utils.errors import OptionError
 from odcheap.utils.text import (
     escape_control_chars,
     format_accuracy,
@@ -65,7 +67,11 @@ def show_sweep(console: Console, outcomes: list[Outcome]) -> None:
 def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
     """Returns the runs that have a summary of their training, with their options."""
     found = [(o.summary, Path(o.job_dir) / "config.yaml") for o in outcomes if o.summary and "last" in o.summary]
-    return [FinishedRun(read_options(path), summary) for summary, path in found if path.is_file()]
+    runs = []
+    for summary, path in found:
+        with suppress(OptionError):  # a config that cannot be read: the run's row is in the first table anyway
+            runs.append(FinishedRun(read_options(path), summary))
+    return runs
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -1,20 +1,24 @@
 """Reads the folders of runs: finished, unfinished, damaged, or written by somebody else."""
 
-import json
+import csv
+import io
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
-from odcheap.runs.folder import read_options
+from odcheap.runs.folder import read_options, read_summary
+from odcheap.utils.documents import read_text
 from odcheap.utils.errors import OptionError, first_line
+from odcheap.utils.text import escape_control_chars
 
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of files written by others
+MAX_BYTES = 64 << 20  # of metrics.csv
+MAX_FIGURE = 1e100  # larger numbers cannot be drawn
 
 
 class FinishedRun(NamedTuple):
@@ -62,13 +66,12 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
 def load_run(folder: Path) -> RunFolder:
     """Reads one run's folder. A folder that cannot be read gets the state `unreadable`."""
     try:
-        path = folder / "summary.json"
-        summary = json.loads(path.read_text()) if path.is_file() else {}
-        if not summary.get("finished"):
+        summary = read_summary(folder)
+        if summary is None:
             return describe_unfinished(folder, status.read_status(folder))
-        run = FinishedRun(read_options(folder / "config.yaml"), summary, read_history(folder), folder)
+        run = FinishedRun(read_options(folder / "config.yaml", "DIR"), summary, read_history(folder), folder)
         return RunFolder(folder, "finished", "", run)
-    except (*READ_ERRORS, OmegaConfBaseException, YAMLError) as error:
+    except (OptionError, OSError, ValueError) as error:
         return RunFolder(folder, "unreadable", first_line(error))
 
 
@@ -77,7 +80,7 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
     epochs = len(read_history(folder))
     progress = f"{epochs} epochs done" if epochs else "no epoch done"
     if last.get("state") == "failed":
-        return RunFolder(folder, "failed", last.get("reason", ""))
+        return RunFolder(folder, "failed", last["reason"])
     if last.get("state") == "running" and status.is_alive(last):
         return RunFolder(folder, "running", f"{progress}; process {last.get('pid')} on {last.get('host')}")
     advice = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
@@ -85,6 +88,36 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
 
 
 def read_history(folder: Path) -> pd.DataFrame:
-    """Returns the rows of `metrics.csv` as floats; empty cells are NaN."""
+    """Returns the rows of `metrics.csv` as floats; empty cells are NaN. Empty if there is no such file.
+
+    Raises:
+        OptionError: The file is no table of numbers. The message names row and column.
+    """
     path = folder / "metrics.csv"
-    return pd.read_csv(path).astype(float) if path.is_file() else pd.DataFrame()
+    if not os.path.lexists(path):
+        return pd.DataFrame()
+    text = read_text(path, "DIR", MAX_BYTES)
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as error:
+        raise OptionError("DIR", path, f"cannot be read ({first_line(error)})") from error
+    if not rows or "epoch" not in rows[0] or len(set(rows[0])) < len(rows[0]):
+        raise OptionError("DIR", path, "its first row must name the columns, each once, with an epoch among them")
+    names, *values = rows
+    table = [
+        [read_figure(path, number, row, names, k) for k in range(len(names))] for number, row in enumerate(values, 2)
+    ]
+    return pd.DataFrame(table, columns=names, dtype=float)
+
+
+def read_figure(path: Path, number: int, row: list[str], names: list[str], k: int) -> float:
+    """Returns the number in cell k of a row of `metrics.csv`; an empty cell is NaN."""
+    text = row[k] if len(row) == len(names) else None
+    try:
+        value = float(text or "nan") if text is not None else math.inf
+    except ValueError:
+        value = math.inf
+    if abs(value) > MAX_FIGURE:
+        where = f"row {number}, column {escape_control_chars(names[k])[:60]}"
+        raise OptionError("DIR", path, f"{where}: must be a number or empty")
+    return value

@@ -1,13 +1,17 @@
 """Checkpoints of a run: how they are written, read, named, and removed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins import CheckpointIO
 
+from odcheap.runs.schemas import Checkpoint, validate
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_torch, verify_checksum, write_checkpoint
+
+CHECKPOINT_NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{7,}))?\.ckpt", re.ASCII)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -38,29 +42,12 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
     """
     verify_checksum(path, option)
     content = read_torch(path, option)
-    if not is_run_checkpoint(content):
-        raise OptionError(option, path, "not a checkpoint of an odcheap run")
+    try:  # a file from an untrusted source may have a correct checksum
+        validate(Checkpoint, content, path, option)
+    except OptionError as error:
+        reason = str(error).partition(f"{path}: ")[2]
+        raise OptionError(option, path, f"not a checkpoint of an odcheap run ({reason})") from error
     return content
-
-
-def is_run_checkpoint(content: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint has the entries that are read before Lightning loads it, with the right types.
-
-    This is checked since a file from an untrusted source may have a correct checksum.
-    """
-    return (
-        has_entries(content, odcheap=dict, callbacks=dict, epoch=int, loops=dict, state_dict=dict)
-        and has_entries(content["odcheap"], overrides=list, config=dict, split=str, classes=list, student=dict)
-        and all(isinstance(text, str) for name in ("overrides", "classes") for text in content["odcheap"][name])
-        and has_entries(content["callbacks"], Record=dict)
-        and has_entries(content["callbacks"]["Record"], history=list, selected=dict)
-        and has_entries(content["callbacks"]["Record"]["selected"], candidate=int, epoch=int)
-    )
-
-
-def has_entries(node: dict[str, Any], **types: type) -> bool:
-    """Returns whether a dict has entries of these names and types."""
-    return all(isinstance(node.get(name), kind) for name, kind in types.items())
 
 
 def epoch_path(job_dir: Path, epoch: int) -> Path:
@@ -69,13 +56,28 @@ def epoch_path(job_dir: Path, epoch: int) -> Path:
 
 
 def step_path(job_dir: Path, epoch: int, step: int) -> Path:
-    """Returns the path of a checkpoint after `step` batches of an epoch. It sorts before the epoch's checkpoint."""
+    """Returns the path of a checkpoint after `step` batches of an epoch."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
 
 
+def checkpoint_order(path: Path) -> tuple[int, float]:
+    """Returns epoch and step of a checkpoint, by which checkpoints are sorted; the end of an epoch is its last step.
+
+    Example:
+        >>> checkpoint_order(Path("epoch-9999.ckpt")) < checkpoint_order(Path("epoch-10000-step-0000007.ckpt"))
+        True
+    """
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    assert match is not None, path
+    epoch, step = match.groups()
+    return int(epoch), float("inf") if step is None else int(step)
+
+
 def list_checkpoints(job_dir: Path) -> list[Path]:
-    """Returns the run's checkpoints, oldest first."""
-    return sorted((job_dir / "checkpoints").glob("epoch-*.ckpt"))
+    """Returns the run's checkpoints, oldest first. Files that are named otherwise are not the run's."""
+    folder = job_dir / "checkpoints"
+    paths = [path for path in folder.glob("epoch-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(paths, key=checkpoint_order)
 
 
 def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:

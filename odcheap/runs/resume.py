@@ -7,23 +7,32 @@ the callback `Record`, which also writes the checkpoints, the history and the se
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, list_checkpoints, read_checkpoint
+from odcheap.runs.checkpoint_io import (
+    CHECKPOINT_NAME,
+    epoch_path,
+    find_newest_usable,
+    list_checkpoints,
+    read_checkpoint,
+)
 from odcheap.runs.folder import (
     check_unoccupied,
-    make_folder,
+    check_usable,
+    is_run_folder,
     read_summary,
+    read_versions,
     remove_outputs,
     remove_partial_files,
 )
 from odcheap.runs.overrides import find_override, override_key
 from odcheap.runs.saved_options import DATA_FOLDERS, READ_ONLY, select_saved_overrides
 from odcheap.runs.settings import RunConfig, flatten
+from odcheap.runs.status import write_status
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_atomic
@@ -66,6 +75,7 @@ class Start:
         content: The content of the checkpoint.
         in_own_folder: Whether the checkpoint is in `job_dir`.
         is_finished: Whether the run is already finished.
+        versions: The run's files that were in the folder at the decision, see `read_versions`.
     """
 
     config: RunConfig
@@ -74,6 +84,7 @@ class Start:
     content: dict[str, Any] | None = None
     in_own_folder: bool = False
     is_finished: bool = False
+    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def cfg(self) -> DictConfig:
@@ -108,53 +119,72 @@ def plan_start(
         resume = "auto"
     if cfg.test_only and not (cfg.resume or cfg.weights):
         raise OptionError("test_only", True, "needs resume=JOB_DIR, resume=CHECKPOINT or weights=FILE")
-    located = locate_checkpoint(cfg, resume) if resume and (cfg.resume or not cfg.test_only) else None
+    job_dir, own_dir = Path(cfg.job_dir), None
+    versions = read_versions(job_dir)  # read before anything is decided by the files
+    located = None
+    if resume and (cfg.resume or not cfg.test_only):
+        own_dir = find_own_folder(cfg, resume)
+        versions = read_versions(own_dir) if own_dir is not None else versions
+        located = locate_checkpoint(cfg, resume)
     if located is None:
+        check_usable(job_dir)
         if not cfg.test_only:
-            check_unoccupied(Path(cfg.job_dir), cfg.overwrite)
-        return Start(config, Path(cfg.job_dir))
+            check_unoccupied(job_dir, cfg.overwrite)
+        return Start(config, job_dir, versions=versions)
 
     # The run continues in its own folder, unless another one was given.
-    own_dir, checkpoint, content = located
+    checkpoint, content = located
     is_given = resume != "auto" and any(override_key(override) == "job_dir" for override in config.overrides)
     job_dir = Path(cfg.job_dir) if is_given else own_dir
     if job_dir is None:
-        raise OptionError(
-            "resume", resume, "is in no run's checkpoints folder: give the folder of the continued run with job_dir="
-        )
+        raise OptionError("resume", resume, "is in no run's folder: give the folder of the continued run with job_dir=")
     in_own_folder = own_dir is not None and job_dir.resolve() == own_dir.resolve()
+    if not in_own_folder:
+        versions = read_versions(job_dir)
+    check_usable(job_dir)
 
     # Apply the old overrides and the new ones. Refuse to overwrite newer checkpoints or another run.
     merged = reapply_overrides(content["odcheap"], config.overrides, job_dir, compose)
     if cfg.test_only:
-        return Start(merged, job_dir, checkpoint, content, in_own_folder)
+        return Start(merged, job_dir, checkpoint, content, in_own_folder, versions=versions)
     if not in_own_folder:
         check_unoccupied(job_dir, cfg.overwrite)
     elif Path(str(resume)).is_file():
         check_newest(checkpoint, cfg.overwrite)
     all_epochs_done = content["epoch"] + 1 >= merged.cfg.trainer.max_epochs
     is_finished = in_own_folder and all_epochs_done and read_summary(job_dir) is not None
-    return Start(merged, job_dir, checkpoint, content, in_own_folder, is_finished)
+    return Start(merged, job_dir, checkpoint, content, in_own_folder, is_finished, versions)
 
 
-def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path | None, Path, dict[str, Any]] | None:
+def find_own_folder(cfg: DictConfig, resume: str) -> Path | None:
+    """Returns the folder of the run that `resume` names; None if it names a file in no run's folder."""
+    if resume == "auto":
+        return Path(cfg.job_dir)
+    if Path(resume).is_dir():
+        folder = Path(resume)
+    else:
+        checkpoint = Path(resume).resolve()
+        if checkpoint.parent.name != "checkpoints" or not CHECKPOINT_NAME.fullmatch(checkpoint.name):
+            return None
+        folder = checkpoint.parent.parent
+    return folder if is_run_folder(folder) else None
+
+
+def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """Finds the checkpoint that the option `resume` names.
 
     Returns:
-        The run's folder (None if the checkpoint is not in a run's folder), the checkpoint and its content. None if
-        `resume=auto` finds nothing to continue.
+        The checkpoint and its content. None if `resume=auto` finds nothing to continue.
     """
     if resume != "auto" and not Path(resume).is_dir():
-        content, checkpoint = read_checkpoint(resume), Path(resume).resolve()
-        folder = checkpoint.parent
-        return (folder.parent if folder.name == "checkpoints" else None), checkpoint, content
+        return Path(resume).resolve(), read_checkpoint(resume)
     job_dir = Path(cfg.job_dir) if resume == "auto" else Path(resume)
     usable = find_selected_checkpoint(job_dir) if cfg.test_only else find_newest_usable(job_dir)
     if usable is None:
         if resume == "auto" and not cfg.test_only:
             return None
         raise OptionError("resume", resume, f"{job_dir} holds no usable checkpoint in checkpoints/")
-    return job_dir, *usable
+    return usable
 
 
 def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -207,9 +237,22 @@ def reapply_overrides(
     return merged
 
 
+def claim_folder(start: Start) -> None:
+    """Marks the folder as the run's. The caller holds the lock of the folder.
+
+    Raises:
+        OptionError: The folder has changed since `plan_start` has decided what to do there.
+    """
+    check_usable(start.job_dir)
+    if read_versions(start.job_dir) != start.versions:
+        allowed = "another process has written here since this one was started; start the same command again"
+        raise OptionError("job_dir", start.job_dir, allowed)
+    write_status(start.job_dir, "running")
+
+
 def prepare_folder(start: Start) -> None:
-    """Makes the folder of a training run, and removes the files that `overwrite` replaces."""
-    make_folder(start.job_dir)
+    """Prepares the folder of a training run under its lock, and removes the files that `overwrite` replaces."""
+    claim_folder(start)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
     remove_partial_files(start.job_dir)
     if start.cfg.overwrite:

@@ -1,20 +1,24 @@
 """The file `status.json` in a run's folder, and the lock of the folder."""
 
-import json
+import errno
+import fcntl
 import os
 import socket
+import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from filelock import FileLock, Timeout
-
+from odcheap.runs.schemas import State, Status, validate
+from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_json
 
 FILE_NAME = "status.json"
-State = Literal["running", "stopped", "failed", "finished"]
+LOCK = ".lock"
+MAX_BYTES = 1 << 20
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks
 
 
 def write_status(job_dir: Path, state: State, reason: str = "") -> None:
@@ -24,17 +28,25 @@ def write_status(job_dir: Path, state: State, reason: str = "") -> None:
 
 
 def read_status(job_dir: Path) -> dict[str, Any]:
-    """Returns the latest status, or an empty dict if there is none."""
+    """Returns the latest status, see `schemas.Status`, or an empty dict if there is none.
+
+    Raises:
+        OptionError: The file is not one that odcheap writes.
+    """
     path = job_dir / FILE_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not os.path.lexists(path):
+        return {}
+    return validate(Status, read_json(path, "job_dir", MAX_BYTES), path, "job_dir").model_dump()
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
     """Returns whether the process that wrote the status still runs. This is assumed if it is on another host."""
     if status.get("host") != socket.gethostname():
         return True
+    if status.get("pid") is None:
+        return False
     try:
-        os.kill(int(status["pid"]), 0)
+        os.kill(status["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's process
@@ -46,15 +58,35 @@ def is_alive(status: Mapping[str, Any]) -> bool:
 def lock_folder(job_dir: Path) -> Generator[None]:
     """Keeps other processes from training in the folder. The lock of a process that has died is free.
 
+    The lock file is never written and no link is followed, since it may be somebody's own.
+
     Raises:
-        OptionError: Another process holds the lock.
+        OptionError: Another process holds the lock, or the lock file cannot be opened.
     """
-    lock = FileLock(job_dir / ".lock")
+    path = job_dir / LOCK
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        status = read_status(job_dir)
-        process = f"process {status.get('pid')} on {status.get('host')}"
-        raise OptionError("job_dir", job_dir, f"another process trains here ({process}, by its status.json)") from None
-    with lock:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OptionError("job_dir", job_dir, f"its lock {path.name} cannot be opened ({error.strerror})") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OptionError("job_dir", job_dir, f"its lock {path.name} is not a regular file")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OptionError("job_dir", job_dir, f"another process trains here ({name_writer(job_dir)})") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise OptionError("job_dir", job_dir, f"cannot be locked ({error.strerror})") from error
         yield
+    finally:
+        os.close(descriptor)
+
+
+def name_writer(job_dir: Path) -> str:
+    """Returns the process that has written the status of a folder, for messages."""
+    try:
+        status = read_status(job_dir)
+    except OptionError:
+        status = {}
+    return f"process {status.get('pid')} on {status.get('host')}, by its status.json"

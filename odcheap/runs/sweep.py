@@ -1,17 +1,23 @@
 """Sweeps: a callback at their beginning, and the outcomes of their runs, read from the runs' folders."""
 
-import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from pydantic import BaseModel
 
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST
-from odcheap.utils.console import say
+from odcheap.runs.schemas import Summary, Test, validate
+from odcheap.utils.console import print_error, say
+from odcheap.utils.documents import read_json
+from odcheap.utils.errors import OptionError
 
+SWEEP_CONFIG = b"hydra:\n"  # the beginning of the multirun.yaml that Hydra writes for each sweep
 KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
 
@@ -66,8 +72,26 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = config.hydra.sweep.dir
+        # Hydra reduces an exception of a callback to a warning, but lets SystemExit pass.
+        try:
+            check_sweep_folder(Path(folder))
+        except OptionError as error:
+            sys.exit(print_error(str(error)))
         started_sweeps.append(SweepFolder(Path(folder)))
         say(f"sweep in {folder}; its progress: odcheap report --status {folder}")
+
+
+def check_sweep_folder(folder: Path) -> None:
+    """Raises `OptionError` if Hydra would write its `multirun.yaml` over somebody's own file, or through a link."""
+    path = folder / "multirun.yaml"
+    if not os.path.lexists(path):
+        return
+    is_own = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+    if is_own:
+        with open(path, "rb") as file:
+            is_own = file.read(len(SWEEP_CONFIG)) == SWEEP_CONFIG
+    if not is_own:
+        raise OptionError("hydra.sweep.dir", folder, "holds a multirun.yaml that no sweep has written: name another folder")
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
@@ -77,14 +101,24 @@ def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
         folder: The run's folder.
         changed: The files that were written since the sweep began.
     """
-    if folder / TEST in changed:
-        return Outcome(str(folder), "finished", json.loads((folder / TEST).read_text()))
-    if (folder / SUMMARY).is_file():
-        text = "finished" if folder / SUMMARY in changed else "was finished"
-        return Outcome(str(folder), text, json.loads((folder / SUMMARY).read_text()))
-    if folder / status.FILE_NAME not in changed:
+    try:
+        if folder / TEST in changed:
+            return Outcome(str(folder), "finished", read_checked(folder / TEST, Test))
+        if (folder / SUMMARY).is_file():
+            text = "finished" if folder / SUMMARY in changed else "was finished"
+            return Outcome(str(folder), text, read_checked(folder / SUMMARY, Summary))
+        last = status.read_status(folder) if folder / status.FILE_NAME in changed else {}
+    except OptionError as error:
+        return Outcome(str(folder), f"failed: {error}", None)
+    if not last:
         return None
-    last = status.read_status(folder)
     if last["state"] == "running":
         return Outcome(str(folder), "running" if status.is_alive(last) else KILLED, None)
     return Outcome(str(folder), f"{last['state']}: {last['reason']}", None)
+
+
+def read_checked(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
+    """Returns the content of a run's JSON file; raises `OptionError` unless it fits the schema."""
+    content = read_json(path, "job_dir")
+    validate(schema, content, path, "job_dir")
+    return content

@@ -1,7 +1,6 @@
 """The command `odcheap train`: one run, or a sweep with `-m`."""
 
 import argparse
-import json
 import os
 import sys
 import traceback
@@ -26,14 +25,15 @@ from odcheap.config.messages import (
 from odcheap.distributed import launch, slurm
 from odcheap.distributed.signals import SignalListener, report_stop
 from odcheap.runs import status
-from odcheap.runs.folder import SUMMARY, TEST, make_folder, read_summary
+from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_summary
 from odcheap.runs.overrides import quote_override
-from odcheap.runs.resume import Start, plan_start
+from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import Outcome, started_sweeps
 from odcheap.training.experiment import Experiment
 from odcheap.training.optim import build_optimizer, build_scheduler
 from odcheap.utils.console import print_error, say
+from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
 from odcheap.utils.parts import find_conf_dir
 from odcheap.utils.signals import find_parent, stop_with_parent
@@ -138,9 +138,12 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
         traceback.print_exc() if describe_external_failure(error) is None else None
     outcome = Outcome(str(job_dir), f"failed: {line}", None)
     try:
-        job_dir.mkdir(parents=True, exist_ok=True)
-        status.write_status(job_dir, "failed", line)
-    except OSError:  # the failure may be that the folder cannot be written
+        check_usable(job_dir)
+        make_folder(job_dir)
+        with status.lock_folder(job_dir):
+            status.write_status(job_dir, "failed", line)
+    # The failure may be that the folder cannot be written, or that another process trains in it.
+    except (OptionError, OSError):
         for sweep in started_sweeps:
             sweep.unwritten.append(outcome)
     return outcome
@@ -177,8 +180,11 @@ def carry_out(start: Start, listener: SignalListener) -> Outcome:
     if launch.needs_launch(start.cfg):
         experiment.build_trainer()  # an error of Lightning is printed once here, and not by each new process
         make_folder(start.job_dir)
+        if not start.cfg.test_only:
+            with status.lock_folder(start.job_dir):  # the first of the new processes takes it then
+                claim_folder(start)
         launch.launch_processes(start, resolvers.given_config_dirs(), listener)
-        result = TEST if start.cfg.test_only else SUMMARY
-        return Outcome(str(start.job_dir), "finished", json.loads((start.job_dir / result).read_text()))
+        result = start.job_dir / (TEST if start.cfg.test_only else SUMMARY)
+        return Outcome(str(start.job_dir), "finished", read_json(result, "job_dir"))
     summary = experiment.run_test_only() if start.cfg.test_only else experiment.run()
     return Outcome(str(start.job_dir), "finished", summary)

@@ -26,7 +26,7 @@ from odcheap.models.backbone import Backbone
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_checkpoint
-from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, make_folder
+from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, make_folder
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.training import summary
@@ -211,7 +211,6 @@ class Experiment:
                 prepare_folder(self.start)
                 start_loggers(loggers)
                 write_text(job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
-                status.write_status(job_dir, "running")
             self.print_introduction(trainer)
 
             fit = self.fit(trainer)
@@ -278,6 +277,7 @@ class Experiment:
             "versions": summary.list_versions(),
         }
         if trainer.is_global_zero:
+            check_usable(self.start.job_dir)
             write_json(self.start.job_dir / TEST, content)
             summary.print_summary(self.console, content, f"{self.start.job_dir}: test only")
         return content

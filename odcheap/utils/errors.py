@@ -1,6 +1,5 @@
 """Errors that are reported as one line, without a traceback."""
 
-import errno
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ CONNECTION_LOST = re.compile(
 )
 LOADER_ENDED = re.compile(r"DataLoader (worker \(pid|timed out)")  # not an error that was raised in a worker
 SHARED_MEMORY = Path("/dev/shm")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class Failure(Exception):
@@ -76,7 +74,7 @@ def describe_external_failure(error: BaseException) -> str | None:
         cause = first_line(error).partition(". ")[0]
         advice = f"if {SHARED_MEMORY} is full ({free}), enlarge it (docker run --shm-size=8g) or lower data.workers"
         return f"data.workers: {what} ({cause}); {advice}; {CAN_RESUME}"
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno is not None:
         file = f"{error.filename}: " if error.filename else ""
-        return f"{file}{error.strerror}: cannot be written or read; {CAN_RESUME}"
+        return f"{file}{error.strerror or first_line(error)}: cannot be written or read; {CAN_RESUME}"
     return None

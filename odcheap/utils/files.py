@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import secrets
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -101,22 +103,28 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
 
 
 def require_file(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if there is no such file."""
-    if not Path(path).is_file():
-        raise OptionError(option, path, "no such file")
+    """Raises `OptionError` unless there is a regular file; a pipe or a device would block the reader for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OptionError(option, path, "no such file") from error
+    if not stat.S_ISREG(mode):
+        raise OptionError(option, path, "no such file: it is a folder" if stat.S_ISDIR(mode) else "not a regular file")
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a temporary file, flushes it to the disk and renames it. A crash leaves the old or the new file.
+
+    A link at `path` is replaced by the file; what it points to is not written.
 
     Args:
         path: The file to write.
         write: A function that writes the content; it is called with the open temporary file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=open_new) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -128,6 +136,11 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def open_new(path: str, flags: int) -> int:
+    """Opens a file that must not exist yet, as the `opener` of `open`: nobody's file is opened and no link followed."""
+    return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 def write_text(path: str | Path, text: str) -> None:

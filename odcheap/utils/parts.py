@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from odcheap.utils.documents import PlainLoader
 from odcheap.utils.errors import OptionError
 
 PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -125,7 +126,7 @@ def _read(group: str, name: Any, folders: list[Path], depth: int) -> dict[str, A
     if path is None:
         raise OptionError(group, name, f"unknown; must be one of {', '.join(list_parts(group, folders[1:]))}")
     try:
-        node = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        node = yaml.load(path.read_text(encoding="utf-8"), PlainLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OptionError(group, name, f"{path} is not a valid YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(node, dict):
@@ -230,19 +231,3 @@ def import_target(path: str) -> Any:
     """Imports the class or function of a module by its dotted path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads values as OmegaConf does: `1e-4` is a float, and a date is a string."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+(?:[eE][-+]?[0-9]+)?)$"),
-    list("-+0123456789."),
-)

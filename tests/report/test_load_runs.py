@@ -42,7 +42,7 @@ def test_runs_are_found_at_any_depth_and_once(tmp_path):
         (None, None, "stopped", "nothing was saved yet"),
         ({"finished": True}, {"state": "running", "host": "far", "pid": 1}, "finished", ""),
         ('{"finished": tr', None, "unreadable", "Expecting value"),
-        ("[1]", None, "unreadable", "'list' object has no attribute"),
+        ("[1]", None, "unreadable", "its summary.json cannot be read: its content: input should be a valid dictionary"),
     ],
 )
 def test_what_became_of_a_run(tmp_path, summary, word, state, reason):

@@ -1,0 +1,188 @@
+"""Schemas of the files in a run's folder. A file may come from a stranger, and is checked before it is used.
+
+A figure that is missing is allowed, since earlier versions did not write all of them; a figure of a wrong type is not.
+Entries that no schema names are ignored.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from odcheap.utils.errors import OptionError
+from odcheap.utils.text import escape_control_chars
+
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Index = Annotated[int, Field(ge=0, le=2**31)]
+Figure = Annotated[float, Field(ge=0, le=1e30)]
+State = Literal["running", "stopped", "failed", "finished"]
+
+
+class Schema(BaseModel):
+    """Numbers are finite, and nothing is converted: "1" is no number."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Status(Schema):
+    """The content of `status.json`."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    state: State
+    reason: str = ""
+    host: str | None = None
+    pid: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+class Member(Schema):
+    """The figures of a student, an average, the teacher or the ensemble."""
+
+    val_top1: Accuracy | None = None
+    val_balanced_accuracy: Accuracy | None = None
+    test_top1: Accuracy | None = None
+    test_top5: Accuracy | None = None
+    test_balanced_accuracy: Accuracy | None = None
+    kind: str | None = None
+
+
+class Members(Schema):
+    """The figures of all members with the same weights."""
+
+    students: list[Member] | None = None
+    averages: list[Member] | None = None
+    teacher: Member | None = None
+    ensemble: Member | None = None
+
+
+class Selected(Member):
+    """The selected candidate."""
+
+    student: Index | None = None
+    averaged: bool | None = None
+    epoch: Index | None = None
+    selected_on: Literal["val", "last", "test"] | None = None
+    balanced_accuracy: Accuracy | None = None
+    recall: dict[str, Accuracy | None] | None = None
+
+
+class NetworkCost(Schema):
+    """Parameters and multiply-accumulates of a network; of a trained teacher also what its training took."""
+
+    params: Count | None = None
+    macs: Count | None = None
+    note: str | None = None
+    train_seconds: Figure | None = None
+    training_macs: Figure | None = None
+
+
+class Cost(Schema):
+    """Costs of a student, of other networks, and of the training."""
+
+    params: Count | None = None
+    macs: Count | None = None
+    standard: NetworkCost | None = None
+    teacher: NetworkCost | None = None
+    training_macs: Figure | None = None
+    training_macs_with_teacher: Figure | None = None
+
+
+class Test(Members):
+    """The content of `test.json`."""
+
+    __test__ = False  # pytest would take the class for a test case
+
+    selected: Selected
+    split: str
+    versions: dict[str, str]
+
+
+class Summary(Members):
+    """The content of `summary.json`."""
+
+    finished: bool = False
+    selected: Selected | None = None
+    last: Members | None = None
+    cost: Cost | None = None
+    images_per_second: Figure | None = None
+    train_seconds: Figure | None = None
+    epochs: Index | None = None
+    seed: int | None = None
+    data: str | None = None
+    images: dict[str, Count] | None = None
+    classes: dict[str, dict[str, Count]] | None = None
+    num_stu: Index | None = None
+    split: str | None = None
+    versions: dict[str, str] | None = None
+
+
+class Config(Schema):
+    """The content of `config.yaml`: options by name."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+    job_dir: str | None = None
+    data: dict[str, Any] | None = None
+    logger: dict[str, Any] | None = None
+
+
+class SavedRun(Schema):
+    """The entry `odcheap` of a checkpoint, see `training.summary.describe_run`."""
+
+    overrides: list[str]
+    config: dict[str, Any]
+    split: str
+    classes: list[str]
+    student: dict[str, Any]
+
+
+class Selection(Schema):
+    """The selected candidate in a checkpoint."""
+
+    candidate: Index
+    epoch: Index
+    score: float | None = None
+
+
+class SavedRecord(Schema):
+    """The state of the callback `Record` in a checkpoint."""
+
+    history: list[dict[str, Any]]
+    selected: Selection
+    seconds: Figure | None = None
+
+
+class Callbacks(Schema):
+    """The states of the callbacks in a checkpoint."""
+
+    Record: SavedRecord
+
+
+class Checkpoint(Schema):
+    """The entries of a checkpoint that are read before Lightning loads it."""
+
+    odcheap: SavedRun
+    callbacks: Callbacks
+    epoch: Index
+    loops: dict[str, Any]
+    state_dict: dict[str, Any]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def validate(schema: type[S], content: Any, path: str | Path, option: str) -> S:
+    """Returns the content as an object of the schema.
+
+    Raises:
+        OptionError: The content does not fit. The message names the file, the first wrong field, and what is allowed.
+    """
+    try:
+        return schema.model_validate(content)
+    except (ValidationError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            raise OptionError(option, path, "is nested too deeply") from error
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = escape_control_chars(".".join(map(str, first["loc"]))[:100]) or "its content"
+        raise OptionError(option, path, f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
