@@ -91,7 +91,9 @@ def check_sweep_folder(folder: Path) -> None:
         with open(path, "rb") as file:
             is_own = file.read(len(SWEEP_CONFIG)) == SWEEP_CONFIG
     if not is_own:
-        raise OptionError("hydra.sweep.dir", folder, "holds a multirun.yaml that no sweep has written: name another folder")
+        raise OptionError(
+            "hydra.sweep.dir", folder, "holds a multirun.yaml that no sweep has written: name another folder"
+        )
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:

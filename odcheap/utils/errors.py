@@ -49,6 +49,10 @@ def _restore_option_error(line: str) -> OptionError:
     return error
 
 
+class WriteError(OSError):
+    """A file cannot be written because its folder is gone. A `FileNotFoundError` from elsewhere may be a bug."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's text, at most 160 characters, or its type's name if it has no text."""
     return str(error).strip().split("\n")[0][:160] or type(error).__name__
@@ -74,7 +78,7 @@ def describe_external_failure(error: BaseException) -> str | None:
         cause = first_line(error).partition(". ")[0]
         advice = f"if {SHARED_MEMORY} is full ({free}), enlarge it (docker run --shm-size=8g) or lower data.workers"
         return f"data.workers: {what} ({cause}); {advice}; {CAN_RESUME}"
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
         file = f"{error.filename}: " if error.filename else ""
         return f"{file}{error.strerror or first_line(error)}: cannot be written or read; {CAN_RESUME}"
     return None

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from odcheap.utils.errors import OptionError, first_line
+from odcheap.utils.errors import OptionError, WriteError, first_line
 
 CHECKSUM_PREFIX = b"odcheap-sha256:"
 EMPTY_COMMENT = b"\0\0"  # the end of a zip archive without a comment: the comment's length, 0
@@ -129,6 +129,8 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except FileNotFoundError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # a rename reaches the disk only when the folder is flushed too

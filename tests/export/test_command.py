@@ -25,6 +25,7 @@ from odcheap.export import onnx as onnx_export
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.model_card import STANDARD, STUDENT
 from odcheap.models.build import build_network, load_student
+from odcheap.utils.errors import OptionError
 from odcheap.utils.signals import STOP_SIGNALS
 
 QUICK = ["--seconds", "0.005"]
@@ -219,6 +220,15 @@ def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsy
     assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1
     assert "(engine.trt is not a file of an export)" in capsys.readouterr().err
     assert (job_dir / "export" / "engine.trt").exists()
+    (job_dir / "export" / "engine.trt").unlink()
+    (job_dir / "export" / "labels.json").unlink()
+    (job_dir / "export" / "labels.json").mkdir()
+    assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1
+    assert "(labels.json is not a file of an export)" in capsys.readouterr().err
+    (job_dir / "export").rename(tmp_path / "elsewhere")
+    (job_dir / "export").symlink_to(tmp_path / "elsewhere")
+    assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1
+    assert "export: is a link to elsewhere" in capsys.readouterr().err
 
 
 def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
@@ -233,9 +243,45 @@ def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="busy"), command.replace_folder(out) as folder:
+    versions = command.read_versions(out)
+    with pytest.raises(OSError, match="busy"), command.replace_folder(out, versions) as folder:
         (folder / "student.onnx").write_text("new")
     assert (out / "student.onnx").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("is_export", [False, True])
+def test_what_somebody_writes_into_the_folder_meanwhile_is_kept(tmp_path, is_export):
+    out = tmp_path / "export"
+    if is_export:
+        out.mkdir()
+        (out / "student.onnx").write_text("old")
+    versions = command.read_versions(out) if is_export else None
+
+    def export():
+        with command.replace_folder(out, versions) as folder:
+            (folder / "student.onnx").write_text("new")
+            out.mkdir(exist_ok=True)
+            (out / "thesis.tex").write_text("mine")
+
+    with pytest.raises(OptionError, match="another process has written here meanwhile"):
+        export()
+    assert (out / "thesis.tex").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(tmp_path):
+    out = tmp_path / "export"
+
+    def export_twice():
+        with command.replace_folder(out) as second:
+            with command.replace_folder(out) as first:
+                (first / "student.onnx").write_text("first")
+            (second / "student.onnx").write_text("second")
+
+    with pytest.raises(OptionError, match="another process has written here meanwhile"):
+        export_twice()
+    assert (out / "student.onnx").read_text() == "first"
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -41,6 +41,19 @@ def test_files_sort_by_age_and_the_newest_whole_one_is_taken(tmp_path, capsys):
     ] == [True, True]
 
 
+def test_the_order_is_that_of_the_numbers(tmp_path):
+    paths = [epoch_path(tmp_path, 9999), step_path(tmp_path, 10_000, 999), step_path(tmp_path, 10_000, 10_000_000)]
+    paths += [epoch_path(tmp_path, 10_000), epoch_path(tmp_path, 100_000)]
+    for path in reversed(paths):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "checkpoints" / "epoch-best.ckpt").touch()
+    assert list_checkpoints(tmp_path) == paths
+    prune_checkpoints(tmp_path, keep=2, selected=None)
+    assert list_checkpoints(tmp_path) == paths[-2:]
+    assert (tmp_path / "checkpoints" / "epoch-best.ckpt").exists()
+
+
 def test_none_is_usable_where_there_is_none(tmp_path):
     assert find_newest_usable(tmp_path) is None
 

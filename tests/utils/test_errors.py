@@ -11,6 +11,8 @@ from conftest import Begun
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from tests.distributed.test_signals import ranks
 
+NUMBERS = [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT, errno.EPERM, errno.EFBIG, errno.EISDIR]
+
 
 @pytest.mark.parametrize(
     "error",
@@ -33,7 +35,10 @@ def test_pytorch_itself_is_understood():
     assert describe_external_failure(caught.value).startswith("out of memory on this machine")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(
+    "number",
+    NUMBERS,
+)
 def test_a_disk_that_fails_is_named(number):
     line = describe_external_failure(OSError(number, "words", "/some/file"))
     assert line.startswith("/some/file: words: cannot be written")

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from odcheap.utils.errors import OptionError
+from odcheap.utils.errors import OptionError, WriteError, describe_external_failure
 from odcheap.utils.files import read_safetensors, read_torch, write_atomic
 
 
@@ -97,6 +97,31 @@ def test_damaged_bytes_are_refused_or_read_and_nothing_else(tmp_path, kind, data
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     with contextlib.suppress(OptionError):
         (read_safetensors if kind == "safetensors" else read_torch)(path)
+
+
+def test_a_folder_that_is_gone_is_no_bug(tmp_path):
+    with pytest.raises(WriteError) as failure:
+        write_atomic(tmp_path / "gone" / "file", lambda out: out.write(b"new"))
+    assert describe_external_failure(failure.value).startswith(f"{tmp_path}/gone/file: No such file or directory")
+
+
+def test_links_are_replaced_and_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    os.link(tmp_path / "precious", tmp_path / "hard")
+    for name in ("link", "hard"):
+        write_atomic(tmp_path / name, lambda out: out.write(b"new"))
+        assert (tmp_path / name).read_text() == "new"
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "pipe", tmp_path / "folder", "/dev/zero", "a\0b"):
+        for read in (read_torch, read_safetensors):
+            with pytest.raises(OptionError, match="no such file|not a regular file"):
+                read(path)
 
 
 def test_whoever_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path):
