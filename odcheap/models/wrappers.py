@@ -1,10 +1,11 @@
 """Backbones made of standard networks (ours, torchvision's or timm's), whose convolutions are converted."""
 
+import argparse
 import copy
 import difflib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +25,9 @@ from odcheap.utils.files import read_safetensors, read_torch
 PROBE_SIZE = 96  # pixels: enough for every torchvision network, little work
 MAX_SMALL_SIZE = 64  # pixels: larger images are refused for networks made for 32
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, used in training only
+# Where checkpoints hold a state dict, and the prefixes that `DataParallel`, `AveragedModel` and Lightning give its names.
+STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.")
 Noise = Annotated[float, Field(ge=0)]
 
 
@@ -238,7 +242,8 @@ def load_pretrained(
 
     Args:
         network: The network.
-        path: A state dict written by `torch.save` or as safetensors.
+        path: A state dict written by `torch.save` or as safetensors, also under one of the usual keys of a checkpoint
+            and with the prefixes that `torch.compile`, `DataParallel` and modules around the network give its tensors.
         num_classes: K.
         option: The option that named the file, for messages.
         new_head: Whether a classifier for another number of classes is left out; the network keeps its own then.
@@ -246,12 +251,13 @@ def load_pretrained(
     Raises:
         OptionError: The weights do not fit; nothing has been changed.
     """
-    content: Any = read_safetensors(path, option)[0] if str(path).endswith(".safetensors") else read_torch(path, option)
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    content = read_published(path, option)
+    for key in STATE_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    tensors = {update_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {update_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = strip_prefixes(tensors, network.state_dict().keys())
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(AUXILIARY_HEADS)}
     own = network.state_dict()
     head = {
@@ -265,9 +271,36 @@ def load_pretrained(
     network.load_state_dict(state)
 
 
+def read_published(path: str, option: str) -> Any:
+    """Reads the content of a file of published weights; see `load_pretrained` for the arguments."""
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path, option)[0]
+    # The scripts of timm and torchvision store their arguments too. A namespace holds values and runs no code.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return read_torch(path, option)
+
+
 def update_name(name: str) -> str:
-    """Returns a tensor's current name: without the prefix of `DataParallel` and the extra dots of old DenseNets."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.removeprefix("module."))
+    """Returns a tensor's current name: without the marks of `torch.compile` and the extra dots of old DenseNets."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.replace("_orig_mod.", ""))
+
+
+def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
+    """Returns tensors by their names without the prefixes that modules around a network give them.
+
+    Tensors outside the prefix that most of them have, such as those of a loss, are left out.
+
+    Args:
+        tensors: The tensors of a file.
+        own: The names in the network.
+    """
+    while not own & tensors.keys():
+        inside = {prefix: [name for name in tensors if name.startswith(prefix)] for prefix in PREFIXES}
+        prefix = max(inside, key=lambda prefix: len(inside[prefix]))
+        if 2 * len(inside[prefix]) <= len(tensors):
+            break
+        tensors = {name.removeprefix(prefix): tensors[name] for name in inside[prefix]}
+    return tensors
 
 
 def find_last_layer(network: nn.Module, num_classes: int) -> str:

@@ -1,3 +1,5 @@
+import argparse
+
 import pytest
 import torch
 import torchvision
@@ -78,6 +80,51 @@ def test_safetensors_wrappers_and_old_names_are_understood(file, tmp_path):
     assert torch.equal(
         fresh.features.denseblock1.denselayer1.conv2.weight, densenet.features.denseblock1.denselayer1.conv2.weight
     )
+
+
+def forms_of_other_tools(state):
+    """Checkpoints as other tools write them, by name."""
+    prefixed = {prefix: {prefix + k: v for k, v in state.items()} for prefix in ("_orig_mod.", "model.", "module.")}
+    namespace = argparse.Namespace(model="resnet18", lr=0.1, size=[3, 224, 224], out=None)
+    return {
+        "compiled": prefixed["_orig_mod."],
+        "compiled parts": {k.replace("layer1.", "layer1._orig_mod."): v for k, v in state.items()},
+        "Lightning": {"state_dict": prefixed["model."] | {"criterion.weight": torch.ones(7)}, "epoch": 3},
+        "Lightning, compiled": {"state_dict": {f"model._orig_mod.{k}": v for k, v in state.items()}},
+        "PyTorch's tutorial": {"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3},
+        "torchvision": {"model": state, "args": namespace, "lr_scheduler": {}},
+        "torchvision's average": {
+            "model": {k: torch.zeros_like(v) for k, v in state.items()},
+            "model_ema": prefixed["module."] | {"n_averaged": torch.tensor(5)},
+            "args": namespace,
+        },
+        "timm": {"state_dict": state, "args": namespace, "arch": "resnet18", "metric": 0.5},
+        "in two modules": {f"module.model.{k}": v for k, v in state.items()},
+    }
+
+
+@pytest.mark.parametrize("form", list(forms_of_other_tools({})))
+def test_files_as_other_tools_write_them_are_read(file, tmp_path, form):
+    network, _ = file
+    torch.save(forms_of_other_tools(network.state_dict())[form], tmp_path / "other.pth")
+    fresh = torchvision.models.resnet18(num_classes=7)
+    load_pretrained(fresh, str(tmp_path / "other.pth"), 7)
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), network.state_dict().values(), strict=True)
+    )
+
+
+class Strange:
+    """A class that a file may name."""
+
+
+@pytest.mark.parametrize("value", [Strange(), argparse.Namespace(x=Strange()), argparse.ArgumentParser])
+def test_no_other_object_is_read_from_a_file(file, tmp_path, value):
+    network, _ = file
+    torch.save({"state_dict": network.state_dict(), "args": value}, tmp_path / "other.pth")
+    with pytest.raises(OptionError, match=r"backbone.pretrained=.*other.pth: not a complete checkpoint"):
+        load_pretrained(torchvision.models.resnet18(num_classes=7), str(tmp_path / "other.pth"), 7)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 def test_inception_with_its_auxiliary_classifier_and_its_own_normalisation(tmp_path):
