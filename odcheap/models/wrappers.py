@@ -25,7 +25,7 @@ from odcheap.utils.files import read_safetensors, read_torch
 PROBE_SIZE = 96  # pixels: enough for every torchvision network, little work
 MAX_SMALL_SIZE = 64  # pixels: larger images are refused for networks made for 32
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of GoogLeNet and Inception, used in training only
-# Where checkpoints hold a state dict, and the prefixes that `DataParallel`, `AveragedModel` and Lightning give its names.
+# Where checkpoints hold a state dict, and the prefixes that modules around a network give its names.
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.")
 Noise = Annotated[float, Field(ge=0)]
