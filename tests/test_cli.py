@@ -15,12 +15,16 @@ def test_the_reason_below_a_wrapped_error_is_printed():
     assert describe_error(error) == "num_stu=0: must be 1 or more"
 
 
-def test_unknown_options_get_the_nearest_names(command):
-    result = command("num_sut=3")
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("num_sut=3", "num_stu"), ("lr=0.1", "optimizer.lr"), ("epochs=2", "trainer.max_epochs"), ("seeds=1", "seed")],
+)
+def test_unknown_options_get_the_nearest_names(command, given, meant):
+    result = command(given)
     assert (result.status, result.out) == (1, "")
     assert result.err.count("\n") == 1
-    assert "'num_sut'" in result.err
-    assert "did you mean num_stu" in result.err
+    assert f"{given.partition('=')[0]}: there is no such option; did you mean {meant}" in result.err
+    assert f"(+{given} adds it to the config" in result.err
 
 
 @pytest.mark.parametrize("name", ["train", "export", "predict", "report", "bench"])

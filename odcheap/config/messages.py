@@ -55,19 +55,33 @@ def describe_hydra_error(error: Exception) -> str:
     if "Could not override" in str(error) and any(argument.startswith("resume=") for argument in sys.argv):
         example = "such as data=imagefolder or logger=tensorboard"
         return f"{first_line(error)}; with resume, the part that has this option must be given too, {example}"
-    return f"{first_line(error)}{suggest_options(error)} (odcheap train --help shows every option)"
+    return describe_unknown_option(error) or f"{first_line(error)} (odcheap train --help shows every option)"
 
 
-def suggest_options(error: Exception) -> str:
-    """Returns the options whose names are most similar to the unknown one in the error, as the end of a sentence."""
+def describe_unknown_option(error: Exception) -> str | None:
+    """Returns a line about an option that does not exist, with the options that have similar names, else None."""
     unknown = re.search(r"Could not override '([\w./]+)'", str(error))
     if unknown is None:
-        return ""
+        return None
+    name = unknown[1]
+    similar = find_similar_options(name)
+    suggestion = f"; did you mean {' or '.join(similar)}?" if similar else ""
+    added = re.search(r"use (\+\S+)", str(error))
+    hint = f"{added[1]} adds it to the config; " if added else ""
+    return f"{name}: there is no such option{suggestion} ({hint}odcheap train --help shows every option)"
+
+
+def find_similar_options(name: str) -> list[str]:
+    """Returns up to three options of the default config that are called like `name`, in this or in another group."""
     with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         known = flatten(OmegaConf.to_container(hydra.compose("config"), resolve=False))
-    names = {".".join(name.split(".")[:depth]) for name in known for depth in (1, 2)}
-    similar = difflib.get_close_matches(unknown[1], sorted(names), n=3)
-    return f"; did you mean {' or '.join(similar)}?" if similar else ""
+    names = sorted({".".join(option.split(".")[:depth]) for option in known for depth in (1, 2)})
+    last = name.rpartition(".")[2]
+    same = [option for option in names if option.rpartition(".")[2] == last]
+    by_last = {option.rpartition(".")[2]: option for option in names}
+    close = difflib.get_close_matches(name, names, n=3)
+    close += [by_last[match] for match in difflib.get_close_matches(last, by_last, n=3)]
+    return list(dict.fromkeys(same or close))[:3]
 
 
 def list_groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
