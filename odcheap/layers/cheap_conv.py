@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class Window:
 class CheapConv(nn.Sequential):
     """A pair of a spatial operator (C -> C) and a 1 x 1 convolution (C -> O).
 
-    Both are linear, so together they compute a convolution with one dense kernel.
+    Both are linear, so together they compute a convolution with one dense kernel. The pair has the attributes of that
+    `nn.Conv2d` (`in_channels`, `kernel_size`, `stride`, `bias` and so on) except `weight`.
 
     Args:
         spatial: The spatial operator, with the window's stride, padding and dilation.
@@ -82,6 +83,51 @@ class CheapConv(nn.Sequential):
         """
         is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
         return (self.spatial, self.pointwise, is_shift) if len(self) == 2 and type(self) is CheapConv else None
+
+    @property
+    def in_channels(self) -> int:
+        return self.pointwise.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.pointwise.out_channels
+
+    @property
+    def kernel_size(self) -> Pair:
+        return self.window.kernel_size
+
+    @property
+    def stride(self) -> Pair:
+        rows, columns = to_pair(self.pointwise.stride)
+        return self.window.stride[0] * rows, self.window.stride[1] * columns
+
+    @property
+    def padding(self) -> Pair | str:
+        return self.window.padding
+
+    @property
+    def dilation(self) -> Pair:
+        return self.window.dilation
+
+    @property
+    def padding_mode(self) -> str:
+        return self.window.padding_mode
+
+    @property
+    def groups(self) -> int:
+        return 1  # of the dense kernel
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.pointwise.bias
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a cheap pair has no `weight`: it has those of `spatial` and `pointwise`; `keep` of `cheapen` leaves "
+                "a convolution as it is"
+            )
+        return super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:  # the argument's name is that of `nn.Sequential`
         parts = self.fusible_parts

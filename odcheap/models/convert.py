@@ -2,7 +2,8 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import nn
 
 from odcheap.layers.cheap_conv import BlockType, CheapConv, Window
 from odcheap.models import flops
-from odcheap.utils.errors import OptionError
+from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import build_part, read_part
 
 Init = Literal["auto", "fit", "kaiming"]
+PROBE_SIDES = (64, 32, 224, 28)  # pixels of images on which a network is tried
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -33,8 +35,10 @@ def cheapen(
 
     Each pair is a spatial operator with the convolution's kernel size, stride, dilation and padding, then a 1 x 1
     convolution with the output channels and the bias of the replaced convolution. All shapes stay the same, and all
-    other layers keep their weights. Grouped convolutions, and classes other than `nn.Conv2d`, are not replaced. Each
-    convolution that is not replaced has an attribute `reason_kept`, which says why.
+    other layers keep their weights. Some convolutions are not replaced: those in groups, of other classes than
+    `nn.Conv2d`, with hooks, and with weights that other layers share or that are computed. Each of them has an
+    attribute `reason_kept`, which says why. If an input shape is found that the network takes, the copy is run once on
+    the meta device, which computes shapes only. A convolution of which only the weights are used is then kept, too.
 
     Args:
         model: The network; it is not changed.
@@ -48,7 +52,7 @@ def cheapen(
         config_dirs: Further `conf` directories with block types.
 
     Raises:
-        ValueError: There is nothing to replace, or a name is unknown.
+        ValueError: There is nothing to replace, a name is unknown, or the copy cannot be run although the network can.
 
     Example:
         >>> import torchvision
@@ -64,11 +68,39 @@ def cheapen(
         raise OptionError("block_type", type(block_type).__name__, "is no cheap convolution")
     check_conversion_options(model, keep, init)
 
-    # Make the pairs, and note why the other convolutions are kept.
     fit = init == "fit" or (init == "auto" and looks_trained(model))
-    converted = copy.deepcopy(model)
+    reasons = find_reasons_to_keep(model, block_type, keep)
+    converted = replace_convs(model, block_type, fit, reasons)
+    shape = find_input_shape(model)
+    if shape is None:
+        return converted
+
+    # Code that uses a layer's weights by itself does not work with a pair.
+    error = find_error(converted, shape)
+    if error is not None:
+        reasons |= dict.fromkeys(find_uncalled_convs(model, shape) - reasons.keys(), "only its weights are used")
+        converted = replace_convs(model, block_type, fit, reasons)
+        error = find_error(converted, shape)
+    if error is not None and not isinstance(error, NotImplementedError):  # raised by operators without a meta form
+        allowed = f"{type(model).__name__} cannot be run after the conversion ({first_line(error)}); keep leaves layers"
+        raise OptionError("block_type", type(block_type).__name__, allowed) from error
+    return converted
+
+
+def replace_convs(model: nn.Module, block_type: BlockType, fit: bool, reasons: Mapping[str, str]) -> nn.Module:
+    """Returns a copy of a network with pairs in place of its convolutions, except for those with a reason.
+
+    Args:
+        model: The network.
+        block_type: The kind of pair.
+        fit: See `make_pair`.
+        reasons: Why convolutions are kept, by their names.
+
+    Raises:
+        OptionError: All convolutions are kept.
+    """
+    converted = copy_network(model)
     convs: dict[str, Any] = find_spatial_convs(converted)
-    reasons = find_reasons_to_keep(converted, block_type, keep)
     for name, reason in reasons.items():
         convs[name].reason_kept = reason
     pairs: dict[Any, CheapConv] = {
@@ -87,6 +119,67 @@ def cheapen(
             if child in pairs:
                 parent._modules[name] = pairs[child]
     return converted
+
+
+def copy_network(model: nn.Module) -> Any:
+    """Returns a deep copy. Tensors that are computed from parameters, as by the old `weight_norm`, are detached."""
+    computed: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                computed[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, computed)
+
+
+def prepare_for_shapes(model: nn.Module) -> nn.Module:
+    """Returns a copy on the meta device in eval mode, without hooks except those that compute weights."""
+    network = copy_network(model).to("meta").eval()
+    for module in network.modules():
+        module._forward_hooks.clear()
+        own = [key for key, hook in module._forward_pre_hooks.items() if not is_weight_hook(hook)]
+        for key in own:
+            del module._forward_pre_hooks[key]
+        if not isinstance(vars(module).get("weight"), nn.Parameter) and "weight" in vars(module):
+            module.weight = vars(module)["weight"].to("meta")
+    return network
+
+
+def is_weight_hook(hook: Any) -> bool:
+    """Whether a hook is one of PyTorch's that compute a layer's weights."""
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def find_input_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """Returns (C, H, W) of images that a network takes, by trying usual sizes; None if it takes none of them."""
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    shapes = ((stem.in_channels, side, side) for side in PROBE_SIDES)
+    return next((shape for shape in shapes if find_error(model, shape) is None), None)
+
+
+def find_error(model: nn.Module, shape: tuple[int, int, int]) -> Exception | None:
+    """Runs a copy of a network on the meta device, and returns the error that it raises; None if there is none."""
+    try:
+        run_for_shapes(prepare_for_shapes(model), shape)
+    except Exception as error:  # the network's own code may raise anything
+        return error
+    return None
+
+
+@torch.no_grad()
+def run_for_shapes(network: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Runs a network that `prepare_for_shapes` returned on one image of this shape (C, H, W)."""
+    example = next(network.parameters())
+    network(torch.empty(1, *shape, dtype=example.dtype, device="meta"))
+
+
+def find_uncalled_convs(model: nn.Module, shape: tuple[int, int, int]) -> set[str]:
+    """Returns the names of the convolutions that are not called when a network is run on an image of this shape."""
+    network, called = prepare_for_shapes(model), set()
+    convs = find_spatial_convs(network)
+    for name, conv in convs.items():
+        conv.register_forward_hook(lambda *_, name=name: called.add(name))
+    run_for_shapes(network, shape)
+    return convs.keys() - called
 
 
 def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
@@ -108,7 +201,9 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
     convs = find_spatial_convs(model)
     chosen = find_stem(model) if keep is None else match_names(list(convs), keep)
     reasons = {}
+    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for name, conv in convs.items():
+        hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
         is_own_class = type(conv).forward is not nn.Conv2d.forward
         is_own_class |= type(conv)._conv_forward is not nn.Conv2d._conv_forward
         if name in chosen:
@@ -119,6 +214,10 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
             reasons[name] = f"a {type(conv).__name__} computes in a way of its own"
         elif "weight" not in conv._parameters:
             reasons[name] = "its weights are computed from others"
+        elif owners[id(conv.weight)] > 1:
+            reasons[name] = "its weights are shared with another layer"
+        elif any(hooks):
+            reasons[name] = "it has hooks"
         elif reason := block_type.reason_to_keep(conv.in_channels, Window.from_conv(conv)):
             reasons[name] = reason
     return reasons

@@ -10,8 +10,9 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
-from odcheap.layers.cheap_conv import CheapConv, Standard
+from odcheap.layers.cheap_conv import DW, CheapConv, Standard
 from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
@@ -345,6 +346,106 @@ def test_convolutions_of_another_kind_are_kept_and_listed():
         "kept: in 2 groups already",
         "depth-wise + 1 x 1",
     ]
+
+
+@pytest.mark.parametrize("block_type", ["Shift", "DW", "Group"])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "bias": False}, {"kernel_size": 5, "padding": 2, "dilation": 2}])
+def test_a_pair_offers_what_a_convolution_offers(block_type, options):
+    conv = nn.Conv2d(32, 24, **{"kernel_size": 3, "padding": 1} | options)
+    pair = cheapen(nn.Sequential(nn.Conv2d(3, 32, 3), conv), block_type)[1]
+    assert isinstance(pair, CheapConv)
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    assert [getattr(pair, name) for name in names] == [getattr(conv, name) for name in names]
+    assert (pair.bias is None) == (conv.bias is None)
+    assert not hasattr(pair, "weight")
+    with pytest.raises(AttributeError, match="a cheap pair has no `weight`.*`keep` of `cheapen`"):
+        _ = pair.weight
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pair.nothing
+
+
+def test_the_stride_of_a_pair_whose_second_layer_has_it():
+    assert DW()(16, 32, stride=2).stride == (2, 2)
+
+
+class AsksForItsWidth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = (nn.Conv2d(c, 16, 3, padding=1) for c in (3, 16, 16))
+
+    def forward(self, x):
+        return self.b(self.a(self.stem(x))).mean((2, 3)).view(-1, self.b.out_channels)
+
+
+class UsesWeightsByHand(AsksForItsWidth):
+    def forward(self, x):
+        weight = self.b.weight
+        return F.conv2d(self.a(self.stem(x)), weight - weight.mean(), self.b.bias, padding=1)
+
+
+class AsksForTheClass(AsksForItsWidth):
+    def forward(self, x):
+        assert type(self.a) is nn.Conv2d, "the layer is no convolution"
+        return super().forward(x)
+
+
+class Tied(AsksForItsWidth):
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(16, 16, 3, padding=1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(super().forward(x)[..., None, None])
+
+
+def reasons_kept(network):
+    convs = find_spatial_convs(network).items()  # some of them are parts of pairs
+    return {name: conv.reason_kept for name, conv in convs if hasattr(conv, "reason_kept")}
+
+
+def test_a_network_that_asks_its_layer_for_the_width_is_converted():
+    after = cheapen(AsksForItsWidth(), "DW")
+    assert reasons_kept(after) == {"stem": "the stem"}
+    assert after(torch.zeros(1, 3, 8, 8)).shape == (1, 16)
+
+
+def test_a_layer_whose_weights_are_used_by_hand_is_kept_and_listed():
+    before = UsesWeightsByHand()
+    after = cheapen(before, "DW")
+    assert reasons_kept(after) == {"stem": "the stem", "b": "only its weights are used"}
+    assert after(torch.zeros(1, 3, 8, 8)).shape == (1, 16, 8, 8)
+    assert "kept: only its weights are used" in str(conversion_table(before, after, (3, 32, 32)))
+
+
+def test_a_network_that_cannot_be_run_with_pairs_is_refused():
+    with pytest.raises(ValueError, match=r"AsksForTheClass cannot be run after the conversion \(the layer is no conv"):
+        cheapen(AsksForTheClass(), "DW")
+    assert cheapen(AsksForTheClass(), "DW", keep=["stem", "a"])(torch.zeros(1, 3, 8, 8)).shape == (1, 16)
+
+
+def test_tied_layers_are_kept_and_stay_tied():
+    after = cheapen(Tied(), "DW")
+    assert after.a.weight is after.b.weight
+    shared = "its weights are shared with another layer"
+    assert reasons_kept(after) == {"stem": "the stem", "a": shared, "b": shared}
+
+
+def test_layers_with_the_old_weight_norm_and_with_hooks_are_kept_and_work():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        normed = nn.utils.weight_norm(nn.Conv2d(16, 16, 3))
+    layers = [nn.Conv2d(3, 16, 3), normed, *(nn.Conv2d(16, 16, 3) for _ in range(3))]
+    before, seen = nn.Sequential(*layers), []
+    before[2].register_forward_hook(lambda *_: seen.append("forward"))
+    before[3].register_forward_pre_hook(lambda *_: seen.append("before"))
+    after = cheapen(before, "DW")
+    assert not seen  # the trial run calls no hooks
+    kept = ["the stem", "its weights are computed from others", "it has hooks", "it has hooks"]
+    assert list(reasons_kept(after).values()) == kept
+    after(torch.zeros(1, 3, 16, 16)).sum().backward()
+    assert seen == ["forward", "before"]
+    assert after[1].weight_g.grad is not None
 
 
 @pytest.mark.parametrize(
