@@ -48,4 +48,4 @@ def default_precision(accelerator: str) -> str:
 
 OmegaConf.register_new_resolver("precision", default_precision, replace=True)
 OmegaConf.register_new_resolver("job_dir", default_job_dir, replace=True)
-OmegaConf.register_new_resolver("run_name", lambda: name_run(given_overrides()), replace=True)
+OmegaConf.register_new_resolver("run_name", lambda *also: name_run(given_overrides(), also), replace=True)

@@ -55,14 +55,19 @@ def quote_override(override: str) -> str:
     return f'{key}="{value}"'
 
 
-def name_run(overrides: Sequence[str]) -> str:
+def name_run(overrides: Sequence[str], also: Sequence[str] = ()) -> str:
     """Returns a folder name made of the overrides that determine the results, or "default" without any.
+
+    Args:
+        overrides: The overrides.
+        also: Options among `STORAGE_OPTIONS` that are named too, since a sweep varies them.
 
     Example:
         >>> name_run(["num_stu=4", "block_type=DW", "resume=auto"])
         'block_type=DW,num_stu=4'
     """
     named = [o for o in overrides if override_key(o) not in STORAGE_OPTIONS]
+    named += [o.replace("'", "").replace('"', "") for o in overrides if override_key(o) in also]
     named = sorted(o for o in named if not override_key(o).startswith("hydra"))
     name = re.sub(r"[^\w=,.+\[\]@-]", "-", ",".join(named)) or "default"
     in_bytes = name.encode()

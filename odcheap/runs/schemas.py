@@ -157,6 +157,7 @@ class Callbacks(Schema):
     """The states of the callbacks in a checkpoint."""
 
     Record: SavedRecord
+    LoggerRuns: dict[str, str] | None = None
 
 
 class Checkpoint(Schema):

@@ -133,6 +133,29 @@ class Record(pl.Callback):
             prune_checkpoints(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
 
 
+class LoggerRuns(pl.Callback):
+    """Keeps in each checkpoint under which run id each logger records, so that a continued run is the same run there.
+
+    Args:
+        names: The loggers' option names, in the order of the trainer's loggers.
+    """
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.ids: dict[str, str] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and len(trainer.loggers) == len(self.names):
+            found = zip(self.names, trainer.loggers, strict=True)
+            self.ids |= {name: str(logger.version) for name, logger in found if logger.version}
+
+    def state_dict(self) -> dict[str, str]:
+        return self.ids
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        self.ids = dict(state_dict)
+
+
 class ProgressReporter(pl.Callback):
     """Prints a line for each epoch and the time that the run is expected to take; on a terminal also a progress bar.
 

@@ -10,6 +10,8 @@ from multiprocessing import current_process
 from pathlib import Path
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +32,7 @@ from odcheap.runs.overrides import quote_override
 from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import Outcome, started_sweeps
-from odcheap.training.experiment import Experiment
+from odcheap.training.experiment import Experiment, check_finished
 from odcheap.training.optim import build_optimizer, build_scheduler
 from odcheap.utils.console import print_error, say
 from odcheap.utils.documents import read_json
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str], show_sweep: Callable[[list[Outcome]], None]) 
         The exit status: 1 if the run, or one of a sweep's runs, failed.
     """
     conf = find_conf_dir()
-    sys.argv[1:] = [prepare_argument(argument, conf) for argument in arguments]  # where Hydra reads them
+    sys.argv[1:] = prepare_arguments(arguments, conf)  # where Hydra reads them
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors and not exit
     started_sweeps.clear()
     exit_status = 0
@@ -81,6 +83,40 @@ def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
     parser.add_argument("--config-dir", "-cd", type=Path)
     folder = parser.parse_known_args(list(arguments))[0].config_dir
     return [folder] if folder else []
+
+
+def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
+    """Returns the arguments as Hydra needs them. A sweep over `data_dir` has it in the names of its runs."""
+    is_sweep = any(argument in ("-m", "--multirun") for argument in arguments)
+    prepared = [split_paths(argument) if is_sweep else None for argument in arguments]
+    result = [sweep or prepare_argument(argument, conf) for argument, sweep in zip(arguments, prepared, strict=True)]
+    sweeps_data = any(a.startswith("data_dir=") and is_choice(b) for a, b in zip(arguments, result, strict=True))
+    has_name = any(argument.startswith("hydra.sweep.subdir=") for argument in arguments)
+    names = ["hydra.sweep.subdir='${run_name:data_dir}'"]
+    return result + names if is_sweep and sweeps_data and not has_name else result
+
+
+def is_choice(override: str) -> bool:
+    """Returns whether Hydra reads the value of an override as several values of a sweep."""
+    try:
+        return isinstance(OverridesParser.create().parse_override(override).value(), ChoiceSweep)
+    except HydraException:  # Hydra says later what is wrong
+        return False
+
+
+def split_paths(argument: str) -> str | None:
+    """Returns a path option with several values as Hydra reads a sweep, each value in quotes; None for one value.
+
+    A path that exists is one path, also with commas in its name. Of the other path options than `data_dir`, each of
+    the values must exist, since names of runs have commas.
+    """
+    key, _, text = argument.partition("=")
+    values = text.split(",")
+    if key in ("job_dir", "resume") or not options.is_path_option(argument) or len(values) < 2 or not all(values):
+        return None
+    if text[0] in "'\"[{" or Path(text).exists() or not (key == "data_dir" or all(map(os.path.exists, values))):
+        return None
+    return f"{key}={','.join(quote_override(f'{key}={value}').partition('=')[2] for value in values)}"
 
 
 def prepare_argument(argument: str, conf: Path) -> str:
@@ -165,6 +201,7 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
     default_resume = "auto" if in_sweep or slurm.is_restarted() else None
     start = plan_start(config, compose, default_resume, slurm.is_restarted())
     if start.is_finished:
+        check_finished(start)
         say(f"{start.job_dir} holds this run, which is finished: nothing to do")
         return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
     if start.cfg.test_only:

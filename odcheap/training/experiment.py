@@ -1,6 +1,7 @@
 """One run: it is built from its config, trained, tested, and written to its folder."""
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, ma
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.training import summary
-from odcheap.training.callbacks import Interruption, ProgressReporter, Record
+from odcheap.training.callbacks import Interruption, LoggerRuns, ProgressReporter, Record
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import NonfiniteGuard
 from odcheap.training.optim import build_optimization
@@ -49,6 +50,8 @@ GRAPH_PRECISIONS = (
     "bf16-mixed",
     "bf16-true",
 )  # float16 scales the loss by a changing factor
+RUN_ID_OPTIONS = {"mlflow": "run_id", "wandb": "id"}  # the option of a logger that names the run to continue
+RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 
@@ -176,7 +179,14 @@ class Experiment:
         trainer = instantiate(
             {name: value for name, value in cfg.trainer.items() if name not in GradientOptions._fields},
             # The guard comes first, so that a step is checked before another callback saves a checkpoint.
-            callbacks=[guard, self.record, progress, Interruption(self.listener, self.record, guard), *self.callbacks],
+            callbacks=[
+                guard,
+                LoggerRuns(list(self.cfg.logger)),
+                self.record,
+                progress,
+                Interruption(self.listener, self.record, guard),
+                *self.callbacks,
+            ],
             logger=logger,
             plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
             limit_val_batches=1.0 if self.watches_images else 0,
@@ -202,14 +212,14 @@ class Experiment:
         Returns:
             The content of `summary.json`.
         """
-        loggers = {name: instantiate(part) for name, part in self.cfg.logger.items() if part}
+        loggers = build_loggers(self.start)
         trainer = self.build_trainer(list(loggers.values()))
         job_dir = self.start.job_dir
         make_folder(job_dir)
         with status.lock_folder(job_dir) if trainer.is_global_zero else nullcontext():
             if trainer.is_global_zero:
                 prepare_folder(self.start)
-                start_loggers(loggers)
+                trainer.loggers = list(start_loggers(self.start, loggers).values())
                 write_text(job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
             self.print_introduction(trainer)
 
@@ -366,6 +376,33 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
     """
     cfg = start.cfg
     method.check_classes(data.classes)
+    check_same_images(start, data)
+    if cfg.weights is None or start.checkpoint is not None:
+        return
+    weights = read_weights(cfg.weights)
+    say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
+    if weights.split not in (None, data.fingerprint):
+        say("warning: the weights were selected under another split; held-out images may have been trained on")
+
+
+def check_finished(start: Start) -> None:
+    """Checks that a finished run was trained on the images that are given now. It reads the data set.
+
+    Raises:
+        OptionError: The data differ, or they are not there.
+    """
+    data = instantiate(start.cfg.data)
+    data.read()
+    check_same_images(start, data)
+
+
+def check_same_images(start: Start, data: ImageData) -> None:
+    """Checks that the data are those with which the checkpoint was trained; another split is allowed in a test.
+
+    Raises:
+        OptionError: The data differ.
+    """
+    cfg = start.cfg
     if start.content is not None and start.content["odcheap"]["classes"] != list(data.classes):
         own, given = describe_classes(data.classes), describe_classes(start.content["odcheap"]["classes"])
         allowed = f"has {own}, the checkpoint {given}; weights=CHECKPOINT matches classes by their names"
@@ -375,12 +412,6 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
             allowed = "has other images than those with which the resumed run was started"
             raise OptionError("data_dir", cfg.data_dir, allowed)
         say("warning: other images, or another split of them, than the checkpoint was trained with")
-    if cfg.weights is None or start.checkpoint is not None:
-        return
-    weights = read_weights(cfg.weights)
-    say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
-    if weights.split not in (None, data.fingerprint):
-        say("warning: the weights were selected under another split; held-out images may have been trained on")
 
 
 def uses_graphs(cfg: DictConfig) -> bool:
@@ -416,10 +447,40 @@ def refuse_eager(reason: str) -> None:
     raise OptionError("capture", True, f"is not possible: {reason}")
 
 
-def start_loggers(loggers: dict[str, Any]) -> None:
-    """Starts the loggers. Any error of a logger's library is about its options, so it becomes an `OptionError`."""
+def saved_logger_run(start: Start, name: str) -> dict[str, str]:
+    """Returns the argument with which a logger continues the run that it has recorded; empty for a new run."""
+    if start.content is None or not start.in_own_folder or name not in RUN_ID_OPTIONS:
+        return {}
+    saved = start.content["callbacks"].get(LoggerRuns.__name__) or {}
+    own = RUN_ID_OPTIONS[name]
+    is_given = start.cfg.logger[name].get(own) is not None
+    return {own: saved[name]} if name in saved and RUN_ID.fullmatch(saved[name]) and not is_given else {}
+
+
+def build_loggers(start: Start) -> dict[str, Any]:
+    """Builds the loggers by name. A run that continues in its folder continues under its run ids."""
+    chosen = {name: part for name, part in start.cfg.logger.items() if part}
+    return {name: instantiate(part, **saved_logger_run(start, name)) for name, part in chosen.items()}
+
+
+def start_loggers(start: Start, loggers: dict[str, Any]) -> dict[str, Any]:
+    """Starts the loggers, and returns them. If a recorded run is not there any more, the logger starts a new one.
+
+    Raises:
+        OptionError: A logger cannot be started. Any error of its library is about its options.
+    """
+    started = {}
     for name, logger in loggers.items():
         try:
-            _ = logger.experiment
+            try:
+                _ = logger.experiment
+            except Exception as error:
+                if not saved_logger_run(start, name):
+                    raise
+                say(f"logger={name}: starts a new run, since the earlier one is not there ({first_line(error)})")
+                logger = instantiate(start.cfg.logger[name])
+                _ = logger.experiment
         except Exception as error:
             raise OptionError("logger", name, f"cannot be started: {first_line(error)}") from error
+        started[name] = logger
+    return started

@@ -1,0 +1,106 @@
+"""A run is what it was: of the same images, and the same run for its loggers."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from odcheap.runs.overrides import name_run
+from odcheap.training.command import prepare_arguments
+from odcheap.utils.parts import find_conf_dir
+
+PICTURES = ["data=imagefolder", "data.image_size=16", "data.val_size=4", "data.load.test_size=6", "data.workers=0"]
+PICTURES += ["data.batch_size=8", *TINY[2:4], "num_stu=1", "method=alone", "trainer=cpu", "trainer.max_epochs=1"]
+PICTURES += ["logger=csv"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of different images."""
+    for name, brightness in (("A", 0), ("B", 100)):
+        for k in range(24):
+            path = tmp_path / name / ("cat", "dog")[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((20, 20, 3), 5 * k + brightness, np.uint8)).save(path)
+    return tmp_path / "A", tmp_path / "B"
+
+
+def test_a_sweep_over_folders_of_images_trains_on_each(folders, command, tmp_path):
+    given = f"data_dir={folders[0]},{folders[1]}"  # as everywhere in Hydra
+    result = command("-m", *PICTURES, given, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert result.status == 0, result.err
+    assert len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
+    result = command("-m", *PICTURES, given, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert result.out.count("nothing to do") == 2
+
+
+def test_a_run_of_other_images_does_not_count_as_finished(folders, command, tmp_path):
+    run = [*PICTURES, f"job_dir={tmp_path}/run", "resume=auto"]
+    assert command(*run, f"data_dir={folders[0]}").status == 0
+    result = command(*run, f"data_dir={folders[1]}")
+    assert result.status == 1
+    assert f"data_dir={folders[1]}: has other images than those with which the resumed run was started" in result.err
+    folders[0].rename(tmp_path / "moved")
+    assert "nothing to do" in command(*run, f"data_dir={tmp_path}/moved").out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["-m", "data_dir=a,b"], ["-m", "data_dir=a,b", "hydra.sweep.subdir='${run_name:data_dir}'"]),
+        (["-m", "data_dir=a(1),b"], ["-m", 'data_dir="a(1)",b', "hydra.sweep.subdir='${run_name:data_dir}'"]),
+        (["-m", "data_dir='a','b'"], ["-m", "data_dir='a','b'", "hydra.sweep.subdir='${run_name:data_dir}'"]),
+        (["-m", "data_dir=there,is"], ["-m", 'data_dir="there,is"']),
+        (["data_dir=a,b"], ['data_dir="a,b"']),
+        (["-m", "weights=a=1,b=2/student"], ["-m", 'weights="a=1,b=2/student"']),
+        (["-m", "weights=one,two"], ["-m", "weights=one,two"]),
+        (["-m", "resume=one,two"], ["-m", 'resume="one,two"']),
+    ],
+    ids=str,
+)
+def test_paths_with_commas_are_a_sweep_or_one_path(tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there,is", "one", "two"):
+        (tmp_path / name).touch()
+    assert prepare_arguments(given, find_conf_dir()) == expected
+
+
+def test_the_folder_of_images_is_in_a_name_only_if_it_is_varied():
+    assert name_run(["data_dir=/x/a", "seed=1"]) == "seed=1"
+    assert name_run(["data_dir='/x/a'", "seed=1"], ["data_dir"]) == "data_dir=-x-a,seed=1"
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow and its database
+def test_a_continued_run_is_the_same_run_for_mlflow(command, tmp_path):
+    pytest.importorskip("mlflow")
+    run = [*TINY[:-1], "logger=mlflow", f"job_dir={tmp_path}/run"]
+    assert command(*run, "trainer.max_epochs=1").status == 0
+    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=2", "logger=csv")
+    assert result.status == 0, result.err
+    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=3", "logger=mlflow")
+    assert result.status == 0, result.err
+    assert count_mlflow_runs(tmp_path) == 1
+    other = "logger.mlflow.tracking_uri=sqlite:///other.db"
+    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=4", "logger=mlflow", other)
+    assert "logger=mlflow: starts a new run, since the earlier one is not there" in result.out
+    assert result.status == 0, result.err
+
+
+def count_mlflow_runs(folder):
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        return database.execute("select count(*) from runs").fetchone()[0]
+
+
+def test_a_continued_run_is_the_same_run_for_wandb_and_resume_says_which_logger_it_had(command, tmp_path):
+    pytest.importorskip("wandb")
+    logger = ["logger=wandb", "logger.wandb.offline=true"]
+    assert command(*TINY[:-1], *logger, f"job_dir={tmp_path}/run", "trainer.max_epochs=1").status == 0
+    for given, epochs in (([], 2), (logger, 3)):
+        result = command(f"resume={tmp_path}/run", f"trainer.max_epochs={epochs}", *given)
+        assert result.status == 0, result.err
+        assert ("logger=wandb" in result.out.partition("(give them again to have them)")[0]) == (not given)
+    runs = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert len({name.rpartition("-")[2] for name in runs}) == 1
