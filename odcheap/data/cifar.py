@@ -121,7 +121,8 @@ def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool =
 
     key = hash_file_stats(paths["train"] + paths["test"])
     cache = tree.parent / f".{tree.name}.safetensors"
-    tensors = load_cached(cache, key, decode, write=not read_only)
+    target = {part: torch.from_numpy(files.target) for part, files in parts.items()}
+    tensors = load_cached(cache, key, decode, not read_only, lambda cached: is_valid_cache(cached, target))
     return Images(**tensors, classes=classes, test_files=paths["test"])
 
 
@@ -148,7 +149,28 @@ def hash_file_stats(paths: list[Path]) -> str:
     return whole.hexdigest()
 
 
-def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]], write: bool = True) -> dict[str, Tensor]:
+def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> bool:
+    """Returns whether cached images have the labels of the files, and the types and shapes of images of one size."""
+    if tensors.keys() != {"train", "train_target", "test", "test_target"}:
+        return False
+    sizes = set()
+    for part in ("train", "test"):
+        images, labels = tensors[part], tensors[f"{part}_target"]
+        if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(target[part]) or 0 in images.shape:
+            return False
+        if labels.dtype != torch.int64 or not torch.equal(labels, target[part]):
+            return False
+        sizes.add(images.shape[1:])
+    return len(sizes) == 1 and sizes.pop()[0] == 3
+
+
+def load_cached(
+    path: Path,
+    key: str,
+    create: Callable[[], dict[str, Tensor]],
+    write: bool = True,
+    is_valid: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+) -> dict[str, Tensor]:
     """Returns the tensors that `path` holds under this key, or creates them and, with `write`, writes them.
 
     A damaged or outdated file is replaced. If it cannot be written, a line is printed.
@@ -156,7 +178,7 @@ def load_cached(path: Path, key: str, create: Callable[[], dict[str, Tensor]], w
     if path.is_file():
         try:
             tensors, metadata = read_safetensors(path)
-            if metadata.get("key") == key:
+            if metadata.get("key") == key and is_valid(tensors):
                 return tensors
         except OptionError as error:
             print(f"decoding again: {error}", flush=True)

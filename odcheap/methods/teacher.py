@@ -1,7 +1,6 @@
 """A trained network as a teacher that never changes, with its own normalization and image size."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
 
@@ -171,9 +171,15 @@ def load_teacher(
 def read_training_costs(student: Path) -> dict[str, Any]:
     """Returns `train_seconds` and `training_macs` from the summary beside a student's file; None if unknown."""
     path = student.with_name("summary.json")
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    cost = summary.get("cost") or {}
-    return {"train_seconds": summary.get("train_seconds"), "training_macs": cost.get("training_macs")}
+    summary = read_json(path, OPTION) if path.is_file() else {}
+    cost = summary.get("cost") or {} if isinstance(summary, dict) else None
+    if not isinstance(cost, dict):
+        raise OptionError(OPTION, path, "cost: must be figures by name")
+    figures = {"train_seconds": summary.get("train_seconds"), "training_macs": cost.get("training_macs")}
+    for name, figure in figures.items():
+        if figure is not None and (isinstance(figure, bool) or not isinstance(figure, int | float) or figure < 0):
+            raise OptionError(OPTION, path, f"{name}: must be a number of 0 or more")
+    return figures
 
 
 def load_published_network(name: str, path: str, num_classes: int) -> nn.Module:

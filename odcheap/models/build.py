@@ -1,6 +1,5 @@
 """Builds networks from the settings that are stored with their weights."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import BlockType
+from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
 from odcheap.utils.parts import build_part
@@ -119,7 +119,7 @@ def read_student_settings(metadata: Mapping[str, str], option: str, path: str | 
         OptionError: The settings are missing or not valid.
     """
     try:
-        settings = json.loads(metadata.get("odcheap", "{}"))
+        settings = parse_json(metadata.get("odcheap", "{}"), path, option)
         StudentSettings.model_validate(settings)
     except (ValueError, RecursionError) as error:
         raise OptionError(option, path, "is no student of a run: it has no valid settings of a network") from error

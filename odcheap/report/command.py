@@ -27,7 +27,7 @@ from odcheap.report import costs, latency, plots, tables
 from odcheap.report.console_tables import build_table
 from odcheap.report.load_runs import RunFolder, load_runs
 from odcheap.report.statistics import BASELINE, summarize_runs, tabulate_runs
-from odcheap.utils.console import console, print_error
+from odcheap.utils.console import console, print_error, say
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import write_atomic, write_text
 from odcheap.utils.text import escape_control_chars
@@ -78,6 +78,9 @@ def show_status(folders: list[RunFolder]) -> int:
 
 def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     """Writes the report of the finished runs; returns the exit status."""
+    for entry in folders:
+        if entry.state == "unreadable":
+            say(f"skipped: {entry.reason}")
     finished = [entry.run for entry in folders if entry.run is not None]
     if not finished:
         raise Failure(f"no finished run among {len(folders)}; --status says more")

@@ -1,6 +1,5 @@
 """Loads weights into a method's students, from checkpoints, exported students or checkpoints of the 2019 code."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from odcheap.methods.base import Method
 from odcheap.models.build import check_state_dict
 from odcheap.runs.reference import is_reference, translate_reference
+from odcheap.runs.schemas import SavedWeights, validate
+from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors, read_torch
 
@@ -47,7 +48,8 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
     """
     if str(path).endswith(".safetensors"):
         tensors, metadata = read_safetensors(path, option)
-        settings = json.loads(metadata.get("odcheap", "{}"))
+        settings = parse_json(metadata.get("odcheap", "{}"), path, option)
+        settings = validate(SavedWeights, settings, path, option).model_dump()
         return Weights(str(path), [tensors], {}, settings.get("split"), settings.get("classes"))
     content = read_torch(path, option)
     if is_reference(content):
@@ -59,7 +61,7 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         raise OptionError(option, path, "holds no students: it has the names of neither odcheap nor the 2019 code")
     students = [strip_prefix(state, f"{STUDENT}{k}.") for k in range(count)]
     own = select_method_state(strip_prefix(state, "method."))
-    about = content.get("odcheap", {})
+    about = validate(SavedWeights, content.get("odcheap", {}), path, option).model_dump()
     return Weights(str(path), students, own, about.get("split"), about.get("classes"))
 
 

@@ -127,6 +127,13 @@ class Config(Schema):
     logger: dict[str, Any] | None = None
 
 
+class SavedWeights(Schema):
+    """What a file of weights says about them; other programs' files say nothing."""
+
+    split: str | None = None
+    classes: list[str] | None = None
+
+
 class SavedRun(Schema):
     """The entry `odcheap` of a checkpoint, see `training.summary.describe_run`."""
 

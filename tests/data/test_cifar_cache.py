@@ -1,9 +1,13 @@
 import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from odcheap.data.cifar import hash_file_stats, load_cached
+from odcheap.data.cifar import hash_file_stats, load_cached, load_cifar
 
 TENSORS = {"x": torch.arange(6, dtype=torch.uint8).view(2, 3), "y": torch.tensor([1, 2])}
 
@@ -67,3 +71,37 @@ def test_the_key_sees_every_change_of_the_files(tmp_path):
     paths[1].rename(tmp_path / "test" / "cat" / "9.png")
     keys.append(hash_file_stats([paths[0], tmp_path / "test" / "cat" / "9.png", *paths[2:]]))
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images: images.pop("test_target"),
+        lambda images: images.update(extra=torch.zeros(1)),
+        lambda images: images.update(train=images["train"].float()),
+        lambda images: images.update(train=images["train"][:2].clone()),
+        lambda images: images.update(train=images["train"][:, :1].clone(), test=images["test"][:, :1].clone()),
+        lambda images: images.update(test=images["test"][..., :9].clone()),
+        lambda images: images.update(train_target=images["train_target"] + 1000),
+        lambda images: images.update(train_target=images["train_target"].int()),
+        lambda images: images.update(train=torch.zeros(4, 3, 0, 32, dtype=torch.uint8)),
+    ],
+)
+def test_a_cache_that_does_not_fit_the_files_is_made_again(tmp_path, change):
+    for part, count in (("train", 4), ("test", 2)):
+        for k in range(count):
+            folder = tmp_path / "cifar10" / part / ("cat", "dog")[k % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((32, 32, 3), 20 * k, np.uint8)).save(folder / f"{k}.png")
+    first = load_cifar("cifar10", str(tmp_path), 4, 2, download=False)
+    cache = tmp_path / ".cifar10.safetensors"
+    images = load_file(cache)
+    with safe_open(cache, framework="pt") as file:
+        metadata = file.metadata()
+    change(images)
+    save_file(images, cache, metadata=metadata)
+    again = load_cifar("cifar10", str(tmp_path), 4, 2, download=False)
+    assert torch.equal(again.train, first.train)
+    assert torch.equal(again.train_target, first.train_target)
+    assert torch.equal(again.test, first.test)
+    assert load_file(cache)["train"].shape == (4, 3, 32, 32)

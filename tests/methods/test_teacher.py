@@ -6,7 +6,7 @@ import torchvision
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import Standard
-from odcheap.methods.teacher import Teacher, load_teacher
+from odcheap.methods.teacher import Teacher, load_teacher, read_training_costs
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import OptionError
@@ -134,3 +134,13 @@ def test_made_directly():
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(teacher(x), teacher.network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"cost": [1]}', '{"train_seconds": "x"}', '{"cost": {"training_macs": -1}}']
+)
+def test_a_summary_of_a_wrong_kind_beside_the_teacher_is_one_line(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(OptionError, match=r"method.teacher_weights=.*summary.json: ") as refused:
+        read_training_costs(tmp_path / "student.safetensors")
+    assert "\n" not in str(refused.value)

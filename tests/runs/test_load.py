@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from odcheap.layers.cheap_conv import DW, Group
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
-from odcheap.runs.load import STUDENT, Weights, load_weights, strip_prefix
+from odcheap.runs.load import STUDENT, Weights, load_weights, read_weights, strip_prefix
 from odcheap.utils.errors import OptionError
 
 
@@ -98,3 +99,11 @@ def test_other_mismatches_are_refused_and_nothing_changes(source, reason):
     with pytest.raises(OptionError, match=f"weights=FILE: {reason}"):
         load_weights(target, weights_of(source))
     assert same(target, untouched)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 200_000, '{"split": 3}', '{"classes": "ab"}', '{"classes": [1]}'])
+def test_metadata_of_a_wrong_kind_are_one_line(tmp_path, text):
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", metadata={"odcheap": text})
+    with pytest.raises(OptionError, match=r"weights=.*w.safetensors: ") as refused:
+        read_weights(tmp_path / "w.safetensors")
+    assert "\n" not in str(refused.value)

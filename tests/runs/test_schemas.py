@@ -1,0 +1,141 @@
+"""Files of a run with any content: a valid object, or one line that names the file and the field."""
+
+import csv
+import io
+import json
+import os
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from odcheap.report.load_runs import load_run, read_history
+from odcheap.runs import schemas
+from odcheap.runs.folder import read_config, read_options, read_summary
+from odcheap.runs.status import is_alive, read_status
+from odcheap.utils.documents import MAX_BYTES, read_json
+from odcheap.utils.errors import OptionError
+
+SCHEMAS = [schemas.Status, schemas.Summary, schemas.Test, schemas.Config, schemas.Checkpoint, schemas.SavedWeights]
+FIELDS = sorted(
+    {name for schema in vars(schemas).values() if hasattr(schema, "model_fields") for name in schema.model_fields}
+)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["running", "val"])
+)
+CONTENT = st.recursive(
+    SCALARS,
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=3), below),
+    max_leaves=20,
+)
+ANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+DEEP = 200_000
+
+
+def one_line(call):
+    """Calls it; a refusal must be one line."""
+    try:
+        return call()
+    except OptionError as error:
+        line = str(error)
+    assert "\n" not in line
+    assert len(line) < 1000
+    return None
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@given(content=CONTENT)
+@ANY
+def test_any_content_fits_a_schema_or_is_one_line(schema, content):
+    one_line(lambda: schemas.validate(schema, content, "file.json", "job_dir"))
+
+
+@given(content=CONTENT)
+@example({"finished": True, "selected": {"student": -1}})
+@example({"finished": True, "last": {"students": [{"test_top1": 7}]}})
+@example({"state": "running", "host": os.uname().nodename, "pid": 10**20})
+@example({"state": "failed", "reason": 3})
+@ANY
+def test_any_json_in_a_run_s_files_is_read_or_is_one_line(tmp_path, content):
+    for name, read in (("summary.json", read_summary), ("status.json", read_status)):
+        (tmp_path / name).write_text(json.dumps(content))
+        found = one_line(lambda read=read: read(tmp_path))
+        if name == "status.json" and found and found["state"] == "running":
+            is_alive(found)
+    load_run(tmp_path)
+
+
+@given(content=CONTENT)
+@ANY
+def test_any_yaml_in_a_config_is_read_or_is_one_line(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    one_line(lambda: read_config(tmp_path / "config.yaml", "JOB_DIR"))
+    one_line(lambda: read_options(tmp_path / "config.yaml"))
+
+
+@given(rows=st.lists(st.lists(st.text(max_size=6) | st.floats() | st.integers(), max_size=4), max_size=4))
+@ANY
+def test_any_table_in_metrics_is_read_or_is_one_line(tmp_path, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([["epoch", "val/student_0/top1"], *rows])
+    (tmp_path / "metrics.csv").write_bytes(text.getvalue().encode(errors="replace"))
+    one_line(lambda: read_history(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * DEEP, '{"a":' * DEEP, "1e999", "NaN", "-Infinity", "1" * 5000, "1" * 30, "\x00", "", "[1", '{"a": 1e999}'],
+    ids=lambda content: content[:12],
+)
+def test_json_that_would_harm_is_one_line(tmp_path, content):
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(OptionError, match=r"file.json: cannot be read") as refused:
+        read_json(tmp_path / "file.json", "job_dir")
+    assert "\n" not in str(refused.value)
+
+
+ANCHORS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ANCHORS,
+        "[" * DEEP,
+        "- " * 2000,
+        "a: !!python/name:os.system",
+        "1: 2",
+        "a: .inf",
+        "a: 2020-01-01",
+        "a: !!int x",
+        "!!binary x",
+        "? [a]\n: b",
+        "a: &x [*x]",
+        "job_dir: 3",
+        "data: 3",
+        "x" * (2 << 20),
+    ],
+    ids=lambda content: content[:12],
+)
+def test_yaml_that_would_harm_is_one_line(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    if content != "a: 2020-01-01":  # a text, as OmegaConf reads it
+        with pytest.raises(OptionError, match=r"config.yaml: (cannot be read|is )") as refused:
+            read_config(tmp_path / "config.yaml", "JOB_DIR")
+        assert "\n" not in str(refused.value)
+
+
+def test_what_is_too_large_or_no_file_is_one_line(tmp_path):
+    with open(tmp_path / "summary.json", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(OptionError, match="is larger than|cannot be read"):
+        read_summary(tmp_path)
+    for make in (os.mkfifo, os.mkdir):
+        os.unlink(tmp_path / "summary.json")
+        make(tmp_path / "summary.json")
+        assert load_run(tmp_path).state == "unreadable"
+        with pytest.raises(OptionError, match="not a regular file|it is a folder"):
+            read_summary(tmp_path)
