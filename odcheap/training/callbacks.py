@@ -48,6 +48,7 @@ class Record(pl.Callback):
         self.train_end: float | None = None
         self.images = 0
         self.lr = 0.0
+        self.validated_step = -1  # the number of optimizer steps before the latest validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"selected": self.selected, "history": self.history, "seconds": self.seconds()}
@@ -65,6 +66,7 @@ class Record(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_start, self.train_end, self.images = time.perf_counter(), None, 0
+        self.validated_step = -1
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -83,23 +85,35 @@ class Record(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.train_end = time.perf_counter()
+        self.validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
-        row = self.summarize_epoch(trainer, pl_module)
+        # Figures count only if they are of the weights at the end of this epoch. An epoch may have no validation
+        # (`max_steps` ends it, or `check_val_every_n_epoch` leaves it out) or one in its middle (`val_check_interval`).
+        figures = pl_module.figures.get("val") if self.validated_step == trainer.global_step else None
+        row = self.summarize_epoch(trainer, pl_module, figures)
         self.history.append(row)
-        self.select_best(trainer.current_epoch, pl_module.figures.get("val"), len(pl_module.method.candidates()))
+        self.select_best(trainer.current_epoch, figures, len(pl_module.method.candidates()))
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=row["step"])
         if trainer.is_global_zero:
-            names = list(self.history[0])
+            names = list(dict.fromkeys(name for row in self.history for name in row))
             write_csv(
                 self.job_dir / "metrics.csv", [names, *([row.get(name) for name in names] for row in self.history)]
             )
         self.save(trainer, epoch_path(self.job_dir, trainer.current_epoch))
 
-    def summarize_epoch(self, trainer: pl.Trainer, module: DistillationModule) -> dict[str, Any]:
-        """Returns the figures of the epoch by name. Every process must call it."""
+    def summarize_epoch(
+        self, trainer: pl.Trainer, module: DistillationModule, watched: Figures | None
+    ) -> dict[str, Any]:
+        """Returns the figures of the epoch by name. Every process must call it.
+
+        Args:
+            trainer: The trainer.
+            module: The trained module.
+            watched: The figures of the images that are evaluated after each epoch, None without such an evaluation.
+        """
         seconds = (self.train_end or time.perf_counter()) - self.epoch_start
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
@@ -110,9 +124,9 @@ class Record(pl.Callback):
         }
         row |= {f"train/{name}": value for name, value in module.terms.compute().items()}
         row |= name_figures("train", module.members, module.compute_figures("train"))
-        if "val" in module.figures:
+        if watched is not None:
             stage = "test" if self.select == "test" else "val"
-            row |= name_figures(stage, module.members, module.figures["val"])
+            row |= name_figures(stage, module.members, watched)
         return row
 
     def select_best(self, epoch: int, figures: Figures | None, candidates: int) -> None:
@@ -217,7 +231,8 @@ class ProgressReporter(pl.Callback):
             row = self.record.history[-1]
             stage, student, accuracy, teacher = describe_best_student(row)
             text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
-            text += f"  loss {row['train/loss']:.4f}  {row['images_per_second']:,.0f} images/s"
+            text += f"  loss {row['train/loss']:.4f}" if "train/loss" in row else "  every step was skipped"
+            text += f"  {row['images_per_second']:,.0f} images/s"
             text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)}{teacher}"
             self.console.print(text, soft_wrap=True)
 

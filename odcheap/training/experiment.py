@@ -38,7 +38,7 @@ from odcheap.training.optim import build_optimization
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
-from odcheap.utils.errors import OptionError, first_line
+from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import write_csv, write_json, write_text
 from odcheap.utils.seeds import temporary_seed
 
@@ -52,6 +52,9 @@ GRAPH_PRECISIONS = (
 )  # float16 scales the loss by a changing factor
 RUN_ID_OPTIONS = {"mlflow": "run_id", "wandb": "id"}  # the option of a logger that names the run to continue
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+# Options of Lightning's that switch off, or shorten, what a run's results are made from, or that odcheap sets itself.
+OWN_OPTIONS = {"barebones", "callbacks", "fast_dev_run", "limit_predict_batches", "limit_test_batches"}
+OWN_OPTIONS |= {"limit_val_batches", "logger", "overfit_batches", "plugins"}
 SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 
@@ -128,6 +131,7 @@ class Experiment:
             (refuse_eager if cfg.capture is True else report_eager) if uses_graphs(cfg) else None,
             teacher_saw_val=cfg.select != "test" and self.method.may_have_seen(self.data.fingerprint),
         )
+        self.check_evaluations(-(-batches // gradients.accumulate_grad_batches))
         figure = SELECT_BY[self.data.select_by]
         self.record = Record(self.start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
 
@@ -201,6 +205,27 @@ class Experiment:
             rendezvous.join_process_group("nccl" if device.type == "cuda" else "gloo")
         return trainer
 
+    def check_evaluations(self, steps: int) -> None:
+        """Checks that an epoch is evaluated if one has to be selected.
+
+        Args:
+            steps: Number of optimizer steps of an epoch.
+
+        Raises:
+            OptionError: An option of Lightning's ends the run before, or an option replaces what odcheap sets.
+        """
+        options, advice = self.cfg.trainer, "no epoch would be evaluated; select=last selects nothing"
+        for name in OWN_OPTIONS & {str(name) for name in options}:
+            raise OptionError(f"trainer.{name}", options[name], "is not an option of odcheap's runs")
+        if self.cfg.test_only or self.cfg.select == "last" or not self.watches_images:
+            return
+        every, max_steps = options.get("check_val_every_n_epoch") or 1, options.get("max_steps", -1)
+        if every > options.max_epochs:
+            allowed = f"must be at most trainer.max_epochs={options.max_epochs}: {advice}"
+            raise OptionError("trainer.check_val_every_n_epoch", every, allowed)
+        if 0 <= max_steps < every * steps:
+            raise OptionError("trainer.max_steps", max_steps, f"must be {every * steps} or more: {advice}")
+
     @property
     def watches_images(self) -> bool:
         """Whether images are evaluated after each epoch."""
@@ -248,6 +273,10 @@ class Experiment:
             weights_only=True,
         )
         selected = self.record.selected
+        if not self.record.history:
+            raise Failure("trainer: its options ended the run before the first epoch, so there is nothing to test")
+        if selected["score"] < 0 and self.cfg.select != "last" and self.watches_images:
+            raise Failure("trainer: its options left out the evaluation of every epoch; select=last selects nothing")
         return FitResult(self.record.history, selected["candidate"], selected["epoch"])
 
     def test(self, trainer: pl.Trainer, val: dict[str, Any]) -> TestResult:
