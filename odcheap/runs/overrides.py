@@ -1,6 +1,7 @@
 """Overrides: options as they are written on the command line, such as `num_stu=4`."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ STORAGE_OPTIONS = (
     "checkpoint_keep",
     "logger",
 )
+PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+@:%*?|-]*")  # what Hydra takes without quotes
 MAX_NAME_BYTES = 200  # file systems allow 255
 
 
@@ -43,16 +45,27 @@ def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None
 
 
 def quote_override(override: str) -> str:
-    """Returns the override with its value in quotes if Hydra would otherwise parse the value.
+    """Returns the override of a path with its value in quotes if Hydra would otherwise parse the value.
+
+    A value that is in quotes already, a list, or an interpolation is left to Hydra. `~` at the beginning of a path is
+    the home directory.
 
     Example:
         >>> quote_override("resume=runs/a=b,c=d")
         'resume="runs/a=b,c=d"'
+        >>> quote_override("data_dir=/data/Tom's #1")
+        'data_dir="/data/Tom\'s #1"'
     """
     key, equals, value = override.partition("=")
-    if not equals or value[:1] in "'\"[{" or not set("=, ()") & set(value):
-        return override
-    return f'{key}="{value}"'
+    quote = value[:1] if value[:1] in ("'", '"') else ""
+    if value[len(quote) :].startswith("~"):
+        value = quote + os.path.expanduser(value[len(quote) :])
+    is_grammar = quote or "${" in value or (value[:1] in ("[", "{") and not os.path.exists(value))
+    if not equals or is_grammar or PLAIN_PATH.fullmatch(value):
+        return f"{key}{equals}{value}"
+    # In Hydra's quoted text a backslash is one, except before a quotation mark.
+    escaped = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + (f"\\{match[2]}" if match[2] else ""), value)
+    return f'{key}="{escaped}"'
 
 
 def name_run(overrides: Sequence[str], also: Sequence[str] = ()) -> str:

@@ -56,9 +56,11 @@ def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[
     given_keys = {override_key(override) for override in given}
     selected, left_out = [], []
     for text in saved:
+        if override_key(text) in SILENT_OPTIONS:  # not parsed, since the path in it need not follow Hydra's grammar
+            continue
         override = parse_override(text)
         key = override.key_or_group
-        if key in given_keys or key in SILENT_OPTIONS:
+        if key in given_keys:
             continue
         if override.type is not OverrideType.CHANGE or not is_experiment_option(key):
             left_out.append(text)

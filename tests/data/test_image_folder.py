@@ -235,6 +235,20 @@ def test_junk_and_duplicates_are_said(command, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"]["test"] == 11
 
 
+def test_odd_paths_are_taken_and_the_same_command_finds_its_run(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = plant(tmp_path / "josé's #1 [x] & {y}", {"": {"red": 20, "blue": 20}})
+    shared = [*SMALL[:-1], "logger=csv", f"data_dir={base}", "job_dir=~/Zoë's [r] #2 & {z}", "resume=auto"]
+    for epochs in (1, 2):
+        result = command(*shared, f"trainer.max_epochs={epochs}")
+        assert result.status == 0, result.err
+    assert "continuing from" in result.out
+    job_dir = tmp_path / "Zoë's [r] #2 & {z}"
+    assert json.loads((job_dir / "summary.json").read_text())["epochs"] == 2
+    assert command("test_only=true", f"resume={job_dir}").status == 0
+    assert (job_dir / "test.json").is_file()
+
+
 def test_weights_know_their_classes(command, tmp_path):
     base = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}})
     assert command(*SMALL, f"data_dir={base}", f"job_dir={tmp_path / 'run'}", "trainer.max_epochs=1").status == 0

@@ -16,6 +16,35 @@ def test_quoted_paths_are_read_as_they_were_typed(value):
     assert override.value() == expected
 
 
+ODD_PATHS = [
+    "/data/josé",
+    "/data/Tom's",
+    "/data/C#",
+    "/data/a&b",
+    "/data/x[1]",
+    '/a"b',
+    '/a\\"b',
+    "/a\\",
+    "/a\\b",
+    " a ",
+]
+ODD_PATHS += [" a ", "x{a}", "/a$b", "!x", "a;b", "ü~", "a\nb", "a, b", "(1)", "日本"]
+
+
+@pytest.mark.parametrize("value", ODD_PATHS)
+def test_any_path_is_read_as_it_was_typed_and_quoted_once(value):
+    quoted = quote_override(f"data_dir={value}")
+    assert OverridesParser.create().parse_override(quoted).value() == value
+    assert quote_override(quoted) == quoted
+
+
+@pytest.mark.parametrize("value", ["~/x", '"~/x"', "'~/x'", "~"])
+def test_a_tilde_is_the_home_directory(value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/josé")
+    override = OverridesParser.create().parse_override(quote_override(f"job_dir={value}"))
+    assert override.value() == "/home/josé" + value.strip("\"'")[1:]
+
+
 @pytest.mark.parametrize(("devices", "nodes", "expected"), [(1, 1, False), (2, 1, True), (2, 2, False)])
 def test_processes_are_started_for_several_devices_of_one_machine(devices, nodes, expected, alone, monkeypatch):
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
