@@ -90,7 +90,7 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
     Example:
         A file as a run writes it, here of a network that was not trained:
 
-        >>> import tempfile
+        >>> import json, tempfile
         >>> from safetensors.torch import save_file
         >>> settings = {"backbone": {"part": "resnet20"}, "block_type": {"part": "DW"}, "classes": ["cat", "dog"]}
         >>> network = build_network(settings, "path", "student.safetensors")
