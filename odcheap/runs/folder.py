@@ -41,7 +41,10 @@ def is_run_folder(folder: Path) -> bool:
         if status.read_status(folder).get("pid") is not None:
             return True
         path = folder / TEST
-        return path.is_file() and bool(validate(Test, read_json(path, "job_dir"), path, "job_dir"))
+        if not path.is_file():
+            return False
+        tested = validate(Test, read_json(path, "job_dir"), path, "job_dir")
+        return None not in (tested.selected, tested.split, tested.versions)
     except (OptionError, OSError):
         return False
 

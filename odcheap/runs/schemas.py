@@ -93,9 +93,9 @@ class Test(Members):
 
     __test__ = False  # pytest would take the class for a test case
 
-    selected: Selected
-    split: str
-    versions: dict[str, str]
+    selected: Selected | None = None
+    split: str | None = None
+    versions: dict[str, str] | None = None
 
 
 class Summary(Members):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 
 import pytest
 from conftest import TINY
@@ -171,7 +172,8 @@ def test_a_second_start_of_a_sweep_leaves_the_status_of_a_run_that_trains(comman
     job_dir = tmp_path / "sweep" / name_run(TINY)
     job_dir.mkdir(parents=True)
     with status.lock_folder(job_dir):
-        status.write_status(job_dir, "running")
+        running = {"state": "running", "reason": "", "host": socket.gethostname(), "pid": os.getppid()}
+        (job_dir / "status.json").write_text(json.dumps(running))
         before = (job_dir / "status.json").read_bytes()
         result = command("-m", *TINY, f"hydra.sweep.dir={tmp_path}/sweep")
         assert result.status == 1
