@@ -99,7 +99,18 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
     else:
         with contextlib.suppress(OptionError):  # a network with newer operators keeps PyTorch's opset
             set_opset(model, DEFAULT_OPSET)
+    remove_traces(model)
     return model.SerializeToString()
+
+
+def remove_traces(model: onnx.ModelProto) -> None:
+    """Removes what the tracer has noted of the source code, with the machine's folders, and all other comments."""
+    graph, functions = model.graph, model.functions
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    nodes = (*graph.node, *(node for function in functions for node in function.node))
+    for part in (model, graph, *nodes, *values, *functions):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
 
 
 def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:

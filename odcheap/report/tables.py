@@ -56,7 +56,9 @@ def format_cell(column: str, value: Any) -> str:
 
 def escape_markdown(text: str) -> str:
     """Escapes text of other people for a Markdown table, so that it contains neither markup nor further cells."""
-    return re.sub(r"([\\`\[<|])", r"\\\1", escape_control_chars(text))
+    escaped = re.sub(r"([\\`*~\[\]<>|&$@])", r"\\\1", escape_control_chars(text))
+    # Addresses would become links by themselves.
+    return re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", r"\g<0>\\", escaped)
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -76,7 +78,16 @@ def to_csv(table: pd.DataFrame) -> str:
         if name in GAINS:
             intervals = [getattr(value, "interval", None) or (None, None) for value in values]
             columns |= {f"{name} low": [low for low, _ in intervals], f"{name} high": [high for _, high in intervals]}
+    columns = {name: [escape_formula(cell) for cell in cells] for name, cells in columns.items()}
     return pd.DataFrame(columns, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def escape_formula(cell: Any) -> Any:
+    """Puts an apostrophe before text that a spreadsheet would take for a formula. Numbers stay as they are.
+
+    Source: OWASP, "CSV Injection".
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip()[:1] in tuple("=+-@") else cell
 
 
 def format_report(

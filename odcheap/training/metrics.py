@@ -10,6 +10,10 @@ class RunningSums(Metric):
 
     full_state_update = False
 
+    def reset(self) -> None:
+        super().reset()
+        self._update_count = 1  # an epoch may have no step that counts, about which torchmetrics would warn
+
     def summed_state(self) -> dict[str, Tensor]:
         """Returns the sums over all processes, on the CPU; every process must call it."""
         self._update_count = max(1, self._update_count)  # without updates torchmetrics warns, but a sum of 0 is correct

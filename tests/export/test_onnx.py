@@ -1,5 +1,6 @@
 import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -92,3 +93,10 @@ def test_an_old_opset_has_the_same_answers(backbone):
 def test_an_impossible_opset_is_refused(cheap, opset, line):
     with pytest.raises(OptionError, match=f"--opset={opset}: .*{line}"):
         onnx_export.set_opset(onnx.load_from_string(cheap), opset)
+
+
+def test_a_file_names_no_folder_and_has_no_lines_of_code(cheap):
+    names = [str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), "stack_trace"]
+    assert [name for name in names if name.encode() in cheap] == []
+    model = onnx.load_from_string(cheap)
+    assert not any(part.metadata_props or part.doc_string for part in (model, model.graph, *model.graph.node))
