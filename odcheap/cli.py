@@ -1,10 +1,15 @@
 """The command line: `odcheap train | export | predict | report | bench`."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from odcheap.utils.signals import exit_on_signals
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 HELP = """usage: odcheap COMMAND [ARGUMENTS]
 
@@ -52,16 +57,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Runs `odcheap train` and returns the exit status."""
+    """Runs `odcheap train`.
+
+    Args:
+        arguments: Options, `-m` for a sweep, `--config-dir DIR` for parts of the user's own, and `--help`.
+
+    Returns:
+        The exit status: 1 if the run, or one of a sweep's runs, failed.
+    """
+    # PyTorch and Lightning are imported by `run_job`, so that `--help` and a refused option are answered without them.
     with exit_on_signals():
-        from odcheap.runs.sweep import Outcome
+        import hydra
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        from odcheap.config import options
+        from odcheap.config.command_line import find_config_dirs, prepare_arguments
+        from odcheap.config.messages import describe_hydra_error, list_groups
+        from odcheap.runs.sweep import started_sweeps
+        from odcheap.utils.console import keep_going_without_output, print_error
+        from odcheap.utils.errors import OptionError
+        from odcheap.utils.parts import find_conf_dir
+
+    conf = find_conf_dir()
+    sys.argv[1:] = prepare_arguments(arguments, conf)  # where Hydra reads them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors and not exit
+    started_sweeps.clear()
+    exit_status = 0
+    with keep_going_without_output():
+        try:
+            options.check_choices(sys.argv[1:], list_groups(find_config_dirs(arguments)))
+            hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(run_job)()
+        except OptionError as error:
+            exit_status = print_error(str(error))
+        except (HydraException, OmegaConfBaseException) as error:
+            return print_error(describe_hydra_error(error))
+        except Exception as error:  # from a launcher or a sweeper, since `run_job` handles the errors of runs
+            if not started_sweeps:
+                raise
+            cause = f"{type(error).__name__}: {error}"
+            exit_status = print_error(f"the sweep ended early; the same command continues it: {cause}")
+        return show_outcomes() or exit_status
+
+
+def run_job(cfg: "DictConfig") -> float | None:
+    """The task that Hydra calls for each run. Returns the selected student's held-out accuracy, for sweepers."""
+    with exit_on_signals():
+        from odcheap.config import options, resolvers
+        from odcheap.runs.settings import RunConfig
+        from odcheap.utils.console import print_error
+        from odcheap.utils.errors import OptionError
+
+    config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
+    if not resolvers.is_sweep():  # in a sweep, the run's folder must say why it failed
+        try:
+            options.check_root_options(config)
+            from odcheap.training.optim import BUILDERS
+
+            options.check_options(config, resolvers.given_config_dirs(), BUILDERS)
+        except OptionError as error:
+            sys.exit(print_error(str(error)))
+    with exit_on_signals():
         from odcheap.training import command
-        from odcheap.utils.console import console, keep_going_without_output
+    return command.run_job(config)
 
-        def show(outcomes: list[Outcome]) -> None:
-            from odcheap.report.console_tables import show_sweep
 
-            show_sweep(console(), outcomes)
+def show_outcomes() -> int:
+    """Prints the table of a sweep that has ended; returns the exit status, 1 if one of its runs failed."""
+    from odcheap.runs.sweep import started_sweeps
 
-        with keep_going_without_output():
-            return command.main(arguments, show)
+    outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
+    if outcomes:
+        from odcheap.report.console_tables import show_sweep
+        from odcheap.utils.console import console
+
+        show_sweep(console(), outcomes)
+    return int(any(outcome.summary is None for outcome in outcomes))

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.config.compose import compose_config
-from odcheap.config.messages import EXPLAINED_ERRORS, describe_error, hide_library_warnings
+from odcheap.config.messages import describe_error, explained_errors, hide_library_warnings
 from odcheap.export import latency
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
             # Written after each part, so that the measurements stay if a later part fails.
             options.out.mkdir(parents=True, exist_ok=True)
             write_json(options.out / "bench.json", result)
-    except EXPLAINED_ERRORS as error:
+    except explained_errors() as error:
         return print_error(describe_error(error))
     text = format_tables(result)
     write_text(options.out / "bench.md", text)

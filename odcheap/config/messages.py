@@ -11,14 +11,17 @@ import hydra
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, first_line
 from odcheap.utils.parts import find_conf_dir, list_parts
 
-# The errors that `describe_error` explains. Any other error is a bug and keeps its traceback.
-EXPLAINED_ERRORS = (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
+
+def explained_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors that `describe_error` explains. Any other error is a bug and keeps its traceback."""
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # slow: only where a run has failed
+
+    return (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
 
 
 def hide_library_warnings() -> None:

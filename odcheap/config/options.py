@@ -18,10 +18,9 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sw
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
-from odcheap.methods.students import StudentCount
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.settings import RunConfig, to_dict
-from odcheap.utils.arguments import check_value
+from odcheap.utils.arguments import StudentCount, check_value
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import CALL_KEYS, import_target, list_parts, read_part
 
@@ -127,15 +126,26 @@ def check_options(
     Raises:
         OptionError: Names the first option that is wrong, with its value and what is allowed.
     """
+    check_root_options(config)
     values = to_dict(config.cfg)
-    for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
-        if name in values and values[name] != "???":
-            check_option(name, values[name], annotation)
     common = {group: read_annotations(builder, keyword_only=True) for group, builder in (builders or {}).items()}
     common["trainer"] = get_type_hints(TrainerOptions, include_extras=True)
-    for group, name in config.parts.items():
+    # The trainer comes last: importing Lightning for its signature takes longer than all other checks.
+    for group, name in sorted(config.parts.items(), key=lambda part: part[0] == "trainer"):
         check_part(group, group, values, read_part(group, name, config_dirs), common.get(group, {}))
     check_loggers(values, config_dirs)
+
+
+def check_root_options(config: RunConfig) -> None:
+    """Checks the options that belong to no group, as `check_options` does. Nothing is imported for it."""
+    for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
+        if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
+            check_option(name, to_plain(config.cfg[name]), annotation)
+
+
+def to_plain(value: Any) -> Any:
+    """Returns a value of a config with its lists and dicts as Python's own."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -42,6 +41,8 @@ def default_job_dir() -> str:
 
 def default_precision(accelerator: str) -> str:
     """Returns `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`."""
+    import torch  # imported here, since a refused option needs no precision and is answered faster without it
+
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 

@@ -6,18 +6,16 @@ feature maps and their logits (S, N, K). All give the same numbers within roundi
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Annotated, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from odcheap.models.backbone import Backbone
-from odcheap.utils.arguments import check_arguments
+from odcheap.utils.arguments import StudentCount, check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import derive_seed, temporary_seed
 
-StudentCount = Annotated[int, Field(ge=1, le=100)]  # more are probably a typing error, and would fill the memory
 StudentOutputs = tuple[list[Tensor], Tensor]
 RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
 

@@ -4,30 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric.plugins import CheckpointIO
-
 from odcheap.runs.schemas import Checkpoint, validate
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import read_torch, verify_checksum, write_checkpoint
+from odcheap.utils.files import read_torch, verify_checksum
 
 CHECKPOINT_NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{7,}))?\.ckpt", re.ASCII)
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes Lightning's checkpoints so that a crash never leaves an incomplete file, and reads them."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(path, checkpoint)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return read_checkpoint(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:

@@ -26,11 +26,12 @@ from odcheap.methods.students import RUNS, Students, check_run
 from odcheap.models.backbone import Backbone
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import AtomicCheckpointIO, epoch_path, read_checkpoint
+from odcheap.runs.checkpoint_io import epoch_path, read_checkpoint
 from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, make_folder
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.training import summary
+from odcheap.training.atomic_checkpoint import AtomicCheckpointIO
 from odcheap.training.callbacks import Interruption, LoggerRuns, ProgressReporter, Record
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import NonfiniteGuard

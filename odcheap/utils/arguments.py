@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from odcheap.utils.errors import OptionError
+
+StudentCount = Annotated[int, Field(ge=1, le=100)]  # more are probably a typing error, and would fill the memory
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)

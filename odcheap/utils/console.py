@@ -6,7 +6,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-import torch
 from rich.console import Console
 
 from odcheap.utils.text import escape_control_chars
@@ -18,14 +17,15 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 def process_rank() -> int:
     """Returns this process's rank in a distributed run, 0 in a run of one process."""
     if is_distributed():
-        return torch.distributed.get_rank()
+        return sys.modules["torch"].distributed.get_rank()
     ranks = (os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal())
     return int(next(ranks, "0"))
 
 
 def is_distributed() -> bool:
     """Returns whether this process has joined a process group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    torch = sys.modules.get("torch")  # not imported here: commands that compute nothing start faster without it
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def console() -> Console:

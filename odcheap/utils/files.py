@@ -11,12 +11,14 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from odcheap.utils.errors import OptionError, WriteError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKSUM_PREFIX = b"odcheap-sha256:"
 EMPTY_COMMENT = b"\0\0"  # the end of a zip archive without a comment: the comment's length, 0
@@ -33,6 +35,8 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
     Raises:
         OptionError: The file is missing or damaged, or it holds something else than such a dict.
     """
+    import torch  # imported here, since commands that read no checkpoint start faster without it
+
     require_file(path, option)
     try:
         with warnings.catch_warnings():
@@ -50,6 +54,8 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
     The archive is made in memory first, since PyTorch's writer can end the process if the disk is full.
     """
+    import torch  # see `read_torch`
+
     buffer = io.BytesIO()
     torch.save(content, buffer)
     archive = buffer.getbuffer()
@@ -87,7 +93,7 @@ def verify_checksum(path: str | Path, option: str) -> None:
         raise OptionError(option, path, f"{allowed} (weights= takes weights from other files)")
 
 
-def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
     """Reads the tensors and the metadata of a safetensors file.
 
     Raises:

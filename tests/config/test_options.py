@@ -6,7 +6,7 @@ from hydra import initialize_config_dir
 from odcheap.config.messages import list_groups
 from odcheap.config.options import check_choices, check_complete, check_options, compose, is_path_option
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
-from odcheap.training.command import BUILDERS
+from odcheap.training.optim import BUILDERS
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import find_conf_dir
 

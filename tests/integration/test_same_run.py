@@ -7,8 +7,8 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
+from odcheap.config.command_line import prepare_arguments
 from odcheap.runs.overrides import name_run
-from odcheap.training.command import prepare_arguments
 from odcheap.utils.parts import find_conf_dir
 
 PICTURES = ["data=imagefolder", "data.image_size=16", "data.val_size=4", "data.load.test_size=6", "data.workers=0"]

@@ -1,0 +1,67 @@
+"""The arguments of `odcheap train`, as Hydra needs them."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import HydraException
+
+from odcheap.config.options import is_path_option
+from odcheap.runs.overrides import quote_override
+
+
+def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """Returns a list with the folder given by `--config-dir`, or an empty list."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    folder = parser.parse_known_args(list(arguments))[0].config_dir
+    return [folder] if folder else []
+
+
+def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
+    """Returns the arguments as Hydra needs them. A sweep over `data_dir` has it in the names of its runs."""
+    is_sweep = any(argument in ("-m", "--multirun") for argument in arguments)
+    prepared = [split_paths(argument) if is_sweep else None for argument in arguments]
+    result = [sweep or prepare_argument(argument, conf) for argument, sweep in zip(arguments, prepared, strict=True)]
+    sweeps_data = any(a.startswith("data_dir=") and is_choice(b) for a, b in zip(arguments, result, strict=True))
+    has_name = any(argument.startswith("hydra.sweep.subdir=") for argument in arguments)
+    names = ["hydra.sweep.subdir='${run_name:data_dir}'"]
+    return result + names if is_sweep and sweeps_data and not has_name else result
+
+
+def is_choice(override: str) -> bool:
+    """Returns whether Hydra reads the value of an override as several values of a sweep."""
+    try:
+        return isinstance(OverridesParser.create().parse_override(override).value(), ChoiceSweep)
+    except HydraException:  # Hydra says later what is wrong
+        return False
+
+
+def split_paths(argument: str) -> str | None:
+    """Returns a path option with several values as Hydra reads a sweep, each value in quotes; None for one value.
+
+    A path that exists is one path, also with commas in its name. Of the other path options than `data_dir`, each of
+    the values must exist, since names of runs have commas.
+    """
+    key, _, text = argument.partition("=")
+    values = text.split(",")
+    if key in ("job_dir", "resume") or not is_path_option(argument) or len(values) < 2 or not all(values):
+        return None
+    if text[0] in "'\"[{" or Path(text).exists() or not (key == "data_dir" or all(map(os.path.exists, values))):
+        return None
+    return f"{key}={','.join(quote_override(f'{key}={value}').partition('=')[2] for value in values)}"
+
+
+def prepare_argument(argument: str, conf: Path) -> str:
+    """Returns an argument as Hydra needs it.
+
+    Paths are quoted. Launchers and sweepers are replaced by odcheap's own files for them: `hydra/launcher=joblib`
+    becomes `hydra/launcher=joblib_sweep`, a file that changes some defaults of the plugin's `joblib`.
+    """
+    if is_path_option(argument):
+        return quote_override(argument)
+    has_own_file = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
+    return f"{argument}_sweep" if has_own_file else argument
