@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -242,7 +243,7 @@ class Experiment:
         trainer = self.build_trainer(list(loggers.values()))
         job_dir = self.start.job_dir
         make_folder(job_dir)
-        with status.lock_folder(job_dir) if trainer.is_global_zero else nullcontext():
+        with status.lock_folder(job_dir) if trainer.is_global_zero else nullcontext(), finish_loggers(loggers):
             if trainer.is_global_zero:
                 prepare_folder(self.start)
                 trainer.loggers = list(start_loggers(self.start, loggers).values())
@@ -491,6 +492,16 @@ def build_loggers(start: Start) -> dict[str, Any]:
     """Builds the loggers by name. A run that continues in its folder continues under its run ids."""
     chosen = {name: part for name, part in start.cfg.logger.items() if part}
     return {name: instantiate(part, **saved_logger_run(start, name)) for name, part in chosen.items()}
+
+
+@contextmanager
+def finish_loggers(loggers: dict[str, Any]) -> Generator[None]:
+    """Ends a run of W&B at the end: otherwise the next run of this process, such as one of a sweep, would join it."""
+    try:
+        yield
+    finally:
+        if "wandb" in loggers and "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
 
 
 def start_loggers(start: Start, loggers: dict[str, Any]) -> dict[str, Any]:
