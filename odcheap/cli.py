@@ -60,7 +60,8 @@ def train(arguments: Sequence[str]) -> int:
     """Runs `odcheap train`.
 
     Args:
-        arguments: Options, `-m` for a sweep, `--config-dir DIR` for parts of the user's own, and `--help`.
+        arguments: Options, `-m` for a sweep, `--config-dir DIR` for a folder with YAML files of the user's own
+            block types, methods and other parts, and `--help`.
 
     Returns:
         The exit status: 1 if the run, or one of a sweep's runs, failed.

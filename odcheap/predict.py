@@ -126,9 +126,9 @@ def decode_image(path: str | Path, bit_depth: int | None = None) -> Image.Image:
 
 
 def drop_metadata(content: bytes) -> bytes:
-    """Returns a PNG without the chunks that hold neither pixels nor EXIF data; other formats are returned unchanged.
+    """Returns a PNG with only its EXIF data and what its pixels need; other formats are returned unchanged.
 
-    Pillow refuses a PNG for a long text or color profile, although its pixels are whole.
+    Pillow refuses a PNG because of a very long text chunk or color profile, although its pixels are whole.
     """
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content

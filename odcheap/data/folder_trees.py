@@ -317,7 +317,7 @@ def is_dead_link(entry: os.DirEntry) -> bool:
 
 
 def hash_ends(files: Files, split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of each file's size and ends."""
+    """Returns a keyed 16-byte hash of each file's size and of its first and last bytes."""
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:
@@ -354,7 +354,8 @@ def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[byte
 def hash_files(files: Files, split_seed: int, ends: list[bytes] | None = None) -> list[bytes]:
     """Returns a keyed 16-byte hash of each file.
 
-    It is made of the file's size and ends, or of the whole file if another file has the same size and ends.
+    It covers the file's size and its first and last bytes, or its whole content if another file has the same size and
+    the same first and last bytes.
 
     Args:
         files: The files.

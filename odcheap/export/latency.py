@@ -79,7 +79,7 @@ def torch_call(network: nn.Module, images: torch.Tensor, threads: int = 0) -> Ca
 
 
 def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Timing:
-    """Returns the timing with the number of threads that is fastest: for one small image that is often one."""
+    """Returns the timing of the fastest number of threads; for one small image a single thread is often fastest."""
     return min(timing for key, timing in timings.items() if key[:3] == (name, runtime, batch))
 
 

@@ -51,7 +51,10 @@ class Method(nn.Module):
         return 1.0 if self.ramp is None else self.ramp.weight
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns named outputs: of a method without a teacher the students' logits, and those of their averages.
+        """Returns named outputs.
+
+        This default is for methods without a teacher: the students' logits, and those of their averages if there are
+        any.
 
         Args:
             images: (N, C, H, W), or (S, N, C, H, W) with a view for each student.

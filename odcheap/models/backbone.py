@@ -14,8 +14,8 @@ class Backbone(nn.Module):
         num_classes: Number of classes, K.
         classifier: Name of the layer that gives the logits.
         native_size: Side in pixels of the images for which the network is made.
-        standard_note: How the standard network of the same name differs in more than the convolution; None if it only
-            differs in that.
+        standard_note: A sentence on how the standard network of the same name differs from this one beyond the
+            convolution; None if only the convolution differs.
 
     Shape:
         (N, 3, H, W) -> logits (N, K).

@@ -35,7 +35,7 @@ class StudentSettings(NetworkSettings):
     """The settings of a student: its network, and how its images are prepared.
 
     Attributes:
-        split: Hash of the images and of which of them are held out (hexadecimal).
+        split: Hash (hexadecimal) that identifies the images, their labels, and which images are held out.
         image_size: [C, H, W] of the images that the network sees.
         shorter_side: Pixels to which the image's shorter side is resized before its center is cropped.
         mean: Mean of each channel of images in [0, 1].

@@ -71,11 +71,12 @@ class LibraryBackbone(Backbone):
         pretrained: A local file of the network's weights, which are loaded before the conversion. A classifier for
             another number of classes is left out.
         keep: Convolutions to leave, see `cheapen`.
-        init: How the pairs start, see `cheapen`; "auto" fits them if there are pretrained weights.
-        noise: Makes students that start from one file differ, see `add_weight_noise`.
+        init: How the cheap pairs' weights are initialized, see `cheapen`; "auto" fits them to pretrained weights.
+        noise: Weight noise, so that students loaded from the same file differ; see `add_weight_noise`.
 
     Raises:
-        OptionError: The name is unknown, the weights do not fit, there is nothing to replace, or no last feature map.
+        OptionError: The name is unknown, the weights do not fit, no convolution can be replaced, or the network has no
+            last feature map (N, C, H, W).
     """
 
     native_size = 224

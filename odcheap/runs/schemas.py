@@ -1,6 +1,6 @@
 """Schemas of the files in a run's folder. A file may come from a stranger, and is checked before it is used.
 
-A figure that is missing is allowed, since earlier versions did not write all of them; a figure of a wrong type is not.
+A missing metric is allowed, since earlier versions did not write all of them; a metric of a wrong type is not.
 Entries that no schema names are ignored.
 """
 
@@ -37,7 +37,7 @@ class Status(Schema):
 
 
 class Member(Schema):
-    """The figures of a student, an average, the teacher or the ensemble."""
+    """The metrics of a student, an average, the teacher or the ensemble."""
 
     val_top1: Accuracy | None = None
     val_balanced_accuracy: Accuracy | None = None

@@ -1,4 +1,4 @@
-"""Lightning's plugin for checkpoint files."""
+"""A plugin for Lightning that writes checkpoint files atomically, and reads them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Signals that stop commands, from the first moment of a process on.
+"""Handling of the signals that stop a command, from the moment at which its process starts.
 
 This module imports nothing but the standard library, since it is used before the packages that take seconds to import.
 """

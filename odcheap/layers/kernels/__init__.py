@@ -1,4 +1,4 @@
-"""Whether layers run as fused GPU kernels, and the conditions under which they can. Triton is imported on first use."""
+"""Decides whether layers run as fused GPU kernels, and checks whether they can. Triton is imported on first use."""
 
 import importlib
 import importlib.util
@@ -75,7 +75,7 @@ def is_on_current_device(x: Tensor) -> bool:
 def is_plain(parameter: object, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a kernel may read this parameter or buffer through its address.
 
-    It may read a contiguous tensor of this type on this device, which is of no other subclass than `nn.Parameter`.
+    It may if this is a plain `Tensor` or `nn.Parameter` (no other subclass), contiguous, and of this type and device.
     """
     if not (isinstance(parameter, Tensor) and type(parameter) in (Tensor, nn.Parameter)):
         return False

@@ -1,7 +1,7 @@
 """The fused operators of training steps on channels-last maps, in Triton; none uses atomics or a random order.
 
-Sums over pixels have two stages. A row is one pixel of one image with all its channels. Each program writes the sums
-of its own chunk of rows; the kernel that reads them adds them up in a fixed order.
+A row is one pixel of one image with all its channels. Sums over pixels have two stages: each program writes the sums
+of its own chunk of rows, and the kernel that reads them adds them up in a fixed order.
 """
 
 from odcheap.layers.kernels.norm import batch_norm_act

@@ -299,7 +299,10 @@ class NormPlan(NamedTuple):
 
 
 def plan_norm(x: Tensor) -> NormPlan:
-    """Divides a map (N, C, H, W) among about PROGRAMS programs: many channels get few chunks."""
+    """Splits a map (N, C, H, W) into blocks of channels and chunks of rows, for about PROGRAMS programs in all.
+
+    The more blocks of channels there are, the fewer are the chunks of rows.
+    """
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
     blocks = triton.cdiv(channels, block)
