@@ -78,6 +78,7 @@ def find_similar_options(name: str) -> list[str]:
     """Returns up to three options of the default config that are called like `name`, in this or in another group."""
     with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         known = flatten(OmegaConf.to_container(hydra.compose("config"), resolve=False))
+    known = [option for option in known if "._" not in option]  # without `_target_` and the like
     names = sorted({".".join(option.split(".")[:depth]) for option in known for depth in (1, 2)})
     last = name.rpartition(".")[2]
     same = [option for option in names if option.rpartition(".")[2] == last]

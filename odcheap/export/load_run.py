@@ -122,4 +122,5 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
 
 
 def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
-    return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch}"
+    """Describes a student to the user, who counts epochs from 1; files count them from 0."""
+    return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch + 1}"

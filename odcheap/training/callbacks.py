@@ -212,7 +212,8 @@ class ProgressReporter(pl.Callback):
             self.bar.update(self.task, completed=done, description=self.describe_epoch(trainer))
         elif self.steps > WARM_UP_STEPS and now - self.reported > REPORT_EVERY:
             self.reported = now
-            self.console.print(f"  epoch {trainer.current_epoch} batch {batch_idx + 1}/{trainer.num_training_batches}")
+            place = f"batch {batch_idx + 1}/{trainer.num_training_batches} of epoch {trainer.current_epoch + 1}"
+            self.console.print(f"  {place}")
 
     def report_expected_time(self, seconds: float, epochs: int, device: torch.device) -> None:
         hint = f"; shorter: {self.shorter}" if seconds > 3600 and device.type == "cpu" else ""
@@ -230,7 +231,7 @@ class ProgressReporter(pl.Callback):
         if trainer.is_global_zero:
             row = self.record.history[-1]
             stage, student, accuracy, teacher = describe_best_student(row)
-            text = f"epoch {row['epoch']} ({trainer.current_epoch + 1}/{trainer.max_epochs})"
+            text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             text += f"  loss {row['train/loss']:.4f}" if "train/loss" in row else "  every step was skipped"
             text += f"  {row['images_per_second']:,.0f} images/s"
             text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)}{teacher}"

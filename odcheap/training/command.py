@@ -1,5 +1,6 @@
 """The task of `odcheap train`: one run, alone or as a part of a sweep."""
 
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,7 +39,18 @@ def run_job(config: RunConfig) -> float | None:
             outcome = run_in_sweep(lambda: train(config, listener))
         else:
             outcome = run_alone(lambda: train(config, listener))
+            if outcome.text == "finished" and not config.cfg.test_only and not launch.is_torchrun():
+                say(describe_next_steps(outcome.job_dir))
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
+
+
+def describe_next_steps(job_dir: str) -> str:
+    """Returns the commands that a user may want after a training, with the run's folder filled in."""
+    folder, export = shlex.quote(job_dir), shlex.quote(str(Path(job_dir) / "export"))
+    return (
+        f"next: odcheap export {folder}; then odcheap predict {export} IMAGE..."
+        f"; to compare runs: odcheap report {folder} OTHER..."
+    )
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:

@@ -39,7 +39,7 @@ class NonfiniteGuard(pl.Callback):
     ) -> None:
         result: StepResult = outputs["result"]
         if result.finite is not None:
-            place = f"epoch {trainer.current_epoch}, step {trainer.global_step - 1}"
+            place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
             # They are copied, since a CUDA graph overwrites its results at the next batch.
             terms = {name: term.clone() for name, term in result.terms.items() if name != "loss"}
             self.pending.append((place, result.finite.clone(), terms))

@@ -191,7 +191,7 @@ def name_candidate(choice: dict[str, Any]) -> str:
 def build_caption(summary: dict[str, Any]) -> str:
     choice, cost = summary["selected"], summary.get("cost")
     on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
-    text = f"{name_candidate(choice)} of epoch {choice['epoch']}, selected on {on[choice['selected_on']]}"
+    text = f"{name_candidate(choice)} of epoch {choice['epoch'] + 1}, selected on {on[choice['selected_on']]}"
     if cost:
         standard = cost["standard"]
         text += f"\n{cost['params']:,} parameters (standard network {standard['params']:,}), "

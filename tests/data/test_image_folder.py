@@ -300,7 +300,7 @@ def test_a_run_and_its_loader_s_processes_end(tmp_path):
         Begun(*options, f"job_dir={tmp_path}/{name}", cwd=tmp_path, given=given)
         for name, options in {"done": [], "failed": ["optimizer.lr=1e30"], "told": ["trainer.max_epochs=500"]}.items()
     )
-    told.until("epoch 1 (2/500)")
+    told.until("epoch 2/500")
     os.killpg(told.process.pid, signal.SIGTERM)
     runs = (done, failed, told)
     assert [run.end(within=60) for run in runs] == [0, 1, 143], [run.said[-3:] for run in runs]

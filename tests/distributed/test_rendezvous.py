@@ -109,7 +109,7 @@ def run_with_kills(tmp_path, name, kills, epochs, dice):
     try:
         for attempt in range(kills):
             if attempt == 0:  # one kill for certain within the training
-                until_in(tmp_path / f"{name}.log", "epoch 2 ")
+                until_in(tmp_path / f"{name}.log", "epoch 3/")
             time.sleep(dice.uniform(0, 1) if attempt == 0 else dice.uniform(0, 18))
             victim = worker(dice.choice(running))
             assert victim, "the run ended before all kills"

@@ -125,7 +125,7 @@ def test_a_preempted_run_of_two_nodes_continues_and_ends_the_same(tmp_path):
     straight = submit(tmp_path, tmp_path / "straight")
     until(lambda: state_of(straight) == "COMPLETED")
     job, log = submit(tmp_path, tmp_path / "run"), tmp_path / "run.log"
-    until(lambda: log.is_file() and "epoch 1 " in log.read_text())
+    until(lambda: log.is_file() and "epoch 2/" in log.read_text())
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     start_at_once(job)
     until(lambda: state_of(job) == "COMPLETED")

@@ -41,7 +41,7 @@ def test_the_chosen_student_comes_back_with_its_standard_network(tmp_path):
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(found.network(images), network(images))
     assert str(found.standard) == str(CifarResNet(8, Standard(), 3))
-    assert (found.title, found.test_top1, found.image_size) == ("student 1 of epoch 4", 0.5, (3, 16, 16))
+    assert (found.title, found.test_top1, found.image_size) == ("student 1 of epoch 5", 0.5, (3, 16, 16))
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_nan_at_a_chosen_step_ends_the_run_with_its_place_and_the_rest_is_as_if_
         patch.setattr(EagerStep, "update", poisoned)
         result = command(*TINY, f"job_dir={tmp_path}/run")
     assert result.status == 1
-    assert "on_nonfinite=stop: epoch 1, step 9: a gradient is not finite; the last checkpoint is kept" in result.err
+    assert "on_nonfinite=stop: epoch 2, step 10: a gradient is not finite; the last checkpoint is kept" in result.err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert command(*TINY, f"job_dir={tmp_path}/run", "resume=auto").status == 0
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == straight[0]

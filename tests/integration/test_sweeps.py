@@ -80,7 +80,7 @@ def test_joblib_s_processes_save_and_end_where_their_leader_is_killed_and_begin_
     sweep += ["trainer.max_epochs=500", f"hydra.sweep.dir={tmp_path}/sweep"]
     with open(tmp_path / "said", "w") as file:
         leader = subprocess.Popen(sweep, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
-    until(lambda: (tmp_path / "said").read_text().count("epoch 1 (2/500)") == 2)
+    until(lambda: (tmp_path / "said").read_text().count("epoch 2/500") == 2)
     leader.kill()
     leader.wait()
     until(lambda: (tmp_path / "said").read_text().count("SIGTERM: saved; ") == 2)
@@ -94,7 +94,7 @@ def test_a_sweep_goes_on_where_the_shell_that_began_it_is_gone(tmp_path):
     """With one run at a time joblib's leader does the work itself."""
     sweep = [sys.executable, train.__file__, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1", *TINY]
     sweep = shlex.join([*sweep, "trainer.max_epochs=20", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"])
-    shell = f"{sweep} > said 2>&1 & until grep -q 'epoch 1 ' said; do sleep 0.1; done"
+    shell = f"{sweep} > said 2>&1 & until grep -q '^epoch 2/' said; do sleep 0.1; done"
     subprocess.run(["sh", "-c", shell], cwd=tmp_path, check=True, timeout=60)
     until(lambda: "│ finished" in (tmp_path / "said").read_text() or "SIGTERM" in (tmp_path / "said").read_text())
     assert (tmp_path / "said").read_text().count("│ finished") == 2

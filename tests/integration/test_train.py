@@ -283,7 +283,7 @@ def test_a_sweep_of_tests_ends_with_a_table(finished, command, tmp_path):
 def test_two_runs_in_one_folder_exclude_each_other(command, tmp_path):
     job_dir = tmp_path / "run"
     other = Begun("trainer.max_epochs=300", f"job_dir={job_dir}", cwd=tmp_path)
-    other.until("epoch 1 (2/300)")
+    other.until("epoch 2/300")
     result = command(*TINY, "trainer.max_epochs=300", f"job_dir={job_dir}", "resume=auto")
     assert result.status == 1
     assert f"job_dir={job_dir}: another process trains here (process {other.process.pid} on" in result.err
@@ -423,7 +423,7 @@ def test_a_sweep_that_was_killed_goes_on_with_the_same_command(command, tmp_path
     disturbed = Begun(*sweep, f"hydra.sweep.dir={tmp_path}/disturbed", cwd=tmp_path)
     for _ in range(2):
         disturbed.until(": finished")
-    disturbed.until("epoch 2 (3/6)")
+    disturbed.until("epoch 3/6")
     disturbed.process.kill()
     assert disturbed.end() == -9
     done = {path.parent for path in (tmp_path / "disturbed").glob("*/summary.json")}
@@ -542,7 +542,7 @@ def test_capture_that_must_be_and_cannot_ends_the_run(command, tmp_path, recorde
 def test_recorded_steps_that_go_astray_end_the_run_before_a_checkpoint(command, tmp_path, recorded):
     result = command(*TINY, "optimizer.lr=1e30", f"job_dir={tmp_path}/run", "checkpoint_every=0")
     assert result.status == 1
-    assert "on_nonfinite=stop: epoch 0, step 1: ce_teacher" in result.err
+    assert "on_nonfinite=stop: epoch 1, step 2: ce_teacher" in result.err
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
@@ -550,9 +550,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(command, tmp_path
     bad = [*TINY, "optimizer.lr=1e30"]
     result = command(*bad, f"job_dir={tmp_path}/a")
     assert result.status == 1
-    assert "on_nonfinite=stop: epoch 0, step 1: ce_teacher" in result.err
+    assert "on_nonfinite=stop: epoch 1, step 2: ce_teacher" in result.err
     result = command(*bad, f"job_dir={tmp_path}/b", "on_nonfinite=skip", "max_skipped=3")
-    assert result.out.count("skipped epoch 0, step") == 3
+    assert result.out.count("skipped epoch 1, step") == 3
     assert "more than max_skipped=3 times" in result.err
 
 

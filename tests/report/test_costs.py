@@ -49,7 +49,7 @@ def test_the_table_says_how_much_cheaper_and_what_is_refused(capsys, monkeypatch
     [
         (["backbone=resnet17"], "backbone=resnet17: unknown; must be one of densenet40, "),
         (["backbone=torchvision"], "backbone.name=???: must be given"),
-        (["backbone.width=3"], "Could not override 'backbone.width'"),
+        (["backbone.width=3"], "backbone.width: there is no such option; did you mean backbone.depth"),
     ],
 )
 def test_bad_options_are_one_line(capsys, options, message):

@@ -59,7 +59,7 @@ def test_a_mistake_keeps_its_traceback(error):
 def test_a_process_that_dies_ends_all_with_a_line_and_one_alone_goes_on(tmp_path, command):
     job_dir = tmp_path / "run"
     run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=90", f"job_dir={job_dir}", cwd=tmp_path)
-    run.until("epoch 1 (2/90)")
+    run.until("epoch 2/90")
     began = time.monotonic()
     os.kill(ranks(f"job_dir={job_dir}")[1], signal.SIGKILL)
     assert run.end() == 1
