@@ -42,6 +42,7 @@ from odcheap.training import summary
 from odcheap.utils.console import keep_going_without_output, print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_json, write_text
+from odcheap.utils.text import hide_folders
 
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
 MAX_CARD = 1 << 20  # characters of a model card that are read
@@ -198,7 +199,7 @@ def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageD
         if data_dir is not None or options.int8:
             raise
         say(f"warning: not verified on data ({error}); --data-dir says where the run's images are")
-        return None, str(error)
+        return None, hide_folders(error, [Path.home(), load.get("data_dir") or "", run.job_dir, *run.config_dirs])
     return data, ""
 
 

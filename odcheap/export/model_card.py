@@ -1,7 +1,11 @@
-"""The model card of an export, its README.md: accuracy, speed, checks, origin, and checksums of the files."""
+"""The model card of an export, its README.md: accuracy, speed, checks, origin, and checksums of the files.
+
+Others read the card, so it names no folder of the machine, and text of other people is no markup in it.
+"""
 
 import datetime
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
 from odcheap.predict import Timing
 from odcheap.training.summary import list_versions
-from odcheap.utils.text import escape_control_chars
+from odcheap.utils.text import escape_control_chars, escape_markdown, hide_folders
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
@@ -103,7 +107,9 @@ def write_card(
     rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
     table = to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))
     text = {name: "\n".join(lines) for name, lines in sections.items()}
-    return CARD.format(network=format_code(name_network(run)), shape=shape, cpu=cpu, timings=table, **text)
+    return CARD.format(
+        network=format_code(name_network(run)), shape=shape, cpu=escape_markdown(cpu), timings=table, **text
+    )
 
 
 def extract_opening(text: str) -> str:
@@ -113,7 +119,7 @@ def extract_opening(text: str) -> str:
 
 def format_code(text: object) -> str:
     """Returns text of other people as inline code in Markdown, so that it is one line and contains no markup."""
-    return f"`{escape_control_chars(text).replace('`', chr(39))}`"
+    return f"`{escape_control_chars(hide_folders(text)).replace('`', chr(39))}`"
 
 
 def name_network(run: RunStudent) -> str:
@@ -163,7 +169,7 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     """States the test accuracy and where it was measured."""
     lines, top1 = [], verification.top1.get("student.onnx")
     if verification.on_data:
-        precision = escape_control_chars(run.config.get("trainer", {}).get("precision"))
+        precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
         own = f"; {run.test_top1:.4f} by the run's summary, in {precision}" if run.test_top1 is not None else ""
         lines.append(f"Test accuracy {top1:.4f} on {verification.images:,} images{own}.")
     elif run.test_top1 is not None:
@@ -194,7 +200,7 @@ def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], ti
     lines = [to_markdown(pd.DataFrame(rows))]
     note = getattr(run.standard, "standard_note", None)
     if note and costs[STANDARD][1] != costs[STUDENT][1]:
-        lines += ["", f"{note[0].upper()}{note[1:]}."]
+        lines += ["", f"{escape_markdown(note[0].upper() + note[1:])}."]
     return lines
 
 
@@ -232,14 +238,15 @@ def describe_origin(run: RunStudent) -> list[str]:
     facts |= {name: format_options(run.config[name]) for name in OPTIONS if name in run.config}
     tools = list_versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     facts |= {"exported with": format_options(tools), "trained with": format_options(summary.get("versions") or "")}
-    lines = [f"- {escape_control_chars(run.title)} of the run {format_code(run.job_dir)}{unfinished}"]
+    job_name = os.path.basename(os.path.abspath(run.job_dir))
+    lines = [f"- {escape_markdown(run.title)} of the run {format_code(job_name)}{unfinished}"]
     return [*lines, *(f"- {name}: {format_code(value)}" for name, value in facts.items() if value not in (None, ""))]
 
 
 def format_options(node: object) -> str:
     """Returns a part of a config in one line: its name, then its options."""
     if not isinstance(node, dict):
-        return str(node)
+        return hide_folders(node)
     options = (f"{key}={format_options(value)}" for key, value in node.items() if key != "part")
     return " ".join([*filter(None, [str(node.get("part", ""))]), *options])
 

@@ -15,6 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from odcheap.utils.errors import OptionError, first_line
 
@@ -43,7 +44,7 @@ def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: 
     """
     network = network.eval().cpu()
     if batch is not None:
-        return Program(torch.export.export(network, (torch.zeros(batch, *image_size),)), ())
+        return Program(trace_network(network, image_size, (), batch), ())
     try:
         exported = trace_network(network, image_size, (0, 2, 3))
         if is_same_at_other_sizes(network, exported, image_size):
@@ -53,10 +54,17 @@ def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: 
     return Program(trace_network(network, image_size, (0,)), DIMENSIONS[:1])
 
 
-def trace_network(network: nn.Module, image_size: tuple[int, int, int], free: tuple[int, ...]) -> ExportedProgram:
-    """Traces the network; the dimensions with these numbers may vary."""
+def trace_network(
+    network: nn.Module, image_size: tuple[int, int, int], free: tuple[int, ...], batch: int = 2
+) -> ExportedProgram:
+    """Traces the network with so many images; the dimensions with these numbers may vary."""
     dims = dict.fromkeys(free, Dim.DYNAMIC)
-    return torch.export.export(network, (torch.zeros(2, *image_size),), dynamic_shapes=(dims,))
+    exported = torch.export.export(network, (torch.zeros(batch, *image_size),), dynamic_shapes=(dims,))
+    # The tracer notes at each node the lines of code that made it, with the machine's folders.
+    for module in exported.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return exported
 
 
 @torch.no_grad()

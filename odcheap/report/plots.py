@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,15 +11,28 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from odcheap.report.statistics import Spread
+from odcheap.utils.text import escape_control_chars
 
 # The colors of Okabe and Ito, which color-blind readers can distinguish.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999933", "#882255")
 MARKERS = "osD^vPX<>*"
+MAX_LABEL = 60  # characters; longer labels leave no space for the figure, and very long ones take minutes to draw
 
 
 def assign_styles(names: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
     """Gives each name a color or a marker, by the order of first appearance."""
     return dict(zip(dict.fromkeys(names), cycle(styles), strict=False))
+
+
+def shorten_label(name: Any) -> str:
+    """Returns a name for a figure: one line of at most 60 characters, the rest replaced by an ellipsis."""
+    text = escape_control_chars(str(name)[: MAX_LABEL + 1])
+    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
+
+
+def label_width(names: Iterable[Any]) -> float:
+    """Returns the inches that a figure needs for these labels in addition to its usual width."""
+    return 0.1 * max((len(shorten_label(name)) - 20 for name in names if len(shorten_label(name)) > 20), default=0)
 
 
 def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
@@ -29,7 +43,7 @@ def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
         costs: The cost by the row's index; rows without a cost or an accuracy are left out.
         label: What the cost is, with its unit.
     """
-    figure, (axes,) = create_figure(8, 5)
+    figure, (axes,) = create_figure(8 + label_width([*rows["method"], *rows["setting"]]), 5)
     colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
     shown = rows.assign(cost=costs)[costs.notna() & rows["selected"].notna()]
     for row in shown.to_dict("records"):
@@ -43,9 +57,13 @@ def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
     axes.set_title("Accuracy against cost (gray: Pareto front)", loc="left", fontsize=11)
     axes.margins(0.1)
     limit_to_hundred(axes)
-    handles = [Line2D([], [], color=color, marker="o", ls="", label=name) for name, color in colors.items()]
+    handles = [
+        Line2D([], [], color=color, marker="o", ls="", label=shorten_label(name)) for name, color in colors.items()
+    ]
     settings = {name: marker for name, marker in markers.items() if name}
-    handles += [Line2D([], [], color="#888888", marker=m, ls="", label=name) for name, m in settings.items()]
+    handles += [
+        Line2D([], [], color="#888888", marker=m, ls="", label=shorten_label(name)) for name, m in settings.items()
+    ]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -62,7 +80,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
     """Draws each row's gain over the baseline, with its 95 % interval; the marker is hollow if it is not resolved."""
     shown = rows[rows["gain"].notna()][::-1]
-    figure, (axes,) = create_figure(8, 1.4 + 0.34 * len(shown))
+    figure, (axes,) = create_figure(8 + label_width([*shown["name"], baseline]), 1.4 + 0.34 * len(shown))
     colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
     for place, row in enumerate(shown.to_dict("records")):
         gain: Spread = row["gain"]
@@ -72,7 +90,8 @@ def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
         axes.errorbar(100 * gain.mean, place, xerr=error, marker=marker, color=color, markerfacecolor=fill)
     axes.axvline(0, color="#BBBBBB", zorder=0)
     axes.margins(y=0.5 / len(shown))
-    axes.set_yticks(range(len(shown)), list(shown["name"]))
+    axes.set_yticks(range(len(shown)), [shorten_label(name) for name in shown["name"]])
+    baseline = shorten_label(baseline)
     label = f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 95 % confidence intervals)"
     axes.set_xlabel(label)
     counts = " or ".join(map(str, sorted({gain.n for gain in shown["gain"]})))
@@ -88,7 +107,9 @@ def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
         stage: The images that the accuracy is of: `val` or `train`.
     """
     settings = list(dict.fromkeys(table["setting"]))
-    figure, panels = create_figure(max(6, 3.2 * len(settings)) + 1, 4, len(settings))
+    panel_width = 3.2 + label_width(settings)
+    width = max(6, panel_width * len(settings)) + 1 + label_width(table["method"])
+    figure, panels = create_figure(width, 4, len(settings))
     colors, later = assign_styles(table["method"], COLORS), []
     for _, runs in table.groupby(["setting", "method"], sort=False):
         setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
@@ -103,11 +124,11 @@ def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
     limit_to_hundred(panels[0])
     panels[0].set_ylabel(f"{stage} top-1, %")
     for axes, setting in zip(panels, settings, strict=True):
-        axes.set_title(setting or "all runs", loc="left", fontsize=10)
+        axes.set_title(shorten_label(setting or "all runs"), loc="left", fontsize=10)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.margins(x=0.02)
-    handles = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
+    handles = [Line2D([], [], color=color, label=shorten_label(method)) for method, color in colors.items()]
     handles += [Line2D([], [], color="#888888", ls=ls, label=n) for n, ls in (("mean student", "-"), ("teacher", "--"))]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     return figure

@@ -1,6 +1,5 @@
 """The report's text: tables in Markdown and CSV, and what a reader must know about them."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import pandas as pd
 from odcheap.export.model_card import format_code
 from odcheap.report.load_runs import RunFolder
 from odcheap.report.statistics import ACCURACIES, COSTS, GAINS, Spread
-from odcheap.utils.text import escape_control_chars
+from odcheap.utils.text import escape_markdown, hide_folders
 
 COLUMNS = ["mean student", "gain", "selected", "selected gain", "ensemble"]
 COLUMNS += [name for name in (*ACCURACIES, *COSTS) if name not in COLUMNS]
@@ -52,13 +51,6 @@ def format_cell(column: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else escape_markdown(value)
-
-
-def escape_markdown(text: str) -> str:
-    """Escapes text of other people for a Markdown table, so that it contains neither markup nor further cells."""
-    escaped = re.sub(r"([\\`*~\[\]<>|&$@])", r"\\\1", escape_control_chars(text))
-    # Addresses would become links by themselves.
-    return re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", r"\g<0>\\", escaped)
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -151,4 +143,5 @@ def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[
     if unfinished:
         yield from ("Not in the table:", "")
         for entry in unfinished:
-            yield f"- {format_code(entry.folder.name)}: {entry.state}; {format_code(entry.reason)}"
+            reason = hide_folders(entry.reason, [entry.folder])
+            yield f"- {format_code(entry.folder.name)}: {entry.state}; {format_code(reason)}"

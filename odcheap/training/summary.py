@@ -23,8 +23,9 @@ from odcheap.models.flops import count_macs, count_params
 from odcheap.runs.settings import RunConfig
 from odcheap.training.module import Figures
 from odcheap.utils.files import write_atomic
-from odcheap.utils.text import escape_control_chars, format_accuracy
+from odcheap.utils.text import escape_control_chars, format_accuracy, hide_folders
 
+PARTS = ("backbone", "block_type")  # what is built from the settings of a student
 FIGURES = ("top1", "top5", "balanced_accuracy")
 
 
@@ -142,7 +143,7 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
     """Returns the description of a run that is in each checkpoint. `student` has the settings that build a student."""
     settings = config.to_settings()
     about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
-    student = {key: settings[key] for key in ("backbone", "block_type")}
+    student = {key: settings[key] for key in PARTS}
     student |= {key: about[key] for key in ("classes", "split")}
     student |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
     student["bit_depth"] = data.bit_depth
@@ -151,10 +152,23 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Writes a network's weights as safetensors, with the settings from which it can be built as JSON metadata."""
+    """Writes a network's weights as safetensors, with the settings from which it can be built as JSON metadata.
+
+    The file is for others too: of the files that the settings name, such as pretrained weights, it has the names only.
+    """
+    settings = {name: hide_paths(value) if name in PARTS else value for name, value in settings.items()}
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content = save(tensors, metadata={"odcheap": json.dumps(settings)})
     write_atomic(path, lambda file: file.write(content))
+
+
+def hide_paths(value: Any) -> Any:
+    """Returns a part's settings in which text that is a path is only its last name."""
+    if isinstance(value, dict):
+        return {name: hide_paths(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_paths(entry) for entry in value]
+    return hide_folders(value) if isinstance(value, str) else value
 
 
 def print_summary(console: Console, summary: dict[str, Any], title: str) -> None:

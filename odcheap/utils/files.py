@@ -9,6 +9,7 @@ import secrets
 import stat
 import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 CHECKSUM_PREFIX = b"odcheap-sha256:"
 EMPTY_COMMENT = b"\0\0"  # the end of a zip archive without a comment: the comment's length, 0
+ARCHIVE_START = b"PK\3\4"  # by which PyTorch's reader knows a zip archive
 CHUNK = 1 << 20  # bytes that are read at once
+# Bytes of a file of tensors, which is read into memory as a whole. A checkpoint of eight ViT-L with AdamW's state has
+# 29 GB; larger files are refused.
+MAX_TENSOR_BYTES = 1 << 35
 
 
 def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
@@ -37,7 +42,8 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
     """
     import torch  # imported here, since commands that read no checkpoint start faster without it
 
-    require_file(path, option)
+    require_file(path, option, MAX_TENSOR_BYTES)
+    check_archive(path, option)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickled objects, which are refused anyway
@@ -79,7 +85,7 @@ def verify_checksum(path: str | Path, option: str) -> None:
 
     PyTorch's own reader does not notice most changed bits.
     """
-    require_file(path, option)
+    require_file(path, option, MAX_TENSOR_BYTES)
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         remaining = max(0, os.fstat(file.fileno()).st_size - len(checksum_comment(sha256)))
@@ -99,7 +105,7 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
     Raises:
         OptionError: The file is missing, damaged or of another format.
     """
-    require_file(path, option)
+    require_file(path, option, MAX_TENSOR_BYTES)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -108,14 +114,38 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
         raise OptionError(option, path, f"not a complete safetensors file ({first_line(error)})") from error
 
 
-def require_file(path: str | Path, option: str) -> None:
-    """Raises `OptionError` unless there is a regular file; a pipe or a device would block the reader for ever."""
+def check_archive(path: str | Path, option: str) -> None:
+    """Raises `OptionError` if a zip archive unpacks to more bytes than it has; `torch.save` does not compress."""
+    with open(path, "rb") as file:
+        if file.read(len(ARCHIVE_START)) != ARCHIVE_START:
+            return  # the format before PyTorch 1.6, or another one
     try:
-        mode = os.stat(path).st_mode
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # damaged archives raise errors of several kinds
+        raise OptionError(option, path, f"not a complete checkpoint of plain tensors ({first_line(error)})") from error
+    size = os.path.getsize(path)
+    if unpacked > size:
+        raise OptionError(option, path, f"not a checkpoint: it has {size:,} bytes and unpacks to {unpacked:,}")
+
+
+def require_file(path: str | Path, option: str, max_bytes: int | None = None) -> None:
+    """Raises `OptionError` unless there is a regular file; a pipe or a device would block the reader for ever.
+
+    Args:
+        path: The file.
+        option: The option that named the file, for messages.
+        max_bytes: The largest size that is allowed; None allows any.
+    """
+    try:
+        status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise OptionError(option, path, "no such file") from error
-    if not stat.S_ISREG(mode):
-        raise OptionError(option, path, "no such file: it is a folder" if stat.S_ISDIR(mode) else "not a regular file")
+    if not stat.S_ISREG(status.st_mode):
+        is_folder = stat.S_ISDIR(status.st_mode)
+        raise OptionError(option, path, "no such file: it is a folder" if is_folder else "not a regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OptionError(option, path, f"has {status.st_size:,} bytes, more than {max_bytes:,}")
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

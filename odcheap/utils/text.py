@@ -1,8 +1,42 @@
 """Numbers and file names as text for tables, messages and model cards."""
 
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 from odcheap.predict import escape_control_chars as escape_control_chars  # also offered here
 
 MISSING = "-"  # is written for a number that is not known
+# An absolute path or one that begins with ~, . or .., not the path of a web address. Group 1 is its last name.
+PATH = re.compile(r"(?<![\w.:/~-])(?:file://|~[\w.-]*|\.\.?)?/+(?:[^\s/:;,'\"()]+/+)*([^\s/:;,'\"()]+)/*")
+
+
+def escape_markdown(text: object) -> str:
+    """Escapes text of other people for Markdown, so that it contains neither markup nor further cells of a table."""
+    escaped = re.sub(r"([\\`*~\[\]<>|&$@])", r"\\\1", escape_control_chars(text))
+    # Addresses would become links by themselves.
+    return re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", r"\g<0>\\", escaped)
+
+
+def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
+    """Returns text in which each absolute path is reduced to its last name, so that it names no folder of a user.
+
+    Args:
+        text: The text.
+        known: Paths that the text may contain. They may have spaces, at which other paths are taken to end.
+
+    Example:
+        >>> hide_folders("data_dir=/home/me/images: no such folder")
+        'data_dir=images: no such folder'
+    """
+    text = str(text)
+    if text.startswith(("/", "~", "../")) and ": " not in text:  # a path as a whole, which may have spaces
+        return os.path.basename(os.path.normpath(text)) or text
+    paths = {form for path in known for form in (str(path), os.path.abspath(path), os.path.realpath(path))}
+    for path in sorted(filter(os.path.isabs, paths), key=len, reverse=True):
+        text = text.replace(path, os.path.basename(os.path.normpath(path)) or path)
+    return PATH.sub(r"\1", text)
 
 
 def format_seconds(seconds: float) -> str:

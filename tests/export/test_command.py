@@ -5,8 +5,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -384,3 +387,32 @@ def test_a_block_type_of_a_user_is_exported_with_its_dense_form(tmp_path, monkey
     assert counts["student.onnx"] > 0
     assert counts["student-dense.onnx"] == 0
     assert (job_dir / "export" / "README.md").read_text().startswith("# `AvgPool, resnet20, depth 8`")
+
+
+def test_no_exported_file_names_a_folder_a_user_or_the_machine(command, light, tmp_path, monkeypatch):
+    words = {"HOME": "zqhome", "USER": "zquser", "LOGNAME": "zqlogname", "HOSTNAME": "zqhost"}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "zqtemp"))
+    for name, word in words.items():
+        (tmp_path / word).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / word) if name == "HOME" else word)
+    (tmp_path / "zqtemp").mkdir()
+    monkeypatch.setattr(socket, "gethostname", lambda: "zqhost")
+    job_dir = tmp_path / "zqhome" / "zqfolder" / "run"
+    assert command(*TINY, "trainer.max_epochs=1", f"job_dir={job_dir}").status == 0
+    assert export_command.main([str(job_dir), *QUICK, "--int8"]) == 0
+    names = {"README.md", "labels.json", "predict.py", "preprocess.json", "student.pt2", "student.safetensors"}
+    files = {path.name: path.read_bytes() for path in (job_dir / "export").iterdir()}
+    assert files.keys() == names | {"student.onnx", "student-int8.onnx"}
+    files |= {name: (job_dir / name).read_bytes() for name in ("summary.json", "confusion.csv")}
+    with zipfile.ZipFile(job_dir / "export" / "student.pt2") as archive:
+        files |= {f"student.pt2/{name}": archive.read(name) for name in archive.namelist()}
+    private = [
+        *words.values(),
+        "zqtemp",
+        "zqfolder",
+        str(tmp_path),
+        str(ROOT),
+        sys.prefix,
+        str(Path(torch.__file__).parent),
+    ]
+    assert [(name, word) for name, content in files.items() for word in private if word.encode() in content] == []

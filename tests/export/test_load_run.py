@@ -27,7 +27,7 @@ CHOSEN = {"student": 1, "epoch": 4, "averaged": False, "test_top1": 0.5}
 
 def write_run(path, network=None, settings=SETTINGS, summary=True, config=CONFIG):
     """A finished run's folder, without the run."""
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(config)
     write_student(path / "student.safetensors", network or CifarResNet(8, DW(), 3), settings)
     found = {"selected": CHOSEN, "students": [{"test_top1": 0.4}, {"test_top1": 0.5}], "finished": summary}

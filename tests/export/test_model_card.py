@@ -1,7 +1,10 @@
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
 from export.test_load_run import SETTINGS, write_run
+from markdown_it import MarkdownIt
 
 from odcheap.export import model_card
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
@@ -90,3 +93,51 @@ def test_a_strangers_settings_are_shown_harmlessly(tmp_path):
     assert "# Owned" not in text.replace("\\n\\n# Owned", "")
     assert "\x1b" not in text
     assert "`x'\\n\\n# Owned\\x1b[2J<img src=x>`" in text
+
+
+HOSTILE = "<img src=x> ![a](b) https://x.example www.x.example me@x.example | *b* `c` $x$\n# Owned"
+ADDRESS = re.compile(r"(?i)\b(https?|ftp|mailto):|\bwww\.|\w@\w")
+
+
+def parse_markdown(text):
+    """Returns the parts of a document: their types and their contents."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    return [(part.type, part.content.strip()) for token in tokens for part in (token, *(token.children or ()))]
+
+
+def test_nothing_that_others_have_written_is_markup_in_the_card(tmp_path, monkeypatch):
+    config = {"data": {"name": HOSTILE}, "trainer": {"precision": HOSTILE}, "backbone": {"part": HOSTILE, "x": HOSTILE}}
+    path = write_run(tmp_path / "run", settings=SETTINGS | {"split": HOSTILE}, config=json.dumps(config))
+    run = load_run_student(path)._replace(title=HOSTILE, job_dir=tmp_path / HOSTILE.replace("/", ""))
+    run.standard.standard_note = HOSTILE
+    run.summary.update(data=HOSTILE, epochs=HOSTILE, versions={"torch": HOSTILE})
+    timings = found((1, 20), (3, 50))
+    for on_data in (True, False):
+        seen = Verification(64, on_data, {}, {"student.onnx": 0.5} if on_data else {}, HOSTILE)
+        text = model_card.write_card(run, tmp_path / "run", {}, timings, seen, HOSTILE, "(n, 3, height, width)")
+        parts = parse_markdown(text)
+        assert {kind for kind, _ in parts}.isdisjoint({"link_open", "image", "html_inline", "em_open"})
+        html = {content for kind, content in parts if kind == "html_block"}
+        assert html == {"<details><summary>All timings</summary>", "</details>"}
+        # No address is outside of code without a backslash, which keeps it from becoming a link.
+        outside = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+        assert ADDRESS.findall(outside) == []
+        rows = [line for line in text.split("\n") if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 2  # of two tables
+        assert len(re.findall("^# ", text, re.MULTILINE)) == 1
+
+
+def test_the_card_names_no_folder_of_the_machine(tmp_path):
+    options = {"data": {"part": "x", "load": {"data_dir": "/home/zqme/my data/flowers"}}}
+    options |= {"method": {"part": "kd", "teacher_weights": "~/zqme/teacher.pt"}, "block_type": {"part": "../zqme/DW"}}
+    path = write_run(tmp_path / "zqparent" / "run", config=json.dumps(options | {"trainer": {"precision": 32}}))
+    run = load_run_student(path)
+    run.summary.update(data="/home/zqme/flowers")
+    seen = Verification(64, False, {}, {}, "data_dir=/home/zqme/flowers: no such folder")
+    text = model_card.write_card(run, path, {}, found((1, 20), (3, 50)), seen, "a machine", "(n, 3, height, width)")
+    assert "zq" not in text
+    assert str(tmp_path) not in text
+    assert "- student 1 of epoch 4 of the run `run`" in text
+    assert "`data_dir=flowers: no such folder`" in text
+    assert "data: `x load=data_dir=flowers`" in text
+    assert "method: `kd teacher_weights=teacher.pt`" in text

@@ -1,4 +1,5 @@
 import io
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def test_an_old_opset_has_the_same_answers(backbone):
 def test_an_impossible_opset_is_refused(cheap, opset, line):
     with pytest.raises(OptionError, match=f"--opset={opset}: .*{line}"):
         onnx_export.set_opset(onnx.load_from_string(cheap), opset)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_pt2_names_no_folder_and_has_no_lines_of_code(batch):
+    network = settled(CifarResNet(8, DW(), 5)).float()
+    content = onnx_export.to_pt2(onnx_export.export_program(network, (3, 16, 16), batch))
+    names = [str(Path(__file__).parents[2]), str(Path(torch.__file__).parent), "stack_trace", ".py"]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        files = [content, *map(archive.read, archive.namelist())]
+    assert [name for name in names for file in files if name.encode() in file] == []
 
 
 def test_a_file_names_no_folder_and_has_no_lines_of_code(cheap):

@@ -1,5 +1,9 @@
+import io
+import time
+
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from odcheap.report import plots
 from odcheap.report.load_runs import FinishedRun
@@ -63,6 +67,25 @@ def test_points_are_where_their_numbers_are():
 def test_one_seed_is_drawn_without_bars():
     rows = summarize_runs(tabulate_runs(runs(seeds=[0])))
     assert plots.plot_gains(rows, "alone").axes[0].get_yticks().tolist() == [0, 1]
+
+
+def test_a_long_name_is_shortened_and_drawn_quickly():
+    table = tabulate_runs(runs())
+    long = {"method": {"od": "o" * 100_000}, "setting": {"DW": "D" * 100_000, "Shift": "two\nlines " + "S" * 100_000}}
+    for column, names in long.items():
+        table[column] = table[column].replace(names)
+    table["name"] = table["method"] + ", " + table["setting"]
+    rows = summarize_runs(table)
+    begun = time.monotonic()
+    figures = [plot_tradeoff(rows, pd.Series([1.0, 2.0, 3.0, 4.0]), "cost"), plots.plot_curves(table, "val")]
+    figures.append(plots.plot_gains(rows, "alone, " + "D" * 100_000))
+    texts = [text.get_text() for figure in figures for text in figure.findobj(Text)]
+    for figure in figures:
+        figure.savefig(io.BytesIO(), format="png")
+    assert time.monotonic() - begun < 20
+    assert max(len(line) for text in texts for line in text.split("\n")) <= 110  # with the words around a name
+    assert "o" * 59 + "…" in texts
+    assert "two\\nlines " + "S" * 48 + "…" in texts
 
 
 def test_a_name_has_its_color_everywhere():

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from odcheap.report import tables
+from odcheap.utils.text import escape_markdown
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+cmd", "-cmd|x", "@SUM(A1)", "\t=1+1", " =1"])
@@ -30,4 +31,4 @@ def test_no_cell_is_a_formula(text):
     ],
 )
 def test_a_name_is_no_markup(text, expected):
-    assert tables.escape_markdown(text) == expected
+    assert escape_markdown(text) == expected

@@ -1,7 +1,9 @@
 import contextlib
+import json
 import os
 import pickle
 import stat
+import zipfile
 
 import pytest
 import torch
@@ -10,7 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from odcheap.utils.errors import OptionError, WriteError, describe_external_failure
-from odcheap.utils.files import read_safetensors, read_torch, write_atomic
+from odcheap.utils.files import MAX_TENSOR_BYTES, read_safetensors, read_torch, verify_checksum, write_atomic
+
+
+def header_of(header):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 class Bomb:
@@ -122,6 +129,43 @@ def test_only_regular_files_are_read(tmp_path):
         for read in (read_torch, read_safetensors):
             with pytest.raises(OptionError, match="no such file|not a regular file"):
                 read(path)
+
+
+@pytest.mark.parametrize("read", [read_torch, read_safetensors, verify_checksum])
+def test_a_file_of_tensors_has_a_largest_size(tmp_path, read):
+    file = tmp_path / "large"
+    file.touch()
+    os.truncate(file, MAX_TENSOR_BYTES + 1)  # without using the disk
+    with pytest.raises(OptionError, match=r"weights=.*large: has 34,359,738,369 bytes, more than 34,359,738,368$"):
+        read(file, "weights")
+
+
+def test_an_archive_that_unpacks_to_more_than_it_has_is_not_unpacked(tmp_path):
+    file, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    torch.save({"a": torch.zeros(1 << 20)}, file)
+    assert read_torch(file)["a"].shape == (1 << 20,)
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(OptionError, match=r"weights=.*: it has [\d,]+ bytes and unpacks to 4,19\d,\d+$"):
+        read_torch(packed, "weights")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (1 << 60).to_bytes(8, "little"),  # a header of so many bytes
+        (90 << 20).to_bytes(8, "little") + b"{}",
+        header_of({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}),
+        header_of({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}) + bytes(4),
+        header_of({"a": {"dtype": "F32", "shape": [1 << 63, 1 << 63], "data_offsets": [0, 4]}}) + bytes(4),
+        header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [1 << 50, 4]}}) + bytes(4),
+    ],
+)
+def test_a_safetensors_header_that_claims_more_than_the_file_is_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(OptionError, match=r"^weights=.*x.safetensors: not a complete safetensors file \([^\n]*\)$"):
+        read_safetensors(tmp_path / "x.safetensors", "weights")
 
 
 def test_whoever_reads_the_old_file_meanwhile_reads_all_of_it(tmp_path):

@@ -1,3 +1,5 @@
+import pytest
+
 from odcheap.utils.text import (
     escape_control_chars,
     format_accuracy,
@@ -5,7 +7,28 @@ from odcheap.utils.text import (
     format_mean_deviation,
     format_millions,
     format_seconds,
+    hide_folders,
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/data sets/images", "images"),
+        ("/home/me/images/", "images"),
+        ("~/images", "images"),
+        ("data_dir=/home/me/images: no such folder", "data_dir=images: no such folder"),
+        ("no file '/a/b.txt' (/c/d, ../me/e)", "no file 'b.txt' (d, e)"),
+        ("file:///home/me/x", "x"),
+        ("data_dir=/my data/set one: no such folder", "data_dir=set one: no such folder"),
+        ("data/images and/or 3/4", "data/images and/or 3/4"),
+        ("https://x.example/a/b", "https://x.example/a/b"),
+        ("/", "/"),
+        ("a / b", "a / b"),
+    ],
+)
+def test_a_path_is_reduced_to_its_last_name(text, expected):
+    assert hide_folders(text, ["/my data/set one"]) == expected
 
 
 def test_durations():
