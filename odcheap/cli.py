@@ -109,16 +109,15 @@ def run_job(cfg: "DictConfig") -> float | None:
         from odcheap.utils.console import print_error
         from odcheap.utils.errors import OptionError
 
-    config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
-    if not resolvers.is_sweep():  # in a sweep, the run's folder must say why it failed
-        try:
-            options.check_root_options(config)
-            from odcheap.training.optim import BUILDERS
+        config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
+        if not resolvers.is_sweep():  # in a sweep, the run's folder must say why it failed
+            try:
+                options.check_root_options(config)
+                from odcheap.training.optim import BUILDERS
 
-            options.check_options(config, resolvers.given_config_dirs(), BUILDERS)
-        except OptionError as error:
-            sys.exit(print_error(str(error)))
-    with exit_on_signals():
+                options.check_options(config, resolvers.given_config_dirs(), BUILDERS)
+            except OptionError as error:
+                sys.exit(print_error(str(error)))
         from odcheap.training import command
     return command.run_job(config)
 
