@@ -105,6 +105,7 @@ def run_job(cfg: "DictConfig") -> float | None:
     """The task that Hydra calls for each run. Returns the selected student's held-out accuracy, for sweepers."""
     with exit_on_signals():
         from odcheap.config import options, resolvers
+        from odcheap.distributed import process_counts  # noqa: F401 - registers values of the config
         from odcheap.runs.settings import RunConfig
         from odcheap.utils.console import print_error
         from odcheap.utils.errors import OptionError

@@ -13,9 +13,10 @@ from lightning_fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from odcheap.distributed import slurm
+from odcheap.distributed.process_counts import count_nodes, is_torchrun, processes_per_node
 from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
@@ -23,21 +24,6 @@ from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.signals import PARENT_VARIABLE, STOP_SIGNALS
 
 SHUTDOWN_SECONDS = "600"  # the time that torchrun gives a process after a signal, to finish its step and to save
-
-
-def is_torchrun() -> bool:
-    """Returns whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def count_nodes() -> int:
-    """Returns the number of machines on which torchrun or srun has started this run, 1 without either."""
-    return int(os.environ["GROUP_WORLD_SIZE"]) if is_torchrun() else slurm.count_nodes()
-
-
-def processes_per_node() -> int:
-    """Returns the number of processes that torchrun or srun has started on each machine, 1 without either."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else slurm.tasks_per_node()
 
 
 def make_cluster_environment() -> ClusterEnvironment:
@@ -127,7 +113,3 @@ def launch_processes(start: Start, config_dirs: Sequence[Path], listener: Signal
         raise Stopped(exit_status - 128)
     if exit_status:
         raise Failure(f"trainer.devices={devices}: a process of the run failed; its error is printed above")
-
-
-OmegaConf.register_new_resolver("nodes", count_nodes, replace=True)
-OmegaConf.register_new_resolver("devices", processes_per_node, replace=True)
