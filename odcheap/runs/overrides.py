@@ -53,8 +53,8 @@ def quote_override(override: str) -> str:
     Example:
         >>> quote_override("resume=runs/a=b,c=d")
         'resume="runs/a=b,c=d"'
-        >>> quote_override("data_dir=/data/Tom's #1")
-        'data_dir="/data/Tom\'s #1"'
+        >>> print(quote_override("data_dir=/data/Tom's #1"))
+        data_dir="/data/Tom's #1"
     """
     key, equals, value = override.partition("=")
     quote = value[:1] if value[:1] in ("'", '"') else ""

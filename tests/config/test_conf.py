@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import odcheap.config  # noqa: F401  the resolvers of the config
+import odcheap.config
 import odcheap.distributed.process_counts  # noqa: F401  the same
 from odcheap.layers.cheap_conv import DW, CheapConv, Standard
 from odcheap.methods.students import RUNS, Students

@@ -256,7 +256,7 @@ def test_a_checkpoint_outside_a_run_needs_a_folder_and_the_same_images(finished,
     write_checkpoint(alone, content)
     result = command(f"resume={alone}")
     assert result.status == 1
-    assert "is in no run's checkpoints folder: give the folder of the continued run with job_dir=" in result.err
+    assert "is in no run's folder: give the folder of the continued run with job_dir=" in result.err
     content["odcheap"]["split"] = "of other images"
     write_checkpoint(alone, content)
     result = command(f"resume={alone}", f"job_dir={tmp_path}/new")
@@ -408,7 +408,7 @@ def test_a_sweep_makes_a_folder_a_run_skips_what_is_done_and_survives_a_failure(
     assert result.status == 1
     assert "failed: num_stu=0" in result.out
     folders = {path.name.split("num_stu=")[1][0]: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
-    assert [path.name for path in folders["0"].iterdir()] == ["status.json"]
+    assert {path.name for path in folders["0"].iterdir()} == {"status.json", ".lock"}
     assert "num_stu=0: must be a whole number" in json.loads((folders["0"] / "status.json").read_text())["reason"]
     assert len(summary(folders["2"])["students"]) == 2
     before = hashes(folders["1"]) | hashes(folders["2"])
