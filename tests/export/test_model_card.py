@@ -137,7 +137,7 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
     text = model_card.write_card(run, path, {}, found((1, 20), (3, 50)), seen, "a machine", "(n, 3, height, width)")
     assert "zq" not in text
     assert str(tmp_path) not in text
-    assert "- student 1 of epoch 4 of the run `run`" in text
+    assert "- student 1 of epoch 5 of the run `run`" in text
     assert "`data_dir=flowers: no such folder`" in text
     assert "data: `x load=data_dir=flowers`" in text
     assert "method: `kd teacher_weights=teacher.pt`" in text
