@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import pytest
 
@@ -146,3 +147,23 @@ def test_nothing_finished_is_one_line(tmp_path, capsys):
     (plant(tmp_path / "run") / "summary.json").unlink()
     assert main([str(tmp_path)]) == 1
     assert "no finished run among 1; --status says more" in capsys.readouterr().err
+
+
+def test_texts_of_other_people_are_plain_text_in_every_file_of_a_report(sweep, capsys):
+    """The names come from the runs' configurations and summaries."""
+    text = "'=HYPERLINK(1)<img src=x>|[a](b) $x^{$'"
+    plant(sweep / "<b>gone", "od", data="<i>digits</i>")
+    plant(sweep / "strange", text, data="<i>digits</i>")
+    (sweep / "<b>gone" / "summary.json").write_text("{}")
+    (sweep / "<b>gone" / "status.json").write_text(json.dumps({"state": "failed", "reason": "<u>why</u> `x` |"}))
+    assert main([str(sweep), "--no-latency"]) == 0
+    report = (sweep / "report" / "report.md").read_text()
+    table = report.partition("Not in the table")[0]
+    assert "HYPERLINK" in table
+    assert re.findall(r"(?<!\\)[<>\[$]", table.partition("Top-1 is")[0].replace("[+", "").replace("[-", "")) == []
+    assert "`<b>gone`" in report
+    assert "<u>why</u> `x`" not in report
+    with open(sweep / "report" / "report.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert [cell for row in rows for cell in row if "HYPERLINK" in cell and cell[0] != "'"] == []
+    assert any("HYPERLINK" in cell for row in rows for cell in row)
