@@ -104,7 +104,10 @@ def train(arguments: Sequence[str]) -> int:
 def run_job(cfg: "DictConfig") -> float | None:
     """The task that Hydra calls for each run. Returns the selected student's held-out accuracy, for sweepers."""
     with exit_on_signals():
+        from omegaconf.errors import OmegaConfBaseException
+
         from odcheap.config import options, resolvers
+        from odcheap.config.messages import describe_hydra_error
         from odcheap.distributed import process_counts  # noqa: F401 - registers values of the config
         from odcheap.runs.settings import RunConfig
         from odcheap.utils.console import print_error
@@ -119,6 +122,8 @@ def run_job(cfg: "DictConfig") -> float | None:
                 options.check_options(config, resolvers.given_config_dirs(), BUILDERS)
             except OptionError as error:
                 sys.exit(print_error(str(error)))
+            except OmegaConfBaseException as error:
+                sys.exit(print_error(describe_hydra_error(error)))
         from odcheap.training import command
     return command.run_job(config)
 
