@@ -71,7 +71,9 @@ def load_run(folder: Path) -> RunFolder:
             return describe_unfinished(folder, status.read_status(folder))
         run = FinishedRun(read_options(folder / "config.yaml", "DIR"), summary, read_history(folder), folder)
         return RunFolder(folder, "finished", "", run)
-    except (OptionError, OSError, ValueError) as error:
+    except OptionError as error:  # one line of our own, which is not cut, however long the folder's path is
+        return RunFolder(folder, "unreadable", str(error))
+    except (OSError, ValueError) as error:
         return RunFolder(folder, "unreadable", first_line(error))
 
 

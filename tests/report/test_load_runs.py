@@ -46,8 +46,9 @@ def test_runs_are_found_at_any_depth_and_once(tmp_path):
     ],
 )
 def test_what_became_of_a_run(tmp_path, summary, word, state, reason):
-    plant(tmp_path / "run", summary, word)
-    (entry,) = load_runs([tmp_path])
+    folder = tmp_path / ("a_long_name" * 9)  # a reason is not cut because of the folder's name
+    plant(folder / "run", summary, word)
+    (entry,) = load_runs([folder])
     assert entry.state == state
     assert reason in entry.reason
     assert (entry.run is not None) == (state == "finished")
