@@ -1,5 +1,6 @@
 """A checkpoint from a stranger: its options call nothing and write nowhere."""
 
+import shutil
 import socket
 
 import numpy as np
@@ -65,11 +66,14 @@ LEFT_OUT = [  # outside of the closed list: the run goes on without them
 
 
 @pytest.fixture
-def checkpoint(command, tmp_path):
-    """The checkpoint of the first of two epochs, as a run leaves it that was interrupted."""
-    assert command(*TINY, "trainer.max_epochs=1", f"job_dir={tmp_path}/run").status == 0
-    for name in ("summary.json", "student.safetensors"):
-        (tmp_path / "run" / name).unlink()
+def checkpoint(command, tmp_path, tmp_path_factory):
+    """The checkpoint of the first of two epochs, as a run leaves it that was interrupted; it is trained once."""
+    trained = tmp_path_factory.getbasetemp() / "interrupted_run"
+    if not trained.exists():
+        assert command(*TINY, "trainer.max_epochs=1", f"job_dir={trained}").status == 0
+        for name in ("summary.json", "student.safetensors"):
+            (trained / name).unlink()
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run" / "checkpoints" / "epoch-0000.ckpt"
 
 
