@@ -17,7 +17,13 @@ def test_the_reason_below_a_wrapped_error_is_printed():
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("num_sut=3", "num_stu"), ("lr=0.1", "optimizer.lr"), ("epochs=2", "trainer.max_epochs"), ("seeds=1", "seed")],
+    [
+        ("num_sut=3", "num_stu"),
+        ("lr=0.1", "optimizer.lr?"),
+        ("batch_size=3", "data.batch_size?"),  # the same name in a group, and not also eval_batch_size
+        ("epochs=2", "trainer.max_epochs"),
+        ("seeds=1", "seed"),
+    ],
 )
 def test_unknown_options_get_the_nearest_names(command, given, meant):
     result = command(given)

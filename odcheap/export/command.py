@@ -226,7 +226,7 @@ def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
         older: The files of an older export in `out`, which are removed; None if `out` does not exist or is empty.
 
     Raises:
-        OptionError: The folder cannot be written, or somebody has written there meanwhile; that is kept.
+        OptionError: The folder cannot be written, or another process has written there meanwhile; those files are kept.
     """
     changed = OptionError("--out", out, "another process has written here meanwhile, which is kept")
     try:

@@ -102,7 +102,7 @@ def prepare_folder(out: Path | None, default: Path) -> Path:
     """Makes the report's folder, and returns it.
 
     Raises:
-        OptionError: The folder cannot be made, or it holds somebody's own files of a report's names.
+        OptionError: The folder cannot be made, or files in it that no report has written have a report's names.
     """
     folder = default if out is None else out
     if out is None and default.is_symlink():

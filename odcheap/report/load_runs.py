@@ -1,4 +1,4 @@
-"""Reads the folders of runs: finished, unfinished, damaged, or written by somebody else."""
+"""Reads the folders of runs: finished, unfinished, damaged, or from an untrusted source."""
 
 import csv
 import io

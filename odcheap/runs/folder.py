@@ -34,8 +34,8 @@ def make_folder(job_dir: Path) -> None:
 def is_run_folder(folder: Path) -> bool:
     """Returns whether a run of odcheap has written into the folder.
 
-    The mark is its `status.json`, or its `test.json` after `test_only=true`. A file of the same name that somebody
-    else has written does not fit the schema.
+    The mark is its `status.json`, or its `test.json` after `test_only=true`. A file of the same name from another
+    program does not fit the schema.
     """
     try:
         if status.read_status(folder).get("pid") is not None:
@@ -55,7 +55,7 @@ def check_usable(job_dir: Path) -> None:
     Files whose names begin with a dot do not count.
 
     Raises:
-        OptionError: The folder holds somebody's own files, or a link in it leads elsewhere.
+        OptionError: The folder holds files that no run has written, or a link in it leads elsewhere.
     """
     if not job_dir.is_dir():  # new, or `make_folder` says what is wrong
         return

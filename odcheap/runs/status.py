@@ -58,7 +58,7 @@ def is_alive(status: Mapping[str, Any]) -> bool:
 def lock_folder(job_dir: Path) -> Generator[None]:
     """Keeps other processes from training in the folder. The lock of a process that has died is free.
 
-    The lock file is never written and no link is followed, since it may be somebody's own.
+    The lock file is never written and no link is followed, since a file of this name may belong to the user.
 
     Raises:
         OptionError: Another process holds the lock, or the lock file cannot be opened.

@@ -82,7 +82,7 @@ class SweepStart(Callback):
 
 
 def check_sweep_folder(folder: Path) -> None:
-    """Raises `OptionError` if Hydra would write its `multirun.yaml` over somebody's own file, or through a link."""
+    """Raises `OptionError` if Hydra would write its `multirun.yaml` over a file of the user's, or through a link."""
     path = folder / "multirun.yaml"
     if not os.path.lexists(path):
         return

@@ -1,4 +1,4 @@
-"""JSON and YAML files that somebody else may have written: read with limits, and as plain values only."""
+"""Reads JSON and YAML files from untrusted sources: with limits, and as plain values only."""
 
 import json
 import math

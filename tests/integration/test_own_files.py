@@ -1,4 +1,4 @@
-"""Somebody's own files: no command changes, replaces or removes them, and none writes through a link."""
+"""Files of the user: no command changes, replaces or removes them, and none writes through a link."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def finished(command, tmp_path):
 
 @pytest.fixture
 def mine(tmp_path):
-    """A folder full of somebody's own files that have the names of ours."""
+    """A folder full of the user's files, which have the names of odcheap's."""
     for k, name in enumerate(NAMES):
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +54,10 @@ def contents(folder):
     return found
 
 
-def test_no_command_changes_a_byte_of_a_folder_full_of_somebody_s_own_files(finished, mine, command, capsys):
+def test_no_command_changes_a_byte_of_a_folder_full_of_the_user_s_files(finished, mine, command, capsys):
     newest = finished / "checkpoints" / "epoch-0000.ckpt"
     assert cli.main(["export", str(finished), "--seconds=0.01"]) == 0
-    shutil.copy(newest, mine / "checkpoints" / "epoch-0002.ckpt")  # a download in somebody's checkpoints folder
+    shutil.copy(newest, mine / "checkpoints" / "epoch-0002.ckpt")  # a download in the user's checkpoints folder
     before, here, run = contents(mine), f"job_dir={mine}", contents(finished)
 
     trainings = [[*TINY, here], [*TINY, here, "overwrite=true"], [*TINY, here, "resume=auto"]]
