@@ -420,7 +420,7 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def is_side(value: Any) -> bool:
-    """Whether a value of `preprocess.json` is a number of pixels that is allowed."""
+    """Returns whether a value of `preprocess.json` is a number of pixels that is allowed."""
     return type(value) is int and 1 <= value <= MAX_SIDE
 
 

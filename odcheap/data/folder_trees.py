@@ -150,7 +150,7 @@ def check_folder_names(root: Path, there: list[str]) -> None:
 
 
 def is_part_name(name: str) -> bool:
-    """Whether one of the words of a folder's name is that of a part, as in "seg_train"."""
+    """Returns whether one of the words of a folder's name is that of a part, as in "seg_train"."""
     return bool(PART_WORDS.intersection(re.split(r"[^a-z]+", name.lower())))
 
 
@@ -238,7 +238,7 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def is_flat(folder: Path) -> bool:
-    """Whether a folder has no folders of classes, but images in itself or in a folder `images`."""
+    """Returns whether a folder has no folders of classes, but images in itself or in a folder `images`."""
     return list_folders(folder) in ([], ["images"])
 
 
@@ -312,7 +312,7 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
 
 
 def is_dead_link(entry: os.DirEntry) -> bool:
-    """Whether an entry of a folder is a link that leads nowhere."""
+    """Returns whether an entry of a folder is a link that leads nowhere."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 

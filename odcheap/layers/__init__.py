@@ -1,1 +1,1 @@
-"""Cheap convolutions and the operators they are made of."""
+"""Cheap convolutions and the operators of which they consist."""

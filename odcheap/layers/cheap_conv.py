@@ -1,7 +1,7 @@
-"""Cheap convolutions: a spatial operator that keeps the channels, then a 1 x 1 convolution that mixes them.
+"""Cheap convolutions: a spatial operator that keeps the number of channels, then a 1 x 1 convolution that mixes them.
 
-`BlockType` is the interface of a kind of cheap convolution. A new one is a subclass with one method and a YAML file in
-`conf/block_type`.
+`CheapConv` is the module with these two operators, called a pair. `BlockType` is the interface of a kind of cheap
+convolution; a new kind is a subclass with one method, and a YAML file in `conf/block_type`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from odcheap.utils.errors import OptionError
 
 @dataclass(frozen=True)
 class Window:
-    """The options of an `nn.Conv2d` except channels, groups and bias."""
+    """The options of an `nn.Conv2d` except channels, groups and bias; pairs of numbers are (rows, columns)."""
 
     kernel_size: Pair = (3, 3)
     stride: Pair = (1, 1)
@@ -29,36 +29,39 @@ class Window:
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "Window":
-        """Returns the window of a convolution."""
+        """Returns the kernel size, stride, padding, dilation and padding mode of a convolution."""
         padding = conv.padding if isinstance(conv.padding, str) else to_pair(conv.padding)
         size, stride, dilation = to_pair(conv.kernel_size), to_pair(conv.stride), to_pair(conv.dilation)
         return cls(size, stride, padding, dilation, conv.padding_mode)
 
     @property
     def taps(self) -> int:
-        """Number of entries of the kernel."""
+        """The number of entries of the kernel in one channel, such as 9 for 3 x 3."""
         return self.kernel_size[0] * self.kernel_size[1]
 
     def make_conv(self, in_channels: int, out_channels: int, groups: int = 1, bias: bool = False) -> nn.Conv2d:
-        """Returns a convolution with this window."""
+        """Returns a new convolution with this window."""
         size, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
         shape = (in_channels, out_channels, size, stride, padding, dilation, groups, bias)
         return nn.Conv2d(*shape, padding_mode=self.padding_mode)
 
 
 class CheapConv(nn.Sequential):
-    """A pair of a spatial operator (C -> C) and a 1 x 1 convolution (C -> O).
+    """A cheap convolution: a pair of a spatial operator (C -> C channels) and a 1 x 1 convolution (C -> O channels).
 
-    Both are linear, so together they compute a convolution with one dense kernel. The pair has the attributes of that
-    `nn.Conv2d` (`in_channels`, `kernel_size`, `stride`, `bias` and so on) except `weight`.
+    Both are linear, so together they compute the same as one standard convolution with a dense kernel. The module has
+    the attributes of that `nn.Conv2d` (`in_channels`, `kernel_size`, `stride`, `bias` and so on) except `weight`.
 
     Args:
-        spatial: The spatial operator, with the window's stride, padding and dilation.
-        in_channels: C.
-        out_channels: O.
-        stride: Stride of the 1 x 1 convolution.
+        spatial: The spatial operator; it has the stride, padding and dilation of `window`.
+        in_channels: The number of input channels, C.
+        out_channels: The number of output channels, O.
+        stride: The stride of the 1 x 1 convolution, in addition to the stride of `window`.
         bias: Whether the 1 x 1 convolution has a bias.
-        window: The window of the convolution that the pair replaces; its stride is the spatial operator's.
+        window: The options of the convolution that this module replaces; None for 3 x 3 with stride 1 and padding 1.
+
+    Shape:
+        (N, C, H, W) -> (N, O, H', W') with the size of a convolution's output.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class CheapConv(nn.Sequential):
 
     @property
     def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
-        """The spatial operator, the 1 x 1 convolution, and whether the first is a plain 3 x 3 shift, for GPU kernels.
+        """The two operators for which fused GPU kernels may be used, or None.
 
-        None if the forward pass may be more than these two: in a subclass, and if a module was appended.
+        It is the spatial operator, the 1 x 1 convolution, and whether the spatial operator is a `Shift2d` that the
+        kernels can compute. It is None if the forward pass may do more than these two operators: in a subclass of
+        `CheapConv`, or if another module was appended.
         """
         is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
         return (self.spatial, self.pointwise, is_shift) if len(self) == 2 and type(self) is CheapConv else None
@@ -115,7 +120,7 @@ class CheapConv(nn.Sequential):
 
     @property
     def groups(self) -> int:
-        return 1  # of the dense kernel
+        return 1  # that of the equivalent dense convolution
 
     @property
     def bias(self) -> Tensor | None:
@@ -136,12 +141,13 @@ class CheapConv(nn.Sequential):
 
 
 class BlockType:
-    """A kind of convolution of which networks are built; calling it returns a 3 x 3 convolution without bias.
+    """A kind of convolution; calling it with channels and stride returns a 3 x 3 convolution without bias.
 
     A new cheap convolution is a subclass with `make_spatial` and a YAML file in `conf/block_type`. Training,
-    `cheapen`, costs, export and report then work with it. The spatial operator must be linear, treat each channel by
-    itself (or be an `nn.Conv2d`), have outputs of the same size as a convolution with the same window, and keep its
-    stride in an attribute `stride`. An attribute `description` is its name in tables.
+    `cheapen`, costs, export and report then work with it. The spatial operator must be linear, must compute each output
+    channel from the same input channel only (or be an `nn.Conv2d`), must have outputs of the same size as a convolution
+    with the same window, and must have its stride in an attribute `stride`. It may have an attribute `description`, its
+    name in tables.
 
     Example:
         >>> class AvgPool(BlockType):
@@ -151,55 +157,63 @@ class BlockType:
         torch.Size([1, 32, 4, 4])
     """
 
-    is_cheap = True  # False for the standard convolution, with which networks are built in their published form
+    is_cheap = True  # False for the standard convolution: networks then have their published form
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
-        """Returns the spatial operator: (N, C, H, W) -> (N, C, H', W') with the size of a convolution's output.
+        """Returns a new spatial operator: (N, C, H, W) -> (N, C, H', W') with the size of a convolution's output.
 
         Args:
-            channels: C.
-            window: Kernel size, stride, padding and dilation.
+            channels: The number of channels, C.
+            window: The kernel size, stride, padding, dilation and padding mode of the operator.
         """
         raise NotImplementedError
 
     def reason_to_keep(self, channels: int, window: Window) -> str | None:
-        """Returns why `cheapen` should not replace a convolution with this input and window; None if it should.
+        """Returns why `cheapen` should not replace such a convolution, as text for the user; None if it should.
 
         Args:
-            channels: Number of input channels.
-            window: The convolution's window.
+            channels: The number of input channels of the convolution.
+            window: The kernel size, stride, padding, dilation and padding mode of the convolution.
         """
         return None
 
     def factorize(self, kernel: Tensor, pair: CheapConv) -> tuple[Tensor | None, Tensor]:
-        """Returns the weights with which a pair comes nearest to a given kernel, in least squares.
+        """Returns the weights with which a cheap convolution is the least-squares approximation of a given kernel.
 
         Args:
             kernel: The kernel (O, C, kh, kw) of the convolution that is replaced.
-            pair: The pair with its initial weights.
+            pair: The cheap convolution that replaces it, with its initial weights.
 
         Returns:
             The weights of the spatial operator, with the shape of its `weight`, and those of the 1 x 1 convolution,
-            (O, C, 1, 1). NaN stands for a weight that keeps its initial value; None if all of them do.
+            (O, C, 1, 1). The first tensor is None if the spatial operator has no weights to set; NaN in it means that
+            this weight keeps its initial value.
         """
         if isinstance(pair.spatial, nn.Conv2d):
             return factorize.factorize_grouped(kernel, pair.spatial.groups)
         return None, factorize.fit_pointwise(kernel, factorize.spatial_kernel(pair.spatial, kernel, pair.window))
 
     def make_pair(self, in_channels: int, out_channels: int, window: Window, bias: bool = False) -> CheapConv:
-        """Returns a pair in place of a convolution with this window; the spatial operator has the stride."""
+        """Returns a cheap convolution to replace a convolution; its spatial operator has the stride.
+
+        Args:
+            in_channels: The number of input channels.
+            out_channels: The number of output channels.
+            window: The kernel size, stride, padding, dilation and padding mode of the replaced convolution.
+            bias: Whether the 1 x 1 convolution has a bias.
+        """
         spatial = self.make_spatial(in_channels, window)
         return CheapConv(spatial, in_channels, out_channels, bias=bias, window=window)
 
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-        """Returns a 3 x 3 pair whose 1 x 1 convolution has the stride, as in the 2019 code."""
+        """Returns a 3 x 3 cheap convolution; its 1 x 1 convolution has the stride, as in the 2019 reference code."""
         window = Window()
         return CheapConv(self.make_spatial(in_channels, window), in_channels, out_channels, stride, window=window)
 
 
 @dataclass(frozen=True)
 class Shift(BlockType):
-    """A shift, then a 1 x 1 convolution."""
+    """The cheap convolution of `Shift2d` and a 1 x 1 convolution."""
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return Shift2d(window.kernel_size, window.dilation, window.stride, window.padding, window.padding_mode)
@@ -211,7 +225,7 @@ class Shift(BlockType):
 
 @dataclass(frozen=True)
 class DW(BlockType):
-    """A depth-wise convolution, then a 1 x 1 convolution."""
+    """The cheap convolution of a depth-wise and a 1 x 1 convolution (a depth-wise separable convolution)."""
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return window.make_conv(channels, channels, groups=channels)
@@ -220,11 +234,11 @@ class DW(BlockType):
 @check_arguments("block_type")
 @dataclass(frozen=True)
 class Group(BlockType):
-    """A convolution in groups, then a 1 x 1 convolution.
+    """The cheap convolution of a grouped convolution and a 1 x 1 convolution.
 
     Args:
-        groups: Number of groups. In the CIFAR ResNets it must divide the channels; `cheapen` and networks from other
-            libraries use the largest divisor of the channels up to it.
+        groups: The number of groups. In the CIFAR ResNets it must divide each layer's number of channels. `cheapen`,
+            and networks from other libraries, use the largest divisor of that number that is not larger than `groups`.
     """
 
     groups: Annotated[int, Field(ge=1)] = 4
@@ -237,7 +251,7 @@ class Group(BlockType):
         return f"no number of groups up to {self.groups} divides its {channels} channels" if indivisible else None
 
     def largest_divisor(self, channels: int) -> int:
-        """Returns the largest divisor of `channels` up to `groups`."""
+        """Returns the largest divisor of `channels` that is not larger than `groups`."""
         return next(g for g in range(min(self.groups, channels), 0, -1) if channels % g == 0)
 
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
@@ -248,7 +262,7 @@ class Group(BlockType):
 
 @dataclass(frozen=True)
 class Standard(BlockType):
-    """The standard convolution, for comparison."""
+    """The standard 3 x 3 convolution, for comparison with cheap convolutions."""
 
     is_cheap = False
 

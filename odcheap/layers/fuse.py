@@ -1,4 +1,7 @@
-"""Copies of a trained network that compute the same in another form, for speed on a device."""
+"""Copies of a trained network that compute the same function with other layers, which may be faster on a device.
+
+A pair is a `CheapConv`: a spatial operator, then a 1 x 1 convolution.
+"""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +16,13 @@ from odcheap.layers.shift import to_pair
 
 
 def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:
-    """Returns a copy of the network with each cheap pair replaced by `change(pair)`."""
+    """Returns a copy of the network in which each `CheapConv` is replaced.
+
+    Args:
+        network: The network; it is not changed.
+        change: A function that returns the module to put in place of a `CheapConv` (a spatial operator and a 1 x 1
+            convolution). It gets a copy, which it may change.
+    """
     changed = copy.deepcopy(network)
     if isinstance(changed, CheapConv):
         return change(changed)
@@ -25,14 +34,15 @@ def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) 
 
 
 def has_pairs(network: nn.Module) -> bool:
-    """Whether the network has cheap pairs."""
+    """Returns whether the network has a `CheapConv`."""
     return any(isinstance(module, CheapConv) for module in network.modules())
 
 
 def cheap_form(network: nn.Module) -> nn.Module:
-    """Returns the network with each pair's stride on its spatial operator.
+    """Returns a copy of the network in which the spatial operator of each `CheapConv` has the stride.
 
-    The spatial operator then computes no pixel that a 1 x 1 convolution with a stride would skip.
+    The outputs are the same, but the spatial operator does not compute pixels that a 1 x 1 convolution with a stride
+    would skip.
     """
     return replace_pairs(network, _move_stride)
 
@@ -51,10 +61,10 @@ def _total_stride(pair: CheapConv) -> tuple[int, int]:
 
 
 def dense_form(network: nn.Module) -> nn.Module:
-    """Returns the network with each pair replaced by the one K x K convolution that computes the same.
+    """Returns a copy of the network in which each `CheapConv` is replaced by an equivalent K x K `nn.Conv2d`.
 
-    A pair is left as it is if its spatial operator breaks the rules of `BlockType`: it must be linear and must treat
-    each channel by itself.
+    A `CheapConv` is not replaced if its spatial operator breaks the rules of `BlockType`: if it is not linear, or if an
+    output channel depends on another input channel.
     """
     return replace_pairs(network, _fuse)
 
@@ -73,7 +83,8 @@ def _fuse(pair: CheapConv) -> nn.Module:
 
 
 def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
-    """Whether both agree on noise; a user's spatial operator may depend on the border or on other channels."""
+    """Returns whether a convolution and a `CheapConv` have the same outputs for images of random noise."""
+    # A user's spatial operator may treat the border differently, or may mix channels.
     side = [2 * d * k + 4 for k, d in zip(pair.window.kernel_size, pair.window.dilation, strict=True)]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, conv.in_channels, *side, generator=generator).to(conv.weight)
@@ -84,10 +95,10 @@ def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
 
 
 def dense_kernel(pair: CheapConv) -> Tensor:
-    """Returns the kernel (O, C, kh, kw) that a pair computes.
+    """Returns the kernel (O, C, kh, kw) of the K x K convolution that is equivalent to a `CheapConv`.
 
-    With 1 x 1 weights P and spatial kernels S it is W[o, c] = sum_m P[o, m] S[m, c], over the channels m in the group
-    of channel c.
+    It is W[o, c] = sum_m P[o, m] S[m, c], where P are the weights of the 1 x 1 convolution, S those of the spatial
+    operator, and m the channels in the group of channel c.
     """
     mix = pair.pointwise.weight
     kernels = spatial_kernel(pair.spatial, mix, pair.window)

@@ -1,4 +1,7 @@
-"""Batch norm, ReLU and a residual's sum in one call: fused in training on a GPU, the plain modules everywhere else."""
+"""Batch norm, ReLU and the sum with a residual in one call.
+
+In training on a GPU this is one fused operator; everywhere else PyTorch's own modules and functions are called.
+"""
 
 from typing import Literal
 
@@ -12,19 +15,22 @@ Order = Literal["act_add", "add_act"]
 
 
 def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, order: Order = "act_add") -> Tensor:
-    """Returns batch norm, then ReLU, and the sum with a residual if there is one.
+    """Computes batch norm, ReLU, and the sum with a residual if there is one.
 
-    The fused kernels round once, the plain modules after each operation: in bfloat16 the results differ by rounding.
+    The fused kernels round once, PyTorch's modules after each operation, so the results differ slightly in bfloat16.
 
     Args:
         x: (N, C, H, W).
-        norm: The batch norm over C channels. Its statistics are updated in both forms.
-        residual: (N, C, H, W), or None for relu(norm(x)).
+        norm: The batch norm over C channels. In training its running statistics are updated.
+        residual: (N, C, H, W), or None to compute relu(norm(x)).
         order: "act_add" for relu(norm(x)) + residual, "add_act" for relu(norm(x) + residual).
 
+    Returns:
+        (N, C, H, W).
+
     Raises:
-        ValueError: `order` is neither of the two, or there is only one value a channel, as in `nn.BatchNorm2d`.
-        RuntimeError: A second derivative of the fused form is asked for.
+        ValueError: `order` is neither of the two, or in training a channel has only one value (N = H = W = 1).
+        RuntimeError: In the backward pass, if the fused kernels ran and a second derivative is computed.
     """
     if order not in ("act_add", "add_act"):
         raise ValueError(f'order={order!r}: must be "act_add" or "add_act"')
@@ -38,23 +44,26 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = No
 
 
 def is_fusible(x: Tensor, shape: torch.Size, norm: nn.Module, residual: Tensor | None) -> bool:
-    """Whether the fused kernels can compute this batch norm and the sum with this residual.
+    """Returns whether the fused kernels can compute this batch norm, and the sum with this residual.
 
-    They can for an `nn.BatchNorm2d` with parameters of the type that autocast leaves, running statistics and a
-    momentum, and for a residual with the memory format of the input.
+    The module must be an `nn.BatchNorm2d` with weight, bias, running statistics and a momentum; these tensors must have
+    the dtype that `kernels.PARAMETER_TYPES` gives for the input's. The residual must have the shape, the dtype and the
+    device of the input, and be contiguous in channels-last memory format.
 
     Args:
-        x: A tensor with type and device of the batch norm's input, for which `kernels.can_apply` holds.
+        x: A tensor with the dtype and the device of the batch norm's input; `kernels.can_apply` is true for it.
         shape: (N, C, H, W) of the batch norm's input.
-        norm: The module.
-        residual: (N, C, H, W) or None.
+        norm: The batch norm.
+        residual: (N, C, H, W), or None.
     """
+    # The module, and the number of values in each channel.
     if not (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None):
         return False
     own = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     dtype, channels = kernels.PARAMETER_TYPES[x.dtype], shape[1]
-    if shape.numel() == channels:  # one value a channel, which the module refuses
+    if shape.numel() == channels:  # one value a channel: `nn.BatchNorm2d` raises the error
         return False
+    # The tensors that the kernels read and write through their addresses.
     if not all(t is not None and kernels.is_plain(t, dtype, x.device) and t.numel() == channels for t in own):
         return False
     if not kernels.is_plain(norm.num_batches_tracked, torch.int64, x.device):

@@ -1,4 +1,4 @@
-"""Runs a cheap pair's spatial operator and 1 x 1 convolution as fused kernels if that is possible."""
+"""Functions that run the two operators of a `CheapConv` as fused GPU kernels if that is possible."""
 
 from typing import TypeGuard, cast
 
@@ -8,23 +8,24 @@ from torch import Tensor, nn
 from odcheap.layers import kernels
 from odcheap.layers.norm_act import batch_norm_act, is_fusible
 
-MAX_CHANNELS = 64  # of a pair that runs as one unit with its batch norm
+MAX_CHANNELS = 64  # of a `CheapConv` whose two operators and batch norm are fused
 
 
 def conv_norm_act(
     x: Tensor, conv: nn.Module, norm: nn.BatchNorm2d, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns relu(norm(conv(x))), plus a residual if there is one, and x.
+    """Returns relu(norm(conv(x))) + residual, and x.
 
     Args:
         x: (N, C, H, W).
-        conv: Any module. A pair whose `fusible_parts` the kernels know runs as one unit with the rest.
+        conv: Any module. If it is a `CheapConv` that the fused kernels can compute, its two operators, the batch norm,
+            the ReLU and the sum with the residual are fused.
         norm: The batch norm over the O channels of the output of `conv`.
-        residual: A map with the shape of the output of `conv`, or None.
+        residual: A feature map with the shape of the output of `conv`, or None to add nothing.
 
     Returns:
-        (N, O, H / stride, W / stride), and `x`. Whatever else reads the input should read this one, so that a fused
-        unit adds up the two gradients.
+        The result (N, O, H', W'), with the size of the output of `conv`, and `x`. Other layers that read `x`, such as a
+        shortcut, should read this returned tensor: a fused backward pass then adds up the gradients of both itself.
     """
     parts = getattr(conv, "fusible_parts", None)
     fused = None if parts is None else fused_pair_norm_act(x, conv, *parts, norm, residual)
@@ -40,19 +41,19 @@ def fused_pair_norm_act(
     norm: nn.BatchNorm2d,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Runs a cheap pair with batch norm, ReLU and residual as one unit of fused kernels, in training on a GPU.
+    """Runs a `CheapConv` with batch norm, ReLU and residual as one fused operator, in training on a GPU.
 
     Args:
         x: (N, C, H, W).
-        pair: The module that would call `spatial` and `pointwise`.
-        spatial: The spatial operator, C -> C.
-        pointwise: The 1 x 1 convolution, C -> O.
-        is_shift: Whether `spatial` is a plain 3 x 3 shift, as in `fused_pair`.
+        pair: The `CheapConv`, whose forward pass would call `spatial` and `pointwise`.
+        spatial: Its spatial operator, C -> C channels.
+        pointwise: Its 1 x 1 convolution, C -> O channels.
+        is_shift: Whether `spatial` is a `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros at the border.
         norm: The batch norm over O channels.
-        residual: (N, O, H / stride, W / stride) or None.
+        residual: (N, O, H', W') with the size of the output of `pair`, or None to add nothing.
 
     Returns:
-        Output and input as in `conv_norm_act`, or None if the kernels cannot replace these modules.
+        The result and the input, see `conv_norm_act`; or None if the kernels cannot replace these modules.
     """
     # The modules: the kernels know two spatial operators, and 1 x 1 convolutions of few channels.
     if not kernels.can_apply(x, pair, spatial, pointwise, norm):
@@ -65,7 +66,7 @@ def fused_pair_norm_act(
     if inputs != channels or max(channels, features) > MAX_CHANNELS or (kernel is not None and len(kernel) != channels):
         return None
 
-    # The tensors: their types, and an output that can be counted in 32 bits.
+    # The tensors: their dtypes, and an output whose elements can be counted in 32 bits.
     if weight_type is None or (cast_x.dtype == torch.float64 and not kernels.is_interpreted()):
         return None
     weights = [pointwise.weight, *([] if kernel is None else [kernel])]
@@ -78,20 +79,21 @@ def fused_pair_norm_act(
 
     operators = kernels.load_operators()
     y, again = operators.pair_norm_act(cast_x, kernel, pointwise.weight, norm, residual, stride)
-    return y, again if cast_x is x else x  # other readers of the input read it in its own type
+    return y, again if cast_x is x else x  # other layers read the input in its own dtype
 
 
 def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bool) -> Tensor | None:
-    """Runs a 3 x 3 depth-wise convolution or shift as a fused kernel, in training on a GPU, then the 1 x 1 convolution.
+    """Runs the spatial operator of a `CheapConv` as a fused kernel, in training on a GPU, then the 1 x 1 convolution.
 
     Args:
         x: (N, C, H, W).
-        spatial: The spatial operator, C -> C.
-        pointwise: The 1 x 1 convolution, C -> O.
-        is_shift: Whether `spatial` is a shift with a 3 x 3 window, stride 1, dilation 1 and zeros at the border.
+        spatial: The spatial operator, C -> C channels.
+        pointwise: The 1 x 1 convolution, C -> O channels.
+        is_shift: Whether `spatial` is a `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros at the border.
 
     Returns:
-        (N, O, H / stride, W / stride), or None if the kernels cannot replace the spatial operator.
+        (N, O, H', W') with the size of the output of `pointwise`, or None if no kernel can replace the spatial
+        operator.
     """
     if not (kernels.can_apply(x, spatial, pointwise) and (is_shift or is_depthwise3x3(spatial))):
         return None
@@ -103,9 +105,9 @@ def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bo
 
 
 def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-    """Returns a convolution's input as autocast would cast it, and the type that the weights must have.
+    """Returns the input of a convolution, cast as autocast would cast it, and the dtype that the weights must have.
 
-    The type is None if the kernels do not know the input's.
+    The dtype is None if the kernels do not support the dtype to which autocast casts the input.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -114,7 +116,7 @@ def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
 
 
 def is_depthwise3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a module is a depth-wise 3 x 3 `nn.Conv2d` without bias, with stride 1 and a padding of one zero."""
+    """Returns whether a module is a depth-wise 3 x 3 `nn.Conv2d` without bias, with stride 1 and zero padding of 1."""
     if type(module) is not nn.Conv2d or module.bias is not None or module.padding_mode != "zeros":
         return False
     window = (module.kernel_size, module.stride, module.padding, module.dilation)
@@ -122,7 +124,7 @@ def is_depthwise3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a module is a 1 x 1 `nn.Conv2d` without bias, padding and groups, with stride 1 or 2."""
+    """Returns whether a module is a 1 x 1 `nn.Conv2d` without bias, padding and groups, with stride 1 or 2."""
     if type(module) is not nn.Conv2d or module.bias is not None or module.stride not in ((1, 1), (2, 2)):
         return False
     return (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)

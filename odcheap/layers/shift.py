@@ -8,25 +8,27 @@ Pair = tuple[int, int]  # rows, columns
 
 
 class Shift2d(nn.Module):
-    """Moves each channel by a fixed offset, with zeros from outside the image; it has no parameters.
+    """Moves each channel by a fixed offset; pixels from outside the image are zero. It has no parameters.
 
-    Channel `c < k*k*floor(C / (k*k))` reads from row `h + d*(floor(c/k) mod k - floor(k/2))` and column
-    `w + d*(c mod k - floor(k/2))`; the remaining channels are copied. Source: Wu et al., "Shift: a zero FLOP, zero
-    parameter alternative to spatial convolutions", 2018; the offsets are those of the 2019 code.
+    With k x k offsets and C channels, output pixel (h, w) of channel `c < k*k*floor(C / (k*k))` is the input pixel in
+    row `h + d*(floor(c/k) mod k - floor(k/2))` and column `w + d*(c mod k - floor(k/2))`; the remaining channels are
+    copied. Source: Wu et al., "Shift: a zero FLOP, zero parameter alternative to spatial convolutions", 2018; the order
+    of the offsets is that of the method's 2019 reference code.
 
-    It runs as a depth-wise convolution with one-hot kernels, which is exact in every type and has the opposite shift
-    as its gradient. On two CPU cores (channels-last, forward and backward) this is 2 to 8 times as fast as copying
-    slices.
+    It is computed as a depth-wise convolution with one-hot kernels. The result is exact in every dtype, and the
+    gradient is the opposite shift. On two CPU cores (channels-last, forward and backward) this is 2 to 8 times as fast
+    as copying slices.
 
     Args:
-        kernel_size: Side k of the window of offsets, or (rows, columns).
-        dilation: Distance d of neighboring offsets in pixels, or (rows, columns).
-        stride: Distance of neighboring outputs in pixels, or (rows, columns).
-        padding: As in `nn.Conv2d`; None keeps the size of the image at stride 1.
-        padding_mode: As in `nn.Conv2d`.
+        kernel_size: The side k of the window of offsets, or (rows, columns).
+        dilation: The distance d between neighboring offsets in pixels, or (rows, columns).
+        stride: The distance between neighboring outputs in pixels, or (rows, columns).
+        padding: The same as in `nn.Conv2d`; None pads so that the size of the image stays the same with stride 1.
+        padding_mode: The same as in `nn.Conv2d`.
 
     Shape:
-        (N, C, H, W) or (C, H, W) -> the same with H / stride and W / stride, if `padding` is None.
+        (N, C, H, W) or (C, H, W) -> the same number of channels, with H / stride rows and W / stride columns (rounded
+        up) if `padding` is None.
 
     Example:
         >>> x = torch.arange(9.0).view(1, 1, 3, 3).expand(1, 9, 3, 3)
@@ -54,7 +56,7 @@ class Shift2d(nn.Module):
         self.kernels: Tensor | None = None
 
     def _padding_sides(self, dim: int) -> Pair:
-        """Returns the pixels added before and after the rows (dim 0) or the columns (dim 1)."""
+        """Returns the number of pixels added before and after the rows (dim 0) or the columns (dim 1)."""
         k, d = self.kernel_size[dim], self.dilation[dim]
         if self.padding is None:
             return d * (k // 2), d * (k - 1 - k // 2)
@@ -70,14 +72,15 @@ class Shift2d(nn.Module):
         return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, groups=len(kernels))
 
     def _pad(self, x: Tensor) -> tuple[Tensor, Pair]:
-        """Returns the input, padded if `conv2d` cannot do that itself, and the padding that is left for `conv2d`."""
+        """Returns the input, padded if `conv2d` cannot pad it itself, and the padding that `conv2d` still has to do."""
+        # `conv2d` pads with zeros only, and the same number of pixels on opposite sides.
         left, right, top, bottom = self.border
         if left == right and top == bottom and self.padding_mode == "zeros":
             return x, (top, left)
         return F.pad(x, self.border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
 
     def _one_hot_kernels(self, x: Tensor) -> Tensor:
-        """Returns (C, 1, kh, kw), which is one at the entry that each channel reads; kept for the next call."""
+        """Returns kernels (C, 1, kh, kw): 1 at the entry that a channel reads, otherwise 0; kept for the next call."""
         kept = self.kernels
         if kept is not None and (len(kept), kept.dtype, kept.device) == (x.shape[-3], x.dtype, x.device):
             return kept
@@ -94,7 +97,7 @@ class Shift2d(nn.Module):
 
     @property
     def is_plain_3x3(self) -> bool:
-        """Whether window, stride, padding and dilation are those that the GPU kernels compute."""
+        """Whether the GPU kernels can compute this shift: 3 x 3, stride 1, dilation 1, zero padding of 1."""
         options = (self.kernel_size, self.stride, self.dilation, self.border, self.padding_mode)
         return type(self) is Shift2d and options == ((3, 3), (1, 1), (1, 1), [1, 1, 1, 1], "zeros")
 
@@ -103,7 +106,7 @@ class Shift2d(nn.Module):
 
 
 def to_pair(value: int | tuple[int, ...]) -> Pair:
-    """Returns (rows, columns) for a number or a pair, as PyTorch's options have them."""
+    """Returns (rows, columns) for an option that is one number or (rows, columns), as in `nn.Conv2d`."""
     if isinstance(value, int):
         return value, value
     rows, columns = value

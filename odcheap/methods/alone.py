@@ -2,8 +2,8 @@
 
     loss = sum_k CE(student_k)
 
-The students see the same batches and share nothing else, so each gets the weights that it would get without the others.
-(Except on a GPU with dropout: all students draw from one generator there.)
+The students see the same batches and share nothing else, so each student gets the weights that it would get without the
+others. (The exception is dropout on a GPU: all students draw from one random generator there.)
 """
 
 from torch import Tensor
@@ -16,13 +16,14 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class Alone(IndependentMethod):
-    """Independent students.
+    """Trains students that do not learn from each other.
 
     Args:
-        students: The students.
-        label_smoothing: The part of each label that is divided among all classes.
-        average_decay: The largest decay of moving averages of the students' weights; None for no averages. The averages
-            cost S more forward passes a step, and the best one may be selected in place of a student.
+        students: The S students.
+        label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1).
+        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1); None for no moving
+            averages. They cost S more forward passes in each step, and the best of them may be selected in place of a
+            student.
     """
 
     def __init__(
@@ -33,5 +34,9 @@ class Alone(IndependentMethod):
         self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `ce_k` and their sum `loss`."""
+        """Returns the loss terms by name.
+
+        Returns:
+            `ce_0`, `ce_1`, ...: each student's cross-entropy. `loss`: their sum.
+        """
         return add_total(cross_entropy_terms(outputs["student_logits"], target, "ce", self.label_smoothing))

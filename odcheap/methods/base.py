@@ -19,17 +19,21 @@ RampUpLength = Annotated[float, Field(ge=0, le=1)]  # a fraction of the run's ep
 
 
 class Method(nn.Module):
-    """Students that are trained together. A new method is a subclass with `loss`, mostly `forward`, and a YAML file.
+    """The base class of training methods: it holds the students, and computes their outputs and the loss.
 
-    The terms that `loss` returns have the paper's names, and are logged as they are summed.
+    A new method is a subclass with `loss`, in most cases also with `forward`, and a YAML file. `loss` returns its terms
+    under the names that they have in the paper, each with its factor: what is logged is what is summed.
 
     Args:
         students: The students.
 
     Attributes:
-        teacher_kind: What the teacher is ("head", "gated", "mean", "frozen" or a word of your own); None without one.
-        has_own_views: Whether each student is trained on an augmentation of its own.
-        min_students: The least number of students; fewer are refused with `OptionError`.
+        teacher_kind: What the teacher is: "head", "gated", "mean", "frozen" or a word of your own; None if the method
+            has no teacher.
+        has_own_views: Whether each student is trained on its own augmentation of the images.
+        min_students: The smallest number of students; `OptionError` is raised if there are fewer.
+        averages: The moving averages of the students' weights; None if the method keeps none.
+        ramp: The weight of the loss terms that grow over the first epochs; None if no term does.
     """
 
     teacher_kind: str | None = None
@@ -47,79 +51,85 @@ class Method(nn.Module):
 
     @property
     def ramp_weight(self) -> Tensor | float:
-        """The current weight of the terms that grow over the first epochs."""
+        """The current factor, in [0, 1], of the loss terms that grow over the first epochs; 1 without such terms."""
         return 1.0 if self.ramp is None else self.ramp.weight
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns named outputs.
-
-        This default is for methods without a teacher: the students' logits, and those of their averages if there are
-        any.
+        """Returns the outputs by name; this default is for methods without a teacher.
 
         Args:
-            images: (N, C, H, W), or (S, N, C, H, W) with a view for each student.
+            images: (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation.
 
         Returns:
-            At least `student_logits` (S, N, K) and `teacher_logits`, (N, K) or None.
+            At least `student_logits` (S, N, K) and `teacher_logits`, (N, K) or None, for N images and K classes. If the
+            method keeps moving averages of the students' weights, also `average_logits` (S, N, K).
         """
         outputs = {"student_logits": self.students(images)[1], "teacher_logits": None}
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, and their sum `loss`.
+        """Returns the loss terms by name, and their sum under the name `loss`; all are scalars.
 
         Args:
-            outputs: What `forward` returned.
-            target: Labels (N,).
+            outputs: The outputs that `forward` returned.
+            target: Labels (N,), integers from 0 to K - 1.
         """
         raise NotImplementedError
 
     def candidates(self) -> list[nn.Module]:
-        """Returns the networks of which the best is kept: the students, then their averages if there are any."""
+        """Returns the networks of which the best one is kept: the students, then their moving averages, if any."""
         return [*self.students.members, *(self.averages.members if self.averages is not None else ())]
 
     def frozen_networks(self) -> list[nn.Module]:
-        """Returns the networks that each training step runs without a backward pass."""
+        """Returns the networks that each training step runs in the forward pass only; this default: the averages."""
         return [] if self.averages is None else list(self.averages.members)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters in groups; gradient clipping takes the norm of each group by itself."""
+        """Returns the parameters in groups; gradient clipping limits the gradient's norm in each group separately."""
         return [list(self.parameters())]
 
     def average_outputs(self, images: Tensor) -> Outputs:
-        """Returns `average_logits` (S, N, K) of the averaged students; nothing if there are none."""
+        """Returns `average_logits` (S, N, K) of the moving averages by name; an empty dict if there are none."""
         return {} if self.averages is None else {"average_logits": self.averages.logits(images)}
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Prepares an epoch (counted from 0) of a run of `epochs`; training calls it before each epoch."""
+        """Prepares epoch number `epoch` (from 0) of `epochs`; it must be called before each epoch."""
         if self.ramp is not None:
             self.ramp.start_epoch(epoch, epochs)
 
     def after_step(self) -> None:
-        """Updates the averages; training calls it after each step of the optimizer."""
+        """Updates the moving averages, if there are any; it must be called after each step of the optimizer."""
         if self.averages is not None:
             self.averages.update(self.students)
 
     def after_loading_students(self) -> None:
-        """Resets the averages, after only the students' weights were loaded from a file."""
+        """Sets the moving averages, if there are any, to the students' weights; call it after loading only those."""
         if self.averages is not None:
             self.averages.copy_weights(self.students)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if a teacher from a file has other classes than the data."""
+        """Raises `OptionError` if a teacher from a file has other classes than the data; this default never does."""
 
     def check_precision(self, precision: str) -> None:
-        """Raises `OptionError` if the weights would have too few bits for their averages."""
+        """Raises `OptionError` if the method keeps moving averages and the weights have fewer than 32 bits.
+
+        Args:
+            precision: A precision of Lightning, such as "bf16-true".
+        """
         if self.averages is not None:
             require_single_precision(precision)
 
     def may_have_seen(self, split: str) -> bool:
-        """Whether a teacher from a file may have been trained on the held-out images of this split."""
+        """Returns whether a teacher from a file may have been trained on images that this split holds out.
+
+        Args:
+            split: The fingerprint of the split of the training images.
+        """
         return False
 
 
 class IndependentMethod(Method):
-    """A method whose students do not learn from each other: gradient clipping takes the norm of each by itself."""
+    """A method whose students do not learn from each other; each student's gradient is clipped separately."""
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         return [list(student.parameters()) for student in self.students.members]
@@ -129,13 +139,17 @@ class IndependentMethod(Method):
 class RampUp(nn.Module):
     """The weight of a loss term, which grows from exp(-5) to 1 over the first epochs.
 
-    The weight is exp(-5 (1 - t)^2), in which t grows linearly from 0 to 1.
+    The weight is exp(-5 (1 - t)^2), in which t grows linearly from 0 to 1 during the ramp-up.
 
     Source: Laine, Aila, "Temporal ensembling for semi-supervised learning", 2017, section 3. The weight is a tensor, so
-    that a step recorded as a CUDA graph reads the current value.
+    that a training step that was recorded as a CUDA graph reads the current value.
 
     Args:
-        ramp_up: The number of these epochs as a fraction of the run's epochs; 0 for a weight of 1 from the start.
+        ramp_up: The length of the ramp-up as a fraction of the run's epochs, in [0, 1]; 0 for a weight of 1 from the
+            start.
+
+    Attributes:
+        weight: The current weight, a scalar.
     """
 
     weight: Tensor
@@ -146,29 +160,30 @@ class RampUp(nn.Module):
         self.register_buffer("weight", torch.ones(()))
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the weight for an epoch (from 0) of a run of `epochs`."""
+        """Sets the weight for epoch number `epoch` (from 0) of `epochs`."""
+        # What is left of the ramp-up, 1 - t; the buffer is filled in place, since a CUDA graph reads its address.
         remaining = max(0.0, 1 - epoch / (self.length * epochs)) if self.length else 0.0
         self.weight.fill_(math.exp(-5 * remaining**2))
 
 
 def add_total(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the terms and their sum, `loss`."""
+    """Returns the given terms, and their sum under the name `loss`."""
     return terms | {"loss": torch.stack(list(terms.values())).sum()}
 
 
 def cross_entropy_terms(logits: Tensor, target: Tensor, name: str, smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Returns the cross-entropy of each student, named `<name>_<k>`.
+    """Returns the cross-entropy of each student, averaged over the images, as terms `<name>_0`, `<name>_1`, ...
 
     Args:
-        logits: (S, N, K).
+        logits: The students' logits (S, N, K).
         target: Labels (N,).
-        name: The terms' name.
-        smoothing: The part of each label that is divided among all classes.
+        name: The name of the terms, before the student's number.
+        smoothing: The fraction of each label's probability that is divided among all classes.
     """
     losses = (F.cross_entropy(student, target, label_smoothing=smoothing) for student in logits)
     return {f"{name}_{k}": value for k, value in enumerate(losses)}
 
 
 def student_terms(values: Tensor, name: str) -> dict[str, Tensor]:
-    """Returns one value for each student, (S,), as terms named `<name>_<k>`."""
+    """Returns a tensor (S,), one value for each student, as terms `<name>_0`, `<name>_1`, ..."""
     return {f"{name}_{k}": value for k, value in enumerate(values)}

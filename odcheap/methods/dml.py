@@ -1,15 +1,16 @@
-"""Deep mutual learning: each student imitates every other.
+"""Deep mutual learning (DML): each student imitates all other students.
 
-Y. Zhang, T. Xiang, T. M. Hospedales, H. Lu, "Deep mutual learning", CVPR 2018. With p_k the softmax of student k,
+Y. Zhang, T. Xiang, T. M. Hospedales, H. Lu, "Deep mutual learning", CVPR 2018. S is the number of students, p_k the
+softmax of student k's logits and L_C_k its cross-entropy:
 
     loss_k = L_C_k + 1 / (S - 1) sum_{l != k} KL(p_l || p_k)
 
-p_l is a constant in the KL, whose gradient reaches student k only. The temperature is 1, and there is no ramp-up. All
-students see the same augmented images and share nothing else.
+In the KL p_l is detached, so the gradient of loss_k reaches student k only. The temperature is 1, and there is no
+ramp-up. All students see the same augmented images and share nothing else.
 
-The paper updates the students one after the other, with new predictions of those that are already updated. Here, as in
-most later work, all take their step at once, so that a batch costs S forward passes. The paper's second form, in which
-each student imitates the mean of the others, is not implemented.
+The paper updates the students one after the other, and computes the predictions of updated students anew. Here, as in
+most later work, all students are updated at the same time, so that a batch costs S forward passes. The paper's second
+form, in which each student imitates the mean of the other students, is not implemented.
 """
 
 from torch import Tensor
@@ -22,11 +23,11 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class DeepMutualLearning(Method):
-    """Students that imitate each other.
+    """Trains students that imitate each other.
 
     Args:
         students: Two or more students.
-        temperature: T of the softened predictions.
+        temperature: T, by which logits are divided before the softmax in the KL.
     """
 
     min_students = 2
@@ -36,8 +37,14 @@ class DeepMutualLearning(Method):
         self.temperature = temperature
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `L_C_k`, `D_KL_k` (with the factor T^2) and their sum `loss`."""
+        """Returns the loss terms by name.
+
+        Returns:
+            For each student k: `L_C_k`, its cross-entropy; `D_KL_k`, T^2 times the mean KL from the other students'
+            predictions to its own. `loss`: the sum of all terms.
+        """
         logits = outputs["student_logits"]
-        pairs = soft_kl(logits[None], logits.detach()[:, None], self.temperature)  # (S, S): row l is the target
+        # (S, S): row l has the KLs from student l's predictions, the detached targets, to each student.
+        pairs = soft_kl(logits[None], logits.detach()[:, None], self.temperature)
         peers = self.temperature**2 * pairs.sum(0) / (len(logits) - 1)  # a student's distance from itself is zero
         return add_total(cross_entropy_terms(logits, target, "L_C") | student_terms(peers, "D_KL"))

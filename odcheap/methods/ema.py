@@ -16,20 +16,24 @@ AverageDecay = Annotated[float, Field(ge=0, lt=1)]
 
 @check_arguments("method")
 class AveragedStudents(Students):
-    """A copy of each student whose weights are averages of the student's over the steps.
+    """Copies of the students whose weights are exponential moving averages of the students' weights.
 
-    After each step g (from 0) an average becomes d times itself plus (1 - d) times the weight, with
-    d = min(1 - 1 / (g + 1), decay). At first this is the mean of all steps. Source: Tarvainen, Valpola, "Mean teachers
-    are better role models", 2017, section 2.
+    After optimizer step g (from 0) each averaged weight becomes d times its old value plus (1 - d) times the student's
+    weight, with d = min(1 - 1 / (g + 1), average_decay). In the first steps this is the plain mean of all steps.
+    Source: Tarvainen, Valpola, "Mean teachers are better role models", 2017, section 2.
 
-    `torch.optim.swa_utils.AveragedModel` cannot be used: it reads its step count from the GPU, which is not possible in
-    a CUDA graph, and it copies the students' batch norm statistics. Here batch norm has the statistics of the copies'
-    own forward passes on the training batches.
+    The batch norm statistics are not averaged: the copies run on the training batches too, and collect their own.
 
     Args:
-        students: The students, which are copied.
-        average_decay: The largest d.
+        students: The students; they are copied and not changed.
+        average_decay: The largest d, in [0, 1).
+
+    Attributes:
+        steps: The number of updates so far, a scalar.
     """
+
+    # `torch.optim.swa_utils.AveragedModel` cannot be used: it reads its step count from the GPU, which is not possible
+    # in a CUDA graph, and it copies the students' batch norm statistics.
 
     steps: Tensor
 
@@ -41,16 +45,21 @@ class AveragedStudents(Students):
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Returns logits (S, N, K) of images (N, C, H, W), or (S, N, C, H, W) with a view for each."""
+        """Returns logits (S, N, K), without gradients.
+
+        Args:
+            images: (N, C, H, W); or (S, N, C, H, W), in which each of the S copies has its own augmentation.
+        """
         return self(images)[1]
 
     @torch.no_grad()
     def update(self, students: Students) -> None:
-        """Moves the averages after a step of the optimizer.
+        """Updates the averages with the students' weights; call it after each step of the optimizer.
 
         Raises:
-            OptionError: The weights have fewer than 32 bits.
+            OptionError: The students' weights have fewer than 32 bits.
         """
+        # The step count is a tensor, and nothing is read from the GPU, so that a CUDA graph can record the update.
         self.steps += 1
         decay = (1 - 1 / self.steps).clamp(max=self.decay)
         for average, weight in zip(self.members.parameters(), students.members.parameters(), strict=True):
@@ -58,7 +67,7 @@ class AveragedStudents(Students):
             average.lerp_(weight, (1 - decay).to(weight.dtype))
 
     def copy_weights(self, students: Students) -> None:
-        """Sets the averages to the students' weights."""
+        """Sets the averages, and the batch norm statistics of the copies, to those of the students."""
         self.members.load_state_dict(students.members.state_dict())
 
 

@@ -1,14 +1,15 @@
-"""FFL: a classifier on the fused feature maps learns from the students' ensemble, and the students from it.
+"""FFL: a classifier on the students' fused feature maps learns from their ensemble, and the students learn from it.
 
 J. Kim, M. Hyun, I. Chung, N. Kwak, "Feature fusion for online mutual knowledge distillation", arXiv 1904.09058, 2019.
-With z_e the mean of the students' logits z_k, w the ramp-up, and
+z_k are the logits of student k, z_e is their mean over the students, z_f are the logits of the fused classifier, L_ce
+is the cross-entropy of each, and w the ramp-up:
 
     z_f  = linear(pool(ReLU(BN(conv 1x1(ReLU(BN(depth-wise 3x3(concat(features)))))))))
     loss = sum_k L_ce_k + L_ce_f + w T^2 [ KL(softmax(z_e / T) || softmax(z_f / T))
                                            + sum_k KL(softmax(z_f / T) || softmax(z_k / T)) ]
 
-T = 3, and all students see the same augmented images. As in the authors' code the first argument of each KL is a
-constant, w grows over the first 80 of 300 epochs, and the students learn from L_ce_f too. The authors' students are
+T = 3, and all students see the same augmented images. As in the authors' code the first argument of each KL is
+detached, w grows over the first 80 of 300 epochs, and the students learn from L_ce_f too. The authors' students are
 branches of one network; here they are whole networks that share nothing. The authors train the fusion with a weight
 decay of its own, 1e-5; here all parts have the run's weight decay.
 """
@@ -25,12 +26,12 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class FeatureFusion(Method):
-    """Students that learn together with a classifier on their fused feature maps.
+    """Trains students together with a classifier on their fused feature maps, which is the teacher.
 
     Args:
         students: Two or more students.
-        temperature: T of the softened predictions.
-        ramp_up: The length of the ramp-up as a fraction of the run's epochs.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        ramp_up: The length of the ramp-up of w as a fraction of the run's epochs, in [0, 1].
     """
 
     teacher_kind = "head"
@@ -39,6 +40,8 @@ class FeatureFusion(Method):
     def __init__(self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300):
         super().__init__(students)
         self.temperature, self.ramp = temperature, RampUp(ramp_up)
+        # The fusion of the maps of all students to one map with as many channels as one student's: depth-wise 3 x 3,
+        # then 1 x 1, each with batch norm and ReLU.
         fused = students.num_features
         concat = fused * len(students)
         depthwise = nn.Conv2d(concat, concat, 3, padding=1, groups=concat, bias=False)
@@ -54,12 +57,16 @@ class FeatureFusion(Method):
         return {"student_logits": logits, "teacher_logits": self.fc(fused.mean((2, 3)))}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `L_ce_k`, `L_ce_f`, `L_kl_e` (to the fused classifier), `L_kl_f_k` (from it), and `loss`.
+        """Returns the loss terms by name.
 
-        The last two have the factor w T^2.
+        Returns:
+            `L_ce_k`: the cross-entropy of each student k. `L_ce_f`: that of the fused classifier. `L_kl_e`: w T^2 times
+            the KL from the students' mean to the fused classifier. `L_kl_f_k`: w T^2 times the KL from the fused
+            classifier to student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
         """
         logits, fused = outputs["student_logits"], outputs["teacher_logits"]
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_f": F.cross_entropy(fused, target)}
         terms["L_kl_e"] = weight * soft_kl(fused, logits.mean(0).detach(), self.temperature)
+        # The KL in the other direction; each detached side is a fixed target.
         return add_total(terms | student_terms(weight * soft_kl(logits, fused.detach(), self.temperature), "L_kl_f"))

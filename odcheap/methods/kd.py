@@ -1,11 +1,11 @@
-"""Offline distillation: every student learns from the labels and from a trained teacher, which is not trained further.
+"""Offline distillation (KD): every student learns from the labels and from a trained teacher, which does not change.
 
-G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, 2015, section 2. With
-z_t the teacher's logits and z_k student k's,
+G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, 2015, section 2. z_t
+are the teacher's logits and z_k those of student k:
 
     loss = sum_k [ (1 - alpha) CE(student_k) + alpha T^2 KL(softmax(z_t / T) || softmax(z_k / T)) ]
 
-The paper gives the labels a considerably lower weight but names no number; T = 4 and alpha = 0.9 are a usual choice.
+The paper gives the labels' term a considerably lower weight but names no number; T = 4 and alpha = 0.9 are usual.
 All students see the same augmented images and share nothing but the teacher.
 """
 
@@ -26,13 +26,13 @@ Alpha = Annotated[float, Field(ge=0, le=1)]
 
 @check_arguments("method")
 class OfflineDistillation(IndependentMethod):
-    """Students that learn from a trained teacher.
+    """Trains students that learn from the labels and from a trained teacher.
 
     Args:
         students: The students.
-        teacher: The trained network.
-        temperature: T of the softened predictions.
-        alpha: Weight of the teacher's term; the labels' term has the weight 1 - alpha.
+        teacher: The trained network; it is not trained further.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        alpha: The weight of the teacher's term, in [0, 1]; the labels' term has the weight 1 - alpha.
     """
 
     teacher_kind = "frozen"
@@ -54,7 +54,12 @@ class OfflineDistillation(IndependentMethod):
         return {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `ce_k` (with 1 - alpha), `kl_k` (with alpha T^2) and their sum `loss`."""
+        """Returns the loss terms by name.
+
+        Returns:
+            For each student k: `ce_k`, (1 - alpha) times its cross-entropy; `kl_k`, alpha T^2 times the KL from the
+            teacher to the student. `loss`: the sum of all terms.
+        """
         logits = outputs["student_logits"]
         soft = self.alpha * self.temperature**2 * soft_kl(logits, outputs["teacher_logits"], self.temperature)
         hard = {name: (1 - self.alpha) * term for name, term in cross_entropy_terms(logits, target, "ce").items()}
@@ -74,19 +79,24 @@ def build_offline_distillation(
     temperature: Temperature = 4.0,
     alpha: Alpha = 0.9,
 ) -> OfflineDistillation:
-    """Builds the method with a teacher from a file.
+    """Builds the method with a teacher whose weights are in a file.
 
     Args:
         students: The students.
         teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
-        teacher_network: `torchvision/NAME` or `timm/NAME` for published weights.
-        teacher_mean: Mean of the teacher's images; None for that of its run, or of ImageNet for published weights.
-        teacher_std: Their standard deviation; None as for the mean.
-        teacher_size: Side of its images in pixels; None as for the mean.
-        mean: Mean of the students' images.
-        std: Standard deviation of the students' images.
-        temperature: T of the softened predictions.
-        alpha: Weight of the teacher's term.
+        teacher_network: The network that published weights belong to, `torchvision/NAME` or `timm/NAME`; None for a
+            run.
+        teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
+            run, or that of ImageNet for published weights.
+        teacher_std: The standard deviation of the same kind; None has the same meaning.
+        teacher_size: The side, in pixels, of the images that the teacher expects; None has the same meaning.
+        mean: The mean, of each channel, with which the students' images are normalized.
+        std: The standard deviation of the same kind.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        alpha: The weight of the teacher's term, in [0, 1].
+
+    Raises:
+        OptionError: See `load_teacher`.
     """
     expected = teacher_mean, teacher_std, teacher_size
     teacher = load_teacher(teacher_weights, teacher_network, students.num_classes, *expected, mean, std)

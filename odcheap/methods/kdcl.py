@@ -1,15 +1,16 @@
-"""KDCL: the students learn from a soft target that is made of their logits on different views and of the label.
+"""KDCL: the students learn from a soft target, which is computed from the logits of all students and the label.
 
 Q. Guo, X. Wang, Y. Wu, Z. Yu, D. Liang, X. Hu, P. Luo, "Online knowledge distillation via collaborative learning",
-CVPR 2020. With z_k student k's logits on its own view of the images and c the label,
+CVPR 2020. Each student sees its own augmentation of the images. z_k are the logits of student k, c is the label, j a
+class, and z_t the soft target:
 
     minlogit:  z_t[j] = min_k (z_k[j] - z_k[c])
     naive:     z_t    = the z_k with the smallest cross-entropy
     loss       = sum_k L_CE_k + weight T^2 sum_k KL(softmax(z_t / T) || softmax(z_k / T))
 
-T = 2, the weight is 1, and there is no ramp-up; z_t is a constant. Every student sees an augmentation of its own, and
-they share nothing. The target needs the label, so there is no teacher at test time. Two of the paper's four targets are
-not implemented: Linear solves an optimization problem for each image, and General needs held-out images in training.
+T = 2, the weight is 1, and there is no ramp-up; z_t is detached. The students share nothing. The target needs the
+label, so there is no teacher at test time. Two of the paper's four targets are not implemented: Linear solves an
+optimization problem for each image, and General needs held-out images in training.
 """
 
 from typing import Annotated, Literal
@@ -27,13 +28,14 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class CollaborativeLearning(Method):
-    """Students that learn from a soft target of their own logits.
+    """Trains students that learn from a soft target, which is computed from the logits of all students.
 
     Args:
         students: Two or more students.
-        temperature: T of the softened predictions.
-        weight: Factor on the soft target's terms.
-        soft_target: "minlogit", or "naive", which is for each image the student with the smallest cross-entropy.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        weight: The factor of the KL terms.
+        soft_target: "minlogit" takes for each class the smallest difference, over the students, from the label's logit;
+            "naive" takes for each image the logits of the student with the smallest cross-entropy.
     """
 
     has_own_views = True
@@ -51,7 +53,12 @@ class CollaborativeLearning(Method):
         self.make_target = min_logit_target if soft_target == "minlogit" else naive_target
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `L_CE_k`, `L_KD_k` (with weight T^2) and their sum `loss`."""
+        """Returns the loss terms by name.
+
+        Returns:
+            For each student k: `L_CE_k`, its cross-entropy; `L_KD_k`, weight * T^2 times the KL from the soft target to
+            the student. `loss`: the sum of all terms.
+        """
         logits = outputs["student_logits"]
         soft_target = self.make_target(logits.detach(), target)
         kl = self.weight * self.temperature**2 * soft_kl(logits, soft_target, self.temperature)
@@ -59,12 +66,30 @@ class CollaborativeLearning(Method):
 
 
 def min_logit_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the smallest difference of each class from the label's logit: (S, N, K), labels (N,) -> (N, K)."""
+    """Returns, for each image and class, the smallest difference between the class's logit and the label's.
+
+    Args:
+        logits: The students' logits (S, N, K).
+        target: Labels (N,).
+
+    Returns:
+        (N, K), the smallest over the students.
+    """
+    # (S, N, 1): each student's logit of the image's label.
     label_logits = logits.gather(-1, target.expand(len(logits), -1)[..., None])
     return (logits - label_logits).amin(0)
 
 
 def naive_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns for each image the logits with the smallest cross-entropy: (S, N, K), labels (N,) -> (N, K)."""
+    """Returns, for each image, the logits of the student with the smallest cross-entropy.
+
+    Args:
+        logits: The students' logits (S, N, K).
+        target: Labels (N,).
+
+    Returns:
+        (N, K).
+    """
     losses = torch.stack([F.cross_entropy(student, target, reduction="none") for student in logits])
+    # The index of the best student, (N,), is repeated for all classes, since `gather` picks each element separately.
     return logits.gather(0, losses.argmin(0)[None, :, None].expand(1, -1, logits.shape[-1]))[0]

@@ -1,4 +1,4 @@
-"""The distillation loss, a function of logits. `methods.okddip` has one of probabilities."""
+"""The distillation loss as a function of logits; `methods.okddip` has one that takes probabilities."""
 
 from typing import Annotated, Literal
 
@@ -21,15 +21,18 @@ def soft_kl(
 ) -> Tensor:
     """Returns KL(softmax(teacher / T) || softmax(student / T)), without the factor T^2.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, section 2. Both logits receive
-    gradients. Dimensions before the last two are broadcast; the result has these dimensions.
+    Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, section 2. Gradients flow to
+    both tensors; detach the teacher's logits if they should not learn from this loss.
 
     Args:
-        student_logits: (..., N, K).
-        teacher_logits: (..., N, K).
+        student_logits: (..., N, K) for N images and K classes.
+        teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
         temperature: T, from 1e-6 to 1e6.
-        reduction: "batchmean" sums over the K classes and averages over the N images; "mean" averages over all N x K
-            elements, as the 2019 code does, and is smaller by the factor K.
+        reduction: "batchmean" sums over the classes and averages over the images; "mean" averages over all N x K
+            elements, as the method's 2019 reference code does, and gives a value that is smaller by the factor K.
+
+    Returns:
+        One value for each element of the broadcast dimensions before N; a scalar if there are none.
 
     Raises:
         OptionError: The temperature is out of range, or the reduction is unknown.

@@ -1,12 +1,13 @@
-"""The paper's method: students and an online teacher on their concatenated features learn from each other.
+"""Online distillation (OD): the students and a teacher, a classifier on all their features, learn from each other.
 
 J. Xie, S. Lin, Y. Zhang, L. Luo, "Training convolutional neural networks with cheap convolutions and online
-distillation", arXiv 1909.13063, 2019. With Z_k student k's last feature map and T the temperature,
+distillation", arXiv 1909.13063, 2019. Z_k is the last feature map of student k, S the number of students, T the
+temperature, and CE the cross-entropy:
 
     teacher = linear(pool(ReLU(BN(concat(Z_1 .. Z_S)))))
     loss    = CE(teacher) + sum_k [ CE(student_k) + T^2 KL(softmax(teacher / T) || softmax(student_k / T)) ]
 
-The teacher's logits are not detached, so the gradient of the KL also trains the teacher, and learning is mutual.
+The teacher's logits are not detached, so the gradient of the KL also trains the teacher: learning is mutual.
 """
 
 import torch
@@ -22,17 +23,20 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class OnlineDistillation(Method):
-    """Students with a teacher head on their concatenated features.
+    """Trains students together with a teacher, which is a classifier on their concatenated feature maps.
 
     Args:
-        students: The students.
-        temperature: T of the softened predictions.
-        kl_reduction: "batchmean" (the textbook's) or "mean" (the 2019 code's, smaller by the number of classes).
-        detach_teacher: Whether the gradient of the KL reaches the students only.
-        normalise: Whether the teacher's classifier has batch norm and ReLU before it.
-        label_smoothing: The part of each label that is divided among all classes, for students and teacher.
-        average_decay: The largest decay of moving averages of the students' weights; None for no averages. The averages
-            cost S more forward passes a step, and the best one may be selected in place of a student.
+        students: The S students.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        kl_reduction: "batchmean" (the usual definition), or "mean" (that of the 2019 reference code, which is smaller
+            by a factor equal to the number of classes); see `soft_kl`.
+        detach_teacher: Whether the gradient of the KL reaches the students only, not the teacher.
+        normalise: Whether there are batch norm and ReLU before the teacher's pooling and linear layer.
+        label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1), for the
+            students and the teacher.
+        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1); None for no moving
+            averages. They cost S more forward passes in each step, and the best of them may be selected in place of a
+            student.
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -75,7 +79,12 @@ class OnlineDistillation(Method):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `ce_teacher`, `ce_student_k`, `kl_student_k` (with the factor T^2) and their sum `loss`."""
+        """Returns the loss terms by name.
+
+        Returns:
+            `ce_teacher`: the teacher's cross-entropy. For each student k: `ce_student_k`, its cross-entropy;
+            `kl_student_k`, T^2 times the KL from the teacher to the student. `loss`: the sum of all terms.
+        """
         teacher = outputs["teacher_logits"]
         soft_target = teacher.detach() if self.detach_teacher else teacher
         terms = {"ce_teacher": F.cross_entropy(teacher, target, label_smoothing=self.label_smoothing)}

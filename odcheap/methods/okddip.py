@@ -1,16 +1,17 @@
-"""OKDDip: peers learn from each other by attention, and the group's leader learns from all of them.
+"""OKDDip: peers learn from each other with attention weights, and the group's leader learns from all peers.
 
 D. Chen, J.-P. Mei, C. Wang, Y. Feng, C. Chen, "Online knowledge distillation with diverse peers", AAAI 2020. The last
-student is the leader, the others are its m auxiliary peers. With q = softmax(z / T), h pooled features, L and E linear,
-and w the ramp-up,
+student is the leader, the other m students are its auxiliary peers. q_k = softmax(z_k / T) are the softened predictions
+of student k, h_k its pooled features, L and E linear layers, L_gt_k the cross-entropy, and w the ramp-up:
 
     a_kb = softmax_b(L(h_k) . E(h_b)),   t_k = sum_b a_kb q_b
     loss = sum_k L_gt_k + w T^2 [ sum_{k <= m} KL(t_k || q_k) + KL(1/m sum_b q_b || q_leader) ]
 
 T = 3, all students see the same augmented images, and w grows over the first 80 of 300 epochs. The targets are not
-constants, since L and E learn through them. The authors' code mixes logits, the formula mixes predictions; this is the
-formula. Of the paper's two versions this is the one with whole networks: students share nothing but L and E, which
-project to an eighth of the features. With two students there is one peer, which has no other peer to learn from.
+detached, since L and E learn through them. The authors' code mixes logits and the formula mixes predictions; this file
+follows the formula. Of the paper's two versions this is the one with whole networks: the students share nothing but L
+and E, whose outputs have an eighth of the number of features. With two students there is one peer, which has no other
+peer to learn from.
 """
 
 import torch
@@ -24,12 +25,12 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class DiversePeers(Method):
-    """Peers that learn from each other by attention, and a leader that learns from them.
+    """Trains peers that learn from each other with attention weights, and a leader that learns from all peers.
 
     Args:
-        students: Two or more students; the last one is the leader.
-        temperature: T of the softened predictions.
-        ramp_up: The length of the ramp-up as a fraction of the run's epochs.
+        students: Two or more students; the last one is the leader, the others are the peers.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        ramp_up: The length of the ramp-up of w as a fraction of the run's epochs, in [0, 1].
     """
 
     teacher_kind = "mean"
@@ -42,22 +43,34 @@ class DiversePeers(Method):
         self.query, self.key = (nn.Linear(features, max(1, features // 8), bias=False) for _ in range(2))
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns the logits, and `attention` (N, m, m) of each peer to each peer. The teacher is the peers' mean."""
+        """Returns the outputs by name.
+
+        Returns:
+            `student_logits` (S, N, K); `teacher_logits` (N, K), T times the logarithm of the mean of the m peers'
+            predictions at temperature T; `attention` (N, m, m), the weight that each peer (first m) gives to each peer
+            (second m).
+        """
         features, logits = self.students(images)
         pooled = torch.stack([f.mean((2, 3)) for f in features[:-1]], dim=1)  # (N, m, F)
         attention = (self.query(pooled) @ self.key(pooled).transpose(1, 2)).softmax(-1)
+        # Logits that give the mean of the peers' softened predictions again when they are divided by T.
         mean = (logits[:-1] / self.temperature).softmax(-1).mean(0)
         return {"student_logits": logits, "teacher_logits": mean.log() * self.temperature, "attention": attention}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `L_gt_k`, `L_dis1_k` of the peers, `L_dis2` of the leader, and their sum `loss`.
+        """Returns the loss terms by name.
 
-        The last two have the factor w T^2.
+        Returns:
+            `L_gt_k`: the cross-entropy of each student k. `L_dis1_k`: w T^2 times the KL from the attention-weighted
+            predictions of the peers to peer k. `L_dis2`: w T^2 times the KL from the mean of the peers to the leader.
+            `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
         """
         logits = outputs["student_logits"]
         log_q = (logits / self.temperature).log_softmax(-1)
-        peers = log_q[:-1].exp()
+        peers = log_q[:-1].exp()  # (m, N, K)
+        # For peer k the sum over the peers b of attention[n, k, b] times the predictions of peer b for image n.
         targets = torch.einsum("nkb,bnc->knc", outputs["attention"], peers)
+        # Both distillation terms have the ramp-up, and T^2, which keeps the gradient's size independent of T.
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_gt")
         terms |= student_terms(weight * kl_divergence(targets, log_q[:-1]), "L_dis1")
@@ -65,5 +78,14 @@ class DiversePeers(Method):
 
 
 def kl_divergence(target: Tensor, log_q: Tensor) -> Tensor:
-    """Returns KL(target || q), summed over the classes and averaged over the images: (..., N, K) -> (...)."""
+    """Returns KL(target || q), summed over the classes and averaged over the images.
+
+    Args:
+        target: Probabilities (..., N, K).
+        log_q: The logarithms of the probabilities q, (..., N, K).
+
+    Returns:
+        (...), the dimensions before N.
+    """
+    # `xlogy` is 0 for a probability of 0, of which the logarithm would be infinite.
     return (torch.xlogy(target, target) - target * log_q).sum(-1).mean(-1)

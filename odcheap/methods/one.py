@@ -1,12 +1,13 @@
-"""ONE: a gate mixes the students' logits into a teacher, from which all students learn.
+"""ONE: a gate computes a weighted sum of the students' logits; this is the teacher, from which all students learn.
 
-X. Lan, X. Zhu, S. Gong, "Knowledge distillation by on-the-fly native ensemble", NeurIPS 2018. With z_k student k's
-logits, g = softmax(ReLU(BN(linear(features)))) the gate and w the ramp-up,
+X. Lan, X. Zhu, S. Gong, "Knowledge distillation by on-the-fly native ensemble", NeurIPS 2018. z_k are the logits of
+student k, g = softmax(ReLU(BN(linear(features)))) are the gate's weights, z_e the teacher's logits, L_ce is the
+cross-entropy of each, and w the ramp-up:
 
     z_e  = sum_k g_k z_k
     loss = sum_k L_ce_k + L_ce_e + w T^2 sum_k KL(softmax(z_e / T) || softmax(z_k / T))
 
-T = 3, and all students see the same augmented images. As in the authors' code z_e is a constant in the KL, so that the
+T = 3, and all students see the same augmented images. As in the authors' code z_e is detached in the KL, so that the
 gate learns from L_ce_e alone, and w grows over the first 80 of 300 epochs. The paper's students are branches of one
 network, and the gate reads the features that they share; here they are whole networks that share nothing, and the gate
 reads their pooled features.
@@ -24,12 +25,12 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class NativeEnsemble(Method):
-    """Students that learn from a gated mixture of their logits.
+    """Trains students that learn from a teacher, which is a weighted sum of their logits.
 
     Args:
         students: Two or more students.
-        temperature: T of the softened predictions.
-        ramp_up: The length of the ramp-up as a fraction of the run's epochs.
+        temperature: T, by which logits are divided before the softmax in the KL.
+        ramp_up: The length of the ramp-up of w as a fraction of the run's epochs, in [0, 1].
     """
 
     teacher_kind = "gated"
@@ -48,7 +49,12 @@ class NativeEnsemble(Method):
         return {"student_logits": logits, "teacher_logits": (gates.T[..., None] * logits).sum(0)}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `L_ce_k`, `L_ce_e`, `L_kl_k` (with the factor w T^2) and their sum `loss`."""
+        """Returns the loss terms by name.
+
+        Returns:
+            `L_ce_k`: the cross-entropy of each student k. `L_ce_e`: that of the teacher. `L_kl_k`: w T^2 times the KL
+            from the teacher to student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
+        """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_e": F.cross_entropy(teacher, target)}
         kl = self.ramp_weight * self.temperature**2 * soft_kl(logits, teacher.detach(), self.temperature)

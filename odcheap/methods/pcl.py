@@ -1,16 +1,17 @@
-"""PCL: peers learn from an ensemble of their features, and from moving averages of each other.
+"""PCL: peers (students) learn from a classifier on all their features, and from moving averages of the other peers.
 
-G. Wu, S. Gong, "Peer collaborative learning for online knowledge distillation", AAAI 2021. With z_t the ensemble
-teacher, m_l the logits of peer l's average, q(z) = softmax(z / T) and w the ramp-up,
+G. Wu, S. Gong, "Peer collaborative learning for online knowledge distillation", AAAI 2021. z_k are the logits of peer
+k, z_t those of the teacher, m_l those of the moving average of peer l's weights; q(z) = softmax(z / T), L_ce is the
+cross-entropy of each, S the number of peers, and w the ramp-up:
 
     z_t  = linear(concat(pooled features))
     loss = sum_k L_ce_k + L_ce_t + w T^2 sum_k [ KL(q(z_t) || q(z_k)) + 1 / (S - 1) sum_{l != k} KL(q(m_l) || q(z_k)) ]
 
-T = 3, and w grows over the first 80 of 300 epochs; z_t and m_l are constants in the KLs. Every peer sees its own
-augmentation of the images, and its average sees the same one. The averages are those of `AveragedStudents` with decay
-0.999, and cost S more forward passes a step, without a backward pass. The paper deploys an average, so one may be
-selected in place of a student. The paper's peers are branches of one network; here they are whole networks that share
-nothing but the ensemble's classifier.
+T = 3, and w grows over the first 80 of 300 epochs; z_t and m_l are detached in the KLs. Every peer sees its own
+augmentation of the images, and its moving average sees the same one. The moving averages are those of
+`AveragedStudents` with decay 0.999; they cost S more forward passes in each step, without a backward pass. The paper
+deploys a moving average, so one may be selected in place of a student. The paper's peers are branches of one network;
+here they are whole networks that share nothing but the teacher's linear layer.
 """
 
 import torch
@@ -26,13 +27,13 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class PeerCollaborativeLearning(Method):
-    """Students that learn from an ensemble of their features and from averages of their peers.
+    """Trains students that learn from a classifier on all their features and from the others' moving averages.
 
     Args:
         students: Two or more students.
-        temperature: T of the softened predictions.
-        average_decay: The largest decay of the averages.
-        ramp_up: The length of the ramp-up as a fraction of the run's epochs.
+        temperature: T, by which logits are divided before the softmax in the KLs.
+        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
+        ramp_up: The length of the ramp-up of w as a fraction of the run's epochs, in [0, 1].
     """
 
     teacher_kind = "head"
@@ -57,16 +58,19 @@ class PeerCollaborativeLearning(Method):
         return {"student_logits": logits, "teacher_logits": teacher} | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the terms `L_ce_k`, `L_ce_t`, `L_pe_k` (from the ensemble), `L_pm_k` (from the averages), and `loss`.
+        """Returns the loss terms by name.
 
-        The last two have the factor w T^2.
+        Returns:
+            `L_ce_k`: the cross-entropy of each student k. `L_ce_t`: that of the teacher. `L_pe_k`: w T^2 times the KL
+            from the teacher to student k. `L_pm_k`: w T^2 times the mean KL from the other students' moving averages to
+            student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
         terms |= student_terms(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
-        pairs = soft_kl(
-            logits[None], outputs["average_logits"][:, None], self.temperature
-        )  # row l: average l is the target
+        # (S, S): row l has the KLs from the moving average of peer l to each student. The diagonal, a student's KL from
+        # its own moving average, is left out.
+        pairs = soft_kl(logits[None], outputs["average_logits"][:, None], self.temperature)
         others = (pairs.sum(0) - pairs.diagonal()) / (len(logits) - 1)
         return add_total(terms | student_terms(weight * others, "L_pm"))

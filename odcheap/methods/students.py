@@ -1,7 +1,8 @@
-"""The S students of one architecture, and the ways to run them on a batch.
+"""Students of one architecture, and functions that run all of them on a batch.
 
-A way to run is a function of the students and of a view of the images for each, (N, C, H, W); it returns their S last
-feature maps and their logits (S, N, K). All give the same numbers within rounding.
+Each function `run_...` takes the S students and, for each of them, its images (N, C, H, W). It returns the last feature
+map of each student, a list of S tensors, and the logits (S, N, K). All these functions give the same numbers, except
+for rounding and for the random numbers of dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +24,11 @@ RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
 def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
     """Runs one student after the other.
 
-    In training on a CPU each student draws its random numbers (dropout) from a stream of its own, so that they do not
-    depend on the other students.
+    In training on a CPU each student draws its random numbers (dropout) from its own random stream, so that these
+    numbers do not depend on the other students.
     """
+    # The seeds of the students' random streams are derived from one number of PyTorch's own stream, so that each step
+    # has new ones. PyTorch's stream then goes on as if no student had drawn a number.
     features, logits = [], []
     has_own_stream = members[0].training and not views[0].is_cuda  # a CUDA graph keeps its generator
     base = int(torch.randint(2**62, ())) if has_own_stream else 0
@@ -39,13 +42,14 @@ def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
 
 
 def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
-    """Runs each student on a CUDA stream of its own; in a CUDA graph they become parallel branches.
+    """Runs each student on its own CUDA stream; in a CUDA graph the streams become parallel branches.
 
-    The backward pass does the same, since autograd runs each operation on the stream of its forward pass. On a CPU,
-    where costs are counted after training, the students run one after the other.
+    The backward pass uses the same streams, since autograd runs each operation on the stream of its forward pass. If
+    the images are on a CPU, the students run one after the other.
     """
     if not views[0].is_cuda:
         return run_sequential(members, views)
+    # Each stream waits until the images are ready, and the current stream waits until all students are done.
     current, features, logits = torch.cuda.current_stream(), [], []
     streams = _student_streams(views[0].device, len(members))
     for student, view, stream in zip(members, views, streams, strict=True):
@@ -60,7 +64,7 @@ def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
 
 @lru_cache
 def _student_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """Returns the same streams in every step, since PyTorch keeps memory for each stream."""
+    """Returns `count` CUDA streams, and the same ones in every call, since PyTorch keeps memory for each stream."""
     return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
@@ -75,7 +79,7 @@ RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, 
 
 
 def check_run(run: RunStudents, device: torch.device) -> None:
-    """Raises `OptionError` if the students cannot be run in this way on the device."""
+    """Raises `OptionError` if `run` is `run_on_streams` and the device is not a CUDA device."""
     if run is run_on_streams and device.type != "cuda":
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
 
@@ -85,13 +89,17 @@ class Students(nn.Module):
     """Networks of one architecture that are trained together.
 
     Args:
-        build: Builds one student.
-        num_stu: Number of students, S.
+        build: A function that builds one student.
+        num_stu: The number of students, S.
         seed: The initial weights of student k depend on (seed, k) only.
-        run: The way to run them on a batch.
+        run: The function that runs all students on a batch; see the module's description.
+
+    Attributes:
+        members: The students, an `nn.ModuleList`.
 
     Shape:
-        (N, C, H, W), or (S, N, C, H, W) with a view for each -> list of S feature maps, logits (S, N, K).
+        Images (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation -> list of S
+        last feature maps (N, C', H', W'), and logits (S, N, K).
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -110,6 +118,7 @@ class Students(nn.Module):
         run: RunStudents = run_auto,
     ):
         super().__init__()
+        # Student k is the same for every number of students: its seed is temporary and depends on k only.
         members = []
         for k in range(num_stu):
             with temporary_seed(seed, "student", k):
@@ -117,7 +126,7 @@ class Students(nn.Module):
         self.members, self.run = nn.ModuleList(members), run
 
     def backbones(self) -> list[Backbone]:
-        """Returns the networks."""
+        """Returns the students as a list."""
         return cast("list[Backbone]", list(self.members))
 
     def __len__(self) -> int:
@@ -125,14 +134,15 @@ class Students(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Number of channels of one student's last feature map."""
+        """The number of channels of one student's last feature map."""
         return self.backbones()[0].num_features
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, K."""
+        """The number of classes, K."""
         return self.backbones()[0].num_classes
 
     def forward(self, images: Tensor) -> StudentOutputs:
+        # Four dimensions: all students get the same images. Five: the first one is the student's number.
         views = images if images.ndim == 5 else [images] * len(self)
         return self.run(self.backbones(), list(views))

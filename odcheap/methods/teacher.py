@@ -1,4 +1,4 @@
-"""A trained network as a teacher that never changes, with its own normalization and image size."""
+"""A trained network as a teacher that is not trained further, with its own normalization and image size."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -29,24 +29,26 @@ ImageSide = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
 class Teacher(nn.Module):
-    """A frozen network on images that were normalized for the students.
+    """A frozen network that takes the students' images, and normalizes and resizes them as it needs.
 
-    The network stays in eval mode if the module that holds it is set to training mode. A checkpoint does not contain
-    its weights but their digest; loading the state of another teacher raises `OptionError`.
+    The network always stays in eval mode. The module's state dict contains not its weights but their digest; loading
+    the state dict of another teacher raises `OptionError`.
 
     Args:
-        network: Normalized images (N, 3, side, side) -> logits (N, K).
-        images_norm: Mean and standard deviation with which the images were normalized for the students.
-        mean: The mean that the network expects.
-        std: The standard deviation that the network expects.
-        size: The side of images in pixels that the network expects.
-        classes: The network's classes; None if they are not known.
-        split: Fingerprint of the images that were held out from its training; None if it is not known.
-        history: `train_seconds` and `training_macs` of its training, if they are known.
-        path: The file, for messages.
+        network: A network that maps normalized images (N, 3, size, size) to logits (N, K).
+        images_norm: The mean and the standard deviation, of each channel, with which the students' images are
+            normalized.
+        mean: The mean of each channel that the network expects.
+        std: The standard deviation of each channel that the network expects.
+        size: The side, in pixels, of the images that the network expects.
+        classes: The names of the network's classes; None if they are not known.
+        split: The fingerprint of the split of the training images when the network was trained; None if it is not
+            known.
+        history: The costs of the network's training: `train_seconds` and `training_macs`; None if they are not known.
+        path: The file of the weights, for messages.
 
     Shape:
-        (N, 3, H, W) -> logits (N, K), without gradients.
+        Images (N, 3, H, W), normalized for the students -> logits (N, K), without gradients.
     """
 
     scale: Tensor
@@ -65,11 +67,12 @@ class Teacher(nn.Module):
         path: str = "",
     ):
         super().__init__()
-        self._networks = (
-            network.requires_grad_(False).eval(),
-        )  # in a tuple, so that it is no submodule: it has no state
+        # The network is in a tuple, so that it is no submodule: checkpoints would contain its weights otherwise.
+        self._networks = (network.requires_grad_(False).eval(),)
         self.size, self.classes, self.split, self.path = size, classes, split, path
         self.history = {"train_seconds": None, "training_macs": None} | (history or {})
+        # One multiplication and one addition change the students' normalization into the teacher's:
+        # (x * from_std + from_mean - to_mean) / to_std = x * scale + offset.
         from_mean, from_std, to_mean, to_std = (
             torch.tensor(list(values)).view(1, -1, 1, 1) for values in (*images_norm, mean, std)
         )
@@ -104,14 +107,15 @@ class Teacher(nn.Module):
         return self.network(images)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if the teacher's classes are known and differ from these."""
+        """Raises `OptionError` if the names of the teacher's classes are known and differ from `classes`."""
         if self.classes is not None and self.classes != classes:
             own, given = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
             raise OptionError(OPTION, self.path, f"the teacher's classes are {own}; the data's {given}")
 
 
 def digest_weights(network: nn.Module) -> Tensor:
-    """Returns 16 bytes, (16,), that identify a network's weights; rounding to fewer bits does not change them."""
+    """Returns a digest of a network's weights, (16,) uint8; weights that were rounded to bfloat16 have the same one."""
+    # The rounding makes the digest the same for a teacher in float32 and in bfloat16 (trainer.precision).
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():
         rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous().flatten()
@@ -134,17 +138,19 @@ def load_teacher(
 
     Args:
         teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
-        teacher_network: The network of published weights: `torchvision/resnet50`, `timm/resnet18d`; None for a run.
-        num_classes: K of the data.
-        teacher_mean: Mean of the images that the network expects; None for that of its run, or of ImageNet for
-            published weights.
-        teacher_std: Their standard deviation; None as for the mean.
-        teacher_size: Their side in pixels; None as for the mean.
-        mean: Mean with which the students' images are normalized.
-        std: Their standard deviation.
+        teacher_network: The network that published weights belong to, such as `torchvision/resnet50` or
+            `timm/resnet18d`; None for a run.
+        num_classes: The number of classes of the data, K.
+        teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
+            run, or that of ImageNet for published weights.
+        teacher_std: The standard deviation of the same kind; None has the same meaning.
+        teacher_size: The side, in pixels, of the images that the teacher expects; None has the same meaning.
+        mean: The mean, of each channel, with which the students' images are normalized.
+        std: The standard deviation of the same kind.
 
     Raises:
-        OptionError: The file is of another kind, or does not fit the data or the network.
+        OptionError: The file is of another kind, its weights do not fit the network, or the network has another number
+            of classes than the data.
     """
     path = teacher_weights
     # Published weights: no file says what images the network expects, so ImageNet's values are the default.
@@ -169,7 +175,18 @@ def load_teacher(
 
 
 def read_training_costs(student: Path) -> dict[str, Any]:
-    """Returns `train_seconds` and `training_macs` from the summary beside a student's file; None if unknown."""
+    """Returns the costs of a student's training, from the `summary.json` in the folder of its file.
+
+    Args:
+        student: The path of a `student.safetensors`.
+
+    Returns:
+        `train_seconds` and `training_macs` by name; each is None if the summary does not have it.
+
+    Raises:
+        OptionError: The summary is damaged.
+    """
+    # A student that was copied out of its run has no summary beside it: its costs are then unknown, not an error.
     path = student.with_name("summary.json")
     summary = read_json(path, OPTION) if path.is_file() else {}
     cost = summary.get("cost") or {} if isinstance(summary, dict) else None
@@ -183,7 +200,16 @@ def read_training_costs(student: Path) -> dict[str, Any]:
 
 
 def load_published_network(name: str, path: str, num_classes: int) -> nn.Module:
-    """Returns the network `torchvision/NAME` or `timm/NAME` with the weights of a local file."""
+    """Returns the network `torchvision/NAME` or `timm/NAME` with the weights of a local file.
+
+    Args:
+        name: The library and the network's name in it, such as `torchvision/resnet50`.
+        path: The file of the weights.
+        num_classes: The number of classes.
+
+    Raises:
+        OptionError: The library or the name is unknown, or the weights do not fit.
+    """
     library, _, network_name = name.partition("/")
     if library not in LIBRARIES or not network_name:
         raise OptionError("method.teacher_network", name, "must be torchvision/NAME or timm/NAME")

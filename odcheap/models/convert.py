@@ -145,7 +145,7 @@ def prepare_for_shapes(model: nn.Module) -> nn.Module:
 
 
 def is_weight_hook(hook: Any) -> bool:
-    """Whether a hook is one of PyTorch's that compute a layer's weights."""
+    """Returns whether a hook is one of PyTorch's that compute a layer's weights."""
     return type(hook).__module__.startswith("torch.nn.utils")
 
 
@@ -249,7 +249,7 @@ def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
 
 
 def looks_trained(model: nn.Module) -> bool:
-    """Whether the network's normalization layers differ from their initial values.
+    """Returns whether the network's normalization layers differ from their initial values.
 
     A network without such layers looks trained if a convolution has biases that are not zero, and weights outside the
     range of PyTorch's default initialization.

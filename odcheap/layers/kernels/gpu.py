@@ -1,7 +1,8 @@
-"""The fused operators of training steps on channels-last maps, in Triton; none uses atomics or a random order.
+"""The fused operators of training steps on channels-last feature maps, in Triton.
 
 A row is one pixel of one image with all its channels. Sums over pixels have two stages: each program writes the sums
-of its own chunk of rows, and the kernel that reads them adds them up in a fixed order.
+of its own chunk of rows, and the next kernel adds up these sums in a fixed order. No kernel uses atomics, so the
+results do not depend on the order in which programs run.
 """
 
 from odcheap.layers.kernels.norm import batch_norm_act

@@ -1,6 +1,8 @@
-"""Training batch norm with the ReLU and the residual that follow it: two Triton kernels forward, two backward.
+"""Batch norm in training mode, fused with a ReLU and the sum with a residual: two Triton kernels forward, two backward.
 
-In all kernels a tile is rows (pixels) x channels, and ACC is the type in which sums are computed.
+In all kernels a row is one pixel of one image, and a tile is a block of rows x channels. A program works on one chunk,
+which is TILES tiles of ROWS rows, and on BLOCK of the C channels. ACC is the dtype in which sums are computed. x_hat is
+the normalized input, and the prefix d stands for the gradient of a tensor.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,7 +24,16 @@ NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2  # relu(bn(x)); relu(bn(x)) + residual; 
 
 @triton.jit
 def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
-    """The mask of a tile; constant along the channels if they fill their blocks, so that loads are wide."""
+    """Returns the mask of a tile, (ROWS, BLOCK) or (ROWS, 1): whether an element lies inside of the tensor.
+
+    Args:
+        row: The numbers of the tile's rows, (ROWS,).
+        rows: The number of rows of the tensor.
+        channel: The numbers of the tile's channels, (BLOCK,).
+        C: The number of channels of the tensor.
+        BLOCK: The number of channels of the tile.
+    """
+    # If BLOCK divides C, the mask is the same for all channels, and the compiler can load many channels at once.
     ok = (row < rows)[:, None]
     if C % BLOCK != 0:
         ok = ok & (channel < C)[None, :]
@@ -31,10 +42,19 @@ def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def merge_tile(x, ok, left, earlier, mean, squares, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """Adds a tile to the mean and the sum of squared deviations of `earlier` rows.
+    """Returns the mean and the sum of squared deviations of each channel, with the rows of a tile added.
 
-    Of the tile's rows the first `left` count; `x` is zero outside of the mask `ok`.
+    Args:
+        x: The tile, (ROWS, BLOCK); it is zero where the mask is false.
+        ok: The mask of the tile.
+        left: The number of rows from the tile's first row to the tensor's end; at most ROWS of them are in the tile.
+        earlier: The number of rows that `mean` and `squares` already contain.
+        mean: The mean of these rows, (BLOCK,).
+        squares: Their sum of squared deviations from that mean, (BLOCK,).
+        ROWS: The number of rows of a tile.
+        ACC: The dtype of sums.
     """
+    # The statistics of the tile alone, then those of both parts together (Chan, Golub, LeVeque, 1979).
     count = tl.minimum(tl.maximum(left, 0), ROWS).to(ACC)
     tile_mean = tl.sum(x, axis=0) / tl.maximum(count, 1.0)
     away = tl.where(ok, x - tile_mean[None, :], 0.0)
@@ -58,6 +78,7 @@ def chunk_statistics(
     ACC: tl.constexpr,
 ):
     """Writes the mean and the sum of squared deviations of each channel in a chunk to partial (2, chunks, C)."""
+    # One program for each chunk of rows and block of channels.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], ACC)
@@ -75,7 +96,12 @@ def chunk_statistics(
 
 @triton.jit
 def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """Returns mean and sum of squared deviations over all chunks of CHUNK rows (Chan, Golub, LeVeque, 1979)."""
+    """Returns mean and sum of squared deviations of each channel over all rows (Chan, Golub, LeVeque, 1979).
+
+    They are computed from partial (2, chunks, C), which has those of chunks of CHUNK rows; PARTS is the number of
+    chunks, rounded up to a power of two.
+    """
+    # The last chunk may have fewer rows, so each chunk's mean counts with its number of rows.
     part = tl.arange(0, PARTS)
     ok = (part < chunks)[:, None] & (channel < C)[None, :]
     at = part[:, None] * C + channel[None, :]
@@ -89,7 +115,7 @@ def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PART
 
 @triton.jit
 def update_running(running_ptr, value, channel, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """Moves a running statistic towards its current value."""
+    """Updates a running statistic in place with its value in this batch, as `nn.BatchNorm2d` does."""
     old = tl.load(running_ptr + channel, mask=channel < C, other=0.0)
     tl.store(running_ptr + channel, old * (1.0 - MOMENTUM) + value * MOMENTUM, mask=channel < C)
 
@@ -119,10 +145,13 @@ def normalize(
     ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Combines the statistics of chunks of CHUNK rows, and writes y.
+    """Writes y: batch norm, ReLU, and the sum with the residual, in the order that ORDER gives.
 
-    The programs of the first chunk also write saved (2, C), which holds mean and 1 / deviation, and the buffers.
+    The statistics come from partial (2, chunks, C), which has those of chunks of CHUNK rows. The programs of the first
+    chunk also write saved (2, C), the mean and 1 / standard deviation of each channel, and update the running
+    statistics.
     """
+    # Each program combines the statistics of its channels itself, which needs no kernel in between.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = channel < C
@@ -135,6 +164,7 @@ def normalize(
         update_running(running_var_ptr, squares / (rows - 1), channel, C, MOMENTUM)  # unbiased, as in nn.BatchNorm2d
         if tl.program_id(1) == 0:
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+    # The output, a tile after the other.
     weight = tl.load(weight_ptr + channel, mask=known, other=0.0).to(ACC)
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(ACC)
     for tile in range(TILES):
@@ -153,7 +183,7 @@ def normalize(
 
 @triton.jit
 def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl.constexpr):
-    """Returns mean, 1 / deviation, weight and bias of each channel."""
+    """Returns mean, 1 / standard deviation, weight and bias of each channel, (BLOCK,) each."""
     known = channel < C
     mean = tl.load(saved_ptr + channel, mask=known, other=0.0)
     rstd = tl.load(saved_ptr + C + channel, mask=known, other=0.0)
@@ -164,10 +194,8 @@ def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl
 
 @triton.jit
 def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER: tl.constexpr, ACC: tl.constexpr):
-    """Returns the gradient of the ReLU's input.
-
-    The sign of that input is the output's with ADD_ACT; otherwise the batch norm is computed again for it.
-    """
+    """Returns the gradient of the ReLU's input: dy where that input is positive, otherwise zero."""
+    # relu(bn(x) + residual) has the sign of the output y; otherwise the ReLU's input is computed again from x_hat.
     dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(ACC)
     if ORDER == 2:  # noqa: SIM108 - Triton prunes an untaken branch, not an untaken operand
         sign = tl.load(y_ptr + at, mask=ok, other=0.0).to(ACC)
@@ -194,7 +222,8 @@ def chunk_gradients(
     ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes a chunk's sums of g and of g * x_hat to partial (2, chunks, C); g is the gradient of the ReLU's input."""
+    """Writes the sums of g and of g * x_hat over a chunk to partial (2, chunks, C); g is the ReLU's input gradient."""
+    # The gradient of the batch norm's input needs both sums over all rows, so they take a kernel of their own.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mean, rstd, weight, bias = load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C, ACC)
@@ -214,9 +243,10 @@ def chunk_gradients(
 
 @triton.jit
 def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr):
-    """Returns the sums over all pixels of g and of g * x_hat, from what `chunk_gradients` wrote.
+    """Returns the sums of g and of g * x_hat over all rows, from the sums that `chunk_gradients` wrote to partial.
 
-    They are the gradients of the batch norm's bias and weight, which the programs of the first chunk write.
+    These sums are the gradients of the batch norm's bias and weight; the programs of the first chunk write them to
+    dbias and dweight.
     """
     part = tl.arange(0, PARTS)
     ok = (part < chunks)[:, None] & (channel < C)[None, :]
@@ -252,7 +282,7 @@ def input_gradient(
     ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes dx, with ADD_ACT the residual's gradient, and in the first chunk's programs dweight and dbias."""
+    """Writes dx, and dresidual if ORDER is ADD_ACT; the programs of the first chunk also write dweight and dbias."""
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total, total_hat = combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C, PARTS)
@@ -263,6 +293,7 @@ def input_gradient(
         at = row[:, None] * C + channel[None, :]
         x_hat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
         g = relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC)
+        # The mean and the variance depend on x too; their gradients are the two terms that are subtracted.
         dx = (weight * rstd)[None, :] * (g - (total / rows)[None, :] - x_hat * (total_hat / rows)[None, :])
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
         if ORDER == 2:  # ADD_ACT
@@ -270,9 +301,17 @@ def input_gradient(
 
 
 class NormPlan(NamedTuple):
-    """How a map is divided among programs: chunks of `tiles` * `tile_rows` rows, and blocks of `block` channels.
+    """How a feature map is divided among programs: chunks of rows, and blocks of channels.
 
-    The fields are the arguments that all kernels of this module share, in their order.
+    The fields are arguments of all kernels of this module, in the kernels' order.
+
+    Attributes:
+        rows: The number of rows: pixels of all images.
+        chunks: The number of chunks of rows.
+        channels: The number of channels.
+        block: The number of channels of a program.
+        tile_rows: The number of rows of a tile.
+        tiles: The number of tiles of a chunk.
     """
 
     rows: int
@@ -284,12 +323,12 @@ class NormPlan(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The number of programs: one for each chunk and block."""
+        """The number of chunks and of blocks of channels; there is one program for each combination."""
         return self.chunks, triton.cdiv(self.channels, self.block)
 
     @property
     def launch(self) -> dict[str, int]:
-        """Launch options for 32 elements a thread."""
+        """The launch options: as many warps as give each thread 32 elements of a tile, from 4 to 16."""
         return {"num_warps": min(max(self.tile_rows * self.block // 1024, 4), 16), "num_stages": 1}
 
     @property
@@ -299,10 +338,8 @@ class NormPlan(NamedTuple):
 
 
 def plan_norm(x: Tensor) -> NormPlan:
-    """Splits a map (N, C, H, W) into blocks of channels and chunks of rows, for about PROGRAMS programs in all.
-
-    The more blocks of channels there are, the fewer are the chunks of rows.
-    """
+    """Divides a feature map (N, C, H, W) into chunks of rows and blocks of channels, for about PROGRAMS programs."""
+    # The more blocks of channels there are, the fewer are the chunks of rows.
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
     blocks = triton.cdiv(channels, block)
@@ -313,28 +350,30 @@ def plan_norm(x: Tensor) -> NormPlan:
 
 
 def sum_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Returns the type in which sums are computed, for PyTorch and for Triton."""
+    """Returns the dtype in which sums are computed, for PyTorch and for Triton: float64 for float64, else float32."""
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 class BatchNormAct(torch.autograd.Function):
-    """`batch_norm_act` for autograd; saves the input, the statistics and, with ADD_ACT, the output."""
+    """The autograd function of `batch_norm_act`; it saves the input, the statistics and, with ADD_ACT, the output."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, order: int
     ) -> Tensor:
+        # First kernel: the statistics of each chunk.
         plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
         y = torch.empty_like(x)
         partial = torch.empty(2, plan.chunks, plan.channels, dtype=dtype, device=x.device)
         saved = torch.empty(2, plan.channels, dtype=dtype, device=x.device)
         chunk_statistics[plan.grid](x, partial, *plan, acc, **plan.launch)
 
-        # Without a residual the kernel does not read its pointer, so that any tensor will do.
+        # Second kernel: the output. Without a residual it does not read that pointer, so any tensor can be given.
         buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
         pointers = (x, x if residual is None else residual, y, weight, bias, partial, saved, *buffers)
         sizes = (*plan, plan.parts, plan.tile_rows * plan.tiles)
         normalize[plan.grid](*pointers, *sizes, float(norm.eps), float(norm.momentum), order, acc, **plan.launch)
+        # Autograd does not see that the kernel has changed the buffers.
         torch.autograd.graph.increment_version(buffers)
         ctx.order = order
         ctx.save_for_backward(x, weight, bias, saved, *([y] if order == ADD_ACT else []))
@@ -347,34 +386,37 @@ class BatchNormAct(torch.autograd.Function):
         plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        # Only with ADD_ACT do the kernels read `y` and write `dresidual`.
+        # The kernels read `y` and write `dresidual` only with ADD_ACT, so otherwise any tensors can be given.
         y, dresidual = (output[0], torch.empty_like(x)) if ctx.order == ADD_ACT else (x, dx)
         partial = torch.empty(2, plan.chunks, plan.channels, dtype=dtype, device=x.device)
         pointers, gradients = (dy, x, y, weight, bias, saved, partial), (dx, dresidual, dweight, dbias)
         chunk_gradients[plan.grid](*pointers, *plan, ctx.order, acc, **plan.launch)
         input_gradient[plan.grid](*pointers, *gradients, *plan, plan.parts, ctx.order, acc, **plan.launch)
+        # The gradient of the residual: with ACT_ADD it is added last, so its gradient is `dy` itself.
         through = {NO_RESIDUAL: None, ACT_ADD: dy, ADD_ACT: dresidual}[ctx.order]
         return dx, dweight, dbias, through, None, None
 
 
 def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, order: Order = "act_add") -> Tensor:
-    """Returns batch norm in training mode, then ReLU, and the sum with a residual if there is one.
+    """Computes batch norm in training mode, ReLU, and the sum with a residual if there is one.
 
-    Updates the running statistics and `num_batches_tracked` as `norm` would. Sums are in float32 (float64 for float64).
+    The running statistics and `num_batches_tracked` of `norm` are updated. Sums are computed in float32, or in float64
+    if `x` is float64.
 
     Args:
-        x: (N, C, H, W), contiguous in channels-last memory format, with at least two pixels in each channel; bfloat16,
+        x: (N, C, H, W), contiguous in channels-last memory format, with two or more values in each channel; bfloat16,
             float32 or float64.
-        norm: The batch norm, with parameters, running statistics and a momentum; the parameters are float32, or float64
-            for float64.
-        residual: A map with shape, type and memory format of `x`.
+        norm: The batch norm, with weight, bias, running statistics and a momentum; these tensors are float64 if `x` is,
+            otherwise float32.
+        residual: A tensor with the shape, dtype and memory format of `x`; None to compute relu(norm(x)).
         order: "act_add" for relu(norm(x)) + residual, "add_act" for relu(norm(x) + residual).
 
     Returns:
-        (N, C, H, W), with type and memory format of `x`. With "add_act" it must not be changed in place.
+        (N, C, H, W), with the dtype and memory format of `x`. With "add_act" it must not be changed in place before the
+        backward pass.
 
     Raises:
-        RuntimeError: A second derivative is asked for.
+        RuntimeError: In the backward pass, if a second derivative is computed.
     """
     code = NO_RESIDUAL if residual is None else ACT_ADD if order == "act_add" else ADD_ACT
     return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, code)

@@ -1,4 +1,4 @@
-"""A cheap pair with the batch norm, ReLU and residual that follow it: two kernels forward, three backward."""
+"""A `CheapConv` fused with the batch norm, ReLU and residual that follow it: two kernels forward, three backward."""
 
 from typing import Any, NamedTuple
 
@@ -25,9 +25,23 @@ SUMMED_ELEMENTS = 8192  # chunks x columns, of a program that adds up the weight
 
 
 class PairPlan(NamedTuple):
-    """How the 1 x 1 convolution's output is divided among programs: chunks of `tiles` * `tile_rows` rows.
+    """How the output of the 1 x 1 convolution is divided among programs, as chunks of rows.
 
-    The fields after `chunks` are arguments that the forward and the backward kernel share, in their order.
+    The fields after `chunks` are arguments of both the forward and the backward kernel, in the kernels' order.
+
+    Attributes:
+        rows: The number of rows: pixels of all images in the output.
+        chunks: The number of chunks of rows; there is one program for each.
+        is_shift: Whether the spatial operator is a shift; otherwise it is a depth-wise convolution.
+        stride: The stride of the 1 x 1 convolution.
+        height: The height of the input in pixels.
+        width: The width of the input in pixels.
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        padded_in: `in_channels`, rounded up to a power of two and to MIN_SIDE.
+        padded_out: `out_channels`, rounded up in the same way.
+        tile_rows: The number of rows of a tile.
+        tiles: The number of tiles of a chunk.
     """
 
     rows: int
@@ -45,7 +59,8 @@ class PairPlan(NamedTuple):
 
 
 def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> PairPlan:
-    """Divides the output of a pair with the input x (N, C, H, W) among programs."""
+    """Returns how the output of a `CheapConv` with the input x (N, C, H, W) is divided among programs."""
+    # Padded sizes are at least MIN_SIDE, the smallest side of a matrix product.
     images, channels, height, width = x.shape
     rows = images * triton.cdiv(height, stride) * triton.cdiv(width, stride)
     padded_in, padded_out = (max(triton.next_power_of_2(c), MIN_SIDE) for c in (channels, out_channels))
@@ -58,18 +73,22 @@ def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> Pair
 
 
 def empty_output(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Returns an uninitialized channels-last map with so many channels, and the size of x after the stride."""
+    """Returns an uninitialized channels-last tensor (N, channels, ceil(H / stride), ceil(W / stride)) for an input."""
     shape = (len(x), channels, triton.cdiv(x.shape[2], stride), triton.cdiv(x.shape[3], stride))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def factor_type(dtype: torch.dtype) -> tl.dtype:
-    """Returns the type of the factors of matrix products; the interpreter has no products of bfloat16."""
+    """Returns the Triton dtype to which the factors of matrix products are cast."""
+    # Triton's interpreter has no matrix products of bfloat16.
     return tl.bfloat16 if dtype == torch.bfloat16 and not is_interpreted() else sum_types(dtype)[1]
 
 
 class PairNormAct(torch.autograd.Function):
-    """`pair_norm_act` for autograd; saves its inputs, the 1 x 1 convolution's output and the statistics."""
+    """The autograd function of `pair_norm_act`.
+
+    It saves its inputs, the output of the 1 x 1 convolution, and the statistics of the batch norm.
+    """
 
     @staticmethod
     def forward(
@@ -83,7 +102,8 @@ class PairNormAct(torch.autograd.Function):
         norm: nn.BatchNorm2d,
         stride: int,
     ) -> tuple[Tensor, Tensor]:
-        # Kernels do not read the pointers of a depth-wise kernel or residual that is None: any tensor will do.
+        # First kernel: z, the output of the 1 x 1 convolution, and its statistics in each chunk. The kernels do not
+        # read the pointer of a depth-wise kernel or of a residual that is None, so any tensor can be given.
         plan, (dtype, acc), features = (
             plan_pair(x, kernel is None, len(weight), stride),
             sum_types(x.dtype),
@@ -95,7 +115,8 @@ class PairNormAct(torch.autograd.Function):
         pointers = (x, x if kernel is None else kernel, weight, z, partial)
         pair_forward[(plan.chunks,)](*pointers, *plan, factor_type(x.dtype), acc, **PAIR_LAUNCH)
 
-        # The batch norm divides z in its own way, but combines the statistics of the pair's chunks.
+        # Second kernel: batch norm, ReLU and residual. It divides z in its own way, but reads the statistics of the
+        # first kernel's chunks.
         norm_plan, order = plan_norm(z), NO_RESIDUAL if residual is None else ACT_ADD
         buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
         pointers = (z, z if residual is None else residual, y, gamma, beta, partial, saved, *buffers)
@@ -104,6 +125,8 @@ class PairNormAct(torch.autograd.Function):
         normalize[norm_plan.grid](*pointers, *sizes, *options, **norm_plan.launch)
         torch.autograd.graph.increment_version(buffers)
 
+        # The second output is the input again, so that its gradient arrives here and can be added to dx. It is None,
+        # not zeros, if nothing reads that output.
         ctx.set_materialize_grads(False)
         ctx.stride, ctx.has_residual = stride, residual is not None
         ctx.save_for_backward(x, kernel, weight, gamma, beta, z, saved)
@@ -122,12 +145,13 @@ class PairNormAct(torch.autograd.Function):
         dkernel = None if kernel is None else torch.empty_like(kernel)
         kernel = x if kernel is None else kernel  # not read for a shift
 
-        # The sums that the batch norm's gradient needs.
+        # First kernel: the sums over all rows that the batch norm's gradient needs.
         sums = torch.empty(2, norm_plan.chunks, features, dtype=dtype, device=x.device)
         pointers = (dy, z, z, gamma, beta, saved, sums)
         chunk_gradients[norm_plan.grid](*pointers, *norm_plan, NO_RESIDUAL, acc, **norm_plan.launch)
 
-        # Through batch norm and 1 x 1 convolution; each chunk writes its part of the weights' gradients.
+        # Second kernel: the gradient through the batch norm and the 1 x 1 convolution. Each chunk writes the sums of
+        # the weights' gradients over its own rows.
         columns = (features + (0 if is_shift else 9)) * channels
         partial = torch.empty(plan.chunks, columns, dtype=dtype, device=x.device)
         ds = empty_output(x, channels, ctx.stride)
@@ -138,7 +162,8 @@ class PairNormAct(torch.autograd.Function):
             **PAIR_LAUNCH,
         )
 
-        # Through the spatial operator; further programs of the same kernel add up the weights' gradients.
+        # Third kernel: the gradient through the spatial operator; further programs of it add up the chunks' sums of the
+        # weights' gradients.
         parts = triton.next_power_of_2(plan.chunks)
         group = min(max(SUMMED_ELEMENTS // parts, 16), 64)
         (programs, _), block, rows = plan_elements(x, max(INPUT_PROGRAMS, x.numel() // INPUT_ELEMENTS))
@@ -158,24 +183,26 @@ def pair_norm_act(
 ) -> tuple[Tensor, Tensor]:
     """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
 
-    Sums are in float32 (float64 for float64). Values are rounded to the type of `x` where the plain modules store a
-    map: the outputs of the spatial operator and of the 1 x 1 convolution, and the gradients of both. Weights are
-    rounded as autocast does; their gradients are not.
+    Sums are computed in float32, or in float64 if `x` is float64. The outputs of the spatial operator and of the 1 x 1
+    convolution, and the gradients of both, are rounded to the dtype of `x`, as PyTorch's modules do. The weights are
+    rounded as autocast rounds them; their gradients are not rounded.
 
     Args:
-        x: (N, C, H, W), contiguous in channels-last memory format; bfloat16 or float32, interpreted also float64.
-        kernel: (C, 1, 3, 3) of the depth-wise convolution with stride 1 and padding 1; None for `Shift2d` with a
-            3 x 3 window.
-        weight: (O, C, 1, 1) of the 1 x 1 convolution; C and O are at most 64.
-        norm: The batch norm, as for `batch_norm_act`.
-        residual: (N, O, ceil(H / stride), ceil(W / stride)), channels-last and of the type of `x`, or None.
+        x: (N, C, H, W), contiguous in channels-last memory format; bfloat16 or float32 (float64 only if Triton's
+            interpreter runs the kernels).
+        kernel: The weights (C, 1, 3, 3) of the depth-wise convolution, which has stride 1 and padding 1; None if the
+            spatial operator is a 3 x 3 `Shift2d`.
+        weight: The weights (O, C, 1, 1) of the 1 x 1 convolution; C and O are 64 or less.
+        norm: The batch norm over O channels; see `batch_norm_act`.
+        residual: (N, O, ceil(H / stride), ceil(W / stride)) with the dtype and memory format of `x`; None to add
+            nothing.
         stride: The stride of the 1 x 1 convolution, 1 or 2.
 
     Returns:
-        (N, O, ceil(H / stride), ceil(W / stride)), and `x` again. Whatever else reads the input should read this one:
-        its gradient is then added to the pair's without another kernel.
+        The result (N, O, ceil(H / stride), ceil(W / stride)), and `x`. Other layers that read `x` should read this
+        returned tensor: its gradient is then added without another kernel.
 
     Raises:
-        RuntimeError: A second derivative is asked for.
+        RuntimeError: In the backward pass, if a second derivative is computed.
     """
     return PairNormAct.apply(x, kernel, weight, norm.weight, norm.bias, residual, norm, stride)

@@ -1,8 +1,11 @@
-"""Triton kernels of a cheap pair with its batch norm: spatial operator, 1 x 1 convolution, and their gradients.
+"""Triton kernels of a `CheapConv` with its batch norm: spatial operator, 1 x 1 convolution, and their gradients.
 
-Tiles are rows (pixels) x channels: IN channels of the input and OUT of the 1 x 1 convolution, both filled up with zeros
-to a power of two. A row of the output is a pixel that the stride keeps: at STRIDE times its row and column in the
-input. ACC is the type in which sums are computed, DOT that of the factors of matrix products.
+Names: x is the input, s the output of the spatial operator (a 3 x 3 shift or depth-wise convolution), z that of the
+1 x 1 convolution, y the result after batch norm and ReLU; the prefix d stands for the gradient of a tensor. A row is
+one pixel of one image. Pixel (h, w) of s, z and y belongs to pixel (STRIDE * h, STRIDE * w) of x. A tile is a block of
+ROWS rows x all channels, and a chunk is TILES tiles. The C_IN channels of x and the C_OUT channels of z are padded with
+zeros to IN and OUT, powers of two. ACC is the dtype in which sums are computed, DOT the dtype of the factors of matrix
+products.
 """
 
 import triton
@@ -14,7 +17,7 @@ from odcheap.layers.kernels.spatial import load_tap, shift_offsets
 
 @triton.jit
 def locate_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
-    """Returns an output pixel's row and column in the input's image, and its index among all pixels of the input."""
+    """Returns, for rows of the output, the pixel's row and column in the input's image, and its row number in x."""
     out_h: tl.constexpr = (H + STRIDE - 1) // STRIDE
     out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
     h = row // out_w % out_h * STRIDE
@@ -36,7 +39,10 @@ def load_strided_neighbor(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the input that entry TAP of the window reads for each output pixel; zeros outside of the image."""
+    """Returns the tile of x that entry TAP (0 to 8) of the 3 x 3 window reads for rows of the output.
+
+    Outside of the image it is zero.
+    """
     down: tl.constexpr = TAP // 3 - 1
     right: tl.constexpr = TAP % 3 - 1
     h, w, source = locate_pixel(row, H, W, STRIDE)
@@ -63,7 +69,7 @@ def load_spatial(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the spatial operator's output at these rows, rounded to the activations' type."""
+    """Returns a tile of s, the spatial operator's output, rounded to the dtype of x."""
     if IS_SHIFT:
         down, right = shift_offsets(channel, 1, C)
         h, w, source = locate_pixel(row, H, W, STRIDE)
@@ -83,11 +89,12 @@ def load_spatial(
 
 @triton.jit
 def fix_layout(value, PACK: tl.constexpr, DOT: tl.constexpr):
-    """Returns `value` unchanged, behind assembly code that the compiler cannot look through.
+    """Returns `value` unchanged, after an assembly instruction that the compiler does not optimize.
 
-    Without it the compiler converts each of a window's nine tiles to the layout among threads in which their sum is
-    needed, instead of the sum. PACK values take 32 bits.
+    PACK is the number of values that together have 32 bits.
     """
+    # A matrix product needs its factors in another layout among the threads. Without this instruction the compiler
+    # changes the layout of each of the nine tiles of a window, and not only that of their sum.
     if DOT == tl.bfloat16:  # noqa: SIM300 - Triton compares its types in this order
         value = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=PACK
@@ -117,10 +124,11 @@ def pair_forward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes z, the 1 x 1 convolution of the spatial operator's output, and a chunk's statistics.
+    """Writes z, and the statistics of each of its channels in a chunk.
 
-    partial (2, chunks, C_OUT) gets the mean and the sum of squared deviations of each channel of z.
+    partial (2, chunks, C_OUT) gets the mean and the sum of squared deviations.
     """
+    # The weights (IN, OUT), which all tiles use.
     chunk = tl.program_id(0)
     channel = tl.arange(0, IN)
     feature = tl.arange(0, OUT)
@@ -138,6 +146,7 @@ def pair_forward(
         )
         ok = tile_mask(row, rows, feature, C_OUT, OUT)
         tl.store(z_ptr + row[:, None] * C_OUT + feature[None, :], z, mask=ok)
+        # The statistics are those of the rounded values, since the batch norm reads these.
         earlier = first - chunk * TILES * ROWS
         mean, squares = merge_tile(z.to(ACC), ok, rows - first, earlier, mean, squares, ROWS, ACC)
     tl.store(partial_ptr + chunk * C_OUT + feature, mean, mask=feature < C_OUT)
@@ -160,7 +169,10 @@ def norm_gradient(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the gradient of the batch norm's input, rounded to the activations' type; zeros beyond the last row."""
+    """Returns a tile of dz, the gradient of the batch norm's input, rounded to the dtype of z; zeros past the last row.
+
+    `total` and `total_hat` are the sums over all rows that `combine_gradients` returns.
+    """
     mean, rstd, gamma, beta = load_norm(saved_ptr, gamma_ptr, beta_ptr, feature, C, ACC)
     ok = tile_mask(row, rows, feature, C, BLOCK)
     at = row[:, None] * C + feature[None, :]
@@ -184,10 +196,8 @@ def kernel_gradient(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns a tile's part of the gradient of each channel's kernel, in the first nine rows of (16, BLOCK).
-
-    Nine vectors would need more registers: a vector has copies in many threads, a tile has each element in one.
-    """
+    """Returns the sum over a tile of the gradient of the depth-wise weights, as the first nine rows of (16, BLOCK)."""
+    # Nine vectors would need more registers: a vector has copies in many threads, but each element of a tile is in one.
     taps = tl.arange(0, 16)
     total = tl.zeros([16, BLOCK], ACC)
     for k in tl.static_range(9):
@@ -198,7 +208,7 @@ def kernel_gradient(
 
 @triton.jit
 def store_taps(at, dkernel, channel, C: tl.constexpr):
-    """Writes the first nine rows of dkernel (16, BLOCK) to (9, C)."""
+    """Writes the first nine rows of dkernel (16, BLOCK) to an array (9, C) at the address `at`."""
     taps = tl.arange(0, 16)
     real = (taps < 9)[:, None] & (channel < C)[None, :]
     tl.store(at + taps[:, None] * C + channel[None, :], dkernel, mask=real)
@@ -236,11 +246,13 @@ def pair_backward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes ds, the gradient of the spatial operator's output, and in the first chunk's program dgamma and dbeta.
+    """Writes the gradient ds, and the sums of the weights' gradients over a chunk to partial (chunks, COLUMNS).
 
-    A chunk's part of the weights' gradients goes to partial (chunks, COLUMNS): first that of the 1 x 1 convolution
-    (C_OUT, C_IN), then that of the depth-wise kernels (9, C_IN).
+    A row of partial has first the gradient of the 1 x 1 weights (C_OUT, C_IN), then that of the depth-wise weights
+    (9, C_IN) if there are any. The program of the first chunk also writes dgamma and dbeta, the gradients of the batch
+    norm's weight and bias.
     """
+    # The sums that the batch norm's gradient needs, and the 1 x 1 weights (OUT, IN), which all tiles use.
     chunk = tl.program_id(0)
     channel = tl.arange(0, IN)
     feature = tl.arange(0, OUT)
@@ -255,6 +267,7 @@ def pair_backward(
         dz = norm_gradient(
             dy_ptr, z_ptr, gamma_ptr, beta_ptr, saved_ptr, total, total_hat, row, rows, feature, C_OUT, OUT, ACC
         ).to(DOT)
+        # s is computed again from x, since the forward pass does not save it.
         s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
         dweight += tl.dot(tl.trans(dz), fix_layout(s, 2, DOT).to(DOT), input_precision="ieee", out_dtype=ACC)
         ds = tl.dot(dz, weight, input_precision="ieee", out_dtype=ACC).to(ds_ptr.dtype.element_ty)
@@ -283,7 +296,8 @@ def load_input_gradient(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns dx at rows of the input: the sum over the output pixels that read the row; the stride skips some."""
+    """Returns a tile of dx, the gradient of the input: the sum over all output pixels that read an input pixel."""
+    # Output pixels exist only at multiples of STRIDE.
     out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
     image = row // (H * W) * ((H + STRIDE - 1) // STRIDE * out_w)
     h = row // W % H
@@ -320,7 +334,10 @@ def sum_weights(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Adds up partial (chunks, COLUMNS): the first WEIGHTS columns to dweight, the rest (9, C) to dkernel (C, 9)."""
+    """Adds up partial (chunks, COLUMNS) over the chunks, and writes the sums of the columns `column`.
+
+    The first WEIGHTS columns go to dweight (C_OUT, C_IN), the others, (9, C), to dkernel (C, 9).
+    """
     part = tl.arange(0, PARTS)
     ok = (part < chunks)[:, None] & (column < COLUMNS)[None, :]
     total = tl.sum(tl.load(partial_ptr + part[:, None] * COLUMNS + column[None, :], mask=ok, other=0.0), axis=0)
@@ -356,9 +373,10 @@ def spatial_backward(
     GROUP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes dx in the first `programs` programs, and sums GROUP columns of `partial` in each of the others.
+    """Writes the gradients dx, dweight and dkernel.
 
-    With EXTRA another gradient of the input is added to dx.
+    The first `programs` programs write dx; if EXTRA, they add another gradient of the input to it. Each of the other
+    programs adds up GROUP columns of partial (chunks, COLUMNS), see `sum_weights`.
     """
     program = tl.program_id(0)
     if program < programs:

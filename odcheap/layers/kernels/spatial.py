@@ -1,6 +1,8 @@
-"""The spatial operators of cheap pairs with a 3 x 3 window and stride 1: depth-wise convolution and shift.
+"""Triton kernels of the spatial operators with a 3 x 3 window and stride 1: depth-wise convolution and shift.
 
-In all kernels a tile is rows (pixels) x channels, and ACC is the type in which sums are computed.
+In all kernels a row is one pixel of one image, and a tile is a block of ROWS rows x BLOCK of the C channels. H and W
+are the height and width of the images, ACC is the dtype in which sums are computed, and the prefix d stands for the
+gradient of a tensor.
 """
 
 from typing import Any
@@ -40,7 +42,10 @@ def load_neighbor(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the tile DOWN rows and RIGHT columns further (negative: up, left) in each image; zeros outside of it."""
+    """Returns the tile of the pixels that are DOWN lines below and RIGHT columns to the right of the given rows.
+
+    Negative numbers mean above and to the left. Pixels outside of the image are zero.
+    """
     h = row // W % H + DOWN
     w = row % W + RIGHT
     ok = ((row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
@@ -52,7 +57,7 @@ def load_neighbor(
 
 @triton.jit
 def load_tap(weight_ptr, x_ptr, channel, TAP: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Returns entry TAP of each channel's kernel, (1, BLOCK), rounded to the activations' type as autocast would."""
+    """Returns entry TAP (0 to 8) of the 3 x 3 kernel of each channel, (1, BLOCK), rounded to the dtype of x."""
     weight = tl.load(weight_ptr + channel * 9 + TAP, mask=channel < C, other=0.0)
     return weight.to(x_ptr.dtype.element_ty).to(ACC)[None, :]
 
@@ -70,7 +75,7 @@ def depthwise_forward(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes y, the sum over the 3 x 3 window of x times the channel's kernel."""
+    """Writes y, the depth-wise 3 x 3 convolution of x."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros([ROWS, BLOCK], ACC)
@@ -99,10 +104,11 @@ def add_backward_tap(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns `dx` and `dtap` with the contribution of kernel entry TAP added.
+    """Returns the tiles `dx` and `dtap` with the contribution of entry TAP of the kernel added.
 
-    Both use dy at the opposite offset of the position from which this entry has read x.
+    `dtap` is the gradient of this entry, `weight` its value; `x` is the tile of the input.
     """
+    # An output pixel reads x at the entry's offset, so an input pixel gets its gradient from the opposite offset.
     dy = load_neighbor(dy_ptr, row, rows, channel, 1 - TAP // 3, 1 - TAP % 3, H, W, C, BLOCK, ACC)
     return dx + dy * weight, dtap + dy * x
 
@@ -123,10 +129,8 @@ def depthwise_backward(
     TILES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes dx, and a chunk's part of the weights' gradient to partial (chunks, 9, C).
-
-    Nine variables in place of a list, which Triton does not have.
-    """
+    """Writes dx, and the sums of the weights' gradient over a chunk of TILES tiles to partial (chunks, 9, C)."""
+    # The nine entries of the kernel are nine variables, since Triton has no lists.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = channel < C
@@ -139,6 +143,7 @@ def depthwise_backward(
     w6 = load_tap(weight_ptr, x_ptr, channel, 6, C, ACC)
     w7 = load_tap(weight_ptr, x_ptr, channel, 7, C, ACC)
     w8 = load_tap(weight_ptr, x_ptr, channel, 8, C, ACC)
+    # The sums over the pixels are computed at the end only: until then each element of a tile has its own sum.
     zero = tl.zeros([ROWS, BLOCK], ACC)
     d0, d1, d2, d3, d4, d5, d6, d7, d8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     for tile in range(TILES):
@@ -169,7 +174,7 @@ def depthwise_backward(
 
 @triton.jit
 def sum_chunks(partial_ptr, dweight_ptr, chunks, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Adds up partial (chunks, 9, C) to dweight (C, 9)."""
+    """Writes dweight (C, 9), the sum of partial (chunks, 9, C) over the chunks."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)
     ok = (part < chunks)[:, None] & (column < 9 * C)[None, :]
@@ -180,7 +185,7 @@ def sum_chunks(partial_ptr, dweight_ptr, chunks, C: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def shift_offsets(channel, SIGN: tl.constexpr, C: tl.constexpr):
-    """Returns the rows and columns by which each channel of a shift moves, times SIGN."""
+    """Returns the offset at which each channel of a shift reads, in lines and columns, times SIGN."""
     entry = tl.where(channel < C // 9 * 9, channel % 9, 4)  # the remaining channels are copied
     return SIGN * (entry // 3 - 1), SIGN * (entry % 3 - 1)
 
@@ -197,7 +202,10 @@ def shift_channels(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes y: at each pixel x at SIGN times the channel's offset from there, zero outside of the image."""
+    """Writes y: each channel of x shifted by its offset (SIGN 1) or by the opposite offset (SIGN -1).
+
+    Pixels from outside of the image are zero.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     down, right = shift_offsets(channel, SIGN, C)
@@ -211,7 +219,15 @@ def shift_channels(
 
 
 def plan_elements(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
-    """Returns grid, channels and rows of the programs that sum over no pixels, for about so many programs."""
+    """Returns how to divide a feature map among programs that compute each output element separately.
+
+    Args:
+        x: The feature map, (N, C, H, W).
+        programs: The approximate number of programs.
+
+    Returns:
+        The grid (chunks of rows, blocks of channels), the number of channels and the number of rows of a program.
+    """
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), WIDE)
     elements = triton.next_power_of_2(triton.cdiv(x.numel(), programs))
@@ -220,7 +236,11 @@ def plan_elements(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
 
 
 def plan_sums(x: Tensor) -> tuple[tuple[int, int], int, int]:
-    """Returns grid, channels and tiles of the programs that sum over pixels."""
+    """Returns how to divide a feature map (N, C, H, W) among about SUM_PROGRAMS programs that also sum over pixels.
+
+    Returns:
+        The grid (chunks of rows, blocks of channels), the number of channels and the number of tiles of a program.
+    """
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
     blocks = triton.cdiv(channels, block)
@@ -229,13 +249,13 @@ def plan_sums(x: Tensor) -> tuple[tuple[int, int], int, int]:
 
 
 def map_sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """Returns number of pixels in all images, height, width and channels, in the order of the kernels' arguments."""
+    """Returns the number of rows (pixels of all images), height, width and number of channels, as the kernels need."""
     images, channels, height, width = x.shape
     return images * height * width, height, width, channels
 
 
 class Depthwise(torch.autograd.Function):
-    """`depthwise3x3` for autograd; saves its inputs."""
+    """The autograd function of `depthwise3x3`; it saves its inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -256,13 +276,14 @@ class Depthwise(torch.autograd.Function):
         chunks = grid[0]
         partial = torch.empty(chunks, 9, channels, dtype=dtype, device=x.device)
         depthwise_backward[grid](dy, x, weight, dx, partial, *map_sizes(x), block, SUM_ROWS, tiles, acc, **LAUNCH)
+        # The second kernel adds up the chunks' sums of the weights' gradient.
         programs, parts = triton.cdiv(9 * channels, CHANNELS), triton.next_power_of_2(chunks)
         sum_chunks[(programs,)](partial, dweight, chunks, channels, CHANNELS, parts, **LAUNCH)
         return dx, dweight
 
 
 class ShiftFunction(torch.autograd.Function):
-    """`shift3x3` for autograd; its gradient is the opposite shift."""
+    """The autograd function of `shift3x3`; the gradient is the opposite shift."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -275,7 +296,7 @@ class ShiftFunction(torch.autograd.Function):
 
 
 def run_shift(x: Tensor, sign: int) -> Tensor:
-    """Moves each channel of a channels-last map by its offset, or with sign -1 by the opposite offset."""
+    """Returns a channels-last tensor with each channel shifted by its offset (sign 1) or the opposite one (sign -1)."""
     (rows, *sizes), y = map_sizes(x), torch.empty_like(x)
     grid, block, program_rows = plan_elements(x, SHIFT_PROGRAMS)
     shift_channels[grid](x, y, rows, sign, *sizes, block, program_rows, **LAUNCH)
@@ -283,33 +304,33 @@ def run_shift(x: Tensor, sign: int) -> Tensor:
 
 
 def depthwise3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns the depth-wise 3 x 3 convolution with stride 1 and padding 1.
+    """Returns the depth-wise 3 x 3 convolution of x with stride 1 and padding 1.
 
-    Sums are in float32 (float64 for float64).
+    Sums are computed in float32, or in float64 if `x` is float64.
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format; bfloat16, float32 or float64.
-        weight: (C, 1, 3, 3), contiguous. It is rounded to the type of `x`; its gradient has its own type.
+        weight: (C, 1, 3, 3), contiguous. Its values are rounded to the dtype of `x`; its gradient is not.
 
     Returns:
-        (N, C, H, W), with type and memory format of `x`.
+        (N, C, H, W), with the dtype and memory format of `x`.
 
     Raises:
-        RuntimeError: A second derivative is asked for.
+        RuntimeError: In the backward pass, if a second derivative is computed.
     """
     return Depthwise.apply(x, weight)
 
 
 def shift3x3(x: Tensor) -> Tensor:
-    """Returns `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros from outside of the image.
+    """Computes the same as `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zero padding of 1.
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format.
 
     Returns:
-        (N, C, H, W), with type and memory format of `x`.
+        (N, C, H, W), with the dtype and memory format of `x`.
 
     Raises:
-        RuntimeError: A second derivative is asked for.
+        RuntimeError: In the backward pass, if a second derivative is computed.
     """
     return ShiftFunction.apply(x)
