@@ -20,7 +20,7 @@ from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
 from odcheap.predict import Timing
 from odcheap.training.summary import list_versions
-from odcheap.utils.text import escape_control_chars, escape_markdown, hide_folders
+from odcheap.utils.text import escape_control_chars, escape_markdown, format_accuracy, hide_folders
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
@@ -170,14 +170,14 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     lines, top1 = [], verification.top1.get("student.onnx")
     if verification.on_data:
         precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
-        own = f"; {run.test_top1:.4f} by the run's summary, in {precision}" if run.test_top1 is not None else ""
-        lines.append(f"Test accuracy {top1:.4f} on {verification.images:,} images{own}.")
+        own = f"; {format_accuracy(run.test_top1)} % by the run's summary, in {precision}" if run.test_top1 is not None else ""
+        lines.append(f"Test accuracy {format_accuracy(top1)} % on {verification.images:,} images{own}.")
     elif run.test_top1 is not None:
-        lines.append(f"Test accuracy {run.test_top1:.4f} by the run's summary; **not verified on data** here.")
+        lines.append(f"Test accuracy {format_accuracy(run.test_top1)} % by the run's summary; **not verified on data** here.")
     else:
         lines.append("**Not verified on data**, and its run has not finished: no test accuracy is known.")
     if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
-        lines.append(f"In 8-bit integers {int8:.4f}: {top1 - int8:+.4f} is lost.")
+        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: the difference is {format_accuracy(int8 - top1, '+')} percentage points.")
     return lines
 
 

@@ -28,7 +28,7 @@ from odcheap.export.onnx import MAX_DIFFERENCE
 from odcheap.utils.console import console, say
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.parts import build_part, read_part
-from odcheap.utils.text import escape_control_chars
+from odcheap.utils.text import escape_control_chars, format_accuracy
 
 INT8 = "student-int8.onnx"
 NOISE_IMAGES = 64
@@ -218,7 +218,8 @@ def check_accuracy(run: RunStudent, reference: Reference) -> None:
     ties = (ordered[:, -1] - ordered[:, -2] < gap).mean()
     top1 = reference.top1(reference.logits) or 0.0
     if abs(top1 - run.test_top1) > ties + (0 if is_32_bit else 0.005) + 1e-6:
-        line = f"the network's test accuracy is {top1:.4f} here, {run.test_top1:.4f} in the run's summary"
+        here, known = format_accuracy(top1), format_accuracy(run.test_top1)
+        line = f"the network's test accuracy is {here} % here, {known} % in the run's summary"
         raise Failure(f"{line}: other images than the run's, or other weights")
 
 

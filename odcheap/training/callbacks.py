@@ -224,7 +224,7 @@ class ProgressReporter(pl.Callback):
         if self.record.history:
             row = self.record.history[-1]
             _, _, accuracy, teacher = describe_best_student(row)
-            text += f"  {row['images_per_second']:,.0f} images/s  best {format_accuracy(accuracy)}{teacher}"
+            text += f"  {row['images_per_second']:,.0f} images/s  best {format_accuracy(accuracy)} %{teacher}"
         return text
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -234,7 +234,7 @@ class ProgressReporter(pl.Callback):
             text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             text += f"  loss {row['train/loss']:.4f}" if "train/loss" in row else "  every step was skipped"
             text += f"  {row['images_per_second']:,.0f} images/s"
-            text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)}{teacher}"
+            text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)} %{teacher}"
             self.console.print(text, soft_wrap=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -261,7 +261,7 @@ def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
     candidates = {name: value for name, value in row.items() if name.startswith(prefixes) and name.endswith("/top1")}
     best = max(candidates, key=lambda name: candidates[name])
     teacher = row.get(f"{stage}/teacher/top1")
-    text = "" if teacher is None else f"  teacher {format_accuracy(teacher)}"
+    text = "" if teacher is None else f"  teacher {format_accuracy(teacher)} %"
     return stage, best.split("/")[1].replace("_", " "), candidates[best], text
 
 

@@ -182,7 +182,7 @@ def build_table(summary: dict[str, Any]) -> Table:
     """Returns a table of all members at the selected epoch. The selected one is marked."""
     choice = summary["selected"]
     table = Table()
-    for column in ("", "val top-1", "test top-1", "test top-5", "test balanced"):
+    for column in ("", "val top-1 %", "test top-1 %", "test top-5 %", "test balanced %"):
         table.add_column(column, justify="left" if not column else "right")
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
     members += [(f"average of student {k}", value) for k, value in enumerate(summary["averages"] or [])]

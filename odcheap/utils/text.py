@@ -52,16 +52,28 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_accuracy(value: float | None, sign: str = "") -> str:
-    """Returns a fraction in [0, 1] with four digits, or `-` for None; `sign="+"` writes a plus sign too."""
-    return MISSING if value is None else f"{value:{sign}.4f}"
+    """Returns an accuracy in percent with two decimals, without the unit, or `-` for None.
+
+    This is how accuracies are written for readers: on the screen, in Markdown and in figures. Files for programs (JSON
+    and CSV) have fractions.
+
+    Args:
+        value: The accuracy, a fraction in [0, 1].
+        sign: "+" writes a plus sign too.
+
+    Example:
+        >>> format_accuracy(0.91234)
+        '91.23'
+    """
+    return MISSING if value is None else f"{100 * value:{sign}.2f}"
 
 
 def format_mean_deviation(mean: float | None, deviation: float | None, sign: str = "") -> str:
-    """Returns a mean accuracy, with its deviation if there is one.
+    """Returns a mean accuracy in percent, with its deviation if there is one.
 
     Example:
         >>> format_mean_deviation(0.91, 0.002)
-        '0.9100 ± 0.0020'
+        '91.00 ± 0.20'
     """
     text = format_accuracy(mean, sign)
     return text if mean is None or deviation is None else f"{text} ± {format_accuracy(deviation)}"

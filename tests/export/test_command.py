@@ -76,7 +76,7 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
     expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
-    assert f"Test accuracy {expected:.4f} on 360 images; {expected:.4f} by the run's summary, in 32-true." in out
+    assert f"Test accuracy {100 * expected:.2f} % on 360 images; {100 * expected:.2f} % by the run's summary, in 32-true." in out
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
@@ -106,7 +106,7 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [4, 3, 8, 8]
     expected = json.loads((job_dir / "summary.json").read_text())["students"][other]["test_top1"]
     out = capsys.readouterr().out
-    assert f"Test accuracy {expected:.4f} on 360 images; {expected:.4f} by" in out
+    assert f"Test accuracy {100 * expected:.2f} % on 360 images; {100 * expected:.2f} % by" in out
     assert accuracy(
         predict.create_predictor(predict.create_session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
     ) == pytest.approx(expected, abs=0.05)

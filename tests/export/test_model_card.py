@@ -74,8 +74,8 @@ def test_the_card_says_what_was_checked_and_on_what(tmp_path):
     seen = Verification(360, True, {"student.onnx": 1e-6}, {"student.onnx": 0.5, "student-int8.onnx": 0.47}, "")
     text = write_card(tmp_path, seen)
     opening = text.split("```")[0]
-    assert "Test accuracy 0.5000 on 360 images; 0.5000 by the run's summary, in 32-true." in opening
-    assert "In 8-bit integers 0.4700: +0.0300 is lost." in opening
+    assert "Test accuracy 50.00 % on 360 images; 50.00 % by the run's summary, in 32-true." in opening
+    assert "In 8-bit integers 47.00 %: the difference is -3.00 percentage points." in opening
     assert "360 test images, from their files" in text
     assert "not verified" not in text.lower()
     assert "- `student.onnx`: 1.0e-06" in text
@@ -83,7 +83,7 @@ def test_the_card_says_what_was_checked_and_on_what(tmp_path):
 
 def test_without_data_it_says_so_twice(tmp_path):
     text = write_card(tmp_path, Verification(64, False, {}, {}, "data_dir=x: no such\nfolder"))
-    assert "Test accuracy 0.5000 by the run's summary; **not verified on data** here." in text.split("```")[0]
+    assert "Test accuracy 50.00 % by the run's summary; **not verified on data** here." in text.split("```")[0]
     assert "**Not verified on data**: `data_dir=x: no such\\nfolder`." in text
 
 

@@ -61,7 +61,7 @@ def test_the_accuracy_is_the_one_that_the_run_has_measured(precision, summary, f
     if fits:
         verify.check_accuracy(product, REFERENCE)  # one of the three is as good as a tie
         return
-    with pytest.raises(Failure, match=r"test accuracy is 0.6667 here, .* other images than the run's"):
+    with pytest.raises(Failure, match=r"test accuracy is 66.67 % here, .* other images than the run's"):
         verify.check_accuracy(product, REFERENCE)
 
 

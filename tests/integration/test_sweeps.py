@@ -140,4 +140,4 @@ def test_several_methods_are_compared(tmp_path, capsys, methods, compared):
     said = capsys.readouterr().out
     assert "failed: num_stu=0" in said
     assert ("gain over alone" in said) == compared
-    assert ("+0.1000" in said) == compared
+    assert ("+10.00" in said) == compared

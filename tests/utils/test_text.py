@@ -36,11 +36,11 @@ def test_durations():
 
 
 def test_numbers_and_their_absence():
-    assert [format_accuracy(0.5), format_accuracy(0.5, "+"), format_accuracy(None)] == ["0.5000", "+0.5000", "-"]
+    assert [format_accuracy(0.5), format_accuracy(0.5, "+"), format_accuracy(None)] == ["50.00", "+50.00", "-"]
     assert [format_count(1234), format_count(None)] == ["1,234", "-"]
     assert [format_millions(20472448), format_millions(None)] == ["20.47 M", "-"]
     found = [format_mean_deviation(*pair) for pair in ((0.9, 0.01), (0.9, None), (None, None))]
-    assert found == ["0.9000 ± 0.0100", "0.9000", "-"]
+    assert found == ["90.00 ± 1.00", "90.00", "-"]
 
 
 def test_control_characters_become_visible():
