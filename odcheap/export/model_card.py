@@ -168,16 +168,18 @@ def count_images(batch: int) -> str:
 def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     """States the test accuracy and where it was measured."""
     lines, top1 = [], verification.top1.get("student.onnx")
+    by_summary = f"{format_accuracy(run.test_top1)} % by the run's summary"
     if verification.on_data:
         precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
-        own = f"; {format_accuracy(run.test_top1)} % by the run's summary, in {precision}" if run.test_top1 is not None else ""
+        own = f"; {by_summary}, in {precision}" if run.test_top1 is not None else ""
         lines.append(f"Test accuracy {format_accuracy(top1)} % on {verification.images:,} images{own}.")
     elif run.test_top1 is not None:
-        lines.append(f"Test accuracy {format_accuracy(run.test_top1)} % by the run's summary; **not verified on data** here.")
+        lines.append(f"Test accuracy {by_summary}; **not verified on data** here.")
     else:
         lines.append("**Not verified on data**, and its run has not finished: no test accuracy is known.")
     if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
-        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: the difference is {format_accuracy(int8 - top1, '+')} percentage points.")
+        change = format_accuracy(int8 - top1, "+")
+        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: a change of {change} percentage points.")
     return lines
 
 

@@ -75,7 +75,7 @@ def test_the_card_says_what_was_checked_and_on_what(tmp_path):
     text = write_card(tmp_path, seen)
     opening = text.split("```")[0]
     assert "Test accuracy 50.00 % on 360 images; 50.00 % by the run's summary, in 32-true." in opening
-    assert "In 8-bit integers 47.00 %: the difference is -3.00 percentage points." in opening
+    assert "In 8-bit integers 47.00 %: a change of -3.00 percentage points." in opening
     assert "360 test images, from their files" in text
     assert "not verified" not in text.lower()
     assert "- `student.onnx`: 1.0e-06" in text
