@@ -13,6 +13,7 @@ _MODULES = {
     "Students": "odcheap.methods.students",
     "cheapen": "odcheap.models.convert",
     "conversion_table": "odcheap.models.convert",
+    "export_student": "odcheap.export.student",
     "load_reference": "odcheap.runs.reference",
     "load_student": "odcheap.models.build",
     "soft_kl": "odcheap.methods.losses",
@@ -20,6 +21,7 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:  # the same names for type checkers
+    from odcheap.export.student import export_student as export_student
     from odcheap.layers.cheap_conv import BlockType as BlockType
     from odcheap.layers.shift import Shift2d as Shift2d
     from odcheap.methods.losses import soft_kl as soft_kl

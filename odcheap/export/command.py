@@ -35,7 +35,7 @@ from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.export import latency, model_card, onnx, verify
 from odcheap.export.load_run import RunStudent, load_run_student
-from odcheap.export.model_card import DENSE, STANDARD, STUDENT
+from odcheap.export.model_card import DENSE, STANDARD, STUDENT, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
 from odcheap.training import summary
@@ -158,15 +158,27 @@ def list_exported(folder: Path) -> set[str]:
 
 
 def export(run: RunStudent, options: argparse.Namespace, older: Versions | None) -> None:
+    """Exports a run's student, see `write_export`."""
+    say(f"{run.job_dir}: {run.title}")
+    write_export(run, options, older, *load_test_data(run, options))
+
+
+def write_export(
+    run: RunStudent,
+    options: argparse.Namespace,
+    older: Versions | None,
+    data: verify.LabeledImages | None,
+    reason: str,
+) -> None:
     """Writes the export's folder, which appears only when all files have been checked.
 
     Args:
-        run: The run's student.
+        run: The student.
         options: The command's options.
         older: The files of an older export that is replaced, see `check_options`.
+        data: Test images, and training images for 8-bit integers; None if they are not available.
+        reason: Why they are not available.
     """
-    say(f"{run.job_dir}: {run.title}")
-    data, reason = load_test_data(run, options)
     preprocess = describe_preprocessing(run)
     with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
@@ -199,7 +211,8 @@ def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageD
         if data_dir is not None or options.int8:
             raise
         say(f"warning: not verified on data ({error}); --data-dir says where the run's images are")
-        return None, hide_folders(error, [Path.home(), load.get("data_dir") or "", run.job_dir, *run.config_dirs])
+        known = [Path.home(), load.get("data_dir") or "", run.job_dir or "", *run.config_dirs]
+        return None, hide_folders(error, known)
     return data, ""
 
 
@@ -259,10 +272,15 @@ def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
 
 
 def write_files(
-    run: RunStudent, options: argparse.Namespace, data: ImageData | None, preprocess: dict[str, Any], folder: Path
+    run: RunStudent,
+    options: argparse.Namespace,
+    data: verify.LabeledImages | None,
+    preprocess: dict[str, Any],
+    folder: Path,
 ) -> dict[str, nn.Module]:
     """Writes all files except the model card; returns the ONNX files' names with the networks that they hold."""
-    summary.write_student(folder / "student.safetensors", run.network, run.settings)
+    if run.has_settings:
+        summary.write_student(folder / STUDENT_FILE, run.network, run.settings)
     write_json(folder / predict.PREPROCESS_FILE, preprocess)
     write_json(folder / predict.LABELS_FILE, run.settings["classes"])
     shutil.copyfile(predict.__file__, folder / "predict.py")
@@ -287,7 +305,7 @@ def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
     return NormalizedNetwork(network, run.settings["mean"], run.settings["std"]).eval()
 
 
-def iterate_calibration_batches(data: ImageData, batch: int | None) -> Iterator[np.ndarray]:
+def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -> Iterator[np.ndarray]:
     """Yields training images as float32 in [0, 1]; a static graph takes full batches only."""
     samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
     for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):

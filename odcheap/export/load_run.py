@@ -1,4 +1,4 @@
-"""Loads the student that is to be exported from a run's folder."""
+"""The student that is to be exported, and how it is loaded from a run's folder."""
 
 import json
 from collections.abc import Sequence
@@ -21,21 +21,22 @@ READ_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # o
 
 
 class RunStudent(NamedTuple):
-    """A student of a run.
+    """A student of a run, or a network that odcheap has not trained.
 
     Attributes:
-        job_dir: The run's folder.
-        title: Which student of which epoch.
+        job_dir: The run's folder; None without a run.
+        title: Which student of which epoch, or which network.
         network: The student in eval mode; its input is normalized.
         standard: The same architecture with standard convolutions and fresh weights, in eval mode.
-        settings: What builds the student and prepares its images, see `StudentSettings`.
-        config: The run's `config.yaml` as plain containers.
+        settings: What builds the student and prepares its images, see `StudentSettings`. Without a run nothing builds
+            it again: `backbone` and `block_type` only describe it.
+        config: The run's `config.yaml` as plain containers; empty without a run.
         summary: The run's `summary.json`; None if it has not finished.
         test_top1: The student's test accuracy in the summary; None if it has not finished.
         config_dirs: `conf` directories of the user, in which parts of the run were found.
     """
 
-    job_dir: Path
+    job_dir: Path | None
     title: str
     network: nn.Module
     standard: nn.Module
@@ -44,6 +45,11 @@ class RunStudent(NamedTuple):
     summary: dict[str, Any] | None
     test_top1: float | None
     config_dirs: Sequence[Path] = ()
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether the settings build the student again, so that `load_student` can load its weights."""
+        return self.job_dir is not None
 
     @property
     def image_size(self) -> tuple[int, int, int]:

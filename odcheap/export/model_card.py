@@ -24,6 +24,19 @@ from odcheap.utils.text import escape_control_chars, escape_markdown, format_acc
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
+STUDENT_FILE = "student.safetensors"
+WITH_ODCHEAP = """```python
+from odcheap import load_student
+student = load_student("student.safetensors")
+logits = student(images)
+```
+
+`torch.export.load("student.pt2").module()` gives the same with PyTorch alone."""
+WITH_PYTORCH = """```python
+import torch
+student = torch.export.load("student.pt2").module()
+logits = student(images)
+```"""
 CARD = """# {network}
 
 {speed}
@@ -37,13 +50,7 @@ python predict.py IMAGE_OR_FOLDER...   # needs onnxruntime, numpy, pillow
 The input is RGB in [0, 1], {shape}; the normalization is part of the graph. `preprocess.json` says how an image file
 becomes this input, and `labels.json` names the classes.
 
-```python
-from odcheap import load_student
-student = load_student("student.safetensors")
-logits = student(images)
-```
-
-`torch.export.load("student.pt2").module()` gives the same with PyTorch alone.
+{python}
 
 ## Size and speed
 
@@ -107,8 +114,14 @@ def write_card(
     rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
     table = to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))
     text = {name: "\n".join(lines) for name, lines in sections.items()}
+    python = WITH_ODCHEAP if run.has_settings else WITH_PYTORCH
     return CARD.format(
-        network=format_code(name_network(run)), shape=shape, cpu=escape_markdown(cpu), timings=table, **text
+        python=python,
+        network=format_code(name_network(run)),
+        shape=shape,
+        cpu=escape_markdown(cpu),
+        timings=table,
+        **text,
     )
 
 
@@ -126,7 +139,8 @@ def name_network(run: RunStudent) -> str:
     """Returns the block type, the backbone, and what distinguishes its variants."""
     block_type, backbone = run.settings["block_type"], run.settings["backbone"]
     options = [f"{key} {value}" for key, value in (backbone | block_type).items() if key in ("depth", "name", "groups")]
-    return ", ".join([str(block_type["part"]), str(backbone["part"]), *options])
+    parts = [str(part["part"]) for part in (block_type, backbone) if part]
+    return ", ".join([*parts, *options])
 
 
 def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
@@ -176,7 +190,8 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     elif run.test_top1 is not None:
         lines.append(f"Test accuracy {by_summary}; **not verified on data** here.")
     else:
-        lines.append("**Not verified on data**, and its run has not finished: no test accuracy is known.")
+        cause = ", and its run has not finished" if run.job_dir is not None else ""
+        lines.append(f"**Not verified on data**{cause}: no test accuracy is known.")
     if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
         change = format_accuracy(int8 - top1, "+")
         lines.append(f"In 8-bit integers {format_accuracy(int8)} %: a change of {change} percentage points.")
@@ -240,8 +255,11 @@ def describe_origin(run: RunStudent) -> list[str]:
     facts |= {name: format_options(run.config[name]) for name in OPTIONS if name in run.config}
     tools = list_versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     facts |= {"exported with": format_options(tools), "trained with": format_options(summary.get("versions") or "")}
-    job_name = os.path.basename(os.path.abspath(run.job_dir))
-    lines = [f"- {escape_markdown(run.title)} of the run {format_code(job_name)}{unfinished}"]
+    if run.job_dir is None:
+        lines = [f"- {escape_markdown(run.title)}, exported with `odcheap.export_student`"]
+    else:
+        job_name = os.path.basename(os.path.abspath(run.job_dir))
+        lines = [f"- {escape_markdown(run.title)} of the run {format_code(job_name)}{unfinished}"]
     return [*lines, *(f"- {name}: {format_code(value)}" for name, value in facts.items() if value not in (None, ""))]
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,17 @@ with torch.inference_mode():
     results = predict.predict_files(predictor, paths, json.loads(preprocess))
     numpy.save(out, numpy.stack([logits for _, logits in results]))
 """
+
+
+class LabeledImages(Protocol):
+    """What checks need of a data set, see `ImageData`."""
+
+    norm: Normalization
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]: ...
+
+    def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]: ...
 
 
 class Reference(NamedTuple):
@@ -110,7 +121,7 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
     return data
 
 
-def iterate_samples(data: ImageData, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
+def iterate_samples(data: LabeledImages, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
     """Yields the readable images of a part as evaluation sees them; with a limit, so many from all over the part."""
     count = len(data.labels[part])
     return data.iterate_images(part, range(count) if limit is None else range(0, count, -(-count // limit)))
@@ -124,7 +135,7 @@ def split_batches(samples: Iterable[LabeledImage], size: int) -> Iterator[list[L
 
 
 @torch.inference_mode()
-def compute_test_reference(data: ImageData, network: nn.Module, folder: Path) -> Reference:
+def compute_test_reference(data: LabeledImages, network: nn.Module, folder: Path) -> Reference:
     """Computes the network's logits of all test images; images without a file are written to the folder."""
     files, labels, logits = [], [], []
     samples = show_progress(iterate_samples(data, "test"), len(data.labels["test"]), "the trained network")
@@ -165,7 +176,7 @@ def show_progress(items: Iterator, count: int, description: str) -> Iterable:
 
 def verify_files(
     run: RunStudent,
-    data: ImageData | None,
+    data: LabeledImages | None,
     reason: str,
     preprocess: dict[str, Any],
     folder: Path,
@@ -175,8 +186,8 @@ def verify_files(
 
     Args:
         run: The exported student.
-        data: The run's data set; None if it is not available.
-        reason: Why it is not available.
+        data: The test images; None if they are not available.
+        reason: Why they are not available.
         preprocess: The content of `preprocess.json`.
         folder: The exported files.
         batch: Number of images that a static graph takes.

@@ -60,6 +60,17 @@ def _total_stride(pair: CheapConv) -> tuple[int, int]:
     return rows * pair.pointwise.stride[0], columns * pair.pointwise.stride[1]
 
 
+def standard_form(network: nn.Module) -> nn.Module:
+    """Returns the network with each pair replaced by a standard convolution of its shape, with fresh weights."""
+    return replace_pairs(network, _make_standard)
+
+
+def _make_standard(pair: CheapConv) -> nn.Conv2d:
+    conv = pair.window.make_conv(pair.in_channels, pair.out_channels, bias=pair.bias is not None)
+    conv.stride = _total_stride(pair)
+    return conv.to(pair.pointwise.weight).train(pair.training)
+
+
 def dense_form(network: nn.Module) -> nn.Module:
     """Returns a copy of the network in which each `CheapConv` is replaced by an equivalent K x K `nn.Conv2d`.
 

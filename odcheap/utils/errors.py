@@ -39,6 +39,10 @@ class OptionError(Failure, ValueError):
         """Returns the same error with the group before the option's name: `backbone.init` for `init`."""
         return _restore_option_error(f"{group}.{self}")
 
+    def without_dashes(self) -> "OptionError":
+        """Returns the same error with flags of a command as arguments in Python: `out` for `--out`."""
+        return _restore_option_error(re.sub(r"--([a-z]\w*)", r"\1", str(self)))
+
     def __reduce__(self):  # for pickle, whose default would call `__init__` with the finished line
         return _restore_option_error, self.args
 

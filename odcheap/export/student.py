@@ -1,0 +1,187 @@
+"""Exports a network that was trained in Python, without a run of odcheap."""
+
+import argparse
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from odcheap import predict
+from odcheap.data.base import LabeledImage
+from odcheap.data.image_folder import evaluation_transform
+from odcheap.data.transforms import Normalization
+from odcheap.export.command import check_options, write_export
+from odcheap.export.load_run import RunStudent
+from odcheap.layers.cheap_conv import CheapConv
+from odcheap.layers.fuse import standard_form
+from odcheap.models.convert import describe_layer
+from odcheap.utils.console import say
+from odcheap.utils.errors import OptionError, first_line
+
+Sample = tuple[str | Path, int]
+
+
+class ImageFiles:
+    """Image files with labels, for the checks of an export.
+
+    Args:
+        parts: The files and labels of each part: "test", and "train" for the calibration of 8-bit integers.
+        image_size: Side of the images that the network sees.
+        shorter_side: Pixels to which the image's shorter side is resized before its center is cropped.
+        norm: The normalization that the network expects.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Sample]], image_size: int, shorter_side: int, norm: Normalization):
+        self.parts, self.norm = parts, norm
+        self.transform = evaluation_transform(image_size, shorter_side)
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        return {part: np.array([label for _, label in samples], dtype=int) for part, samples in self.parts.items()}
+
+    def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
+        for k in index:
+            path, label = self.parts[part][k]
+            try:
+                image = predict.decode_image(path)
+            except predict.ImageError as error:
+                raise OptionError("samples", path, first_line(error)) from error
+            yield LabeledImage(self.transform(image), label, Path(path))
+
+
+def export_student(
+    network: nn.Module,
+    classes: Sequence[str],
+    out: str | Path = "export",
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    shorter_side: int | None = None,
+    samples: Sequence[Sample] = (),
+    calibration: Sequence[str | Path] = (),
+    name: str | None = None,
+    batch: int | None = None,
+    opset: int | None = None,
+    seconds: float = 1.0,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a network as files for a device, as `odcheap export` does for a run.
+
+    The folder has `student.onnx`, `student.pt2`, `preprocess.json`, `labels.json`, `predict.py` and the model card
+    `README.md` with checksums. It appears only if every file computes what the network computes.
+
+    Args:
+        network: Normalized images (N, 3, H, W) -> logits (N, K); it is not changed.
+        classes: The names of the K classes by label.
+        out: The folder to write.
+        image_size: Side in pixels of the square images that the network sees.
+        mean: Means of the channels of images in [0, 1], with which the network's input is normalized; (0, 0, 0) if it
+            is not normalized.
+        std: Their standard deviations; (1, 1, 1) if the input is not normalized.
+        shorter_side: Pixels to which an image's shorter side is resized before its center is cropped; None is
+            `image_size`.
+        samples: Test images as pairs of a file and its label, such as `torchvision.datasets.ImageFolder(...).samples`.
+            The files are checked on them, and the model card has the accuracy. Without them the checks use noise.
+        calibration: Files of training images. If they are given, `student-int8.onnx` has 8-bit integers, for which
+            these images determine the ranges.
+        name: What the model card calls the network; None is the name of its class.
+        batch: Number of images of a static graph, for a device's compiler; None is any number.
+        opset: Version of ONNX's operators; None is 18, if possible.
+        seconds: Time for each timing.
+        overwrite: Whether an older export in `out` is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: An argument is not allowed, or the network does not give one logit for each class.
+        Failure: A file does not compute what the network computes. Nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> half = (0.5, 0.5, 0.5)
+        >>> out = tempfile.mkdtemp() + "/export"
+        >>> folder = export_student(  # doctest: +ELLIPSIS
+        ...     network, ["cat", "dog"], out, image_size=16, mean=half, std=half, seconds=0.01
+        ... )
+        Sequential: ...
+        >>> sorted(path.name for path in folder.iterdir())[:3]
+        ['README.md', 'labels.json', 'predict.py']
+    """
+    norm = Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+    shorter_side = image_size if shorter_side is None else shorter_side
+    classes, samples, calibration = list(map(str, classes)), list(samples), list(calibration)
+    check_images(image_size, shorter_side, samples, calibration, len(classes))
+    network = copy.deepcopy(network).cpu().float().eval()
+    check_network(network, image_size, len(classes))
+
+    own = network.network if hasattr(network, "network") else network  # a network that odcheap has wrapped
+    name = type(own).__name__ if name is None else name
+    settings: dict[str, Any] = {
+        "backbone": {"part": name},
+        "block_type": describe_pairs(network),
+        "classes": classes,
+        "split": None,
+        "image_size": [3, image_size, image_size],
+        "shorter_side": shorter_side,
+        "mean": list(norm.mean),
+        "std": list(norm.std),
+    }
+    student = RunStudent(None, name, network, standard_form(network).eval(), settings, {}, None, None)
+    options = argparse.Namespace(
+        out=Path(out).resolve(), batch=batch, opset=opset, seconds=seconds, int8=bool(calibration), overwrite=overwrite
+    )
+    parts = {"test": samples, "train": [(path, 0) for path in calibration]}
+    data = ImageFiles(parts, image_size, shorter_side, norm) if samples else None
+    try:
+        say(f"{name}: {len(classes)} classes")
+        write_export(student, options, check_options(options), data, "" if samples else "no test images were given")
+    except OptionError as error:
+        raise error.without_dashes() from None
+    return options.out
+
+
+def check_images(
+    image_size: int, shorter_side: int, samples: list[Sample], calibration: list[str | Path], classes: int
+) -> None:
+    """Raises `OptionError` if a size or a label is not possible, or a file is not there."""
+    for option, side in (("image_size", image_size), ("shorter_side", shorter_side)):
+        if not isinstance(side, int) or side < 1:
+            raise OptionError(option, side, "must be a whole number of pixels, 1 or more")
+    if shorter_side < image_size:
+        raise OptionError("shorter_side", shorter_side, f"must be image_size={image_size} or more")
+    if calibration and not samples:
+        raise OptionError("samples", samples, "must be given with calibration, to measure what 8-bit integers lose")
+    for path, label in samples:
+        if not 0 <= label < classes:
+            raise OptionError("samples", f"({path}, {label})", f"its label must be 0 to {classes - 1}")
+    for option, paths in (("samples", [path for path, _ in samples]), ("calibration", calibration)):
+        missing = next((path for path in paths if not Path(path).is_file()), None)
+        if missing is not None:
+            raise OptionError(option, missing, "no such file")
+
+
+@torch.inference_mode()
+def check_network(network: nn.Module, image_size: int, classes: int) -> None:
+    """Raises `OptionError` unless the network maps images (N, 3, side, side) to logits (N, K)."""
+    try:
+        logits = network(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # the network's own code may raise anything
+        allowed = f"cannot be run on images of 3 x {image_size} x {image_size} ({first_line(error)})"
+        raise OptionError("network", type(network).__name__, allowed) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        allowed = f"must return logits (N, {classes}) for {classes} classes; for two images it returns {found}"
+        raise OptionError("network", type(network).__name__, allowed)
+
+
+def describe_pairs(network: nn.Module) -> dict[str, str]:
+    """Returns the kinds of cheap pairs of a network as the settings of a block type; empty if it has none."""
+    kinds = {describe_layer(module): None for module in network.modules() if isinstance(module, CheapConv)}
+    return {"part": " and ".join(kinds)} if kinds else {}
