@@ -4,18 +4,18 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A classification network in two parts: `features` gives its last feature map, `head` the logits.
+    """A classification network in two parts: `features` computes the last feature map, `head` the logits.
 
-    A new backbone is a subclass with both methods, whose constructor takes `conv` (a `BlockType`) and `num_classes`,
-    and a YAML file in `conf/backbone`.
+    A new backbone is a subclass with both methods, and a YAML file in `conf/backbone`. The constructor of the subclass
+    takes `conv` (a `BlockType`) and `num_classes`.
 
     Attributes:
-        num_features: Channels of the last feature map, C.
-        num_classes: Number of classes, K.
-        classifier: Name of the layer that gives the logits.
-        native_size: Side in pixels of the images for which the network is made.
-        standard_note: A sentence on how the standard network of the same name differs from this one beyond the
-            convolution; None if only the convolution differs.
+        num_features: The number of channels of the last feature map, C.
+        num_classes: The number of classes, K.
+        classifier: The name of the layer that computes the logits.
+        native_size: The side, in pixels, of the images for which the network was designed.
+        standard_note: One sentence about how the network with standard convolutions (block_type=Standard) differs from
+            this one in more than the convolution; None if only the convolution differs.
 
     Shape:
         (N, 3, H, W) -> logits (N, K).
@@ -28,11 +28,11 @@ class Backbone(nn.Module):
     standard_note: str | None = None
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
+        """Returns the last feature map (N, C, h, w) of images (N, 3, H, W)."""
         raise NotImplementedError
 
     def head(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) -> logits (N, K)."""
+        """Returns the logits (N, K) of the last feature map (N, C, h, w)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

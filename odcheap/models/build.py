@@ -1,4 +1,8 @@
-"""Builds networks from the settings that are stored with their weights."""
+"""Builds networks from settings that files store together with the weights.
+
+Several functions have the arguments `path`, a file, and `option`, the name of the option with which the user named that
+file: error messages contain both.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +26,13 @@ BUILD_ERRORS = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, F
 
 
 class NetworkSettings(BaseModel):
-    """The settings that build a network, as files store them: each part by its option name with its options."""
+    """The settings from which a network is built, as files store them.
+
+    Attributes:
+        backbone: The name of the backbone in `conf/backbone` (key "part"), and its options.
+        block_type: The name of the block type in `conf/block_type` (key "part"), and its options.
+        classes: The names of the classes, in the order of the logits.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -32,15 +42,17 @@ class NetworkSettings(BaseModel):
 
 
 class StudentSettings(NetworkSettings):
-    """The settings of a student: its network, and how its images are prepared.
+    """The settings of a student: those of its network, and how its images are prepared.
 
     Attributes:
-        split: Hash (hexadecimal) that identifies the images, their labels, and which images are held out.
-        image_size: [C, H, W] of the images that the network sees.
-        shorter_side: Pixels to which the image's shorter side is resized before its center is cropped.
-        mean: Mean of each channel of images in [0, 1].
-        std: Standard deviation of each channel of images in [0, 1].
-        bit_depth: Bits that are used in images with 16 bits a channel; None if there are no such images.
+        split: The fingerprint of the training data: a hash (hexadecimal) of the images, their labels, and which of them
+            are held out.
+        image_size: [C, H, W] of the images that the network takes.
+        shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
+            cropped.
+        mean: The mean of each channel of images in [0, 1], for normalization.
+        std: The standard deviation of the same kind.
+        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 
     split: str
@@ -52,12 +64,15 @@ class StudentSettings(NetworkSettings):
 
 
 class NormalizedNetwork(nn.Module):
-    """A network for RGB images in [0, 1], which normalizes them first.
+    """A network that takes RGB images in [0, 1]: it normalizes them, then calls another network.
 
     Args:
         network: A network that maps normalized images (N, 3, H, W) to logits (N, K).
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
+        mean: The mean of each channel, in [0, 1].
+        std: The standard deviation of each channel.
+
+    Shape:
+        Images (N, 3, H, W) in [0, 1] -> logits (N, K).
     """
 
     mean: Tensor
@@ -74,21 +89,21 @@ class NormalizedNetwork(nn.Module):
 
 
 def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> NormalizedNetwork:
-    """Loads a student from a `student.safetensors` of a run or an export.
+    """Loads a trained student from the file `student.safetensors` of a run or of an export.
 
     Args:
         path: The file.
-        config_dirs: Further `conf` directories, for a student with parts of your own.
+        config_dirs: Further `conf` directories, for a student with a backbone or block type of your own.
 
     Returns:
         A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K). Its attribute `network` is
         the network without the normalization.
 
     Raises:
-        OptionError: The file is damaged or of another kind, or the weights do not fit.
+        OptionError: The file is damaged or of another kind, or its weights do not fit its network.
 
     Example:
-        A file as a run writes it, here of a network that was not trained:
+        This makes a file such as a run writes, here with a network that was not trained, and loads it:
 
         >>> import json, tempfile
         >>> from safetensors.torch import save_file
@@ -108,16 +123,17 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
 
 
 def read_student_settings(metadata: Mapping[str, str], option: str, path: str | Path) -> dict[str, Any]:
-    """Returns the settings in the metadata of a `student.safetensors`, see `StudentSettings`.
+    """Returns the settings that the metadata of a `student.safetensors` contain; see `StudentSettings`.
 
     Args:
-        metadata: The file's metadata.
-        option: The option that named the file, for messages.
+        metadata: The metadata of the file.
+        option: The name of the option that gave the file, for messages.
         path: The file, for messages.
 
     Raises:
         OptionError: The settings are missing or not valid.
     """
+    # `parse_json` raises ValueError and RecursionError for text that is no JSON; pydantic's error is a ValueError too.
     try:
         settings = parse_json(metadata.get("odcheap", "{}"), path, option)
         StudentSettings.model_validate(settings)
@@ -133,17 +149,17 @@ def load_network(
     path: str | Path,
     config_dirs: Sequence[str | Path] = (),
 ) -> nn.Module:
-    """Returns the network of these settings with these weights.
+    """Builds a network and loads its weights.
 
     Args:
-        settings: At least `backbone`, `block_type` and `classes`, see `NetworkSettings`.
-        tensors: The weights.
-        option: The option that named the file, for messages.
+        settings: At least `backbone`, `block_type` and `classes`; see `NetworkSettings`.
+        tensors: The state dict with the weights.
+        option: The name of the option that gave the file, for messages.
         path: The file, for messages.
-        config_dirs: Further `conf` directories.
+        config_dirs: Further `conf` directories, for backbones and block types of your own.
 
     Raises:
-        OptionError: The settings build no network, or the weights do not fit.
+        OptionError: No network can be built from the settings, or the weights do not fit it.
     """
     network = build_network(settings, option, path, config_dirs=config_dirs)
     check_state_dict(network.state_dict(), tensors, path, "its weights are another network's", option)
@@ -158,18 +174,19 @@ def build_network(
     block_type: BlockType | None = None,
     config_dirs: Sequence[str | Path] = (),
 ) -> nn.Module:
-    """Returns the network of these settings with fresh weights.
+    """Builds a network with new random weights.
 
     Args:
-        settings: See `load_network`.
-        option: The option that named the file, for messages.
-        path: The file, for messages.
-        block_type: A block type to use in place of that of the settings.
-        config_dirs: Further `conf` directories.
+        settings: At least `backbone`, `block_type` and `classes`; see `NetworkSettings`.
+        option: The name of the option that gave the file with the settings, for messages.
+        path: That file, for messages.
+        block_type: The block type to use; None for the one in the settings.
+        config_dirs: Further `conf` directories, for backbones and block types of your own.
 
     Raises:
-        OptionError: The settings build no network.
+        OptionError: No network can be built from the settings.
     """
+    # The file may come from a stranger: whatever is wrong with its settings becomes one line that names the file.
     folders = [Path(folder) for folder in config_dirs]
     try:
         checked = NetworkSettings.model_validate({name: settings.get(name) for name in NetworkSettings.model_fields})
@@ -190,14 +207,14 @@ def build_network(
 def check_state_dict(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | Path, reason: str, option: str = "weights"
 ) -> None:
-    """Raises `OptionError` with the first difference if two state dicts differ in names or shapes.
+    """Raises `OptionError` if the tensors of a file have other names or shapes than those of a network.
 
     Args:
-        own: The network's state dict.
-        given: The file's.
+        own: The state dict of the network.
+        given: The state dict in the file.
         path: The file, for the message.
-        reason: What the difference means.
-        option: The option that named the file.
+        reason: What such a difference means, in words, for the message; the first difference is added to it.
+        option: The name of the option that gave the file, for the message.
     """
     for name in sorted(own.keys() | given.keys()):
         mine, theirs = (tuple(state[name].shape) if name in state else "none" for state in (own, given))

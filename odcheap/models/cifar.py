@@ -1,4 +1,4 @@
-"""Networks for small images."""
+"""Networks for images of about 32 x 32 pixels: ResNets with cheap convolutions, and standard networks to convert."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -21,14 +21,15 @@ MAX_WIDTH = 100  # of a wide ResNet's factor and a DenseNet's growth; published 
 class CifarResNet(Backbone):
     """ResNet of depth 6n + 2 for small images: a stem, and three stages of n blocks with 16, 32 and 64 channels.
 
-    Depths, widths and the standard form follow He et al., "Deep residual learning", 2015, section 4.2, with 1 x 1
-    convolutions on the shortcuts that change the shape (855,770 parameters at depth 56). With a cheap block type the
-    blocks are those of the 2019 reference code, which differ from He's in more than the convolution: see `CheapBlock`.
+    With standard convolutions it is the network of He et al., "Deep residual learning", 2015, section 4.2, with 1 x 1
+    convolutions on the shortcuts that change the shape (855,770 parameters at depth 56). With a cheap block type its
+    blocks are those of the method's 2019 reference code, which differ from those of He et al. in more than the
+    convolution: see `CheapBlock`.
 
     Args:
-        depth: 6n + 2: 8, 14, 20, ..., 1202.
-        conv: The block type.
-        num_classes: K.
+        depth: The number of layers, 6n + 2: 8, 14, 20, ..., 1202.
+        conv: The block type, which builds the 3 x 3 convolutions of the blocks.
+        num_classes: The number of classes, K.
 
     Shape:
         (N, 3, H, W) -> logits (N, K).
@@ -59,17 +60,17 @@ class CifarResNet(Backbone):
         init_kaiming(self)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 64, H/4, W/4): the last feature map, with no activation after a cheap block's sum."""
+        """Returns the last feature map (N, 64, H/4, W/4) of images (N, 3, H, W)."""
         x = batch_norm_act(self.conv1(x), self.bn1)
         return self.layer3(self.layer2(self.layer1(x)))
 
     def head(self, features: Tensor) -> Tensor:
-        """(N, 64, H, W) -> (N, K): global average pool, linear layer."""
+        """Returns the logits (N, K) of the last feature map, by a global average pool and a linear layer."""
         return self.fc(features.mean((2, 3)))
 
 
 class BasicBlock(nn.Module):
-    """He et al.'s block: the first convolution has the stride, and the last ReLU comes after the sum."""
+    """The block of He et al.: relu(norm(conv2(relu(norm(conv1(x))))) + shortcut(x)); conv1 has the stride."""
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -85,7 +86,10 @@ class BasicBlock(nn.Module):
 
 
 class CheapBlock(nn.Module):
-    """The 2019 code's block: the second convolution has the stride, both have a ReLU, and none follows the sum."""
+    """The block of the method's 2019 reference code: relu(norm(conv2(relu(norm(conv1(x)))))) + shortcut(x).
+
+    conv2 has the stride. Unlike in `BasicBlock` the second ReLU comes before the sum.
+    """
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -96,6 +100,7 @@ class CheapBlock(nn.Module):
         self.shortcut = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The shortcut reads the returned x, so that a fused backward pass can add up both gradients.
         main, x = conv_norm_act(x, self.conv1, self.bn1)
         return conv_norm_act(main, self.conv2, self.bn2, self.shortcut(x))[0]
 
@@ -103,13 +108,13 @@ class CheapBlock(nn.Module):
 def make_stage(
     block: Callable[..., nn.Module], conv: BlockType, in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Returns `blocks` blocks in a row; the first one changes the channels and has the stride."""
+    """Returns a sequence of `blocks` blocks; the first one has the stride and changes the number of channels."""
     first = block(conv, in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(conv, out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
 def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Returns the identity, or a 1 x 1 convolution with batch norm if the shape changes."""
+    """Returns the shortcut of a block: the identity, or a 1 x 1 convolution with batch norm if the shape changes."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -119,7 +124,13 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module
 
 
 class PlainNetwork(Backbone):
-    """A standard network of layers that give the last feature map, a global average pool and a linear layer."""
+    """A standard network: layers that compute the last feature map, a global average pool, and a linear layer.
+
+    Args:
+        body: The layers that compute the last feature map.
+        num_features: The number of channels of that map.
+        num_classes: The number of classes, K.
+    """
 
     native_size = 32
     classifier = "fc"
@@ -139,11 +150,12 @@ class PlainNetwork(Backbone):
 
 
 def vgg16(num_classes: int) -> PlainNetwork:
-    """Returns VGG-16 with batch norm and one linear layer; last feature map (N, 512, H/32, W/32).
+    """Returns VGG-16 with batch norm and one linear layer; its last feature map is (N, 512, H/32, W/32).
 
-    Source: Simonyan and Zisserman, "Very deep convolutional networks", 2015, configuration D; the small head is usual
-    for images of 32 x 32 pixels.
+    Source: Simonyan and Zisserman, "Very deep convolutional networks", 2015, configuration D. A single linear layer in
+    place of three is usual for images of 32 x 32 pixels.
     """
+    # Five stages, given as (channels, convolutions), with a max pool after each.
     layers: list[nn.Module] = []
     channels = 3
     for width, convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -156,20 +168,21 @@ def vgg16(num_classes: int) -> PlainNetwork:
 
 @check_arguments("backbone.network")
 def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
-    """Returns DenseNet without bottlenecks or compression; last feature map (N, C, H/4, W/4).
+    """Returns a DenseNet without bottlenecks and compression; its last feature map is (N, C, H/4, W/4).
 
-    Source: Huang et al., "Densely connected convolutional networks", 2017, section 4.2: three blocks, a first
-    convolution of 16 channels.
+    It has three blocks of n layers and a first convolution with 16 channels. Source: Huang et al., "Densely connected
+    convolutional networks", 2017, section 4.2.
 
     Args:
-        depth: 3n + 4: 7, 10, ..., 40, ..., 1201.
-        growth: Channels that each layer adds.
-        num_classes: K.
+        depth: The number of layers, 3n + 4: 7, 10, ..., 40, ..., 1201.
+        growth: The number of channels that each layer adds.
+        num_classes: The number of classes, K.
     """
     if not 7 <= depth <= MAX_DEPTH or (depth - 4) % 3:
         raise OptionError("backbone.network.depth", depth, "must be 3n + 4 with n >= 1: 7, 10, ..., 40, ..., 1201")
     layers: list[nn.Module] = [conv3x3(3, 16)]
     channels = 16
+    # Between two blocks a 1 x 1 convolution and an average pool halve the sides.
     for block in range(3):
         if block:
             layers += [norm_relu(channels), nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
@@ -180,7 +193,7 @@ def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_
 
 
 class DenseLayer(nn.Module):
-    """(N, C, H, W) -> (N, C + growth, H, W): appends the output of batch norm, ReLU and convolution to the input."""
+    """A layer of a DenseNet: appends conv(relu(norm(x))) to x, (N, C, H, W) -> (N, C + growth, H, W)."""
 
     def __init__(self, channels: int, growth: int):
         super().__init__()
@@ -192,14 +205,15 @@ class DenseLayer(nn.Module):
 
 @check_arguments("backbone.network")
 def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
-    """Returns a wide ResNet with activations before the convolutions; last feature map (N, 64 * width, H/4, W/4).
+    """Returns a wide ResNet; its last feature map is (N, 64 * width, H/4, W/4).
 
-    Source: Zagoruyko and Komodakis, "Wide residual networks", 2016.
+    In its blocks batch norm and ReLU come before each convolution. Source: Zagoruyko and Komodakis, "Wide residual
+    networks", 2016.
 
     Args:
-        depth: 6n + 4: 10, 16, 22, 28, ..., 1198.
-        width: Factor on the channels 16, 32, 64.
-        num_classes: K.
+        depth: The number of layers, 6n + 4: 10, 16, 22, 28, ..., 1198.
+        width: The factor by which the numbers of channels (16, 32 and 64) are multiplied.
+        num_classes: The number of classes, K.
     """
     if not 10 <= depth <= MAX_DEPTH or (depth - 4) % 6:
         raise OptionError("backbone.network.depth", depth, "must be 6n + 4 with n >= 1: 10, 16, 22, 28, ..., 1198")
@@ -213,7 +227,10 @@ def wide_resnet(depth: int, width: Annotated[int, Field(ge=1, le=MAX_WIDTH)], nu
 
 
 class WideBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU, and a 1 x 1 shortcut if the shape changes."""
+    """The block of a wide ResNet: conv2(relu(norm2(conv1(relu(norm1(x)))))) + shortcut.
+
+    The shortcut is x, or a 1 x 1 convolution of relu(norm1(x)) if the shape changes.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -229,12 +246,12 @@ class WideBlock(nn.Module):
 
 
 def norm_relu(channels: int) -> nn.Sequential:
-    """Returns batch norm and ReLU."""
+    """Returns a sequence of batch norm and ReLU."""
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def init_kaiming(network: nn.Module) -> None:
-    """Initializes every convolution with Kaiming-normal weights (fan-in); other layers keep PyTorch's default."""
+    """Initializes the weights of each convolution as Kaiming-normal (fan-in), in place; other layers do not change."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)

@@ -1,4 +1,7 @@
-"""Converts any convolutional network: replaces its standard K x K convolutions by cheap pairs."""
+"""Converts any convolutional network: replaces its standard K x K convolutions by cheap convolutions.
+
+A cheap convolution, also called a pair, is a `CheapConv`: a spatial operator, then a 1 x 1 convolution.
+"""
 
 import copy
 import difflib
@@ -31,25 +34,29 @@ def cheapen(
     init: Init = "auto",
     config_dirs: Sequence[Path] = (),
 ) -> nn.Module:
-    """Returns a copy of a network with cheap pairs in place of its standard K x K convolutions.
+    """Returns a copy of a network with cheap convolutions (`CheapConv`) in place of its standard K x K convolutions.
 
-    Each pair is a spatial operator with the convolution's kernel size, stride, dilation and padding, then a 1 x 1
-    convolution with the output channels and the bias of the replaced convolution. All shapes stay the same, and all
-    other layers keep their weights. Some convolutions are not replaced: those in groups, of other classes than
-    `nn.Conv2d`, with hooks, and with weights that other layers share or that are computed. Each of them has an
-    attribute `reason_kept`, which says why. If an input shape is found that the network takes, the copy is run once on
-    the meta device, which computes shapes only. A convolution of which only the weights are used is then kept, too.
+    Each `CheapConv` is a spatial operator with the kernel size, stride, dilation and padding of the replaced
+    convolution, then a 1 x 1 convolution with its number of output channels and its bias. All shapes stay the same, and
+    all other layers keep their weights.
+
+    Some convolutions are not replaced: those with groups, with hooks, or of other classes than `nn.Conv2d`, and those
+    whose weights are shared with other layers or computed from other tensors. In the copy each of them has an attribute
+    `reason_kept`, a text that says why. If an image size is found that the network takes, the copy is run on the meta
+    device, which computes shapes only. If it fails because the network's code reads the weights of a convolution and
+    does not call the convolution, that convolution is not replaced either.
 
     Args:
         model: The network; it is not changed.
-        block_type: The name of a block type ("Shift", "DW", "Group" or one from `config_dirs`), or the object.
-        groups: The number of groups for "Group". If it does not divide a layer's channels, the largest
-            smaller divisor is used.
-        keep: Convolutions that are not replaced: their names, names of modules that contain them, or patterns
-            (`layer4.*`). None keeps the stem, the network's first convolution; () keeps none.
-        init: "fit" sets each pair as near as possible to the replaced kernel (least squares), "kaiming" draws new
-            weights, and "auto" fits if the network looks trained.
-        config_dirs: Further `conf` directories with block types.
+        block_type: The name of a block type ("Shift", "DW", "Group" or one from `config_dirs`), or a `BlockType`.
+        groups: The number of groups of "Group". If it does not divide the number of channels of a layer, the largest
+            divisor of that number below `groups` is used.
+        keep: The convolutions that are not replaced: their names, names of modules that contain them, or patterns such
+            as `layer4.*`. None keeps the stem, which is the network's first convolution; () keeps none.
+        init: "fit" sets the weights of each cheap convolution to the least-squares approximation of the replaced
+            kernel, "kaiming" draws new random weights, and "auto" is "fit" if the network looks trained, otherwise
+            "kaiming".
+        config_dirs: Further `conf` directories with block types of your own.
 
     Raises:
         ValueError: There is nothing to replace, a name is unknown, or the copy cannot be run although the network can.
@@ -68,6 +75,7 @@ def cheapen(
         raise OptionError("block_type", type(block_type).__name__, "is no cheap convolution")
     check_conversion_options(model, keep, init)
 
+    # Replace all convolutions without a reason to keep them, and try the copy if a usual image size suits the network.
     fit = init == "fit" or (init == "auto" and looks_trained(model))
     reasons = find_reasons_to_keep(model, block_type, keep)
     converted = replace_convs(model, block_type, fit, reasons)
@@ -75,7 +83,7 @@ def cheapen(
     if shape is None:
         return converted
 
-    # Code that uses a layer's weights by itself does not work with a pair.
+    # Code that reads a layer's weights and does not call the layer fails with a pair: keep such layers, and try again.
     error = find_error(converted, shape)
     if error is not None:
         reasons |= dict.fromkeys(find_uncalled_convs(model, shape) - reasons.keys(), "only its weights are used")
@@ -88,17 +96,18 @@ def cheapen(
 
 
 def replace_convs(model: nn.Module, block_type: BlockType, fit: bool, reasons: Mapping[str, str]) -> nn.Module:
-    """Returns a copy of a network with pairs in place of its convolutions, except for those with a reason.
+    """Returns a copy of a network in which each K x K convolution is replaced, unless `reasons` contains its name.
 
     Args:
-        model: The network.
-        block_type: The kind of pair.
-        fit: See `make_pair`.
-        reasons: Why convolutions are kept, by their names.
+        model: The network; it is not changed.
+        block_type: The kind of cheap convolution.
+        fit: Whether the new weights approximate the replaced kernels; see `make_pair`.
+        reasons: The convolutions that are not replaced, by name, and why; the copies get this as `reason_kept`.
 
     Raises:
-        OptionError: All convolutions are kept.
+        OptionError: There is nothing to replace: `reasons` contains all convolutions.
     """
+    # Build a pair for each convolution of the copy.
     converted = copy_network(model)
     convs: dict[str, Any] = find_spatial_convs(converted)
     for name, reason in reasons.items():
@@ -122,7 +131,11 @@ def replace_convs(model: nn.Module, block_type: BlockType, fit: bool, reasons: M
 
 
 def copy_network(model: nn.Module) -> Any:
-    """Returns a deep copy. Tensors that are computed from parameters, as by the old `weight_norm`, are detached."""
+    """Returns a deep copy of a network.
+
+    Tensors that are computed from parameters, as by the old `weight_norm`, are detached: PyTorch cannot copy them
+    otherwise.
+    """
     computed: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -132,32 +145,41 @@ def copy_network(model: nn.Module) -> Any:
 
 
 def prepare_for_shapes(model: nn.Module) -> nn.Module:
-    """Returns a copy on the meta device in eval mode, without hooks except those that compute weights."""
+    """Returns a copy of a network on the meta device, in eval mode and without hooks.
+
+    Hooks of PyTorch that compute weights are kept, since the forward pass needs them.
+    """
     network = copy_network(model).to("meta").eval()
     for module in network.modules():
         module._forward_hooks.clear()
         own = [key for key, hook in module._forward_pre_hooks.items() if not is_weight_hook(hook)]
         for key in own:
             del module._forward_pre_hooks[key]
+        # A computed weight is an attribute and no parameter, so `to` has not moved it.
         if not isinstance(vars(module).get("weight"), nn.Parameter) and "weight" in vars(module):
             module.weight = vars(module)["weight"].to("meta")
     return network
 
 
 def is_weight_hook(hook: Any) -> bool:
-    """Returns whether a hook is one of PyTorch's that compute a layer's weights."""
+    """Returns whether a hook belongs to PyTorch's functions that compute the weights of a layer (`torch.nn.utils`)."""
     return type(hook).__module__.startswith("torch.nn.utils")
 
 
 def find_input_shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """Returns (C, H, W) of images that a network takes, by trying usual sizes; None if it takes none of them."""
+    """Tries usual image sizes, and returns the first (C, H, W) that a network takes; None if it takes none of them."""
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     shapes = ((stem.in_channels, side, side) for side in PROBE_SIDES)
     return next((shape for shape in shapes if find_error(model, shape) is None), None)
 
 
 def find_error(model: nn.Module, shape: tuple[int, int, int]) -> Exception | None:
-    """Runs a copy of a network on the meta device, and returns the error that it raises; None if there is none."""
+    """Runs a copy of a network on the meta device, and returns the error that it raises, or None.
+
+    Args:
+        model: The network.
+        shape: (C, H, W) of the image.
+    """
     try:
         run_for_shapes(prepare_for_shapes(model), shape)
     except Exception as error:  # the network's own code may raise anything
@@ -167,13 +189,13 @@ def find_error(model: nn.Module, shape: tuple[int, int, int]) -> Exception | Non
 
 @torch.no_grad()
 def run_for_shapes(network: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Runs a network that `prepare_for_shapes` returned on one image of this shape (C, H, W)."""
+    """Runs a network on the meta device, as `prepare_for_shapes` returns it, on one image with the shape (C, H, W)."""
     example = next(network.parameters())
     network(torch.empty(1, *shape, dtype=example.dtype, device="meta"))
 
 
 def find_uncalled_convs(model: nn.Module, shape: tuple[int, int, int]) -> set[str]:
-    """Returns the names of the convolutions that are not called when a network is run on an image of this shape."""
+    """Returns the names of the K x K convolutions that a forward pass of an image (C, H, W) does not call."""
     network, called = prepare_for_shapes(model), set()
     convs = find_spatial_convs(network)
     for name, conv in convs.items():
@@ -183,7 +205,7 @@ def find_uncalled_convs(model: nn.Module, shape: tuple[int, int, int]) -> set[st
 
 
 def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
-    """Raises `OptionError` for an unknown `init`, or a name in `keep` that no convolution has."""
+    """Raises `OptionError` if `init` is unknown, or if a name in `keep` is that of no convolution."""
     if init not in get_args(Init):
         raise OptionError("init", init, f"must be one of {', '.join(get_args(Init))}")
     if keep is not None:
@@ -191,13 +213,19 @@ def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init:
 
 
 def find_spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Returns the convolutions with a kernel larger than 1 x 1, in the network's order, with their names as keys."""
+    """Returns the convolutions with a kernel larger than 1 x 1 by their names, in the network's order."""
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     return {name: conv for name, conv in convs.items() if max(conv.kernel_size) > 1}
 
 
 def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable[str] | None) -> dict[str, str]:
-    """Returns the reason for each convolution larger than 1 x 1 that is not replaced, by its name."""
+    """Returns the K x K convolutions that must not be replaced, by name, and why, as text for the user.
+
+    Args:
+        model: The network.
+        block_type: The kind of cheap convolution; it may have reasons of its own.
+        keep: See `cheapen`.
+    """
     convs = find_spatial_convs(model)
     chosen = find_stem(model) if keep is None else match_names(list(convs), keep)
     reasons = {}
@@ -224,15 +252,19 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
 
 
 def find_stem(model: nn.Module) -> set[str]:
-    """Returns a set with the name of the network's first convolution, if there is one."""
+    """Returns a set with the name of the network's first convolution; an empty set if there is none."""
     return set([name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:1])
 
 
 def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
-    """Returns the names that match a pattern, or that are in a module of that name.
+    """Returns the names of convolutions that a pattern selects.
+
+    Args:
+        names: The names of all convolutions.
+        patterns: Patterns such as `layer4.*`, names of convolutions, or names of modules that contain convolutions.
 
     Raises:
-        OptionError: A pattern matches no name, or is not a text.
+        OptionError: A pattern selects no convolution, or is no text.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -249,10 +281,11 @@ def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
 
 
 def looks_trained(model: nn.Module) -> bool:
-    """Returns whether the network's normalization layers differ from their initial values.
+    """Returns whether the weights of a network do not look like initial ones.
 
-    A network without such layers looks trained if a convolution has biases that are not zero, and weights outside the
-    range of PyTorch's default initialization.
+    A network with normalization layers looks trained if a running mean or a bias of these layers is not zero. A network
+    without them looks trained if a convolution has a bias that is not zero, and weights outside of the range of
+    PyTorch's default initialization.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) or hasattr(module, "running_mean")]
     values = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]
@@ -268,13 +301,15 @@ def looks_trained(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
-    """Returns the pair for a convolution, with its device and type.
+    """Returns a cheap convolution to replace a convolution, with the same device, dtype and mode.
 
     Args:
-        conv: The convolution that it replaces.
-        block_type: The kind of pair.
-        fit: Whether the pair is set as near as possible to the convolution; otherwise its weights are Kaiming-normal.
+        conv: The convolution that is replaced.
+        block_type: The kind of cheap convolution.
+        fit: Whether the new weights are the least-squares approximation of the replaced kernel, and the bias is copied;
+            otherwise the weights are Kaiming-normal and the bias is zero.
     """
+    # Random weights first: those that the factorization leaves open keep them.
     has_bias = conv.bias is not None
     pair = block_type.make_pair(conv.in_channels, conv.out_channels, Window.from_conv(conv), has_bias).to(conv.weight)
     pair.train(conv.training)
@@ -284,6 +319,8 @@ def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
     nn.init.kaiming_normal_(pair.pointwise.weight)
     if conv.bias is not None and pair.pointwise.bias is not None:
         pair.pointwise.bias.copy_(conv.bias) if fit else pair.pointwise.bias.zero_()
+
+    # NaN in the spatial weights stands for a value that the kernel does not determine.
     if fit:
         spatial, pointwise = block_type.factorize(conv.weight, pair)
         pair.pointwise.weight.copy_(pointwise)
@@ -295,7 +332,15 @@ def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """A convolution larger than 1 x 1, with description, parameters and MACs before and after the conversion."""
+    """A row of a `ConversionTable`: a K x K convolution before and after the conversion.
+
+    Attributes:
+        name: The name of the convolution in the network.
+        before: A short description of the layer before the conversion.
+        after: A short description of the layer after the conversion; if it was kept, this says why.
+        params: The number of parameters before and after.
+        macs: The number of multiply-accumulates for one image before and after.
+    """
 
     name: str
     before: str
@@ -306,12 +351,12 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class ConversionTable:
-    """What `cheapen` replaced; printed, it is a table.
+    """A table of the convolutions that `cheapen` replaced or kept; `print` shows it with aligned columns.
 
     Attributes:
-        rows: The convolutions larger than 1 x 1, in the network's order.
-        params: Parameters of the whole network, before and after.
-        macs: Multiply-accumulates of the whole network for one image, before and after.
+        rows: The K x K convolutions (larger than 1 x 1), in the network's order.
+        params: The number of parameters of the whole network before and after.
+        macs: The number of multiply-accumulates of the whole network for one image before and after.
     """
 
     rows: list[ConvertedLayer]
@@ -330,12 +375,12 @@ class ConversionTable:
 def conversion_table(
     before: nn.Module, after: nn.Module, image_size: tuple[int, int, int] = (3, 224, 224)
 ) -> ConversionTable:
-    """Returns what `cheapen` replaced, with parameters and multiply-accumulates.
+    """Returns a table of the convolutions that `cheapen` replaced or kept, with parameters and multiply-accumulates.
 
     Args:
         before: The network that was given to `cheapen`.
         after: The network that `cheapen` returned.
-        image_size: (C, H, W) of the image for which MACs are counted.
+        image_size: (C, H, W) of the image for which multiply-accumulates (MACs) are counted.
 
     Example:
         >>> before = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, bias=False))
@@ -355,7 +400,7 @@ def conversion_table(
 
 
 def describe_layer(layer: nn.Module) -> str:
-    """Returns a description of a convolution or a pair; that of a convolution that was kept says why."""
+    """Returns a short description of a layer, such as "3 x 3" or "depth-wise + 1 x 1", or why `cheapen` kept it."""
     if isinstance(layer, CheapConv):
         return f"{describe_layer(layer.spatial)} + 1 x 1"
     if not isinstance(layer, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Costs of a network: parameters and multiply-accumulates (MACs)."""
+"""Costs of a network: its number of parameters and of multiply-accumulates (MACs)."""
 
 from itertools import chain
 
@@ -8,19 +8,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_params(network: nn.Module) -> int:
-    """Returns the number of parameters, trainable or not; buffers do not count."""
+    """Returns the number of parameters, trainable or not; buffers are not counted."""
     return sum(p.numel() for p in network.parameters())
 
 
 def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
-    """Returns the multiply-accumulates of convolutions and matrix products in a forward pass of one image.
+    """Returns the number of multiply-accumulates of convolutions and matrix products in a forward pass of one image.
 
-    This is half of what PyTorch's FLOP counter counts (a multiply-accumulate is two FLOPs), without operators such as
-    `Shift2d` that only move data but run as a convolution.
+    This is half of the number of PyTorch's FLOP counter, since a multiply-accumulate is two FLOPs. Operators such as
+    `Shift2d`, which run as a convolution but only move data, are not counted.
 
     Args:
-        network: Any network; its mode is restored afterwards.
-        image_size: (C, H, W).
+        network: Any network; it runs in eval mode, and its mode is restored afterwards.
+        image_size: (C, H, W) of the image.
 
     Example:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 32, 32))
@@ -30,7 +30,13 @@ def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
 
 
 def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
-    """Returns the multiply-accumulates of each module by its name; the network itself has the name ""."""
+    """Returns the number of multiply-accumulates of each module, by its name; that of the whole network has the key "".
+
+    Args:
+        network: Any network; see `count_macs`.
+        image_size: (C, H, W) of the image.
+    """
+    # One forward pass in eval mode; the modes of all modules are restored.
     modes = {module: module.training for module in network.modules()}
     network.eval()
     example = next(chain(network.parameters(), network.buffers()))
@@ -39,6 +45,7 @@ def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -
         network(torch.zeros(1, *image_size, dtype=example.dtype, device=example.device))
     for module, mode in modes.items():
         module.training = mode
+    # The counter's names begin with the class of the network; the total is "Global".
     counts = {name: sum(operators.values()) for name, operators in counter.get_flop_counts().items()}
     root = f"{type(network).__name__}."
     flops = {"": counts["Global"]}

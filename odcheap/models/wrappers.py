@@ -1,4 +1,4 @@
-"""Backbones made of standard networks (ours, torchvision's or timm's), whose convolutions are converted."""
+"""Backbones that are standard networks (ours, torchvision's or timm's) with cheap convolutions, made by `cheapen`."""
 
 import argparse
 import copy
@@ -34,13 +34,13 @@ Noise = Annotated[float, Field(ge=0)]
 def converted_backbone(
     network: Callable[..., Backbone], conv: BlockType, num_classes: int, keep: list[str] | str | None = None
 ) -> Backbone:
-    """Returns one of our standard networks with pairs in place of its 3 x 3 convolutions, except for the stem.
+    """Returns one of our standard networks with cheap convolutions in place of its 3 x 3 convolutions.
 
     Args:
-        network: A function that builds the standard network, given `num_classes`.
-        conv: The block type; Standard changes nothing.
-        num_classes: K.
-        keep: Convolutions to leave, see `cheapen`.
+        network: A function that takes `num_classes` and returns the standard network.
+        conv: The block type; Standard replaces nothing.
+        num_classes: The number of classes, K.
+        keep: The convolutions that are not replaced; None for the first one. See `cheapen`.
     """
     converted = convert_to(network(num_classes=num_classes), conv, keep, "kaiming")
     converted.standard_note = None
@@ -48,7 +48,10 @@ def converted_backbone(
 
 
 def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> Any:
-    """Calls `cheapen` with errors that name the options as in `conf/`; a standard block type changes nothing."""
+    """Calls `cheapen`, but returns the network itself if the block type is standard.
+
+    Errors name the options as users set them: `backbone.keep`, not `keep`.
+    """
     try:
         if not conv.is_cheap:
             check_conversion_options(network, keep, init)  # a sweep over block types finds mistakes in its first run
@@ -60,19 +63,21 @@ def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, 
 
 @check_arguments("backbone")
 class LibraryBackbone(Backbone):
-    """A classification network of a library, converted to the block type.
+    """A classification network of another library, with its convolutions replaced by cheap convolutions.
 
     A subclass creates the standard network, and splits its forward pass into `features` and `head`.
 
     Args:
-        name: The network's name in the library.
-        conv: The block type; Standard changes nothing.
-        num_classes: K.
-        pretrained: A local file of the network's weights, which are loaded before the conversion. A classifier for
-            another number of classes is left out.
-        keep: Convolutions to leave, see `cheapen`.
-        init: How the cheap pairs' weights are initialized, see `cheapen`; "auto" fits them to pretrained weights.
-        noise: Weight noise, so that students loaded from the same file differ; see `add_weight_noise`.
+        name: The name of the network in the library.
+        conv: The block type; Standard replaces nothing.
+        num_classes: The number of classes, K.
+        pretrained: A local file of weights of the standard network, which are loaded before the conversion; None for
+            random weights. If its classifier has another number of classes, the classifier is not loaded.
+        keep: The convolutions that are not replaced; see `cheapen`.
+        init: How the weights of the cheap convolutions are initialized; see `cheapen`. "auto" is "fit" with pretrained
+            weights, otherwise "kaiming".
+        noise: The size of the noise that is added to pretrained weights, so that students from the same file differ;
+            see `add_weight_noise`.
 
     Raises:
         OptionError: The name is unknown, the weights do not fit, no convolution can be replaced, or the network has no
@@ -93,6 +98,7 @@ class LibraryBackbone(Backbone):
         noise: Noise = 0.0,
     ):
         super().__init__()
+        # The weights are loaded into the standard network, since the file has its names and shapes.
         network = self.create_network(name, num_classes, pretrained is not None)
         self.set_network(network, num_classes, name)
         if pretrained is not None:
@@ -104,18 +110,19 @@ class LibraryBackbone(Backbone):
             add_weight_noise(self.network, noise)
 
     def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
-        """Returns the standard network, for published weights if `is_pretrained`."""
+        """Returns the standard network; `is_pretrained` says whether published weights will be loaded into it."""
         raise NotImplementedError
 
     def set_network(self, network: nn.Module, num_classes: int, name: str) -> None:
-        """Sets the standard network and the attributes that depend on it.
+        """Sets the standard network and the attributes that depend on it, such as `num_features`.
 
         Raises:
-            OptionError: The network has no 4-D last feature map, or `head(features(x))` differs from its own forward
-                pass.
+            OptionError: The network has no 4-D last feature map, or `head(features(x))` differs from the network's own
+                forward pass.
         """
         self.network, self.num_classes = network, num_classes
         self.classifier = f"network.{find_last_layer(network, num_classes)}"
+        # Try the two parts on one image: together they must compute what the network itself computes.
         x = torch.linspace(-2, 2, 3 * PROBE_SIZE * PROBE_SIZE).view(1, 3, PROBE_SIZE, PROBE_SIZE)
         allowed = "has no 4-D last feature map (N, C, H, W) before its head (a transformer?): the teacher needs one"
         error = OptionError("backbone.name", name, allowed)
@@ -133,7 +140,7 @@ class LibraryBackbone(Backbone):
 
 
 class TorchvisionBackbone(LibraryBackbone):
-    """A torchvision network, split before its global pool."""
+    """A torchvision network, split into features and head before its global pool."""
 
     def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
         check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
@@ -145,7 +152,8 @@ class TorchvisionBackbone(LibraryBackbone):
         return network
 
     def set_network(self, network: nn.Module, num_classes: int, name: str) -> None:
-        # All torchvision networks run their children in order; these are the first ones after the last feature map.
+        # All torchvision networks run their children in order; the names below are those of the first child after the
+        # last feature map.
         names = [name for name, _ in network.named_children()]
         split = next((k for k, n in enumerate(names) if n in ("avgpool", "dropout", "classifier", "fc")), len(names))
         self.body, self.tail = names[:split], [name for name in names[split:] if name != "avgpool"]
@@ -154,7 +162,8 @@ class TorchvisionBackbone(LibraryBackbone):
         super().set_network(network, num_classes, name)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
+        """Returns the last feature map (N, C, h, w) of images (N, 3, H, W)."""
+        # What the networks do in their own `forward` and not in a child: Inception's normalization, DenseNet's ReLU.
         if getattr(self.network, "transform_input", False):
             x = self.network._transform_input(x)
         for name in self.body:
@@ -162,7 +171,8 @@ class TorchvisionBackbone(LibraryBackbone):
         return F.relu(x) if isinstance(self.network, torchvision.models.DenseNet) else x
 
     def head(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) -> logits (N, K)."""
+        """Returns the logits (N, K) of the last feature map (N, C, h, w)."""
+        # The pool and the flattening are in a child of some networks, and in the own `forward` of others.
         x = features
         if not self.tail_pools:
             pool = getattr(self.network, "avgpool", None)
@@ -174,21 +184,23 @@ class TorchvisionBackbone(LibraryBackbone):
 
 
 class MobileNetV2(TorchvisionBackbone):
-    """MobileNetV2 for images of 32 x 32, without the strides before 8 pixels; last feature map (N, 1280, H/8, W/8).
+    """MobileNetV2 for images of 32 x 32 pixels; its last feature map is (N, 1280, H/8, W/8).
 
-    Its depth-wise convolutions already have 1 x 1 convolutions before and after them, so the block type's spatial
-    operator takes their place without another 1 x 1. DW and Standard are the published network. Source: Sandler et al.,
+    The first two strides of 2 of the published network are 1 here. The depth-wise convolutions already have 1 x 1
+    convolutions before and after them, so they are replaced by the spatial operator of the block type without another
+    1 x 1 convolution. With DW and Standard they are those of the published network. Source: Sandler et al.,
     "MobileNetV2: Inverted residuals and linear bottlenecks", 2018.
 
     Args:
         conv: The block type.
-        num_classes: K.
+        num_classes: The number of classes, K.
     """
 
     native_size = 32
 
     def __init__(self, conv: BlockType, num_classes: int):
         Backbone.__init__(self)
+        # The rows are expansion factor, channels, number of blocks and stride, as in the paper's table 2.
         stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2]]
         stages += [[6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
         network: Any = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
@@ -205,7 +217,7 @@ class MobileNetV2(TorchvisionBackbone):
 
 
 class TimmBackbone(LibraryBackbone):
-    """A timm network, which itself says where its features end.
+    """A timm network, split into features and head by its own methods `forward_features` and `forward_head`.
 
     Raises:
         Failure: timm is not installed.
@@ -220,16 +232,22 @@ class TimmBackbone(LibraryBackbone):
         return timm.create_model(name, pretrained=False, num_classes=num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the last feature map (N, C, h, w)."""
+        """Returns the last feature map (N, C, h, w) of images (N, 3, H, W)."""
         return self.network.forward_features(x)
 
     def head(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) -> logits (N, K)."""
+        """Returns the logits (N, K) of the last feature map (N, C, h, w)."""
         return self.network.forward_head(features)
 
 
 def check_name(name: str, known: list[str], library: str) -> None:
-    """Raises `OptionError` with similar names if the library has no such network."""
+    """Raises `OptionError`, which names similar networks, if the library has no network of this name.
+
+    Args:
+        name: The name of the network.
+        known: The names of all networks of the library.
+        library: The name of the library, for the message.
+    """
     if name not in known:
         similar = ", ".join(difflib.get_close_matches(str(name), known, n=4, cutoff=0.4)) or "none"
         allowed = f"no classification network of {library} has this name; similar: {similar}"
@@ -242,16 +260,19 @@ def load_pretrained(
     """Loads published weights from a local file into a standard network.
 
     Args:
-        network: The network.
-        path: A state dict written by `torch.save` or as safetensors, also under one of the usual keys of a checkpoint
-            and with the prefixes that `torch.compile`, `DataParallel` and modules around the network give its tensors.
-        num_classes: K.
-        option: The option that named the file, for messages.
-        new_head: Whether a classifier for another number of classes is left out; the network keeps its own then.
+        network: The network, whose weights are set in place.
+        path: The file, written by `torch.save` or as safetensors: a state dict, or a checkpoint with a state dict under
+            one of the usual keys. The names may have the prefixes that `torch.compile`, `DataParallel` and modules
+            around the network add.
+        num_classes: The number of classes, K.
+        option: The name of the option that gave the file, for messages.
+        new_head: Whether the network keeps its own classifier if that of the file has another number of classes;
+            otherwise this is an error.
 
     Raises:
-        OptionError: The weights do not fit; nothing has been changed.
+        OptionError: The weights do not fit; the network is not changed then.
     """
+    # The state dict in the checkpoint, with the network's names.
     content = read_published(path, option)
     for key in STATE_KEYS:
         if isinstance(content.get(key), dict):
@@ -260,6 +281,8 @@ def load_pretrained(
     tensors = {update_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
     tensors = strip_prefixes(tensors, network.state_dict().keys())
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(AUXILIARY_HEADS)}
+
+    # The classifier may be that of other classes, and old files have no counters of batches.
     own = network.state_dict()
     head = {
         name: tensor for name, tensor in own.items() if name.startswith(f"{find_last_layer(network, num_classes)}.")
@@ -267,13 +290,13 @@ def load_pretrained(
     if new_head and any(name in state and state[name].shape != tensor.shape for name, tensor in head.items()):
         state |= head
     counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
-    state = counters | state  # old files have no counters
+    state = counters | state
     check_state_dict(own, state, path, "weights of another network", option)
     network.load_state_dict(state)
 
 
 def read_published(path: str, option: str) -> Any:
-    """Reads the content of a file of published weights; see `load_pretrained` for the arguments."""
+    """Returns the content of a file of published weights; see `load_pretrained` for the arguments."""
     if str(path).endswith(".safetensors"):
         return read_safetensors(path, option)[0]
     # The scripts of timm and torchvision store their arguments too. A namespace holds values and runs no code.
@@ -282,19 +305,20 @@ def read_published(path: str, option: str) -> Any:
 
 
 def update_name(name: str) -> str:
-    """Returns a tensor's current name: without the marks of `torch.compile` and the extra dots of old DenseNets."""
+    """Returns a tensor's current name, without the prefix of `torch.compile` and the extra dots of old DenseNets."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.replace("_orig_mod.", ""))
 
 
 def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
-    """Returns tensors by their names without the prefixes that modules around a network give them.
+    """Returns the tensors of a file, by name, without the prefixes that modules around a network add to the names.
 
-    Tensors outside the prefix that most of them have, such as those of a loss, are left out.
+    If most names have a prefix, the tensors whose names do not have it, such as those of a loss, are left out.
 
     Args:
-        tensors: The tensors of a file.
-        own: The names in the network.
+        tensors: The tensors of the file by name.
+        own: The names of the network's tensors.
     """
+    # One prefix after the other is removed, until a name is one of the network's, or no prefix is that of most names.
     while not own & tensors.keys():
         inside = {prefix: [name for name in tensors if name.startswith(prefix)] for prefix in PREFIXES}
         prefix = max(inside, key=lambda prefix: len(inside[prefix]))
@@ -305,7 +329,11 @@ def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tenso
 
 
 def find_last_layer(network: nn.Module, num_classes: int) -> str:
-    """Returns the name of the layer that gives the logits."""
+    """Returns the name of the layer that computes the logits: the last one with `num_classes` outputs.
+
+    Raises:
+        OptionError: There is no such layer.
+    """
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     last = next((name for name, module in reversed(layers) if module.weight.shape[0] == num_classes), None)
     if last is None:
@@ -315,14 +343,14 @@ def find_last_layer(network: nn.Module, num_classes: int) -> str:
 
 @torch.no_grad()
 def add_weight_noise(network: nn.Module, noise: float) -> None:
-    """Adds Gaussian noise to the weights of the converted layers.
+    """Adds Gaussian noise to the weights of the cheap convolutions of a network.
 
-    Students that start from one file would otherwise be equal and stay equal, since they see the same batches. In a
-    network that was not converted the noise is added to the convolutions larger than 1 x 1.
+    Students that start from the same file would otherwise stay equal, since they see the same batches. If the network
+    has no cheap convolutions, the noise is added to the convolutions larger than 1 x 1.
 
     Args:
         network: The network, changed in place.
-        noise: The noise's standard deviation, as a fraction of that of each weight tensor.
+        noise: The standard deviation of the noise, as a fraction of the standard deviation of each weight tensor.
     """
     pairs = [module for module in network.modules() if isinstance(module, CheapConv)]
     for module in pairs or find_spatial_convs(network).values():
@@ -332,18 +360,20 @@ def add_weight_noise(network: nn.Module, noise: float) -> None:
 
 
 def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name: str) -> None:
-    """Raises `OptionError` if images are too large for a network for small ones, or too small for its strides.
+    """Raises `OptionError` if images are too large for a network for small images, or too small for its strides.
 
     Args:
         backbone: The network.
-        image_size: (C, H, W).
-        name: The backbone's option name, for the message.
+        image_size: (C, H, W) of the images.
+        name: The name of the backbone in `conf/backbone`, for the message.
     """
+    # Too large: the network would work, but on maps that are much larger than those for which it was designed.
     _, height, width = image_size
     native = backbone.native_size
     if native <= MAX_SMALL_SIZE < max(height, width):
         allowed = f"is made for {native} x {native} pictures, and these have {height} x {width}"
         raise OptionError("backbone", name, f"{allowed}; resnet18 and its like are made for larger ones")
+    # Too small: the last feature map would have less than one pixel.
     stride = find_stride(backbone)
     fits = min(height, width) >= stride
     if fits:
@@ -356,11 +386,11 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
 
 
 def find_stride(backbone: Backbone) -> int:
-    """Returns how many times smaller the sides of the last feature map are than the image's."""
+    """Returns the total stride of a network: the side of an image divided by the side of the last feature map."""
     return 1024 // _features_on_meta(backbone, 1024, 1024).shape[-1]
 
 
 def _features_on_meta(backbone: Backbone, height: int, width: int) -> Tensor:
-    """Returns the last feature map on the meta device, on which nothing is computed but shapes."""
+    """Returns the last feature map on the meta device, where PyTorch computes shapes only."""
     images = torch.empty(1, 3, height, width, device="meta")
     return copy.deepcopy(backbone).to("meta").eval().features(images)
