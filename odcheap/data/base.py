@@ -20,14 +20,15 @@ SELECT_BY = {"top1": "top1", "balanced": "balanced_accuracy"}  # the option's va
 
 
 class Batch(NamedTuple):
-    """Images and labels of one process.
+    """A batch of images and labels on one process.
 
     Attributes:
-        images: (N, C, H, W), or views of them (S, N, C, H, W).
-        target: Labels (N,).
-        share: N times the number of processes, divided by the size of the global batch. A process multiplies its mean
-            loss by it. The average of the processes' gradients is then exactly that of the global batch's mean loss,
-            even if the last batch divides unevenly.
+        images: (N, C, H, W), float32, augmented in training and normalized; or (S, N, C, H, W) with S independent
+            augmentations of each image.
+        target: Labels (N,), int64.
+        share: The factor by which the process multiplies its mean loss: N times the number of processes, divided by the
+            size of the global batch. With it the mean of the gradients of all processes is exactly the gradient of the
+            global batch's mean loss, even if the images of the batch cannot be divided evenly among the processes.
     """
 
     images: Tensor
@@ -36,7 +37,14 @@ class Batch(NamedTuple):
 
 
 class Process(NamedTuple):
-    """The process that loads data: its device, its rank, the number of all processes and of those on its machine."""
+    """The process that loads data.
+
+    Attributes:
+        device: The device on which the process trains.
+        rank: The number of the process among all processes, from 0.
+        world_size: The number of all processes.
+        local_world_size: The number of processes on the same machine.
+    """
 
     device: torch.device = torch.device("cpu")
     rank: int = 0
@@ -45,7 +53,13 @@ class Process(NamedTuple):
 
 
 class LabeledImage(NamedTuple):
-    """An image (C, H, W) uint8 as evaluation sees it, its label, and its file; None if it is not read from one."""
+    """An image as it is evaluated, before normalization.
+
+    Attributes:
+        image: (C, H, W), uint8.
+        label: The number of its class, from 0.
+        path: The file from which it was read; None if the data set has no image files.
+    """
 
     image: Tensor
     label: int
@@ -53,19 +67,19 @@ class LabeledImage(NamedTuple):
 
 
 class BatchOrder:
-    """The order of the training images on one process, which depends on (seed, epoch) only.
+    """The order in which one process trains on the images; it depends on (seed, epoch) only.
 
     The last batch of an epoch is left out if it has fewer than two images for each process.
 
     Args:
-        count: Number of training images.
-        batch_size: Images of a batch, of all processes together.
-        seed: The run's seed.
-        rank: The rank of this process.
-        world_size: Number of processes.
+        count: The number of training images.
+        batch_size: The number of images in a batch, on all processes together.
+        seed: The seed of the run.
+        rank: The number of this process among all processes, from 0.
+        world_size: The number of processes.
 
     Raises:
-        OptionError: The batch is too small for so many processes.
+        OptionError: The batch has fewer than two images for each process.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -76,7 +90,7 @@ class BatchOrder:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch; Lightning calls it before each one."""
+        """Sets the number of the epoch, from 0; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -84,7 +98,8 @@ class BatchOrder:
         return whole + (rest >= MIN_IMAGES * self.world_size)
 
     def batches(self) -> list[tuple[Tensor, float]]:
-        """Returns the image numbers of each batch on this process, and its share (see `Batch`)."""
+        """Returns, for each batch of the epoch, the numbers of this process's images, (N,), and `Batch.share`."""
+        # All processes draw the same order, and each takes every world_size-th image of a batch.
         order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
         whole = order.split(self.batch_size)[: len(self)]
         own = [batch[self.rank :: self.world_size] for batch in whole]
@@ -92,10 +107,15 @@ class BatchOrder:
 
 
 class ResumableBatches(ABC):
-    """Training batches whose position in the epoch is saved, so that a resumed run continues there.
+    """The training batches of an epoch; the state dict has the position, so that a resumed run continues there.
+
+    Args:
+        order: The order of the images.
 
     Attributes:
         sampler: The order of the images. Lightning calls `set_epoch` of an attribute with this name.
+        done: The number of batches of this epoch that have been yielded.
+        start: The number of batches that the next iteration skips.
     """
 
     def __init__(self, order: BatchOrder):
@@ -113,7 +133,7 @@ class ResumableBatches(ABC):
 
     @abstractmethod
     def batches_from(self, start: int) -> Iterator[Batch]:
-        """Yields the epoch's batches from this number (from 0) on."""
+        """Yields the batches of the epoch from number `start` (from 0) on."""
 
     def state_dict(self) -> dict[str, int]:
         return {"done": self.done}
@@ -124,28 +144,30 @@ class ResumableBatches(ABC):
 
 @check_arguments("data")
 class ImageData(ABC):
-    """A data set for classification, with three parts: "train", "val" (held out) and "test".
+    """A data set for classification with three parts: "train", "val" (held out for validation) and "test".
 
-    A subclass reads its images in `read`, and sets the attributes.
+    A new data set is a subclass whose method `read` reads the images and sets the attributes.
 
     Args:
-        name: Name of the data set.
-        seed: The run's seed, for order and augmentation.
-        select: The images on which the student is selected: "val", "test", or "last" for no selection.
-        select_by: The metric that selects: "top1", or "balanced", the mean of the classes' recalls.
-        batch_size: Images of a training batch, of all processes together.
-        eval_batch_size: Images of an evaluation batch, of each process.
-        val_size: Held-out images: a count, or a fraction below 1.
-        split_seed: Seed of the held-out split.
-        mean: Means of the channels in [0, 1].
-        std: Standard deviations of the channels.
+        name: The name of the data set.
+        seed: The seed of the run, for the order and the augmentation of training images.
+        select: The part on which the best student and epoch are selected: "val" or "test"; or "last" to select nothing.
+        select_by: The metric by which they are selected: "top1", or "balanced", which is the mean recall of the
+            classes.
+        batch_size: The number of images in a training batch, on all processes together.
+        eval_batch_size: The number of images in an evaluation batch on each process.
+        val_size: The number of training images that are held out as "val", or a fraction of them below 1.
+        split_seed: The seed that decides which images are held out.
+        mean: The mean of each channel of images in [0, 1], for normalization.
+        std: The standard deviation of the same kind.
 
     Attributes:
-        classes: Names of the classes by label.
-        fingerprint: Hash of the data and of which images are held out.
-        image_size: (C, H, W).
-        shorter_side: Pixels to which an image's shorter side is resized before its center is cropped.
-        bit_depth: Bits that are used in images with 16 bits a channel; None if there are no such images.
+        classes: The names of the classes; the position of a name is the label.
+        fingerprint: A hash (hexadecimal) of the training images, their labels, and which of them are held out.
+        image_size: (C, H, W) of the images.
+        shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
+            cropped.
+        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
 
     Raises:
         OptionError: The options do not suit the images.
@@ -177,27 +199,37 @@ class ImageData(ABC):
 
     @abstractmethod
     def read(self) -> None:
-        """Reads or lists the images and splits them; does nothing if that has been done."""
+        """Reads the images or lists their files, and holds out some of them; a second call does nothing."""
 
     @property
     @abstractmethod
     def labels(self) -> dict[str, np.ndarray]:
-        """The labels of each part."""
+        """The labels (N,) of the images in each part, by the part's name."""
 
     @abstractmethod
     def train_loader(self, process: Process, views: int = 1) -> ResumableBatches:
-        """Returns training batches with `views` independent augmentations of each image."""
+        """Returns the training batches of one process.
+
+        Args:
+            process: The process.
+            views: The number of independent augmentations of each image.
+        """
 
     @abstractmethod
     def eval_loader(self, part: str, process: Process) -> Iterable[Batch]:
-        """Returns a part's images, each once over all processes, without augmentation."""
+        """Returns the evaluation batches of one process, without augmentation.
+
+        Args:
+            part: "train", "val" or "test". Each image of this part is in a batch of exactly one process.
+            process: The process.
+        """
 
     @abstractmethod
     def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
-        """Yields the images of a part at these positions (from 0). Images that cannot be read are skipped."""
+        """Yields the images of a part at the positions `index` (from 0); images that cannot be read are skipped."""
 
     def val_loader(self, process: Process) -> Iterable[Batch]:
-        """Returns the images that are evaluated after each epoch."""
+        """Returns the batches of the images that are evaluated after each epoch; see `eval_loader`."""
         return self.eval_loader(self.watched_part, process)
 
     def test_loader(self, process: Process) -> Iterable[Batch]:
@@ -205,7 +237,7 @@ class ImageData(ABC):
 
     @property
     def watched_part(self) -> str:
-        """The part that is evaluated after each epoch."""
+        """The part that is evaluated after each epoch: "test" with select=test, otherwise "val"."""
         return "test" if self.select == "test" else "val"
 
     def train_order(self, process: Process) -> BatchOrder:
@@ -213,19 +245,20 @@ class ImageData(ABC):
         return BatchOrder(count, self.batch_size, self.seed, process.rank, process.world_size)
 
     def steps_per_epoch(self, world_size: int = 1) -> int:
-        """Returns the number of batches in an epoch."""
+        """Returns the number of training batches in an epoch with `world_size` processes."""
         return len(self.train_order(Process(world_size=world_size)))
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yields file, class and part of each image; nothing if the images are not files."""
+        """Yields (file, class, part) of each image, as text; nothing if the data set has no image files."""
         yield from ()
 
     def unreadable(self) -> list[str]:
-        """Returns the files that no process could read so far; every process must call it."""
+        """Returns the image files that some process could not read so far; every process must call this."""
         return []
 
     def check(self, world_size: int = 1) -> None:
-        """Raises `OptionError` if the images cannot be divided among batches and processes as the options say."""
+        """Raises `OptionError` if there are too few images for the options or for `world_size` processes."""
+        # Batch norm needs two training images in each process, and each process evaluates an image at least.
         labels = self.labels
         if len(labels["train"]) < MIN_IMAGES * world_size:
             allowed = f"must leave {MIN_IMAGES * world_size} images or more to train on ({MIN_IMAGES} a process)"
@@ -236,5 +269,6 @@ class ImageData(ABC):
             raise OptionError("trainer.devices", world_size, allowed)
         self.steps_per_epoch(world_size)  # refuses a batch that is too small for so many processes
         if self.select == "val" and not len(labels["val"]):
+            # Without held-out images nothing can be selected on them.
             allowed = "select=val needs held-out images; select=last selects nothing and trains on all images"
             raise OptionError("data.val_size", self.val_size, allowed)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from the official files, from folders of image files, or downloaded."""
+"""Loads CIFAR-10 and CIFAR-100 from the official files or from folders of image files; downloads the former."""
 
 import hashlib
 import os
@@ -38,10 +38,10 @@ def load_cifar(
 
     Args:
         name: "cifar10" or "cifar100".
-        data_dir: The folder of the official files, or of image files in `<name>/{train,test}/<class>/*`.
-        train_images: The expected number of training image files.
-        test_images: The expected number of test image files.
-        download: Whether the official files are downloaded if neither is there.
+        data_dir: The folder that contains the official files, or image files in `<name>/{train,test}/<class>/*`.
+        train_images: The expected number of image files for training.
+        test_images: The expected number of image files for testing.
+        download: Whether the official files are downloaded if the folder contains neither of these.
         read_only: Whether nothing may be written to the folder: no download, and no cache of decoded images.
 
     Raises:
@@ -69,7 +69,15 @@ def load_cifar(
 
 
 def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
-    """Loads the official files with torchvision, which checks their md5."""
+    """Loads the official files with torchvision.
+
+    Args:
+        dataset: torchvision's class of the data set.
+        data_dir: The folder that contains the official files.
+
+    Raises:
+        RuntimeError: A file is missing, or its MD5 checksum is wrong.
+    """
     train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
     targets = [torch.tensor(part.targets) for part in (train, test)]
@@ -77,7 +85,17 @@ def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
 
 
 def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Images:
-    """Downloads the official files with torchvision and loads them."""
+    """Downloads the official files with torchvision, and loads them.
+
+    Args:
+        dataset: torchvision's class of the data set.
+        data_dir: The folder to which the files are downloaded.
+        name: The name of the data set, for messages.
+
+    Raises:
+        OptionError: The download fails, or the files cannot be used.
+    """
+    # torchvision has no option for a timeout, so it is set for all sockets and restored.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
@@ -99,11 +117,18 @@ def missing_error(data_dir: str, name: str, why: str) -> OptionError:
 
 
 def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool = False) -> Images:
-    """Loads a tree of image files; they are decoded once and cached beside the tree.
+    """Loads image files in `{train,test}/<class>/*`; they are decoded once, and cached in a file beside the folder.
+
+    Args:
+        tree: The folder that contains `train` and `test`.
+        train_images: The expected number of image files for training.
+        test_images: The expected number of image files for testing.
+        read_only: Whether the cache must not be written.
 
     Raises:
-        OptionError: A part, a class or an image is missing or damaged.
+        OptionError: A folder, a class or an image is missing or damaged.
     """
+    # A tree with another number of files is often half unpacked or half copied.
     parts, classes, _ = list_parts(tree, ("train", "test"))
     paths = {part: [files.path(k) for k in range(len(files.names))] for part, files in parts.items()}
     for part, expected in (("train", train_images), ("test", test_images)):
@@ -119,6 +144,7 @@ def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool =
         test, test_target = decode_images(parts["test"])
         return {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
 
+    # The cache is used as long as no file has been added, removed or written.
     key = hash_file_stats(paths["train"] + paths["test"])
     cache = tree.parent / f".{tree.name}.safetensors"
     target = {part: torch.from_numpy(files.target) for part, files in parts.items()}
@@ -127,7 +153,14 @@ def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool =
 
 
 def decode_images(files: Files) -> tuple[Tensor, Tensor]:
-    """Decodes files of one size; returns images (N, 3, H, W) uint8 and labels (N,)."""
+    """Decodes image files, which must all have the same size.
+
+    Returns:
+        Images (N, 3, H, W) uint8, and labels (N,).
+
+    Raises:
+        OptionError: A file cannot be decoded or has another size.
+    """
     pixels = []
     for path in map(files.path, range(len(files.names))):
         try:
@@ -140,7 +173,11 @@ def decode_images(files: Files) -> tuple[Tensor, Tensor]:
 
 
 def hash_file_stats(paths: list[Path]) -> str:
-    """Returns a hash of names, sizes and modification times; it changes if any file is added, removed or written."""
+    """Returns a hash of the names, sizes and modification times of files.
+
+    It changes if a file is added, removed or written, but not if the whole folder is moved: of each path only the names
+    of part, class and file are used.
+    """
     whole = hashlib.blake2b(CACHE_FORMAT.encode(), digest_size=16)
     for path in paths:
         stat = os.stat(path)
@@ -150,7 +187,12 @@ def hash_file_stats(paths: list[Path]) -> str:
 
 
 def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> bool:
-    """Returns whether cached images have the labels of the files, and the types and shapes of images of one size."""
+    """Returns whether a cache has images (N, 3, H, W) uint8 of one size, with the expected labels.
+
+    Args:
+        tensors: The tensors in the cache, by name.
+        target: The expected labels (N,) of each part.
+    """
     if tensors.keys() != {"train", "train_target", "test", "test_target"}:
         return False
     sizes = set()
@@ -171,10 +213,16 @@ def load_cached(
     write: bool = True,
     is_valid: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
 ) -> dict[str, Tensor]:
-    """Returns the tensors that `path` holds under this key, or creates them and, with `write`, writes them.
+    """Returns the tensors of a cache file, or creates and caches them if the file is missing, outdated or damaged.
 
-    A damaged or outdated file is replaced. If it cannot be written, a line is printed.
+    Args:
+        path: The cache file, in safetensors format.
+        key: A text that says what the tensors were made from; a file with another key is outdated.
+        create: A function that returns the tensors, by name.
+        write: Whether the tensors that `create` returns are written. If that fails, a line is printed.
+        is_valid: A function that returns whether the tensors of the file are as expected.
     """
+    # A damaged file is not the user's fault: a line says that the images are decoded again.
     if path.is_file():
         try:
             tensors, metadata = read_safetensors(path)

@@ -7,7 +7,7 @@ from odcheap.data.in_memory import Images
 
 
 def load_digits() -> Images:
-    """Returns 1,797 images of 8 x 8 pixels, gray repeated to RGB; every fifth one (360) is a test image."""
+    """Returns 1,797 gray images of 8 x 8 pixels as RGB; every fifth of them (360 images) is a test image."""
     from sklearn.datasets import load_digits as load  # here, since no other data set needs scikit-learn
 
     raw = load()

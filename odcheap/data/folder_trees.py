@@ -1,4 +1,8 @@
-"""Lists image files in folders of classes, in ImageNet's layout or in one of the layouts of the user's own images."""
+"""Lists image files in folders of classes: those of ImageNet, and those of a data set of your own.
+
+A part of a data set is "train", "val" or "test". Several functions have an argument `root`, the folder of the data set;
+the paths of files are relative to it.
+"""
 
 import hashlib
 import os
@@ -41,11 +45,15 @@ READER_THREADS = 16  # a disk serves several threads at once
 
 
 class Files(NamedTuple):
-    """Image files: names below `root` and labels.
+    """A list of image files with their labels.
 
-    The names are bytes in one array, since a million Python strings would be copied into every loader process.
+    Attributes:
+        root: The folder of the data set.
+        names: The paths of the files, relative to `root`, as an array of bytes (N,).
+        target: Labels (N,).
     """
 
+    # One array of bytes, since a million Python strings would be copied into every loader process.
     root: str
     names: np.ndarray
     target: np.ndarray
@@ -59,14 +67,14 @@ class Files(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """The image files of each part.
+    """The image files of a data set in each part.
 
     Attributes:
-        classes: Names of the classes by label.
-        train: Files to train on.
-        val: Held-out files; None if they are to be split off `train`.
-        test: Files to test on.
-        skipped: Names of files that are not images, and of folders that are passed over, which end with "/".
+        classes: The names of the classes; the position of a name is the label.
+        train: The files to train on.
+        val: The held-out files for validation; None if they are still to be taken from `train`.
+        test: The files to test on.
+        skipped: The paths of files that are not images, and of folders that were skipped; the latter end with "/".
     """
 
     classes: list[str]
@@ -77,12 +85,15 @@ class Tree:
 
 
 def list_imagenet(data_dir: str, read_only: bool = False) -> Tree:
-    """Lists ILSVRC-2012: `train/<wnid>/*`, and `val/<wnid>/*` as the test images.
+    """Lists the images of ImageNet (ILSVRC-2012); those in `val`, which are published with labels, are the test images.
 
-    If there are only the official archives, they are unpacked.
+    Args:
+        data_dir: The folder that contains `train/<wnid>/*` and `val/<wnid>/*`, or the official archives, which are
+            unpacked then.
+        read_only: Whether archives must not be unpacked.
 
     Raises:
-        OptionError: There is neither, or train and val have different classes.
+        OptionError: The folder contains neither of these, or `train` and `val` have different classes.
     """
     root = Path(data_dir)
     if not (root / "train").is_dir() and (root / archives.ARCHIVE_META["train"][0]).is_file() and not read_only:
@@ -95,16 +106,17 @@ def list_imagenet(data_dir: str, read_only: bool = False) -> Tree:
 
 
 def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], split_seed: int) -> Tree:
-    """Lists images in a folder for each class, or in such folders below `train` with `val`, `test` or both beside it.
+    """Lists the images of a data set of your own, in which each class is a folder of images.
 
     Args:
-        data_dir: The folder.
-        test_size: Number of test images, or a fraction below 1. They are split off (stratified) if there is neither
-            `val` nor `test`. A `val` without `test` is the test set.
-        split_seed: Seed of that split.
+        data_dir: The folder that contains the class folders, or `train` with the class folders, and beside it `val`,
+            `test` or both, with the same class folders. If there is `val` without `test`, it is the test set.
+        test_size: The number of test images, or a fraction below 1, that are taken from the training images, from each
+            class in proportion to its size. It is used only if there is neither `val` nor `test`.
+        split_seed: The seed that decides which images are taken.
 
     Raises:
-        OptionError: The folders have none of these layouts.
+        OptionError: The folder has another layout.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -114,11 +126,15 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
     unlabeled = "test" in there and "val" in there and is_flat(root / "test") and read_labels(root, "test") is None
     if unlabeled:
         there.remove("test")  # as in tiny-imagenet-200
+
+    # With `val` or `test`, nothing has to be taken from the training images to test on.
     found, classes, skipped = list_parts(root, there)
     skipped += ["test/"] if unlabeled else []
     if len(there) > 1:
         val = found["val"] if "test" in found and "val" in found else None
         return Tree(classes, found["train"], val, found["test" if "test" in found else "val"], skipped)
+
+    # Take the test images from the training images, or from all images.
     whole = found["train" if there else "."]
     split = split_stratified(
         hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size"
@@ -131,7 +147,12 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
 
 
 def check_folder_names(root: Path, there: list[str]) -> None:
-    """Raises `OptionError` for a folder such as "valid" beside "train", or "Train", which would be read as a class."""
+    """Raises `OptionError` if a folder is named almost like a part ("Train", "valid"): it would be read as a class.
+
+    Args:
+        root: The folder of the data set.
+        there: The folders in it that are named exactly like a part.
+    """
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
     # "seg_train" beside "seg_test" are parts; a lone "crash test" is a class.
@@ -150,17 +171,20 @@ def check_folder_names(root: Path, there: list[str]) -> None:
 
 
 def is_part_name(name: str) -> bool:
-    """Returns whether one of the words of a folder's name is that of a part, as in "seg_train"."""
+    """Returns whether a word in the name of a folder stands for a part of a data set, as in "seg_train"."""
     return bool(PART_WORDS.intersection(re.split(r"[^a-z]+", name.lower())))
 
 
 def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
-    """Lists the files of each part, the class names, and files that are not images.
+    """Lists the image files in each part of a data set.
 
     Args:
         root: The folder of the data set.
-        parts: Folders below `root` that contain the class folders; none if `root` itself contains them. The result then
-            has the part ".".
+        parts: The folders in `root` that contain the class folders; empty if `root` itself contains them.
+
+    Returns:
+        The files of each part, by its name ("." if `parts` is empty); the names of the classes, whose positions are the
+        labels; and the paths of what was skipped (see `Tree`).
 
     Raises:
         OptionError: A part is missing, its classes differ from those of another part, or a class has no image.
@@ -176,6 +200,8 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
             raise OptionError(
                 "data_dir", root, f"{first} and {other} must have the same classes: {odd[0]} is only in {only}"
             )
+
+    # One class only: perhaps the real classes are one level deeper.
     if len(classes) < 2:
         allowed = f"needs two classes or more; {LAYOUTS} is expected"
         folders = list_folders(root / first / classes[0]) if classes else []
@@ -183,6 +209,8 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
             place = os.path.normpath(os.path.join(first, classes[0]))
             allowed += f" (are the {len(folders)} folders in {place} the classes, one level too deep?)"
         raise OptionError("data_dir", root, allowed)
+
+    # From names by class to two arrays for each part.
     found = {}
     for part, files in by_part.items():
         names = np.array([os.fsencode(name) for names in files.values() for name in names])
@@ -192,12 +220,12 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
 
 
 def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[str]]:
-    """Lists the image files of each class below `root/part`, classes and files in alphabetical order.
+    """Lists the image files of each class in a part, with classes and files in alphabetical order.
 
     Args:
         root: The folder of the data set.
-        part: The folder of the classes, relative to `root`.
-        skipped: Other files are added to this list.
+        part: The folder that contains the class folders, relative to `root`.
+        skipped: A list to which the paths of what is skipped are added (see `Tree`).
 
     Returns:
         The files of each class, as paths relative to `root`.
@@ -205,6 +233,7 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
     Raises:
         OptionError: A class has no image.
     """
+    # Some data sets have the images of a part in one folder, and a file with their labels.
     if not (root / part).is_dir():
         raise OptionError("data_dir", root / part, f"no such folder; {part}/<class>/* is expected")
     if is_flat(root / part):
@@ -217,6 +246,8 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
     junk = [entry for entry in JUNK_FOLDERS if (root / part / entry).is_dir()]
     skipped += [os.path.normpath(os.path.join(part, name)) + "/" for name in copies + junk]
     names = [name for name in names if name not in copies]
+
+    # A class without images is an error; the message says what is in its folder instead.
     found = {name: list_images_below(root, os.path.normpath(os.path.join(part, name)), skipped) for name in names}
     empty = [name for name, files in found.items() if not files]
     if empty:
@@ -232,27 +263,30 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder in alphabetical order, without hidden ones and known junk."""
+    """Returns the names of the folders in a folder, sorted, without hidden ones and those in `JUNK_FOLDERS`."""
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
     return sorted(name for name in names if name[0] != "." and name not in JUNK_FOLDERS)
 
 
 def is_flat(folder: Path) -> bool:
-    """Returns whether a folder has no folders of classes, but images in itself or in a folder `images`."""
+    """Returns whether a folder contains no class folders: no folder at all, or only one with the name "images"."""
     return list_folders(folder) in ([], ["images"])
 
 
 def group_by_label(root: Path, part: str, names: list[str], skipped: list[str]) -> dict[str, list[str]]:
-    """Groups images that are not in folders of classes by the labels that a file beside them lists.
+    """Groups images that are not in class folders by their labels, which a file of the data set lists.
 
     Args:
         root: The folder of the data set.
         part: The folder of the images, relative to `root`.
-        names: The images.
-        skipped: Images without a label are added to this list.
+        names: The paths of the images, relative to `root`.
+        skipped: A list to which the paths of images without a label are added.
+
+    Returns:
+        The images of each class, as paths relative to `root`.
 
     Raises:
-        OptionError: There is no such file.
+        OptionError: There is no file with labels.
     """
     labels = read_labels(root, part)
     if labels is None:
@@ -270,7 +304,12 @@ def group_by_label(root: Path, part: str, names: list[str], skipped: list[str]) 
 
 
 def read_labels(root: Path, part: str) -> dict[str, str] | None:
-    """Returns the classes of a part's images by the files' names without suffix; None if no file lists them."""
+    """Returns the class of each image of a part, by the image's file name without suffix; None if no file lists them.
+
+    Raises:
+        OptionError: The file with the labels cannot be read.
+    """
+    # The files of labels of two data sets, and what separates their columns.
     lists = [(root / part / TINY_LABELS, "\t")]
     if part == "val":
         lists += [(root / KAGGLE_LABELS, ","), (root / part / KAGGLE_LABELS, ",")]
@@ -287,7 +326,19 @@ def read_labels(root: Path, part: str) -> dict[str, str] | None:
 
 
 def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
-    """Lists image files below a folder at any depth; other files are added to `skipped`."""
+    """Lists the image files in a folder and in all folders below it.
+
+    Args:
+        root: The folder of the data set.
+        folder: The folder to list, relative to `root`.
+        skipped: A list to which the paths of other files, and of junk folders, are added.
+
+    Returns:
+        The paths of the image files, relative to `root`, sorted.
+
+    Raises:
+        OptionError: A folder cannot be read.
+    """
     found, folders = [], [folder]
     while folders:
         below = folders.pop()
@@ -312,12 +363,18 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
 
 
 def is_dead_link(entry: os.DirEntry) -> bool:
-    """Returns whether an entry of a folder is a link that leads nowhere."""
+    """Returns whether an entry of a folder is a symbolic link to a file that does not exist."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def hash_ends(files: Files, split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of each file's size and of its first and last bytes."""
+    """Returns a hash (16 bytes) of the size, and of the first and last 4,096 bytes, of each file.
+
+    Args:
+        files: The files.
+        split_seed: The key of the hash function: another seed gives other hashes.
+    """
+    # Reading whole files would take minutes for a large data set.
     key = str(split_seed).encode()
 
     def digest(index: int) -> bytes:
@@ -340,7 +397,13 @@ def hash_ends(files: Files, split_seed: int) -> list[bytes]:
 
 
 def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of the whole content of the files at these positions."""
+    """Returns a hash (16 bytes) of the whole content of some files.
+
+    Args:
+        files: The files.
+        index: The positions of the files to hash.
+        split_seed: The key of the hash function: another seed gives other hashes.
+    """
     key = str(split_seed).encode()
 
     def digest(number: int) -> bytes:
@@ -352,15 +415,14 @@ def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[byte
 
 
 def hash_files(files: Files, split_seed: int, ends: list[bytes] | None = None) -> list[bytes]:
-    """Returns a keyed 16-byte hash of each file.
+    """Returns a hash (16 bytes) of each file; files with the same content have the same hash.
 
-    It covers the file's size and its first and last bytes, or its whole content if another file has the same size and
-    the same first and last bytes.
+    It is that of `hash_ends`, or that of the whole content if the first hash is the same for several files.
 
     Args:
         files: The files.
-        split_seed: The key.
-        ends: What `hash_ends` returns for these files, if it is known.
+        split_seed: The key of the hash function: another seed gives other hashes.
+        ends: The result of `hash_ends` for these files; None to compute it.
     """
     found = list(ends or hash_ends(files, split_seed))
     times = Counter(found)
@@ -371,13 +433,14 @@ def hash_files(files: Files, split_seed: int, ends: list[bytes] | None = None) -
 
 
 def find_duplicates(train: Files, test: Files, ends: tuple[list[bytes], list[bytes]]) -> list[int]:
-    """Returns the positions of the test files whose bytes are those of a training file.
+    """Returns the positions of the test files that have the same content as a training file.
 
     Args:
-        train: Training files.
-        test: Test files.
-        ends: What `hash_ends` returns for both.
+        train: The training files.
+        test: The test files.
+        ends: The results of `hash_ends` for the training and the test files.
     """
+    # Only files whose ends are the same are read as a whole.
     common = set(ends[0]) & set(ends[1])
     index = [[k for k, value in enumerate(part) if value in common] for part in ends]
     trained_on = set(hash_whole(train, index[0], 0))
@@ -385,7 +448,13 @@ def find_duplicates(train: Files, test: Files, ends: tuple[list[bytes], list[byt
 
 
 def unpack_imagenet(root: Path) -> None:
-    """Unpacks the official archives into `train` and `val`, which appear only when they are complete."""
+    """Unpacks the official archives of ImageNet in the folder `root` into its folders `train` and `val`.
+
+    Raises:
+        OptionError: `val` exists already, another process is unpacking, or an archive is missing or damaged.
+    """
+    # The images are unpacked into a folder beside, so that `train` and `val` exist only when they are complete. The
+    # folder also tells other processes that this one is unpacking.
     beside = root / UNPACKING
     if (root / "val").exists():
         raise OptionError("data_dir", root / "val", "exists and train does not: remove it to have both unpacked")

@@ -33,7 +33,13 @@ BATCH_TIMEOUT = 600  # seconds without a batch after which the run ends
 
 
 class Sample(NamedTuple):
-    """An image (C, H, W) uint8 or a batch of them, with labels, and the (file, reason) of each that cannot be read."""
+    """An image, or a batch of images, from a loader process.
+
+    Attributes:
+        image: (C, H, W) or (N, C, H, W), uint8; with several views S stands before: (S, C, H, W) or (S, N, C, H, W).
+        target: The label, or labels (N,); -1 for an image that cannot be read.
+        broken: The file and the reason for each image that could not be read.
+    """
 
     image: Tensor
     target: Tensor
@@ -41,21 +47,40 @@ class Sample(NamedTuple):
 
 
 def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
-    """Returns a random crop of at least `min_scale` of the area, resized to `size` x `size`, and perhaps a flip."""
+    """Returns the augmentation of training images, which takes a PIL image and returns (3, size, size) uint8.
+
+    Args:
+        size: The side of the result in pixels.
+        min_scale: The smallest fraction of the image's area that the random crop may have.
+        flip: Whether images are flipped horizontally with probability 1/2.
+    """
     flips = [v2.RandomHorizontalFlip()] if flip else []
     return v2.Compose([v2.RandomResizedCrop(size, scale=(min_scale, 1.0)), *flips, v2.PILToTensor()])
 
 
 def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
-    """Returns a resize of the shorter side to `shorter_side`, then a center crop of `size` x `size`."""
+    """Returns the transform of evaluated images, which takes a PIL image and returns (3, size, size) uint8.
+
+    Args:
+        size: The side of the result in pixels, cropped from the center.
+        shorter_side: The number of pixels to which the shorter side is resized before.
+    """
     return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 class TrainImages(Dataset):
-    """Augmented images by (epoch, index); the augmentation depends on (seed, epoch, index) only.
+    """A map-style data set of augmented training images; its index is (epoch, number of the image).
 
-    The next readable image replaces one that cannot be read. If 20 in a row cannot be read, the sample has the label
-    -1. With more than one view a sample has so many augmentations of an image, (S, C, H, W).
+    The augmentation depends on (seed, epoch, number) only. If an image cannot be read, the next one that can takes its
+    place. If 20 images in a row cannot be read, the sample is black and has the label -1.
+
+    Args:
+        files: The training files.
+        transform: The augmentation, see `training_transform`.
+        seed: The seed of the run.
+        size: The side of the images in pixels.
+        views: The number of independent augmentations of each image, S; if it is above 1, images are (S, C, H, W).
+        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are none.
     """
 
     def __init__(
@@ -71,6 +96,7 @@ class TrainImages(Dataset):
         self.bit_depth = bit_depth
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
+        # Try this image, then those that follow it. The random numbers are those of `number`, whichever image is read.
         epoch, number = index
         broken = []
         for k in range(min(MAX_TRIES, len(self.files.names))):
@@ -92,7 +118,14 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Images by index, resized and cropped. An image that cannot be read is black and has the label -1."""
+    """A map-style data set of images for evaluation; one that cannot be read is black and has the label -1.
+
+    Args:
+        files: The files.
+        transform: The transform, see `evaluation_transform`.
+        size: The side of the images in pixels.
+        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are none.
+    """
 
     def __init__(self, files: Files, transform: v2.Transform, size: int, bit_depth: int | None = None):
         self.files, self.transform, self.size, self.bit_depth = files, transform, size, bit_depth
@@ -111,7 +144,9 @@ def empty_sample(size: int, broken: list[tuple[str, str]], views: int = 1) -> Sa
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Stacks samples into a batch, (N, C, H, W) or (S, N, C, H, W), channels last in memory."""
+    """Returns a batch of samples, with images (N, C, H, W) or (S, N, C, H, W) in channels-last memory format."""
+    # The images become the fourth dimension from the end, so that the views S stay first. Each view is then made
+    # channels-last here, in the loader process.
     images = torch.stack([sample.image for sample in samples], dim=-4)
     views = images.view(-1, *images.shape[-4:])
     images = stack_views([view.contiguous(memory_format=torch.channels_last) for view in views])
@@ -120,7 +155,8 @@ def collate(samples: list[Sample]) -> Sample:
 
 
 def refuse_16_bits(files: Files) -> None:
-    """Raises `OptionError` if some of the files have 16 bits a channel; it looks at up to 200 of them."""
+    """Raises `OptionError` if files have 16 bits a channel; it reads up to 200 files, spread over the whole list."""
+    # The message suggests a bit depth: the smallest usual one that holds the largest value found.
     count = len(files.names)
     sample = [files.path(k) for k in np.unique(np.linspace(0, count - 1, SAMPLED_FILES).astype(int))] if count else []
     found = {path: largest for path in sample if (largest := measure_16_bits(path)) is not None}
@@ -133,20 +169,21 @@ def refuse_16_bits(files: Files) -> None:
 
 
 def prepare_loader_process(_: int) -> None:
-    """Prepares a loader process: for signals, and for an error at the end of its work.
+    """Prepares a loader process, so that signals and full shared memory do not disturb the run.
 
-    Signals to the whole process group (from Slurm or Ctrl-C) are ignored. The run handles them: it saves a checkpoint,
-    for which it needs its loader processes, and ends them afterwards. Only a signal from the run itself, which
-    multiprocessing sends at exit, ends a loader process.
+    The loader process ignores signals that the whole process group gets, from Slurm or by Ctrl-C: the run saves a
+    checkpoint then, for which it needs its loader processes. Only a signal from the run itself, which multiprocessing
+    sends at exit, ends the loader process.
 
-    A batch that cannot be handed over, because the shared memory is full, ends the process, which the run notices.
-    Without this, Python would print a traceback, drop the batch, and the run would wait for it forever.
+    If a batch cannot be passed to the run, because the shared memory is full, the loader process ends, and the run
+    notices that. Otherwise Python would print a traceback and drop the batch, and the run would wait for it forever.
     """
     # With the start method forkserver, `os.getppid()` is the server and not the run.
     parent = multiprocessing.parent_process()
     run = parent.pid if parent is not None else os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
+    # A thread takes the blocked signals, one after the other, and looks who has sent them.
     def wait() -> None:
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != run:
             pass
@@ -157,17 +194,24 @@ def prepare_loader_process(_: int) -> None:
 
 
 class BrokenImages:
-    """The image files that could not be read so far.
+    """The image files that could not be read so far on this process.
 
     Args:
-        limit: The number of files that may be unreadable.
+        limit: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
     """
 
     def __init__(self, limit: int):
         self.limit, self.seen, self.last = limit, set(), ""
 
     def report(self, found: list[tuple[str, str]]) -> None:
-        """Prints a warning for each new (file, reason); raises `OptionError` if there are more than `limit`."""
+        """Adds files that could not be read, and prints a warning for each new one.
+
+        Args:
+            found: The file and the reason for each image that could not be read.
+
+        Raises:
+            OptionError: There are now more than `limit` files.
+        """
         for path, reason in found:
             if path in self.seen:
                 continue
@@ -180,7 +224,7 @@ class BrokenImages:
                 raise OptionError("data.max_broken", self.limit, allowed)
 
     def gather(self) -> list[str]:
-        """Returns the files of all processes; every process must call it."""
+        """Returns the files that could not be read on any of the processes, sorted; every process must call this."""
         seen = [sorted(self.seen)]
         if torch.distributed.is_initialized():
             seen *= torch.distributed.get_world_size()
@@ -189,9 +233,16 @@ class BrokenImages:
 
 
 class Stream:
-    """Loads batches of images onto the device with worker processes.
+    """Loads batches of images with loader processes, moves them to the device, and normalizes them there.
 
-    Images that the data set marks as unreadable are left out of their batch.
+    Images that the data set marks as unreadable (label -1) are left out of their batch.
+
+    Args:
+        images: The data set, `TrainImages` or `EvalImages`.
+        norm: The normalization.
+        device: The device of the batches.
+        workers: The number of loader processes; 0 to load in this process.
+        broken: The files that could not be read so far; new ones are reported to it.
     """
 
     def __init__(self, images: Dataset, norm: Normalization, device: torch.device, workers: int, broken: BrokenImages):
@@ -209,7 +260,11 @@ class Stream:
         )
 
     def batches(self, plan: list[list]) -> Iterator[Batch]:
-        """Yields the batches whose images a plan lists."""
+        """Yields normalized batches.
+
+        Args:
+            plan: For each batch the indices of its images in the data set.
+        """
         self.plan[:] = plan
         for sample in self.loader:
             self.broken.report(sample.broken)
@@ -223,7 +278,15 @@ class Stream:
 
 
 class TrainStream(ResumableBatches):
-    """Training batches of an epoch; raises `Failure` if no image can replace an unreadable one."""
+    """The training batches of an epoch, which are loaded from image files.
+
+    Iterating yields `Batch` objects with normalized images (N, C, H, W), or (S, N, C, H, W) with S views. It raises
+    `Failure` if 20 images in a row cannot be read.
+
+    Args:
+        stream: The stream that loads the batches.
+        order: The order of the images.
+    """
 
     def __init__(self, stream: Stream, order: BatchOrder):
         super().__init__(order)
@@ -240,7 +303,16 @@ class TrainStream(ResumableBatches):
 
 
 class EvalStream:
-    """Every readable image once over all processes; raises `Failure` if this process has none."""
+    """The evaluation batches of one process, which are loaded from image files.
+
+    All processes together yield each readable image once. Iterating raises `Failure` if this process could read none.
+
+    Args:
+        stream: The stream that loads the batches.
+        count: The number of images of all processes.
+        batch_size: The number of images in a batch.
+        process: The process.
+    """
 
     def __init__(self, stream: Stream, count: int, batch_size: int, process: Process):
         self.stream, self.count = stream, count
@@ -262,19 +334,21 @@ class EvalStream:
 
 @check_arguments("data")
 class ImageFolderData(ImageData):
-    """Image files in folders of classes, which are decoded again in each epoch.
+    """A data set of image files in class folders; the files are decoded again in each epoch.
 
     Args:
-        load: A function that lists the files, such as `list_class_folders` or `list_imagenet` with its options. If it
-            lists no held-out files, `val_size` of the training files are held out, stratified, by their contents.
-        image_size: Side of the images in pixels.
-        crop_ratio: Evaluation resizes the shorter side to `image_size / crop_ratio` and crops the center.
-        min_scale: Training crops a random part of at least this share of the area.
-        flip: Whether training images are flipped horizontally at random.
-        workers: Loader processes of each process; None for one on each core.
-        max_broken: The number of files that may be unreadable; more of them end the run.
-        bit_depth: The number of bits that are used in images with 16 bits a channel. With None there may be no such
-            images, since a file does not say whether its values end at 4,095 or at 65,535.
+        load: A function without arguments that lists the files, such as `list_class_folders` or `list_imagenet` with
+            its options. If it lists no held-out files, some of the training files are held out, see `val_size`; which
+            ones depends on their contents.
+        image_size: The side of the images in pixels.
+        crop_ratio: In evaluation the shorter side is resized to `image_size / crop_ratio` pixels, and the center is
+            cropped.
+        min_scale: The smallest fraction of an image's area that the random crop of training images may have.
+        flip: Whether training images are flipped horizontally with probability 1/2.
+        workers: The number of loader processes of each training process; None to use all CPU cores.
+        max_broken: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
+        bit_depth: The number of bits that are used in images with 16 bits a channel. With None such images raise
+            `OptionError`, since a file does not say whether its largest value is 4,095 or 65,535.
         **options: The arguments of `ImageData`.
 
     Raises:
@@ -304,6 +378,7 @@ class ImageFolderData(ImageData):
     def read(self) -> None:
         if self.parts:
             return
+        # List the files, and say what was skipped.
         tree = self.load()
         self.classes = tree.classes
         folders = [name for name in tree.skipped if name.endswith("/")]
@@ -314,7 +389,7 @@ class ImageFolderData(ImageData):
             listed = ", ".join(folders[:3])
             say(f"skipped {len(folders):,} folders of thumbnails, copies, or images without labels, such as {listed}")
 
-        # Hold out training files, unless the folders name held-out files.
+        # Hold out some training files, unless there is a folder of held-out files.
         ends = hash_ends(tree.train, self.split_seed)
         digests = hash_files(tree.train, self.split_seed, ends)
         if tree.val is None:
@@ -322,12 +397,14 @@ class ImageFolderData(ImageData):
             self.fingerprint = split.fingerprint
             self.parts = {"train": tree.train.subset(split.train), "val": tree.train.subset(split.val)}
         else:
-            # In the order of the contents, so that renamed files give the same run.
+            # The order of the files depends on their contents, so that the run does not change if files are renamed.
             order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
             both = digests + hash_files(tree.val, self.split_seed)
             target = np.concatenate([tree.train.target, tree.val.target])
             self.fingerprint = hash_split(both, target, np.arange(len(digests), len(both)))
             self.parts = {"train": tree.train.subset(order), "val": tree.val}
+
+        # Test images that were trained on would make the test accuracy too high.
         self.parts["test"] = tree.test
         twice = find_duplicates(tree.train, tree.test, (ends, hash_ends(tree.test, self.split_seed)))
         if twice:
@@ -362,6 +439,7 @@ class ImageFolderData(ImageData):
         return EvalImages(self.parts[part], self.eval_transform, self.image_size[-1], self.bit_depth)
 
     def stream(self, images: Dataset, process: Process) -> Stream:
+        # The cores that this process may use, divided among the training processes on this machine.
         workers = self.workers
         if workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: all images are on the training device and are augmented there."""
+"""Data sets that fit in memory: all images are on the training device, and are augmented and normalized there."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +19,15 @@ from odcheap.utils.errors import OptionError
 
 @dataclass(frozen=True)
 class Images:
-    """Training and test images, (N, 3, H, W) uint8, with labels (N,).
+    """The images of a data set in memory.
 
     Attributes:
-        classes: Names of the classes by label.
-        test_files: The test images' files; None if they are not read from image files.
+        train: The training images, (N, 3, H, W) uint8; some of them will be held out for validation.
+        train_target: Their labels (N,), int64.
+        test: The test images, (N, 3, H, W) uint8.
+        test_target: Their labels (N,), int64.
+        classes: The names of the classes; the position of a name is the label.
+        test_files: The files of the test images; None if they do not come from image files.
     """
 
     train: Tensor
@@ -35,7 +39,18 @@ class Images:
 
 
 class TrainBatches(ResumableBatches):
-    """Augmented, normalized batches of images (N, C, H, W) uint8 that are on the training device."""
+    """The training batches of an epoch, which are augmented and normalized on the device of the images.
+
+    Iterating yields `Batch` objects with images (B, C, H, W), float32 and normalized, or (S, B, C, H, W) with S views.
+
+    Args:
+        images: All training images, (N, C, H, W) uint8, on the training device.
+        target: Their labels (N,), on the same device.
+        order: The order of the images.
+        augment: The augmentation.
+        norm: The normalization.
+        views: The number of independent augmentations of each image, S.
+    """
 
     def __init__(
         self,
@@ -50,6 +65,7 @@ class TrainBatches(ResumableBatches):
         self.images, self.target, self.augment, self.norm, self.views = images, target, augment, norm, views
 
     def batches_from(self, start: int) -> Iterator[Batch]:
+        # The random numbers of all images: they do not depend on how images are divided into batches and processes.
         epoch, device = self.sampler.epoch, self.images.device
         count, seed = len(self.images), self.sampler.seed
         drawn = [self.augment.draw(count, seed, epoch, view).to(device) for view in range(self.views)]
@@ -63,7 +79,17 @@ class TrainBatches(ResumableBatches):
 
 
 class EvalBatches:
-    """Batches of every image, each once over all processes, normalized and not augmented."""
+    """The evaluation batches of one process: normalized images, without augmentation.
+
+    Iterating yields `Batch` objects with images (B, C, H, W), float32. All processes together yield each image once.
+
+    Args:
+        images: The images of all processes, (N, C, H, W) uint8.
+        target: Their labels (N,).
+        batch_size: The number of images in a batch, B.
+        norm: The normalization.
+        process: The process.
+    """
 
     def __init__(self, images: Tensor, target: Tensor, batch_size: int, norm: Normalization, process: Process):
         own = slice(process.rank, None, process.world_size)
@@ -84,9 +110,10 @@ class InMemoryData(ImageData):
     """A data set that fits in memory.
 
     Args:
-        load: A function that returns the images, such as `load_cifar` or `load_digits` with its options.
-        flip: Whether training images are flipped horizontally at random.
-        crop_padding: Pixels of zeros around a training image, of which a random part of the old size is cropped.
+        load: A function without arguments that returns the images, such as `load_cifar` with its options.
+        flip: Whether training images are flipped horizontally with probability 1/2.
+        crop_padding: The number of pixels of zeros that are added on each side of a training image before it is cropped
+            to its old size at a random position.
         **options: The arguments of `ImageData`.
 
     Raises:
@@ -128,7 +155,7 @@ class InMemoryData(ImageData):
         return parts | {"test": self.images.test_target.numpy()}
 
     def select_part(self, part: str) -> tuple[Tensor, Tensor]:
-        """Returns a part's images and labels."""
+        """Returns the images (N, C, H, W) uint8 and the labels (N,) of a part ("train", "val" or "test")."""
         if part == "test":
             return self.images.test, self.images.test_target
         index = torch.from_numpy(self.split.train if part == "train" else self.split.val)

@@ -1,4 +1,8 @@
-"""The held-out split, which is stratified and depends on the images only, not on their names, order or source."""
+"""Splits images into a training and a held-out part.
+
+The split is stratified: each class loses images in proportion to its size. It depends on the images only, not on their
+names, order or source.
+"""
 
 import hashlib
 import math
@@ -12,11 +16,12 @@ from odcheap.utils.errors import OptionError
 
 @dataclass(frozen=True)
 class Split:
-    """The images to train on and those held out.
+    """The positions of the images to train on, and of those that are held out.
 
     Attributes:
-        train, val: Indices, in an order that depends on the images only.
-        fingerprint: Hash of the data and of which images are held out.
+        train: The positions of the training images, in an order that depends on the images only.
+        val: The positions of the held-out images, in such an order.
+        fingerprint: A hash (16 hexadecimal digits) of the images, their labels, and which of them are held out.
     """
 
     train: np.ndarray
@@ -25,29 +30,36 @@ class Split:
 
 
 def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
-    """Returns a keyed 16-byte hash of the pixels of each image (N, C, H, W)."""
+    """Returns a hash (16 bytes) of the pixels of each image.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        split_seed: The key of the hash function: another seed gives other hashes.
+    """
     key = str(split_seed).encode()
     return [hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest() for image in images.numpy()]
 
 
 def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name: str = "data.val_size") -> Split:
-    """Holds out the images with the smallest digests, of each class in proportion to its size.
+    """Holds out images of each class in proportion to its size: those with the smallest hashes.
 
     Args:
-        digests: A hash of each image.
+        digests: A hash of each image, such as `hash_pixels` returns.
         target: Labels (N,).
-        val_size: A count of images, or a fraction below 1.
-        name: The option that `val_size` is the value of, for messages.
+        val_size: The number of images to hold out, or a fraction of all images below 1.
+        name: The name of the option with the value `val_size`, for messages.
 
     Raises:
         OptionError: `val_size` leaves no training images, or is not a number of images.
     """
+    # The images in the order of their hashes, and the number to hold out in each class.
     labels = target.numpy()
     total = count_held_out(val_size, len(labels), name)
     order = np.array(sorted(range(len(digests)), key=lambda i: (digests[i], labels[i])), dtype=np.int64)
     counts = np.bincount(labels)
     quota = divide_proportionally(counts, total)
-    rank = np.empty(len(labels), dtype=np.int64)  # an image's position in its class, in the order of the digests
+    # The position of each image among those of its class, in the order of the hashes: the first ones are held out.
+    rank = np.empty(len(labels), dtype=np.int64)
     for label in range(len(counts)):
         members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
@@ -57,7 +69,16 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
 
 
 def count_held_out(val_size: float, available: int, name: str) -> int:
-    """Returns the number of images that `val_size` stands for; see `split_stratified` for the arguments."""
+    """Returns the number of images to hold out.
+
+    Args:
+        val_size: The option's value: this number, or a fraction below 1.
+        available: The number of all images.
+        name: The name of the option, for messages.
+
+    Raises:
+        OptionError: The value is neither, or no images would be left to train on.
+    """
     if not isinstance(val_size, int | float) or not math.isfinite(val_size):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
     count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
@@ -69,10 +90,16 @@ def count_held_out(val_size: float, available: int, name: str) -> int:
 
 
 def divide_proportionally(counts: np.ndarray, total: int) -> np.ndarray:
-    """Divides `total` in proportion to `counts`, rounded by largest remainder (ties to the lower class).
+    """Returns how many images to take from each class, in proportion to its size, `total` in all.
 
-    Each class keeps at least one image if the total allows it.
+    Numbers are rounded by the largest remainder; if two are equal, the lower class gets the image. Each class keeps at
+    least one image if `total` allows that.
+
+    Args:
+        counts: The number of images of each class, (K,).
+        total: The number of images to take.
     """
+    # Round down, then give what is left, one image after the other, to the class that is farthest below its share.
     exact = counts * total / counts.sum()
     most = np.maximum(counts - 1, 0) if total <= np.maximum(counts - 1, 0).sum() else counts
     quota = np.minimum(np.floor(exact).astype(np.int64), most)
@@ -82,7 +109,14 @@ def divide_proportionally(counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def hash_split(digests: list[bytes], labels: np.ndarray, val: np.ndarray) -> str:
-    """Returns 16 hexadecimal digits that identify the data and the held-out images."""
+    """Returns a hash (16 hexadecimal digits) of the images, their labels, and which of them are held out.
+
+    Args:
+        digests: A hash of each image.
+        labels: (N,).
+        val: The positions of the held-out images.
+    """
+    # Sorted, so that the order of the images does not matter.
     whole = hashlib.blake2b(digest_size=8)
     held_out = set(val.tolist())
     for entry in sorted(digest + bytes([i in held_out]) + str(labels[i]).encode() for i, digest in enumerate(digests)):

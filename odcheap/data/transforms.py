@@ -14,29 +14,49 @@ LARGEST_SIDE = 4096  # pixels; a mistyped number would fill the memory
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Pads with zeros, crops a random part of the old size, and flips every second image horizontally.
+    """Random crops and flips of images in a batch.
+
+    Each image is padded with zeros, cropped to its old size at a random position, and flipped horizontally with
+    probability 1/2.
 
     Args:
         flip: Whether images are flipped.
-        crop_padding: Pixels of zeros on each side; 0 crops nothing.
+        crop_padding: The number of pixels of zeros on each side; with 0 images are not cropped.
     """
 
     flip: bool
     crop_padding: int
 
     def draw(self, count: int, seed: int, epoch: int, view: int = 0) -> Tensor:
-        """Draws (count, 3) integers for all samples: top, left, flipped; they depend on (seed, epoch, sample, view)."""
+        """Draws the random numbers for all images of an epoch; they depend on the arguments only.
+
+        Args:
+            count: The number of images, N.
+            seed: The seed of the run.
+            epoch: The number of the epoch, from 0.
+            view: The number of the augmentation, from 0, if each image is augmented several times.
+
+        Returns:
+            Integers (N, 3): for each image the top and the left edge of the crop in the padded image, in pixels, and
+            whether it is flipped (0 or 1).
+        """
         random = make_generator(seed, *augmentation_stream(epoch, view))
         corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=random)
         flipped = torch.randint(2, (count, 1), generator=random) * self.flip
         return torch.cat([corner, flipped], dim=1)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Augments (N, C, H, W) uint8 by the (N, 3) drawn for them; returns the same shape, channels last in memory."""
+        """Returns the augmented images, (N, C, H, W), in channels-last memory format.
+
+        Args:
+            images: (N, C, H, W), uint8.
+            drawn: The random numbers for these images, (N, 3); see `draw`.
+        """
         n, _, height, width = images.shape
         pad = self.crop_padding
         padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-        # One gather for all images: the row and the column in the padded image that each pixel is read from.
+        # One indexing operation for all images: `rows` and `columns` are the positions in the padded image from which
+        # the pixels of the result are read.
         across = torch.arange(width, device=images.device)
         columns = torch.where(drawn[:, 2:] == 1, across.flip(0), across) + drawn[:, 1:2]
         rows = torch.arange(height, device=images.device) + drawn[:, :1]
@@ -45,15 +65,21 @@ class Augmentation:
 
 
 def augmentation_stream(*place: int) -> tuple[str | int, ...]:
-    """Returns the random stream of an augmentation; the last number is the view.
+    """Returns the name of the random stream from which an augmentation is drawn, for `make_generator`.
 
-    The stream of view 0 does not contain the view, so that it is the same for methods with one view and with several.
+    Args:
+        *place: Numbers that identify the augmentation, such as epoch and image; the last one is the number of the view.
     """
+    # View 0 has no number in the name, so that it is the same for methods with one view and with several.
     return ("augment", *(place if place[-1] else place[:-1]))
 
 
 def stack_views(views: list[Tensor]) -> Tensor:
-    """Returns one view as it is, (N, C, H, W), and several as (S, N, C, H, W), each with channels last in memory."""
+    """Returns a single view unchanged, (N, C, H, W), and several as one tensor (S, N, C, H, W).
+
+    A view is an augmentation of all images of a batch. Each one has channels-last memory format in the result.
+    """
+    # The channels are moved to the end before: stacking the views as they are would change the memory format.
     if len(views) == 1:
         return views[0]
     return torch.stack([view.permute(0, 2, 3, 1) for view in views]).permute(0, 1, 4, 2, 3)
@@ -61,11 +87,11 @@ def stack_views(views: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Normalization:
-    """(x / 255 - mean) / std for each channel.
+    """The normalization of images: (x / 255 - mean) / std in each channel.
 
     Args:
-        mean: Three means in [0, 1].
-        std: Three standard deviations.
+        mean: The means of the three channels, in [0, 1].
+        std: The standard deviations of the three channels, above 0.
 
     Raises:
         OptionError: There are not three numbers, or a standard deviation is not above 0.
@@ -80,12 +106,13 @@ class Normalization:
                 raise OptionError(f"data.{option}", list(values), "must be three numbers, those of std above 0")
 
     def apply(self, images: Tensor) -> Tensor:
-        """Normalizes (N, C, H, W) uint8; returns float32, channels last in memory."""
+        """Returns normalized images, (N, C, H, W) float32, in channels-last memory format, for `images` in uint8."""
         mean, std = scale_to_bytes(self.mean, images.device), scale_to_bytes(self.std, images.device)
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @functools.lru_cache
 def scale_to_bytes(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns 255 times the values, (1, C, 1, 1); cached, since a copy in each batch would make a GPU wait."""
+    """Returns 255 times the values as a tensor (1, C, 1, 1) on the device."""
+    # The result is cached, since a copy from the CPU in each batch would make the GPU wait.
     return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
