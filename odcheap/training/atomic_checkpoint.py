@@ -1,4 +1,4 @@
-"""A plugin for Lightning that writes checkpoint files atomically, and reads them."""
+"""A Lightning plugin that writes checkpoint files atomically: a file is complete, or it is not there."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from odcheap.utils.files import write_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes Lightning's checkpoints so that a crash never leaves an incomplete file, and reads them."""
+    """Writes, reads and removes Lightning's checkpoints; a crash never leaves an incomplete file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

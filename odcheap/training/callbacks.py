@@ -1,4 +1,8 @@
-"""Callbacks: figures, selection and checkpoints of a run, its progress, and its interruption by a signal."""
+"""Lightning callbacks: metrics, selection and checkpoints of a run, its progress, and its interruption by a signal.
+
+The candidates of a method are the networks of which the best one is selected: the students, then the moving averages of
+their weights if there are any.
+"""
 
 import time
 from pathlib import Path
@@ -24,19 +28,20 @@ REPORT_EVERY = 30  # seconds between lines of progress if the output is not a te
 
 
 class Record(pl.Callback):
-    """Keeps the figures of each epoch, selects a candidate and an epoch, and saves checkpoints.
+    """Records the metrics of each epoch, selects the best candidate and epoch, and saves checkpoints.
 
     Args:
         job_dir: The run's folder.
-        select: "val" or "test" selects the best figure on those images (ties go to the earlier epoch, then the lower
-            candidate); "last" selects student 0 of the last epoch.
-        figure: The figure by which "val" and "test" select, "top1" or "balanced_accuracy".
-        every: Minutes between checkpoints within an epoch; None saves only at the end of each epoch.
-        keep: Number of newest checkpoints that are kept, in addition to the selected epoch's.
+        select: "val" or "test" selects the candidate and epoch with the best metric on these images. If two are equal,
+            the earlier epoch is selected, then the lower candidate. "last" selects student 0 of the last epoch.
+        figure: The metric by which "val" and "test" select: "top1" or "balanced_accuracy".
+        every: The number of minutes between two checkpoints within an epoch; None to save only at the end of each
+            epoch.
+        keep: The number of checkpoints that are kept, the newest ones; the selected epoch's is kept in addition.
 
     Attributes:
-        history: The figures of each epoch by name.
-        selected: `candidate`, `epoch` and `score` of the selection.
+        history: The metrics of each epoch by name, such as `val/student_0/top1`.
+        selected: What is selected so far: `candidate` (from 0), `epoch` (from 0), and `score`, its metric.
     """
 
     def __init__(self, job_dir: Path, select: str, figure: str, every: float | None, keep: int):
@@ -58,7 +63,10 @@ class Record(pl.Callback):
         self.earlier_seconds = state_dict["seconds"]
 
     def seconds(self) -> float:
-        """Returns the training time so far, including the time before the run was resumed."""
+        """Returns the training time in seconds from the start of the run until now.
+
+        If the run was resumed, this includes the training time that its checkpoint contains.
+        """
         return self.earlier_seconds + time.perf_counter() - self.start_time
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,11 +79,12 @@ class Record(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the epoch it is the next one's
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the epoch it is that of the next epoch
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        # All processes must save at the same batch: process 0 decides whether it is time.
         self.images += len(batch.target) * trainer.world_size
         is_within = batch_idx + 1 < trainer.num_training_batches
         if self.every is not None and is_within and (batch_idx + 1) % CHECK_EVERY == 0:
@@ -89,12 +98,15 @@ class Record(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
-        # Figures count only if they are of the weights at the end of this epoch. An epoch may have no validation
-        # (`max_steps` ends it, or `check_val_every_n_epoch` leaves it out) or one in its middle (`val_check_interval`).
+        # Metrics are used only if they are those of the weights at the end of this epoch. An epoch may have no
+        # validation (`max_steps` ends it, or `check_val_every_n_epoch` leaves it out) or one within it
+        # (`val_check_interval`).
         figures = pl_module.figures.get("val") if self.validated_step == trainer.global_step else None
         row = self.summarize_epoch(trainer, pl_module, figures)
         self.history.append(row)
         self.select_best(trainer.current_epoch, figures, len(pl_module.method.candidates()))
+
+        # Log the metrics, and write all epochs to metrics.csv: later epochs may have more columns than the first one.
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=row["step"])
         if trainer.is_global_zero:
@@ -107,12 +119,12 @@ class Record(pl.Callback):
     def summarize_epoch(
         self, trainer: pl.Trainer, module: DistillationModule, watched: Figures | None
     ) -> dict[str, Any]:
-        """Returns the figures of the epoch by name. Every process must call it.
+        """Returns the metrics of the current epoch by name; every process must call this.
 
         Args:
             trainer: The trainer.
-            module: The trained module.
-            watched: The figures of the images that are evaluated after each epoch, None without such an evaluation.
+            module: The module that is trained.
+            watched: The metrics of the images that are evaluated after each epoch; None if none were evaluated.
         """
         seconds = (self.train_end or time.perf_counter()) - self.epoch_start
         row: dict[str, Any] = {
@@ -130,7 +142,14 @@ class Record(pl.Callback):
         return row
 
     def select_best(self, epoch: int, figures: Figures | None, candidates: int) -> None:
-        """Selects the epoch's best candidate if it is better than the one selected before."""
+        """Selects the best candidate of an epoch if it is better than the candidate that was selected before.
+
+        Args:
+            epoch: The number of the epoch, from 0.
+            figures: The metrics of all members; None if no images were evaluated.
+            candidates: The number of candidates; they are the first members.
+        """
+        # "Better" excludes equal, so that the earlier epoch and the lower candidate stay selected.
         if self.select == "last":
             self.selected = {"candidate": 0, "epoch": epoch, "score": -1.0}
         elif figures is not None:
@@ -140,7 +159,7 @@ class Record(pl.Callback):
                     self.selected = {"candidate": candidate, "epoch": epoch, "score": score}
 
     def save(self, trainer: pl.Trainer, path: Path) -> None:
-        """Saves a checkpoint, and removes older ones beyond the number to keep."""
+        """Saves a checkpoint to `path`, and removes the oldest checkpoints if there are more than `keep`."""
         trainer.save_checkpoint(path)
         self.saved_time = time.perf_counter()
         if trainer.is_global_zero:
@@ -148,10 +167,10 @@ class Record(pl.Callback):
 
 
 class LoggerRuns(pl.Callback):
-    """Keeps in each checkpoint under which run id each logger records, so that a continued run is the same run there.
+    """Saves in each checkpoint the run ids of the loggers, so that a resumed run continues under the same ids.
 
     Args:
-        names: The loggers' option names, in the order of the trainer's loggers.
+        names: The names of the loggers in `conf/logger`, in the order of the trainer's loggers.
     """
 
     def __init__(self, names: list[str]):
@@ -171,12 +190,12 @@ class LoggerRuns(pl.Callback):
 
 
 class ProgressReporter(pl.Callback):
-    """Prints a line for each epoch and the time that the run is expected to take; on a terminal also a progress bar.
+    """Prints a line for each epoch, the expected time of the run, and on a terminal also a progress bar.
 
     Args:
-        record: The run's record.
-        console: Where to print.
-        shorter: Shorter runs that are suggested if a run on a CPU will take hours.
+        record: The callback that records the metrics of each epoch.
+        console: The console to print on.
+        shorter: The options of shorter runs, as text. It is printed if a run on a CPU will take more than an hour.
     """
 
     def __init__(self, record: Record, console: Console, shorter: str):
@@ -199,6 +218,7 @@ class ProgressReporter(pl.Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
+        # The expected time is measured on the first steps, without those that allocate memory.
         self.steps += 1
         now = time.perf_counter()
         done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
@@ -208,6 +228,8 @@ class ProgressReporter(pl.Callback):
             epochs = trainer.max_epochs or 1
             left = trainer.num_training_batches * epochs - done
             self.report_expected_time(left * (now - self.timed_from) / TIMED_STEPS, epochs, pl_module.device)
+
+        # The progress bar, or on other outputs than a terminal a line now and then.
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=self.describe_epoch(trainer))
         elif self.steps > WARM_UP_STEPS and now - self.reported > REPORT_EVERY:
@@ -250,11 +272,14 @@ class ProgressReporter(pl.Callback):
 
 
 def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
-    """Describes the best candidate of an epoch for the progress line; the selection is made by `Record.select_best`.
+    """Describes the candidate with the best top-1 accuracy in an epoch, for the progress line.
+
+    Args:
+        row: The metrics of the epoch by name.
 
     Returns:
-        The stage by which candidates are compared, the best one's name and accuracy, and a text with the teacher's
-        accuracy.
+        The stage whose accuracies are compared ("val", otherwise "test" or "train"), the name and the accuracy of the
+        best candidate, and a text with the teacher's accuracy, which is empty if there is none.
     """
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
     prefixes = (f"{stage}/student_", f"{stage}/average_")
@@ -266,9 +291,15 @@ def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
 
 
 class Interruption(pl.Callback):
-    """Saves a checkpoint and ends the training after the step in which any process has received a signal.
+    """Saves a checkpoint and ends the training, after the current step, if any process has received a signal.
 
-    It also tells the listener when the training waits for a batch, so that a signal ends a wait that has no end.
+    It also tells the listener since when the training has been waiting for a batch: a signal ends a wait that is too
+    long.
+
+    Args:
+        listener: The listener that receives the signals.
+        record: The callback that saves checkpoints.
+        guard: The callback that checks gradients; it does so before the checkpoint is saved.
     """
 
     def __init__(self, listener: SignalListener, record: Record, guard: NonfiniteGuard):
@@ -333,7 +364,7 @@ class Interruption(pl.Callback):
         self.listener.is_deferred = False
 
     def agree_on_signal(self) -> int:
-        """Returns the number of a signal that any process has received, 0 without one."""
+        """Returns the number of a signal that any process has received, or 0; every process must call this."""
         signum = torch.tensor(self.listener.received)
         if self.group is not None:
             torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, self.group)

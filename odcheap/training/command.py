@@ -1,4 +1,4 @@
-"""The task of `odcheap train`: one run, alone or as a part of a sweep."""
+"""What `odcheap train` does: it carries out one run, which may be one of a sweep."""
 
 import shlex
 import sys
@@ -30,7 +30,12 @@ from odcheap.utils.signals import find_parent, stop_with_parent
 
 
 def run_job(config: RunConfig) -> float | None:
-    """Carries out one run, alone or in a sweep. Returns the selected student's held-out accuracy, for sweepers."""
+    """Carries out one run, which may be one of a sweep.
+
+    Returns:
+        The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
+        if there is none.
+    """
     hide_library_warnings()
     # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
     in_worker = current_process().name != "MainProcess" or launch.is_torchrun()
@@ -45,7 +50,7 @@ def run_job(config: RunConfig) -> float | None:
 
 
 def describe_next_steps(job_dir: str) -> str:
-    """Returns the commands that a user may want after a training, with the run's folder filled in."""
+    """Returns the commands that a user may want after a training, as a line of text with the run's folder."""
     folder, export = shlex.quote(job_dir), shlex.quote(str(Path(job_dir) / "export"))
     return (
         f"next: odcheap export {folder}; then odcheap predict {export} IMAGE..."
@@ -54,7 +59,11 @@ def describe_next_steps(job_dir: str) -> str:
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:
-    """Runs the job. An error that can be explained ends the process with one line and exit status 1."""
+    """Runs a job and returns its outcome.
+
+    An error that can be explained in one line (see `explained_errors` and `describe_external_failure`) ends the process
+    with this line and exit status 1; any other error is raised.
+    """
     try:
         return job()
     except explained_errors() as error:
@@ -67,9 +76,10 @@ def run_alone(job: Callable[[], Outcome]) -> Outcome:
 
 
 def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
-    """Runs the job and returns its outcome.
+    """Runs a job of a sweep and returns its outcome.
 
-    An error is printed and written to the run's `status.json`; the sweep goes on with a failed outcome.
+    An error is printed and written to the run's `status.json`. The outcome then says that the run failed, and the sweep
+    continues with the next run.
     """
     job_dir = Path(resolvers.default_job_dir())
     try:
@@ -94,7 +104,12 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
 
 
 def train(config: RunConfig, listener: SignalListener) -> Outcome:
-    """Checks the options, decides whether the run continues an older one, and carries it out."""
+    """Checks the options, decides whether the run starts or continues, and carries it out.
+
+    Args:
+        config: The config of the run.
+        listener: The listener that receives signals.
+    """
     in_sweep = resolvers.is_sweep()
     config_dirs = resolvers.given_config_dirs()
 
@@ -103,6 +118,7 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
         options.check_options(composed, config_dirs, BUILDERS)
         return composed
 
+    # The checks come first: an error must not leave a folder behind.
     options.check_options(config, config_dirs, BUILDERS)
     launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
     launch.limit_threads()
@@ -119,7 +135,13 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
 
 
 def carry_out(start: Start, listener: SignalListener) -> Outcome:
-    """Builds the run and carries it out, in this process or in several new ones."""
+    """Builds a run and carries it out, in this process or in several new processes.
+
+    Args:
+        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
+        listener: The listener that receives signals.
+    """
+    # The experiment is built here in any case, so that errors are printed once.
     options.check_complete(start.cfg)
     experiment = Experiment.build(start, listener)
     if launch.needs_launch(start.cfg):

@@ -1,4 +1,8 @@
-"""One run: it is built from its config, trained, tested, and written to its folder."""
+"""One run: it is built from its config, trained and tested, and its results are written to its folder.
+
+The members of a method are the networks that are evaluated: students, moving averages of their weights, teacher and
+ensemble. The candidates are those that may be selected: students and moving averages.
+"""
 
 import logging
 import re
@@ -62,20 +66,31 @@ SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 @dataclass(frozen=True)
 class FitResult:
-    """The result of a training: the figures of each epoch, and which candidate and epoch were selected."""
+    """The result of a training.
+
+    Attributes:
+        history: The metrics of each epoch by name, such as `val/student_0/top1`.
+        candidate: The number of the selected candidate (from 0): the students come first, then their moving averages.
+        epoch: The number of the selected epoch, from 0.
+    """
 
     history: list[dict[str, Any]]
     candidate: int
     epoch: int
 
     def row(self, epoch: int) -> dict[str, Any]:
-        """Returns the figures of an epoch."""
+        """Returns the metrics of an epoch, by its number from 0."""
         return next(row for row in self.history if row["epoch"] == epoch)
 
 
 @dataclass(frozen=True)
 class TestResult:
-    """The result of a test: what `summarize_members` returns, and the confusion matrix of each member."""
+    """The result of a test.
+
+    Attributes:
+        members: The accuracies of all members; see `summarize_members`.
+        confusion: The confusion matrix of each member: a row for each true class, a column for each predicted class.
+    """
 
     __test__ = False  # pytest would take the class for a test case
 
@@ -85,17 +100,18 @@ class TestResult:
 
 @dataclass
 class Experiment:
-    """A run, built from its parts.
+    """A run with all objects that it needs, such as data set, method and optimizer.
 
     Args:
-        start: The run's config and folder, and the checkpoint that it continues.
-        data: The data set, read.
+        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
+        data: The data set; its method `read` has been called.
         method: The method with its students.
-        optimizer, scheduler: See `build_optimization`.
-        listener: Receives signals. They end the training after the current step.
-        standard: The network with standard convolutions, for the comparison of costs.
-        callbacks: Further callbacks of the `Trainer`.
-        console: Prints progress and results.
+        optimizer: See `build_optimization`.
+        scheduler: See `build_optimization`.
+        listener: The listener that receives signals; a signal ends the training after the current step.
+        standard: The network with standard convolutions, with which costs are compared; `run` needs it.
+        callbacks: Further callbacks of Lightning's `Trainer`.
+        console: The console on which progress and results are printed.
 
     Raises:
         OptionError: The options do not fit together.
@@ -115,6 +131,7 @@ class Experiment:
     console: Console = field(default_factory=build_console)
 
     def __post_init__(self) -> None:
+        # Switch the fused kernels on or off before any layer is used.
         cfg = self.cfg = self.start.cfg
         kernels.use(cfg.kernels)
         # Lightning refuses these options of `trainer` with manual optimization, so the training step takes them.
@@ -139,15 +156,16 @@ class Experiment:
 
     @classmethod
     def build(cls, start: Start, listener: SignalListener) -> "Experiment":
-        """Builds a run from its config, and loads the weights from which it starts.
+        """Builds a run from its config, and loads the weights with which it starts.
 
         Args:
-            start: The run's config and folder, and the checkpoint that it continues.
-            listener: Receives signals.
+            start: The run's config and folder, and the checkpoint from which it continues, if there is one.
+            listener: The listener that receives signals.
 
         Raises:
             OptionError: The options do not fit together.
         """
+        # The data come first, since the network needs their number of classes.
         cfg = start.cfg
         data = instantiate(cfg.data)
         data.read()
@@ -164,6 +182,8 @@ class Experiment:
         )
         with temporary_seed(cfg.seed, "method"):
             method = instantiate(cfg.method)(students=students)
+
+        # All checks are made before the folder of the run is made.
         optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
         build_optimization(method, optimizer, scheduler, steps=1000)  # so that errors appear before the folder is made
         method.check_precision(str(cfg.trainer.precision))
@@ -174,7 +194,10 @@ class Experiment:
         return cls(start, data, method, optimizer, scheduler, listener, standard)
 
     def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:
-        """Builds Lightning's `Trainer`. If there are several processes, they form their process group here.
+        """Builds Lightning's `Trainer`; if torchrun has started several processes, they form their process group here.
+
+        Args:
+            logger: The loggers; False for none.
 
         Raises:
             OptionError: The device does not support an option.
@@ -208,13 +231,14 @@ class Experiment:
         return trainer
 
     def check_evaluations(self, steps: int) -> None:
-        """Checks that an epoch is evaluated if one has to be selected.
+        """Checks that at least one epoch will be evaluated if the best epoch has to be selected.
 
         Args:
-            steps: Number of optimizer steps of an epoch.
+            steps: The number of optimizer steps in an epoch.
 
         Raises:
-            OptionError: An option of Lightning's ends the run before, or an option replaces what odcheap sets.
+            OptionError: An option of Lightning ends the run before the first evaluation, or `trainer` has an option
+                that odcheap sets itself.
         """
         options, advice = self.cfg.trainer, "no epoch would be evaluated; select=last selects nothing"
         for name in OWN_OPTIONS & {str(name) for name in options}:
@@ -230,15 +254,16 @@ class Experiment:
 
     @property
     def watches_images(self) -> bool:
-        """Whether images are evaluated after each epoch."""
+        """Whether there are images to evaluate after each epoch."""
         return len(self.data.labels[self.data.watched_part]) > 0
 
     def run(self) -> dict[str, Any]:
-        """Trains, tests the weights of the last and of the selected epoch, and writes the run's folder.
+        """Trains, tests the weights of the last and of the selected epoch, and writes the results to the run's folder.
 
         Returns:
             The content of `summary.json`.
         """
+        # Only the first process writes to the folder; it holds the folder's lock until the run has ended.
         loggers = build_loggers(self.start)
         trainer = self.build_trainer(list(loggers.values()))
         job_dir = self.start.job_dir
@@ -250,6 +275,7 @@ class Experiment:
                 write_text(job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
             self.print_introduction(trainer)
 
+            # The weights of the last epoch are in memory; those of the selected one are read from its checkpoint.
             fit = self.fit(trainer)
             last = self.test(trainer, fit.history[-1])
             if fit.epoch != fit.history[-1]["epoch"]:
@@ -265,7 +291,12 @@ class Experiment:
         return content
 
     def fit(self, trainer: pl.Trainer) -> FitResult:
-        """Trains, from the start or from the run's checkpoint."""
+        """Trains from the start, or from the checkpoint from which the run continues.
+
+        Raises:
+            Failure: An option of the trainer ended the run before the first epoch, or no epoch was evaluated although
+                the best one has to be selected.
+        """
         process, views = loading_process(trainer), len(self.method.students) if self.method.has_own_views else 1
         trainer.fit(
             self.module,
@@ -282,14 +313,19 @@ class Experiment:
         return FitResult(self.record.history, selected["candidate"], selected["epoch"])
 
     def test(self, trainer: pl.Trainer, val: dict[str, Any]) -> TestResult:
-        """Tests the module's weights. Their figures on the held-out images are given by name (`val/student_0/top1`)."""
+        """Evaluates the current weights on the test images.
+
+        Args:
+            trainer: The trainer.
+            val: The metrics of the same weights on the held-out images, with names such as `val/student_0/top1`.
+        """
         trainer.test(self.module, self.data.test_loader(loading_process(trainer)), verbose=False)
         figures = self.module.figures["test"]
         members = summary.summarize_members(self.module.members, figures, val, self.method.teacher_kind)
         return TestResult(members, figures.confusion)
 
     def run_test_only(self) -> dict[str, Any]:
-        """Evaluates a checkpoint or weights, and writes `test.json` and no other file.
+        """Evaluates the weights of a checkpoint or a file; writes `test.json` and no other file.
 
         Returns:
             The content of `test.json`.
@@ -300,7 +336,7 @@ class Experiment:
             self.module.load_state_dict(self.start.content["state_dict"])
         self.print_introduction(trainer)
 
-        # Select a student by the held-out images, as after the last epoch of a training.
+        # Select a student on the held-out images, as after the last epoch of a training.
         epoch = self.start.content["epoch"] if self.start.content is not None else 0
         val: dict[str, Any] = {}
         if self.watches_images:
@@ -335,7 +371,13 @@ class Experiment:
             say("warning: select=test picks student and epoch on the test images; its accuracy is too high an estimate")
 
     def summarize(self, fit: FitResult, selected: TestResult, last: TestResult) -> dict[str, Any]:
-        """Returns the content of `summary.json`. Every process must call it."""
+        """Returns the content of `summary.json`; every process must call this.
+
+        Args:
+            fit: The result of the training.
+            selected: The test of the weights of the selected epoch.
+            last: The test of the weights of the last epoch.
+        """
         data, history = self.data, fit.history
         assert self.standard is not None, "costs are compared with those of the standard network"
         images = len(data.labels["train"]) * len(history)
@@ -358,7 +400,10 @@ class Experiment:
         }
 
     def summarize_selected(self, fit: FitResult, tested: TestResult) -> dict[str, Any]:
-        """Returns the selected candidate's entry; `recall` is by class, None for a class without test images."""
+        """Returns the entry `selected` of `summary.json`: the selected candidate and its metrics on the test images.
+
+        Its `recall` has the recall of each class by the class's name; None for a class without test images.
+        """
         students, averages = tested.members["students"], tested.members["averages"] or []
         figures = [*students, *averages][fit.candidate]
         confusion = enumerate(tested.confusion[fit.candidate])
@@ -375,13 +420,13 @@ class Experiment:
         }
 
     def write(self, fit: FitResult, selected: TestResult, content: dict[str, Any]) -> None:
-        """Writes the results into the run's folder.
+        """Writes the results into the run's folder: `confusion.csv`, `split.csv`, the student, and `summary.json`.
 
         `summary.json` is written last: if it exists, all other files are complete.
 
         Args:
             fit: The result of the training.
-            selected: The test of the selected epoch's weights.
+            selected: The test of the weights of the selected epoch.
             content: The content of `summary.json`.
         """
         job_dir, classes = self.start.job_dir, self.data.classes
@@ -395,15 +440,20 @@ class Experiment:
 
 
 def loading_process(trainer: pl.Trainer) -> Process:
-    """Returns the device and the rank of this process, for the data loaders."""
+    """Returns the device and the ranks of this process, for the data loaders."""
     return Process(trainer.strategy.root_device, trainer.global_rank, trainer.world_size, trainer.num_devices)
 
 
 def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
-    """Loads `weights` into a new run, and checks that a continued run has the same data as before.
+    """Loads the option `weights` into the students of a new run; checks that a continued run has the same data.
+
+    Args:
+        start: The run's config, and the checkpoint from which it continues, if there is one.
+        method: The method, whose weights are changed in place.
+        data: The data set.
 
     Raises:
-        OptionError: The data differ, or the weights do not fit.
+        OptionError: The data are other ones than before, or the weights do not fit.
     """
     cfg = start.cfg
     method.check_classes(data.classes)
@@ -417,10 +467,10 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
 
 
 def check_finished(start: Start) -> None:
-    """Checks that a finished run was trained on the images that are given now. It reads the data set.
+    """Reads the data set, and checks that a finished run was trained on these images.
 
     Raises:
-        OptionError: The data differ, or they are not there.
+        OptionError: The run was trained on other images, or the images cannot be read.
     """
     data = instantiate(start.cfg.data)
     data.read()
@@ -428,10 +478,12 @@ def check_finished(start: Start) -> None:
 
 
 def check_same_images(start: Start, data: ImageData) -> None:
-    """Checks that the data are those with which the checkpoint was trained; another split is allowed in a test.
+    """Checks that a checkpoint was trained with these data: the same classes, images and split.
+
+    In a run that is only tested, other images or another split print a warning.
 
     Raises:
-        OptionError: The data differ.
+        OptionError: The data are other ones.
     """
     cfg = start.cfg
     if start.content is not None and start.content["odcheap"]["classes"] != list(data.classes):
@@ -446,11 +498,14 @@ def check_same_images(start: Start, data: ImageData) -> None:
 
 
 def uses_graphs(cfg: DictConfig) -> bool:
-    """Returns whether steps are recorded as CUDA graphs: on one GPU, if no option needs an action within a step.
+    """Returns whether training steps are recorded as CUDA graphs.
+
+    They are if the run has one GPU and no option needs the CPU within a step.
 
     Raises:
-        OptionError: `capture=true` is not possible.
+        OptionError: The options say `capture=true`, but steps cannot be recorded.
     """
+    # Each reason for eager steps, as text for the user, and whether it holds.
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     obstacles = {
         f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
@@ -479,7 +534,17 @@ def refuse_eager(reason: str) -> None:
 
 
 def saved_logger_run(start: Start, name: str) -> dict[str, str]:
-    """Returns the argument with which a logger continues the run that it has recorded; empty for a new run."""
+    """Returns the argument with which a logger continues its run of a resumed training.
+
+    Args:
+        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
+        name: The name of the logger in `conf/logger`.
+
+    Returns:
+        The name of the logger's argument and the saved run id; empty for a new run, for a run that continues in another
+        folder, and if the user has given an id.
+    """
+    # A checkpoint may come from a stranger: only an id that looks like one is used.
     if start.content is None or not start.in_own_folder or name not in RUN_ID_OPTIONS:
         return {}
     saved = start.content["callbacks"].get(LoggerRuns.__name__) or {}
@@ -489,14 +554,17 @@ def saved_logger_run(start: Start, name: str) -> dict[str, str]:
 
 
 def build_loggers(start: Start) -> dict[str, Any]:
-    """Builds the loggers by name. A run that continues in its folder continues under its run ids."""
+    """Builds the loggers, by their names in `conf/logger`; a run that continues in its folder keeps its run ids."""
     chosen = {name: part for name, part in start.cfg.logger.items() if part}
     return {name: instantiate(part, **saved_logger_run(start, name)) for name, part in chosen.items()}
 
 
 @contextmanager
 def finish_loggers(loggers: dict[str, Any]) -> Generator[None]:
-    """Ends a run of W&B at the end: otherwise the next run of this process, such as one of a sweep, would join it."""
+    """A context manager that ends the run of W&B in the end, if there is one.
+
+    Otherwise the next run in this process, such as the next one of a sweep, would be recorded in the same W&B run.
+    """
     try:
         yield
     finally:
@@ -505,11 +573,18 @@ def finish_loggers(loggers: dict[str, Any]) -> Generator[None]:
 
 
 def start_loggers(start: Start, loggers: dict[str, Any]) -> dict[str, Any]:
-    """Starts the loggers, and returns them. If a recorded run is not there any more, the logger starts a new one.
+    """Starts the loggers, and returns them by name.
+
+    If a logger should continue a run that does not exist any more, it starts a new one, and a line is printed.
+
+    Args:
+        start: The run's config.
+        loggers: The loggers by their names in `conf/logger`.
 
     Raises:
-        OptionError: A logger cannot be started. Any error of its library is about its options.
+        OptionError: A logger cannot be started.
     """
+    # The libraries of loggers raise errors of many classes, most of them because of an option.
     started = {}
     for name, logger in loggers.items():
         try:

@@ -1,4 +1,4 @@
-"""Metrics of an epoch: exact sums over all images and processes, which can be saved in the middle of the epoch."""
+"""Metrics of an epoch: they are exact sums over all images and processes, and can be saved within the epoch."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,11 @@ from torchmetrics import Metric
 
 
 class RunningSums(Metric):
-    """A metric whose states are sums. They are saved as the sums over all processes, and process 0 continues them."""
+    """A metric whose states are sums.
+
+    A checkpoint contains the sums over all processes. After loading, only process 0 continues with them, and all other
+    processes start at zero.
+    """
 
     full_state_update = False
 
@@ -15,28 +19,30 @@ class RunningSums(Metric):
         self._update_count = 1  # an epoch may have no step that counts, about which torchmetrics would warn
 
     def summed_state(self) -> dict[str, Tensor]:
-        """Returns the sums over all processes, on the CPU; every process must call it."""
+        """Returns the states, by name, summed over all processes, on the CPU; every process must call this."""
         self._update_count = max(1, self._update_count)  # without updates torchmetrics warns, but a sum of 0 is correct
         with self.sync_context():
             state = {name: value for name, value in self.metric_state.items() if isinstance(value, Tensor)}
             return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_summed_state(self, state: dict[str, Tensor]) -> None:
-        """Continues from the result of `summed_state`. Only one process may load it, since sums are added up later."""
+        """Sets the states to those that `summed_state` returned; only one process may call this.
+
+        Otherwise the sums of all processes, which are added up in the end, would contain them several times.
+        """
         for name, value in state.items():
             setattr(self, name, value.to(self.device))
         self._update_count = 1
 
 
 class MemberScores(RunningSums):
-    """Accuracy of M networks on the same images, as micro-averaged fractions in [0, 1].
+    """Accuracies of M networks on the same images, as micro-averaged fractions in [0, 1].
 
-    All networks share one state, so that a batch takes a few kernels in all and not a few for each network. Only
-    counts are kept, so the figures do not depend on how the images are divided among batches and processes.
+    The states are counts, so the results do not depend on how the images are divided among batches and processes.
 
     Args:
-        members: Number of networks, M.
-        classes: Number of classes, K.
+        members: The number of networks, M.
+        classes: The number of classes, K.
         with_confusion: Whether confusion matrices are counted too.
 
     Example:
@@ -46,6 +52,7 @@ class MemberScores(RunningSums):
         0.6667
     """
 
+    # All networks share these states, so that the number of GPU kernels of an update does not grow with M.
     hits: Tensor
     top5_hits: Tensor
     seen: Tensor
@@ -60,7 +67,12 @@ class MemberScores(RunningSums):
         self.add_state("confusion", torch.zeros(rows, classes, classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Adds a batch: logits (M, N, K), labels (N,)."""
+        """Adds a batch.
+
+        Args:
+            logits: The logits of all networks, (M, N, K).
+            target: Labels (N,).
+        """
         predicted, classes = logits.argmax(-1), logits.shape[-1]
         self.hits.index_add_(1, target, (predicted == target).long())
         self.seen.index_add_(0, target, torch.ones_like(target))
@@ -71,11 +83,12 @@ class MemberScores(RunningSums):
             self.confusion.view(len(logits), -1).scatter_add_(1, cell, torch.ones_like(cell))
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the figures.
+        """Returns the metrics by name.
 
         Returns:
-            `top1` and `top5` (M,); `top5` means nothing with 5 classes or fewer. `recall` (M, K), NaN for a class
-            without images. `confusion` counts (M, K, K), true classes by predicted ones; (0, K, K) if not counted.
+            `top1` and `top5`: the accuracy of each network, (M,); `top5` has no meaning with 5 classes or fewer.
+            `recall`: the recall of each class, (M, K); NaN for a class without images. `confusion`: the number of
+            images, (M, K, K), by true class (second dimension) and predicted class (third); (0, K, K) if not counted.
         """
         total = self.seen.sum().double()
         return {
@@ -87,7 +100,7 @@ class MemberScores(RunningSums):
 
 
 class TermMeans(RunningSums):
-    """Means of named loss terms over the images of an epoch. The batches bring the names.
+    """The mean of each loss term over the images of an epoch; the names are those of the first batch.
 
     Example:
         >>> means = TermMeans()
@@ -107,13 +120,18 @@ class TermMeans(RunningSums):
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, terms: dict[str, Tensor], images: int) -> None:
-        """Adds a batch, of which each term is the mean over so many images."""
+        """Adds a batch.
+
+        Args:
+            terms: The loss terms by name, each a mean over the images of the batch.
+            images: The number of images in the batch.
+        """
         self.names = self.names or list(terms)
         batch = images * torch.stack([terms[name].detach() for name in self.names]).double()
         self.total = self.total + batch if len(self.total) else batch
         self.images += images
 
     def compute(self) -> dict[str, float]:
-        """Returns the means by the terms' names, without any entry before the first batch."""
+        """Returns the means by the names of the terms; an empty dict before the first batch."""
         means = (self.total / self.images).tolist()
         return dict(zip(self.names, means, strict=True)) if means else {}

@@ -1,4 +1,4 @@
-"""The LightningModule: it trains a method with a step of `train_step` and computes accuracies."""
+"""The LightningModule, which trains a method and computes the accuracies of its networks."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,10 +26,16 @@ STAGES = ("train", "val", "test")
 
 
 class Figures(NamedTuple):
-    """Accuracies of all members on one part of the data, as lists in the order of `DistillationModule.members`.
+    """Metrics of all members on one part of the data; each list has an entry for each of `DistillationModule.members`.
 
-    `top5` is None with 5 classes or fewer. The teacher's figures are None if it may have been trained on the images.
-    `confusion` has K x K counts (true classes by predicted ones) for each member; it is filled in tests only.
+    The accuracies are fractions in [0, 1]. Those of the teacher are None if it may have been trained on the images.
+
+    Attributes:
+        top1: The top-1 accuracies.
+        top5: The top-5 accuracies; None with 5 classes or fewer.
+        balanced_accuracy: The mean recalls of the classes.
+        confusion: The confusion matrices, K x K numbers of images: a row for each true class, a column for each
+            predicted class. The list is empty except in tests.
     """
 
     top1: list[float | None]
@@ -39,29 +45,31 @@ class Figures(NamedTuple):
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains a method and evaluates its members.
+    """Trains a method, and evaluates all its networks, which are called members.
 
-    The members are the students, the averages of their weights if the method has such averages, the teacher if there
-    is one, and the ensemble of the students. Lightning's manual optimization is used: `training_step` calls a step of
-    `train_step` and returns its result.
+    The members are the students, the moving averages of their weights (if the method has any), the teacher (if it has
+    one), and the ensemble of the students. Lightning's manual optimization is used: `training_step` calls an
+    `EagerStep` or a `GraphStep`.
 
-    A checkpoint from the middle of an epoch also holds the running metrics of the epoch. The loader
-    (`data.base.ResumableBatches`) saves how many batches were done.
+    A checkpoint that is saved within an epoch contains the metrics of this epoch so far. The loader (see
+    `data.base.ResumableBatches`) saves how many batches are done.
 
     Args:
         method: The method to train.
-        optimizer, scheduler: See `build_optimization`.
-        steps: Number of optimizer steps in the whole run.
-        classes: Number of classes.
-        seed: The run's seed.
+        optimizer: See `build_optimization`.
+        scheduler: See `build_optimization`.
+        steps: The number of optimizer steps in the whole run.
+        classes: The number of classes.
+        seed: The seed of the run.
         about: A description of the run, which every checkpoint contains as `odcheap`.
         gradients: How gradients are accumulated, clipped and checked.
-        on_graph_refused: If given, steps are recorded as CUDA graphs, and this function is called with the reason if
-            that fails. None trains in eager mode.
+        on_graph_refused: A function that is called with the reason, a text, if steps cannot be recorded as CUDA graphs;
+            None to train in eager mode and record nothing.
         teacher_saw_val: Whether the teacher may have been trained on the held-out images.
 
     Attributes:
-        figures: The latest figures of each stage ("train", "val", "test").
+        members: The names of the members, such as "student_0", "average_0", "teacher" and "ensemble".
+        figures: The latest metrics of each stage ("train", "val", "test").
     """
 
     def __init__(
@@ -130,9 +138,10 @@ class DistillationModule(pl.LightningModule):
         self.terms.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Trains on a batch. Callbacks receive the `StepResult` as `outputs["result"]`."""
+        """Trains on a batch; callbacks get the `StepResult` as `outputs["result"]`."""
         # Random numbers of the networks (dropout) depend only on the step, so a resumed run draws the same ones.
         torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        # The weights are updated after every accumulate_grad_batches batches, and after the last one of the epoch.
         done = batch_idx + 1
         update = done % self.gradients.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
         assert self.step is not None  # built in `on_train_start`
@@ -155,7 +164,7 @@ class DistillationModule(pl.LightningModule):
         self.share_buffers()
 
     def share_buffers(self) -> None:
-        """Copies rank 0's batch norm statistics to all processes, since a checkpoint contains those of rank 0."""
+        """Copies the batch norm statistics of process 0 to all processes: checkpoints contain those of process 0."""
         if self.trainer.world_size > 1:
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -176,7 +185,11 @@ class DistillationModule(pl.LightningModule):
         self.compute_figures("test")
 
     def compute_figures(self, stage: str) -> Figures:
-        """Returns a stage's figures over all processes and resets its counts. Every process must call it."""
+        """Returns the metrics of a stage, over all processes, and resets its counts; every process must call this.
+
+        Args:
+            stage: "train", "val" or "test".
+        """
         scores = self.stage_scores(stage)
         computed = scores.compute()
         recall = computed["recall"]
@@ -186,6 +199,7 @@ class DistillationModule(pl.LightningModule):
             recall.nanmean(1).tolist(),
             computed["confusion"].tolist(),
         )
+        # Held-out images that a teacher was trained on say nothing about it.
         if stage == "val" and self.teacher_saw_val:
             for values in (figures.top1, figures.top5, figures.balanced_accuracy):
                 values[self.members.index("teacher")] = None
@@ -194,7 +208,13 @@ class DistillationModule(pl.LightningModule):
         return figures
 
     def member_logits(self, outputs: dict[str, Tensor | None]) -> Tensor:
-        """Returns the members' logits (M, N, K); the ensemble's are the logarithm of the students' mean softmax."""
+        """Returns the logits of all M members, (M, N, K), detached.
+
+        Those of the ensemble are the logarithm of the mean of the students' softmax.
+
+        Args:
+            outputs: The outputs that `Method.forward` returned.
+        """
         teacher, averages = outputs.get("teacher_logits"), outputs.get("average_logits")
         students = outputs["student_logits"]
         assert students is not None
@@ -203,7 +223,11 @@ class DistillationModule(pl.LightningModule):
         return torch.cat([part for part in parts if part is not None]).detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the run's description, the length of its schedule, and the running metrics of all processes."""
+        """Adds to a checkpoint: the run's description, its number of steps, and the metrics of the epoch so far.
+
+        The metrics are summed over all processes, so every process must call this.
+        """
+        # Only the method's weights are kept in the state dict, not the counts of the metrics.
         checkpoint["odcheap"], checkpoint["steps"] = self.about, self.steps
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
         scores, terms = self.stage_scores("train").summed_state(), self.terms.summed_state()
@@ -213,13 +237,13 @@ class DistillationModule(pl.LightningModule):
         self.restored = {name: checkpoint[name] for name in ("metrics", "steps") if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads the method's weights. The `state_dict` of a checkpoint contains nothing else."""
+        """Loads the state dict of a checkpoint, which contains the method's weights and buffers only."""
         own = {name.removeprefix("method."): tensor for name, tensor in state_dict.items()}
         return self.method.load_state_dict(own, strict=strict, assign=assign)
 
 
 def name_members(method: Method) -> list[str]:
-    """Returns the names of the members, in the order of their logits."""
+    """Returns the names of a method's members, such as "student_0", in the order of their logits."""
     students = len(method.students)
     averages = len(method.candidates()) - students
     names = [f"student_{k}" for k in range(students)] + [f"average_{k}" for k in range(averages)]

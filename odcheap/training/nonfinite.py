@@ -1,4 +1,4 @@
-"""A callback for steps whose loss or gradients are not finite."""
+"""A callback that handles training steps whose gradients are not finite (NaN or infinite)."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ CHECK_EVERY = 10  # batches between checks, since a check waits for the GPU
 
 
 class NonfiniteGuard(pl.Callback):
-    """Ends the run at a step whose gradients are not finite, or counts such steps if they are skipped.
+    """Ends the run after a training step whose gradients are not finite, or counts such steps if they are skipped.
 
-    The gradients are the same in all processes, so all processes decide alike. The loss terms are used for the message
-    only. Results on a GPU are checked every `CHECK_EVERY` steps, and always before a checkpoint is written.
+    On a GPU the steps are checked every `CHECK_EVERY` batches, and always before a checkpoint is written. All processes
+    have the same gradients, so they make the same decision.
 
     Args:
-        skip: Whether the training step skips the optimizer's step in that case.
-        limit: Number of steps that may be skipped in the whole run.
+        skip: Whether such a step does not update the weights, and the run goes on.
+        limit: The number of steps that may be skipped in the whole run; one more raises `Failure`.
     """
 
     def __init__(self, skip: bool, limit: int):
@@ -50,14 +50,16 @@ class NonfiniteGuard(pl.Callback):
         self.check()
 
     def check(self) -> None:
-        """Checks the steps since the last check.
+        """Checks all steps since the last call of this method.
 
         Raises:
-            Failure: A step was not finite and is not skipped, or too many steps were skipped.
+            Failure: The gradients of a step are not finite and steps are not skipped, or too many have been skipped.
         """
+        # One transfer from the device for all steps; most often that is all.
         pending, self.pending = self.pending, []
         if not pending or torch.stack([finite for _, finite, _ in pending]).all():
             return
+        # The message names the loss terms of the first such step that are not finite.
         place, _, terms = next(step for step in pending if not step[1])
         names = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "a gradient"
         self.skipped += 1

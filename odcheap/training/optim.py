@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules: any class of `torch.optim` and of `torch.optim.lr_scheduler`."""
+"""Builds optimizers and learning rate schedules: any class of `torch.optim` and `torch.optim.lr_scheduler`."""
 
 import inspect
 import warnings
@@ -27,13 +27,16 @@ from odcheap.utils.errors import OptionError, first_line
 def build_optimization(
     network: nn.Module, optimizer: partial[Optimizer], scheduler: partial[LRScheduler], steps: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """Builds optimizer and learning rate schedule from the partial calls that `conf/` defines.
+    """Builds the optimizer and the learning rate schedule that `conf/` defines.
 
     Args:
         network: The network to train.
-        optimizer: A class of `torch.optim` with the options of `build_optimizer`.
-        scheduler: A class of `torch.optim.lr_scheduler` with the options of `build_scheduler`.
-        steps: Number of optimizer steps in the whole run; the schedule is stepped once after each.
+        optimizer: A `functools.partial` of a class of `torch.optim`, with arguments of `build_optimizer`.
+        scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`, with arguments of `build_scheduler`.
+        steps: The number of optimizer steps in the whole run; the schedule's `step` is called once after each of them.
+
+    Raises:
+        OptionError: See `build_optimizer` and `build_scheduler`.
     """
     built = build_optimizer(optimizer.func, network, **optimizer.keywords)
     return built, build_scheduler(scheduler.func, built, steps, **scheduler.keywords)
@@ -56,15 +59,15 @@ def build_optimizer(
     Args:
         optimizer: A class of `torch.optim`, such as `torch.optim.SGD`.
         network: The network to train.
-        lr: The learning rate, which a schedule may change.
-        weight_decay: Weight decay of the parameters that are not exempt.
-        momentum: Momentum, for classes that have it; None uses the class's default.
-        decay_norm: False exempts weights and biases of batch norm from weight decay.
-        decay_spatial: False exempts the spatial operators of cheap convolutions (DW, Group) from weight decay.
+        lr: The learning rate at the start; a schedule may change it.
+        weight_decay: The weight decay of all parameters except those that the next options exclude.
+        momentum: The momentum, for classes that have one; None for the default of the class.
+        decay_norm: Whether the weights and biases of batch norm have weight decay.
+        decay_spatial: Whether the weights of the spatial operators of cheap convolutions (DW, Group) have weight decay.
         options: Further arguments of the optimizer's class, such as `betas`.
 
     Raises:
-        OptionError: `decay_spatial` is False and the network has no spatial operators with weights, or the class
+        OptionError: `decay_spatial` is False but the network has no spatial operators with weights, or the class
             refuses its arguments.
 
     Example:
@@ -85,7 +88,18 @@ def build_optimizer(
 def group_parameters(
     network: nn.Module, weight_decay: float, decay_norm: bool, decay_spatial: bool
 ) -> list[dict[str, Any]]:
-    """Divides the trainable parameters into groups with and without weight decay. Empty groups are left out."""
+    """Returns the trainable parameters as one group with weight decay and one without; an empty group is left out.
+
+    Args:
+        network: The network to train.
+        weight_decay: The weight decay of the first group.
+        decay_norm: Whether the weights and biases of batch norm are in the first group.
+        decay_spatial: Whether the weights of the spatial operators of cheap convolutions are in the first group.
+
+    Raises:
+        OptionError: `decay_spatial` is False but the network has no spatial operators with weights.
+    """
+    # The parameters without weight decay.
     norms = [] if decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
     pairs = [] if decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
     spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
@@ -104,11 +118,17 @@ def group_parameters(
 def follow_schedule(
     optimizer: Optimizer, scheduler: LRScheduler, fresh: tuple[Optimizer, LRScheduler], done: int
 ) -> None:
-    """Sets the learning rates of optimizer and schedule to those of a newly built pair after `done` steps.
+    """Sets an optimizer and its schedule to the learning rates that a new schedule has after some steps.
 
-    This is needed if a run is resumed with another number of epochs, since the schedule in its checkpoint then has
-    another length.
+    This is needed if a run is resumed with another number of epochs: the schedule in the checkpoint has another length.
+
+    Args:
+        optimizer: The optimizer of the run; its learning rates are changed in place.
+        scheduler: The schedule of the run; its state is changed in place.
+        fresh: A newly built optimizer and schedule with the new length.
+        done: The number of optimizer steps that the run has taken.
     """
+    # Step the new schedule from the start, then copy its state.
     new_optimizer, new_scheduler = fresh
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch expects a step of the optimizer before each of the schedule
@@ -138,19 +158,21 @@ def build_scheduler(
     gamma: Annotated[float, Field(gt=0)] | None = None,
     **options: Any,
 ) -> LRScheduler:
-    """Builds a learning rate schedule that is stepped once after each step of the optimizer.
+    """Builds a learning rate schedule whose `step` is to be called once after each step of the optimizer.
 
     Args:
         scheduler: A class of `torch.optim.lr_scheduler`, or a function that returns a schedule.
-        optimizer: The optimizer whose learning rate it sets.
-        steps: Number of optimizer steps in the whole run.
-        fractions: Names of those options that are given as fractions of the run's steps, in [0, 1].
-        gamma: Factor of the learning rate, for classes that have it; None uses the class's default.
-        options: Further arguments of the class. If they contain partial calls of schedules, as `schedulers` of
-            `SequentialLR` does, these are built in the same way.
+        optimizer: The optimizer whose learning rate the schedule sets.
+        steps: The number of optimizer steps in the whole run.
+        fractions: The names of the arguments in `options` that are fractions of `steps`, in [0, 1]; they are converted
+            to numbers of steps.
+        gamma: The factor by which the learning rate is multiplied, for classes that have it; None for the default of
+            the class.
+        options: Further arguments of the class. Each `functools.partial` of a schedule in them, as in `schedulers` of
+            `SequentialLR`, is built in the same way.
 
     Raises:
-        OptionError: A fraction is outside [0, 1], or the class refuses its arguments.
+        OptionError: A fraction is outside [0, 1], the class refuses its arguments, or the schedule depends on a metric.
 
     Example:
         >>> import torch
@@ -160,6 +182,7 @@ def build_scheduler(
         >>> cosine.T_max
         500
     """
+    # Convert the fractions first, then build the schedules among the arguments, which have fractions of their own.
     options |= {} if gamma is None else {"gamma": gamma}
     arguments = {
         name: count_steps(name, value, steps) if name in fractions else value for name, value in options.items()
@@ -176,7 +199,7 @@ def build_scheduler(
 
 
 def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
-    """Builds the schedules that are an argument of another schedule."""
+    """Returns an argument of a schedule, with each `functools.partial` of a schedule in it replaced by the schedule."""
     if is_sequence(value):
         return [build_nested(entry, optimizer, steps) for entry in value]
     if isinstance(value, partial) and inspect.isclass(value.func) and issubclass(value.func, LRScheduler):
@@ -185,7 +208,19 @@ def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
 
 
 def count_steps(name: str, value: Any, steps: int) -> Any:
-    """Converts a fraction of the run to a number of steps, at least 1 unless it is 0, or a list of them to a list."""
+    """Converts fractions of the run to numbers of steps.
+
+    Args:
+        name: The name of the option, for messages.
+        value: A fraction in [0, 1], or a list of fractions.
+        steps: The number of optimizer steps in the whole run.
+
+    Returns:
+        A number of steps, which is 1 or more if the fraction is above 0; or a list of numbers.
+
+    Raises:
+        OptionError: A fraction is outside [0, 1].
+    """
     fractions = list(value) if is_sequence(value) else [value]
     if not all(0 <= fraction <= 1 for fraction in fractions):
         allowed = "must be a fraction of the run's steps: 0 to 1"
@@ -203,17 +238,17 @@ def warmup_multistep(
     gamma: Annotated[float, Field(gt=0)] = 0.1,
     start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01,
 ) -> LambdaLR:
-    """Multiplies the learning rate by `gamma` at each milestone, after a linear warm-up.
+    """Returns a schedule with a linear warm-up, which then multiplies the learning rate by `gamma` at each milestone.
 
-    Source: He et al., "Deep residual learning", 2015, section 4.2 (the steps; the warm-up of the deepest network);
-    Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (the linear warm-up).
+    Source: He et al., "Deep residual learning", 2015, section 4.2 (milestones, and a warm-up of the deepest network);
+    Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (linear warm-up).
 
     Args:
         optimizer: The optimizer whose learning rate is set.
-        milestones: Steps, counted from the start of the run.
-        warmup: Steps during which the learning rate increases from `start_factor` times its value; 0 for none.
-        gamma: Factor of the learning rate at each milestone.
-        start_factor: Factor of the learning rate at the first step of the warm-up.
+        milestones: The milestones as numbers of steps from the start of the run.
+        warmup: The number of steps during which the learning rate increases linearly; 0 for no warm-up.
+        gamma: The factor at each milestone.
+        start_factor: The learning rate at the first step of the warm-up, as a fraction of the optimizer's.
     """
 
     def factor(step: int) -> float:
@@ -227,16 +262,16 @@ def warmup_multistep(
 def warmup_cosine(
     optimizer: Optimizer, *, total: int, warmup: int, start_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
 ) -> SequentialLR:
-    """Returns a schedule with a linear warm-up followed by cosine annealing to 0.
+    """Returns a schedule with a linear warm-up, and then cosine annealing to 0.
 
     Source: Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, section 2.2 (warm-up);
     Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, equation 5 (annealing).
 
     Args:
         optimizer: The optimizer whose learning rate is set.
-        total: Number of steps of the whole run.
-        warmup: Number of steps of the warm-up.
-        start_factor: The first learning rate, as a fraction of the optimizer's.
+        total: The number of steps of the whole run.
+        warmup: The number of steps of the warm-up.
+        start_factor: The learning rate at the first step, as a fraction of the optimizer's.
     """
     linear = LinearLR(optimizer, start_factor, total_iters=warmup)
     cosine = CosineAnnealingLR(optimizer, max(1, total - warmup))

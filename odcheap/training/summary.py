@@ -1,4 +1,9 @@
-"""The results of a run as dictionaries, as a table, and as `student.safetensors`."""
+"""The results of a run: as dictionaries for `summary.json`, as a table on the screen, and as `student.safetensors`.
+
+The members of a method are the networks that are evaluated: the students, the moving averages of their weights, the
+teacher, and the ensemble of the students. The candidates are those of them that may be selected: students and moving
+averages.
+"""
 
 import json
 import platform
@@ -30,22 +35,30 @@ FIGURES = ("top1", "top5", "balanced_accuracy")
 
 
 def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, float | None]:
-    """Returns each member's figures by name: `val/student_0/top1`."""
+    """Returns the metrics of all members, with names such as `val/student_0/top1`.
+
+    Args:
+        stage: "train", "val" or "test".
+        members: The names of the members.
+        figures: Their metrics.
+    """
     return {f"{stage}/{who}/{f}": getattr(figures, f)[k] for f in FIGURES for k, who in enumerate(members)}
 
 
 def summarize_members(
     members: list[str], test: Figures, val: dict[str, Any], teacher_kind: str | None
 ) -> dict[str, Any]:
-    """Returns the entries of `summary.json` about the members: students, their averages, the teacher and the ensemble.
-
-    The entries `averages` and `teacher` are None if the method has none.
+    """Returns the entries of `summary.json` about the members of a method.
 
     Args:
-        members: The members' names.
-        test: The members' figures on the test images.
-        val: The members' figures on the held-out images with the same weights, by name (`val/student_0/top1`).
-        teacher_kind: The method's `teacher_kind`.
+        members: The names of the members.
+        test: The metrics of the members on the test images.
+        val: The metrics on the held-out images with the same weights, with names such as `val/student_0/top1`.
+        teacher_kind: See `Method`.
+
+    Returns:
+        `students` and `averages`, with a dict for each; `teacher` and `ensemble`, a dict each. `averages` and `teacher`
+        are None if the method has none.
     """
 
     def summarize(k: int, name: str) -> dict[str, Any]:
@@ -68,7 +81,15 @@ def summarize_members(
 
 
 def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
-    """Returns the number of images of each part, in total and by class."""
+    """Returns the number of images of each part ("train", "val", "test").
+
+    Args:
+        labels: The labels (N,) of each part.
+        classes: The names of the classes.
+
+    Returns:
+        `images`: the number of images by part. `classes`: the numbers by class and part.
+    """
     by_class = {part: np.bincount(target, minlength=len(classes)).tolist() for part, target in labels.items()}
     return {
         "images": {part: len(target) for part, target in labels.items()},
@@ -84,13 +105,16 @@ def summarize_costs(
     Args:
         method: The method.
         standard: The network with standard convolutions.
-        image_size: (C, H, W).
-        images_trained: Number of images in all epochs.
+        image_size: (C, H, W) of the images.
+        images_trained: The number of images in all epochs together.
 
     Returns:
-        Parameters and multiply-accumulates (`macs`) of one image. `training_macs` counts a backward pass as two forward
-        passes. `training_macs_with_teacher` adds the training of a frozen teacher, and is None if that is unknown.
+        For the student: `params` and, for one image, `macs` (multiply-accumulates). `standard` and `teacher` have the
+        same entries; `teacher` is None if the method has no frozen one. `training_macs`: those of the whole training,
+        in which a backward pass counts as two forward passes. `training_macs_with_teacher`: the same plus the training
+        of the frozen teacher; None if that is not known.
     """
+    # Frozen networks have a forward pass only: one third of what the others need.
     student = method.students.members[0]
     frozen = [count_macs(network, image_size) for network in method.frozen_networks()]
     training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
@@ -114,7 +138,7 @@ def summarize_costs(
 
 
 def list_versions() -> dict[str, str]:
-    """Returns the versions of the packages that results may depend on."""
+    """Returns the versions of Python and of the packages on which results may depend."""
     return {
         "odcheap": __version__,
         "python": platform.python_version(),
@@ -126,7 +150,7 @@ def list_versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Returns the properties of the machine that speed depends on."""
+    """Returns the properties of the machine on which speed depends."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
@@ -140,7 +164,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
-    """Returns the description of a run that is in each checkpoint. `student` has the settings that build a student."""
+    """Returns the description of a run that each checkpoint contains.
+
+    Returns:
+        The overrides, the resolved config, the fingerprint of the split, the classes, and under `student` the settings
+        from which a student can be built (see `StudentSettings`).
+    """
     settings = config.to_settings()
     about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
     student = {key: settings[key] for key in PARTS}
@@ -152,9 +181,13 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Writes a network's weights as safetensors, with the settings from which it can be built as JSON metadata.
+    """Writes the weights of a network as safetensors, with the settings from which it can be built as metadata (JSON).
 
-    The file is for others too: of the files that the settings name, such as pretrained weights, it has the names only.
+    Args:
+        path: The file to write.
+        student: The network.
+        settings: The settings; see `StudentSettings`. Users share the file, so paths in the settings, such as that of
+            pretrained weights, are shortened to file names.
     """
     settings = {name: hide_paths(value) if name in PARTS else value for name, value in settings.items()}
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
@@ -163,7 +196,7 @@ def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> N
 
 
 def hide_paths(value: Any) -> Any:
-    """Returns a part's settings in which text that is a path is only its last name."""
+    """Returns the settings of a backbone or block type with each path shortened to its last name."""
     if isinstance(value, dict):
         return {name: hide_paths(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -172,14 +205,20 @@ def hide_paths(value: Any) -> Any:
 
 
 def print_summary(console: Console, summary: dict[str, Any], title: str) -> None:
-    """Prints a run's results as a title, a table and a caption."""
+    """Prints the results of a run as a title, a table and a caption.
+
+    Args:
+        console: The console to print on.
+        summary: The content of `summary.json` or `test.json`.
+        title: The title.
+    """
     console.print(escape_control_chars(title), soft_wrap=True)
     console.print(build_table(summary))
     console.print(build_caption(summary), soft_wrap=True)
 
 
 def build_table(summary: dict[str, Any]) -> Table:
-    """Returns a table of all members at the selected epoch. The selected one is marked."""
+    """Returns a table of the accuracies of all members at the selected epoch; the selected member is marked."""
     choice = summary["selected"]
     table = Table()
     for column in ("", "val top-1 %", "test top-1 %", "test top-5 %", "test balanced %"):

@@ -1,7 +1,7 @@
 """One training step: in eager mode, or recorded as a CUDA graph and replayed.
 
-A step of several small networks consists of thousands of small kernels. On a GPU it takes longer to launch them from
-Python than to run them; a CUDA graph launches them all at once.
+A step of several small networks consists of thousands of small kernels. On a GPU it takes longer to launch these
+kernels from Python than to run them; a CUDA graph launches all of them at once.
 """
 
 from collections import Counter
@@ -17,8 +17,8 @@ from odcheap.data.base import Batch
 from odcheap.methods.base import Method
 from odcheap.utils.errors import first_line
 
-# The largest relative difference between a replay and an eager step. Differences by rounding in bfloat16 and by another
-# order of sums are far smaller; if a part of the computation is outdated or missing, they are far larger.
+# The largest relative difference allowed between a replay and an eager step. Rounding in bfloat16 and another order of
+# sums give far smaller differences; a part of the computation that is outdated or missing gives far larger ones.
 TOLERANCE = 0.05
 WARM_UP = 3  # eager steps with each batch shape before recording: libraries choose kernels, momentum is allocated
 
@@ -27,11 +27,11 @@ class StepResult(NamedTuple):
     """The result of a training step, detached from the autograd graph.
 
     Attributes:
-        terms: The loss terms by name, scalars; the entry `loss` is the sum of the others.
-        outputs: The method's outputs, in float32.
-        finite: Whether every gradient was finite, a boolean scalar on the gradients' device; None while gradients are
-            only accumulated.
-        taken: Whether the optimizer's step was taken.
+        terms: The loss terms by name, scalars; the entry `loss` is the sum of the other terms.
+        outputs: The outputs of the method by name, in float32.
+        finite: Whether all gradients were finite, a boolean scalar on their device; None if this step only accumulated
+            gradients.
+        taken: Whether the optimizer has updated the weights.
     """
 
     terms: dict[str, Tensor]
@@ -41,13 +41,14 @@ class StepResult(NamedTuple):
 
 
 class GradientOptions(NamedTuple):
-    """How a step treats its gradients; the first three are options of Lightning's `Trainer`.
+    """How a training step handles gradients; the first three options have the names of those of Lightning's `Trainer`.
 
     Attributes:
-        accumulate_grad_batches: Number of batches whose gradients are averaged for one optimizer step.
-        gradient_clip_val: Largest norm or value of the gradients; None does not clip.
-        gradient_clip_algorithm: Whether the norm or each value is clipped.
-        skip_nonfinite: Whether steps whose gradients are not finite are skipped. Each step then waits for the device.
+        accumulate_grad_batches: The number of batches whose gradients are averaged for one optimizer step.
+        gradient_clip_val: The largest norm, or absolute value, of the gradients; None to not clip them.
+        gradient_clip_algorithm: "norm" clips the norm, "value" each value; None is "norm".
+        skip_nonfinite: Whether the weights are not updated if a gradient is not finite. Each step then waits for the
+            GPU.
     """
 
     accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
@@ -57,24 +58,24 @@ class GradientOptions(NamedTuple):
 
 
 def to_single_precision(outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Converts bfloat16 outputs to float32, in which losses and accuracies are computed."""
+    """Returns the outputs with those in bfloat16 converted to float32, for losses and accuracies."""
     return {name: t.float() if t is not None and t.dtype == torch.bfloat16 else t for name, t in outputs.items()}
 
 
 def has_finite_gradients(network: nn.Module) -> Tensor:
-    """Returns whether all gradients are finite, as a boolean scalar on their device, without waiting for it."""
+    """Returns whether all gradients are finite, as a boolean scalar on their device; it does not wait for a GPU."""
     return torch.isfinite(get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
 
 
 class EagerStep:
-    """A training step in eager mode: forward, losses, backward, clipping, optimizer, and the method's own updates.
+    """A training step in eager mode: forward pass, loss, backward pass, clipping, optimizer step, moving averages.
 
     Args:
         method: The method to train.
-        optimizer: An optimizer of its parameters.
+        optimizer: The optimizer of the method's parameters.
         options: How gradients are accumulated, clipped and checked.
-        scaler: The gradient scaler of float16 training; `backward` then scales the loss.
-        backward: A function that computes the gradients of a loss. Lightning's averages them over processes.
+        scaler: The gradient scaler of float16 training, if `backward` scales the loss; None otherwise.
+        backward: A function that computes the gradients of a loss. That of Lightning averages them over all processes.
     """
 
     def __init__(
@@ -97,13 +98,14 @@ class EagerStep:
             batch: Images (N, C, H, W), or (S, N, C, H, W) with a view for each student, and labels (N,).
             update: Whether the optimizer takes a step. False only accumulates gradients.
         """
+        # The first batch of an optimizer step: no gradients are left from before.
         if not self.accumulating:
             self.optimizer.zero_grad(set_to_none=True)
             if self.options.skip_nonfinite:  # to restore batch norm's statistics if the step is skipped
                 self.buffers = [buffer.clone() for buffer in self.method.buffers()]
         self.accumulating = not update
         outputs = to_single_precision(self.method(batch.images))
-        # Losses are computed in float32. The backward pass uses the types of the forward pass anyway.
+        # The loss is computed in float32. The backward pass uses the dtypes of the forward pass anyway.
         with torch.autocast(batch.images.device.type, enabled=False):
             terms = self.method.loss(outputs, batch.target)
             weight = batch.share / self.options.accumulate_grad_batches
@@ -113,7 +115,12 @@ class EagerStep:
         return StepResult({name: term.detach() for name, term in terms.items()}, kept, finite, taken)
 
     def update(self) -> tuple[Tensor, bool]:
-        """Takes the optimizer's step. Returns whether the gradients were finite and whether the step was taken."""
+        """Updates the weights, unless a gradient is not finite and such steps are skipped.
+
+        Returns:
+            Whether all gradients are finite, a boolean scalar on their device, and whether the weights were updated.
+        """
+        # The gradients of float16 training are scaled: they are checked and clipped without the scale.
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         finite = has_finite_gradients(self.method)
@@ -130,7 +137,7 @@ class EagerStep:
         return finite, taken
 
     def clip(self) -> None:
-        """Clips the gradients: each value by itself, or the norm of each of the method's `clip_groups`."""
+        """Clips each value of the gradients, or the gradient's norm in each of the method's `clip_groups`."""
         limit = self.options.gradient_clip_val
         if not limit:
             return
@@ -142,7 +149,7 @@ class EagerStep:
 
 
 class CudaGraphs:
-    """Runs steps on a separate CUDA stream, or records them there as CUDA graphs."""
+    """Runs functions on a separate CUDA stream, or records them there as CUDA graphs, which share one memory pool."""
 
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -155,10 +162,11 @@ class CudaGraphs:
         return result
 
     def record(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
-        """Records the work without running it.
+        """Records a function as a CUDA graph; its kernels do not run yet.
 
         Returns:
-            A function that replays the work, and the result, whose tensors each replay overwrites.
+            A function that runs the recorded kernels, and the result of `work`. Each run overwrites the result's
+            tensors.
         """
         graph = torch.cuda.CUDAGraph()
         # thread_local, since data loaders pin memory in other threads meanwhile
@@ -168,7 +176,14 @@ class CudaGraphs:
 
 
 class Recording(NamedTuple):
-    """A recorded step: the batch and the learning rates that it reads, its replay, and the result that it writes."""
+    """A training step that was recorded as a CUDA graph.
+
+    Attributes:
+        batch: The batch that the graph reads; a new batch is copied into its tensors.
+        rates: The learning rates of the parameter groups that the graph reads, scalars.
+        replay: A function that runs the graph.
+        result: The result whose tensors the graph overwrites.
+    """
 
     batch: Batch
     rates: list[Tensor]
@@ -177,16 +192,18 @@ class Recording(NamedTuple):
 
 
 class GraphStep:
-    """A training step that is recorded as a CUDA graph for each batch shape, after a few eager steps with that shape.
+    """A training step that is recorded as a CUDA graph and then replayed.
 
-    Before a recording is used it is compared with an eager step: from the same state, both must change the weights in
-    the same way. If they do not, or if the step cannot be recorded (for example because it waits for the GPU),
-    `on_refused` is called with the reason, and all further steps are eager. Results are valid until the next call.
+    A graph is recorded for each batch shape, after a few eager steps with this shape. Before a graph is used, it is
+    compared with an eager step: from the same state, both must change the weights in the same way. If they do not, or
+    if the step cannot be recorded (for example because it waits for the GPU), `on_refused` is called, and shapes
+    without a graph stay eager. The tensors of a result are valid until the next call.
 
     Args:
-        eager: The step to record. It must not accumulate, clip, scale or skip, and there must be one process.
-        graphs: Runs and records the step.
-        on_refused: A function that is called with the reason if the step stays eager.
+        eager: The step to record. It must not accumulate, clip, scale or skip gradients, and there must be only one
+            process.
+        graphs: The object that runs and records functions.
+        on_refused: A function that is called with the reason, a text, if no graph can be used.
     """
 
     def __init__(self, eager: EagerStep, graphs: CudaGraphs, on_refused: Callable[[str], None]):
@@ -197,7 +214,7 @@ class GraphStep:
         self.is_refused = False
 
     def __call__(self, batch: Batch, update: bool = True) -> StepResult:
-        """Trains on a batch, as `EagerStep`; each call updates the weights."""
+        """Trains on a batch, and updates the weights; see `EagerStep`. `update` is ignored: it is always true here."""
         shape = tuple(batch.images.shape)
         self.seen[shape] += 1
         if shape not in self.recordings and self.seen[shape] > WARM_UP and not self.is_refused:
@@ -218,7 +235,8 @@ class GraphStep:
         return recording.result
 
     def try_recording(self, shape: tuple[int, ...], batch: Batch) -> None:
-        """Records a step for this shape, and keeps the recording if its replay equals an eager step."""
+        """Records a step for a batch shape, and keeps the recording if its replay does the same as an eager step."""
+        # Both changes are measured from the same state and undone: only the caller's step counts.
         try:
             expected = self.measure_change(lambda: self.run_eager(batch))
             recording = self.record(batch)
@@ -236,7 +254,7 @@ class GraphStep:
             self.on_refused(f"its replay changes the weights differently from an eager step, by {difference:.1%}")
 
     def record(self, batch: Batch) -> Recording:
-        """Records a step on a copy of the batch, into which replays copy theirs."""
+        """Records a step on a copy of the batch; `replay` copies each new batch into this copy."""
         batch = batch._replace(images=batch.images.clone(), target=batch.target.clone())
         # The learning rates become tensors, which each replay reads. As numbers they would be constants of the graph.
         groups = self.optimizer.param_groups
@@ -254,7 +272,11 @@ class GraphStep:
         return Recording(batch, rates, replay, result)
 
     def measure_change(self, step: Callable[[], object]) -> list[list[Tensor]]:
-        """Returns the changes of weights, optimizer state and buffers by a step, and then undoes the step."""
+        """Runs a step, undoes it, and returns how it changed weights, optimizer state and buffers.
+
+        Returns:
+            The differences of the tensors of each kind, float64, in the order of `list_state`.
+        """
         before = [[t.detach().clone() for t in kind] for kind in self.list_state()]
         device = next(self.method.parameters()).device
         try:
@@ -271,14 +293,14 @@ class GraphStep:
                         a.copy_(b)
 
     def list_state(self) -> list[list[Tensor]]:
-        """Returns the tensors that a step changes: weights, optimizer state and buffers."""
+        """Returns the tensors that a step changes, as three lists: weights, optimizer state, and buffers."""
         states = self.optimizer.state.values()
         of_optimizer = [t for state in states for t in state.values() if isinstance(t, Tensor)]
         return [list(self.method.parameters()), of_optimizer, list(self.method.buffers())]
 
 
 def relative_difference(measured: list[Tensor], expected: list[Tensor]) -> float:
-    """Returns the norm of the difference of two lists of tensors, divided by the norm of the second one."""
+    """Returns the norm of the difference of two lists of tensors, divided by the norm of the second list."""
     if not expected:
         return 0.0
     difference = get_total_norm([a - b for a, b in zip(measured, expected, strict=True)])
