@@ -62,6 +62,8 @@ class TrainerOptions:
     """Types and ranges of the options of Lightning's `Trainer` for which odcheap allows less than Lightning."""
 
     max_epochs: Count
+    limit_train_batches: Count | Annotated[float, Field(gt=0, le=1)] | None
+    accumulate_grad_batches: Count
     devices: Count
     num_nodes: Count
     strategy: Literal["auto", "ddp"]

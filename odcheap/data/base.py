@@ -66,10 +66,30 @@ class LabeledImage(NamedTuple):
     path: Path | None
 
 
+def limit_batches(count: int, limit: float | None) -> int:
+    """Returns the number of batches that an epoch of `count` batches has under `trainer.limit_train_batches`.
+
+    Args:
+        count: The number of batches of all images.
+        limit: The number of batches if it is an `int`, and a fraction of all batches if it is a `float`, as in
+            Lightning; None for all. At least one batch stays.
+
+    Example:
+        >>> limit_batches(10, 1), limit_batches(10, 1.0), limit_batches(10, 0.25), limit_batches(10, None)
+        (1, 10, 2, 10)
+    """
+    if limit is None:
+        return count
+    return min(count, limit) if isinstance(limit, int) else min(count, max(1, int(limit * count)))
+
+
 class BatchOrder:
     """The order in which one process trains on the images; it depends on (seed, epoch) only.
 
     The last batch of an epoch is left out if it has fewer than two images for each process.
+
+    Attributes:
+        limit: The number of batches of an epoch, see `limit_batches`.
 
     Args:
         count: The number of training images.
@@ -88,6 +108,7 @@ class BatchOrder:
             raise OptionError("data.batch_size", batch_size, allowed)
         self.count, self.batch_size, self.seed, self.rank, self.world_size = count, batch_size, seed, rank, world_size
         self.epoch = 0
+        self.limit: float | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the number of the epoch, from 0; Lightning calls this before each epoch."""
@@ -95,7 +116,7 @@ class BatchOrder:
 
     def __len__(self) -> int:
         whole, rest = divmod(self.count, self.batch_size)
-        return whole + (rest >= MIN_IMAGES * self.world_size)
+        return limit_batches(whole + (rest >= MIN_IMAGES * self.world_size), self.limit)
 
     def batches(self) -> list[tuple[Tensor, float]]:
         """Returns, for each batch of the epoch, the numbers of this process's images, (N,), and `Batch.share`."""
@@ -160,6 +181,7 @@ class ImageData(ABC):
         split_seed: The seed that decides which images are held out.
         mean: The mean of each channel of images in [0, 1], for normalization.
         std: The standard deviation of the same kind.
+        limit: The number of training images of a short run, see `splits.limit_parts`; None for all.
 
     Attributes:
         classes: The names of the classes; the position of a name is the label.
@@ -191,10 +213,11 @@ class ImageData(ABC):
         split_seed: int,
         mean: Iterable[float],
         std: Iterable[float],
+        limit: Annotated[int, Field(ge=MIN_IMAGES)] | None = None,
     ):
         self.name, self.seed, self.select, self.select_by = name, seed, select, select_by
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_size, self.split_seed = val_size, split_seed
+        self.val_size, self.split_seed, self.limit = val_size, split_seed, limit
         self.norm = Normalization(tuple(mean), tuple(std))
 
     @abstractmethod
@@ -262,6 +285,8 @@ class ImageData(ABC):
         labels = self.labels
         if len(labels["train"]) < MIN_IMAGES * world_size:
             allowed = f"must leave {MIN_IMAGES * world_size} images or more to train on ({MIN_IMAGES} a process)"
+            if self.limit is not None and self.limit < MIN_IMAGES * world_size:
+                raise OptionError("data.limit", self.limit, allowed)
             raise OptionError("data.val_size", self.val_size, allowed)
         few = [part for part in ("val", "test") if 0 < len(labels[part]) < world_size]
         if few:

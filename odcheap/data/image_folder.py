@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
 from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, hash_files
-from odcheap.data.splits import hash_split, split_stratified
+from odcheap.data.splits import hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
 from odcheap.predict import ImageError, decode_image, escape_control_chars, measure_16_bits
 from odcheap.utils.arguments import check_arguments
@@ -396,16 +396,26 @@ class ImageFolderData(ImageData):
             split = split_stratified(digests, torch.from_numpy(tree.train.target), self.val_size)
             self.fingerprint = split.fingerprint
             self.parts = {"train": tree.train.subset(split.train), "val": tree.train.subset(split.val)}
+            part_digests = {"train": [digests[k] for k in split.train], "val": [digests[k] for k in split.val]}
         else:
             # The order of the files depends on their contents, so that the run does not change if files are renamed.
             order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
-            both = digests + hash_files(tree.val, self.split_seed)
+            val_digests = hash_files(tree.val, self.split_seed)
             target = np.concatenate([tree.train.target, tree.val.target])
-            self.fingerprint = hash_split(both, target, np.arange(len(digests), len(both)))
+            count = len(digests) + len(val_digests)
+            self.fingerprint = hash_split(digests + val_digests, target, np.arange(len(digests), count))
             self.parts = {"train": tree.train.subset(order), "val": tree.val}
+            part_digests = {"train": [digests[k] for k in order], "val": val_digests}
+        self.parts["test"] = tree.test
+
+        # Leave out images of each part if the run is limited. Test images are hashed only then.
+        def hash_part(part: str) -> list[bytes]:
+            return hash_files(tree.test, self.split_seed) if part == "test" else part_digests[part]
+
+        kept = limit_parts(self.labels, hash_part, self.limit)
+        self.parts = {part: files.subset(kept[part]) for part, files in self.parts.items()}
 
         # Test images that were trained on would make the test accuracy too high.
-        self.parts["test"] = tree.test
         twice = find_duplicates(tree.train, tree.test, (ends, hash_ends(tree.test, self.split_seed)))
         if twice:
             first = os.fsdecode(tree.test.names[twice[0]])

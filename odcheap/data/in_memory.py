@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
-from odcheap.data.splits import Split, hash_pixels, split_stratified
+from odcheap.data.splits import Split, hash_pixels, limit_parts, split_stratified
 from odcheap.data.transforms import Augmentation, Normalization, stack_views
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -131,6 +131,7 @@ class InMemoryData(ImageData):
         self.load, self.augment = load, Augmentation(flip, crop_padding)
         self.images: Images
         self.split: Split
+        self.index: dict[str, np.ndarray]  # the images of each part: "train" and "val" are training images
 
     def read(self) -> None:
         if hasattr(self, "images"):
@@ -146,19 +147,27 @@ class InMemoryData(ImageData):
         digests = hash_pixels(images.train, self.split_seed)
         self.split = split_stratified(digests, images.train_target, self.val_size)
         self.fingerprint = self.split.fingerprint
+        self.index = {"train": self.split.train, "val": self.split.val, "test": np.arange(len(images.test))}
+
+        def hash_part(part: str) -> list[bytes]:
+            if part == "test":
+                return hash_pixels(images.test, self.split_seed)
+            return [digests[k] for k in self.index[part]]
+
+        kept = limit_parts(self.labels, hash_part, self.limit)
+        self.index = {part: index[kept[part]] for part, index in self.index.items()}
         self.check()
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        target = self.images.train_target.numpy()
-        parts = {"train": target[self.split.train], "val": target[self.split.val]}
-        return parts | {"test": self.images.test_target.numpy()}
+        train, test = self.images.train_target.numpy(), self.images.test_target.numpy()
+        return {part: (test if part == "test" else train)[index] for part, index in self.index.items()}
 
     def select_part(self, part: str) -> tuple[Tensor, Tensor]:
         """Returns the images (N, C, H, W) uint8 and the labels (N,) of a part ("train", "val" or "test")."""
+        index = torch.from_numpy(self.index[part])
         if part == "test":
-            return self.images.test, self.images.test_target
-        index = torch.from_numpy(self.split.train if part == "train" else self.split.val)
+            return self.images.test[index], self.images.test_target[index]
         return self.images.train[index], self.images.train_target[index]
 
     def train_loader(self, process: Process, views: int = 1) -> TrainBatches:
@@ -172,4 +181,4 @@ class InMemoryData(ImageData):
         images, target = self.select_part(part)
         files = self.images.test_files if part == "test" else None
         for k in index:
-            yield LabeledImage(images[k], int(target[k]), files[k] if files else None)
+            yield LabeledImage(images[k], int(target[k]), files[self.index[part][k]] if files else None)

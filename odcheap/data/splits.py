@@ -6,6 +6,7 @@ names, order or source.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,55 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
     # The images in the order of their hashes, and the number to hold out in each class.
     labels = target.numpy()
     total = count_held_out(val_size, len(labels), name)
-    order = np.array(sorted(range(len(digests)), key=lambda i: (digests[i], labels[i])), dtype=np.int64)
+    order = sort_by_digest(digests, labels)
+    held_out = mark_smallest(order, labels, total)
+    train, val = order[~held_out[order]], order[held_out[order]]
+    return Split(train, val, hash_split(digests, labels, val))
+
+
+def limit_parts(
+    labels: dict[str, np.ndarray], hash_part: Callable[[str], list[bytes]], limit: int | None
+) -> dict[str, np.ndarray]:
+    """Returns the positions of the images that are used of each part if a run uses only `limit` training images.
+
+    The other parts are reduced by the same share; at least one image of each part stays. Each class keeps its share,
+    and at least one image if there are enough. Which images stay depends on the images and the key of their hashes.
+
+    Args:
+        labels: The labels of the images of each part, "train" among them.
+        hash_part: Returns a hash of each image of a part. It is only called if images are left out.
+        limit: The number of training images; None for all.
+
+    Example:
+        >>> labels = {"train": np.array([0, 0, 0, 1, 1, 1]), "test": np.array([1, 0])}
+        >>> kept = limit_parts(labels, lambda part: [bytes([k]) for k in range(len(labels[part]))], 2)
+        >>> {part: index.tolist() for part, index in kept.items()}
+        {'train': [2, 5], 'test': [0]}
+    """
+    share = 1.0 if limit is None else min(1.0, limit / len(labels["train"]))
+    kept = {}
+    for part, target in labels.items():
+        count = max(1, round(share * len(target)))
+        kept[part] = np.arange(len(target))
+        if count < len(target):
+            order = sort_by_digest(hash_part(part), target)
+            kept[part] = np.flatnonzero(~mark_smallest(order, target, len(target) - count))
+    return kept
+
+
+def sort_by_digest(digests: list[bytes], labels: np.ndarray) -> np.ndarray:
+    """Returns the positions of the images in the order of their digests; equal images are ordered by their labels."""
+    return np.array(sorted(range(len(digests)), key=lambda i: (digests[i], labels[i])), dtype=np.int64)
+
+
+def mark_smallest(order: np.ndarray, labels: np.ndarray, total: int) -> np.ndarray:
+    """Returns a mask of the `total` images that come first, of each class in proportion to its size.
+
+    Args:
+        order: The positions of the images in the order of their digests.
+        labels: The label of each image.
+        total: The number of images to mark.
+    """
     counts = np.bincount(labels)
     quota = divide_proportionally(counts, total)
     # The position of each image among those of its class, in the order of the hashes: the first ones are held out.
@@ -63,9 +112,7 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
     for label in range(len(counts)):
         members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
-    held_out = rank < quota[labels]
-    train, val = order[~held_out[order]], order[held_out[order]]
-    return Split(train, val, hash_split(digests, labels, val))
+    return rank < quota[labels]
 
 
 def count_held_out(val_size: float, available: int, name: str) -> int:

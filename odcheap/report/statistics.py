@@ -157,10 +157,11 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
     own = [key for key in options if key.startswith("method.")]
     outside = options.drop(columns=[*own, SEED], errors="ignore")
 
-    # The setting: the name of a data set stands for its other options.
+    # The setting: the name of a data set stands for its other options, except for a limit on its images.
     is_named = find_distinctive(outside)
     if "data.name" in outside and outside["data.name"].nunique() > 1:
-        is_named[[key for key in outside if key.startswith("data.") and key != "data.name"]] = False
+        own_names = ("data.name", "data.limit")
+        is_named[[key for key in outside if key.startswith("data.") and key not in own_names]] = False
     setting = [join_labels(run, is_named.loc[k]) for k, run in enumerate(runs)]
 
     # The method: its options are compared only among the runs with this method.

@@ -62,6 +62,7 @@ CHANGEABLE_OPTIONS = (
     "kernels",
     "method.teacher_weights",
 )
+FIXED_OPTIONS = ("trainer.limit_train_batches",)  # an exception: a checkpoint may be from the middle of an epoch
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def reapply_overrides(
     before, now = flatten(saved["config"]), flatten(merged.to_settings())
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
         may_change = any(name == option or name.startswith(f"{option}.") for option in CHANGEABLE_OPTIONS)
+        may_change = may_change and name not in FIXED_OPTIONS
         if not may_change and before.get(name) != now.get(name):
             own_name = name.removesuffix(".part")
             allowed = f"would change the experiment that is resumed; it has {own_name}={before.get(name)}"

@@ -21,7 +21,7 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from torch import nn
 
-from odcheap.data.base import SELECT_BY, ImageData, Process
+from odcheap.data.base import SELECT_BY, ImageData, Process, limit_batches
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
@@ -61,6 +61,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 # Options of Lightning's that switch off, or shorten, what a run's results are made from, or that odcheap sets itself.
 OWN_OPTIONS = {"barebones", "callbacks", "fast_dev_run", "limit_predict_batches", "limit_test_batches"}
 OWN_OPTIONS |= {"limit_val_batches", "logger", "overfit_batches", "plugins"}
+EPOCH_LIMIT = "limit_train_batches"  # the loader takes it and not Lightning, so that it knows where an epoch ends
 SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 
@@ -138,11 +139,13 @@ class Experiment:
         options = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
         gradients = GradientOptions(**options, skip_nonfinite=cfg.on_nonfinite == "skip")
         batches = self.data.steps_per_epoch(launch.count_processes(cfg))
+        self.batches = limit_batches(batches, cfg.trainer.get(EPOCH_LIMIT))
+        steps = -(-self.batches // gradients.accumulate_grad_batches)
         self.module = DistillationModule(
             self.method,
             self.optimizer,
             self.scheduler,
-            -(-batches // gradients.accumulate_grad_batches) * cfg.trainer.max_epochs,
+            steps * cfg.trainer.max_epochs,
             len(self.data.classes),
             cfg.seed,
             summary.describe_run(self.start.config, self.data),
@@ -150,7 +153,7 @@ class Experiment:
             (refuse_eager if cfg.capture is True else report_eager) if uses_graphs(cfg) else None,
             teacher_saw_val=cfg.select != "test" and self.method.may_have_seen(self.data.fingerprint),
         )
-        self.check_evaluations(-(-batches // gradients.accumulate_grad_batches))
+        self.check_evaluations(steps)
         figure = SELECT_BY[self.data.select_by]
         self.record = Record(self.start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
 
@@ -206,7 +209,7 @@ class Experiment:
         guard = NonfiniteGuard(cfg.on_nonfinite == "skip", cfg.max_skipped)
         progress = ProgressReporter(self.record, self.console, SHORTER_RUNS)
         trainer = instantiate(
-            {name: value for name, value in cfg.trainer.items() if name not in GradientOptions._fields},
+            {name: value for name, value in cfg.trainer.items() if name not in (*GradientOptions._fields, EPOCH_LIMIT)},
             # The guard comes first, so that a step is checked before another callback saves a checkpoint.
             callbacks=[
                 guard,
@@ -298,9 +301,11 @@ class Experiment:
                 the best one has to be selected.
         """
         process, views = loading_process(trainer), len(self.method.students) if self.method.has_own_views else 1
+        train_loader = self.data.train_loader(process, views)
+        train_loader.sampler.limit = self.cfg.trainer.get(EPOCH_LIMIT)
         trainer.fit(
             self.module,
-            self.data.train_loader(process, views),
+            train_loader,
             self.data.val_loader(process),  # not used if there are no images to evaluate
             ckpt_path=self.start.checkpoint,
             weights_only=True,
@@ -363,8 +368,9 @@ class Experiment:
         cfg, data = self.cfg, self.data
         train, val, test = (len(data.labels[part]) for part in ("train", "val", "test"))
         counts = f"{train:,} training, {val:,} held-out, {test:,} test"
+        limited = "" if data.limit is None else f" (data.limit={data.limit})"
         device = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
-        say(f"{data.name}: {counts} images; {cfg.num_stu} students; {device}; {self.start.job_dir}")
+        say(f"{data.name}: {counts} images{limited}; {cfg.num_stu} students; {device}; {self.start.job_dir}")
         if self.start.checkpoint:
             say(f"continuing from {self.start.checkpoint}")
         if cfg.select == "test":
@@ -380,7 +386,7 @@ class Experiment:
         """
         data, history = self.data, fit.history
         assert self.standard is not None, "costs are compared with those of the standard network"
-        images = len(data.labels["train"]) * len(history)
+        images = min(len(data.labels["train"]), self.batches * data.batch_size) * len(history)
         return {
             "selected": self.summarize_selected(fit, selected),
             **selected.members,

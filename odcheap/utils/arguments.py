@@ -72,7 +72,8 @@ def describe_allowed(annotation: Any) -> str:
         ):
             names = [name for choice in choices for name in (get_args(choice) or ("true", "false"))]
             return f"one of {', '.join(map(str, names))}{end}"
-        return " or ".join(map(describe_allowed, choices)) + end
+        texts = list(map(describe_allowed, choices))
+        return (", or " if any("," in text for text in texts) else " or ").join(texts) + end
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
     if origin in (list, tuple, Sequence) and arguments:

@@ -75,6 +75,19 @@ def equal(ones, others):
     )
 
 
+@pytest.mark.parametrize("layout", ["flat", "all three"])
+def test_a_limited_data_set_has_some_files_of_each_part(tmp_path, layout):
+    base = plant(tmp_path / layout, LAYOUTS[layout])
+    whole, some = made(base), made(base, limit=4)
+    rows = set(some.rows())
+    assert rows < set(whole.rows())
+    share = 4 / len(whole.labels["train"])
+    expected = {part: max(1, round(share * len(target))) for part, target in whole.labels.items() if len(target)}
+    assert {part: len(target) for part, target in some.labels.items() if len(target)} == expected
+    assert some.fingerprint == whole.fingerprint
+    assert set(made(base, limit=4).rows()) == rows
+
+
 def test_workers_change_nothing(flat):
     one, two = made(flat).train_loader(ALONE), made(flat, workers=2).train_loader(ALONE)
     for epoch in (0, 1):

@@ -118,6 +118,34 @@ def test_the_split_ignores_the_seed_and_the_batch_size_is_global():
     assert len(next(iter(loader)).target) == 16
 
 
+def test_a_limited_data_set_has_some_images_of_each_part_and_the_same_split():
+    whole, some = digits_data(), digits_data(limit=120)
+    assert {part: len(target) for part, target in some.labels.items()} == {"train": 120, "val": 24, "test": 36}
+    assert all(len(set(target)) == 10 for target in some.labels.values())
+    assert some.fingerprint == whole.fingerprint
+    for part in ("train", "val", "test"):
+        every = {bytes(image.image.numpy()) for image in whole.iterate_images(part, range(len(whole.labels[part])))}
+        kept = list(some.iterate_images(part, range(len(some.labels[part]))))
+        assert all(bytes(image.image.numpy()) in every for image in kept)
+        assert [image.label for image in kept] == some.labels[part].tolist()
+    assert sum(len(batch.target) for batch in some.train_loader(ALONE)) == 120
+    assert sum(len(batch.target) for batch in some.test_loader(ALONE)) == 36
+    with pytest.raises(OptionError, match="data.limit=3: must leave 4 images or more"):
+        digits_data(limit=3).check(world_size=2)
+
+
+def test_an_epoch_may_have_fewer_batches_and_is_resumed_after_the_last_of_them():
+    loader = digits_data().train_loader(ALONE)
+    every = [batch.target for batch in loader]
+    loader.sampler.limit = 3
+    assert len(loader) == 3
+    assert all(torch.equal(batch.target, one) for batch, one in zip(loader, every[:3], strict=True))
+    again = digits_data().train_loader(ALONE)
+    again.sampler.limit = 3
+    again.load_state_dict(loader.state_dict())
+    assert len(list(again)) == 3
+
+
 def test_each_student_may_get_a_view_of_its_own():
     data = digits_data()
     plain = next(iter(data.train_loader(ALONE)))

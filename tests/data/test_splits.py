@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odcheap.data.splits import divide_proportionally, hash_pixels, split_stratified
+from odcheap.data.splits import divide_proportionally, hash_pixels, limit_parts, split_stratified
 from odcheap.utils.errors import OptionError
 
 
@@ -69,3 +69,33 @@ def test_each_class_keeps_an_image_as_far_as_that_is_possible():
     assert divide_proportionally(np.array([1, 1, 1, 1, 6]), 5).tolist() == [0, 0, 0, 0, 5]
     assert divide_proportionally(np.array([1, 1, 1, 1, 6]), 6).sum() == 6
     assert divide_proportionally(np.array([0, 3, 3]), 2).tolist() == [0, 1, 1]
+
+
+def limited(images, target, limit, split_seed=0):
+    """What is kept of a training part, and of a test part with every third of its images."""
+    parts = {"train": (images, target), "test": (images[::3], target[::3])}
+    labels = {part: some.numpy() for part, (_, some) in parts.items()}
+    return limit_parts(labels, lambda part: hash_pixels(parts[part][0], split_seed), limit)
+
+
+def test_a_limit_reduces_every_part_by_the_same_share_and_every_class_too():
+    images, _ = some_images(600)
+    target = torch.repeat_interleave(torch.arange(3), torch.tensor([400, 197, 3]))[torch.randperm(600)]
+    kept = limited(images, target, 60)
+    assert {part: len(index) for part, index in kept.items()} == {"train": 60, "test": 20}
+    assert np.bincount(target[kept["train"]]).tolist() == [40, 19, 1]
+    assert limited(images, target, 60)["train"].tolist() == kept["train"].tolist()
+    assert set(limited(images, target, 30)["train"]) < set(kept["train"])
+    assert set(limited(images, target, 60, split_seed=1)["train"]) != set(kept["train"])
+    shuffled = torch.randperm(600)
+    again = limited(images[shuffled], target[shuffled], 60)["train"]
+    assert sorted(shuffled[again].tolist()) == kept["train"].tolist()
+
+
+@pytest.mark.parametrize("limit", [None, 60, 1000])
+def test_without_a_limit_or_with_a_high_one_every_image_is_used_and_none_is_hashed(limit):
+    labels = {"train": np.zeros(60, int), "val": np.zeros(0, int), "test": np.zeros(5, int)}
+    kept = limit_parts(labels, lambda part: pytest.fail(f"{part} was hashed"), limit)
+    assert {part: index.tolist() for part, index in kept.items()} == {
+        part: [*range(len(labels[part]))] for part in labels
+    }

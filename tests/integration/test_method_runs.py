@@ -111,7 +111,7 @@ def test_imitation_grows_and_the_labels_do_not(made, name):
 
 
 @pytest.mark.parametrize(
-    ("extra", "steps"), [([], 14), (["+trainer.accumulate_grad_batches=2"], 8), (["on_nonfinite=skip"], 14)]
+    ("extra", "steps"), [([], 14), (["trainer.accumulate_grad_batches=2"], 8), (["on_nonfinite=skip"], 14)]
 )
 def test_a_run_calls_the_method_before_each_epoch_and_after_each_step(command, tmp_path, extra, steps):
     given = [*TINY, "method=pcl", "method.ramp_up=1.0", "checkpoint_keep=5", *extra, f"job_dir={tmp_path}/run"]

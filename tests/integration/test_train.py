@@ -498,7 +498,7 @@ def test_a_run_of_recorded_steps_equals_the_plain_run(command, tmp_path, finishe
         (["trainer=ddp"], False),
         (["on_nonfinite=skip"], False),
         (["+trainer.gradient_clip_val=1.0"], False),
-        (["+trainer.accumulate_grad_batches=2"], False),
+        (["trainer.accumulate_grad_batches=2"], False),
         (["trainer.precision=16-mixed"], False),
     ],
 )

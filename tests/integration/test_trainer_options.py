@@ -41,6 +41,47 @@ def test_epochs_without_evaluation_are_recorded_without_figures(command, tmp_pat
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["selected"]["epoch"] == 1
 
 
+def test_an_epoch_of_few_batches_has_the_schedule_of_a_whole_run_and_is_resumed(command, tmp_path):
+    few = ["trainer.limit_train_batches=3", "scheduler.warmup=0", "trainer.max_epochs=4"]
+    assert command(*TINY, *few, f"job_dir={tmp_path}/whole").status == 0
+    rows = read_rows(tmp_path / "whole")
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
+    assert [round(float(row["lr"]), 6) for row in rows] == [0.1, 0.1, 0.01, 0.001]
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    standard = summary["cost"]["training_macs"]
+    assert command(*TINY, "trainer.max_epochs=4", f"job_dir={tmp_path}/long").status == 0
+    longer = json.loads((tmp_path / "long" / "summary.json").read_text())["cost"]["training_macs"]
+    batches = steps_of_an_epoch(read_rows(tmp_path / "long"))
+    assert longer / standard == pytest.approx(437 / (3 * 64), rel=1e-6)
+    assert batches == 7
+
+    # The first two of the four epochs, and then the other two in another folder.
+    checkpoint = tmp_path / "whole" / "checkpoints" / "epoch-0002.ckpt"
+    assert command(f"resume={checkpoint}", "trainer=cpu", "logger=csv", f"job_dir={tmp_path}/again").status == 0
+    again = read_rows(tmp_path / "again")
+    names = ("step", "lr", "train/loss", "val/student_0/top1")
+    assert [[row[name] for name in names] for row in again] == [[row[name] for name in names] for row in rows]
+    refused = command(f"resume={tmp_path}/whole", "trainer.limit_train_batches=2")
+    assert "trainer.limit_train_batches=2: would change the experiment" in refused.err
+
+
+def test_a_limited_run_keeps_its_images_when_it_is_resumed(command, tmp_path):
+    debug = [*TINY[:-2], "logger=csv", "experiment=debug", "data.limit=100", f"job_dir={tmp_path}/run"]
+    run = command(*debug)
+    assert run.status == 0, run.err
+    assert "100 training, " in run.out
+    assert "(data.limit=100)" in run.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images"] == {"train": 100, "val": 229, "test": 82}
+    assert len(read_rows(tmp_path / "run")) == 1
+    assert int(read_rows(tmp_path / "run")[0]["step"]) == 2
+    again = command(f"resume={tmp_path}/run")
+    assert again.status == 0, again.err
+    assert "which is finished: nothing to do" in again.out
+    refused = command(f"resume={tmp_path}/run", "data.limit=90")
+    assert "data.limit=90: would change the experiment that is resumed" in refused.err
+
+
 @pytest.mark.parametrize(
     ("option", "line"),
     [
@@ -48,7 +89,12 @@ def test_epochs_without_evaluation_are_recorded_without_figures(command, tmp_pat
         ("+trainer.check_val_every_n_epoch=3", "check_val_every_n_epoch=3: must be at most trainer.max_epochs=2"),
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: is not an option"),
         ("+trainer.limit_test_batches=0", "trainer.limit_test_batches=0: is not an option"),
-        ("+trainer.limit_train_batches=0", "trainer: its options ended the run before the first epoch"),
+        (
+            "trainer.limit_train_batches=0",
+            "limit_train_batches=0: must be a whole number, 1 or more, or a number,",
+        ),
+        ("trainer.limit_train_batches=1.5", "limit_train_batches=1.5: must be a whole number, 1 or more, or a number,"),
+        ("trainer.accumulate_grad_batches=x", "trainer.accumulate_grad_batches=x: must be a whole number, 1 or more"),
         ("+trainer.val_check_interval=0.4", "trainer: its options left out the evaluation of every epoch"),
     ],
 )
