@@ -35,12 +35,18 @@ QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[2]
 
 
+trained = {}  # the folders of runs by their options: each is trained once and copied for each test
+
+
 @pytest.fixture
-def run(command, tmp_path):
+def run(command, tmp_path, tmp_path_factory):
     def made(*options, name="run"):
-        result = command(*TINY, *options, f"job_dir={tmp_path / name}")
-        assert result.status == 0, result.err
-        return tmp_path / name
+        if options not in trained:
+            folder = tmp_path_factory.mktemp("trained") / "run"
+            result = command(*TINY, *options, f"job_dir={folder}")
+            assert result.status == 0, result.err
+            trained[options] = folder
+        return shutil.copytree(trained[options], tmp_path / name)
 
     return made
 
@@ -76,7 +82,10 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
     expected = 100 * json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
-    assert f"Test accuracy {expected:.2f} % on 360 images; {expected:.2f} % by the run's summary, in 32-true." in out
+    assert (
+        f"Test accuracy {100 * expected:.2f} % on 360 images; {100 * expected:.2f} % by the run's summary, in 32-true."
+        in out
+    )
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")

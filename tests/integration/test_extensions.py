@@ -1,14 +1,12 @@
 """Parts of a user, from a folder outside the package: train, resume, export and report work with them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import Result
 
-from odcheap import load_student
+from odcheap import cli, load_student
 from odcheap.utils.files import read_torch
 
 PARTS = '''
@@ -82,12 +80,12 @@ class SignSGD(torch.optim.Optimizer):
         return loss
 '''
 CONF = {
-    "block_type/average_pool": "_target_: my_parts.AveragePool\n",
-    "method/best_logit": "_target_: my_parts.BestLogit\n_partial_: true\nweight: 0.5\n",
-    "optimizer/sign": "_target_: my_parts.SignSGD\n_partial_: true\nlr: 0.002\nweight_decay: 0.0\nscale: 1.0\n",
+    "block_type/average_pool": "_target_: parts_of_a_user.AveragePool\n",
+    "method/best_logit": "_target_: parts_of_a_user.BestLogit\n_partial_: true\nweight: 0.5\n",
+    "optimizer/sign": "_target_: parts_of_a_user.SignSGD\n_partial_: true\nlr: 0.002\nweight_decay: 0.0\nscale: 1.0\n",
     "data/stripes": """_target_: odcheap.data.in_memory.InMemoryData
 name: stripes
-load: {_target_: my_parts.load_stripes, _partial_: true, count: 400}
+load: {_target_: parts_of_a_user.load_stripes, _partial_: true, count: 400}
 batch_size: 50
 eval_batch_size: 100
 val_size: 60
@@ -105,49 +103,49 @@ CHOICES = ["block_type=average_pool", "method=best_logit", "optimizer=sign", "sc
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch, command, capsys):
     """`run("train", ...)` is `odcheap train ...` in a folder with the user's parts."""
-    (tmp_path / "my_parts.py").write_text(PARTS)
+    (tmp_path / "parts_of_a_user.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
     for name, text in CONF.items():
         path = tmp_path / "conf" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
-    def call(*arguments):
-        command = [sys.executable, "-m", "odcheap", *arguments]
-        where = {"cwd": tmp_path, "env": environment}
-        return subprocess.run(command, **where, capture_output=True, text=True, timeout=250)
+    def call(name, *arguments):
+        if name == "train":
+            return command(*arguments)
+        capsys.readouterr()
+        return Result(cli.main([name, *arguments]), *capsys.readouterr())
 
     return call
 
 
-def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path, monkeypatch):
+def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path):
     given = ["--config-dir", "conf", *CHOICES, "backbone=resnet20", "backbone.depth=8", "num_stu=2"]
     given += ["trainer=cpu", "logger=csv", "trainer.max_epochs=2"]
 
     done = run("train", *given, "job_dir=run")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["teacher"]["kind"] == "maximum"
     assert summary["cost"]["macs"] < summary["cost"]["standard"]["macs"]
 
     again = run("train", "--config-dir=conf", "resume=run/checkpoints/epoch-0000.ckpt", "job_dir=again")
-    assert again.returncode == 0, again.stderr
+    assert again.status == 0, again.err
     first, second = (tmp_path / name / "student.safetensors" for name in ("run", "again"))
     assert first.read_bytes() == second.read_bytes()
     refused = run("train", *given, "job_dir=other", "method.weight=0")
-    assert refused.stderr == "error: method.weight=0: must be a number, above 0\n"
+    assert refused.err == "error: method.weight=0: must be a number, above 0\n"
     refused = run("train", "resume=run")
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    assert "unknown; must be one of" in refused.stderr  # the folder with its parts was not given
+    assert (refused.status, refused.err.count("\n")) == (1, 1)
+    assert "unknown; must be one of" in refused.err  # the folder with its parts was not given
 
     done = run("export", "run", "--seconds", "0.01", "--config-dir", "conf")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert {"student.onnx", "student.pt2"} <= {path.name for path in (tmp_path / "run" / "export").iterdir()}
     done = run("report", "run", "--config-dir", "conf")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert "best_logit" in (tmp_path / "run" / "report" / "report.md").read_text()
 
     saved = read_torch(tmp_path / "run" / "checkpoints" / "epoch-0001.ckpt")["odcheap"]
@@ -155,8 +153,7 @@ def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path, monk
     assert saved["config"]["optimizer"]["part"] == "sign"
     for path in (tmp_path / "run").rglob("*"):
         if path.suffix in (".ckpt", ".safetensors", ".yaml"):
-            assert b"my_parts" not in path.read_bytes(), path
+            assert b"parts_of_a_user" not in path.read_bytes(), path
 
-    monkeypatch.syspath_prepend(tmp_path)
     student = load_student(first, config_dirs=[tmp_path / "conf"])
     assert student(torch.rand(1, 3, 8, 8)).shape == (1, 2)
