@@ -1,1 +1,1 @@
-"""A run's folder: status, checkpoints, resume."""
+"""The folder of a run: its files, their schemas, and how a run is resumed from them."""

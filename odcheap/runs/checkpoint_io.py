@@ -1,4 +1,4 @@
-"""Checkpoints of a run: how they are written, read, named, and removed."""
+"""Checkpoints of a run: how they are named, read, listed and removed."""
 
 import re
 from pathlib import Path
@@ -13,11 +13,11 @@ CHECKPOINT_NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{7,}))?\.ckpt", re.ASCI
 
 
 def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
-    """Reads a checkpoint of a run.
+    """Reads a checkpoint of a run, and checks its checksum and its entries.
 
     Args:
         path: The file.
-        option: The option that named the file, for messages.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
         OptionError: The file is damaged, or it is not a checkpoint of an odcheap run.
@@ -33,17 +33,19 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
 
 
 def epoch_path(job_dir: Path, epoch: int) -> Path:
-    """Returns the path of the checkpoint at the end of an epoch (from 0)."""
+    """Returns the path of the checkpoint at the end of an epoch, by the epoch's number from 0."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}.ckpt"
 
 
 def step_path(job_dir: Path, epoch: int, step: int) -> Path:
-    """Returns the path of a checkpoint after `step` batches of an epoch."""
+    """Returns the path of a checkpoint within an epoch (from 0), after `step` of its batches."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
 
 
 def checkpoint_order(path: Path) -> tuple[int, float]:
-    """Returns epoch and step of a checkpoint, by which checkpoints are sorted; the end of an epoch is its last step.
+    """Returns the epoch and the step in a checkpoint's name, as the key by which checkpoints are sorted.
+
+    The step of a checkpoint at the end of an epoch is infinity.
 
     Example:
         >>> checkpoint_order(Path("epoch-9999.ckpt")) < checkpoint_order(Path("epoch-10000-step-0000007.ckpt"))
@@ -56,21 +58,24 @@ def checkpoint_order(path: Path) -> tuple[int, float]:
 
 
 def list_checkpoints(job_dir: Path) -> list[Path]:
-    """Returns the run's checkpoints, oldest first. Files that are named otherwise are not the run's."""
+    """Returns the checkpoints of a run, the oldest one first; files with other names are ignored."""
     folder = job_dir / "checkpoints"
     paths = [path for path in folder.glob("epoch-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(paths, key=checkpoint_order)
 
 
 def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
-    """Removes all checkpoints except the newest `keep` and the selected one."""
+    """Removes all checkpoints of a run except the `keep` newest ones and `selected`."""
     for path in list_checkpoints(job_dir)[:-keep]:
         if path != selected:
             path.unlink(missing_ok=True)
 
 
 def find_newest_usable(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the newest usable checkpoint and its content, or None. Prints which ones were skipped, and why."""
+    """Returns the newest checkpoint that can be read, and its content; None if no checkpoint can be read.
+
+    For each newer checkpoint that cannot be read, a line is printed that says why.
+    """
     for path in reversed(list_checkpoints(job_dir)):
         try:
             return path, read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""A run's folder: whether a run may use it, the removal of an older run's files, and the results in it."""
+"""The folder of a run (`job_dir`): whether a run may use it, which files it contains, and how they are removed."""
 
 import os
 import re
@@ -22,7 +22,7 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+(-[0-9a-f]{8})?\.part", re.ASCII)  #
 
 
 def make_folder(job_dir: Path) -> None:
-    """Makes the folder. Raises `OptionError` if it cannot be written."""
+    """Makes the folder of a run, if it does not exist; raises `OptionError` if nothing can be written to it."""
     try:
         job_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -34,8 +34,8 @@ def make_folder(job_dir: Path) -> None:
 def is_run_folder(folder: Path) -> bool:
     """Returns whether a run of odcheap has written into the folder.
 
-    The mark is its `status.json`, or its `test.json` after `test_only=true`. A file of the same name from another
-    program does not fit the schema.
+    This is recognized by `status.json`, or by `test.json` after `test_only=true`. A file that another program has
+    written under one of these names is ignored, since it does not fit the schema.
     """
     try:
         if status.read_status(folder).get("pid") is not None:
@@ -50,12 +50,12 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_usable(job_dir: Path) -> None:
-    """Checks that a run may write into the folder: it is new, it is empty, or an earlier run has written it.
+    """Checks that a run may write into a folder: it does not exist, it is empty, or a run has written into it before.
 
-    Files whose names begin with a dot do not count.
+    Files whose names begin with a dot are ignored.
 
     Raises:
-        OptionError: The folder holds files that no run has written, or a link in it leads elsewhere.
+        OptionError: The folder contains files that no run has written, or a link in it would let a run write elsewhere.
     """
     if not job_dir.is_dir():  # new, or `make_folder` says what is wrong
         return
@@ -66,6 +66,8 @@ def check_usable(job_dir: Path) -> None:
     if names and not is_run_folder(job_dir):
         allowed = f"holds files that no run of odcheap has written ({names[0]}): name a new or an empty folder"
         raise OptionError("job_dir", job_dir, allowed)
+
+    # A run writes below these folders, and must not write through a link.
     for name in FOLDERS:
         folder = job_dir / name
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -76,7 +78,7 @@ def check_usable(job_dir: Path) -> None:
 
 
 def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
-    """Raises `OptionError` if the folder holds a run, unless `overwrite` allows to replace it."""
+    """Raises `OptionError` if the folder contains a run and the option `overwrite` is false."""
     if overwrite:
         return
     if read_summary(job_dir) is not None:
@@ -86,14 +88,17 @@ def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
 
 
 def list_outputs(job_dir: Path) -> list[Path]:
-    """Returns the files of a run that are there, without its status: results, checkpoints, events of TensorBoard."""
+    """Returns the existing files of a run, except its status: results, checkpoints, and events of TensorBoard."""
     paths = list_checkpoints(job_dir) + sorted((job_dir / "tensorboard").glob(EVENTS))
     paths += [job_dir / name for name in OUTPUTS]
     return [path for path in paths if os.path.lexists(path)]
 
 
 def read_versions(job_dir: Path) -> dict[str, tuple[int, int]]:
-    """Returns the names of a run's files, with values that change when a file is written again."""
+    """Returns, for each existing file of a run, its inode and modification time, which change if it is written again.
+
+    The keys are paths relative to `job_dir`.
+    """
     versions = {}
     for path in list_outputs(job_dir):
         entry = path.lstat()
@@ -102,7 +107,7 @@ def read_versions(job_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def remove_partial_files(job_dir: Path) -> None:
-    """Removes temporary files of runs that were killed while they wrote; another program's `.*.part` files stay."""
+    """Removes the temporary files of runs that were killed while they wrote; `.*.part` files of others are kept."""
     for folder in (job_dir, job_dir / "checkpoints"):
         for path in folder.glob(".*.part"):
             match = TEMPORARY.fullmatch(path.name)
@@ -116,11 +121,12 @@ def remove_partial_files(job_dir: Path) -> None:
 
 
 def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
-    """Removes the files of an older run.
+    """Removes the files of an earlier run.
 
     Args:
-        job_dir: The folder.
-        keep_until: A checkpoint of the folder. It, the earlier ones and the files of TensorBoard are kept.
+        job_dir: The folder of the run.
+        keep_until: A checkpoint in the folder: this one, earlier checkpoints and the files of TensorBoard are kept.
+            None to remove all files.
     """
     for path in list_outputs(job_dir):
         if keep_until is not None and path.parent != job_dir:
@@ -132,10 +138,10 @@ def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
 
 
 def read_summary(job_dir: Path) -> dict[str, Any] | None:
-    """Returns the content of a finished run's `summary.json`, or None if the run is not finished.
+    """Returns the content of a run's `summary.json`; None if there is none, or if it says that the run is not finished.
 
     Raises:
-        OptionError: The file is not one that odcheap writes.
+        OptionError: The file is damaged, or another program has written it.
     """
     path = job_dir / SUMMARY
     if not os.path.lexists(path):
@@ -149,10 +155,14 @@ def read_summary(job_dir: Path) -> dict[str, Any] | None:
 
 
 def read_config(path: Path, option: str) -> dict[str, Any]:
-    """Returns the content of a run's `config.yaml`; interpolations in it stay text.
+    """Returns the content of a run's `config.yaml`; interpolations such as `${seed}` in it are not resolved.
+
+    Args:
+        path: The file.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
-        OptionError: The file is not one that odcheap writes.
+        OptionError: The file is damaged, or another program has written it.
     """
     content = read_yaml(path, option)
     if not isinstance(content, dict):
@@ -166,10 +176,16 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
 
 
 def read_options(config: Path, option: str = "job_dir") -> dict[str, Any]:
-    """Returns the options in a run's `config.yaml` that determine its results, by dotted names.
+    """Returns the options in a run's `config.yaml` that determine its results, with dotted names such as `data.name`.
 
-    Options about where the run is stored are left out, and so are options that repeat a root option (`data.seed`).
+    Options that say where and how the run is stored are left out, and options that repeat an option without a group:
+    `data.seed` always equals `seed`.
+
+    Args:
+        config: The `config.yaml`.
+        option: The name of the option that gave the file, for messages.
     """
+    # Options whose values contain the run's folder say where something is stored, too.
     options = flatten(read_config(config, option))
     job_dir = options.get("job_dir")
     own = {key: value for key, value in options.items() if key not in STORAGE_OPTIONS}

@@ -1,4 +1,7 @@
-"""Loads weights into a method's students, from checkpoints, exported students or checkpoints of the 2019 code."""
+"""Loads weights into the students of a method.
+
+They come from a checkpoint of a run, a `student.safetensors`, or a checkpoint of the method's 2019 reference code.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +22,15 @@ STUDENT = "method.students.members."  # the prefix of the students' tensors in a
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights read from a file.
+    """The weights in a file.
 
     Attributes:
         path: The file.
         students: A state dict for each student.
-        method: The state dict of the method's own parts, such as the teacher; empty if the file has one student only.
-        split: The fingerprint of the data split under which the weights were selected, None if unknown.
-        classes: The names of the classes by label, None if unknown.
+        method: The state dict of what else the method has, such as the teacher's classifier; empty if the file contains
+            one student only.
+        split: The fingerprint of the split with which the weights were selected; None if it is not known.
+        classes: The names of the classes, in the order of the logits; None if they are not known.
     """
 
     path: str
@@ -37,11 +41,11 @@ class Weights:
 
 
 def read_weights(path: str | Path, option: str = "weights") -> Weights:
-    """Reads weights from a checkpoint, a `student.safetensors`, or a checkpoint of the 2019 code.
+    """Reads weights from a file.
 
     Args:
-        path: The file.
-        option: The option that named the file, for messages.
+        path: A checkpoint of a run, a `student.safetensors`, or a checkpoint of the method's 2019 reference code.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
         OptionError: The file is missing, damaged or of an unknown kind.
@@ -51,6 +55,8 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         settings = parse_json(metadata.get("odcheap", "{}"), path, option)
         settings = validate(SavedWeights, settings, path, option).model_dump()
         return Weights(str(path), [tensors], {}, settings.get("split"), settings.get("classes"))
+
+    # A checkpoint, of the 2019 code or of a run.
     content = read_torch(path, option)
     if is_reference(content):
         reference = translate_reference(content, path, option)
@@ -66,22 +72,24 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
 
 
 def load_weights(method: Method, weights: Weights, new_head: bool = False, classes: Sequence[str] | None = None) -> str:
-    """Copies weights into a method.
+    """Copies weights into the students of a method, and into the rest of the method if it fits.
 
-    If the file has one student, it becomes student 0, and the other students keep their initial weights.
+    If the file contains one student, its weights are copied into student 0, and the other students keep their initial
+    weights. What else the method has, such as the teacher's classifier, is loaded too, unless the file contains one
+    student only, `new_head` is true, or the classifiers are adapted to `classes`.
 
     Args:
-        method: The method.
-        weights: The weights, read from a file.
-        new_head: Loads the bodies only. Classifiers and the method's own parts keep their initial weights.
-        classes: The names of the data's classes by label. If the weights have these classes in another order or besides
-            others, the classifiers' outputs are matched by name, and the method's own parts keep their initial weights.
+        method: The method, changed in place.
+        weights: The weights from a file.
+        new_head: Whether only the students' bodies are loaded, and their classifiers keep their initial weights.
+        classes: The names of the data's classes, in the order of the labels. If the file has these classes in another
+            order, or more classes, the outputs of its classifiers are selected and sorted by the names.
 
     Returns:
         One line that says what was loaded.
 
     Raises:
-        OptionError: File and method differ in another way. The method is then unchanged.
+        OptionError: The weights do not fit in another way. The method is not changed then.
     """
     matched = not new_head and classes is not None and weights.classes not in (None, list(classes))
     if matched:
@@ -98,6 +106,7 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
         reason = "another method; weights_head=new keeps the students' bodies"
         check_state_dict(own, weights.method, weights.path, reason)
 
+    # Load the students, then the rest of the method; without it, moving averages start at the loaded weights.
     for student, state in zip(members, weights.students, strict=False):
         student.load_state_dict(select_body(student, state) if new_head else state, strict=not new_head)
     if with_method:
@@ -111,16 +120,17 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
 
 
 def select_classes(weights: Weights, classes: list[str], classifier: str) -> Weights:
-    """Returns weights whose classifiers have the outputs of these classes, without the method's own parts.
+    """Returns the students' weights with the outputs of the classifiers selected and sorted by class names.
 
     Args:
-        weights: Weights with known classes.
-        classes: The names of the data's classes by label.
+        weights: Weights whose classes are known.
+        classes: The names of the classes that the result has, in their order.
         classifier: The name of the students' last layer.
 
     Raises:
-        OptionError: The weights lack one of the classes.
+        OptionError: The weights do not have one of the classes.
     """
+    # The position of each class among the outputs of the file.
     known = weights.classes or []
     missing = [name for name in classes if name not in known]
     if missing:
@@ -139,18 +149,26 @@ def select_classes(weights: Weights, classes: list[str], classifier: str) -> Wei
 
 
 def describe_classes(classes: Sequence[str]) -> str:
-    """Returns the number and the first names of classes: `3 classes (cat, dog, owl)`."""
+    """Returns the number and the first names of classes as text, such as `3 classes (cat, dog, owl)`."""
     names = ", ".join(name[:40] for name in classes[:3])
     return f"{len(classes)} classes ({names}{', ...' if len(classes) > 3 else ''})"
 
 
 def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a method's own parts, without the digest of a frozen teacher."""
+    """Returns a method's tensors that are not the students', without the digest of a frozen teacher."""
     return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
 
 def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_head: bool) -> None:
-    """Raises `OptionError` unless the state dict fits the student."""
+    """Raises `OptionError` if a state dict does not fit a student.
+
+    Args:
+        student: The student.
+        state: The state dict in the file.
+        path: The file, for messages.
+        new_head: Whether the classifier is not loaded and need not fit.
+    """
+    # Another number of classes is the most likely difference, and has a message of its own.
     own = student.state_dict()
     if new_head:
         own, state = select_body(student, own), select_body(student, state)
@@ -164,10 +182,10 @@ def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_h
 
 
 def select_body(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a student without its classifier's."""
+    """Returns the tensors of a student except those of its classifier."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{student.classifier}.")}
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with the prefix, by their names without it."""
+    """Returns the tensors whose names begin with a prefix; in the result the names do not have the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Overrides: options as they are written on the command line, such as `num_stu=4`."""
+"""Overrides: options as a user writes them on the command line, such as `num_stu=4`."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ MAX_NAME_BYTES = 200  # file systems allow 255
 
 
 def override_key(override: str) -> str:
-    """Returns the option's name.
+    """Returns the name of the option that an override sets.
 
     Example:
         >>> override_key("+trainer.profiler=simple")
@@ -31,7 +31,11 @@ def override_key(override: str) -> str:
 
 
 def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None:
-    """Returns key and value of the override that sets the config entry `name`, or None.
+    """Returns the key and the value of the override that sets an entry of the config; None if there is none.
+
+    Args:
+        overrides: The overrides.
+        name: The dotted name of the entry.
 
     Example:
         >>> find_override(["seed=1", "block_type=Shift"], "block_type.part")
@@ -45,10 +49,10 @@ def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None
 
 
 def quote_override(override: str) -> str:
-    """Returns the override of a path with its value in quotes if Hydra would otherwise parse the value.
+    """Returns an override that sets a path, with the path in quotes if Hydra could not read it otherwise.
 
-    A value that is in quotes already, a list, or an interpolation is left to Hydra. `~` at the beginning of a path is
-    the home directory.
+    A value that is in quotes already, a list, or an interpolation (`${...}`) is not changed. `~` at the beginning of a
+    path is replaced by the home directory.
 
     Example:
         >>> quote_override("resume=runs/a=b,c=d")
@@ -69,16 +73,19 @@ def quote_override(override: str) -> str:
 
 
 def name_run(overrides: Sequence[str], also: Sequence[str] = ()) -> str:
-    """Returns a folder name made of the overrides that determine the results, or "default" without any.
+    """Returns the name of a run's folder: the overrides that determine its results, or "default" if there are none.
+
+    Names that are too long are cut, and end with a hash.
 
     Args:
         overrides: The overrides.
-        also: Options among `STORAGE_OPTIONS` that are named too, since a sweep varies them.
+        also: Options in `STORAGE_OPTIONS` that the name contains nevertheless, since a sweep varies them.
 
     Example:
         >>> name_run(["num_stu=4", "block_type=DW", "resume=auto"])
         'block_type=DW,num_stu=4'
     """
+    # Sorted, so that the order on the command line does not matter; other characters than these could be special.
     named = [o for o in overrides if override_key(o) not in STORAGE_OPTIONS]
     named += [o.replace("'", "").replace('"', "") for o in overrides if override_key(o) in also]
     named = sorted(o for o in named if not override_key(o).startswith("hydra"))

@@ -1,4 +1,4 @@
-"""Checkpoints of the 2019 reference code, read by the names and shapes of their tensors."""
+"""Loads checkpoints of the method's 2019 reference code, which are read by the names and shapes of their tensors."""
 
 import re
 from dataclasses import dataclass
@@ -22,15 +22,16 @@ POINTWISE_NAME = re.compile(r"(layer\d+\.\d+)\.conv([12])\.weight")
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """The weights in a checkpoint of the 2019 code, under odcheap's names.
+    """The weights in a checkpoint of the 2019 reference code, renamed for odcheap's modules.
 
     Attributes:
-        students: A state dict for each student.
-        head: The state dict of the teacher's head.
+        students: A state dict for each student, for `CifarResNet`.
+        head: The state dict of the teacher, which is batch norm and a linear layer (`norm` and `fc` of
+            `OnlineDistillation`).
         block_type: "Shift", "DW" or "Group".
-        depth: Depth of the ResNet.
-        groups: Number of groups of "Group", otherwise 1.
-        num_classes: Number of classes, K.
+        depth: The depth of the ResNet.
+        groups: The number of groups of "Group", otherwise 1.
+        num_classes: The number of classes, K.
     """
 
     students: list[dict[str, Tensor]]
@@ -42,21 +43,25 @@ class ReferenceWeights:
 
 
 def is_reference(content: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint is one of the 2019 code, by the names of its tensors."""
+    """Returns whether the tensors of a checkpoint have the names of the 2019 reference code."""
     return any(re.match(r"(module\.)?resnet_m\d+\.", str(name)) for name in content.get("state_dict", {}))
 
 
 def translate_reference(content: dict[str, Any], path: str | Path, option: str = "path") -> ReferenceWeights:
-    """Renames the weights of a 2019 checkpoint, and reads block type, depth and groups from names and shapes.
+    """Returns the weights of a checkpoint of the method's 2019 reference code, renamed for odcheap's modules.
+
+    The result also has the block type, the depth of the network, and the number of groups and classes; they are read
+    from the names and shapes of the tensors.
 
     Args:
-        content: The checkpoint.
-        path: Its file, for messages.
-        option: The option that named the file, for messages.
+        content: The content of the checkpoint.
+        path: The file of the checkpoint, for messages.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
-        OptionError: Some tensors are missing.
+        OptionError: The checkpoint does not have all tensors.
     """
+    # The students are called resnet_m1, resnet_m2, ...; `DataParallel` has added a prefix.
     state = {name.removeprefix("module."): tensor for name, tensor in content["state_dict"].items()}
     count = len({name.split(".")[0] for name in state if name.startswith("resnet_m")})
     try:
@@ -81,7 +86,7 @@ def translate_reference(content: dict[str, Any], path: str | Path, option: str =
 
 
 def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """Returns the state dict of student k (from 1) under odcheap's names."""
+    """Returns the state dict of student k (from 1) with odcheap's names."""
     prefix = f"resnet_m{k}."
     renamed = {}
     for name, tensor in state.items():
@@ -92,13 +97,16 @@ def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 
 
 class ReferenceModel(nn.Module):
-    """The 2019 network with its weights, in eval mode.
+    """The students and the teacher of the method's 2019 reference code, in eval mode.
+
+    Args:
+        weights: The weights from a checkpoint.
 
     Attributes:
-        block_type: "Shift", "DW" or "Group", as in the file.
-        depth: Depth of the ResNet.
-        groups: Number of groups of "Group", otherwise 1.
-        num_stu: Number of students, S.
+        block_type: "Shift", "DW" or "Group".
+        depth: The depth of the ResNets.
+        groups: The number of groups of "Group", otherwise 1.
+        num_stu: The number of students, S.
 
     Shape:
         Normalized images (N, 3, H, W) -> logits of the students (S, N, K) and of the teacher (N, K).
@@ -122,9 +130,9 @@ class ReferenceModel(nn.Module):
         return outputs["student_logits"], outputs["teacher_logits"]
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Returns the 2019 code's loss, a scalar, with the KL divergence averaged over elements and T = 4.
+        """Returns the loss of the 2019 reference code, a scalar.
 
-        Gradients flow through students and teacher.
+        The temperature is 4, the KL divergence is averaged over all N x K elements, and the teacher is not detached.
 
         Args:
             student_logits: (S, N, K).
@@ -135,14 +143,14 @@ class ReferenceModel(nn.Module):
 
 
 def load_reference(path: str | Path) -> ReferenceModel:
-    """Loads a checkpoint of the 2019 code, with or without the prefix `module.` of `DataParallel`.
+    """Loads a checkpoint of the method's 2019 reference code.
 
     Args:
-        path: The checkpoint.
+        path: The file. The names of its tensors may have the prefix `module.` of `DataParallel`.
 
     Returns:
-        A module in eval mode; `module(images)` returns the students' logits (S, N, K) and the teacher's (N, K), and its
-        `loss` is the 2019 code's.
+        A module in eval mode: `module(images)` takes normalized images (N, 3, H, W) and returns the logits of the
+        students (S, N, K) and of the teacher (N, K); `module.loss` is the loss of the reference code.
 
     Raises:
         OptionError: The file is not such a checkpoint.
@@ -158,6 +166,7 @@ def load_reference(path: str | Path) -> ReferenceModel:
     content = read_torch(path)
     if not is_reference(content):
         raise OptionError("path", path, "not a checkpoint of the 2019 code: no tensor is named resnet_m1.*")
+    # Building the networks draws random weights; the caller's random numbers do not change.
     with torch.random.fork_rng(devices=[]):
         try:
             return ReferenceModel(translate_reference(content, path))

@@ -1,8 +1,8 @@
-"""Resume: which run is continued, from which checkpoint, and with which options.
+"""Decides whether a run is resumed, from which checkpoint, and with which options.
 
-What a checkpoint contains beside Lightning's own state comes from three objects: the loader
-(`data.base.ResumableBatches`) saves the position within the epoch, the `DistillationModule` the running metrics, and
-the callback `Record`, which also writes the checkpoints, the history and the selection.
+Beside Lightning's own state, a checkpoint contains the state of three objects. The loader (`ResumableBatches`) saves
+the position within the epoch. The `DistillationModule` saves the metrics of the epoch so far. The callback `Record`,
+which writes the checkpoints, saves the metrics of earlier epochs and what is selected.
 """
 
 import os
@@ -67,16 +67,16 @@ FIXED_OPTIONS = ("trainer.limit_train_batches",)  # an exception: a checkpoint m
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins.
+    """The decision about how a run begins.
 
     Attributes:
-        config: The run's config. For a resumed run it includes the overrides with which the run was started.
+        config: The run's config. If the run is resumed, this includes the overrides with which it was started.
         job_dir: The run's folder.
-        checkpoint: The checkpoint from which the run continues, None for a new run.
-        content: The content of the checkpoint.
+        checkpoint: The checkpoint from which the run continues; None for a new run.
+        content: The content of the checkpoint; None for a new run.
         in_own_folder: Whether the checkpoint is in `job_dir`.
         is_finished: Whether the run is already finished.
-        versions: The run's files that were in the folder at the decision, see `read_versions`.
+        versions: The run's files that were in the folder when this was decided; see `read_versions`.
     """
 
     config: RunConfig
@@ -98,20 +98,20 @@ def plan_start(
     default_resume: str | None = None,
     is_restarted: bool = False,
 ) -> Start:
-    """Decides whether a new run starts or an older one continues.
+    """Decides whether a new run starts or an earlier run continues.
 
-    With `resume`, the overrides with which the run was started are applied again.
+    If a run continues, the overrides with which it was started are applied again.
 
     Args:
-        config: The config, composed from the options on the command line.
+        config: The config that was composed from the options on the command line.
         compose: A function that composes a config from overrides and checks it.
-        default_resume: The value of `resume` if it is not given.
-        is_restarted: Whether a cluster has started the same command before. Then the checkpoints in `job_dir` are
-            continued, even if another `resume` was given.
+        default_resume: The value of the option `resume` if the user has not given it.
+        is_restarted: Whether a cluster has started the same command before. The newest checkpoint in `job_dir`, if
+            there is one, is then continued, even if `resume` names another one.
 
     Raises:
-        OptionError: An override would change the resumed experiment, a checkpoint is missing or unusable, or the
-            folder holds another run.
+        OptionError: An override would change the experiment that is resumed, a checkpoint is missing or damaged, or the
+            folder contains another run.
     """
     # Find the checkpoint. Without one a new run starts.
     cfg = config.cfg
@@ -158,7 +158,12 @@ def plan_start(
 
 
 def find_own_folder(cfg: DictConfig, resume: str) -> Path | None:
-    """Returns the folder of the run that `resume` names; None if it names a file in no run's folder."""
+    """Returns the folder of the run that the option `resume` names; None if it names a file outside of such a folder.
+
+    Args:
+        cfg: The config.
+        resume: The value of the option: "auto", the folder of a run, or a checkpoint.
+    """
     if resume == "auto":
         return Path(cfg.job_dir)
     if Path(resume).is_dir():
@@ -174,8 +179,17 @@ def find_own_folder(cfg: DictConfig, resume: str) -> Path | None:
 def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """Finds the checkpoint that the option `resume` names.
 
+    In the folder of a run it is the newest checkpoint; with `test_only` that of the selected epoch.
+
+    Args:
+        cfg: The config.
+        resume: The value of the option: "auto", the folder of a run, or a checkpoint.
+
     Returns:
-        The checkpoint and its content. None if `resume=auto` finds nothing to continue.
+        The checkpoint and its content; None if `resume=auto` finds no checkpoint.
+
+    Raises:
+        OptionError: There is no checkpoint that can be read.
     """
     if resume != "auto" and not Path(resume).is_dir():
         return Path(resume).resolve(), read_checkpoint(resume)
@@ -189,7 +203,7 @@ def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path, dict[str, Any
 
 
 def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the checkpoint of the epoch that the run has selected, with its content."""
+    """Returns the checkpoint of the epoch that a run has selected, and its content; None if there is no checkpoint."""
     newest = find_newest_usable(job_dir)
     if newest is None:
         return None
@@ -198,7 +212,7 @@ def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | Non
 
 
 def check_newest(checkpoint: Path, overwrite: bool) -> None:
-    """Raises `OptionError` if newer checkpoints would be lost and `overwrite` does not allow it."""
+    """Raises `OptionError` if the run has newer checkpoints, which would be lost, and `overwrite` is false."""
     if not overwrite and checkpoint.name != list_checkpoints(checkpoint.parent.parent)[-1].name:
         ways = "overwrite=true removes the newer ones, another job_dir keeps them"
         raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")
@@ -207,15 +221,22 @@ def check_newest(checkpoint: Path, overwrite: bool) -> None:
 def reapply_overrides(
     saved: Mapping[str, Any], overrides: Sequence[str], job_dir: Path, compose: Callable[[Sequence[str]], RunConfig]
 ) -> RunConfig:
-    """Composes the config of a resumed run: first the saved options of its experiment, then the new overrides.
+    """Composes the config of a resumed run from the overrides in its checkpoint and the new ones.
 
-    The checkpoint may come from a stranger (see `runs.saved_options`). If only the checkpoint names the folder of the
-    images, nothing is downloaded, unpacked or cached there.
+    The checkpoint may come from a stranger (see `runs.saved_options`). If the folder of the images is given in the
+    checkpoint only, nothing is downloaded, unpacked or cached there.
+
+    Args:
+        saved: The entry `odcheap` of the checkpoint; see `SavedRun`.
+        overrides: The new overrides.
+        job_dir: The run's folder.
+        compose: A function that composes a config from overrides and checks it.
 
     Raises:
         OptionError: The config differs from the saved one in an option that may not change, or a saved override has
             a value that is not plain.
     """
+    # The new overrides come last, so that they replace saved ones.
     kept, left_out = select_saved_overrides(saved["overrides"], overrides)
     if left_out:
         names = escape_control_chars(", ".join(left_out))
@@ -240,10 +261,10 @@ def reapply_overrides(
 
 
 def claim_folder(start: Start) -> None:
-    """Marks the folder as the run's. The caller holds the lock of the folder.
+    """Writes into the run's folder that the run has started. The caller must hold the lock of the folder.
 
     Raises:
-        OptionError: The folder has changed since `plan_start` has decided what to do there.
+        OptionError: Files in the folder have changed since `plan_start` read them.
     """
     check_usable(start.job_dir)
     if read_versions(start.job_dir) != start.versions:
@@ -253,7 +274,13 @@ def claim_folder(start: Start) -> None:
 
 
 def prepare_folder(start: Start) -> None:
-    """Prepares the folder of a training run under its lock, and removes the files that `overwrite` replaces."""
+    """Prepares the folder for a training, and removes the files of a run that is overwritten.
+
+    The caller must hold the lock of the folder.
+
+    Raises:
+        OptionError: Files in the folder have changed since `plan_start` read them.
+    """
     claim_folder(start)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
     remove_partial_files(start.job_dir)
@@ -265,7 +292,12 @@ def prepare_folder(start: Start) -> None:
 
 
 def copy_selected_checkpoint(start: Start) -> None:
-    """Copies the selected epoch's checkpoint if the run continues in another folder: no later epoch may be better."""
+    """Copies the checkpoint of the epoch selected so far, if the run continues in another folder.
+
+    Raises:
+        OptionError: This checkpoint is not beside the one from which the run continues.
+    """
+    # If no later epoch is better, the run needs this checkpoint in the end.
     if start.checkpoint is None or start.content is None or start.in_own_folder:
         return
     record = start.content["callbacks"]["Record"]

@@ -1,7 +1,7 @@
-"""The options that a resumed run takes from its checkpoint: a closed list, as plain values.
+"""Selects the options that a resumed run takes from its checkpoint.
 
-A checkpoint may come from a stranger. Options that say where to write, where to connect, or what to run besides the
-experiment are therefore taken from the command line and from `conf/` only.
+A checkpoint may come from a stranger. Only options in a fixed list are therefore taken from it, and only plain values.
+Options that say where to write, where to connect, or what else to run are taken from the command line and `conf/` only.
 """
 
 import re
@@ -37,17 +37,19 @@ MAX_DEPTH = 4  # of nested lists
 
 
 def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Selects the overrides of a checkpoint that define its experiment.
+    """Selects those overrides in a checkpoint that define its experiment.
 
     Args:
         saved: The overrides in the checkpoint.
-        given: The overrides of this command; a saved one of the same option is replaced by them.
+        given: The overrides of the current command. A saved override of the same option is neither selected nor
+            reported, since the given one replaces it.
 
     Returns:
-        The selected overrides, written anew from their parsed values, and the options that were left out.
+        The selected overrides, written anew from their parsed values, and the overrides that were left out and should
+        be reported.
 
     Raises:
-        OptionError: The value of a selected option is an interpolation, a path, or anything else that is not plain.
+        OptionError: The value of a selected option is not plain: it is, for example, an interpolation.
 
     Example:
         >>> select_saved_overrides(["num_stu=2", "logger=mlflow", "job_dir=runs/a"], ["num_stu=2"])
@@ -74,7 +76,11 @@ def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[
 
 
 def parse_override(text: str) -> Override:
-    """Parses an override of a checkpoint; only `key=value` with a single value is known."""
+    """Returns a parsed override of a checkpoint.
+
+    Raises:
+        OptionError: It is something else than `key=value` with a single value.
+    """
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -85,14 +91,23 @@ def parse_override(text: str) -> Override:
 
 
 def is_experiment_option(key: str) -> bool:
-    """Returns whether an option is in the closed list."""
+    """Returns whether an option may be taken from a checkpoint."""
     if key in MACHINE_OPTIONS:
         return False
     return key in (*EXPERIMENT_OPTIONS, *PATH_OPTIONS) or key.split(".")[0] in EXPERIMENT_GROUPS
 
 
 def check_plain(key: str, value: Any, depth: int = MAX_DEPTH) -> Any:
-    """Returns the value; raises `OptionError` unless it is plain: numbers, simple texts, or lists and dicts of them."""
+    """Returns a value if it is plain: a number, a text that `is_plain_text` allows, or lists and dicts of these.
+
+    Args:
+        key: The name of the option.
+        value: Its value, or an entry of it.
+        depth: How many levels of lists and dicts are still allowed.
+
+    Raises:
+        OptionError: The value is not plain.
+    """
     if isinstance(value, list) and depth:
         return [check_plain(key, entry, depth - 1) for entry in value]
     if isinstance(value, dict) and depth and all(OPTION_NAME.fullmatch(str(name)) for name in value):
@@ -104,7 +119,7 @@ def check_plain(key: str, value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def is_plain_text(key: str, value: str) -> bool:
-    """Returns whether a text is what the option may hold: a part's name, a path, or a text without special signs."""
+    """Returns whether an option may have this text: a name in `conf/`, a path, or a text without special characters."""
     if key in PATH_OPTIONS:
         return "$" not in value and "\0" not in value
     if key == "method.teacher_network":
@@ -115,12 +130,12 @@ def is_plain_text(key: str, value: str) -> bool:
 
 
 def is_file_or_folder(path: Any) -> bool:
-    """Returns whether there is a regular file or a folder at the path; a pipe or a device would block a reader."""
+    """Returns whether a path is that of a regular file or a folder; a pipe or a device would block a reader."""
     return isinstance(path, str) and (Path(path).is_file() or Path(path).is_dir())
 
 
 def to_grammar(value: Any) -> str:
-    """Writes a plain value so that Hydra's grammar reads the same value."""
+    """Returns a plain value as text that Hydra reads as the same value."""
     if isinstance(value, list):
         return f"[{','.join(map(to_grammar, value))}]"
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Schemas of the files in a run's folder. A file may come from a stranger, and is checked before it is used.
+"""Schemas of the files in a run's folder, with which files are checked before they are used: strangers may send them.
 
-A missing metric is allowed, since earlier versions did not write all of them; a metric of a wrong type is not.
-Entries that no schema names are ignored.
+A metric may be missing, since earlier versions did not write all metrics, but it must not have a wrong type. Entries
+that a schema does not name are ignored.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ State = Literal["running", "stopped", "failed", "finished"]
 
 
 class Schema(BaseModel):
-    """Numbers are finite, and nothing is converted: "1" is no number."""
+    """The base class of all schemas: numbers must be finite, and nothing is converted ("1" is no number)."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class Status(Schema):
-    """The content of `status.json`."""
+    """The content of `status.json`: the state of the run, the reason of a failure, and the process that wrote it."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -37,7 +37,7 @@ class Status(Schema):
 
 
 class Member(Schema):
-    """The metrics of a student, an average, the teacher or the ensemble."""
+    """The metrics of one network: a student, a moving average of a student's weights, the teacher, or the ensemble."""
 
     val_top1: Accuracy | None = None
     val_balanced_accuracy: Accuracy | None = None
@@ -48,7 +48,7 @@ class Member(Schema):
 
 
 class Members(Schema):
-    """The figures of all members with the same weights."""
+    """The metrics of all networks of a method, measured with the weights of the same epoch."""
 
     students: list[Member] | None = None
     averages: list[Member] | None = None
@@ -57,7 +57,7 @@ class Members(Schema):
 
 
 class Selected(Member):
-    """The selected candidate."""
+    """The selected student, or moving average of a student's weights: its number, its epoch and its metrics."""
 
     student: Index | None = None
     averaged: bool | None = None
@@ -68,7 +68,7 @@ class Selected(Member):
 
 
 class NetworkCost(Schema):
-    """Parameters and multiply-accumulates of a network; of a trained teacher also what its training took."""
+    """The costs of a network: parameters, multiply-accumulates, and for a trained teacher those of its training."""
 
     params: Count | None = None
     macs: Count | None = None
@@ -78,7 +78,7 @@ class NetworkCost(Schema):
 
 
 class Cost(Schema):
-    """Costs of a student, of other networks, and of the training."""
+    """The costs of a student, of the standard network, of a trained teacher, and of the training."""
 
     params: Count | None = None
     macs: Count | None = None
@@ -128,14 +128,14 @@ class Config(Schema):
 
 
 class SavedWeights(Schema):
-    """What a file of weights says about them; other programs' files say nothing."""
+    """The description of weights in a file; it is empty in files of other programs."""
 
     split: str | None = None
     classes: list[str] | None = None
 
 
 class SavedRun(Schema):
-    """The entry `odcheap` of a checkpoint, see `training.summary.describe_run`."""
+    """The entry `odcheap` of a checkpoint, which describes the run; see `training.summary.describe_run`."""
 
     overrides: list[str]
     config: dict[str, Any]
@@ -145,7 +145,7 @@ class SavedRun(Schema):
 
 
 class Selection(Schema):
-    """The selected candidate in a checkpoint."""
+    """The entry `selected` of the callback `Record` in a checkpoint: what is selected so far."""
 
     candidate: Index
     epoch: Index
@@ -181,7 +181,13 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def validate(schema: type[S], content: Any, path: str | Path, option: str) -> S:
-    """Returns the content as an object of the schema.
+    """Returns the content of a file as an object of a schema.
+
+    Args:
+        schema: The schema.
+        content: The content of the file.
+        path: The file, for messages.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
         OptionError: The content does not fit. The message names the file, the first wrong field, and what is allowed.

@@ -1,4 +1,4 @@
-"""A run's config with the names of its parts."""
+"""The config of a run, with the names of the files in `conf/` that were chosen for it."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,13 +11,18 @@ from odcheap.utils.parts import part_settings
 
 
 class RunConfig:
-    """A composed config.
+    """The config of a run, as Hydra composes it.
+
+    Args:
+        cfg: The config.
+        parts: The names that were chosen in each config group, as Hydra gives them.
+        overrides: The overrides as the user has given them.
 
     Attributes:
         cfg: The config.
-        parts: The name of the chosen part by group (`{"block_type": "DW"}`). Loggers are not included: there may be
-            several, and `cfg.logger` has their names.
-        overrides: The overrides as they were given.
+        parts: The name of the file that was chosen in each config group, such as `{"block_type": "DW"}`. Loggers are
+            not included: there may be several, and `cfg.logger` has their names.
+        overrides: The overrides as the user has given them.
     """
 
     def __init__(self, cfg: DictConfig, parts: Mapping[str, Any], overrides: Sequence[str]):
@@ -25,10 +30,10 @@ class RunConfig:
         self.parts = {group: name for group, name in parts.items() if isinstance(name, str) and is_part(cfg.get(group))}
 
     def to_settings(self) -> dict[str, Any]:
-        """Returns the resolved config for the disk.
+        """Returns the resolved config as plain dicts and lists, in the form in which it is saved.
 
-        Parts have their option names there, not Python paths. What refers to the environment (`${oc.env:NAME}`) is
-        written as the reference: the values of the environment, which may be secret, are not written.
+        The chosen parts are given by their names in `conf/`, not by Python paths. References to environment variables
+        (`${oc.env:NAME}`) are not resolved, since the values may be secret.
         """
         with unread_environment():
             settings = to_dict(self.cfg)
@@ -40,7 +45,7 @@ class RunConfig:
 
 @contextmanager
 def unread_environment() -> Generator[None]:
-    """Resolves `${oc.env:NAME}` to this text itself instead of the variable's value."""
+    """A context manager in which `${oc.env:NAME}` resolves to this text itself, and not to the variable's value."""
     OmegaConf.register_new_resolver("oc.env", lambda *names: f"${{oc.env:{','.join(map(str, names))}}}", replace=True)
     try:
         yield
@@ -54,7 +59,7 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
 
 
 def is_part(node: Any) -> bool:
-    """Returns whether a config node describes a class or function with its options."""
+    """Returns whether a node of a config describes a class or function and its arguments (it has a `_target_`)."""
     return isinstance(node, Mapping | DictConfig) and "_target_" in node
 
 

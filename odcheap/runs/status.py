@@ -1,4 +1,4 @@
-"""The file `status.json` in a run's folder, and the lock of the folder."""
+"""The file `status.json` in a run's folder, and the lock that keeps other processes from training there."""
 
 import errno
 import fcntl
@@ -22,16 +22,16 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems withou
 
 
 def write_status(job_dir: Path, state: State, reason: str = "") -> None:
-    """Writes the state of the run, with the process and the host of the writer."""
+    """Writes `status.json`: the state of the run, the reason of a failure, and the host and number of this process."""
     status = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
     write_json(job_dir / FILE_NAME, status)
 
 
 def read_status(job_dir: Path) -> dict[str, Any]:
-    """Returns the latest status, see `schemas.Status`, or an empty dict if there is none.
+    """Returns the content of `status.json` (see `schemas.Status`), or an empty dict if there is no such file.
 
     Raises:
-        OptionError: The file is not one that odcheap writes.
+        OptionError: The file is damaged, or another program has written it.
     """
     path = job_dir / FILE_NAME
     if not os.path.lexists(path):
@@ -40,7 +40,7 @@ def read_status(job_dir: Path) -> dict[str, Any]:
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
-    """Returns whether the process that wrote the status still runs. This is assumed if it is on another host."""
+    """Returns whether the process that wrote a status still runs; true if it is on another host, as nobody can tell."""
     if status.get("host") != socket.gethostname():
         return True
     if status.get("pid") is None:
@@ -56,13 +56,14 @@ def is_alive(status: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def lock_folder(job_dir: Path) -> Generator[None]:
-    """Keeps other processes from training in the folder. The lock of a process that has died is free.
+    """A context manager that holds the lock of a run's folder, so that no other process trains there.
 
-    The lock file is never written and no link is followed, since a file of this name may belong to the user.
+    The operating system releases the lock if the process dies.
 
     Raises:
         OptionError: Another process holds the lock, or the lock file cannot be opened.
     """
+    # Nothing is written to the lock file and no link is followed, since a file of this name may belong to the user.
     path = job_dir / LOCK
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -84,7 +85,7 @@ def lock_folder(job_dir: Path) -> Generator[None]:
 
 
 def name_writer(job_dir: Path) -> str:
-    """Returns the process that has written the status of a folder, for messages."""
+    """Returns a text that names the process that has written the status of a folder, for messages."""
     try:
         status = read_status(job_dir)
     except OptionError:

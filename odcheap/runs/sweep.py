@@ -1,4 +1,4 @@
-"""Sweeps: a callback at their beginning, and the outcomes of their runs, read from the runs' folders."""
+"""Sweeps: a callback for the beginning of a sweep, and the outcomes of its runs, which are read from their folders."""
 
 import os
 import sys
@@ -23,11 +23,11 @@ KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a sweep ended.
+    """The outcome of a run of a sweep.
 
     Attributes:
         job_dir: The run's folder.
-        text: `finished`, `was finished` (before this sweep began), `stopped: SIGNAL` or `failed: REASON`.
+        text: `finished`, `was finished` (before this sweep began), `running`, `stopped: SIGNAL` or `failed: REASON`.
         summary: The content of `summary.json` or `test.json`; None if the run did not finish.
     """
 
@@ -37,26 +37,27 @@ class Outcome:
 
 
 class SweepFolder:
-    """The folder of a sweep.
-
-    The object is built when the sweep begins, so that it knows later which files the sweep has changed.
+    """The folder of a sweep, which must be constructed when the sweep begins: it notes which files exist then.
 
     Args:
-        path: `hydra.sweep.dir`.
+        path: The value of the option `hydra.sweep.dir`.
+
+    Attributes:
+        unwritten: The outcomes of runs whose folder could not be written.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.files_before = self.list_files()
-        self.unwritten: list[Outcome] = []  # outcomes of runs whose folder could not be written
+        self.unwritten: list[Outcome] = []
 
     def list_files(self) -> dict[Path, tuple[int, int]]:
-        """Returns the files from which outcomes are read, with values that change when a file is written again."""
+        """Returns the files from which outcomes are read, each with its inode and modification time."""
         paths = [path for name in (SUMMARY, TEST, status.FILE_NAME) for path in self.path.rglob(name)]
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     def read_outcomes(self) -> list[Outcome]:
-        """Returns the outcome of each run, sorted by name, without failures from before this sweep."""
+        """Returns the outcomes of all runs in the folder, sorted by name, without failures from before this sweep."""
         files = self.list_files()
         changed = {path for path, version in files.items() if self.files_before.get(path) != version}
         outcomes = [read_outcome(folder, changed) for folder in sorted({path.parent for path in files})]
@@ -68,7 +69,7 @@ started_sweeps: list[SweepFolder] = []
 
 
 class SweepStart(Callback):
-    """Remembers the state of the sweep's folder before the first run, and prints where the folder is."""
+    """A Hydra callback that creates the `SweepFolder` before the first run, and prints the path of the folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = config.hydra.sweep.dir
@@ -82,7 +83,7 @@ class SweepStart(Callback):
 
 
 def check_sweep_folder(folder: Path) -> None:
-    """Raises `OptionError` if Hydra would write its `multirun.yaml` over a file of the user's, or through a link."""
+    """Raises `OptionError` if Hydra's `multirun.yaml` would overwrite a user's file, or be written through a link."""
     path = folder / "multirun.yaml"
     if not os.path.lexists(path):
         return
@@ -97,12 +98,13 @@ def check_sweep_folder(folder: Path) -> None:
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
-    """Returns how the run in this folder ended, or None if nothing in it belongs to this sweep.
+    """Returns the outcome of the run in a folder; None if the folder contains no result and nothing of this sweep.
 
     Args:
         folder: The run's folder.
-        changed: The files that were written since the sweep began.
+        changed: The files that have been written since the sweep began.
     """
+    # A result counts if it was there before; a status counts only if it was written in this sweep.
     try:
         if folder / TEST in changed:
             return Outcome(str(folder), "finished", read_checked(folder / TEST, Test))
@@ -120,7 +122,7 @@ def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
 
 
 def read_checked(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
-    """Returns the content of a run's JSON file; raises `OptionError` unless it fits the schema."""
+    """Returns the content of a JSON file of a run; raises `OptionError` if it does not fit the schema."""
     content = read_json(path, "job_dir")
     validate(schema, content, path, "job_dir")
     return content
