@@ -1,1 +1,1 @@
-"""Runs of several processes: how they are started, how they connect, and how they stop together."""
+"""Distributed runs: how their processes are started, how the processes connect, and how they stop together."""

@@ -1,4 +1,4 @@
-"""Starts the processes of a distributed run, or connects to torchrun or srun if they have started them."""
+"""Starts the processes of a distributed run, or uses those that torchrun or srun has started."""
 
 import os
 import subprocess
@@ -27,7 +27,8 @@ SHUTDOWN_SECONDS = "600"  # the time that torchrun gives a process after a signa
 
 
 def make_cluster_environment() -> ClusterEnvironment:
-    """Returns the environment for Lightning, which would mistake a batch script of Slurm for a process of srun."""
+    """Returns the environment from which Lightning reads ranks: that of torchrun, of srun, or of a single machine."""
+    # Lightning's own choice would mistake the script of a Slurm job for a process that srun has started.
     if is_torchrun():
         return TorchElasticEnvironment()
     if slurm.count_tasks() > 1:
@@ -37,22 +38,26 @@ def make_cluster_environment() -> ClusterEnvironment:
 
 
 def limit_threads() -> None:
-    """Uses as many threads as Slurm has given cores, since Slurm may not bind the process to them."""
+    """Sets the number of PyTorch's threads to the number of cores that Slurm has given to this process.
+
+    Nothing changes outside of Slurm, or if `OMP_NUM_THREADS` is set.
+    """
+    # Slurm may not bind the process to its cores: PyTorch would use all cores of the machine.
     cores = slurm.cores_per_task()
     if cores and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
 
 
 def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
-    """Checks that the trainer matches the way in which this process was started.
+    """Checks that the trainer options match the way in which this process was started.
 
     Args:
-        cfg: The config.
-        trainer: The trainer's option name.
+        cfg: The config of the run.
+        trainer: The name of the trainer in `conf/trainer`.
         in_sweep: Whether the run is one of a sweep.
 
     Raises:
-        OptionError: It does not match.
+        OptionError: They do not match, for example because torchrun has started several processes for a run of one.
     """
     if in_sweep and is_torchrun():
         raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
@@ -68,27 +73,27 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
 
 
 def count_processes(cfg: DictConfig) -> int:
-    """Returns the number of processes of the run on all machines."""
+    """Returns the number of processes of a run on all machines."""
     return cfg.trainer.devices * cfg.trainer.num_nodes
 
 
 def needs_launch(cfg: DictConfig) -> bool:
-    """Returns whether the run has several processes on this machine that must be started first."""
+    """Returns whether a run has several processes on this machine that have not been started yet."""
     is_local = cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1
     return is_local and not is_torchrun() and slurm.count_tasks() == 1
 
 
 def launch_processes(start: Start, config_dirs: Sequence[Path], listener: SignalListener) -> None:
-    """Starts `odcheap train` with the run's overrides in one process for each device, and waits for the end.
+    """Starts `odcheap train` with the run's overrides in one process for each device, and waits until they end.
 
     Args:
         start: The run.
         config_dirs: The user's own `conf` directories.
-        listener: The listener that forwards signals to the processes.
+        listener: The listener that forwards signals to these processes.
 
     Raises:
         Failure: A process failed.
-        Stopped: A signal has stopped the processes, and they have saved.
+        Stopped: A signal has stopped the processes, after they had saved a checkpoint.
     """
     # The processes run the same command, with the options that this process has chosen by itself.
     devices = start.cfg.trainer.devices

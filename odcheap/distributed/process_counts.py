@@ -1,4 +1,7 @@
-"""The number of machines and processes that torchrun or srun has started, also as `${nodes:}` and `${devices:}`."""
+"""The number of machines and processes that torchrun or srun has started.
+
+Importing this module also defines them for configs, as `${nodes:}` and `${devices:}`.
+"""
 
 import os
 
@@ -13,12 +16,12 @@ def is_torchrun() -> bool:
 
 
 def count_nodes() -> int:
-    """Returns the number of machines on which torchrun or srun has started this run, 1 without either."""
+    """Returns the number of machines on which torchrun or srun has started this run; 1 if neither has started it."""
     return int(os.environ["GROUP_WORLD_SIZE"]) if is_torchrun() else slurm.count_nodes()
 
 
 def processes_per_node() -> int:
-    """Returns the number of processes that torchrun or srun has started on each machine, 1 without either."""
+    """Returns the number of processes that torchrun or srun has started on each machine; 1 if neither has."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else slurm.tasks_per_node()
 
 

@@ -1,4 +1,4 @@
-"""Forms the process group of processes that torchrun has started, also after torchrun has restarted them."""
+"""Forms the process group of the processes that torchrun has started; this also works after a restart by torchrun."""
 
 import os
 import time
@@ -17,8 +17,9 @@ TIMEOUT = timedelta(minutes=10)
 def join_process_group(backend: str) -> None:
     """Forms the process group that torchrun's environment variables describe.
 
-    torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it. The new
-    processes therefore agree on a new prefix for their keys. (The count of restarts differs between machines.)
+    The processes find each other by a key-value store. torchrun keeps this store when it restarts the processes, and
+    the store then contains the addresses of dead processes. The new processes therefore agree on a new prefix for their
+    keys. (The number of restarts cannot be this prefix: it differs between machines.)
 
     Args:
         backend: "gloo" or "nccl".
@@ -35,7 +36,13 @@ def join_process_group(backend: str) -> None:
 
 
 def check_same_start(epoch: int, step: int, group: "dist.ProcessGroup | None") -> None:
-    """Raises `Failure` in every process unless all have read a checkpoint of the same epoch and step."""
+    """Raises `Failure` if the processes have read different checkpoints; every process must call this.
+
+    Args:
+        epoch: The epoch of the checkpoint that this process has read.
+        step: Its optimizer step.
+        group: The process group in which the processes compare these numbers; None for the default group.
+    """
     extremes = torch.tensor([epoch, -epoch, step, -step])  # the maximum of a negative number gives the minimum
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
     last_epoch, first_epoch, last_step, first_step = (int(value) for value in extremes)
@@ -46,20 +53,20 @@ def check_same_start(epoch: int, step: int, group: "dist.ProcessGroup | None") -
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
-    """Returns a prefix that all living processes share and that no dead process has used.
+    """Returns a prefix on which all living processes agree, and which no dead process has used.
 
-    Process 0 writes a new random word, the question. Each other process answers with a random word of its own, which a
-    dead process cannot do. Process 0 then writes the answers that it has received. A process that finds its own answer
-    among them uses the question as the prefix.
+    Process 0 writes a new random word, the question, into the store. Each other process answers with a random word of
+    its own. Process 0 then writes the list of the answers that it has received. A process that finds its own answer in
+    the list knows that the question is from the living process 0, and uses the question as the prefix.
 
     Args:
-        store: The store of all processes, including dead ones.
-        rank: This process's rank.
-        world_size: Number of processes.
-        seconds: The time to wait for the other processes.
+        store: The key-value store of all processes; dead processes may have written into it, too.
+        rank: The number of this process, from 0.
+        world_size: The number of processes.
+        seconds: The longest time to wait for the other processes.
 
     Raises:
-        Failure: The others did not answer in time.
+        Failure: Another process did not answer in time.
     """
     own_word, end = uuid.uuid4().hex, time.monotonic() + seconds
     if rank == 0:
@@ -68,7 +75,7 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, seconds: floa
         store.set(f"{own_word}/answers", ",".join(answers))
         return own_word
 
-    # The question may be one of a dead process 0 and change, so it is read again until the answers contain our own.
+    # The question may be from a dead process 0, and then change: it is read again until the answers contain our own.
     question = ""
     while time.monotonic() < end:
         asked = store.get("question").decode() if store.check(["question"]) else ""
@@ -82,7 +89,7 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, seconds: floa
 
 
 def wait_for_key(store: dist.Store, key: str, end: float) -> str:
-    """Returns the key's value as soon as it is set. Raises `Failure` if that is not before the time `end`."""
+    """Waits until a key of the store is set, and returns its value; raises `Failure` after the time `end`."""
     while not store.check([key]):
         if time.monotonic() > end:
             raise Failure(f"trainer: process 0 got no answer from process {key.rpartition('/')[2]}")

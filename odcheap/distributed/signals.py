@@ -1,4 +1,7 @@
-"""Signals that stop a run. `training.callbacks.Interruption` then finishes the step and saves, in all processes."""
+"""Handles signals that stop a run, such as SIGTERM.
+
+In the training, `training.callbacks.Interruption` then lets all processes finish the current step and save.
+"""
 
 import os
 import signal
@@ -27,10 +30,10 @@ POLL_SECONDS = 0.5
 
 
 class Stopped(SystemExit):
-    """Ends the process because a signal has stopped the run. The exit status is 128 + the signal's number.
+    """The exception that ends the process after a signal; the exit status is 128 + the number of the signal.
 
     Args:
-        signum: The signal's number.
+        signum: The number of the signal.
     """
 
     def __init__(self, signum: int):
@@ -41,19 +44,22 @@ class Stopped(SystemExit):
 class SignalListener:
     """A context manager that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP.
 
-    The first signal raises `Stopped`, with two exceptions: after `defer`, the signal is only stored in `received` until
-    the training step has ended, and while a worker process does the work, the signal is forwarded to the worker. A
-    second signal ends the process at once. The same signal within a second counts once, since a process may get it
-    both from its parent and as a member of its process group. SIGHUP stays ignored if it was ignored before, as `nohup`
-    does.
+    The first signal raises `Stopped`, with two exceptions. During a training (after `defer`) the signal is only stored
+    in `received`, and `Interruption` raises `Stopped` when the training step has ended. While another process does the
+    work (in `forward_to`) the signal is forwarded to that process.
 
-    A step cannot end if the data loader delivers nothing. If a signal has arrived and no batch comes within
-    `WAIT_SECONDS`, `Stopped` is therefore raised without waiting any longer.
+    A second signal ends the process at once. The same signal within a second counts once, since a process may get it
+    both from its parent and as a member of its process group. SIGHUP stays ignored if it was ignored before, as by
+    `nohup`.
+
+    A training step cannot end if the data loader yields no batch. If a signal has arrived and no batch comes within
+    `WAIT_SECONDS`, `Stopped` is therefore raised at once.
 
     Attributes:
-        received: The number of the signal that has arrived, 0 without one.
-        is_deferred: Whether a signal waits for the end of the training step.
-        waiting_since: The time since which the run has been waiting for a batch, None while it computes.
+        received: The number of the signal that has arrived; 0 if there is none.
+        is_deferred: Whether signals wait for the end of the training step.
+        waiting_since: The value of `time.monotonic()` since which the training has been waiting for a batch; None while
+            it computes.
         has_given_up: Whether the run was stopped because no batch came.
     """
 
@@ -78,19 +84,20 @@ class SignalListener:
             raise Stopped(self.received)
 
     def install_handlers(self) -> None:
-        """Installs the handlers. This is repeated when Lightning has replaced them."""
+        """Installs the handlers; it must be called again after Lightning has replaced them."""
         is_nohup = self.previous_handlers[signal.SIGHUP] is signal.SIG_IGN
         set_handlers({s: self.handle for s in STOP_SIGNALS if not (s == signal.SIGHUP and is_nohup)})
         if callable(self.previous_handlers[SUBMITIT_SIGNAL]):
             set_handlers({SUBMITIT_SIGNAL: self.handle_submitit})
 
     def defer(self) -> None:
-        """Lets signals wait for the end of the training step from now on."""
+        """Makes all later signals wait for the end of the current training step; call it when the training starts."""
         self.is_deferred = True
         threading.Thread(target=self.watch_waiting, daemon=True).start()
 
     def watch_waiting(self) -> None:
-        """Sends the signal again, now to be handled at once, if no batch comes after it."""
+        """Ends the training, until it is over, if a signal has arrived and no batch comes within `WAIT_SECONDS`."""
+        # The main thread may be blocked in the data loader: the same signal, sent to it once more, interrupts it.
         while self.is_deferred:
             since = self.waiting_since
             if self.received and since is not None:
@@ -101,7 +108,7 @@ class SignalListener:
             time.sleep(POLL_SECONDS)
 
     def requeue_by_submitit(self) -> None:
-        """Calls submitit's own handler, which requeues the job and, in its first process, exits."""
+        """Calls submitit's own signal handler, which requeues the job; in the job's first process it also exits."""
         self.previous_handlers[SUBMITIT_SIGNAL](SUBMITIT_SIGNAL, None)
 
     def handle(self, signum: int, _: FrameType | None) -> None:
@@ -121,7 +128,11 @@ class SignalListener:
             raise Stopped(signum)
 
     def handle_submitit(self, signum: int, _: FrameType | None) -> None:
-        """Handles submitit's signal, which arrives alone or after a SIGTERM for the same reason."""
+        """Handles the signal that submitit sends before the time of a Slurm job ends.
+
+        The run is stopped as by other signals; `report_stop` then lets submitit requeue the job. Slurm may send SIGTERM
+        before, for the same reason, so a second signal does not end the process here.
+        """
         if os.getpid() != self.owner_pid:
             return
         self.submitit_requeues = True
@@ -133,7 +144,10 @@ class SignalListener:
 
     @contextmanager
     def forward_to(self, worker: subprocess.Popen) -> Generator[None]:
-        """Forwards signals to a worker process while it runs, and then raises `Stopped` if a signal has arrived."""
+        """A context manager in which signals are forwarded to another process.
+
+        At the end it raises `Stopped` if a signal has arrived.
+        """
         self.worker, self.had_worker = worker, True
         try:
             yield
@@ -144,7 +158,8 @@ class SignalListener:
 
 
 def set_handlers(handlers: Mapping[int, Any]) -> None:
-    """Sets signal handlers if this is the main thread, which alone may do so."""
+    """Sets signal handlers, by the signals' numbers; does nothing in other threads than the main thread."""
+    # Python allows it in the main thread only.
     if threading.current_thread() is threading.main_thread():
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -152,14 +167,15 @@ def set_handlers(handlers: Mapping[int, Any]) -> None:
 
 @contextmanager
 def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> Generator[None]:
-    """If a signal stops the block, writes the status, prints how to continue, and requeues the job of a cluster.
+    """A context manager that reports it if a signal stops the training in it.
 
-    If the block fails in another way after the run was marked as running, the status becomes "failed".
+    It writes the status of the run, prints how to continue the run, and requeues the job of a cluster. If the training
+    fails for another reason, and its status is "running", the status becomes "failed". The exception is raised again.
 
     Args:
         job_dir: The run's folder.
-        listener: The listener that received the signal.
-        may_requeue: Whether the same command, started again by the cluster, would continue the run.
+        listener: The listener that receives signals.
+        may_requeue: Whether the job may be requeued: the same command must continue the run.
     """
     try:
         yield
@@ -174,7 +190,7 @@ def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> G
 
 
 def _report_failure(error: Exception, job_dir: Path) -> None:
-    """Writes that the run has failed, if its status says that it is running and no process does so."""
+    """Sets the status of a run to "failed" if it says that this process, or one that has died, is running it."""
     with suppress(OSError, LookupError, TypeError, ValueError):  # the cause may be that the folder cannot be written
         last = status.read_status(job_dir)
         if last.get("state") == "running" and (last.get("pid") == os.getpid() or not status.is_alive(last)):
@@ -183,7 +199,9 @@ def _report_failure(error: Exception, job_dir: Path) -> None:
 
 
 def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool) -> None:
-    is_run = is_run_folder(job_dir)  # the run may have been stopped before its folder was made or marked
+    """Writes the status "stopped", prints how to continue the run, and requeues the job of a cluster."""
+    # The run may have been stopped before its folder was made, and processes that this one started may have reported.
+    is_run = is_run_folder(job_dir)
     is_reported = is_run and listener.had_worker and status.read_status(job_dir).get("state") == "stopped"
     if not is_reported:
         if is_run:

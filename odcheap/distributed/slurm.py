@@ -1,4 +1,4 @@
-"""Slurm: its environment variables, and requeueing of jobs."""
+"""Slurm: what its environment variables say about this process, and how its jobs are requeued."""
 
 import os
 import re
@@ -9,25 +9,23 @@ from odcheap.utils.errors import OptionError
 
 
 def is_step() -> bool:
-    """Returns whether srun has started this process.
-
-    The script of an sbatch job has most of the same variables, but not `SLURM_STEP_ID`.
-    """
+    """Returns whether srun has started this process."""
+    # The script of an sbatch job has most of the same variables, but not this one.
     return "SLURM_STEP_ID" in os.environ
 
 
 def count_tasks() -> int:
-    """Returns the number of processes that srun has started, 1 without srun."""
+    """Returns the number of processes that srun has started; 1 without srun."""
     return int(os.environ["SLURM_STEP_NUM_TASKS"]) if is_step() else 1
 
 
 def count_nodes() -> int:
-    """Returns the number of machines on which srun has started processes, 1 without srun."""
+    """Returns the number of machines on which srun has started processes; 1 without srun."""
     return int(os.environ["SLURM_STEP_NUM_NODES"]) if is_step() else 1
 
 
 def tasks_per_node() -> int:
-    """Returns the number of processes on each machine. Raises `OptionError` if the machines differ in it."""
+    """Returns the number of processes on each machine; raises `OptionError` if it is not the same on all machines."""
     each, rest = divmod(count_tasks(), count_nodes())
     if rest:
         raise OptionError("srun --ntasks", count_tasks(), f"must be divisible by the number of nodes, {count_nodes()}")
@@ -35,7 +33,7 @@ def tasks_per_node() -> int:
 
 
 def cores_per_task() -> int | None:
-    """Returns the number of cores that Slurm has given this process, None outside of Slurm's jobs."""
+    """Returns the number of cores that Slurm has given to this process; None outside of Slurm."""
     if "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
     if "SLURM_CPUS_ON_NODE" in os.environ:
@@ -44,11 +42,9 @@ def cores_per_task() -> int | None:
 
 
 def prepare_environment() -> None:
-    """Sets the environment variables that Lightning reads.
-
-    `SLURM_NTASKS_PER_NODE` is missing if `srun --ntasks` was used. `MASTER_ADDR` must be an address that Slurm knows,
-    since the name of a node need not be the name of a host.
-    """
+    """Sets the environment variables `SLURM_NTASKS_PER_NODE` and `MASTER_ADDR`, which Lightning reads."""
+    # The first one is missing after `srun --ntasks`. The second one must be an address that Slurm knows: the name that
+    # Slurm has for a node need not be the name of a host.
     os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks_per_node())
     if "MASTER_ADDR" not in os.environ:
         first = ask_slurm("scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split("\n")[0]
@@ -56,7 +52,11 @@ def prepare_environment() -> None:
 
 
 def find_address(node: str) -> str:
-    """Returns the network address of a node."""
+    """Returns the network address of a node, by its name in Slurm.
+
+    Raises:
+        OptionError: Neither the network nor Slurm knows the address.
+    """
     try:
         return socket.gethostbyname(node)
     except OSError:
@@ -67,15 +67,15 @@ def find_address(node: str) -> str:
 
 
 def is_restarted() -> bool:
-    """Returns whether Slurm has started this job before."""
+    """Returns whether Slurm has requeued and restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
 def requeue_job() -> str:
-    """Requeues this job, unless it was cancelled or Slurm requeues it by itself.
+    """Requeues this job, unless a user has cancelled it or Slurm requeues it itself.
 
     Returns:
-        What was done, as the end of a sentence. It is empty outside of Slurm and if there was nothing to do.
+        A text that says what was done, such as "; job 7 is back in the queue"; it is empty if nothing had to be done.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return ""
@@ -94,13 +94,13 @@ def requeue_job() -> str:
 
 
 def read_job_state(job: str) -> str | None:
-    """Returns the state of a job, such as RUNNING, or None if Slurm does not answer."""
+    """Returns the state of a job, such as "RUNNING", or None if Slurm does not answer."""
     match = re.search(r"JobState=(\S+)", ask_slurm("scontrol", "show", "job", job))
     return match[1] if match else None
 
 
 def ask_slurm(*command: str) -> str:
-    """Returns the output of one of Slurm's commands, or an empty string if it fails."""
+    """Runs a command of Slurm and returns its output; an empty string if the command is missing or takes too long."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):

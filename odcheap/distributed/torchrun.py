@@ -1,4 +1,4 @@
-"""`python -m odcheap.distributed.torchrun`: torchrun that ends with its parent and reports which process failed."""
+"""`python -m odcheap.distributed.torchrun`: a torchrun that ends if its parent dies, and says which process failed."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: The arguments of torchrun.
 
     Returns:
-        The exit status; if a signal stopped the run after it had saved, 128 + the signal's number.
+        The exit status: 0, 1 if a process failed, or 128 + the number of the signal that has stopped the run.
     """
     logging.disable(logging.ERROR)  # the line printed below replaces torchrun's report
     for signum in (signal.SIGUSR1, signal.SIGUSR2):  # they reach the whole process group, and the parent forwards them
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe_exit(failure: ProcessFailure) -> str:
-    """Returns how a process ended, as a part of a sentence."""
+    """Returns how a failed process ended, as the end of a sentence, such as "was killed by SIGTERM"."""
     if failure.exitcode >= 0:
         return f"ended with status {failure.exitcode}"
     name = signal.Signals(-failure.exitcode).name
