@@ -1,4 +1,4 @@
-"""The arguments of `odcheap train`, as Hydra needs them."""
+"""Converts the command-line arguments of `odcheap train` to the form that Hydra needs."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from odcheap.runs.overrides import quote_override
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Returns a list with the folder given by `--config-dir`, or an empty list."""
+    """Returns a list with the folder that `--config-dir` gives, or an empty list."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     folder = parser.parse_known_args(list(arguments))[0].config_dir
@@ -22,7 +22,14 @@ def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
 
 
 def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
-    """Returns the arguments as Hydra needs them. A sweep over `data_dir` has it in the names of its runs."""
+    """Returns the command-line arguments in the form that Hydra needs.
+
+    Args:
+        arguments: The arguments as the user has given them.
+        conf: The `conf` directory of odcheap.
+    """
+    # In a sweep, several paths separated by commas are several values. If they are values of `data_dir`, which is not
+    # part of the names of runs, the names must contain it.
     is_sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     prepared = [split_paths(argument) if is_sweep else None for argument in arguments]
     result = [sweep or prepare_argument(argument, conf) for argument, sweep in zip(arguments, prepared, strict=True)]
@@ -33,7 +40,7 @@ def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
 
 
 def is_choice(override: str) -> bool:
-    """Returns whether Hydra reads the value of an override as several values of a sweep."""
+    """Returns whether Hydra reads the value of an override as several values, for a sweep."""
     try:
         return isinstance(OverridesParser.create().parse_override(override).value(), ChoiceSweep)
     except HydraException:  # Hydra says later what is wrong
@@ -41,11 +48,11 @@ def is_choice(override: str) -> bool:
 
 
 def split_paths(argument: str) -> str | None:
-    """Returns a path option with several values as Hydra reads a sweep, each value in quotes; None for one value.
+    """Returns an argument with several paths with each path in quotes; None if it is not such an argument.
 
-    A path that exists is one path, also with commas in its name. Of the other path options than `data_dir`, each of
-    the values must exist, since names of runs have commas.
+    Paths are separated by commas. If the whole text is a path that exists, it is one path.
     """
+    # Names of runs contain commas, so that only for `data_dir` the paths need not exist.
     key, _, text = argument.partition("=")
     values = text.split(",")
     if key in ("job_dir", "resume") or not is_path_option(argument) or len(values) < 2 or not all(values):
@@ -56,10 +63,14 @@ def split_paths(argument: str) -> str | None:
 
 
 def prepare_argument(argument: str, conf: Path) -> str:
-    """Returns an argument as Hydra needs it.
+    """Returns a command-line argument in the form that Hydra needs.
 
-    Paths are quoted. Launchers and sweepers are replaced by odcheap's own files for them: `hydra/launcher=joblib`
-    becomes `hydra/launcher=joblib_sweep`, a file that changes some defaults of the plugin's `joblib`.
+    Paths are put in quotes. `hydra/launcher=joblib` and the like become `hydra/launcher=joblib_sweep` if odcheap has a
+    file of this name, which changes some defaults of the plugin.
+
+    Args:
+        argument: The argument as the user has given it.
+        conf: The `conf` directory of odcheap.
     """
     if is_path_option(argument):
         return quote_override(argument)

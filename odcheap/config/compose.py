@@ -1,4 +1,4 @@
-"""The config of a run, for commands that do not train."""
+"""Composes the config of a run for commands that do not train."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,16 @@ from odcheap.utils.parts import find_conf_dir
 
 
 def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Composes a run's config; Hydra's errors about unknown options are raised.
+    """Composes the config of a run.
 
     Args:
         overrides: Options such as `backbone=resnet56`.
-        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+        config_dirs: Further `conf` directories, with files that odcheap does not have.
+
+    Raises:
+        HydraException: An option is unknown; `describe_error` makes one line of it.
     """
+    # The default of `job_dir` needs a running Hydra application, so a value is given.
     search = [f"file://{folder.resolve()}" for folder in config_dirs]
     if search:
         overrides = [*overrides, f"hydra.searchpath=[{','.join(search)}]"]

@@ -18,21 +18,22 @@ from odcheap.utils.parts import find_conf_dir, list_parts
 
 
 def explained_errors() -> tuple[type[Exception], ...]:
-    """Returns the errors that `describe_error` explains. Any other error is a bug and keeps its traceback."""
+    """Returns the exception classes that `describe_error` can explain; any other exception is a bug of odcheap."""
     from pytorch_lightning.utilities.exceptions import MisconfigurationException  # slow: only where a run has failed
 
     return (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
 
 
 def hide_library_warnings() -> None:
-    """Hides warnings of Lightning about which a user can do nothing."""
+    """Hides those warnings of Lightning about which a user can do nothing."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=r"The `srun` command is available on your system but is not used")
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns one line that explains the error, or the error that Hydra has wrapped in it."""
+    """Returns one line that explains an error, for the user."""
+    # Hydra wraps errors that are raised while it builds an object: odcheap's own errors explain themselves.
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Failure):
@@ -49,7 +50,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def describe_hydra_error(error: Exception) -> str:
-    """Returns one line that says what is wrong with the options, and which names are known."""
+    """Returns one line that explains an error of Hydra or OmegaConf: what is wrong, and which names exist."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if (find_conf_dir() / group / f"{name}_sweep.yaml").is_file():
@@ -62,7 +63,7 @@ def describe_hydra_error(error: Exception) -> str:
 
 
 def describe_unknown_option(error: Exception) -> str | None:
-    """Returns a line about an option that does not exist, with the options that have similar names, else None."""
+    """Returns one line about an option that does not exist, with similar names; None if the error is another one."""
     unknown = re.search(r"Could not override '([\w./]+)'", str(error))
     if unknown is None:
         return None
@@ -75,7 +76,8 @@ def describe_unknown_option(error: Exception) -> str | None:
 
 
 def find_similar_options(name: str) -> list[str]:
-    """Returns up to three options of the default config that are called like `name`, in this or in another group."""
+    """Returns up to three existing options with the same name as `name` in another group, or with a similar name."""
+    # The options of the default config, of groups and of their parts.
     with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         known = flatten(OmegaConf.to_container(hydra.compose("config"), resolve=False))
     known = [option for option in known if "._" not in option]  # without `_target_` and the like
@@ -89,7 +91,7 @@ def find_similar_options(name: str) -> list[str]:
 
 
 def list_groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Returns the names of all parts by config group, from the shipped `conf` and from `config_dirs`."""
+    """Returns the names that can be chosen in each config group, from odcheap's `conf` and from `config_dirs`."""
     folders = [folder.relative_to(conf) for conf in (find_conf_dir(), *config_dirs) for folder in conf.rglob("*/")]
     groups = sorted({str(folder) for folder in folders if folder.parts and folder.parts[0] != "hydra"})
     return {group: list_parts(group, config_dirs) for group in groups}

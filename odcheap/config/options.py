@@ -1,7 +1,9 @@
-"""Checks of all options before anything is built.
+"""Checks all options of a run before anything is built.
 
-The type and the range of an option are annotations in the signature of the class or function that receives it. Options
-without such a signature have theirs here. `utils.arguments.check_value` compares one value with its annotation.
+The type and the range of an option are annotations in the signature of the class or function that gets it. Options
+that no such signature has are annotated here. `utils.arguments.check_value` compares one value with its annotation.
+
+A part is a component of a run that is chosen by the name of its file `conf/<group>/<name>.yaml`, such as a backbone.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from odcheap.utils.arguments import StudentCount, check_value
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import CALL_KEYS, import_target, list_parts, read_part
 
-LIST_GROUPS = ("logger", "experiment")  # groups of which several parts may be chosen
+LIST_GROUPS = ("logger", "experiment")  # groups in which several names may be chosen
 # Groups whose parts are classes of libraries: these have more options than their files in conf/ list.
 LIBRARY_GROUPS = ("trainer", "logger", "optimizer", "scheduler")
 PATH_NAMES = ("job_dir", "data_dir", "resume", "weights", "pretrained", "teacher_weights")
@@ -37,7 +39,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class RootOptions:
-    """Types and ranges of the options that belong to no group."""
+    """The types and ranges of the options that belong to no config group."""
 
     num_stu: StudentCount
     seed: int
@@ -59,7 +61,7 @@ class RootOptions:
 
 
 class TrainerOptions:
-    """Types and ranges of the options of Lightning's `Trainer` for which odcheap allows less than Lightning."""
+    """The types and ranges of those options of Lightning's `Trainer` for which odcheap allows fewer values."""
 
     max_epochs: Count
     limit_train_batches: Count | Annotated[float, Field(gt=0, le=1)] | None
@@ -81,7 +83,7 @@ class TrainerOptions:
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """Composes a config from overrides. Hydra must have been initialized, as it is within a run."""
+    """Composes the config of a run from overrides; Hydra must be initialized, as it is within a run."""
     cfg = hydra.compose("config", overrides=[quote_override(o) for o in overrides], return_hydra_config=True)
     parts = to_dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):
@@ -90,15 +92,16 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 
 def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
-    """Checks that parts are chosen by their names. Hydra's own errors about this have many lines.
+    """Checks that the values of config groups, such as `method=od`, are names.
 
     Args:
-        arguments: The arguments of the command line.
-        groups: The names of the parts by config group.
+        arguments: The command-line arguments.
+        groups: The names that can be chosen in each config group.
 
     Raises:
-        OptionError: The value of a group is not a name, such as `method=3`.
+        OptionError: The value of a group is not a name, as in `method=3`.
     """
+    # Hydra's own error about this has many lines.
     choices = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
     for override in OverridesParser.create().parse_overrides(choices):
         group, value = override.key_or_group, override.value()
@@ -115,18 +118,19 @@ def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]])
 def check_options(
     config: RunConfig, config_dirs: Sequence[Path] = (), builders: Mapping[str, Callable[..., Any]] | None = None
 ) -> None:
-    """Checks that each option exists and that its value has the right type and range.
+    """Checks that each option exists, and that its value has the right type and range.
 
-    Missing values are left to `check_complete`, since a resumed run takes them from its checkpoint.
+    Options without a value are not checked here but in `check_complete`, since a resumed run takes their values from
+    its checkpoint.
 
     Args:
-        config: The config.
+        config: The config of the run.
         config_dirs: The user's own `conf` directories.
-        builders: Functions that build the parts of a group, such as `build_optimizer` for "optimizer". Each part of
-            the group has the function's keyword-only parameters as options, besides those of its class.
+        builders: The functions that build the parts of a group, such as `build_optimizer` for "optimizer". Each part of
+            the group has the keyword-only parameters of this function as options, in addition to those of its class.
 
     Raises:
-        OptionError: Names the first option that is wrong, with its value and what is allowed.
+        OptionError: An option is wrong; the message names the first one, its value, and what is allowed.
     """
     check_root_options(config)
     values = to_dict(config.cfg)
@@ -139,19 +143,24 @@ def check_options(
 
 
 def check_root_options(config: RunConfig) -> None:
-    """Checks the options that belong to no group, as `check_options` does. Nothing is imported for it."""
+    """Checks the options that belong to no group; this imports no other library. See `check_options`."""
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
             check_option(name, to_plain(config.cfg[name]), annotation)
 
 
 def to_plain(value: Any) -> Any:
-    """Returns a value of a config with its lists and dicts as Python's own."""
+    """Returns a value of a config as plain Python lists and dicts."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> None:
-    """Checks the options of each chosen logger."""
+    """Checks the options of the chosen loggers.
+
+    Args:
+        values: The whole config, resolved.
+        config_dirs: The user's own `conf` directories.
+    """
     loggers = values["logger"]
     known = list_parts("logger", config_dirs)
     for name, node in loggers.items() if isinstance(loggers, Mapping) else [("", loggers)]:
@@ -166,15 +175,16 @@ def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> Non
 def check_part(
     group: str, path: str, values: Mapping[str, Any], default: Mapping[str, Any], common: Mapping[str, Any]
 ) -> None:
-    """Checks the options of a part and of the parts nested in it.
+    """Checks the options of a part (a class or function with its arguments) and of parts nested in it.
 
     Args:
-        group: The config group.
-        path: The part's place in the config, such as `backbone.network`.
+        group: The config group, such as `backbone`.
+        path: The dotted name of the part in the config, such as `backbone.network`.
         values: The whole config, resolved.
-        default: The part's node in its YAML file.
-        common: Annotations of the options that all parts of the group have, by name.
+        default: The part as its YAML file defines it.
+        common: The annotations of options that all parts of the group have, by name.
     """
+    # What the options are compared with: the file, and the signature of the class or function.
     node = select(values, path)
     if not isinstance(node, Mapping):
         raise OptionError(path, node, f"must be a part with options of its own, such as {path}.NAME=VALUE")
@@ -183,6 +193,8 @@ def check_part(
     # `scheduler.fractions` names the options that are fractions of the run's steps, so it is checked before them.
     fractions = node.get("fractions") if group == "scheduler" else None
     for name, value in sorted(node.items(), key=lambda item: item[0] != "fractions"):
+        # In this order: what is called, a nested part, an option that does not exist, one without a value of its own,
+        # and at last a value to check.
         option, own = f"{path}.{name}", default.get(name)
         if name in CALL_KEYS:
             if name not in default or own != value:
@@ -202,9 +214,19 @@ def check_part(
 
 
 def check_reference(option: str, value: Any, default: Any, group: str, values: Mapping[str, Any]) -> None:
-    """Refuses another value for an option whose file refers to another option, such as `data.seed: ${seed}`.
+    """Checks that an option still equals the option to which its YAML file refers, as in `data.seed: ${seed}`.
 
-    Paths and the options of libraries may differ from what they refer to.
+    Paths and the options of libraries may have another value.
+
+    Args:
+        option: The dotted name of the option.
+        value: Its value.
+        default: Its value in the YAML file, such as `${seed}`.
+        group: The config group.
+        values: The whole config, resolved.
+
+    Raises:
+        OptionError: The option has another value.
     """
     reference = re.fullmatch(r"\$\{([\w.]+)\}", default) if isinstance(default, str) else None
     if reference is None or group in LIBRARY_GROUPS or option.rpartition(".")[2] in PATH_NAMES:
@@ -214,14 +236,20 @@ def check_reference(option: str, value: Any, default: Any, group: str, values: M
 
 
 def select(values: Any, path: str) -> Any:
-    """Returns the entry with this dotted name, or None if there is none."""
+    """Returns the entry of nested dicts with a dotted name, or None if there is none."""
     for name in path.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values
 
 
 def is_library_option(group: str, name: str, target: Callable[..., Any] | None) -> bool:
-    """Returns whether a library's class has an option that its file in conf/ does not list."""
+    """Returns whether a class of a library has a parameter that its YAML file in `conf/` does not list.
+
+    Args:
+        group: The config group.
+        name: The name of the parameter.
+        target: The class or function; None if there is none.
+    """
     if group not in LIBRARY_GROUPS or target is None:
         return False
     parameters = inspect.signature(target).parameters
@@ -230,7 +258,15 @@ def is_library_option(group: str, name: str, target: Callable[..., Any] | None) 
 
 
 def find_target(path: str, target: str) -> Callable[..., Any]:
-    """Imports the class or function that is the `_target_` of a part."""
+    """Imports the class or function that the `_target_` of a part names.
+
+    Args:
+        path: The dotted name of the part in the config, for messages.
+        target: The Python path of the class or function.
+
+    Raises:
+        OptionError: It cannot be imported.
+    """
     try:
         return import_target(target)
     except (ImportError, AttributeError) as error:
@@ -238,11 +274,16 @@ def find_target(path: str, target: str) -> Callable[..., Any]:
 
 
 def read_annotations(target: Callable[..., Any], keyword_only: bool = False) -> dict[str, Any]:
-    """Returns the annotations of a callable's parameters by name, of all or of the keyword-only ones.
+    """Returns the annotations of the parameters of a class or function, by name.
 
-    A constructor with `**options` has its base class's parameters too. Annotations that cannot be evaluated, because
-    their names are imported for type checkers only, are left out.
+    If a constructor has `**options`, the parameters of the base class are included.
+
+    Args:
+        target: The class or function.
+        keyword_only: Whether only keyword-only parameters are included.
     """
+    # For a class: its constructor, then those of its base classes as long as each passes `**options` on. Annotations
+    # whose names are imported for type checkers only cannot be evaluated, and are left out.
     constructors = (
         [cls.__init__ for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else []
     )
@@ -262,12 +303,22 @@ def read_annotations(target: Callable[..., Any], keyword_only: bool = False) -> 
 
 
 def check_option(option: str, value: Any, annotation: Any) -> None:
-    """Checks that a value is plain, that its numbers can be computed with, and that it has the annotated type."""
+    """Checks one value: it must be plain data, its numbers must be neither too large nor too small, and its type right.
+
+    Args:
+        option: The dotted name of the option.
+        value: Its value.
+        annotation: The type and range that it must have.
+
+    Raises:
+        OptionError: The value is not allowed.
+    """
     check_plain(option, value, value)
     annotation = keep_plain(annotation)
     name = option.rpartition(".")[2]
     if name in PATH_NAMES and not isinstance(value, str) and not (value is None and type(None) in get_args(annotation)):
         raise OptionError(option, value, "must be a path (for a folder called 5, write ./5)")
+    # Two frequent mistakes get a hint: text that YAML reads as a number, and `trainer.devices=[0,1]`.
     try:
         check_value(option, to_annotated(value, annotation), annotation)
     except OptionError as error:
@@ -282,12 +333,12 @@ def check_option(option: str, value: Any, annotation: Any) -> None:
 
 
 def check_plain(option: str, value: Any, whole: Any) -> None:
-    """Refuses dicts that `instantiate` would call, and numbers that are too large or too small.
+    """Raises `OptionError` for a dict that Hydra would instantiate, and for a number that is too large or too small.
 
     Args:
-        option: The option's name.
-        value: The value, or an entry of it.
-        whole: The value, for messages.
+        option: The dotted name of the option.
+        value: The value to check: that of the option, or an entry of it.
+        whole: The whole value of the option, for messages.
     """
     if isinstance(value, Mapping):
         for key, entry in value.items():
@@ -307,7 +358,7 @@ PLAIN_TYPES = (int, float, bool, str, type(None), Any)
 
 
 def keep_plain(annotation: Any) -> Any:
-    """Returns the annotation without those types of a union that a config cannot contain, such as tensors."""
+    """Returns an annotation without those members of a union that a config cannot contain, such as `Tensor`."""
     origin = get_origin(annotation)
     if origin not in (Union, UnionType):
         return annotation
@@ -316,7 +367,7 @@ def keep_plain(annotation: Any) -> Any:
 
 
 def to_annotated(value: Any, annotation: Any) -> Any:
-    """Returns a list as a tuple if the annotation asks for a tuple, which YAML does not have."""
+    """Returns a list as a tuple if the annotation is a tuple and not a list, since YAML has no tuples."""
     choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     wants_tuple = any(get_origin(choice) is tuple for choice in choices)
     wants_list = any(get_origin(choice) is list for choice in choices)
@@ -324,12 +375,12 @@ def to_annotated(value: Any, annotation: Any) -> Any:
 
 
 def check_complete(cfg: DictConfig) -> None:
-    """Raises `OptionError` if an option without a default was not given."""
+    """Raises `OptionError` if an option has no value: it has no default, and the user has not given one."""
     for name in sorted(OmegaConf.missing_keys(cfg)):
         raise OptionError(name, "???", "must be given")
 
 
 def is_path_option(argument: str) -> bool:
-    """Returns whether an argument of the command line sets a path, which Hydra must not parse."""
+    """Returns whether a command-line argument sets a path."""
     key = override_key(argument)
     return key.rpartition(".")[2] in PATH_NAMES or key == "hydra.sweep.dir"

@@ -1,4 +1,4 @@
-"""Values that the config computes: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
+"""Functions that compute default values in the config: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +11,17 @@ from odcheap.runs.overrides import name_run
 
 
 def given_overrides() -> list[str]:
-    """Returns the overrides of the current run as they were given, with unresolved interpolations."""
+    """Returns the overrides of the current run as the user has given them; interpolations are not resolved."""
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def chosen_parts() -> dict[str, Any]:
-    """Returns the name of the part that was chosen, for each config group."""
+    """Returns the name that was chosen in each config group, such as `{"method": "od"}`."""
     return dict(HydraConfig.get().runtime.choices)
 
 
 def given_config_dirs() -> list[Path]:
-    """Returns the config directories that were given with `--config-dir`."""
+    """Returns the directories that the user has given with `--config-dir`."""
     sources = HydraConfig.get().runtime.config_sources
     return [Path(source.path) for source in sources if source.provider == "command-line"]
 
@@ -32,7 +32,7 @@ def is_sweep() -> bool:
 
 
 def default_job_dir() -> str:
-    """Returns `runs/<data>/<overrides>`, or `<hydra.sweep.dir>/<overrides>` in a sweep."""
+    """Returns the default of `job_dir`: `runs/<data>/<overrides>`, or `<hydra.sweep.dir>/<overrides>` in a sweep."""
     config = HydraConfig.get()
     if is_sweep():
         return str(Path(config.sweep.dir) / config.sweep.subdir)
@@ -40,7 +40,7 @@ def default_job_dir() -> str:
 
 
 def default_precision(accelerator: str) -> str:
-    """Returns `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`."""
+    """Returns the default precision: `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`."""
     import torch  # imported here, since a refused option needs no precision and is answered faster without it
 
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

@@ -1,1 +1,1 @@
-"""Errors, file access and random seeds."""
+"""Helpers of all packages: errors, file access, checks of arguments, random seeds, text and console."""

@@ -1,4 +1,4 @@
-"""Checks of arguments against the types and ranges in a signature, such as `Annotated[float, Field(gt=0)]`."""
+"""Checks arguments against the types and ranges in a signature, such as `Annotated[float, Field(gt=0)]`."""
 
 import functools
 import inspect
@@ -20,16 +20,16 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 
 def check_value(option: str, value: Any, annotation: Any, adapter: TypeAdapter[Any] | None = None) -> None:
-    """Raises `OptionError` unless the value has the annotated type and range.
+    """Raises `OptionError` if a value does not have the annotated type and range.
 
     Values are not converted: "5" and 5.0 are not accepted as int, and True is not accepted as a number. Numbers must
     be finite.
 
     Args:
-        option: The option's name, for the message.
+        option: The name of the option, for the message.
         value: The value to check.
         annotation: A type, or `Annotated` with constraints of pydantic.
-        adapter: The annotation's validator. It takes longer to build than to use, so repeated checks pass it.
+        adapter: The validator of the annotation, if the caller has built it already; None to build it here.
 
     Example:
         >>> from pydantic import Field
@@ -50,7 +50,7 @@ def check_value(option: str, value: Any, annotation: Any, adapter: TypeAdapter[A
 
 
 def describe_allowed(annotation: Any) -> str:
-    """Describes the values that an annotation allows, as the end of a sentence.
+    """Returns a description of the values that an annotation allows, as the end of a sentence.
 
     Example:
         >>> from pydantic import Field
@@ -100,13 +100,13 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
 
 
 def check_arguments(group: str) -> Callable[[Target], Target]:
-    """Returns a decorator that checks arguments at each call: those whose annotation is `Annotated` or `Literal`.
+    """Returns a decorator for a function or class that checks the arguments of each call.
 
-    On a class, the arguments of the constructor are checked. This is for calls from Python: on the command line the
-    same annotations are checked before anything is built.
+    Arguments are checked if their annotation is `Annotated` or `Literal`; those of a class are those of its
+    constructor. This is for calls from Python: the options of the command line are checked before anything is built.
 
     Args:
-        group: The config group that the options belong to, for messages; "" if they belong to none.
+        group: The config group to which the options belong, for messages; "" if they belong to none.
     """
 
     def decorate(target: Target) -> Target:
@@ -115,7 +115,7 @@ def check_arguments(group: str) -> Callable[[Target], Target]:
 
         @functools.cache
         def read_constraints() -> dict[str, tuple[Any, TypeAdapter[Any]]]:
-            # Read at the first call and not here, since an annotation may name what is defined further down.
+            # Annotations are read at the first call, since they may name what is defined later in the module.
             hints = get_type_hints(function, include_extras=True).items()
             constrained = {name: hint for name, hint in hints if name != "return" and _is_constrained(hint)}
             return {name: (hint, TypeAdapter(hint, config=_CONFIG)) for name, hint in constrained.items()}

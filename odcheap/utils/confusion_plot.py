@@ -1,4 +1,4 @@
-"""A confusion matrix as a figure that is legible in one column of a paper, for 2 to 100 classes and more."""
+"""Draws a confusion matrix as a figure that can be read in one column of a paper, for 2 to 100 classes and more."""
 
 import io
 import warnings
@@ -21,18 +21,18 @@ MAX_NAMED = 25  # names of classes on an axis
 
 
 def plot_confusion(counts: Any, classes: Sequence[str], title: str = "") -> "Figure":
-    """Draws a confusion matrix. The color of a cell is the share of the true class's images in it.
+    """Draws a confusion matrix, in which the color of a cell is the fraction of the images of its true class.
 
-    Cells have numbers if there is space for them. If there are too many classes to name each of them, every n-th one
-    is named, and the axes say so.
+    The number of images is written into each cell if there is space for it. If there are too many classes to name each
+    of them, every n-th class is named, and the label of the axis says so.
 
     Args:
-        counts: Numbers of images (K, K), true classes by predicted ones.
-        classes: Names of the K classes.
-        title: Text above the matrix; it is shortened if it is too long.
+        counts: The number of images, (K, K): a row for each true class, a column for each predicted class.
+        classes: The names of the K classes.
+        title: A text above the matrix; it is shortened if it is too long.
 
     Returns:
-        A figure of 3.5 inches in width, which belongs to no window.
+        A matplotlib figure with a width of 3.5 inches; no window is opened for it.
 
     Example:
         >>> figure = plot_confusion([[3, 1], [0, 2]], ["cat", "dog"])
@@ -43,6 +43,7 @@ def plot_confusion(counts: Any, classes: Sequence[str], title: str = "") -> "Fig
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
+    # The fractions: NaN in the rows of classes without images.
     counts = np.asarray(counts)
     size = len(counts)
     if counts.shape != (size, size) or len(classes) != size:
@@ -52,13 +53,13 @@ def plot_confusion(counts: Any, classes: Sequence[str], title: str = "") -> "Fig
 
     figure = Figure(figsize=(WIDTH, 0.95 * WIDTH), layout="constrained")
     axes = figure.subplots()
-    # The square root of a share is its color, so that rare confusions are visible too.
+    # The color depends on the square root of the fraction, so that rare confusions can be seen, too.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     axes.set_facecolor("#DDDDDD")  # rows of classes without images
     cell = 72 * WIDTH * AXES_SHARE / size  # points
     write_counts(axes, counts, shares, cell)
 
-    # Class names, at most as many as fit.
+    # The names of the classes, as many as fit.
     step = int(np.ceil(max(MIN_POINTS * LINE_POINTS / cell, size / MAX_NAMED)))
     places = range(0, size, step)
     names = [shorten_name(classes[k], MAX_NAME) for k in places]
@@ -83,14 +84,15 @@ def plot_confusion(counts: Any, classes: Sequence[str], title: str = "") -> "Fig
 
 
 def write_counts(axes: Any, counts: np.ndarray, shares: np.ndarray, cell: float) -> None:
-    """Writes the number of images into each cell, if the largest one can be read there; 0 is gray.
+    """Writes the number of images into each cell, in gray if it is 0; does nothing if the numbers would be too small.
 
     Args:
-        axes: Where the matrix is drawn.
-        counts: The numbers (K, K).
-        shares: The shares (K, K) that the cells' colors stand for.
-        cell: Side of a cell in points.
+        axes: The axes in which the matrix is drawn.
+        counts: The numbers of images, (K, K).
+        shares: The fractions (K, K) that the colors of the cells show.
+        cell: The side of a cell in points.
     """
+    # The font size with which the largest number fits into a cell; a digit is about 0.6 times as wide as high.
     digits = len(str(counts.max())) if counts.size else 1
     points = min(MAX_POINTS, 0.9 * cell / (0.6 * digits), 0.8 * cell)
     if points < MIN_POINTS:
@@ -101,7 +103,7 @@ def write_counts(axes: Any, counts: np.ndarray, shares: np.ndarray, cell: float)
 
 
 def shorten_name(name: object, length: int) -> str:
-    """Returns text as one line of so many characters at most; the rest is replaced by an ellipsis.
+    """Returns text as one line of at most `length` characters; if it is longer, it is cut and ends with an ellipsis.
 
     Example:
         >>> shorten_name("golden retriever", 10)
@@ -112,12 +114,12 @@ def shorten_name(name: object, length: int) -> str:
 
 
 def ordinal_suffix(number: int) -> str:
-    """Returns what makes a number an ordinal number: `nd` for 2 and 22, `th` for 12."""
+    """Returns the letters that make a number an ordinal number, such as `nd` for 2 and 22, and `th` for 12."""
     return "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
 def render_png(figure: "Figure", dpi: int = 200) -> bytes:
-    """Returns a figure as the content of a PNG file. Letters that the font does not have are drawn as boxes."""
+    """Returns a figure as the content of a PNG file; letters that the font does not have are drawn as boxes."""
     image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing letters

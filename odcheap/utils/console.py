@@ -1,4 +1,4 @@
-"""Output of commands: lines that one process prints for all, a console for tables, and output that nobody reads."""
+"""The output of commands: lines that only one of several processes prints, a console for tables, and closed pipes."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def process_rank() -> int:
-    """Returns this process's rank in a distributed run, 0 in a run of one process."""
+    """Returns the number (rank) of this process in a distributed run; 0 in a run of one process."""
     if is_distributed():
         return sys.modules["torch"].distributed.get_rank()
     ranks = (os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal())
@@ -29,13 +29,13 @@ def is_distributed() -> bool:
 
 
 def console() -> Console:
-    """Returns a console that prints text without markup; if the output is no terminal, it is 120 columns wide."""
+    """Returns a console that does not interpret markup; it has 120 columns if the output is not a terminal."""
     width = None if sys.stdout.isatty() else 120
     return Console(markup=False, highlight=False, width=width)
 
 
 def say(text: object) -> None:
-    """Prints one line on stdout, from the process of rank 0 only."""
+    """Prints one line on stdout, in the process with rank 0 only."""
     if process_rank() == 0:
         print(escape_control_chars(text), flush=True)
 
@@ -45,7 +45,7 @@ def print_error(line: object, every_rank: bool = False) -> int:
 
     Args:
         line: The text after `error: `.
-        every_rank: Whether each process prints it, with its rank; otherwise only rank 0 does.
+        every_rank: Whether each process prints the line, with its rank; otherwise only the process with rank 0 does.
 
     Returns:
         The exit status of a command that failed, 1.
@@ -58,12 +58,12 @@ def print_error(line: object, every_rank: bool = False) -> int:
 
 
 class LastingStream:
-    """A text stream that ignores that nothing can be written to it any more.
+    """A text stream that discards its output if nothing can be written any more, where others raise an error.
 
-    The reader of a pipe may end (`| head`), and a terminal may be closed. Python then raises an error in `print`.
+    This happens if the reader of a pipe ends (`| head`), or if a terminal is closed.
 
     Args:
-        stream: The stream, such as `sys.stdout`.
+        stream: The stream to write to, such as `sys.stdout`.
     """
 
     def __init__(self, stream: TextIO):
@@ -83,7 +83,8 @@ class LastingStream:
             self.discard()
 
     def discard(self) -> None:
-        """Lets what is written from now on vanish, also what the stream still holds in its buffer."""
+        """Discards what is in the stream's buffer and all that is written later."""
+        # The file descriptor then leads to /dev/null.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)
@@ -94,7 +95,7 @@ class LastingStream:
 
 @contextmanager
 def keep_going_without_output() -> Generator[None]:
-    """Within this block, stdout and stderr that are closed or cannot be written are not an error."""
+    """A context manager in which output is discarded, without an error, if stdout or stderr is closed."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as null:
         sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream or null)) for stream in before)

@@ -1,4 +1,8 @@
-"""Reads JSON and YAML files from untrusted sources: with limits, and as plain values only."""
+"""Reads JSON and YAML files from untrusted sources: their size is limited, and they may contain plain values only.
+
+Several functions have the arguments `path`, a file, and `option`, the name of the option with which the user named that
+file: error messages contain both.
+"""
 
 import json
 import math
@@ -20,7 +24,7 @@ MAX_INT = 2**63
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Reads values as OmegaConf does: `1e-4` is a float, and a date is a string."""
+    """A YAML loader that reads values as OmegaConf does: `1e-4` is a float, and a date is a string."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -36,7 +40,7 @@ PlainLoader.add_implicit_resolver(
 
 
 class BoundedLoader(PlainLoader):
-    """A loader without aliases, by which a file of a few hundred bytes can unfold to gigabytes."""
+    """A YAML loader that refuses aliases: with them a file of a few hundred bytes can become gigabytes in memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -49,30 +53,40 @@ def read_json(path: str | Path, option: str, max_bytes: int = MAX_BYTES) -> Any:
 
     Args:
         path: The file.
-        option: The option that named the file, for messages.
-        max_bytes: The largest size that is read.
+        option: The name of the option that gave the file, for messages.
+        max_bytes: The largest size that is read; a larger file raises `OptionError`.
 
     Raises:
-        OptionError: The file is missing, too large or no JSON; or it is nested too deeply, or a number is not finite.
+        OptionError: The file is missing, too large, not JSON, nested too deeply, or has a number that is not finite.
     """
     return parse(json.loads, read_text(path, option, max_bytes), path, option)
 
 
 def read_yaml(path: str | Path, option: str) -> Any:
-    """Reads a YAML file without aliases; see `read_json`."""
+    """Reads a YAML file, in which aliases are not allowed; see `read_json`."""
     text = read_text(path, option, MAX_YAML_BYTES)
     return parse(lambda text: yaml.load(text, BoundedLoader), text, path, option)
 
 
 def parse_json(text: str, path: str | Path, option: str) -> Any:
-    """Reads JSON from a text of the file, such as the metadata of its tensors; see `read_json`."""
+    """Reads JSON from a text that was read from the file `path`, such as its metadata; see `read_json`."""
     if len(text) > MAX_BYTES:
         raise OptionError(option, path, f"has more than {MAX_BYTES:,} characters of metadata")
     return parse(json.loads, text, path, option)
 
 
 def parse(load: Callable[[str], Any], text: str, path: str | Path, option: str) -> Any:
-    """Returns what `load` reads from the text; raises `OptionError` unless it consists of plain values."""
+    """Returns the values that a function reads from a text.
+
+    Args:
+        load: The function, such as `json.loads`.
+        text: The text.
+        path: The file from which the text comes, for messages.
+        option: The name of the option that gave the file, for messages.
+
+    Raises:
+        OptionError: The text cannot be read, or the values are not plain; see `check_plain_tree`.
+    """
     try:
         value = load(text)
         check_plain_tree(value)
@@ -87,7 +101,7 @@ def read_text(path: str | Path, option: str, max_bytes: int) -> str:
     """Reads a text file in UTF-8.
 
     Raises:
-        OptionError: The file is missing, no regular file, or larger than `max_bytes`; or it is not in UTF-8.
+        OptionError: The file is missing, larger than `max_bytes`, not a regular file, or not in UTF-8.
     """
     require_file(path, option)
     try:
@@ -102,7 +116,8 @@ def read_text(path: str | Path, option: str, max_bytes: int) -> str:
 
 
 def check_plain_tree(value: Any) -> None:
-    """Raises `ValueError` unless the value consists of texts, finite numbers, lists, and dicts with texts as keys."""
+    """Raises `ValueError` unless a value consists of texts, finite numbers, lists, and dicts with texts as keys."""
+    # One level after the other, without recursion, so that no nesting is too deep for this function.
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:

@@ -1,4 +1,4 @@
-"""Errors that are reported as one line, without a traceback."""
+"""Exceptions that commands report as one line, without a traceback."""
 
 import re
 import shutil
@@ -15,16 +15,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Failure(Exception):
-    """An error that the user can act on. Its text is one line, which commands print without a traceback."""
+    """An error about which the user can do something; commands print its text, one line, without a traceback."""
 
 
 class OptionError(Failure, ValueError):
-    """An option has a value that is not allowed.
+    """The error that an option has a value that is not allowed.
 
     Args:
-        option: The option's name, as it is given on the command line.
-        value: The value it has.
-        allowed: What is allowed, or what is wrong with the value.
+        option: The name of the option, as on the command line.
+        value: The value of the option.
+        allowed: A text that says what is allowed, or what is wrong with the value.
 
     Example:
         >>> print(OptionError("num_stu", 0, "must be 1 or more"))
@@ -36,11 +36,11 @@ class OptionError(Failure, ValueError):
         super().__init__(f"{option}={as_written}: {allowed}")
 
     def with_group(self, group: str) -> "OptionError":
-        """Returns the same error with the group before the option's name: `backbone.init` for `init`."""
+        """Returns the same error with a config group before the option's name, such as `backbone.init` for `init`."""
         return _restore_option_error(f"{group}.{self}")
 
     def without_dashes(self) -> "OptionError":
-        """Returns the same error with flags of a command as arguments in Python: `out` for `--out`."""
+        """Returns the same error with the names of flags as arguments in Python, such as `out` for `--out`."""
         return _restore_option_error(re.sub(r"--([a-z]\w*)", r"\1", str(self)))
 
     def __reduce__(self):  # for pickle, whose default would call `__init__` with the finished line
@@ -54,19 +54,21 @@ def _restore_option_error(line: str) -> OptionError:
 
 
 class WriteError(OSError):
-    """A file cannot be written because its folder is gone. A `FileNotFoundError` from elsewhere may be a bug."""
+    """The error that a file cannot be written because its folder does not exist any more."""
+
+    # It is not a `FileNotFoundError`, which may be a bug if it comes from elsewhere.
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, at most 160 characters, or its type's name if it has no text."""
+    """Returns the first line of an error's text, at most 160 characters; the name of its class if it has no text."""
     return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def describe_external_failure(error: BaseException) -> str | None:
-    """Describes an error that has its cause outside the program: in memory, in the disk or in another process.
+    """Returns one line about an error whose cause is outside of the program: memory, disk or another process.
 
     Returns:
-        One line that says what to do, or None if the error is something else, such as a bug.
+        What has happened and what the user can do; None if the error has another cause, such as a bug.
     """
     import torch  # imported here, since commands that need no torch import this module too
 

@@ -1,4 +1,8 @@
-"""Files: reading without running code from the file, and writing that never leaves a half-written file."""
+"""Reads files without running code from them, and writes files so that no half-written file is ever left.
+
+Several functions have the arguments `path`, a file, and `option`, the name of the option with which the user named that
+file: error messages contain both.
+"""
 
 import csv
 import hashlib
@@ -31,14 +35,14 @@ MAX_TENSOR_BYTES = 1 << 35
 
 
 def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
-    """Reads a dict of tensors and plain containers that `torch.save` wrote.
+    """Reads a dict of tensors and plain values from a file that `torch.save` wrote; the tensors are on the CPU.
 
     Args:
         path: The file.
-        option: The option that named the file, for messages.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
-        OptionError: The file is missing or damaged, or it holds something else than such a dict.
+        OptionError: The file is missing or damaged, or contains something else than such a dict.
     """
     import torch  # imported here, since commands that read no checkpoint start faster without it
 
@@ -56,12 +60,10 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes a file atomically with `torch.save`, and adds its sha256 as the comment of the zip archive.
-
-    The archive is made in memory first, since PyTorch's writer can end the process if the disk is full.
-    """
+    """Writes a dict atomically as `torch.save` does, with a checksum (SHA-256) as the comment of the zip archive."""
     import torch  # see `read_torch`
 
+    # The archive is made in memory first, since PyTorch's writer can end the process if the disk is full.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     archive = buffer.getbuffer()
@@ -75,16 +77,14 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def checksum_comment(sha256: "hashlib._Hash") -> bytes:
-    """Returns the end of a zip archive whose comment is this checksum: the comment's length, then the comment."""
+    """Returns the end of a zip archive that has a checksum as its comment: the comment's length, then the comment."""
     comment = CHECKSUM_PREFIX + sha256.hexdigest().encode()
     return struct.pack("<H", len(comment)) + comment
 
 
 def verify_checksum(path: str | Path, option: str) -> None:
-    """Raises `OptionError` unless the file is exactly what `write_checkpoint` wrote.
-
-    PyTorch's own reader does not notice most changed bits.
-    """
+    """Raises `OptionError` if a file is not exactly as `write_checkpoint` wrote it."""
+    # PyTorch's own reader does not notice most changed bits. The checksum is that of the archive without a comment.
     require_file(path, option, MAX_TENSOR_BYTES)
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
@@ -100,7 +100,7 @@ def verify_checksum(path: str | Path, option: str) -> None:
 
 
 def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
-    """Reads the tensors and the metadata of a safetensors file.
+    """Returns the tensors of a safetensors file by name, and its metadata.
 
     Raises:
         OptionError: The file is missing, damaged or of another format.
@@ -115,7 +115,8 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
 
 
 def check_archive(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if a zip archive unpacks to more bytes than it has; `torch.save` does not compress."""
+    """Raises `OptionError` if a zip archive is compressed: it could unpack to much more memory than its size."""
+    # `torch.save` does not compress.
     with open(path, "rb") as file:
         if file.read(len(ARCHIVE_START)) != ARCHIVE_START:
             return  # the format before PyTorch 1.6, or another one
@@ -130,12 +131,12 @@ def check_archive(path: str | Path, option: str) -> None:
 
 
 def require_file(path: str | Path, option: str, max_bytes: int | None = None) -> None:
-    """Raises `OptionError` unless there is a regular file; a pipe or a device would block the reader for ever.
+    """Raises `OptionError` if a path is not that of a regular file; a pipe or a device would block the reader for ever.
 
     Args:
         path: The file.
-        option: The option that named the file, for messages.
-        max_bytes: The largest size that is allowed; None allows any.
+        option: The name of the option that gave the file, for messages.
+        max_bytes: The largest size that is allowed, in bytes; None for any size.
     """
     try:
         status = os.stat(path)
@@ -149,14 +150,15 @@ def require_file(path: str | Path, option: str, max_bytes: int | None = None) ->
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a temporary file, flushes it to the disk and renames it. A crash leaves the old or the new file.
+    """Writes a file atomically: after a crash there is either the old file or the complete new file.
 
-    A link at `path` is replaced by the file; what it points to is not written.
+    If `path` is a symbolic link, the link is replaced by the file, and the file to which it leads does not change.
 
     Args:
         path: The file to write.
-        write: A function that writes the content; it is called with the open temporary file.
+        write: A function that writes the content; it is called with a file that is open for writing bytes.
     """
+    # Write a temporary file in the same folder, flush it to the disk, and rename it.
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
@@ -177,12 +179,12 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def open_new(path: str, flags: int) -> int:
-    """Opens a file that must not exist yet, as the `opener` of `open`: nobody's file is opened and no link followed."""
+    """Opens a new file; it is an `opener` for `open` that fails if a file or a link with this name exists."""
     return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text as UTF-8, atomically. File names in it that are not UTF-8 keep their bytes."""
+    """Writes text as UTF-8, atomically; file names in it that are not valid UTF-8 keep their bytes."""
     write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 

@@ -1,8 +1,8 @@
-"""Parts of a run, such as block types, backbones and data sets, by the names of their files `conf/<group>/<name>.yaml`.
+"""Builds parts of a run, such as block types, backbones and data sets, from YAML files `conf/<group>/<name>.yaml`.
 
-Checkpoints and exports name a part by its option name and plain options, never by a Python path. The YAML file of that
-name says which class or function the part is. Loading a file from an untrusted source can therefore only build parts
-that a `conf` directory has.
+The YAML file of a part says which class or function it is (`_target_`), and gives its arguments, which are the part's
+options. Checkpoints and exports contain the name and the options of a part, never a Python path. Loading a file from an
+untrusted source can therefore only build parts that a `conf` directory has.
 """
 
 import functools
@@ -25,10 +25,10 @@ MAX_DEPTH = 20  # of nested settings, and of `defaults:` lists that name further
 
 
 def find_conf_dir() -> Path:
-    """Returns the directory of the YAML files that odcheap ships: inside the package, or beside it in a clone.
+    """Returns odcheap's own `conf` directory, which is inside the package, or beside it in a clone.
 
     Raises:
-        FileNotFoundError: The installation holds no configuration.
+        FileNotFoundError: There is no such directory.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "conf", package.parent / "conf"):
@@ -38,7 +38,7 @@ def find_conf_dir() -> Path:
 
 
 def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
-    """Returns the names of all parts of a group, sorted, from the shipped `conf` and from `config_dirs`.
+    """Returns the names of all parts of a config group, sorted, from odcheap's `conf` and from `config_dirs`.
 
     Example:
         >>> list_parts("block_type")
@@ -49,14 +49,15 @@ def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
 
 
 def part_settings(node: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns a config node as it is written to the disk: the part's option name and its options.
+    """Returns the settings of a part, in the form in which files store them.
 
     Args:
-        node: The part's resolved config node (a dict or an OmegaConf `DictConfig`), with its `_target_`.
-        name: The option name, such as `DW` for `conf/block_type/DW.yaml`.
+        node: The part in a resolved config (a dict or an OmegaConf `DictConfig`), with its `_target_` and its options.
+        name: The name of the part, such as `DW` for `conf/block_type/DW.yaml`.
 
     Returns:
-        `{"part": name, **options}`, without `_target_` and the other keys of `instantiate`, in nested nodes too.
+        `{"part": name, **options}`, without `_target_` and the other keys of Hydra's `instantiate`, also in nested
+        parts.
 
     Raises:
         ValueError: The part has an option called `part`.
@@ -81,16 +82,17 @@ def _plain_options(value: Any) -> Any:
 def build_part(group: str, settings: Mapping[str, Any], *, config_dirs: Sequence[Path] = (), **overrides: Any) -> Any:
     """Builds a part from its settings, without Hydra.
 
-    Only the `_target_` of a YAML file is called. The settings choose the file, and give values to options of the file.
+    The settings choose the YAML file, and give values to options in it. Only the `_target_` in the YAML file is called.
 
     Args:
         group: The config group, such as `block_type`.
-        settings: The result of `part_settings`; its options replace the values in the YAML file.
-        config_dirs: Further `conf` directories, which are searched after the shipped one.
-        **overrides: Further arguments of the part, such as modules; they replace options.
+        settings: The settings, as `part_settings` returns them; the options in them replace the values in the YAML
+            file.
+        config_dirs: Further `conf` directories, which are searched after odcheap's own.
+        **overrides: Further arguments of the class or function, such as modules; they replace options.
 
     Returns:
-        The instance, or a `functools.partial` if the YAML file says `_partial_: true`.
+        The object, or a `functools.partial` if the YAML file says `_partial_: true`.
 
     Raises:
         OptionError: The part or an option is unknown, a value is a reference (`${...}`), or a value is missing.
@@ -109,7 +111,12 @@ def build_part(group: str, settings: Mapping[str, Any], *, config_dirs: Sequence
 
 
 def read_part(group: str, name: Any, config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
-    """Reads a part's YAML file and the files that its `defaults:` list names.
+    """Returns the content of a part's YAML file, merged with the files that its `defaults:` list names.
+
+    Args:
+        group: The config group, such as `block_type`.
+        name: The name of the part.
+        config_dirs: Further `conf` directories, which are searched after odcheap's own.
 
     Raises:
         OptionError: There is no such part.
@@ -211,7 +218,8 @@ def _require_values(value: Any, path: str) -> None:
 
 
 def _instantiate(node: Any, overrides: Mapping[str, Any]) -> Any:
-    """Builds a node of a YAML file as Hydra's `instantiate` does. odcheap's lower packages do not need Hydra."""
+    """Builds the object that a node of a YAML file describes, as Hydra's `instantiate` does."""
+    # Hydra is not used, so that a student can be loaded without it.
     if isinstance(node, list):
         return [_instantiate(entry, {}) for entry in node]
     if not isinstance(node, dict):
@@ -228,6 +236,6 @@ def _instantiate(node: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def import_target(path: str) -> Any:
-    """Imports the class or function of a module by its dotted path."""
+    """Imports a class or function by its dotted Python path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

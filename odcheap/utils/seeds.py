@@ -1,4 +1,7 @@
-"""Random streams, so that a random number of a run depends only on the seed and on what it is used for."""
+"""Random streams: a random number depends only on the seed of the run and on the purpose for which it is drawn.
+
+A stream is named by strings and integers, such as ("student", 3) for the initial weights of student 3.
+"""
 
 import hashlib
 from collections.abc import Generator
@@ -8,7 +11,11 @@ import torch
 
 
 def derive_seed(seed: int, *stream: str | int) -> int:
-    """Returns a 63-bit seed that belongs to (seed, *stream), such as `derive_seed(0, "student", 3)`.
+    """Returns the seed of a random stream, a 63-bit number that depends on all arguments.
+
+    Args:
+        seed: The seed of the run.
+        *stream: The name of the stream.
 
     Example:
         >>> derive_seed(0, "student", 0) == derive_seed(0, "student", 0)
@@ -21,13 +28,16 @@ def derive_seed(seed: int, *stream: str | int) -> int:
 
 
 def make_generator(seed: int, *stream: str | int) -> torch.Generator:
-    """Returns a CPU generator that is seeded for the stream."""
+    """Returns a CPU generator of the random numbers of a stream; see `derive_seed` for the arguments."""
     return torch.Generator().manual_seed(derive_seed(seed, *stream))
 
 
 @contextmanager
 def temporary_seed(seed: int, *stream: str | int) -> Generator[None]:
-    """Seeds PyTorch's CPU generator for the stream inside the block, and restores its state afterwards."""
+    """A context manager in which PyTorch's CPU generator draws the random numbers of a stream.
+
+    The state of the generator is restored afterwards. See `derive_seed` for the arguments.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *stream))
         yield

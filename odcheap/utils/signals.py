@@ -1,6 +1,6 @@
-"""Handling of the signals that stop a command, from the moment at which its process starts.
+"""Handles the signals that stop a command, from the start of its process.
 
-This module imports nothing but the standard library, since it is used before the packages that take seconds to import.
+This module imports the standard library only, since it is used before packages that take seconds to import.
 """
 
 import os
@@ -18,11 +18,12 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def exit_on_signals() -> Generator[None]:
-    """Ends the process with one line if a signal arrives that has Python's or the system's default handler.
+    """A context manager in which a stop signal ends the process with one line of output.
 
-    Without this, a signal during the imports of a command would end in a traceback or without any output. The process
-    ends at once, because an exception that is raised within an import does not always reach the caller.
+    It is for the imports of a command, in which a signal would end in a traceback or without any output. Signals that
+    have another handler than the default one are not changed.
     """
+    # The process ends at once: an exception that is raised within an import does not always reach the caller.
     own_pid = os.getpid()
 
     def end(signum: int, _: FrameType | None) -> None:
@@ -44,17 +45,17 @@ def exit_on_signals() -> Generator[None]:
 
 
 def find_parent() -> int:
-    """Returns the process id of the parent that started this process, which may have died since."""
+    """Returns the process id of the parent that started this process; it may have died in the meantime."""
     return int(os.environ.get(PARENT_VARIABLE, PARENT_PID))
 
 
 @contextmanager
 def stop_with_parent(parent_pid: int) -> Generator[None]:
-    """Sends this process a SIGTERM when its parent has died.
+    """A context manager that sends SIGTERM to this process if its parent dies.
 
     Args:
-        parent_pid: The parent's process id. It is compared with the present one, so that a parent that died before this
-            call is noticed too.
+        parent_pid: The process id of the parent that started this process, see `find_parent`. A parent that has died
+            before this call is noticed, too.
     """
     is_done = threading.Event()
 

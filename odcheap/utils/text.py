@@ -1,4 +1,4 @@
-"""Numbers and file names as text for tables, messages and model cards."""
+"""Formats numbers and file names as text for tables, messages and model cards."""
 
 import os
 import re
@@ -13,18 +13,18 @@ PATH = re.compile(r"(?<![\w.:/~-])(?:file://|~[\w.-]*|\.\.?)?/+(?:[^\s/:;,'\"()]
 
 
 def escape_markdown(text: object) -> str:
-    """Escapes text of other people for Markdown, so that it contains neither markup nor further cells of a table."""
+    """Returns text, which may come from a stranger, escaped so that Markdown shows it as it is, also in a table."""
     escaped = re.sub(r"([\\`*~\[\]<>|&$@])", r"\\\1", escape_control_chars(text))
     # Addresses would become links by themselves.
     return re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", r"\g<0>\\", escaped)
 
 
 def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
-    """Returns text in which each absolute path is reduced to its last name, so that it names no folder of a user.
+    """Returns text in which each absolute path is shortened to its last name, so that it names no folder of a user.
 
     Args:
         text: The text.
-        known: Paths that the text may contain. They may have spaces, at which other paths are taken to end.
+        known: Paths that the text may contain; they may have spaces. All other paths are assumed to end at a space.
 
     Example:
         >>> hide_folders("data_dir=/home/me/images: no such folder")
@@ -40,7 +40,7 @@ def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration as seconds, minutes or hours.
+    """Returns a duration in seconds as text, in seconds, minutes or hours.
 
     Example:
         >>> [format_seconds(s) for s in (7, 600, 36000)]
@@ -52,14 +52,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_accuracy(value: float | None, sign: str = "") -> str:
-    """Returns an accuracy in percent with two decimals, without the unit, or `-` for None.
+    """Returns an accuracy in percent as text with two decimals, without a percent sign; `-` for None.
 
-    This is how accuracies are written for readers: on the screen, in Markdown and in figures. Files for programs (JSON
-    and CSV) have fractions.
+    It is used for the screen, Markdown and figures; JSON and CSV files contain fractions.
 
     Args:
-        value: The accuracy, a fraction in [0, 1].
-        sign: "+" writes a plus sign too.
+        value: The accuracy or a difference of accuracies, a fraction.
+        sign: "+" to write a plus sign before numbers that are not negative.
 
     Example:
         >>> format_accuracy(0.91234)
@@ -69,7 +68,7 @@ def format_accuracy(value: float | None, sign: str = "") -> str:
 
 
 def format_mean_deviation(mean: float | None, deviation: float | None, sign: str = "") -> str:
-    """Returns a mean accuracy in percent, with its deviation if there is one.
+    """Returns a mean accuracy and its standard deviation, if there is one, in percent as text.
 
     Example:
         >>> format_mean_deviation(0.91, 0.002)
@@ -80,10 +79,10 @@ def format_mean_deviation(mean: float | None, deviation: float | None, sign: str
 
 
 def format_count(count: int | None) -> str:
-    """Returns a whole number with commas between thousands, `-` for None."""
+    """Returns a whole number as text with commas between thousands; `-` for None."""
     return MISSING if count is None else f"{count:,}"
 
 
 def format_millions(count: int | None) -> str:
-    """Returns a count in millions: `20.47 M`, `-` for None."""
+    """Returns a number in millions as text, such as `20.47 M`; `-` for None."""
     return MISSING if count is None else f"{count / 1e6:.2f} M"
