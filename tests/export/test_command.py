@@ -81,7 +81,7 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     capsys.readouterr()
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
-    expected = 100 * json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
+    expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
     assert (
         f"Test accuracy {100 * expected:.2f} % on 360 images; {100 * expected:.2f} % by the run's summary, in 32-true."
         in out
