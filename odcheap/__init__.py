@@ -11,6 +11,7 @@ _MODULES = {
     "OnlineDistillation": "odcheap.methods.od",
     "Shift2d": "odcheap.layers.shift",
     "Students": "odcheap.methods.students",
+    "add_weight_noise": "odcheap.models.wrappers",
     "cheapen": "odcheap.models.convert",
     "conversion_table": "odcheap.models.convert",
     "export_student": "odcheap.export.student",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from odcheap.models.build import load_student as load_student
     from odcheap.models.convert import cheapen as cheapen
     from odcheap.models.convert import conversion_table as conversion_table
+    from odcheap.models.wrappers import add_weight_noise as add_weight_noise
     from odcheap.runs.reference import load_reference as load_reference
 
 

@@ -211,6 +211,15 @@ class BlockType:
         return CheapConv(self.make_spatial(in_channels, window), in_channels, out_channels, stride, window=window)
 
 
+def check_block_type(block_type: Any) -> None:
+    """Raises `OptionError` unless the object is a `BlockType`; a plain function or module of the user is none."""
+    if not isinstance(block_type, BlockType):
+        own = getattr(block_type, "func", block_type)  # of a `functools.partial`
+        name = getattr(own, "__name__", type(own).__name__)
+        allowed = "is no subclass of odcheap.BlockType; a convolution is a class with the method make_spatial"
+        raise OptionError("block_type", name, allowed)
+
+
 @dataclass(frozen=True)
 class Shift(BlockType):
     """The cheap convolution of `Shift2d` and a 1 x 1 convolution."""

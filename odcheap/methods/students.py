@@ -5,6 +5,7 @@ map of each student, a list of S tensors, and the logits (S, N, K). All these fu
 for rounding and for the random numbers of dropout.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import cast
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from odcheap.models.backbone import Backbone
+from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.arguments import StudentCount, check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import derive_seed, temporary_seed
@@ -36,8 +38,9 @@ def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
         for k, (student, view) in enumerate(zip(members, views, strict=True)):
             if has_own_stream:
                 torch.manual_seed(derive_seed(base, "student", k))
-            features.append(student.features(view))
-            logits.append(student.head(features[-1]))
+            feature_map, output = student.features_and_logits(view)
+            features.append(feature_map)
+            logits.append(output)
     return features, torch.stack(logits)
 
 
@@ -55,8 +58,9 @@ def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
     for student, view, stream in zip(members, views, streams, strict=True):
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            features.append(student.features(view))
-            logits.append(student.head(features[-1]))
+            feature_map, output = student.features_and_logits(view)
+            features.append(feature_map)
+            logits.append(output)
     for stream in streams:
         current.wait_stream(stream)
     return features, torch.stack(logits)
@@ -74,6 +78,12 @@ def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOut
     return run_on_streams(members, views) if is_recorded else run_sequential(members, views)
 
 
+def have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two networks of one architecture have equal parameters."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 # The values of the option `together`.
 RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, "streams": run_on_streams}
 
@@ -89,13 +99,15 @@ class Students(nn.Module):
     """Networks of one architecture that are trained together.
 
     Args:
-        build: A function that builds one student.
+        build: A function that builds one student: a `Backbone` or any classification network (N, C, H, W) -> (N, K),
+            such as the result of `cheapen`. A network that is no `Backbone` is wrapped, see `to_backbone`. Start
+            students from one trained network with `add_weight_noise`, so that they differ.
         num_stu: The number of students, S.
         seed: The initial weights of student k depend on (seed, k) only.
         run: The function that runs all students on a batch; see the module's description.
 
     Attributes:
-        members: The students, an `nn.ModuleList`.
+        members: The students, an `nn.ModuleList` of backbones. A wrapped network is `members[k].network`.
 
     Shape:
         Images (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation -> list of S
@@ -108,11 +120,14 @@ class Students(nn.Module):
         >>> features, logits = students(torch.zeros(4, 3, 32, 32))
         >>> features[0].shape, logits.shape
         (torch.Size([4, 64, 8, 8]), torch.Size([2, 4, 10]))
+
+    Raises:
+        OptionError: A network cannot be a student. The message says what it lacks.
     """
 
     def __init__(
         self,
-        build: Callable[[], Backbone],
+        build: Callable[[], nn.Module],
         num_stu: StudentCount,
         seed: int,
         run: RunStudents = run_auto,
@@ -122,8 +137,11 @@ class Students(nn.Module):
         members = []
         for k in range(num_stu):
             with temporary_seed(seed, "student", k):
-                members.append(build())
+                members.append(to_backbone(build()))
         self.members, self.run = nn.ModuleList(members), run
+        if num_stu > 1 and have_equal_weights(members[0], members[1]):
+            line = "the students start with equal weights, and may never differ; add_weight_noise changes them"
+            warnings.warn(line, stacklevel=2)
 
     def backbones(self) -> list[Backbone]:
         """Returns the students as a list."""

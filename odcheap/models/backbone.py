@@ -35,5 +35,10 @@ class Backbone(nn.Module):
         """Returns the logits (N, K) of the last feature map (N, C, h, w)."""
         raise NotImplementedError
 
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) -> the last feature map (N, C, h, w) and the logits (N, K)."""
+        features = self.features(x)
+        return features, self.head(features)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

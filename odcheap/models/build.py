@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import BlockType
+from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
@@ -194,7 +195,8 @@ def build_network(
         if "pretrained" in backbone:
             backbone = backbone | {"pretrained": None}  # the weights come from the file itself
         conv = block_type or build_part("block_type", checked.block_type, config_dirs=folders)
-        return build_part("backbone", backbone, config_dirs=folders)(conv=conv, num_classes=len(checked.classes))
+        build = build_part("backbone", backbone, config_dirs=folders)
+        return to_backbone(build(conv=conv, num_classes=len(checked.classes)))
     except ImportError as error:
         raise OptionError(option, path, f"its network needs a package that is not installed ({error})") from error
     except ValidationError as error:

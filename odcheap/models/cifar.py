@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.layers.cheap_conv import BlockType, conv3x3
+from odcheap.layers.cheap_conv import BlockType, check_block_type, conv3x3
 from odcheap.layers.norm_act import batch_norm_act
 from odcheap.layers.pairs import conv_norm_act
 from odcheap.models.backbone import Backbone
@@ -47,6 +47,7 @@ class CifarResNet(Backbone):
 
     def __init__(self, depth: int, conv: BlockType, num_classes: int):
         super().__init__()
+        check_block_type(conv)
         if not 8 <= depth <= MAX_DEPTH or (depth - 2) % 6:
             raise OptionError("backbone.depth", depth, f"must be 6n + 2 with n >= 1: 8, 14, 20, 26, ..., {MAX_DEPTH}")
         block = CheapBlock if conv.is_cheap else BasicBlock

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from odcheap.layers.cheap_conv import BlockType, CheapConv, Window
+from odcheap.layers.cheap_conv import BlockType, CheapConv, Window, check_block_type
 from odcheap.models import flops
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import build_part, read_part
@@ -71,7 +71,8 @@ def cheapen(
     if isinstance(block_type, str):
         options = {"groups": groups} if "groups" in read_part("block_type", block_type, config_dirs) else {}
         block_type = build_part("block_type", {"part": block_type, **options}, config_dirs=config_dirs)
-    if not isinstance(block_type, BlockType) or not block_type.is_cheap:
+    check_block_type(block_type)
+    if not block_type.is_cheap:
         raise OptionError("block_type", type(block_type).__name__, "is no cheap convolution")
     check_conversion_options(model, keep, init)
 

@@ -14,12 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.layers.cheap_conv import BlockType, CheapConv, Window
+from odcheap.layers.cheap_conv import BlockType, CheapConv, Window, check_block_type
 from odcheap.models.backbone import Backbone
 from odcheap.models.build import check_state_dict
 from odcheap.models.convert import Init, cheapen, check_conversion_options, find_spatial_convs
+from odcheap.models.wrapped_network import WrappedNetwork
 from odcheap.utils.arguments import check_arguments
-from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors, read_torch
 
 PROBE_SIZE = 96  # pixels: enough for every torchvision network, little work
@@ -52,6 +53,7 @@ def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, 
 
     Errors name the options as users set them: `backbone.keep`, not `keep`.
     """
+    check_block_type(conv)
     try:
         if not conv.is_cheap:
             check_conversion_options(network, keep, init)  # a sweep over block types finds mistakes in its first run
@@ -199,6 +201,7 @@ class MobileNetV2(TorchvisionBackbone):
     native_size = 32
 
     def __init__(self, conv: BlockType, num_classes: int):
+        check_block_type(conv)
         Backbone.__init__(self)
         # The rows are expansion factor, channels, number of blocks and stride, as in the paper's table 2.
         stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2]]
@@ -342,7 +345,7 @@ def find_last_layer(network: nn.Module, num_classes: int) -> str:
 
 
 @torch.no_grad()
-def add_weight_noise(network: nn.Module, noise: float) -> None:
+def add_weight_noise(network: nn.Module, noise: float = 0.1) -> None:
     """Adds Gaussian noise to the weights of the cheap convolutions of a network.
 
     Students that start from the same file would otherwise stay equal, since they see the same batches. If the network
@@ -351,6 +354,13 @@ def add_weight_noise(network: nn.Module, noise: float) -> None:
     Args:
         network: The network, changed in place.
         noise: The standard deviation of the noise, as a fraction of the standard deviation of each weight tensor.
+
+    Example:
+        >>> network = nn.Conv2d(3, 8, 3)
+        >>> before = network.weight.clone()
+        >>> add_weight_noise(network)
+        >>> bool((network.weight != before).all())
+        True
     """
     pairs = [module for module in network.modules() if isinstance(module, CheapConv)]
     for module in pairs or find_spatial_convs(network).values():
@@ -367,6 +377,13 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
         image_size: (C, H, W) of the images.
         name: The name of the backbone in `conf/backbone`, for the message.
     """
+    if isinstance(backbone, WrappedNetwork):  # a network of the user, of which only a trial says what it takes
+        try:
+            _features_on_meta(backbone, *image_size[1:])
+        except Exception as error:  # the network's own code may raise anything
+            allowed = f"cannot be run on pictures of {image_size[1]} x {image_size[2]} ({first_line(error)})"
+            raise OptionError("backbone", name, allowed) from error
+        return
     # Too large: the network would work, but on maps that are much larger than those for which it was designed.
     _, height, width = image_size
     native = backbone.native_size

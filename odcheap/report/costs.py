@@ -10,13 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from odcheap.config.compose import compose_config
 from odcheap.models import flops
-from odcheap.models.backbone import Backbone
+from odcheap.models.wrapped_network import to_backbone
+from odcheap.models.wrappers import MAX_SMALL_SIZE
 from odcheap.report.console_tables import build_table
 from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import list_parts
 
-NUM_CLASSES = {32: 10, 224: 1000}  # of the usual data set for each image size
+FEW_CLASSES, MANY_CLASSES = 10, 1000  # of the usual data set of small images (CIFAR-10), and of larger ones (ImageNet)
 TITLE = "One network, one image. A MAC is two FLOPs; MACs are counted by PyTorch's own counter."
 
 
@@ -85,9 +86,9 @@ def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
     """Builds the config's network and counts."""
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
     try:
-        network: Backbone = build(conv=conv, num_classes=NUM_CLASSES[32])
-        if NUM_CLASSES[network.native_size] != NUM_CLASSES[32]:
-            network = build(conv=conv, num_classes=NUM_CLASSES[network.native_size])
+        network = to_backbone(build(conv=conv, num_classes=FEW_CLASSES))
+        if network.native_size > MAX_SMALL_SIZE:
+            network = to_backbone(build(conv=conv, num_classes=MANY_CLASSES))
     except Failure as error:
         return Cost(backbone, block_type, refused=str(error))
     pixels, params = network.native_size, flops.count_params(network)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -7,8 +9,10 @@ from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Standard
 from odcheap.layers.shift import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
+from odcheap.models.convert import cheapen
 from odcheap.models.wrappers import MobileNetV2, TimmBackbone, TorchvisionBackbone, check_image_size, find_stride
 from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import build_part
 
 FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5"]
 FAMILIES += ["mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"]
@@ -133,3 +137,20 @@ def test_a_network_for_small_pictures_refuses_large_ones():
     with pytest.raises(OptionError, match="backbone=resnet56: is made for 32 x 32 pictures, and these have 65 x 65"):
         check_image_size(CifarResNet(8, DW(), 3), (3, 65, 65), "resnet56")
     check_image_size(TorchvisionBackbone("resnet18", DW(), 3), (3, 224, 224), "resnet18")
+
+
+class PlainBlock(nn.Sequential):
+    """A block that is no `BlockType`, with the arguments of one."""
+
+    def __init__(self, in_channels, out_channels, stride=1):
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False))
+
+
+@pytest.mark.parametrize("conv", [PlainBlock, partial(PlainBlock), lambda *_: PlainBlock(*_)], ids=str)
+@pytest.mark.parametrize("part", ["resnet18", "mobilenetv2", "resnet56_converted", "resnet20"])
+def test_a_plain_block_is_refused_in_one_line(conv, part):
+    line = "block_type=(PlainBlock|<lambda>): is no subclass of odcheap.BlockType"
+    with pytest.raises(OptionError, match=line):
+        build_part("backbone", {"part": part})(conv=conv, num_classes=4)
+    with pytest.raises(OptionError, match=line):
+        cheapen(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), conv)
