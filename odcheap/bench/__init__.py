@@ -1,1 +1,1 @@
-"""The speed benchmark."""
+"""The speed benchmark, `odcheap bench`."""

@@ -1,7 +1,8 @@
-"""A training loop in the style of 2019, the benchmark's baseline; nothing else uses it.
+"""The baseline of the benchmark: a training loop in the style of 2019, which is used for nothing else.
 
-It runs eagerly in float32 with channels first, one student after another. Pillow augments the images one by one on the
-CPU. Loss and accuracies are read after every step, so the program waits for the GPU at every step.
+It runs in eager mode, in float32, with contiguous (channels-first) tensors, one student after the other. Pillow
+augments the images one by one on the CPU. Loss and accuracies are read after every step, so that every step waits for
+the GPU.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,13 @@ from odcheap.methods.base import Method
 
 
 class PillowImages(Dataset):
-    """Images that are padded by 4, cropped, flipped, and normalized one by one, with their labels.
+    """A map-style data set of images that are padded by 4 pixels, cropped, flipped and normalized one by one.
 
     Args:
-        images: uint8 of shape (N, 3, H, W).
-        target: Labels of shape (N,).
-        mean: Mean of each channel, for images in [0, 1].
-        std: Standard deviation of each channel.
+        images: (N, 3, H, W), uint8.
+        target: Labels (N,).
+        mean: The mean of each channel of images in [0, 1].
+        std: The standard deviation of the same kind.
     """
 
     def __init__(self, images: Tensor, target: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -47,7 +48,16 @@ class PillowImages(Dataset):
 def train_steps(
     method: Method, images: PillowImages, batch_size: int, lr: float, device: torch.device, workers: int
 ) -> Iterator[float]:
-    """Yields the loss of one training step after another, without an end."""
+    """Trains without an end, and yields the loss of each training step.
+
+    Args:
+        method: The method to train.
+        images: The training images.
+        batch_size: The number of images in a batch.
+        lr: The learning rate.
+        device: The device on which the method is.
+        workers: The number of processes that load and augment images; 0 for none.
+    """
     loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, drop_last=True)
     optimizer = torch.optim.SGD(method.parameters(), lr, momentum=0.9, weight_decay=2e-4)
     while True:
@@ -58,6 +68,7 @@ def train_steps(
             loss = method.loss(outputs, target)["loss"]
             loss.backward()
             optimizer.step()
+            # The 2019 reference code printed accuracies during the training; reading them waits for the GPU.
             for logits in [*outputs["student_logits"], outputs["teacher_logits"]]:
                 if logits is not None:
                     (logits.argmax(1) == target).float().mean().item()

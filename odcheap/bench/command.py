@@ -1,8 +1,9 @@
 """Measures how fast training, inference and start-up are on this machine.
 
-Training compares three loops on random images: a loop in the style of 2019 (float32), a bare loop with odcheap's
-settings, and odcheap's own Trainer with all its callbacks. They run alternately in one process. Inference is timed in
-ONNX Runtime, the student beside the standard network. The results are written to bench.json, bench.md and bench.png.
+Three training loops are compared on random images: a loop in the style of 2019 (float32), a bare loop with odcheap's
+settings, and odcheap's own training with all its callbacks. They run alternately in one process. The inference of the
+student and of the standard network is timed in ONNX Runtime. The results are written to bench.json, bench.md and
+bench.png.
 """
 
 import argparse
@@ -61,7 +62,15 @@ Start-up to the first step: {start}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") -> int:
-    """Runs the command and returns the exit status."""
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments; None for those of this process.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status: 0, or 1 after an error.
+    """
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
@@ -87,7 +96,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
 
 
 def measure(overrides: list[str], quick: bool, config_dirs: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
-    """Yields the result each time that a part of it has been measured."""
+    """Measures training, inference and start-up, and yields the result so far after each measurement.
+
+    Args:
+        overrides: Training options, such as `num_stu=2`.
+        quick: Whether to measure one block type only, in fewer rounds.
+        config_dirs: Further `conf` directories.
+    """
 
     def compose(*more: str) -> DictConfig:
         # The data are random, so no images are held out.
@@ -125,7 +140,13 @@ def report_progress(text: str) -> None:
 
 
 def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:
-    """Returns rates (medians), peak memory, and ratios of the loops' times, taken within each round."""
+    """Returns the results of one comparison of the loops, as written to bench.json.
+
+    Args:
+        timings: The timing of each loop, by the names in `LOOPS`.
+        batch_size: The number of images in a batch.
+    """
+    # Rates are medians. Ratios of times are taken within each round, since the speed of a machine changes over time.
     return {
         "batch_size": batch_size,
         "seconds": {name: timing.seconds for name, timing in timings.items()},
@@ -137,7 +158,7 @@ def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]
 
 
 def compare_times(numerator: LoopTiming, denominator: LoopTiming) -> dict[str, float]:
-    """Returns median, smallest and largest ratio of the rounds; whatever slows a whole round down cancels out."""
+    """Returns the ratio of the times of two loops in each round, as median, minimum and maximum over the rounds."""
     ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
@@ -145,7 +166,17 @@ def compare_times(numerator: LoopTiming, denominator: LoopTiming) -> dict[str, f
 def measure_inference(
     build: Callable[..., Backbone], convs: dict[str, BlockType], seconds: float
 ) -> list[dict[str, Any]]:
-    """Times a backbone in ONNX Runtime on the CPU with block types, which are given by name; one is `Standard`."""
+    """Times the inference of a backbone with several block types, in ONNX Runtime on the CPU.
+
+    Args:
+        build: A function that builds the backbone.
+        convs: The block types by name; one of them is "Standard".
+        seconds: The time for the measurement of each network; see `latency.time_networks`.
+
+    Returns:
+        For each block type the milliseconds of a call with each of `BATCHES` images, and how many times as fast as the
+        standard network it is.
+    """
     networks = {name: build(conv=conv, num_classes=NUM_CLASSES) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
     ms = latency.time_networks(networks, size, BATCHES, seconds)
@@ -158,7 +189,7 @@ def measure_inference(
 
 
 def measure_start(script: str = TRAIN) -> float | None:
-    """Returns the seconds from the command to the first step of a small run; None if it did not reach one."""
+    """Starts a small run, and returns the seconds until its first training step; None if it ended before."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-c", EXIT_AT_FIRST_STEP + script, "experiment=quickstart", "trainer=cpu"]
@@ -167,7 +198,7 @@ def measure_start(script: str = TRAIN) -> float | None:
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Returns the result in Markdown: a table of the training and one of the inference, with the start-up time."""
+    """Returns the result in Markdown: a table of the training, a table of the inference, and the start-up time."""
     training = pd.DataFrame(
         {"block_type": row["block_type"], "precision": row["precision"]}
         | {f"{LOOPS[name]}, images/s": f"{rate:.0f}" for name, rate in row["images_per_second"].items()}
@@ -205,7 +236,7 @@ def format_gib(count: int | None) -> str:
 
 
 def plot_training(result: dict[str, Any]) -> Figure:
-    """Draws the images per second of the three loops as bars."""
+    """Draws the training images per second of the three loops as bars."""
     rows = result["training"]
     rates = pd.DataFrame([row["images_per_second"] for row in rows]).rename(columns=LOOPS)
     rates.index = pd.Index([f"{row['block_type']}\n{row['precision']}" for row in rows])

@@ -1,4 +1,4 @@
-"""The three training loops that the benchmark compares, run alternately in one process on random images."""
+"""The three training loops that the benchmark compares; they run alternately in one process, on random images."""
 
 import contextlib
 import tempfile
@@ -40,7 +40,12 @@ Step = Callable[[], object]
 
 
 class LoopTiming(NamedTuple):
-    """Seconds of a step, one value a round, and the bytes that the first steps needed (None: unknown here)."""
+    """The timing of a loop.
+
+    Attributes:
+        seconds: The seconds of a training step, one value for each round.
+        peak_bytes: The largest memory that the first steps needed, in bytes; None if it cannot be measured here.
+    """
 
     seconds: list[float]
     peak_bytes: int | None
@@ -49,17 +54,17 @@ class LoopTiming(NamedTuple):
 def compare_loops(
     cfg: DictConfig, device: torch.device, steps: int, rounds: int, report: Callable[[str], None]
 ) -> dict[str, LoopTiming]:
-    """Times the loops of `LOOPS` alternately.
+    """Times the three training loops alternately.
 
     Args:
-        cfg: A run's composed config, which says what is trained.
-        device: Where it is trained.
-        steps: Number of steps of each loop that are timed in a round, after a warm-up.
-        rounds: Number of rounds; in each round all loops take their steps one after another.
-        report: A function that is called with a line after each round.
+        cfg: The config of a run, which says what is trained.
+        device: The device on which it is trained.
+        steps: The number of steps of each loop that are timed in a round, after a warm-up.
+        rounds: The number of rounds; in each round one loop after the other takes its steps.
+        report: A function that is called with a line of text after each round.
 
     Returns:
-        The timings by the names of `LOOPS`.
+        The timing of each loop, by the names in `LOOPS`.
     """
     autocast(cfg, device)  # refuses other precisions before anything is built
     kernels.use(cfg.kernels)
@@ -82,13 +87,19 @@ def compare_loops(
             timings[name].seconds.append(timer.timeit(steps).median)  # warms up with two steps, synchronizes a GPU
         report(f"round {len(timings['bare_loop'].seconds)} of {rounds}")
 
+    # The training of odcheap cannot be interrupted from outside: its callback runs the other loops.
     timer = StepTimer(first_steps, steps, rounds, run_other_loops, device)
     run_trainer(cfg, images, timer)
     return timings | {"trainer": LoopTiming(timer.seconds, timer.peak_bytes)}
 
 
 def random_images(cfg: DictConfig, count: int) -> Images:
-    """Returns random training images of the size that the backbone is made for, with labels."""
+    """Returns random images and labels with ten classes.
+
+    Args:
+        cfg: The config; the images have the size for which its backbone was designed.
+        count: The number of training images. The first ten of them are also the test images.
+    """
     side = cast(Backbone, build_method(cfg).students.members[0]).native_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -98,21 +109,24 @@ def random_images(cfg: DictConfig, count: int) -> Images:
 
 
 def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
-    """Builds the config's method with its students."""
+    """Builds the method that a config describes, with its students; `run` is the function that runs them."""
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), cfg.num_stu, cfg.seed, run)
     return instantiate(cfg.method)(students=students)
 
 
 def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a step of the 2019-style loop."""
+    """Returns a function that takes one training step of the loop in the style of 2019."""
     dataset = PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
     steps = train_steps(method.to(device), dataset, cfg.data.batch_size, LR, device, LOADER_WORKERS[device.type])
     return lambda: next(steps)
 
 
 def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a step of a hand-written loop with odcheap's settings: channels last, autocast, CUDA graphs on a GPU."""
+    """Returns a function that takes one training step of a hand-written loop with odcheap's settings.
+
+    These are channels-last tensors, autocast, and CUDA graphs on a GPU.
+    """
     method = method.to(device).to(memory_format=torch.channels_last)
     optimizer, schedule = build_optimization(
         method, instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler), 1_000_000
@@ -135,7 +149,7 @@ def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: to
 
 
 def create_data(cfg: DictConfig, images: Images) -> InMemoryData:
-    """Builds the config's data module with these images in place of its own."""
+    """Builds the data set that a config describes, with these images in place of its own."""
     build = instantiate(cfg.data, _partial_=True)
     if build.func is not InMemoryData:
         raise OptionError("data", cfg.data.name, "the benchmark needs data that fit in memory, such as cifar10")
@@ -145,21 +159,37 @@ def create_data(cfg: DictConfig, images: Images) -> InMemoryData:
 
 
 def endless_batches(data: InMemoryData, device: torch.device) -> Iterator[Batch]:
-    """Yields augmented training batches, epoch after epoch."""
+    """Yields augmented training batches without an end."""
     batches = data.train_loader(Process(device))
     while True:
         yield from batches
 
 
 def autocast(cfg: DictConfig, device: torch.device) -> contextlib.AbstractContextManager:
-    """Returns the context of `trainer.precision`; refuses a precision that the bare loop does not have."""
+    """Returns the autocast context of the config's `trainer.precision`.
+
+    Raises:
+        OptionError: The bare loop does not have this precision.
+    """
     if cfg.trainer.precision not in PRECISIONS:
         raise OptionError("trainer.precision", cfg.trainer.precision, f"must be {' or '.join(PRECISIONS)} here")
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed")
 
 
 class StepTimer(pl.Callback):
-    """Times rounds of training steps of a `Trainer`, and runs the other loops before each round."""
+    """A Lightning callback that times rounds of training steps, and runs the other loops before each round.
+
+    Args:
+        first_steps: The number of steps before the first round; their peak memory is measured.
+        steps: The number of steps that are timed in a round.
+        rounds: The number of rounds; the training ends after the last one.
+        run_others: A function that runs the other loops.
+        device: The device of the training.
+
+    Attributes:
+        seconds: The seconds of a step in each round.
+        peak_bytes: The peak memory of the first steps in bytes; None if it cannot be measured here.
+    """
 
     def __init__(self, first_steps: int, steps: int, rounds: int, run_others: Step, device: torch.device):
         self.first_steps, self.steps, self.rounds, self.run_others = first_steps, steps, rounds, run_others
@@ -196,7 +226,7 @@ class StepTimer(pl.Callback):
 
 
 def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
-    """Trains as `odcheap train` does, with all callbacks, in a temporary folder."""
+    """Trains as `odcheap train` does, with all callbacks, in a temporary folder, until the timer ends the training."""
     with tempfile.TemporaryDirectory() as folder:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()

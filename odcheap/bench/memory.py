@@ -7,10 +7,13 @@ import torch
 
 
 class PeakMemory:
-    """Measures the largest amount of memory in use since `start`, beyond what was in use then.
+    """Measures the peak memory between `start` and `stop`, without the memory that was in use at the start.
 
-    On a GPU it is what PyTorch has allocated. On the CPU it is glibc's count of allocated bytes, sampled every 5 ms;
-    on systems without glibc the peak is None.
+    On a GPU this is the memory that PyTorch has allocated. On a CPU it is the memory that glibc has allocated, read
+    every 5 ms; on systems without glibc it is None.
+
+    Args:
+        device: The device.
     """
 
     def __init__(self, device: torch.device):
@@ -31,7 +34,7 @@ class PeakMemory:
             self.bytes_at_peak = max(self.bytes_at_peak, count_allocated_bytes() or 0)
 
     def stop(self) -> int | None:
-        """Returns the peak in bytes, None if it cannot be measured here."""
+        """Returns the peak memory in bytes; None if it cannot be measured here."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() - self.bytes_at_start
         self.stopped.set()
@@ -39,14 +42,14 @@ class PeakMemory:
 
 
 class Mallinfo2(ctypes.Structure):
-    """glibc's `struct mallinfo2`: `hblkhd` bytes are in use in memory mappings, `uordblks` bytes in the heap."""
+    """The `struct mallinfo2` of glibc: memory mappings use `hblkhd` bytes, and the heap uses `uordblks` bytes."""
 
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 def count_allocated_bytes() -> int | None:
-    """Returns the bytes that this process has allocated from glibc, None on a system without glibc."""
+    """Returns the number of bytes that this process has allocated from glibc; None on a system without glibc."""
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2
     except (OSError, AttributeError, TypeError):

@@ -37,7 +37,7 @@ class Augmentation:
             view: The number of the augmentation, from 0, if each image is augmented several times.
 
         Returns:
-            Integers (N, 3): for each image the top and the left edge of the crop in the padded image, in pixels, and
+            (N, 3) integers: for each image the top and the left edge of the crop in the padded image, in pixels, and
             whether it is flipped (0 or 1).
         """
         random = make_generator(seed, *augmentation_stream(epoch, view))

@@ -115,8 +115,8 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
 
 
 def check_archive(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if a zip archive is compressed: it could unpack to much more memory than its size."""
-    # `torch.save` does not compress.
+    """Raises `OptionError` if a zip archive would need more bytes in memory than the file has."""
+    # `torch.save` does not compress; a compressed file of a few bytes could fill the memory.
     with open(path, "rb") as file:
         if file.read(len(ARCHIVE_START)) != ARCHIVE_START:
             return  # the format before PyTorch 1.6, or another one
