@@ -1,4 +1,4 @@
-"""The command line: `odcheap train | export | predict | report | bench`."""
+"""The command line: `odcheap train | evaluate | export | predict | report | bench`."""
 
 import importlib
 import os
@@ -15,12 +15,14 @@ HELP = """usage: odcheap COMMAND [ARGUMENTS]
 
 commands (odcheap COMMAND --help shows the arguments):
   train    train students and teacher, or a sweep with -m: odcheap train block_type=DW num_stu=4
+  evaluate accuracy of a run's student, or of an export, on other images: odcheap evaluate JOB_DIR FOLDER
   export   write a run's student as files for a device: odcheap export JOB_DIR
   predict  classify images with an export: odcheap predict EXPORT IMAGE...
   report   compare runs, in a table and figures: odcheap report DIR...
   bench    measure the speed of training and inference on this machine
 """
 COMMANDS = {
+    "evaluate": "odcheap.evaluate.command",
     "export": "odcheap.export.command",
     "predict": "odcheap.predict",
     "report": "odcheap.report.command",

@@ -3,11 +3,15 @@
 It needs Python 3.8, numpy 1.18, Pillow 9.0 and onnxruntime 1.14, or newer versions, and nothing else. An export folder
 holds a copy of this file, which works there without odcheap and without PyTorch; `odcheap predict EXPORT_DIR
 IMAGE_OR_FOLDER...` does the same from anywhere. Every image file is decoded, resized and cropped as in training.
+
+`python predict.py --evaluate FOLDER` measures the accuracy on images of known classes, which lie in FOLDER/<class>/ or
+FOLDER/test/<class>/.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import errno
 import hashlib
 import io
@@ -20,8 +24,9 @@ import sys
 import time
 import warnings
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import PIL
@@ -44,6 +49,13 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 ORIENTATION = 0x0112  # the EXIF tag
 PREPROCESS_FILE, LABELS_FILE, CARD_FILE = "preprocess.json", "labels.json", "README.md"
 CHECKSUM_LINE = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # in the model card: sha256 and file name
+# Folders that file servers and archives leave beside images, such as thumbnails.
+JUNK_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
+PART_FOLDERS = ("test", "val", "train")  # of a data set; the images of `test` are evaluated
+NOT_PREDICTED = -1  # instead of the predicted class of an image that cannot be read
+NORMAL_95 = 1.959964  # standard deviations around the mean that hold 95 % of a normal distribution
+NO_TRAINING_LIST = "an export does not know on which images its student was trained; odcheap evaluate RUN names them"
+MAX_SHOWN_CLASSES, MAX_SHOWN_NAME = 20, 24  # of a confusion matrix that is printed
 BATCH_SIZE = 32  # images that are in memory at the same time
 TIMED_BATCH_SIZES, TIMING_ROUNDS = (1, 64), 5
 TIMING_PAUSE = 0.02  # seconds before each timing, in which the threads of the previous session become idle
@@ -57,6 +69,22 @@ class PredictError(ValueError):
 
 class ImageError(PredictError):
     """An image file that is damaged, is not an image, or has pixels of an unknown range."""
+
+
+class LabeledImages(NamedTuple):
+    """Image files of known classes.
+
+    Attributes:
+        folder: The folder of the classes' folders.
+        files: The image files.
+        target: The label of each file, its class's position in the list of all classes.
+        left_out: Files that are not images and folders that are no classes (these end with "/"), relative to `folder`.
+    """
+
+    folder: Path
+    files: list[Path]
+    target: list[int]
+    left_out: list[str]
 
 
 class Timing(NamedTuple):
@@ -227,12 +255,16 @@ def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray
     Returns:
         float32 of shape (3, height, width) in [0, 1].
     """
-    image = decode_image(path, preprocess.get("bit_depth"))
+    return resize_image(decode_image(path, preprocess.get("bit_depth")), preprocess, path)
+
+
+def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -> np.ndarray:
+    """Returns a decoded image as the network's input, see `preprocess_image`; `name` is for messages."""
     (height, width), shorter = preprocess["size"], preprocess["shorter_side"]
     smaller = min(image.size)
     scaled = [shorter if side == smaller else int(shorter * side / smaller) for side in image.size]
     if scaled[0] * scaled[1] > MAX_PIXELS:
-        raise ImageError(f"{path} has {scaled[0]} x {scaled[1]} pixels when it is resized: too many")
+        raise ImageError(f"{name} has {scaled[0]} x {scaled[1]} pixels when it is resized: too many")
     resampling = getattr(Image, "Resampling", Image)  # Pillow 9.1 moved the names
     image = image.resize((scaled[0], scaled[1]), getattr(resampling, preprocess["interpolation"].upper()))
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -342,22 +374,41 @@ def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
 
 
 def predict_files(
-    predictor: Predictor, paths: list[Path], preprocess: dict[str, Any]
+    predictor: Predictor, paths: Iterable[Path], preprocess: dict[str, Any]
 ) -> Iterator[tuple[Path, np.ndarray | ImageError]]:
     """Yields each file with its logits (K,), or with the error that says why it has none."""
+    return predict_images(predictor, ((path, try_preprocess(path, preprocess)) for path in paths), preprocess)
+
+
+def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | ImageError:
+    """Returns what `preprocess_image` returns, or the error that it raises."""
+    try:
+        return preprocess_image(path, preprocess)
+    except ImageError as error:
+        return error
+
+
+def predict_images(
+    predictor: Predictor, images: Iterable[tuple[Any, np.ndarray | ImageError]], preprocess: dict[str, Any]
+) -> Iterator[tuple[Any, np.ndarray | ImageError]]:
+    """Yields the logits (K,) of images that `resize_image` has prepared.
+
+    Args:
+        predictor: The model.
+        images: Each image with its name; errors in the place of images are passed on.
+        preprocess: The content of `preprocess.json`.
+    """
     height, width = preprocess["size"]
     batch_size = max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // (height * width)))
-    for k in range(0, len(paths), batch_size):
-        results: dict[Path, np.ndarray | ImageError] = {}
-        for path in paths[k : k + batch_size]:
-            try:
-                results[path] = preprocess_image(path, preprocess)
-            except ImageError as error:
-                results[path] = error
-        images = {path: image for path, image in results.items() if isinstance(image, np.ndarray)}
-        if images:
-            results.update(zip(images, predictor(np.stack(list(images.values())))))
-        yield from results.items()
+    remaining = iter(images)
+    while True:
+        batch = list(islice(remaining, batch_size))
+        if not batch:
+            return
+        readable = [image for _, image in batch if isinstance(image, np.ndarray)]
+        logits = list(predictor(np.stack(readable))) if readable else []
+        for name, image in batch:
+            yield name, logits.pop(0) if isinstance(image, np.ndarray) else image
 
 
 def read_verified(folder: Path, name: str) -> bytes:
@@ -495,6 +546,296 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
     return int(len(rows) < len(files))
 
 
+def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: bool = False) -> LabeledImages:
+    """Lists the images of a folder that has a folder of images for each class.
+
+    If the folder has no class's folder but a folder `test`, the classes are looked for there.
+
+    Args:
+        top: The folder.
+        classes: The names of all classes by label.
+        known_only: Whether folders that are no class are left out. Otherwise they are an error.
+
+    Raises:
+        PredictError: There are no such folders, or a folder is no class.
+    """
+    folder = Path(top)
+    try:
+        names = list_class_folders(folder)
+        if "test" in names and not set(names).intersection(classes):
+            folder = folder / "test"
+            names = list_class_folders(folder)
+        known, unknown = ([name for name in names if (name in classes) is wanted] for wanted in (True, False))
+        if not known:
+            parts = [name for name in PART_FOLDERS if name in names]
+            hint = f"; name the folder of a part, such as {folder / parts[0]}" if parts else ""
+            raise PredictError(
+                f"{folder}: must have folders that are named like the classes ({list_names(classes)}), and has "
+                f"{list_names(names) or 'no folders'}{hint}"
+            )
+        if unknown and not known_only:
+            raise PredictError(
+                f"{folder}: its folder {unknown[0]} is none of the {len(classes)} classes ({list_names(classes)}); "
+                "--known-only leaves such folders out"
+            )
+        left_out = [f"{name}/" for name in unknown]
+        left_out += [name for name in sorted(os.listdir(folder)) if is_image_file(str(folder), name)]
+        files: list[Path] = []
+        target: list[int] = []
+        labels = {name: label for label, name in enumerate(classes)}
+        for name in known:
+            images, others = list_files_below(folder / name)
+            files += images
+            target += [labels[name]] * len(images)
+            left_out += [os.path.relpath(path, folder) for path in others]
+    except OSError as error:
+        raise PredictError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+    if not files:
+        raise PredictError(f"{folder}: no images found in the folders of its classes")
+    return LabeledImages(folder, files, target, left_out)
+
+
+def list_class_folders(folder: Path) -> list[str]:
+    """Returns the names of the folders in a folder in alphabetical order, without hidden ones and known junk."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return [name for name in names if not name.startswith(".") and name not in JUNK_FOLDERS]
+
+
+def list_files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the image files at any depth below a folder, and the other files; hidden ones do not count."""
+    images, others = [], []
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in JUNK_FOLDERS)
+        for name in sorted(names):
+            if not name.startswith("."):
+                (images if is_image_file(parent, name) else others).append(Path(parent, name))
+    return images, others
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Returns the first names of a list as text."""
+    return ", ".join([name[:40] for name in names[:3]] + ["..."] * (len(names) > 3))
+
+
+def collect_predictions(
+    results: Iterable[tuple[Any, np.ndarray | ImageError]], classes: int
+) -> tuple[list[int], list[str]]:
+    """Reads the results of `predict_files`.
+
+    Args:
+        results: Names and logits (K,), or errors.
+        classes: The number of classes, K.
+
+    Returns:
+        The predicted label of each image, -1 for one that has none, and a line for each of these.
+
+    Raises:
+        PredictError: The logits are those of another number of classes.
+    """
+    predicted, failures = [], []
+    for name, logits in results:
+        if isinstance(logits, ImageError):
+            failures.append(str(logits))
+        elif len(logits) != classes:
+            raise PredictError(f"the model has {len(logits)} outputs, and there are {classes} classes")
+        elif not np.isfinite(logits).all():
+            failures.append(f"{name}: the model's outputs are not finite numbers")
+        else:
+            predicted.append(int(logits.argmax()))
+            continue
+        predicted.append(NOT_PREDICTED)
+    return predicted, failures
+
+
+def count_confusion(target: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
+    """Returns the confusion matrix: numbers of images (K, K), true classes by predicted ones.
+
+    Example:
+        >>> count_confusion([0, 0, 1, 1], [0, 1, 1, -1], classes=2).tolist()
+        [[1, 1], [0, 1]]
+    """
+    counts = np.zeros((classes, classes), np.int64)
+    true, answers = np.array(target, np.int64), np.array(predicted, np.int64)
+    np.add.at(counts, (true[answers != NOT_PREDICTED], answers[answers != NOT_PREDICTED]), 1)
+    return counts
+
+
+def compute_interval(correct: int, images: int) -> tuple[float, float]:
+    """Returns the 95 % interval of an accuracy: Wilson's score interval, which is also good for few images.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+
+    Args:
+        correct: Number of images that are classified correctly.
+        images: Number of all images, 1 or more.
+
+    Example:
+        >>> [round(limit, 3) for limit in compute_interval(9, 10)]
+        [0.596, 0.982]
+    """
+    share, z2 = correct / images, NORMAL_95**2
+    center = (share + z2 / (2 * images)) / (1 + z2 / images)
+    half = NORMAL_95 / (1 + z2 / images) * (share * (1 - share) / images + z2 / (4 * images**2)) ** 0.5
+    # At the ends the formula is exact, and only rounding leaves [0, 1].
+    return 0.0 if correct == 0 else center - half, 1.0 if correct == images else center + half
+
+
+def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns the figures of a confusion matrix.
+
+    Args:
+        counts: Numbers of images (K, K), true classes by predicted ones, of one image or more.
+        classes: Names of the K classes.
+
+    Returns:
+        `images`, `correct`, `top1` with its `top1_interval`, `balanced_accuracy` (the mean of the recalls of the
+        classes that have images), `largest_class` (its `share` is the accuracy of always predicting it), and `classes`:
+        for each one its `images`, those that are `correct`, `recall` and `recall_interval` (None without images), and
+        how often it was `predicted`. Intervals are at 95 %.
+    """
+    counts = np.asarray(counts)
+    of_class, correct = counts.sum(1), counts.diagonal()
+    images, right, largest = int(counts.sum()), int(correct.sum()), int(of_class.argmax())
+    by_class = {}
+    for k, name in enumerate(classes):
+        there = int(of_class[k])
+        by_class[name] = {
+            "images": there,
+            "correct": int(correct[k]),
+            "recall": int(correct[k]) / there if there else None,
+            "recall_interval": list(compute_interval(int(correct[k]), there)) if there else None,
+            "predicted": int(counts[:, k].sum()),
+        }
+    present = of_class > 0
+    return {
+        "images": images,
+        "correct": right,
+        "top1": right / images,
+        "top1_interval": list(compute_interval(right, images)),
+        "balanced_accuracy": float((correct[present] / of_class[present]).mean()),
+        "largest_class": {
+            "name": classes[largest],
+            "images": int(of_class[largest]),
+            "share": int(of_class[largest]) / images,
+        },
+        "classes": by_class,
+    }
+
+
+def percent(fraction: float) -> str:
+    """Returns a fraction in percent with two decimals, without the sign."""
+    return f"{100 * fraction:.2f}"
+
+
+def describe_accuracy(figures: dict[str, Any]) -> list[str]:
+    """Returns lines about the figures of `summarize_confusion`: top-1, and what always predicting one class gives."""
+    low, high = figures["top1_interval"]
+    largest, share = figures["largest_class"]["name"], figures["largest_class"]["share"]
+    lines = [
+        f"top-1 {percent(figures['top1'])} % (95 % interval {percent(low)} to {percent(high)}): "
+        f"{figures['correct']:,} of {figures['images']:,} images; "
+        f"balanced accuracy {percent(figures['balanced_accuracy'])} %"
+    ]
+    verdict = ""
+    if figures["top1"] <= share:
+        verdict = "; the student is not better than that"
+    elif low <= share:
+        verdict = "; so few images do not show that the student is better"
+    lines.append(f"always to answer {largest}, the largest class, would give {percent(share)} %{verdict}")
+    answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]
+    if len(answers) == 1:
+        lines.append(f"every image was classified as {answers[0]}")
+    never = [name for name, entry in figures["classes"].items() if entry["images"] and not entry["correct"]]
+    if never:
+        lines.append(f"classes of which no image is classified correctly ({len(never)}): {list_names(never)}")
+    absent = [name for name, entry in figures["classes"].items() if not entry["images"]]
+    if absent:
+        lines.append(f"classes that have no images here ({len(absent)}): {list_names(absent)}")
+    return lines
+
+
+def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns a table of the classes: recall with its interval, and which other class is predicted most often."""
+    rows: list[tuple[str, ...]] = [
+        ("class", "images", "correct", "recall, %", "95 % interval", "predicted", "most often taken for")
+    ]
+    names = list(figures["classes"])
+    for k, (name, entry) in enumerate(figures["classes"].items()):
+        wrong = np.array(counts[k])
+        wrong[k] = 0
+        other = f"{names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
+        recall, interval = "-", "-"
+        if entry["images"]:
+            recall = percent(entry["recall"])
+            interval = " to ".join(map(percent, entry["recall_interval"]))
+        numbers = str(entry["images"]), str(entry["correct"]), recall, interval, str(entry["predicted"])
+        rows.append((name, *numbers, other))
+    return rows
+
+
+def tabulate_confusion(counts: np.ndarray, classes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns a confusion matrix as a table with the names of the classes, as it is written to CSV files."""
+    rows = [(name, *map(str, row)) for name, row in zip(classes, np.asarray(counts).tolist())]
+    return [("true \\ predicted", *classes), *rows]
+
+
+def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
+    """Prints the accuracy, the table of the classes and, for up to 20 classes, the confusion matrix."""
+    for line in describe_accuracy(figures):
+        print(escape_control_chars(line))
+    tables = [tabulate_classes(counts, figures)]
+    if len(counts) <= MAX_SHOWN_CLASSES:
+        tables.append(tabulate_confusion(counts, list(figures["classes"])))
+    for table in tables:
+        print()
+        print_table([tuple(escape_control_chars(cell)[:MAX_SHOWN_NAME] for cell in row) for row in table])
+
+
+def describe_left_out(images: LabeledImages) -> list[str]:
+    """Returns lines about what was left out of a folder of labeled images."""
+    folders = [name for name in images.left_out if name.endswith("/")]
+    files = [name for name in images.left_out if not name.endswith("/")]
+    kinds = ((folders, "folders that are no class"), (files, "files that are no image or are in no class's folder"))
+    return [f"left out: {what} ({len(names):,}): {list_names(names)}" for names, what in kinds if names]
+
+
+def evaluate_folder(
+    folder: Path, model: str, paths: list[str], as_json: bool, csv_file: str | None, known_only: bool
+) -> int:
+    """Prints the accuracy on images of known classes; returns 1 if an image could not be read, else 0."""
+    if len(paths) != 1:
+        raise PredictError(f"--evaluate: needs one folder with a folder of images for each class, not {len(paths)}")
+    if csv_file is not None and os.path.lexists(csv_file):
+        raise PredictError(f"--csv={csv_file}: exists, name another file")
+    preprocess, classes = read_export(folder)
+    session = create_session(read_verified(folder, model))
+    check_input_size(session, preprocess)
+    images = list_labeled_images(paths[0], classes, known_only)
+    results = predict_files(create_predictor(session), images.files, preprocess)
+    predicted, failures = collect_predictions(results, len(classes))
+    for line in failures:
+        print(f"error: {escape_control_chars(line)}", file=sys.stderr)
+    if len(failures) == len(images.files):
+        raise PredictError(f"{images.folder}: none of its {len(images.files):,} images can be classified")
+    counts = count_confusion(images.target, predicted, len(classes))
+    figures = summarize_confusion(counts, classes)
+    if as_json:
+        print(json.dumps({**figures, "confusion": counts.tolist()}, indent=1))
+    else:
+        for line in describe_left_out(images):
+            print(escape_control_chars(line))
+        print_evaluation(counts, figures)
+        print(f"\n{NO_TRAINING_LIST}")
+    if csv_file is not None:
+        with open(csv_file, "x", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(tabulate_confusion(counts, classes))
+    return int(bool(failures))
+
+
 def print_table(rows: list[tuple[str, ...]]) -> None:
     """Prints rows of text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -557,7 +898,8 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     """Runs the command and returns the exit status: 1 if an image could not be read."""
     parser = argparse.ArgumentParser(
         prog,
-        usage="%(prog)s [-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER...",
+        usage="%(prog)s [-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER...\n"
+        "       %(prog)s --evaluate [--model FILE] [--json] [--csv FILE] [--known-only] [EXPORT_DIR] FOLDER",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -570,9 +912,18 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     parser.add_argument(
         "--model", metavar="FILE", default="student.onnx", help="another ONNX file of the export (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print a list of {path, label, probability}")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of {path, label, probability}, or the figures of --evaluate"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="measure the accuracy on FOLDER/<class>/* or FOLDER/test/<class>/*"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="with --evaluate: write the confusion matrix to a new file")
+    parser.add_argument(
+        "--known-only", action="store_true", help="with --evaluate: leave out folders that are no class"
+    )
     parser.add_argument("--bench", action="store_true", help="time every ONNX file of the export on this machine")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # EXPORT_DIR --evaluate FOLDER
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -588,8 +939,13 @@ def main(arguments: list[str], prog: str | None = None) -> int:
             raise PredictError(
                 f"EXPORT_DIR={(paths or [''])[0]}: is not an export; `odcheap export JOB_DIR` writes one"
             )
+        if not options.evaluate and (options.csv is not None or options.known_only):
+            raise PredictError("--csv and --known-only: need --evaluate")
         if options.bench:
             return benchmark_models(folder)
+        if options.evaluate:
+            given = options.json, options.csv, options.known_only
+            return evaluate_folder(folder, options.model, paths, *given)
         return classify_images(folder, options.model, paths, options.json)
     except (PredictError, OSError) as error:
         line = str(error)

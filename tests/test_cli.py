@@ -33,7 +33,7 @@ def test_unknown_options_get_the_nearest_names(command, given, meant):
     assert f"(+{given} adds it to the config" in result.err
 
 
-@pytest.mark.parametrize("name", ["train", "export", "predict", "report", "bench"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "export", "predict", "report", "bench"])
 def test_each_command_has_its_help(capsys, name):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])

@@ -15,6 +15,7 @@ from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import make_generator
 
+DIGEST_BYTES = 8  # of a hash in `ImageDigests`
 MIN_IMAGES = 2  # of a batch in each process, since batch norm needs two
 SELECT_BY = {"top1": "top1", "balanced": "balanced_accuracy"}  # the option's value -> the metric's name
 
@@ -81,6 +82,28 @@ def limit_batches(count: int, limit: float | None) -> int:
     if limit is None:
         return count
     return min(count, limit) if isinstance(limit, int) else min(count, max(1, int(limit * count)))
+
+
+class ImageDigests(NamedTuple):
+    """Short hashes of the images that a run uses, by which they are recognized later.
+
+    Attributes:
+        kind: "files" for hashes of the files' contents (`folder_trees.hash_files`), "pixels" for hashes of the images'
+            pixels (`splits.hash_pixels`).
+        key: The key of the hashes, a `split_seed`.
+        train: The first 8 bytes of the hash of each training image, joined.
+        val: The same of the held-out images.
+    """
+
+    kind: Literal["files", "pixels"]
+    key: int
+    train: bytes
+    val: bytes
+
+
+def join_digests(digests: Iterable[bytes]) -> bytes:
+    """Returns the first 8 bytes of each hash, joined; see `ImageDigests`."""
+    return b"".join(digest[:DIGEST_BYTES] for digest in digests)
 
 
 class BatchOrder:
@@ -190,6 +213,7 @@ class ImageData(ABC):
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped.
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
+        digests: Hashes of the training and the held-out images; None if the data set does not compute them.
 
     Raises:
         OptionError: The options do not suit the images.
@@ -200,6 +224,7 @@ class ImageData(ABC):
     image_size: tuple[int, int, int]
     shorter_side: int
     bit_depth: int | None = None
+    digests: ImageDigests | None = None
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from torchvision.datasets import imagenet as archives
 
 from odcheap.data.splits import split_stratified
 from odcheap.predict import (
+    JUNK_FOLDERS,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     escape_control_chars,
@@ -37,8 +38,6 @@ LAYOUTS = "<class>/*, or train/<class>/* with val/, test/ or both beside it"
 UNPACKING = ".unpacking"
 HASHED_BYTES = 4096  # at each end of a file, by which most files differ
 MANY_FILES = 50_000  # for so many files a line says why it takes time
-# Folders that file servers and archives leave beside images, such as thumbnails.
-JUNK_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
 PART_WORDS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 TINY_LABELS, KAGGLE_LABELS = "val_annotations.txt", "LOC_val_solution.csv"  # of tiny-imagenet-200, of ImageNet
 READER_THREADS = 16  # a disk serves several threads at once

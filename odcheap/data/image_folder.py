@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
+from odcheap.data.base import (
+    Batch,
+    BatchOrder,
+    ImageData,
+    ImageDigests,
+    LabeledImage,
+    Process,
+    ResumableBatches,
+    join_digests,
+)
 from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, hash_files
 from odcheap.data.splits import hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
@@ -414,6 +423,8 @@ class ImageFolderData(ImageData):
 
         kept = limit_parts(self.labels, hash_part, self.limit)
         self.parts = {part: files.subset(kept[part]) for part, files in self.parts.items()}
+        used = (join_digests(part_digests[part][k] for k in kept[part]) for part in ("train", "val"))
+        self.digests = ImageDigests("files", self.split_seed, *used)
 
         # Test images that were trained on would make the test accuracy too high.
         twice = find_duplicates(tree.train, tree.test, (ends, hash_ends(tree.test, self.split_seed)))

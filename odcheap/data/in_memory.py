@@ -10,7 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
+from odcheap.data.base import (
+    Batch,
+    BatchOrder,
+    ImageData,
+    ImageDigests,
+    LabeledImage,
+    Process,
+    ResumableBatches,
+    join_digests,
+)
 from odcheap.data.splits import Split, hash_pixels, limit_parts, split_stratified
 from odcheap.data.transforms import Augmentation, Normalization, stack_views
 from odcheap.utils.arguments import check_arguments
@@ -156,6 +165,8 @@ class InMemoryData(ImageData):
 
         kept = limit_parts(self.labels, hash_part, self.limit)
         self.index = {part: index[kept[part]] for part, index in self.index.items()}
+        used = (join_digests(digests[k] for k in self.index[part]) for part in ("train", "val"))
+        self.digests = ImageDigests("pixels", self.split_seed, *used)
         self.check()
 
     @property

@@ -34,7 +34,7 @@ from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.export import latency, model_card, onnx, verify
-from odcheap.export.load_run import RunStudent, load_run_student
+from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
@@ -179,7 +179,7 @@ def write_export(
         data: Test images, and training images for 8-bit integers; None if they are not available.
         reason: Why they are not available.
     """
-    preprocess = describe_preprocessing(run)
+    preprocess = describe_preprocessing(run.settings)
     with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
         files = write_files(run, options, data, preprocess, folder)
@@ -214,20 +214,6 @@ def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageD
         known = [Path.home(), load.get("data_dir") or "", run.job_dir or "", *run.config_dirs]
         return None, hide_folders(error, known)
     return data, ""
-
-
-def describe_preprocessing(run: RunStudent) -> dict[str, Any]:
-    """Returns the content of `preprocess.json`."""
-    settings = run.settings
-    return {
-        "input": "images: RGB, float32 in [0, 1], channels first; mean and std are applied inside the graph",
-        "shorter_side": settings["shorter_side"],
-        "size": settings["image_size"][1:],
-        "interpolation": "bilinear",
-        "bit_depth": settings.get("bit_depth"),
-        "mean": settings["mean"],
-        "std": settings["std"],
-    }
 
 
 @contextmanager

@@ -130,3 +130,16 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
 def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
     """Describes a student to the user, who counts epochs from 1; files count them from 0."""
     return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch + 1}"
+
+
+def describe_preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of `preprocess.json` from the settings of a student."""
+    return {
+        "input": "images: RGB, float32 in [0, 1], channels first; mean and std are applied inside the graph",
+        "shorter_side": settings["shorter_side"],
+        "size": settings["image_size"][1:],
+        "interpolation": "bilinear",
+        "bit_depth": settings.get("bit_depth"),
+        "mean": settings["mean"],
+        "std": settings["std"],
+    }

@@ -14,7 +14,8 @@ from odcheap.utils.documents import read_json, read_yaml
 from odcheap.utils.errors import OptionError
 
 CONFIG, SUMMARY, TEST, STUDENT = "config.yaml", "summary.json", "test.json", "student.safetensors"
-OUTPUTS = (CONFIG, SUMMARY, TEST, STUDENT, "metrics.csv", "confusion.csv", "split.csv")
+TRAINING_IMAGES = "training_images.json"
+OUTPUTS = (CONFIG, SUMMARY, TEST, STUDENT, "metrics.csv", "confusion.csv", "split.csv", TRAINING_IMAGES)
 FOLDERS = ("checkpoints", "tensorboard", "wandb")  # folders that a run makes
 THREE_WAYS = "resume=auto continues it, overwrite=true replaces it, another job_dir keeps it"
 EVENTS = "events.out.tfevents.*"

@@ -91,6 +91,13 @@ class Start:
     def cfg(self) -> DictConfig:
         return self.config.cfg
 
+    @property
+    def selected_candidate(self) -> int | None:
+        """The candidate that the run has selected: a student, or the average of one; None if it has not selected."""
+        if self.content is None or not self.content["callbacks"]["Record"]["history"]:
+            return None
+        return self.content["callbacks"]["Record"]["selected"]["candidate"]
+
 
 def plan_start(
     config: RunConfig,
@@ -285,8 +292,9 @@ def prepare_folder(start: Start) -> None:
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
     remove_partial_files(start.job_dir)
     if start.cfg.overwrite:
-        if (start.job_dir / "export").exists():
-            say(f"warning: {start.job_dir}/export remains from the run that is overwritten")
+        for name in ("export", "evaluation"):
+            if (start.job_dir / name).exists():
+                say(f"warning: {start.job_dir}/{name} remains from the run that is overwritten")
         remove_outputs(start.job_dir, keep_until=start.checkpoint if start.in_own_folder else None)
     copy_selected_checkpoint(start)
 

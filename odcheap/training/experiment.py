@@ -5,6 +5,7 @@ ensemble. The candidates are those that may be selected: students and moving ave
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Generator, Iterable, Sequence
@@ -36,6 +37,7 @@ from odcheap.runs.checkpoint_io import epoch_path, read_checkpoint
 from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, make_folder
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
+from odcheap.runs.training_images import write_digests
 from odcheap.training import summary
 from odcheap.training.atomic_checkpoint import AtomicCheckpointIO
 from odcheap.training.callbacks import Interruption, LoggerRuns, ProgressReporter, Record
@@ -342,8 +344,14 @@ class Experiment:
             self.module.load_state_dict(self.start.content["state_dict"])
         self.print_introduction(trainer)
 
-        # Select a student on the held-out images, as after the last epoch of a training.
+        # A run has selected its student. Only weights from elsewhere, and a run before the end of its first epoch, have
+        # no selection: then the held-out images decide, as after the last epoch of a training.
         epoch = self.start.content["epoch"] if self.start.content is not None else 0
+        candidate = self.start.selected_candidate
+        if candidate is not None and candidate >= len(self.method.candidates()):
+            raise OptionError(
+                "resume", self.start.checkpoint, f"has selected student {candidate}, which it does not have"
+            )
         val: dict[str, Any] = {}
         if self.watches_images:
             trainer.validate(self.module, self.data.val_loader(loading_process(trainer)), verbose=False)
@@ -351,7 +359,7 @@ class Experiment:
             self.record.select_best(epoch, figures, len(self.method.candidates()))
             if self.cfg.select != "test":
                 val = summary.name_figures("val", self.module.members, figures)
-        fit = FitResult([], self.record.selected["candidate"], epoch)
+        fit = FitResult([], self.record.selected["candidate"] if candidate is None else candidate, epoch)
         tested = self.test(trainer, val)
         content = {
             "selected": self.summarize_selected(fit, tested),
@@ -441,6 +449,8 @@ class Experiment:
         write_csv(job_dir / "confusion.csv", [["true \\ predicted", *classes], *counts])
         if files := list(self.data.rows()):
             write_csv(job_dir / "split.csv", [["file", "class", "part"], *files])
+        if self.data.digests is not None:
+            write_digests(job_dir, self.data.digests)
         student = self.method.candidates()[fit.candidate]
         summary.write_student(job_dir / STUDENT, student, self.module.about["student"])
         write_json(job_dir / SUMMARY, content)
@@ -487,8 +497,6 @@ def check_finished(start: Start) -> None:
 def check_same_images(start: Start, data: ImageData) -> None:
     """Checks that a checkpoint was trained with these data: the same classes, images and split.
 
-    In a run that is only tested, other images or another split print a warning.
-
     Raises:
         OptionError: The data are other ones.
     """
@@ -498,10 +506,11 @@ def check_same_images(start: Start, data: ImageData) -> None:
         allowed = f"has {own}, the checkpoint {given}; weights=CHECKPOINT matches classes by their names"
         raise OptionError("data_dir", cfg.data_dir, allowed)
     if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
-        if not cfg.test_only:
-            allowed = "has other images than those with which the resumed run was started"
-            raise OptionError("data_dir", cfg.data_dir, allowed)
-        say("warning: other images, or another split of them, than the checkpoint was trained with")
+        allowed = "has other images than those with which the resumed run was started"
+        if cfg.test_only:
+            run = cfg.resume if os.path.isdir(cfg.resume) else "RUN"
+            allowed = f"has other images than the run; odcheap evaluate {run} FOLDER evaluates all images of a folder"
+        raise OptionError("data_dir", cfg.data_dir, allowed)
 
 
 def uses_graphs(cfg: DictConfig) -> bool:

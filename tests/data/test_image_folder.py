@@ -14,6 +14,7 @@ from conftest import Begun
 from PIL import Image
 from safetensors import safe_open
 
+from odcheap import cli
 from odcheap.data.base import Process
 from odcheap.data.folder_trees import list_class_folders
 from odcheap.data.image_folder import BrokenImages, ImageFolderData
@@ -274,6 +275,30 @@ def test_weights_know_their_classes(command, tmp_path):
         refused = command(*SMALL, *tested, f"weights={tmp_path / 'run' / name}")
         assert "has 2 classes (blue, red), the data 2 classes (apple, sky); weights_head=new" in refused.err
         assert refused.status == 1
+
+
+def test_other_images_are_not_divided_anew_by_a_test(command, tmp_path, capsys):
+    base = plant(tmp_path / "mine", {"": {"red": 20, "blue": 20}})
+    assert command(*SMALL, f"data_dir={base}", f"job_dir={tmp_path / 'run'}", "trainer.max_epochs=1").status == 0
+    other = plant(tmp_path / "other", {"": {"red": 9, "blue": 8}})
+    result = command("test_only=true", f"resume={tmp_path / 'run'}", f"data_dir={other}")
+    assert result.status == 1
+    assert f"data_dir={other}: has other images than the run; odcheap evaluate {tmp_path / 'run'} FOLDER" in result.err
+    assert not (tmp_path / "run" / "test.json").exists()
+
+    # What the line names evaluates all of them, and knows the images that the run was trained on. The first nine red
+    # images are the same in both folders.
+    chosen = json.loads((tmp_path / "run" / "summary.json").read_text())["selected"]
+    with open(tmp_path / "run" / "split.csv", newline="") as file:
+        parts = {row["file"]: row["part"] for row in csv.DictReader(file)}
+    for folder, common in ((other, [f"red/{k}.png" for k in range(9)]), (base, list(parts))):
+        assert cli.main(["evaluate", str(tmp_path / "run"), str(folder)]) == 0
+        found = json.loads((tmp_path / "run" / "evaluation" / folder.name / "evaluation.json").read_text())
+        assert found["images"] == {"other": 17, "mine": 40}[folder.name]
+        assert found["student"].startswith(f"student {chosen['student']} of epoch 1")
+        assert set(found["trained_on"]) == {name for name in common if parts[name] == "train"}
+        assert set(found["selected_on"]) == {name for name in common if parts[name] == "val"}
+    assert found["unused"]["top1"] == chosen["test_top1"]
 
 
 def test_selection_by_balanced_accuracy(command, tmp_path):

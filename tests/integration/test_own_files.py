@@ -7,6 +7,7 @@ import socket
 
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from odcheap import cli
 from odcheap.runs import status
@@ -24,7 +25,14 @@ NAMES += (
 NAMES += ("tensorboard/events.out.tfevents.1", "wandb/latest-run", "report/report.md", "report/report.csv")
 NAMES += ("report/curves.png", "report.md", "report.csv", "curves.png", "gains.svg", "labels.json", "preprocess.json")
 NAMES += ("predict.py", "README.md", "student.onnx", "export/labels.json/thesis.tex", "export/README.md")
-NAMES += ("default/status.json", "seed=1/summary.json", "mlflow.db", "data/notes.txt")
+NAMES += (
+    "evaluation.json",
+    "confusion.png",
+    "default/status.json",
+    "seed=1/summary.json",
+    "mlflow.db",
+    "data/notes.txt",
+)
 STRANGE = ("not ours\n", "[1]", "{}", '{"finished": true}', '{"state": "running"}', "a: [", "epoch\n1\n")
 
 
@@ -79,6 +87,10 @@ def test_no_command_changes_a_byte_of_a_folder_full_of_the_user_s_files(finished
     others += [["export", str(finished), "--out", str(mine), "--overwrite"], ["report", str(mine)]]
     others += [["export", str(finished), "--out", str(mine / "export"), "--overwrite"]]
     others += [["report", str(finished), "--out", str(mine)], ["report", str(finished), "--out", str(mine / "report")]]
+    (mine.parent / "digits" / "0").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(mine.parent / "digits" / "0" / "x.png")
+    evaluated = ["evaluate", str(finished), str(mine.parent / "digits"), "--out"]
+    others += [[*evaluated, str(mine)], [*evaluated, str(mine / "README.md")], ["evaluate", str(mine), str(mine)]]
     others += [["predict", str(mine), str(mine)], ["predict", str(finished / "export"), str(mine)]]
     for arguments in others:
         assert cli.main(arguments + (["--no-latency"] if arguments[0] == "report" else [])) == 1, arguments

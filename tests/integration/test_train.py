@@ -69,7 +69,7 @@ def test_a_run_s_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "checkpoints", "config.yaml", "metrics.csv", "summary.json", "confusion.csv", "student.safetensors",
-        "status.json", ".lock",
+        "status.json", ".lock", "training_images.json",
     }  # fmt: skip
     found = summary(finished)
     chosen = found["students"][found["selected"]["student"]]
@@ -138,6 +138,26 @@ def test_test_only_reproduces_the_summary_and_touches_nothing_else(finished, com
     after = hashes(finished)
     del after[finished / "test.json"]
     assert after == before
+
+
+def test_test_only_takes_the_student_that_the_run_has_selected(finished, command):
+    """Also if another one is better on the held-out images now: rounding on another machine can change that."""
+    selected = summary(finished)["selected"]
+    other = 1 - selected["student"]
+    for path in (finished / "checkpoints").iterdir():
+        content = checkpoint(path)
+        content["callbacks"]["Record"]["selected"]["candidate"] = other
+        write_checkpoint(path, content)
+    assert command("test_only=true", f"resume={finished}").status == 0
+    found = json.loads((finished / "test.json").read_text())["selected"]
+    assert (found["student"], found["epoch"]) == (other, selected["epoch"])
+    assert found["test_top1"] == summary(finished)["students"][other]["test_top1"]
+
+    content["callbacks"]["Record"]["selected"]["candidate"] = 99
+    write_checkpoint(finished / "checkpoints" / "epoch-0001.ckpt", content)
+    result = command("test_only=true", f"resume={finished}/checkpoints/epoch-0001.ckpt")
+    assert "has selected student 99, which it does not have" in result.err
+    assert (result.status, result.err.count("\n")) == (1, 1)
 
 
 CLOCK = ("seconds", "images_per_second", "train_seconds")  # what no second run can repeat

@@ -1,0 +1,8 @@
+"""Runs `python -m odcheap.evaluate`."""
+
+from odcheap.utils.signals import exit_on_signals
+
+with exit_on_signals():
+    from odcheap.evaluate.command import main
+
+raise SystemExit(main())

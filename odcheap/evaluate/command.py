@@ -1,0 +1,236 @@
+"""Measures the accuracy of a run's student, or of an export, on other images of known classes.
+
+All images are evaluated, by the student that the run has selected. Classes are matched by their names.
+
+  odcheap evaluate runs/photos FOLDER          images in FOLDER/<class>/ or FOLDER/test/<class>/
+  odcheap evaluate runs/photos/export FOLDER   the same with ONNX Runtime
+  odcheap evaluate runs/cifar10/od cifar10     the test images of a data set
+
+The accuracy is printed with its 95 % interval, the recall of each class and the confusion matrix. Images on which the
+run was trained are counted and named. The folder of the result has these files:
+
+  evaluation.json   all figures, and the images on which the run was trained
+  confusion.csv     the confusion matrix; rows are the true classes
+  confusion.png     the same as a picture
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from odcheap import __version__, predict
+from odcheap.config.messages import hide_library_warnings
+from odcheap.evaluate.images import EvaluatedImages, list_images
+from odcheap.evaluate.model import Model, is_export, load_model, to_bytes
+from odcheap.runs.training_images import find_known_images, hash_file_contents, hash_image
+from odcheap.utils.confusion_plot import plot_confusion, render_png
+from odcheap.utils.console import console, keep_going_without_output, print_error, say
+from odcheap.utils.documents import read_json
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure
+from odcheap.utils.files import write_atomic, write_csv, write_json
+
+RESULT, TABLE, PICTURE = "evaluation.json", "confusion.csv", "confusion.png"
+MARK = "odcheap_evaluation"  # the entry of `evaluation.json` by which it is known
+MAX_NAMED = 3  # training images that a line names; the file names all
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate") -> int:
+    """Runs the command and returns the exit status: 1 also if an image could not be read."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", type=Path, metavar="RUN_OR_EXPORT", help="a run's folder, or the folder of an export")
+    add("images", metavar="FOLDER_OR_DATASET", help="a folder with a folder for each class, or cifar10, cifar100, ...")
+    add("--student", type=int, metavar="K", help="student K of the run, from 0 (default: the selected student)")
+    add("--model", dest="file", metavar="FILE", help="another ONNX file of the export (default: student.onnx)")
+    add("--data-dir", default="data", metavar="DIR", help="where the data sets are (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="the folder to write (default: RUN/evaluation/<name of the images>)")
+    add("--known-only", action="store_true", help="leave out folders that are no class of the student")
+    more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
+    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
+    options = parser.parse_args(arguments)
+    hide_library_warnings()
+    try:
+        with keep_going_without_output():
+            return evaluate(options)
+    except (Failure, predict.PredictError) as error:
+        return print_error(str(error))
+    except (OSError, MemoryError, RuntimeError) as error:
+        line = describe_external_failure(error)
+        if line is None and not isinstance(error, OSError):
+            raise
+        return print_error(line or str(error))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluates the images, prints the result and writes its files; returns the exit status."""
+    if not options.model.is_dir():
+        raise OptionError("RUN_OR_EXPORT", options.model, "no such folder")
+    model = load_model(options.model, options.student, options.file, options.config_dir)
+    images = list_images(options.images, model.classes, options.data_dir, options.known_only, options.config_dir)
+    out = prepare_folder(options.out, default_folder(options.model, options.images), options)
+    say(f"{options.model}: {model.title}")
+    say(f"{images.title}: {len(images.names):,} images")
+    for line in images.remarks:
+        say(line)
+
+    predicted, failures, hashes = predict_all(model, images)
+    for line in failures:
+        print_error(line)
+    if len(failures) == len(images.names):
+        raise Failure(f"{images.title}: none of its {len(images.names):,} images can be classified")
+    content: dict[str, Any] = {MARK: __version__, "inputs": describe_inputs(options), "student": model.title}
+    content |= summarize(model, images, predicted, hashes) | {"unreadable": failures, "left_out": images.remarks}
+
+    counts = predict.count_confusion(images.target, predicted, len(model.classes))
+    predict.print_evaluation(counts, content)
+    say("")
+    for line in describe_training_images(model, content):
+        say(line)
+    if model.test_top1 is not None:
+        say(f"on the run's own test images its top-1 is {100 * model.test_top1:.2f} %")
+    write_csv(out / TABLE, predict.tabulate_confusion(counts, model.classes))
+    title = f"{images.title}: top-1 {100 * content['top1']:.2f} %"
+    picture = render_png(plot_confusion(counts, model.classes, title))
+    write_atomic(out / PICTURE, lambda file: file.write(picture))
+    write_json(out / RESULT, content)
+    say(f"written: {out / RESULT}, {TABLE}, {PICTURE}")
+    return int(bool(failures))
+
+
+def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[str], list[set[bytes]] | None]:
+    """Classifies all images.
+
+    Returns:
+        The predicted labels and a line for each failure, see `predict.collect_predictions`; and the hashes of each
+        image by which the run's training images are found, None if they are not needed or there are none.
+    """
+    digests, pixels = model.digests, []
+
+    def iterate() -> Iterator[tuple[str, np.ndarray | predict.ImageError]]:
+        out = console()
+        prepared = images.iterate_prepared(model.preprocess)
+        count = len(images.names)
+        for name, image in track(
+            prepared, "classified", count, console=out, transient=True, disable=not out.is_terminal
+        ):
+            if digests is not None and digests.kind == "pixels":
+                is_read = isinstance(image, np.ndarray)
+                pixels.append(hash_image(to_bytes(image), digests.key) if is_read else set())
+            yield name, image
+
+    results = predict.predict_images(model.predictor, iterate(), model.preprocess)
+    predicted, failures = predict.collect_predictions(results, len(model.classes))
+    if digests is None or digests.kind == "pixels":
+        return predicted, failures, None if digests is None else pixels
+    if images.files is None:
+        return predicted, failures, None
+    read = [k for k, label in enumerate(predicted) if label != predict.NOT_PREDICTED]
+    contents = dict(zip(read, hash_file_contents([images.files[k] for k in read], digests.key), strict=True))
+    return predicted, failures, [contents.get(k, set()) for k in range(len(predicted))]
+
+
+def summarize(
+    model: Model, images: EvaluatedImages, predicted: list[int], hashes: list[set[bytes]] | None
+) -> dict[str, Any]:
+    """Returns the figures of all images, and of those that the run has not used in training or selection.
+
+    Args:
+        model: The model.
+        images: The images.
+        predicted: The predicted label of each image.
+        hashes: The hashes of each image; None if nothing is known of training images.
+    """
+    count = len(model.classes)
+    content = predict.summarize_confusion(predict.count_confusion(images.target, predicted, count), model.classes)
+    content |= {"trained_on": None, "selected_on": None, "unused": None}
+    if hashes is None or model.digests is None:
+        return content
+    trained, held_out = find_known_images(model.digests, hashes)
+    content |= {"trained_on": [images.names[k] for k in trained], "selected_on": [images.names[k] for k in held_out]}
+    used = {*trained, *held_out}
+    rest = [k for k in range(len(predicted)) if k not in used]
+    unused = predict.count_confusion([images.target[k] for k in rest], [predicted[k] for k in rest], count)
+    if used and unused.any():
+        figures = predict.summarize_confusion(unused, model.classes)
+        content["unused"] = {name: figures[name] for name in ("images", "correct", "top1", "top1_interval")}
+    return content
+
+
+def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]:
+    """Returns lines that say which of the images the run was trained on, and the accuracy on the others."""
+    trained, held_out = content["trained_on"], content["selected_on"]
+    if trained is None:
+        return [model.reason] if model.digests is None else ["these images cannot be compared with the training images"]
+    if not trained and not held_out:
+        return ["none of these images is a training image or a held-out image of the run"]
+    lines = []
+    for names, what in ((trained, "was trained on"), (held_out, "has selected its student and epoch on")):
+        if names:
+            named = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+            lines.append(f"warning: the run {what} {len(names):,} of these images: {named}")
+    unused = content["unused"]
+    if unused is None:
+        return [*lines, "no other images are there, so this is no estimate of the accuracy on new images"]
+    low, high = unused["top1_interval"]
+    interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f}"
+    others = f"on the other {unused['images']:,} images"
+    return [*lines, f"{others} top-1 is {100 * unused['top1']:.2f} % ({interval}), which counts for new images"]
+
+
+def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
+    """Returns the inputs of an evaluation, by which a repetition is recognized."""
+    is_folder = os.path.isdir(options.images)
+    return {
+        "model": os.path.realpath(options.model),
+        "file": options.file or ("student.onnx" if is_export(options.model) else None),
+        "images": os.path.realpath(options.images) if is_folder else options.images,
+    }
+
+
+def default_folder(model: Path, images: str) -> Path:
+    """Returns the folder for the result: below a run's folder, or beside that of an export, which is not changed."""
+    *_, above, name = ["", "root", *Path(os.path.realpath(images)).parts[1:]]
+    name = f"{above}-{name}" if name in predict.PART_FOLDERS else name  # `photos-test` for photos/test
+    folder = Path(os.path.realpath(model))
+    return (folder.with_name(f"{folder.name}-evaluation") if is_export(model) else model / "evaluation") / name
+
+
+def prepare_folder(out: Path | None, default: Path, options: argparse.Namespace) -> Path:
+    """Makes the folder of the result, and returns it. Only the result of the same evaluation is replaced.
+
+    Raises:
+        OptionError: The folder cannot be made, or holds files of these names that are something else.
+    """
+    folder = default if out is None else out
+    if out is None and (default.is_symlink() or default.parent.is_symlink()):
+        raise OptionError("--out", default, "is a link to elsewhere: name the folder to write with --out")
+    there = [name for name in (RESULT, TABLE, PICTURE) if os.path.lexists(folder / name)]
+    if there:
+        inputs = read_inputs(folder / RESULT)
+        if inputs is None or any((folder / name).is_dir() for name in there):
+            raise OptionError(
+                "--out", folder, f"holds a {there[0]} that no evaluation has written: name another folder"
+            )
+        if inputs != describe_inputs(options):
+            raise OptionError("--out", folder, "holds the evaluation of another model or other images: name another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError("--out", folder, f"cannot be written ({error.strerror})") from error
+    return folder
+
+
+def read_inputs(path: Path) -> Any:
+    """Returns the inputs of the evaluation whose result a file is; None if it is no result of an evaluation."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        content = read_json(path, "--out")
+    except OptionError:
+        return None
+    return content.get("inputs") if isinstance(content, dict) and MARK in content else None

@@ -1,0 +1,99 @@
+"""The images of an evaluation: a folder with a folder for each class, or the test images of a data set."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from odcheap import predict
+from odcheap.data.in_memory import InMemoryData
+from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import build_part, list_parts, read_part
+
+OPTION = "FOLDER_OR_DATASET"
+
+
+class EvaluatedImages(NamedTuple):
+    """Images of known classes.
+
+    Attributes:
+        title: What they are, for the user.
+        names: A name for each image: its file below the folder, or its number.
+        files: The image files; None for a data set that is not read from files.
+        target: The label of each image.
+        remarks: Lines about what was left out.
+        data: The data set; None for a folder.
+    """
+
+    title: str
+    names: list[str]
+    files: list[Path] | None
+    target: list[int]
+    remarks: list[str]
+    data: InMemoryData | None = None
+
+    def iterate_prepared(self, preprocess: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | predict.ImageError]]:
+        """Yields each image's name, and the image as the network's input or the error that says why there is none."""
+        if self.data is None:
+            for name, path in zip(self.names, self.files or [], strict=True):
+                yield name, predict.try_preprocess(path, preprocess)
+            return
+        for name, sample in zip(
+            self.names, self.data.iterate_images("test", [int(name) for name in self.names]), strict=True
+        ):
+            image = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
+            yield name, predict.resize_image(image, preprocess, f"test image {name}")
+
+
+def list_images(
+    name: str, classes: Sequence[str], data_dir: str, known_only: bool, config_dirs: Sequence[Path]
+) -> EvaluatedImages:
+    """Lists the images that the user names.
+
+    Args:
+        name: A data set or a folder. The name of a data set counts first: `./cifar10` is a folder.
+        classes: The classes of the model by label.
+        data_dir: Where data sets are.
+        known_only: Whether classes that the model does not have are left out. Otherwise they are an error.
+        config_dirs: `conf` directories with data sets that odcheap does not have.
+
+    Raises:
+        OptionError: There are no such images, or a class is unknown.
+        PredictError: The same for a folder.
+    """
+    if name in list_parts("data", config_dirs):
+        return list_data_set(name, classes, data_dir, known_only, config_dirs)
+    if not Path(name).is_dir():
+        known = ", ".join(list_parts("data", config_dirs))
+        raise OptionError(OPTION, name, f"must be a folder with a folder of images for each class, or one of {known}")
+    images = predict.list_labeled_images(name, classes, known_only)
+    names = [str(path.relative_to(images.folder)) for path in images.files]
+    remarks = predict.describe_left_out(images)
+    return EvaluatedImages(str(images.folder), names, images.files, images.target, remarks)
+
+
+def list_data_set(
+    name: str, classes: Sequence[str], data_dir: str, known_only: bool, config_dirs: Sequence[Path]
+) -> EvaluatedImages:
+    """Lists the test images of a data set; its classes are matched by their names. Arguments as in `list_images`."""
+    known = read_part("data", name, config_dirs)
+    load = {"data_dir": data_dir, "read_only": True} | {"split_seed": 0}
+    own = known.get("load") or {}
+    settings = {"part": name, "load": {option: value for option, value in load.items() if option in own}}
+    data = build_part("data", settings | {"seed": 0, "select": "last"}, config_dirs=config_dirs)
+    if not isinstance(data, InMemoryData):
+        raise OptionError(OPTION, name, "is read from folders: give the folder of its test images instead")
+    data.read()
+    labels = {known: label for label, known in enumerate(classes)}
+    unknown = [entry for entry in data.classes if entry not in labels]
+    if len(unknown) == len(data.classes) or (unknown and not known_only):
+        allowed = f"its class {unknown[0]} is none of the {len(classes)} classes ({predict.list_names(classes)})"
+        hint = "; --known-only leaves such classes out" if len(unknown) < len(data.classes) else ""
+        raise OptionError(OPTION, name, allowed + hint)
+    true = [labels.get(data.classes[label]) for label in data.labels["test"]]
+    kept = [k for k, label in enumerate(true) if label is not None]
+    remarks = [f"left out {len(unknown)} classes: {predict.list_names(unknown)}"] if unknown else []
+    target = [label for label in true if label is not None]
+    return EvaluatedImages(f"the test images of {name}", [str(k) for k in kept], None, target, remarks, data)

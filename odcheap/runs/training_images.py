@@ -1,0 +1,87 @@
+"""The list of a run's training images, `training_images.json`, by which they are recognized in an evaluation."""
+
+import base64
+import binascii
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from odcheap.data.base import DIGEST_BYTES, ImageDigests
+from odcheap.data.folder_trees import Files, hash_ends, hash_whole
+from odcheap.data.splits import hash_pixels
+from odcheap.runs.folder import TRAINING_IMAGES
+from odcheap.runs.schemas import Schema, validate
+from odcheap.utils.documents import read_json
+from odcheap.utils.errors import OptionError
+from odcheap.utils.files import write_json
+
+
+class SavedDigests(Schema):
+    """The content of `training_images.json`: hashes in base64, see `ImageDigests`."""
+
+    kind: Literal["files", "pixels"]
+    key: int
+    train: str
+    val: str
+    digest_bytes: int = Field(ge=DIGEST_BYTES, le=DIGEST_BYTES)
+
+
+def write_digests(job_dir: Path, digests: ImageDigests) -> None:
+    """Writes the list into a run's folder."""
+    train, val = (base64.b64encode(part).decode() for part in (digests.train, digests.val))
+    content = {"kind": digests.kind, "key": digests.key, "digest_bytes": DIGEST_BYTES, "train": train, "val": val}
+    write_json(job_dir / TRAINING_IMAGES, content)
+
+
+def read_digests(job_dir: Path, option: str) -> ImageDigests | None:
+    """Reads the list from a run's folder; None if the run has not finished or is of an earlier version.
+
+    Raises:
+        OptionError: The file is not one that odcheap writes.
+    """
+    path = job_dir / TRAINING_IMAGES
+    if not os.path.lexists(path):
+        return None
+    saved = validate(SavedDigests, read_json(path, option), path, option)
+    try:
+        train, val = (base64.b64decode(part, validate=True) for part in (saved.train, saved.val))
+    except (binascii.Error, ValueError) as error:
+        raise OptionError(option, path, "its hashes are not in base64") from error
+    if len(train) % DIGEST_BYTES or len(val) % DIGEST_BYTES:
+        raise OptionError(option, path, f"its hashes do not have {DIGEST_BYTES} bytes each")
+    return ImageDigests(saved.kind, saved.key, train, val)
+
+
+def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
+    """Returns the hashes by which each file may be in a list of the kind "files".
+
+    A list has the hash of a file's size and of its first and last 4,096 bytes, or, if several files of the run have the
+    same, that of its whole content.
+    """
+    listed = Files("", np.array([os.fsencode(path.absolute()) for path in files]), np.zeros(len(files), np.int64))
+    both = hash_ends(listed, key), hash_whole(listed, range(len(files)), key)
+    return [{digest[:DIGEST_BYTES] for digest in digests} for digests in zip(*both, strict=True)]
+
+
+def hash_image(image: np.ndarray, key: int) -> set[bytes]:
+    """Returns the hash by which an image (C, H, W) uint8 may be in a list of the kind "pixels"."""
+    return {hash_pixels(torch.from_numpy(image[None]), key)[0][:DIGEST_BYTES]}
+
+
+def find_known_images(digests: ImageDigests, hashes: Sequence[set[bytes]]) -> tuple[list[int], list[int]]:
+    """Returns the positions of the training images and of the held-out images of a run.
+
+    Args:
+        digests: The run's list.
+        hashes: The hashes of each image, see `hash_file_contents` and `hash_image`.
+    """
+    known = [
+        {part[k : k + DIGEST_BYTES] for k in range(0, len(part), DIGEST_BYTES)} for part in (digests.train, digests.val)
+    ]
+    trained, held_out = ([k for k, own in enumerate(hashes) if own & part] for part in known)
+    return trained, sorted(set(held_out) - set(trained))
