@@ -1,1 +1,1 @@
-"""From a run to files for a device."""
+"""Exports the student of a run, or any network, as files for a device."""

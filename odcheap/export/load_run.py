@@ -1,4 +1,4 @@
-"""The student that is to be exported, and how it is loaded from a run's folder."""
+"""The student that is exported, and how it is loaded from the folder of a run."""
 
 import json
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ READ_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # o
 
 
 class RunStudent(NamedTuple):
-    """A student of a run, or a network that odcheap has not trained.
+    """A network to export: a student of a run, or a network that odcheap has not trained.
 
     Attributes:
-        job_dir: The run's folder; None without a run.
-        title: Which student of which epoch, or which network.
-        network: The student in eval mode; its input is normalized.
-        standard: The same architecture with standard convolutions and fresh weights, in eval mode.
-        settings: What builds the student and prepares its images, see `StudentSettings`. Without a run nothing builds
-            it again: `backbone` and `block_type` only describe it.
-        config: The run's `config.yaml` as plain containers; empty without a run.
-        summary: The run's `summary.json`; None if it has not finished.
-        test_top1: The student's test accuracy in the summary; None if it has not finished.
-        config_dirs: `conf` directories of the user, in which parts of the run were found.
+        job_dir: The run's folder; None if there is no run.
+        title: A text that says which student of which epoch it is, or which network.
+        network: The network in eval mode, which takes normalized images.
+        standard: The same architecture with standard convolutions and random weights, in eval mode.
+        settings: The settings from which the student is built and its images are prepared; see `StudentSettings`. If
+            there is no run, `backbone` and `block_type` only describe the network, which cannot be built from them.
+        config: The content of the run's `config.yaml`; empty if there is no run.
+        summary: The content of the run's `summary.json`; None if the run has not finished.
+        test_top1: The test accuracy of the student in the summary; None if the run has not finished.
+        config_dirs: Further `conf` directories, with parts of the run that odcheap does not have.
     """
 
     job_dir: Path | None
@@ -48,26 +48,26 @@ class RunStudent(NamedTuple):
 
     @property
     def has_settings(self) -> bool:
-        """Whether the settings build the student again, so that `load_student` can load its weights."""
+        """Whether the network can be built from the settings, so that `load_student` can load its weights."""
         return self.job_dir is not None
 
     @property
     def image_size(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the input."""
+        """The shape (C, H, W) of the images that the network takes."""
         channels, height, width = self.settings["image_size"]
         return channels, height, width
 
 
 def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequence[Path] = ()) -> RunStudent:
-    """Loads a student of a finished run, or of an unfinished one that has completed an epoch.
+    """Loads a student of a run, which must be finished or have completed at least one epoch.
 
     Args:
         job_dir: The run's folder.
-        number: The student's number, from 0; None is the selected student.
-        config_dirs: `conf` directories with parts that odcheap does not have.
+        number: The number of the student, from 0; None for the selected student.
+        config_dirs: Further `conf` directories, with parts that odcheap does not have.
 
     Raises:
-        OptionError: The folder holds no run, no completed epoch, or not this student.
+        OptionError: The folder contains no run, no completed epoch, or no student with this number.
     """
     if not job_dir.is_dir():
         raise OptionError(OPTION, job_dir, "no such folder")
@@ -94,10 +94,10 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
 
 
 def read_config(job_dir: Path) -> dict[str, Any]:
-    """Reads a run's `config.yaml` as plain containers; interpolations in it stay text.
+    """Returns the content of a run's `config.yaml`; interpolations such as `${seed}` in it are not resolved.
 
     Raises:
-        OptionError: There is no config, or it is not that of a run.
+        OptionError: There is no such file, or another program has written it.
     """
     path = job_dir / "config.yaml"
     if not path.is_file():
@@ -109,7 +109,12 @@ def read_config(job_dir: Path) -> dict[str, Any]:
 
 
 def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Returns weights, settings and title of a student at the epoch selected so far."""
+    """Returns a student at the epoch selected so far: its weights, its settings (`StudentSettings`) and a title.
+
+    Args:
+        job_dir: The run's folder.
+        number: The number of the student, from 0; None for the selected student, or moving average of its weights.
+    """
     newest = find_newest_usable(job_dir)
     if newest is None or not newest[1]["callbacks"]["Record"]["history"]:
         raise OptionError(OPTION, job_dir, "no epoch of this run has finished, or its checkpoints are gone")
@@ -120,7 +125,7 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     if number is not None and not 0 <= number < count:
         raise OptionError("--student", number, f"must be 0 to {count - 1}")
-    # Candidates are the students, then the averages of their weights.
+    # The candidates are the students, then the moving averages of their weights.
     candidate = selected["candidate"] if number is None else number
     is_averaged = candidate >= count
     tensors = strip_prefix(state, f"{AVERAGED if is_averaged else STUDENT}{candidate % count}.")
@@ -128,7 +133,7 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
 
 
 def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
-    """Describes a student to the user, who counts epochs from 1; files count them from 0."""
+    """Returns a text that names a student and its epoch. Users count epochs from 1, files from 0."""
     return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch + 1}"
 
 

@@ -1,4 +1,4 @@
-"""Networks as PyTorch programs and as ONNX files, also in 8-bit integers."""
+"""Converts networks to PyTorch programs and ONNX files, also with 8-bit integers."""
 
 import contextlib
 import io
@@ -26,22 +26,29 @@ OLDEST_OPSET, DEFAULT_OPSET = 7, 18
 
 
 class Program(NamedTuple):
-    """A network as one graph; `free` names the dimensions of the images ("n", "height", "width") that may vary."""
+    """A network that was traced to one graph.
+
+    Attributes:
+        exported: The graph.
+        free: The names of those dimensions of the images ("n", "height", "width") that may vary.
+    """
 
     exported: ExportedProgram
     free: tuple[str, ...]
 
 
 def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: int | None = None) -> Program:
-    """Traces a network in eval mode: images (n, C, H, W) -> logits (n, K).
+    """Traces a network, which maps images (n, C, H, W) to logits (n, K), in eval mode.
 
-    Height and width may vary only if the graph has been checked to compute what the network computes at other sizes.
+    The number of images may vary. Height and width may vary too, if the graph computes the same as the network at other
+    sizes.
 
     Args:
         network: The network; it is moved to the CPU and set to eval mode.
-        image_size: Shape (C, H, W) of an image.
-        batch: Number of images, for a graph in which no dimension may vary.
+        image_size: (C, H, W) of an image.
+        batch: The number of images of a graph in which no dimension may vary; None for a graph as above.
     """
+    # Try the graph with the most freedom first.
     network = network.eval().cpu()
     if batch is not None:
         return Program(trace_network(network, image_size, (), batch), ())
@@ -57,10 +64,17 @@ def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: 
 def trace_network(
     network: nn.Module, image_size: tuple[int, int, int], free: tuple[int, ...], batch: int = 2
 ) -> ExportedProgram:
-    """Traces the network with so many images; the dimensions with these numbers may vary."""
+    """Traces a network, and removes from the graph what names files and folders of this machine.
+
+    Args:
+        network: The network.
+        image_size: (C, H, W) of an image.
+        free: The positions of the dimensions that may vary: 0 for the number of images, 2 for height, 3 for width.
+        batch: The number of images with which the network is run.
+    """
     dims = dict.fromkeys(free, Dim.DYNAMIC)
     exported = torch.export.export(network, (torch.zeros(batch, *image_size),), dynamic_shapes=(dims,))
-    # The tracer notes at each node the lines of code that made it, with the machine's folders.
+    # The tracer stores at each node the lines of code that made it, with the paths of their files.
     for module in exported.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -69,7 +83,15 @@ def trace_network(
 
 @torch.no_grad()
 def is_same_at_other_sizes(network: nn.Module, exported: ExportedProgram, image_size: tuple[int, int, int]) -> bool:
-    """Whether the graph computes what the network computes; raises PyTorch's error if one of them refuses a size."""
+    """Returns whether a graph has the same outputs as the network at three image sizes.
+
+    PyTorch's error is raised if one of the two cannot take a size.
+
+    Args:
+        network: The network.
+        exported: The graph, in which height and width may vary.
+        image_size: (C, H, W) of an image; it is the first of the three sizes.
+    """
     channels, height, width = image_size
     graph = exported.module()
     for size in ((height, width), (height + 24, width + 9), (2 * height, 2 * width)):
@@ -80,19 +102,19 @@ def is_same_at_other_sizes(network: nn.Module, exported: ExportedProgram, image_
 
 
 def to_pt2(program: Program) -> bytes:
-    """Returns a file for `torch.export.load`, which does not need odcheap."""
+    """Returns the content of a file that `torch.export.load` reads, for which PyTorch is enough, without odcheap."""
     content = io.BytesIO()
     torch.export.save(program.exported, content)
     return content.getvalue()
 
 
 def to_onnx(program: Program, opset: int | None = None) -> bytes:
-    """Returns an ONNX file, `images` -> `logits`, with the weights inside.
+    """Returns the content of an ONNX file with the input `images`, the output `logits`, and the weights inside.
 
     Args:
         program: The traced network.
-        opset: Version of ONNX's operators; None is 18, which ONNX Runtime 1.14 can run, or PyTorch's choice if the
-            network has operators that are newer.
+        opset: The version of ONNX's operators. None is 18, which ONNX Runtime 1.14 can run, or the version that PyTorch
+            chooses if the network has newer operators.
 
     Raises:
         OptionError: The graph cannot be written with this opset.
@@ -112,7 +134,7 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
 
 
 def remove_traces(model: onnx.ModelProto) -> None:
-    """Removes what the tracer has noted of the source code, with the machine's folders, and all other comments."""
+    """Removes from a model, in place, what the tracer has stored about the source code, and all other comments."""
     graph, functions = model.graph, model.functions
     values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
     nodes = (*graph.node, *(node for function in functions for node in function.node))
@@ -122,7 +144,7 @@ def remove_traces(model: onnx.ModelProto) -> None:
 
 
 def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
-    """Replaces the tracer's symbols for varying dimensions by their names."""
+    """Replaces, in place, the tracer's symbols for the dimensions that may vary by their names, such as "height"."""
     graph = model.graph
     (images,) = graph.input
     dims = images.type.tensor_type.shape.dim
@@ -134,11 +156,8 @@ def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
 
 
 def use_global_pooling(model: onnx.ModelProto) -> None:
-    """Replaces means over height and width by GlobalAveragePool, and the Reshape after it by Flatten.
-
-    The model is changed in place. These two operators are the same in old opsets, and compilers for embedded devices
-    support them.
-    """
+    """Replaces, in place, means over height and width by GlobalAveragePool, and a Reshape after them by Flatten."""
+    # These two operators are the same in old opsets, and compilers for embedded devices support them.
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
@@ -165,21 +184,25 @@ def use_global_pooling(model: onnx.ModelProto) -> None:
 
 
 def is_spatial_mean(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
-    """Whether the node takes the mean of (n, C, H, W) over H and W."""
+    """Returns whether a node of a graph computes the mean of (n, C, H, W) over H and W.
+
+    Args:
+        node: The node.
+        constants: The constant tensors of the graph by name.
+    """
     if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in constants:
         return False
     return sorted(axis % 4 for axis in numpy_helper.to_array(constants[node.input[1]])) == [2, 3]
 
 
 def set_opset(model: onnx.ModelProto, opset: int) -> None:
-    """Declares another opset for the same nodes.
-
-    Between opsets, the operators of convolutional networks usually changed only in the types that they accept. The
-    checks of an export show whether the file still computes the same.
+    """Changes the opset (version of operators) of a model in place; its nodes stay the same.
 
     Raises:
-        OptionError: One of the nodes does not exist in this form in that opset.
+        OptionError: The opset is unknown, or a node does not exist in this form in that opset.
     """
+    # In most cases the operators of convolutional networks differ between opsets only in the types that they accept. An
+    # export then checks whether the file still computes the same.
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
         raise OptionError("--opset", opset, f"must be {OLDEST_OPSET} to {newest}")
@@ -196,7 +219,7 @@ def set_opset(model: onnx.ModelProto, opset: int) -> None:
 
 
 class BatchReader(CalibrationDataReader):
-    """Gives ONNX Runtime's calibration one batch after another."""
+    """Passes batches of images (n, C, H, W) to the calibration of ONNX Runtime, one after the other."""
 
     def __init__(self, batches: Iterator[np.ndarray]):
         self.batches = batches
@@ -207,14 +230,15 @@ class BatchReader(CalibrationDataReader):
 
 
 def quantize_onnx(model: bytes, batches: Iterator[np.ndarray]) -> bytes:
-    """Returns the ONNX file with 8-bit weights (a scale for each channel) and 8-bit feature maps.
+    """Returns an ONNX file with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
 
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
-    inference", 2018, in ONNX Runtime's implementation.
+    inference", 2018, in the implementation of ONNX Runtime.
 
     Args:
-        model: The content of an ONNX file.
-        batches: Images (n, C, H, W), float32 in [0, 1]; the feature maps' ranges are those seen with them.
+        model: The content of the ONNX file to quantize.
+        batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
+            measured.
     """
     with tempfile.TemporaryDirectory() as folder:
         original, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("original", "prepared", "int8"))

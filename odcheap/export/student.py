@@ -26,12 +26,13 @@ Sample = tuple[str | Path, int]
 
 
 class ImageFiles:
-    """Image files with labels, for the checks of an export.
+    """Image files with labels, with which an export is checked.
 
     Args:
         parts: The files and labels of each part: "test", and "train" for the calibration of 8-bit integers.
-        image_size: Side of the images that the network sees.
-        shorter_side: Pixels to which the image's shorter side is resized before its center is cropped.
+        image_size: The side, in pixels, of the images that the network takes.
+        shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
+            cropped.
         norm: The normalization that the network expects.
     """
 
@@ -70,37 +71,38 @@ def export_student(
     seconds: float = 1.0,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a network as files for a device, as `odcheap export` does for a run.
+    """Writes a network as files for a device, as `odcheap export` does for the student of a run.
 
-    The folder has `student.onnx`, `student.pt2`, `preprocess.json`, `labels.json`, `predict.py` and the model card
-    `README.md` with checksums. It appears only if every file computes what the network computes.
+    The folder contains `student.onnx`, `student.pt2`, `preprocess.json`, `labels.json`, `predict.py` and the model card
+    `README.md` with checksums. It is made only if every file computes the same as the network.
 
     Args:
-        network: Normalized images (N, 3, H, W) -> logits (N, K); it is not changed.
-        classes: The names of the K classes by label.
+        network: A network that maps normalized images (N, 3, H, W) to logits (N, K); it is not changed.
+        classes: The names of the K classes, in the order of the logits.
         out: The folder to write.
-        image_size: Side in pixels of the square images that the network sees.
-        mean: Means of the channels of images in [0, 1], with which the network's input is normalized; (0, 0, 0) if it
-            is not normalized.
-        std: Their standard deviations; (1, 1, 1) if the input is not normalized.
-        shorter_side: Pixels to which an image's shorter side is resized before its center is cropped; None is
-            `image_size`.
+        image_size: The side, in pixels, of the square images that the network takes.
+        mean: The mean of each channel of images in [0, 1], with which the network's input is normalized; (0, 0, 0) if
+            it is not normalized.
+        std: The standard deviation of the same kind; (1, 1, 1) if the input is not normalized.
+        shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
+            cropped; None for `image_size`.
         samples: Test images as pairs of a file and its label, such as `torchvision.datasets.ImageFolder(...).samples`.
-            The files are checked on them, and the model card has the accuracy. Without them the checks use noise.
-        calibration: Files of training images. If they are given, `student-int8.onnx` has 8-bit integers, for which
-            these images determine the ranges.
-        name: What the model card calls the network; None is the name of its class.
-        batch: Number of images of a static graph, for a device's compiler; None is any number.
-        opset: Version of ONNX's operators; None is 18, if possible.
-        seconds: Time for each timing.
+            The exported files are checked on them, and the model card states the accuracy. If there are none, the files
+            are checked on noise.
+        calibration: Files of training images. If they are given, `student-int8.onnx` with 8-bit integers is written,
+            too; the ranges of its feature maps are measured on these images.
+        name: The name of the network in the model card; None for the name of its class.
+        batch: The number of images of a static graph, for a device's compiler; None if any number can be given.
+        opset: The version of ONNX's operators; None for 18, if possible.
+        seconds: The time for each measurement of speed, in seconds.
         overwrite: Whether an older export in `out` is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        OptionError: An argument is not allowed, or the network does not give one logit for each class.
-        Failure: A file does not compute what the network computes. Nothing is written then.
+        OptionError: An argument is not allowed, or the network does not return one logit for each class.
+        Failure: A file does not compute the same as the network. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -114,6 +116,7 @@ def export_student(
         >>> sorted(path.name for path in folder.iterdir())[:3]
         ['README.md', 'labels.json', 'predict.py']
     """
+    # Check the arguments, and try the network.
     norm = Normalization(tuple(map(float, mean)), tuple(map(float, std)))
     shorter_side = image_size if shorter_side is None else shorter_side
     classes, samples, calibration = list(map(str, classes)), list(samples), list(calibration)
@@ -121,6 +124,7 @@ def export_student(
     network = copy.deepcopy(network).cpu().float().eval()
     check_network(network, image_size, len(classes))
 
+    # Describe the network as a run describes its student.
     own = network.network if hasattr(network, "network") else network  # a network that odcheap has wrapped
     name = type(own).__name__ if name is None else name
     settings: dict[str, Any] = {
@@ -150,7 +154,7 @@ def export_student(
 def check_images(
     image_size: int, shorter_side: int, samples: list[Sample], calibration: list[str | Path], classes: int
 ) -> None:
-    """Raises `OptionError` if a size or a label is not possible, or a file is not there."""
+    """Raises `OptionError` if an argument of `export_student` is wrong: a size or a label, or a file does not exist."""
     for option, side in (("image_size", image_size), ("shorter_side", shorter_side)):
         if not isinstance(side, int) or side < 1:
             raise OptionError(option, side, "must be a whole number of pixels, 1 or more")
@@ -169,7 +173,7 @@ def check_images(
 
 @torch.inference_mode()
 def check_network(network: nn.Module, image_size: int, classes: int) -> None:
-    """Raises `OptionError` unless the network maps images (N, 3, side, side) to logits (N, K)."""
+    """Raises `OptionError` if a network does not map images (N, 3, image_size, image_size) to logits (N, classes)."""
     try:
         logits = network(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:  # the network's own code may raise anything
@@ -182,6 +186,6 @@ def check_network(network: nn.Module, image_size: int, classes: int) -> None:
 
 
 def describe_pairs(network: nn.Module) -> dict[str, str]:
-    """Returns the kinds of cheap pairs of a network as the settings of a block type; empty if it has none."""
+    """Returns the kinds of `CheapConv` in a network, in the form of a block type's settings; an empty dict if none."""
     kinds = {describe_layer(module): None for module in network.modules() if isinstance(module, CheapConv)}
     return {"part": " and ".join(kinds)} if kinds else {}

@@ -1,6 +1,7 @@
-"""Checks that every exported file computes what the trained network computes.
+"""Checks that every exported file computes the same as the trained network.
 
-Each file runs in its own runtime and starts from image files: the run's test images, or noise without them.
+Each file is run in its own runtime, and image files are decoded for it: the test images of the run, or images of noise
+if there are no test images.
 """
 
 import itertools
@@ -34,7 +35,7 @@ INT8 = "student-int8.onnx"
 NOISE_IMAGES = 64
 BATCH_SIZE = 250
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
-# Runs a student.safetensors in a process that cannot import Lightning, Hydra or ONNX Runtime.
+# Runs a student.safetensors in a new process that cannot import Lightning, Hydra or ONNX Runtime.
 BARE_PROCESS = """
 import json, sys
 from pathlib import Path
@@ -54,7 +55,7 @@ with torch.inference_mode():
 
 
 class LabeledImages(Protocol):
-    """What checks need of a data set, see `ImageData`."""
+    """The attributes and methods of a data set that the checks use; see `ImageData`."""
 
     norm: Normalization
 
@@ -65,25 +66,31 @@ class LabeledImages(Protocol):
 
 
 class Reference(NamedTuple):
-    """Image files, their labels (None for noise), and the trained network's logits (N, K) as training computes them."""
+    """What the outputs of exported files are compared with.
+
+    Attributes:
+        files: The image files.
+        labels: Their labels (N,); None for images of noise.
+        logits: The logits (N, K) of the trained network, with images prepared as in the evaluations of the training.
+    """
 
     files: list[Path]
     labels: np.ndarray | None
     logits: np.ndarray
 
     def top1(self, logits: np.ndarray) -> float | None:
-        """Returns the accuracy of logits (N, K); None without labels."""
+        """Returns the top-1 accuracy of logits (N, K); None if there are no labels."""
         return None if self.labels is None else float((logits.argmax(1) == self.labels).mean())
 
 
 class Verification(NamedTuple):
-    """What the checks have shown.
+    """The results of the checks.
 
     Attributes:
-        images: Number of images.
-        on_data: Whether they were the run's test images.
-        differences: Largest difference of a logit, by file.
-        top1: Accuracy by file; None without labels.
+        images: The number of images.
+        on_data: Whether these were the test images of the run.
+        differences: For each file, the largest difference between one of its logits and the trained network's.
+        top1: For each file, its top-1 accuracy; None if there are no labels.
         reason: Why there were no test images; empty if there were.
     """
 
@@ -95,12 +102,12 @@ class Verification(NamedTuple):
 
 
 def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
-    """Reads a run's data set; nothing is downloaded.
+    """Reads the data set of a run; nothing is downloaded or written.
 
     Args:
-        config: The run's `config.yaml`.
-        data_dir: Where the images are now; None if they are where the run found them.
-        config_dirs: `conf` directories with data sets that odcheap does not have.
+        config: The content of the run's `config.yaml`.
+        data_dir: The folder of the images now; None if they are in the folder that the config names.
+        config_dirs: Further `conf` directories, with data sets that odcheap does not have.
 
     Raises:
         OptionError: The images are not there, or the config describes no data set.
@@ -122,13 +129,19 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
 
 
 def iterate_samples(data: LabeledImages, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
-    """Yields the readable images of a part as evaluation sees them; with a limit, so many from all over the part."""
+    """Yields the images of a part as they are evaluated, without those that cannot be read.
+
+    Args:
+        data: The data set.
+        part: "train", "val" or "test".
+        limit: The largest number of images, which are spread evenly over the part; None for all images.
+    """
     count = len(data.labels[part])
     return data.iterate_images(part, range(count) if limit is None else range(0, count, -(-count // limit)))
 
 
 def split_batches(samples: Iterable[LabeledImage], size: int) -> Iterator[list[LabeledImage]]:
-    """Yields lists of so many samples; the last one may be shorter."""
+    """Yields lists of `size` samples; the last list may be shorter."""
     samples = iter(samples)
     while batch := list(itertools.islice(samples, size)):
         yield batch
@@ -136,7 +149,13 @@ def split_batches(samples: Iterable[LabeledImage], size: int) -> Iterator[list[L
 
 @torch.inference_mode()
 def compute_test_reference(data: LabeledImages, network: nn.Module, folder: Path) -> Reference:
-    """Computes the network's logits of all test images; images without a file are written to the folder."""
+    """Computes the logits of all test images with the trained network.
+
+    Args:
+        data: The data set.
+        network: The trained network; it takes normalized images.
+        folder: A folder to which images are written that do not come from files.
+    """
     files, labels, logits = [], [], []
     samples = show_progress(iterate_samples(data, "test"), len(data.labels["test"]), "the trained network")
     for batch in split_batches(samples, BATCH_SIZE):
@@ -151,7 +170,13 @@ def compute_test_reference(data: LabeledImages, network: nn.Module, folder: Path
 
 @torch.inference_mode()
 def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder: Path) -> Reference:
-    """Computes the network's logits of noise of rising contrast, which is written to the folder."""
+    """Computes the logits of images of noise, whose contrast increases, with the trained network.
+
+    Args:
+        settings: The settings of the student; see `StudentSettings`.
+        network: The trained network; it takes normalized images.
+        folder: The folder to which the images are written.
+    """
     size, generator = settings["image_size"], torch.Generator().manual_seed(0)
     contrast = torch.linspace(0.1, 1, NOISE_IMAGES)[:, None, None, None]
     noise = 2 * torch.rand(NOISE_IMAGES, *size, generator=generator) - 1
@@ -169,7 +194,7 @@ def save_image(image: Tensor, path: Path) -> Path:
 
 
 def show_progress(items: Iterator, count: int, description: str) -> Iterable:
-    """Yields the items, with a progress bar on a terminal."""
+    """Yields the items, and shows a progress bar if the output is a terminal."""
     out = console()
     return track(items, description, total=count, console=out, transient=True, disable=not out.is_terminal)
 
@@ -182,19 +207,22 @@ def verify_files(
     folder: Path,
     batch: int | None,
 ) -> Verification:
-    """Compares every file of the folder with the trained network; 8-bit integers get only their accuracy measured.
+    """Compares the logits of every exported file with those of the trained network.
+
+    The logits of the file with 8-bit integers are not compared; only its accuracy is measured.
 
     Args:
         run: The exported student.
-        data: The test images; None if they are not available.
-        reason: Why they are not available.
+        data: The data set with the test images; None if they are not available.
+        reason: Why they are not available; empty if they are.
         preprocess: The content of `preprocess.json`.
-        folder: The exported files.
-        batch: Number of images that a static graph takes.
+        folder: The folder of the exported files.
+        batch: The number of images that a static graph takes; None if the number may vary.
 
     Raises:
-        Failure: A file does not compute what the network computes.
+        Failure: A file does not compute the same as the network.
     """
+    # The accuracy of the trained network itself is compared with that of its run first.
     differences, top1 = {}, {}
     with tempfile.TemporaryDirectory() as images:
         if data is None:
@@ -212,13 +240,14 @@ def verify_files(
 
 
 def check_accuracy(run: RunStudent, reference: Reference) -> None:
-    """Raises `Failure` if the trained network's accuracy is not the one in the run's summary.
+    """Raises `Failure` if the accuracy of the trained network differs from that in the run's summary.
 
-    Rounding can change the class of an image whose two largest logits are close. They count as close if they differ by
-    less than a thousandth after a run in 32 bits on a CPU, where only the order of sums differs, and otherwise by less
-    than 3 % of the logits' range: a GPU rounds 32 bits to 11, and bfloat16 has 8. With less than 32 bits, half a
-    percent of all images may be classified differently in addition.
+    Some difference is allowed, since rounding can change the class of an image whose two largest logits are close.
     """
+    # They count as close if they differ by less than a thousandth after a run in 32 bits on a CPU, where only the order
+    # of sums differs, and otherwise by less than 3 % of the range of the logits: a GPU rounds the factors of products
+    # to 11 bits, and bfloat16 has 8. With less than 32 bits, half a percent of all images may be classified differently
+    # in addition.
     if run.test_top1 is None:
         return
     ordered = np.sort(reference.logits, axis=1)
@@ -235,7 +264,16 @@ def check_accuracy(run: RunStudent, reference: Reference) -> None:
 
 
 def check_logits(name: str, logits: np.ndarray, reference: Reference) -> float:
-    """Returns the largest difference of a logit; raises `Failure` if one is too large."""
+    """Returns the largest difference between a logit of a file and the trained network's; raises if one is too large.
+
+    Args:
+        name: The name of the file, for the message.
+        logits: The logits of the file, (N, K).
+        reference: The logits of the trained network.
+
+    Raises:
+        Failure: A difference is larger than rounding can explain.
+    """
     differences = np.abs(logits - reference.logits)
     if not (differences <= MAX_DIFFERENCE + 1e-5 * np.abs(reference.logits)).all():
         worst = np.unravel_index(np.nan_to_num(differences, nan=np.inf).argmax(), differences.shape)
@@ -247,7 +285,19 @@ def check_logits(name: str, logits: np.ndarray, reference: Reference) -> float:
 def compute_logits(
     path: Path, preprocess: dict[str, Any], reference: Reference, batch: int | None, config_dirs: Sequence[Path] = ()
 ) -> np.ndarray:
-    """Runs an exported file on the reference's image files in its own runtime."""
+    """Returns the logits (N, K) of an exported file, which is run in its own runtime.
+
+    Args:
+        path: The exported file.
+        preprocess: The content of `preprocess.json`.
+        reference: The image files.
+        batch: The number of images that a static graph takes; None if the number may vary.
+        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+
+    Raises:
+        Failure: The file cannot be loaded or run.
+    """
+    # The runtimes: a new process with PyTorch and odcheap, PyTorch alone, and ONNX Runtime.
     if path.suffix == ".safetensors":
         return run_in_bare_process(path, preprocess, reference, config_dirs)
     if path.suffix == ".pt2":
@@ -270,7 +320,10 @@ def compute_logits(
 def run_in_bare_process(
     path: Path, preprocess: dict[str, Any], reference: Reference, config_dirs: Sequence[Path] = ()
 ) -> np.ndarray:
-    """Runs a `student.safetensors` in a new process in which Lightning, Hydra and ONNX Runtime cannot be imported."""
+    """Returns the logits (N, K) of a `student.safetensors`, see `compute_logits`.
+
+    It is loaded in a new process in which Lightning, Hydra and ONNX Runtime cannot be imported.
+    """
     search = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), *sys.path]))
     with tempfile.TemporaryDirectory() as folder:
         files, out = Path(folder) / "files.json", Path(folder) / "logits.npy"
