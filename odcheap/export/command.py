@@ -17,11 +17,14 @@ Every file is run on the run's test images and compared with the trained network
 
 import argparse
 import errno
+import fcntl
+import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
+from odcheap.runs.folder import TEMPORARY
 from odcheap.training import summary
 from odcheap.utils.console import keep_going_without_output, print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
@@ -47,6 +51,10 @@ from odcheap.utils.text import hide_folders
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
 MAX_CARD = 1 << 20  # characters of a model card that are read
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
+TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
+
+FILES = ("student.onnx", DENSE, verify.INT8, "student.pt2", "student.safetensors", "predict.py")
+FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, predict.CARD_FILE)
 
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
@@ -230,11 +238,15 @@ def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
     changed = OptionError("--out", out, "another process has written here meanwhile, which is kept")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial_exports(out)
         folder = Path(tempfile.mkdtemp(".part", f".{out.name}.", out.parent))
     except OSError as error:
         raise OptionError("--out", out, f"cannot be written ({error.strerror})") from error
     aside = folder.with_suffix(".old")
+    lock = os.open(folder, os.O_RDONLY)  # it is free when this process has ended, however it has ended
     try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
         folder.chmod(0o755)  # temporary folders are readable by their owner only
         if older is not None:
@@ -255,6 +267,35 @@ def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if aside.exists() and not out.exists():
             aside.rename(out)
+        os.close(lock)
+
+
+def remove_partial_exports(out: Path) -> None:
+    """Removes the temporary folders of exports to `out` that were killed; a folder that a process has locked stays.
+
+    A folder with other files than those of an export belongs to somebody else, and stays too.
+    """
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        if not TEMPORARY_NAME.fullmatch(folder.name.removeprefix(f".{out.name}")):
+            continue
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # a file, a link, or another user's folder
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if all(is_partial_file(path) for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # an export that runs, or a file system without locks
+            pass
+        finally:
+            os.close(lock)
+
+
+def is_partial_file(path: Path) -> bool:
+    """Returns whether an export may have written the file, perhaps not to its end."""
+    match = TEMPORARY.fullmatch(path.name)
+    return path.is_file() and not path.is_symlink() and (match["name"] if match else path.name) in FILES
 
 
 def write_files(

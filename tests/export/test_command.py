@@ -213,6 +213,28 @@ def test_an_export_that_a_signal_ends_leaves_nothing(tmp_path, capsys, monkeypat
     assert sorted(folder.rglob("*")) == files
 
 
+def test_what_a_killed_export_has_left_is_removed_by_the_next_and_nothing_else_is(tmp_path):
+    """A second signal ends an export at once, and SIGKILL does at any time."""
+    out, mine = tmp_path / "export", tmp_path / ".export.mine.part"
+    contents = {".export.a1b2c3d4.part": "student.onnx", ".export.a1b2c3d5.part": ".student.pt2.7-0123abcd.part"}
+    contents |= {
+        ".export.a1b2c3d6.part": "thesis.tex",
+        ".other.a1b2c3d4.part": "student.onnx",
+        mine.name: "labels.json",
+    }
+    for folder, file in contents.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("?")
+    (tmp_path / ".export.a1b2c3d7.part").symlink_to(mine)
+    with command.replace_folder(out) as running:
+        (running / "student.onnx").write_text("new")
+        command.remove_partial_exports(out)  # as another process does that begins meanwhile
+        assert (running / "student.onnx").exists()
+    left = {path.name for path in tmp_path.iterdir()} - {out.name}
+    assert left == {*list(contents)[2:], ".export.a1b2c3d7.part"}
+    assert (mine / "labels.json").exists()
+
+
 def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsys):
     job_dir = run("trainer.max_epochs=1")
     assert command.main([str(job_dir), *QUICK]) == 0
