@@ -42,7 +42,13 @@ def test_outcomes_are_read_from_the_folders_of_the_runs(tmp_path):
     write(tmp_path / "d" / "status.json", here | {"state": "stopped", "reason": "SIGTERM"})
     write(tmp_path / "e" / "summary.json", {"finished": True, "epochs": 1})
     write(tmp_path / "tested" / "test.json", {"selected": {}})
+    write(tmp_path / "f" / "summary.json", {"finished": True, "epochs": "x"})
+    write(tmp_path / "g" / "test.json", {"selected": {"epoch": -1}})
     found = {Path(outcome.job_dir).name: (outcome.text, outcome.summary) for outcome in sweep.read_outcomes()}
+    for name, field in (("f", "summary.json: epochs: "), ("g", "test.json: selected.epoch: ")):
+        text, summary = found.pop(name)
+        assert text.startswith(f"failed: job_dir={tmp_path / name}/{field}")
+        assert summary is None
     assert found == {
         "a": ("failed: num_stu=0", None),
         "b": (KILLED, None),

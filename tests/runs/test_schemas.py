@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from odcheap.report.load_runs import load_run, read_history
 from odcheap.runs import schemas
-from odcheap.runs.folder import read_config, read_options, read_summary
+from odcheap.runs.folder import is_run_folder, read_config, read_options, read_summary
 from odcheap.runs.status import is_alive, read_status
 from odcheap.utils.documents import MAX_BYTES, read_json
 from odcheap.utils.errors import OptionError
@@ -85,14 +86,69 @@ def test_any_table_in_metrics_is_read_or_is_one_line(tmp_path, rows):
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * DEEP, '{"a":' * DEEP, "1e999", "NaN", "-Infinity", "1" * 5000, "1" * 30, "\x00", "", "[1", '{"a": 1e999}'],
-    ids=lambda content: content[:12],
+    [
+        "[" * DEEP,
+        '{"a":' * DEEP,
+        "[" * 100 + "]" * 100,
+        "1e999",
+        "NaN",
+        "-Infinity",
+        "1" * 5000,
+        "1" * 30,
+        "\x00",
+        "",
+        "[1",
+        '{"a": 1e999}',
+    ],
+    ids=lambda content: f"{content[:12]}-{len(content)}",
 )
 def test_json_that_would_harm_is_one_line(tmp_path, content):
     (tmp_path / "file.json").write_text(content)
     with pytest.raises(OptionError, match=r"file.json: cannot be read") as refused:
         read_json(tmp_path / "file.json", "job_dir")
     assert "\n" not in str(refused.value)
+
+
+SOME = {"finished": True, "selected": {}}
+WRONG = [
+    ("summary.json", SOME | {"selected": {"test_top1": "0.5"}}, "selected.test_top1"),
+    ("summary.json", SOME | {"epochs": 1.5}, "epochs"),
+    ("summary.json", SOME | {"seed": True}, "seed"),
+    ("summary.json", SOME | {"students": {}}, "students"),
+    ("summary.json", SOME | {"last": {"students": [{}, {"test_top1": 1.01}]}}, "last.students.1.test_top1"),
+    ("status.json", {"state": "running", "pid": "7"}, "pid"),
+    ("status.json", {"state": "running", "more": 1}, "more"),
+    ("config.yaml", {"job_dir": 3}, "job_dir"),
+    ("config.yaml", {"job_dir": "x", "data": [1]}, "data"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "field"), WRONG, ids=str)
+def test_a_wrong_type_is_refused_by_the_file_and_the_field(tmp_path, name, content, field):
+    """Nothing is converted, and a report skips the run."""
+    (tmp_path / "summary.json").write_text(json.dumps(SOME))
+    (tmp_path / "config.yaml").write_text("job_dir: x\n")
+    assert load_run(tmp_path).state == "finished"
+    if name == "status.json":
+        (tmp_path / "summary.json").unlink()
+    (tmp_path / name).write_text(json.dumps(content))
+    found = load_run(tmp_path)
+    assert found.state == "unreadable"
+    assert re.search(rf"{name}.*\b{field}: ", found.reason)
+
+
+@pytest.mark.parametrize("row", ["0,1e300", "0,-1e300", "0,inf", "0,x", "0,1,2", "1e400,1"])
+def test_a_table_of_metrics_has_numbers_that_can_be_drawn(tmp_path, row):
+    (tmp_path / "metrics.csv").write_text(f"epoch,val/student_0/top1\n0,0.5\n{row}\n")
+    with pytest.raises(OptionError, match=r"metrics.csv: row 3, column (epoch|val/student_0/top1): must be a number"):
+        read_history(tmp_path)
+
+
+def test_a_test_of_another_program_is_no_mark_of_a_run(tmp_path):
+    tested = {"selected": {"test_top1": 0.5}, "split": "abc", "versions": {"torch": "2"}}
+    for content, expected in ((tested, True), (tested | {"split": 3}, False), (tested | {"selected": "x"}, False)):
+        (tmp_path / "test.json").write_text(json.dumps(content))
+        assert is_run_folder(tmp_path) == expected
 
 
 ANCHORS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -108,6 +164,7 @@ ANCHORS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         "- " * 2000,
         "a: !!python/name:os.system",
         "1: 2",
+        "data: {a: {1: 2}}",
         "a: .inf",
         "a: 2020-01-01",
         "a: !!int x",
@@ -133,6 +190,10 @@ def test_what_is_too_large_or_no_file_is_one_line(tmp_path):
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(OptionError, match="is larger than|cannot be read"):
         read_summary(tmp_path)
+    (tmp_path / "small.json").write_text("[1]" + 98 * " ")
+    with pytest.raises(OptionError, match=r"small.json: is larger than 100 bytes"):
+        read_json(tmp_path / "small.json", "job_dir", max_bytes=100)
+    assert read_json(tmp_path / "small.json", "job_dir", max_bytes=101) == [1]
     for make in (os.mkfifo, os.mkdir):
         os.unlink(tmp_path / "summary.json")
         make(tmp_path / "summary.json")
