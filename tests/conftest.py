@@ -86,6 +86,20 @@ def command(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
+def soon():
+    """Fails a test after half a minute: code that opens a pipe or a device would wait, or read, for ever."""
+
+    def fail(*_):
+        raise TimeoutError("the test waits for something that never comes")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
 def golden():
     folder = SHARED / "golden"
     if not folder.is_dir():

@@ -65,6 +65,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 OWN_OPTIONS = {"barebones", "callbacks", "fast_dev_run", "limit_predict_batches", "limit_test_batches"}
 OWN_OPTIONS |= {"limit_val_batches", "logger", "overfit_batches", "plugins"}
 EPOCH_LIMIT = "limit_train_batches"  # the loader takes it and not Lightning, so that it knows where an epoch ends
+LIMITS = ("max_time", "max_steps")  # options of Lightning's that may end a training before its last epoch
 SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 
@@ -213,6 +214,7 @@ class Experiment:
         progress = ProgressReporter(self.record, self.console, SHORTER_RUNS)
         trainer = instantiate(
             {name: value for name, value in cfg.trainer.items() if name not in (*GradientOptions._fields, EPOCH_LIMIT)},
+            _convert_="all",  # Lightning takes dicts and lists of Python only, as for `max_time`
             # The guard comes first, so that a step is checked before another callback saves a checkpoint.
             callbacks=[
                 guard,
@@ -226,6 +228,7 @@ class Experiment:
             plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
             limit_val_batches=1.0 if self.watches_images else 0,
         )
+        show_profile()
         device = trainer.strategy.root_device
         if cfg.trainer.sync_batchnorm and device.type == "cpu":
             raise OptionError("trainer.sync_batchnorm", True, "must be false on CPUs: PyTorch has it for GPUs only")
@@ -318,7 +321,16 @@ class Experiment:
             raise Failure("trainer: its options ended the run before the first epoch, so there is nothing to test")
         if selected["score"] < 0 and self.cfg.select != "last" and self.watches_images:
             raise Failure("trainer: its options left out the evaluation of every epoch; select=last selects nothing")
+        self.report_early_end()
         return FitResult(self.record.history, selected["candidate"], selected["epoch"])
+
+    def report_early_end(self) -> None:
+        """Prints a line if the training has ended before its last epoch, with the options that can end it."""
+        done, epochs = self.record.history[-1]["epoch"] + 1, self.cfg.trainer.max_epochs
+        if done < epochs:
+            limits = {name: self.cfg.trainer.get(name) for name in LIMITS}
+            given = [f"trainer.{name}={value}" for name, value in limits.items() if value not in (None, -1)]
+            say(f"the training has ended in epoch {done} of {epochs}{': ' if given else ''}{', '.join(given)}")
 
     def test(self, trainer: pl.Trainer, val: dict[str, Any]) -> TestResult:
         """Evaluates the current weights on the test images.
@@ -454,6 +466,16 @@ class Experiment:
         student = self.method.candidates()[fit.candidate]
         summary.write_student(job_dir / STUDENT, student, self.module.about["student"])
         write_json(job_dir / SUMMARY, content)
+
+
+def show_profile() -> None:
+    """Lets a profiler of Lightning's (`+trainer.profiler=simple`) print its report, which it writes as a log message.
+
+    Other messages of Lightning's are not shown, and Hydra disables the loggers that it finds.
+    """
+    logger = logging.getLogger("pytorch_lightning.profilers.profiler")
+    logger.setLevel(logging.INFO)
+    logger.disabled = False
 
 
 def loading_process(trainer: pl.Trainer) -> Process:

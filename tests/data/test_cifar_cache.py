@@ -84,7 +84,8 @@ def test_the_key_sees_every_change_of_the_files(tmp_path):
         lambda images: images.update(test=images["test"][..., :9].clone()),
         lambda images: images.update(train_target=images["train_target"] + 1000),
         lambda images: images.update(train_target=images["train_target"].int()),
-        lambda images: images.update(train=torch.zeros(4, 3, 0, 32, dtype=torch.uint8)),
+        lambda images: images.update({part: images[part][:, :, :0].clone() for part in ("train", "test")}),
+        lambda images: images.update({part: images[part][..., None] for part in ("train", "test")}),
     ],
 )
 def test_a_cache_that_does_not_fit_the_files_is_made_again(tmp_path, change):
@@ -104,4 +105,5 @@ def test_a_cache_that_does_not_fit_the_files_is_made_again(tmp_path, change):
     assert torch.equal(again.train, first.train)
     assert torch.equal(again.train_target, first.train_target)
     assert torch.equal(again.test, first.test)
+    assert (again.train.dtype, again.train_target.dtype) == (torch.uint8, torch.int64)  # `equal` compares values only
     assert load_file(cache)["train"].shape == (4, 3, 32, 32)

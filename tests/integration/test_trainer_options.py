@@ -2,6 +2,8 @@
 
 import csv
 import json
+import logging
+import re
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ def test_an_epoch_that_max_steps_cuts_short_has_no_held_out_figures(command, tmp
     steps = steps_of_an_epoch(read_rows(tmp_path / "first"))
     run = command(*TINY, "trainer.max_epochs=5", f"+trainer.max_steps={steps + 2}", f"job_dir={tmp_path}/run")
     assert run.status == 0, run.err
+    assert f"the training has ended in epoch 2 of 5: trainer.max_steps={steps + 2}\n" in run.out
     first, second = read_rows(tmp_path / "run")
     assert (int(first["step"]), int(second["step"])) == (steps, steps + 2)
     assert first["val/student_0/top1"] != ""
@@ -82,9 +85,27 @@ def test_a_limited_run_keeps_its_images_when_it_is_resumed(command, tmp_path):
     assert "data.limit=90: would change the experiment that is resumed" in refused.err
 
 
+def test_a_training_ends_when_its_time_is_over(command, tmp_path):
+    run = command(*TINY, "trainer.max_epochs=500", "+trainer.max_time={seconds:1}", f"job_dir={tmp_path}/run")
+    assert run.status == 0, run.err
+    assert re.search(r"the training has ended in epoch \d+ of 500: trainer.max_time=\{'seconds': 1\}\n", run.out)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] < 500
+
+
+def test_a_profiler_of_lightning_reports_and_fewest_steps_are_made(command, tmp_path, caplog):
+    logging.getLogger("pytorch_lightning.profilers").addHandler(caplog.handler)  # Lightning's own prints on stderr
+    options = ["trainer.max_epochs=1", "+trainer.profiler=simple", "+trainer.min_steps=5"]
+    run = command(*TINY, *options, f"job_dir={tmp_path}/run")
+    assert run.status == 0, run.err
+    assert "run_training_epoch" in caplog.text
+    assert "has ended" not in run.out
+
+
 @pytest.mark.parametrize(
     ("option", "line"),
     [
+        ("+trainer.max_time=soon", "trainer: `Timer(duration='soon')` is not a valid duration"),
+        ("+trainer.profiler=none", "trainer: When passing string value for the `profiler` parameter"),
         ("+trainer.max_steps=1", "trainer.max_steps=1: must be "),
         ("+trainer.check_val_every_n_epoch=3", "check_val_every_n_epoch=3: must be at most trainer.max_epochs=2"),
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: is not an option"),

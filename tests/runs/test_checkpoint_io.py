@@ -103,7 +103,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
         {"odcheap": run_content()["odcheap"] | {"classes": None}},
         {"callbacks": None},
         {"callbacks": {"Record": {"history": 3}}},
-        {"callbacks": {"Record": {"history": [], "selected": {"candidate": 0, "epoch": 0}, "seconds": float("nan")}}},
+        {"callbacks": {"Record": {"history": [], "selected": {"candidate": 0, "epoch": 0, "score": float("nan")}}}},
         {"callbacks": {"Record": {"history": [], "selected": {"candidate": "../x", "epoch": 0}}}},
         {"epoch": "0"},
     ],

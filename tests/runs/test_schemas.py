@@ -185,7 +185,7 @@ def test_yaml_that_would_harm_is_one_line(tmp_path, content):
         assert "\n" not in str(refused.value)
 
 
-def test_what_is_too_large_or_no_file_is_one_line(tmp_path):
+def test_what_is_too_large_or_no_file_is_one_line(tmp_path, soon):
     with open(tmp_path / "summary.json", "wb") as file:
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(OptionError, match="is larger than|cannot be read"):

@@ -122,13 +122,13 @@ def test_links_are_replaced_and_not_written_through(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_only_regular_files_are_read(tmp_path):
+def test_only_regular_files_are_read(tmp_path, soon):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "pipe", tmp_path / "folder", "/dev/zero", "a\0b"):
-        for read in (read_torch, read_safetensors):
+        for read in (read_torch, read_safetensors, verify_checksum):
             with pytest.raises(OptionError, match="no such file|not a regular file"):
-                read(path)
+                read(path, "path")
 
 
 @pytest.mark.parametrize("read", [read_torch, read_safetensors, verify_checksum])
