@@ -35,6 +35,7 @@ MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**127  # the range of normal numbers in flo
 OWN_CLASS = "is not an option: a class of your own needs a YAML file in a config directory of your own"
 
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -66,6 +67,13 @@ class TrainerOptions:
     max_epochs: Count
     limit_train_batches: Count | Annotated[float, Field(gt=0, le=1)] | None
     accumulate_grad_batches: Count
+    min_epochs: Natural | None
+    max_steps: Annotated[int, Field(ge=-1)]
+    min_steps: Natural | None
+    check_val_every_n_epoch: Count | None
+    val_check_interval: Count | Annotated[float, Field(gt=0, le=1)] | str | None
+    gradient_clip_val: Annotated[float, Field(ge=0)] | None
+    gradient_clip_algorithm: Literal["norm", "value"] | None
     devices: Count
     num_nodes: Count
     strategy: Literal["auto", "ddp"]

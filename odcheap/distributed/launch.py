@@ -61,6 +61,10 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
     """
     if in_sweep and is_torchrun():
         raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
+    if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not has_gpu():
+        option, value = ("trainer", "gpu") if trainer == "gpu" else ("trainer.accelerator", cfg.trainer.accelerator)
+        allowed = "PyTorch finds no GPU that it can use; trainer=cpu trains on the CPU, trainer=auto on what there is"
+        raise OptionError(option, value, allowed)
     if trainer == "multinode" and not is_torchrun() and not slurm.is_step():
         allowed = "start it with torchrun --nnodes=N --nproc-per-node=M, or with srun; trainer=ddp is for one machine"
         raise OptionError("trainer", trainer, allowed)
@@ -70,6 +74,11 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
     started = count_nodes() * processes_per_node()
     if started > 1 and count_processes(cfg) != started:
         raise OptionError("trainer", trainer, f"{started} processes were started; trainer=multinode makes them one run")
+
+
+def has_gpu() -> bool:
+    """Returns whether PyTorch can use a GPU on this machine."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def count_processes(cfg: DictConfig) -> int:

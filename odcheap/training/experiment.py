@@ -227,6 +227,7 @@ class Experiment:
             logger=logger,
             plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
             limit_val_batches=1.0 if self.watches_images else 0,
+            _convert_="all",  # such as the option max_time, which is a dict
         )
         show_profile()
         device = trainer.strategy.root_device
@@ -252,6 +253,10 @@ class Experiment:
         options, advice = self.cfg.trainer, "no epoch would be evaluated; select=last selects nothing"
         for name in OWN_OPTIONS & {str(name) for name in options}:
             raise OptionError(f"trainer.{name}", options[name], "is not an option of odcheap's runs")
+        interval = options.get("val_check_interval")
+        if isinstance(interval, int) and interval > self.batches and options.get("check_val_every_n_epoch", 1):
+            allowed = f"must be at most {self.batches}, the number of batches in an epoch"
+            raise OptionError("trainer.val_check_interval", interval, allowed)
         if self.cfg.test_only or self.cfg.select == "last" or not self.watches_images:
             return
         every, max_steps = options.get("check_val_every_n_epoch") or 1, options.get("max_steps", -1)

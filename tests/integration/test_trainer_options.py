@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from odcheap.distributed import launch
 from odcheap.training.train_step import EagerStep
 
 
@@ -116,6 +117,25 @@ def test_a_profiler_of_lightning_reports_and_fewest_steps_are_made(command, tmp_
         ),
         ("trainer.limit_train_batches=1.5", "limit_train_batches=1.5: must be a whole number, 1 or more, or a number,"),
         ("trainer.accumulate_grad_batches=x", "trainer.accumulate_grad_batches=x: must be a whole number, 1 or more"),
+        ("+trainer.max_steps=-5", "trainer.max_steps=-5: must be a whole number, -1 or more"),
+        ("+trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch=0: must be a whole number, 1 or more"),
+        (
+            "+trainer.val_check_interval=0",
+            "val_check_interval=0: must be a whole number, 1 or more, or a number",
+        ),
+        (
+            "+trainer.val_check_interval=1000",
+            "val_check_interval=1000: must be at most 7, the number of batches",
+        ),
+        (
+            "+trainer.gradient_clip_algorithm=x",
+            "gradient_clip_algorithm=x: must be one of norm, value, or null",
+        ),
+        ("+trainer.max_time={minutes:0}", "trainer: its options ended the run before the first epoch"),
+        (
+            "trainer.accelerator=gpu",
+            "trainer.accelerator=gpu: PyTorch finds no GPU that it can use; trainer=cpu trains",
+        ),
         ("+trainer.val_check_interval=0.4", "trainer: its options left out the evaluation of every epoch"),
     ],
 )
@@ -123,6 +143,15 @@ def test_options_without_a_result_are_one_line(command, tmp_path, option, line):
     run = command(*TINY, option, f"job_dir={tmp_path}/run")
     assert run.status == 1
     assert line in run.err
+    assert run.err.count("\n") == 1
+
+
+@pytest.mark.skipif(launch.has_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("option", ["trainer=gpu", "trainer.accelerator=gpu", "trainer.accelerator=cuda"])
+def test_without_a_gpu_a_line_says_so(command, option):
+    run = command(*(given for given in TINY if given != "trainer=cpu"), option)
+    assert run.status == 1
+    assert run.err.startswith(f"error: {option}: PyTorch finds no GPU that it can use; trainer=cpu ")
     assert run.err.count("\n") == 1
 
 
