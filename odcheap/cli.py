@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from odcheap.utils.signals import exit_on_signals
 
@@ -95,16 +95,30 @@ def train(arguments: Sequence[str]) -> int:
             exit_status = print_error(str(error))
         except (HydraException, OmegaConfBaseException) as error:
             return print_error(describe_hydra_error(error))
+        except KeyboardInterrupt:  # in a launcher that starts its runs in other processes
+            exit_status = 130
+        except SystemExit as stop:
+            if not started_sweeps or not isinstance(stop.code, int) or stop.code <= 128:
+                raise
+            exit_status = stop.code  # a signal has stopped a run
         except Exception as error:  # from a launcher or a sweeper, since `run_job` handles the errors of runs
             if not started_sweeps:
                 raise
-            cause = f"{type(error).__name__}: {error}"
-            exit_status = print_error(f"the sweep ended early; the same command continues it: {cause}")
+            if not any(sweep.signals.received for sweep in started_sweeps):
+                cause = f"{type(error).__name__}: {error}"
+                exit_status = print_error(f"the sweep ended early; the same command continues it: {cause}")
+        finally:
+            for sweep in started_sweeps:
+                sweep.signals.restore()
+        for sweep in started_sweeps:
+            exit_status = 128 + sweep.signals.received if sweep.signals.received else exit_status
+        if exit_status > 128:
+            return report_interruption(exit_status)
         return show_outcomes() or exit_status
 
 
-def run_job(cfg: "DictConfig") -> float | None:
-    """The task that Hydra calls for each run. Returns the selected student's held-out accuracy, for sweepers."""
+def run_job(cfg: "DictConfig") -> Any:
+    """The task that Hydra calls for each run. Returns what `training.command.run_job` returns."""
     with exit_on_signals():
         from omegaconf.errors import OmegaConfBaseException
 
@@ -130,14 +144,30 @@ def run_job(cfg: "DictConfig") -> float | None:
     return command.run_job(config)
 
 
+def report_interruption(exit_status: int) -> int:
+    """Says how a sweep goes on that a signal has stopped; returns the exit status, 128 + the signal's number."""
+    from odcheap.runs.sweep import name_status_command, started_sweeps
+    from odcheap.utils.console import print_error, say
+
+    if not started_sweeps:
+        return print_error("interrupted") and exit_status
+    for sweep in started_sweeps:
+        say(f"the sweep was stopped; the same command continues it; {name_status_command(sweep.path)} lists its runs")
+    return exit_status
+
+
 def show_outcomes() -> int:
     """Prints the table of a sweep that has ended; returns the exit status, 1 if one of its runs failed."""
+    from odcheap.runs import study
     from odcheap.runs.sweep import started_sweeps
+    from odcheap.utils.console import console, say
 
     outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
+    searches = [(sweep.path, sweep.search) for sweep in started_sweeps if sweep.search is not None]
     if outcomes:
         from odcheap.report.console_tables import show_sweep
-        from odcheap.utils.console import console
 
-        show_sweep(console(), outcomes)
+        show_sweep(console(), outcomes, is_search=bool(searches))
+    for folder, overrides in searches:
+        say(study.describe_best(folder, overrides) or "no trial is complete")
     return int(any(outcome.summary is None for outcome in outcomes))

@@ -31,6 +31,12 @@ def is_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def sweep_position() -> tuple[Path, int, list[str]]:
+    """Returns the folder of the sweep, the number of the current run in it (from 0), and the run's overrides."""
+    config = HydraConfig.get()
+    return Path(config.sweep.dir), int(config.job.num), given_overrides()
+
+
 def default_job_dir() -> str:
     """Returns the default of `job_dir`: `runs/<data>/<overrides>`, or `<hydra.sweep.dir>/<overrides>` in a sweep."""
     config = HydraConfig.get()

@@ -41,6 +41,20 @@ class Stopped(SystemExit):
         self.code, self.signum, self.name = 128 + signum, signum, signal.Signals(signum).name
 
 
+class StoppedRun:
+    """What a run in a process of joblib returns if a signal has stopped it: the other processes must save as well.
+
+    If it raised `Stopped`, joblib would end them at once. Optuna's sweeper takes the value of a run as a float. That
+    raises `Stopped`, in the process that has started the others, so that the run does not count as a failed trial.
+    """
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+    def __float__(self) -> float:
+        raise Stopped(self.signum)
+
+
 class SignalListener:
     """A context manager that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP.
 

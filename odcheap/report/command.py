@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from odcheap.config.messages import describe_hydra_error
 from odcheap.report import costs, latency, plots, tables
-from odcheap.report.console_tables import build_table
-from odcheap.report.load_runs import RunFolder, load_runs
+from odcheap.report.console_tables import build_table, short_names
+from odcheap.report.load_runs import RunFolder, list_planned_runs, load_runs
 from odcheap.report.statistics import BASELINE, summarize_runs, tabulate_runs
 from odcheap.utils.console import console, print_error, say
 from odcheap.utils.errors import Failure, OptionError
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
         if not options.dirs:
             parser.error("name a DIR, or --costs")
         folders = load_runs(options.dirs)
-        return show_status(folders) if options.status else write_report(folders, options)
+        if options.status:
+            return show_status([*folders, *list_planned_runs(options.dirs, folders)])
+        return write_report(folders, options)
     except (HydraException, OmegaConfBaseException) as error:
         return print_error(describe_hydra_error(error))
     except Failure as error:
@@ -69,7 +71,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
 
 def show_status(folders: list[RunFolder]) -> int:
     """Prints a line for each run; returns 1 if one has failed."""
-    rows = [{"run": entry.folder.name, "state": entry.state, "details": entry.reason} for entry in folders]
+    names = short_names([entry.folder.name for entry in folders])
+    rows = [
+        {"run": name, "state": entry.state, "details": entry.reason} for name, entry in zip(names, folders, strict=True)
+    ]
     console().print(build_table(rows, left=("run", "state", "details")))
     counts = Counter(entry.state for entry in folders)
     console().print(", ".join(f"{count} {state}" for state, count in counts.items()))

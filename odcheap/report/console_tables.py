@@ -42,11 +42,22 @@ def build_table(rows: Sequence[dict[str, str]], left: Sequence[str], title: str 
     return table
 
 
-def show_sweep(console: Console, outcomes: list[Outcome]) -> None:
-    """Prints a table of the runs and, if methods or seeds can be compared, one of the methods."""
+def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = False) -> None:
+    """Prints a table of the runs and, if methods or seeds can be compared, one of the methods.
+
+    Args:
+        console: Where to print.
+        outcomes: How the runs of the sweep ended.
+        is_search: Whether the runs are trials of a search. Then no figures of test images are shown, since a choice
+            among trials by these figures would make them too high.
+    """
     names = short_names([Path(outcome.job_dir).name for outcome in outcomes])
     runs = [describe_outcome(name, outcome) for name, outcome in zip(names, outcomes, strict=True)]
+    if is_search:
+        runs = [{column: cell for column, cell in run.items() if "test" not in column} for run in runs]
     console.print(build_table(runs, left=("run", "outcome"), title="sweep"))
+    if is_search:
+        return
     rows = summarize_runs(tabulate_runs(finished_runs(outcomes)))
     if not rows.empty and (rows["n"].max() > 1 or rows["method"].nunique() > 1):
         methods = [

@@ -13,6 +13,7 @@ import pandas as pd
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
 from odcheap.runs.folder import read_options, read_summary
+from odcheap.runs.sweep import PLAN, read_plan
 from odcheap.utils.documents import read_text
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.text import escape_control_chars
@@ -38,7 +39,7 @@ class FinishedRun(NamedTuple):
 
 
 class RunFolder(NamedTuple):
-    """A run's folder: `state` is finished, failed, running, stopped or unreadable, and `reason` says why."""
+    """A run's folder: `state` is finished, failed, running, stopped, not begun or unreadable, and `reason` says why."""
 
     folder: Path
     state: str
@@ -50,17 +51,30 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
     """Reads every run in or below these folders, each once, sorted by name.
 
     Raises:
-        OptionError: A folder does not exist or holds no run.
+        OptionError: A folder does not exist, or holds no run and no sweep.
     """
     found: list[RunFolder] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise OptionError("DIR", folder, "no such folder")
         runs = sorted({path.parent for name in ("config.yaml", status.FILE_NAME) for path in folder.rglob(name)})
-        if not runs:
+        if not runs and not any(folder.rglob(PLAN)):
             raise OptionError("DIR", folder, "holds no run of odcheap")
         found += map(load_run, runs)
     return list({entry.folder.resolve(): entry for entry in found}.values())
+
+
+def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder]) -> list[RunFolder]:
+    """Returns the runs of sweeps in or below these folders that have not begun, in the order of the sweep.
+
+    Args:
+        folders: The folders.
+        known: The runs that have begun.
+    """
+    begun = {entry.folder.resolve() for entry in known}
+    plans = sorted({path.parent for folder in folders for path in Path(folder).rglob(PLAN)})
+    planned = [folder / name for folder in plans if (plan := read_plan(folder)) for name in plan.runs]
+    return [RunFolder(folder, "not begun") for folder in planned if folder.resolve() not in begun]
 
 
 def load_run(folder: Path) -> RunFolder:

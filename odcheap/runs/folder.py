@@ -22,14 +22,14 @@ EVENTS = "events.out.tfevents.*"
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+(-[0-9a-f]{8})?\.part", re.ASCII)  # as `write_atomic` names them
 
 
-def make_folder(job_dir: Path) -> None:
-    """Makes the folder of a run, if it does not exist; raises `OptionError` if nothing can be written to it."""
+def make_folder(folder: Path, option: str = "job_dir") -> None:
+    """Makes the folder. Raises `OptionError`, with the option that names the folder, if it cannot be written."""
     try:
-        job_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError("job_dir", job_dir, f"cannot be written ({error.strerror})") from error
-    if not os.access(job_dir, os.W_OK):
-        raise OptionError("job_dir", job_dir, "cannot be written")
+        raise OptionError(option, folder, f"cannot be written ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise OptionError(option, folder, "cannot be written")
 
 
 def is_run_folder(folder: Path) -> bool:

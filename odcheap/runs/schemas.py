@@ -177,6 +177,46 @@ class Checkpoint(Schema):
     state_dict: dict[str, Any]
 
 
+class SweepPlan(Schema):
+    """The content of `sweep.json` in a sweep's folder.
+
+    Attributes:
+        count: The number of runs.
+        done: The number of runs that were finished when a search was continued.
+        swept: The options that the sweep varies.
+        runs: The names of the runs' folders; empty if they are not known before the runs start.
+    """
+
+    count: Count
+    done: Count = 0
+    swept: list[str] = []
+    runs: list[str] = []
+
+
+class Trial(Schema):
+    """A trial of a search, by the names that Optuna has for its properties."""
+
+    state: Literal["RUNNING", "WAITING", "COMPLETE", "PRUNED", "FAIL"]
+    value: float | None = None
+    params: dict[str, Any] = {}
+    distributions: dict[str, str] = {}
+    user_attrs: dict[str, Any] = {}
+    system_attrs: dict[str, Any] = {}
+
+
+class Search(Schema):
+    """A search: the overrides with which it was started, and its trials in their order."""
+
+    overrides: list[str]
+    trials: list[Trial]
+
+
+class Study(Schema):
+    """The content of `study.json` in a sweep's folder: every search that was started there."""
+
+    searches: list[Search] = []
+
+
 S = TypeVar("S", bound=BaseModel)
 
 

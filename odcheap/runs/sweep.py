@@ -1,23 +1,37 @@
 """Sweeps: a callback for the beginning of a sweep, and the outcomes of its runs, which are read from their folders."""
 
+import itertools
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, read_write
 from pydantic import BaseModel
 
-from odcheap.runs import status
-from odcheap.runs.folder import SUMMARY, TEST
-from odcheap.runs.schemas import Summary, Test, validate
-from odcheap.utils.console import print_error, say
+from odcheap.runs import status, study
+from odcheap.runs.folder import SUMMARY, TEST, make_folder
+from odcheap.runs.overrides import STORAGE_OPTIONS, name_run, override_key
+from odcheap.runs.schemas import Summary, SweepPlan, Test, validate
+from odcheap.utils.console import name_command, print_error, say
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
+from odcheap.utils.files import write_json
+from odcheap.utils.signals import WorkerSignals
 
-SWEEP_CONFIG = b"hydra:\n"  # the beginning of the multirun.yaml that Hydra writes for each sweep
+PLAN = "sweep.json"
+# How the folders of the runs are named: by their overrides, with those of the storage options that the sweep varies.
+NAMED_OPTIONS: dict[str, tuple[str, ...]] = {"${run_name:}": (), "${run_name:data_dir}": ("data_dir",)}
+# How the files of a sweep begin. Hydra writes `multirun.yaml`.
+OWN_FILES = {"multirun.yaml": b"hydra:", PLAN: b'{ "count":', study.FILE_NAME: b'{ "searches":'}
 KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
 
@@ -41,13 +55,16 @@ class SweepFolder:
 
     Args:
         path: The value of the option `hydra.sweep.dir`.
+        search: The overrides of a search by Optuna, None for a sweep over all combinations.
 
     Attributes:
         unwritten: The outcomes of runs whose folder could not be written.
+        signals: Handles the signals while processes of joblib carry out the runs.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, search: Sequence[str] | None = None):
+        self.path, self.search = path, search
+        self.signals = WorkerSignals()
         self.files_before = self.list_files()
         self.unwritten: list[Outcome] = []
 
@@ -72,29 +89,102 @@ class SweepStart(Callback):
     """A Hydra callback that creates the `SweepFolder` before the first run, and prints the path of the folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        folder = config.hydra.sweep.dir
+        folder = Path(config.hydra.sweep.dir)
         # Hydra reduces an exception of a callback to a warning, but lets SystemExit pass.
         try:
-            check_sweep_folder(Path(folder))
+            check_sweep_folder(folder)
+            plan = plan_sweep(config)
+            make_folder(folder, "hydra.sweep.dir")
+            write_json(folder / PLAN, plan.model_dump())
         except OptionError as error:
             sys.exit(print_error(str(error)))
-        started_sweeps.append(SweepFolder(Path(folder)))
-        say(f"sweep in {folder}; its progress: odcheap report --status {folder}")
+        except HydraException:  # Hydra itself says what is wrong, when it reads the same overrides
+            return
+        search = study.list_overrides(config) if study.is_kept(config) else None
+        started_sweeps.append(SweepFolder(folder, search))
+        if "joblib" in str(config.hydra.launcher.get("_target_")) and config.hydra.launcher.get("n_jobs") != 1:
+            started_sweeps[-1].signals.install()
+        done = f" ({plan.done} are finished)" if plan.done else ""
+        say(f"sweep of {plan.count} runs in {folder}{done}; its progress: {name_status_command(folder)}")
+
+
+def name_status_command(folder: Path) -> str:
+    """Returns the command that lists the runs of the sweep in this folder."""
+    return f"{name_command('report')} --status {shlex.quote(str(folder))}"
+
+
+def plan_sweep(config: DictConfig) -> SweepPlan:
+    """Returns what is known of the sweep's runs before they start.
+
+    A search that is continued is told the number of trials that are left.
+
+    Raises:
+        HydraException: The overrides cannot be read.
+        OptionError: The file of a search cannot be read.
+    """
+    sweeper = config.hydra.sweeper
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    given += map(str, config.hydra.overrides.task)
+    overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
+    swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+    if "n_trials" in sweeper:
+        done = continue_search(config) if study.is_kept(config) else 0
+        return SweepPlan(count=done + sweeper.n_trials, done=done, swept=swept)
+    runs = list(itertools.chain.from_iterable(BasicSweeper.split_arguments(overrides, None)))
+    subdir = str(cast(dict[str, Any], OmegaConf.to_container(config.hydra.sweep, resolve=False))["subdir"])
+    names = [name_run(run, NAMED_OPTIONS[subdir]) for run in runs] if subdir in NAMED_OPTIONS else []
+    return SweepPlan(count=len(runs), swept=swept, runs=names)
+
+
+def continue_search(config: DictConfig) -> int:
+    """Lets Optuna make only the trials that are left of a search, and returns the number of those that are done."""
+    sweeper = config.hydra.sweeper
+    trials = study.read_search(Path(config.hydra.sweep.dir), study.list_overrides(config)).trials
+    done = sum(trial.state == "COMPLETE" for trial in trials)
+    with read_write(config):
+        sweeper.n_trials = max(0, sweeper.n_trials - done)
+        # With the same seed, a random sampler would draw the values of the first trials again.
+        if (sweeper.get("sampler") or {}).get("seed") is not None:
+            sweeper.sampler.seed += len(trials)
+    return done
+
+
+def read_plan(folder: Path) -> SweepPlan | None:
+    """Returns the content of `sweep.json`, or None if there is none that can be read."""
+    try:
+        return validate(SweepPlan, read_json(folder / PLAN, "DIR"), folder / PLAN, "DIR")
+    except OptionError:
+        return None
+
+
+def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[str, str]:
+    """Returns a run's short name, of the options that the sweep varies, and its position such as "run 3 of 8".
+
+    Args:
+        folder: The folder of the sweep.
+        number: The run's number as Hydra counts, from 0.
+        overrides: The run's overrides.
+    """
+    plan = read_plan(folder) or SweepPlan(count=0)
+    varied = [override for override in overrides if override_key(override) in {*map(override_key, plan.swept)}]
+    number += plan.done + 1
+    also = [option for option in plan.swept if option in STORAGE_OPTIONS]
+    return name_run(varied or overrides, also), f"run {number} of {plan.count}" if plan.count else f"run {number}"
 
 
 def check_sweep_folder(folder: Path) -> None:
-    """Raises `OptionError` if Hydra's `multirun.yaml` would overwrite a user's file, or be written through a link."""
-    path = folder / "multirun.yaml"
-    if not os.path.lexists(path):
-        return
-    is_own = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
-    if is_own:
-        with open(path, "rb") as file:
-            is_own = file.read(len(SWEEP_CONFIG)) == SWEEP_CONFIG
-    if not is_own:
-        raise OptionError(
-            "hydra.sweep.dir", folder, "holds a multirun.yaml that no sweep has written: name another folder"
-        )
+    """Raises `OptionError` if a sweep would write over a file of the user's, or through a link."""
+    for name, start in OWN_FILES.items():
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        is_own = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        if is_own:
+            with open(path, "rb") as file:
+                is_own = file.read(100).split()[: len(start.split())] == start.split()
+        if not is_own:
+            allowed = f"holds a {name} that no sweep has written: name another folder"
+            raise OptionError("hydra.sweep.dir", folder, allowed)
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:

@@ -15,28 +15,49 @@ from odcheap.config.messages import (
     hide_library_warnings,
 )
 from odcheap.distributed import launch, slurm
-from odcheap.distributed.signals import SignalListener, report_stop
+from odcheap.distributed.signals import SignalListener, Stopped, StoppedRun, report_stop
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_summary
 from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig
-from odcheap.runs.sweep import Outcome, started_sweeps
+from odcheap.runs.sweep import Outcome, name_position, started_sweeps
 from odcheap.training.experiment import Experiment, check_finished
 from odcheap.training.optim import BUILDERS
-from odcheap.utils.console import print_error, say
+from odcheap.utils.console import name_command, prefix_lines, print_error, say
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
 from odcheap.utils.signals import find_parent, stop_with_parent
 
+stopped_runs: list[StoppedRun] = []  # the run that a signal has stopped, if this is a process of joblib
 
-def run_job(config: RunConfig) -> float | None:
+
+def run_job(config: RunConfig) -> float | StoppedRun | None:
     """Carries out one run, which may be one of a sweep.
 
     Returns:
         The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
-        if there is none.
+        if there is none; `StoppedRun` if a signal has stopped the run in a process of joblib.
     """
     hide_library_warnings()
+    if not resolvers.is_sweep():
+        return carry_out_run(config)
+    name, position = name_position(*resolvers.sweep_position())
+    if current_process().name == "MainProcess":
+        say(f"{position}: {name}")
+        return carry_out_run(config)
+    if stopped_runs:  # joblib gives each process one run after another
+        return stopped_runs[0]
+    with prefix_lines(f"[{name}] "):
+        say(position)
+        try:
+            return carry_out_run(config)
+        except Stopped as stop:
+            stopped_runs.append(StoppedRun(stop.signum))
+            return stopped_runs[0]
+
+
+def carry_out_run(config: RunConfig) -> float | None:
+    """Carries out one run under a listener for signals; see `run_job`."""
     # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
     in_worker = current_process().name != "MainProcess" or launch.is_torchrun()
     with SignalListener() as listener, stop_with_parent(find_parent()) if in_worker else nullcontext():
@@ -52,10 +73,12 @@ def run_job(config: RunConfig) -> float | None:
 def describe_next_steps(job_dir: str) -> str:
     """Returns the commands that a user may want after a training, as a line of text with the run's folder."""
     folder, export = shlex.quote(job_dir), shlex.quote(str(Path(job_dir) / "export"))
-    return (
-        f"next: odcheap export {folder}; then odcheap predict {export} IMAGE..."
-        f"; to compare runs: odcheap report {folder} OTHER..."
-    )
+    lines = {
+        "export the student": f"{name_command('export')} {folder}",
+        "classify images with it": f"{name_command('predict')} {export} IMAGE...",
+        "compare runs": f"{name_command('report')} {folder} OTHER...",
+    }
+    return "next:\n" + "\n".join(f"  {what + ':':25}{command}" for what, command in lines.items())
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:

@@ -1,6 +1,8 @@
 """The output of commands: lines that only one of several processes prints, a console for tables, and closed pipes."""
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -55,6 +57,65 @@ def print_error(line: object, every_rank: bool = False) -> int:
         process = f"process {rank}: " if every_rank and is_distributed() else ""
         print(f"error: {process}{escape_control_chars(line)}", file=sys.stderr, flush=True)
     return 1
+
+
+def name_command(name: str) -> str:
+    """Returns how the user calls one of odcheap's commands: `odcheap report`, or what works in a clone instead of it.
+
+    Args:
+        name: The command, such as `report`.
+    """
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`
+        return f"uv run odcheap {name}"
+    if shutil.which("odcheap"):
+        return f"odcheap {name}"
+    python = shutil.which("python")
+    if python is not None and os.path.samefile(os.path.dirname(python), os.path.dirname(sys.executable)):
+        return f"python -m odcheap {name}"
+    shorter = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    return f"{shlex.quote(shorter)} -m odcheap {name}"
+
+
+class PrefixedStream:
+    """A text stream that writes whole lines only, each with a prefix, so that the lines of processes can be told apart.
+
+    Args:
+        stream: The stream, such as `sys.stdout`.
+        prefix: The text before each line.
+    """
+
+    def __init__(self, stream: TextIO, prefix: str):
+        self.stream, self.prefix, self.rest = stream, prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        if lines:
+            self.stream.write("".join(f"{self.prefix}{line}\n" for line in lines))
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Returns False: progress bars of several processes would overwrite each other."""
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def prefix_lines(prefix: str) -> Generator[None]:
+    """Writes a prefix before each line of the output and of the errors of this process."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, PrefixedStream(stream, prefix)) for stream in streams)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.write("\n" if cast(Any, stream).rest else "")
+        sys.stdout, sys.stderr = streams
 
 
 class LastingStream:

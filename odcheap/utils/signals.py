@@ -6,9 +6,12 @@ This module imports the standard library only, since it is used before packages 
 import os
 import signal
 import threading
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # they stop a run after it has saved
 PARENT_VARIABLE = "ODCHEAP_PARENT_PID"  # set by a parent for the process that it starts
@@ -70,3 +73,51 @@ def stop_with_parent(parent_pid: int) -> Generator[None]:
         yield
     finally:
         is_done.set()
+
+
+class WorkerSignals:
+    """Handles the signals of a process whose child processes do the work.
+
+    The first signal is forwarded to the child processes, which stop by themselves. Another one ends this process. The
+    same signal within a second counts once, since Ctrl-C may reach this process in two ways.
+
+    Attributes:
+        received: The number of the signal that has arrived, 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.received, self.received_at = 0, 0.0
+        self.previous_handlers: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Installs the handlers for Ctrl-C and SIGTERM, if this is the main thread, which alone may do so."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.previous_handlers[signum] = signal.signal(signum, self.handle)
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
+        for signum, handler in self.previous_handlers.items():
+            signal.signal(signum, handler)
+        self.previous_handlers.clear()
+
+    def handle(self, signum: int, _: FrameType | None) -> None:
+        name = signal.Signals(signum).name
+        if signum == self.received and time.monotonic() < self.received_at + 1:
+            return
+        if self.received:
+            os._exit(128 + signum)
+        self.received, self.received_at = signum, time.monotonic()
+        os.write(2, f"{name}: waiting until every run has saved (once more ends at once)\n".encode())
+        for pid in list_children(os.getpid()):
+            with suppress(OSError):
+                os.kill(pid, signum)
+
+
+def list_children(pid: int) -> list[int]:
+    """Returns the process ids of the child processes; empty where the system has no `/proc`."""
+    found = []
+    with suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += [int(child) for child in path.read_text().split()]
+    return found

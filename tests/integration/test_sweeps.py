@@ -1,6 +1,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +15,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import train
+from odcheap.report.command import main as report
 from odcheap.report.console_tables import short_names, show_sweep
 from odcheap.runs.sweep import KILLED, Outcome, SweepFolder
+from odcheap.training.experiment import Experiment
 
 
 def test_rows_show_what_differs():
@@ -113,6 +116,62 @@ def until(true, seconds=60):
         time.sleep(0.2)
 
 
+def test_a_sweep_says_where_it_is_and_its_status_lists_what_has_not_begun(command, tmp_path, capsys):
+    sweep = [*TINY, "trainer.max_epochs=1", "data.limit=100", "num_stu=1,2", "method=od,alone"]
+    result = command("-m", *sweep, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert result.status == 0, result.err
+    assert f"sweep of 4 runs in {tmp_path}/sweep; its progress: " in result.out
+    assert "run 2 of 4: method=alone,num_stu=1\n" in result.out
+    plan = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert sorted(plan["runs"]) == sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+
+    # Two runs as a sweep leaves them that is stopped early.
+    shutil.rmtree(tmp_path / "sweep" / plan["runs"][2])
+    (tmp_path / "sweep" / plan["runs"][3] / "status.json").unlink()
+    for name in ("summary.json", "config.yaml"):
+        (tmp_path / "sweep" / plan["runs"][3] / name).unlink()
+    assert report(["--status", str(tmp_path / "sweep")]) == 0
+    said = capsys.readouterr().out
+    assert "2 finished, 2 not begun" in said
+    assert "method=alone,num_stu=2 │ not begun" in said
+    shutil.rmtree(tmp_path / "sweep" / plan["runs"][0])
+    shutil.rmtree(tmp_path / "sweep" / plan["runs"][1])
+    assert report(["--status", str(tmp_path / "sweep")]) == 0
+    assert capsys.readouterr().out.endswith("4 not begun\n")
+
+    (tmp_path / "sweep" / "sweep.json").write_text("mine")
+    refused = command("-m", *sweep, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert "holds a sweep.json that no sweep has written" in refused.err
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == "mine"
+
+
+def test_a_stopped_sweep_says_how_it_goes_on(command, tmp_path, monkeypatch):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Experiment, "run", stop)
+    result = command("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert result.status == 130
+    assert "the sweep was stopped; the same command continues it; " in result.out
+    assert f"report --status {tmp_path}/sweep lists its runs" in result.out
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_all_runs_of_joblib_save(tmp_path):
+    sweep = [sys.executable, train.__file__, "-m", "hydra/launcher=joblib", *TINY, "seed=0,1,2,3"]
+    sweep += ["trainer.max_epochs=500", f"hydra.sweep.dir={tmp_path}/sweep"]
+    with open(tmp_path / "said", "w") as file:
+        leader = subprocess.Popen(sweep, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
+    until(lambda: all(f"[seed={k}] epoch 2/500" in (tmp_path / "said").read_text() for k in (0, 1)), 200)
+    os.killpg(leader.pid, signal.SIGINT)
+    assert leader.wait(60) == 130
+    said = (tmp_path / "said").read_text()
+    assert said.count("SIGINT: saved; ") == 2
+    assert "the sweep was stopped; the same command continues it; " in said
+    assert "Traceback" not in said
+    assert "[seed=2]" not in said
+
+
 # The sweeper asks for Optuna 2, which calls SQLAlchemy and NumPy by names of its time.
 old_optuna = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -127,6 +186,31 @@ def test_optuna_looks_for_the_highest_accuracy(command, tmp_path):
     assert len(found) == 2
     assert best.best_value == max(summary["selected"]["val_top1"] for summary in found.values())
     assert best.best_params == {"optimizer.lr": 0.1}
+    trials = json.loads((tmp_path / "sweep" / "study.json").read_text())["searches"][0]["trials"]
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
+    folder = next(name for name in found if "lr=0.1" in name)
+    assert f"best of 3 trials: optimizer.lr=0.1, {best.best_value:.2%}"[:-1] in result.out
+    assert f"({tmp_path}/sweep/{folder})" in result.out
+    assert "test top-1" not in result.out.partition("sweep  ")[2]
+    assert "run 3 of 3: optimizer.lr=" in result.out
+
+    # The same command with more trials continues: three are known, and an interrupted one is tried again.
+    trials[1] |= {"state": "RUNNING", "value": None}
+    study = {
+        "searches": [{"overrides": ["another"], "trials": []}, {"overrides": overrides_of(tmp_path), "trials": trials}]
+    }
+    (tmp_path / "sweep" / "study.json").write_text(json.dumps(study, indent=2))
+    again = command("-m", "hydra/sweeper=optuna", *TINY, "num_stu=1", *given, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert again.status == 0, again.err
+    assert f"sweep of 3 runs in {tmp_path}/sweep (2 are finished); " in again.out
+    assert f"run 3 of 3: optimizer.lr={trials[1]['params']['optimizer.lr']}" in again.out
+    searches = json.loads((tmp_path / "sweep" / "study.json").read_text())["searches"]
+    assert [search["overrides"][0] for search in searches] == ["another", *overrides_of(tmp_path)[:1]]
+    assert sum(trial["state"] == "COMPLETE" for trial in searches[1]["trials"]) == 3
+
+
+def overrides_of(tmp_path):
+    return json.loads((tmp_path / "sweep" / "study.json").read_text())["searches"][-1]["overrides"]
 
 
 @old_optuna

@@ -1,0 +1,84 @@
+"""Optuna's storage of a search, kept in `study.json`. Optuna 2 cannot write SQLite files with SQLAlchemy 2."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from odcheap.runs import study
+from odcheap.runs.schemas import Search, Trial
+
+
+class StudyStorage(InMemoryStorage):
+    """A storage in memory that reads the trials of an earlier start from `study.json` and writes every change to it.
+
+    A trial that was interrupted is tried again with the same values, so that its run continues.
+
+    Args:
+        folder: The folder of the sweep.
+        overrides: The overrides of the sweep.
+        params: Further overrides, from the config.
+    """
+
+    def __init__(self, folder: str, overrides: Sequence[str], params: dict[str, str] | None = None):
+        super().__init__()
+        self.folder, self.overrides = Path(folder), study.describe_search(overrides, params)
+        self.is_loaded = False
+
+    def set_study_directions(self, study_id: int, directions: Sequence[StudyDirection]) -> None:
+        super().set_study_directions(study_id, directions)
+        if not self.is_loaded:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # `create_trial` may change in later versions
+                for trial in study.read_search(self.folder, self.overrides).trials:
+                    self.create_new_trial(study_id, template_trial=restore_trial(trial))
+            self.is_loaded = True
+
+    def set_trial_state(self, trial_id: int, state: TrialState) -> bool:
+        is_set = super().set_trial_state(trial_id, state)
+        self.save(trial_id)
+        return is_set
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        self.save(trial_id)
+
+    def save(self, trial_id: int) -> None:
+        """Writes all trials of the study to which the trial belongs."""
+        trials = self.get_all_trials(self.get_study_id_from_trial_id(trial_id), deepcopy=False)
+        study.write_search(self.folder, Search(overrides=self.overrides, trials=[*map(describe_trial, trials)]))
+
+
+def describe_trial(trial: FrozenTrial) -> Trial:
+    """Returns a trial of Optuna as it is written."""
+    return Trial(
+        state=trial.state.name,
+        value=trial.values[0] if trial.values else None,
+        params=trial.params,
+        distributions={name: distribution_to_json(value) for name, value in trial.distributions.items()},
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+    )
+
+
+def restore_trial(trial: Trial) -> FrozenTrial:
+    """Returns a trial as Optuna knows it. An interrupted one waits to be tried again with the same values."""
+    if trial.state in ("RUNNING", "WAITING"):
+        fixed: dict[str, Any] = {"fixed_params": trial.params or trial.system_attrs.get("fixed_params", {})}
+        return create_trial(state=TrialState.WAITING, system_attrs=fixed)
+    return create_trial(
+        state=TrialState[trial.state],
+        value=trial.value,
+        params=trial.params,
+        distributions={name: json_to_distribution(text) for name, text in trial.distributions.items()},
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+    )
