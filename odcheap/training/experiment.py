@@ -227,7 +227,6 @@ class Experiment:
             logger=logger,
             plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
             limit_val_batches=1.0 if self.watches_images else 0,
-            _convert_="all",  # such as the option max_time, which is a dict
         )
         show_profile()
         device = trainer.strategy.root_device
