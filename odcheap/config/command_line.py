@@ -48,7 +48,7 @@ def is_choice(override: str) -> bool:
 
 
 def split_paths(argument: str) -> str | None:
-    """Returns an argument with several paths with each path in quotes; None if it is not such an argument.
+    """Returns an argument that gives several paths, with quotes around each path; None for any other argument.
 
     Paths are separated by commas. If the whole text is a path that exists, it is one path.
     """

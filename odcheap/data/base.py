@@ -142,7 +142,7 @@ class BatchOrder:
         return limit_batches(whole + (rest >= MIN_IMAGES * self.world_size), self.limit)
 
     def batches(self) -> list[tuple[Tensor, float]]:
-        """Returns, for each batch of the epoch, the numbers of this process's images, (N,), and `Batch.share`."""
+        """Returns, for each batch of the epoch, the positions (N,) of this process's images, and `Batch.share`."""
         # All processes draw the same order, and each takes every world_size-th image of a batch.
         order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
         whole = order.split(self.batch_size)[: len(self)]

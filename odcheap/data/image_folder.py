@@ -72,7 +72,7 @@ def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
 
     Args:
         size: The side of the result in pixels, cropped from the center.
-        shorter_side: The number of pixels to which the shorter side is resized before.
+        shorter_side: The number of pixels to which the shorter side is resized before the crop.
     """
     return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
 

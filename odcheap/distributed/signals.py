@@ -110,7 +110,7 @@ class SignalListener:
         threading.Thread(target=self.watch_waiting, daemon=True).start()
 
     def watch_waiting(self) -> None:
-        """Ends the training, until it is over, if a signal has arrived and no batch comes within `WAIT_SECONDS`."""
+        """Interrupts the training if a signal has arrived and no batch comes in `WAIT_SECONDS`; runs in a thread."""
         # The main thread may be blocked in the data loader: the same signal, sent to it once more, interrupts it.
         while self.is_deferred:
             since = self.waiting_since

@@ -61,7 +61,10 @@ def _total_stride(pair: CheapConv) -> tuple[int, int]:
 
 
 def standard_form(network: nn.Module) -> nn.Module:
-    """Returns the network with each pair replaced by a standard convolution of its shape, with fresh weights."""
+    """Returns a copy of the network in which each `CheapConv` is replaced by a standard convolution of the same shape.
+
+    The weights of these convolutions are random.
+    """
     return replace_pairs(network, _make_standard)
 
 

@@ -1,4 +1,4 @@
-"""Any classification network as a backbone: the place of its last feature map is found by a trial run."""
+"""Wraps any classification network as a backbone; a forward pass of a trial image shows its last feature map."""
 
 from collections import Counter
 from typing import Any, NamedTuple, cast
@@ -16,7 +16,13 @@ INTERFACE = ("features", "head", "num_features", "num_classes")
 
 
 class Call(NamedTuple):
-    """A call of a module in a trial run: its name, how often it had been called before, and its output's shape."""
+    """A call of a module in the forward pass of a trial image.
+
+    Attributes:
+        name: The name of the module.
+        number: How many times the module was called before in this forward pass.
+        shape: The shape of its output.
+    """
 
     name: str
     number: int
@@ -26,15 +32,16 @@ class Call(NamedTuple):
 class WrappedNetwork(Backbone):
     """A classification network of any library as a backbone.
 
-    A network with its own `features` and `head` is run by them. Of any other network the last feature map is the output
-    of one of its modules, which is kept while the network runs.
+    If the network has methods `features` and `head` as in `Backbone`, these are called. Otherwise the last feature map
+    is the output of one of its modules, which a hook records during the forward pass.
 
     Args:
-        network: The network: (N, C, H, W) -> logits (N, K).
+        network: A network that maps images (N, C, H, W) to logits (N, K).
 
     Attributes:
         network: The network.
-        map_call: The call whose output is the last feature map; None for a network with `features` and `head`.
+        map_call: The call of a module whose output is the last feature map; None if the network has `features` and
+            `head`.
 
     Raises:
         OptionError: The last feature map or the last layer is not found.
@@ -64,11 +71,12 @@ class WrappedNetwork(Backbone):
         return self.network(x)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the last feature map (N, C', h, w)."""
+        """Returns the last feature map (N, C', h, w) of images (N, C, H, W)."""
         return self.features_and_logits(x)[0]
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) -> the last feature map (N, C', h, w) and the logits (N, K)."""
+        """Returns the last feature map (N, C', h, w) and the logits (N, K) of images (N, C, H, W)."""
+        # One forward pass computes both.
         network: Any = self.network
         if self.map_call is None:
             features = network.features(x)
@@ -84,19 +92,20 @@ class WrappedNetwork(Backbone):
 
 
 def to_backbone(network: nn.Module) -> Backbone:
-    """Returns a network that can be a student: a `Backbone` as it is, and any other network wrapped.
+    """Returns a network as a `Backbone`, wrapped in `WrappedNetwork` if it is of another class.
 
     Raises:
-        OptionError: The network cannot be a student. The message says what it lacks.
+        OptionError: The network cannot be trained as a student; the message says what it lacks.
     """
     return network if isinstance(network, Backbone) else WrappedNetwork(network)
 
 
 def has_interface(network: Any) -> bool:
-    """Whether a network has what a student needs, and its own forward pass is that of `head` after `features`.
+    """Returns whether a network has the methods and attributes of a `Backbone` that `INTERFACE` lists.
 
-    Networks of libraries have attributes of these names too, which mean other things.
+    Its own forward pass must be equal to `head(features(images))`.
     """
+    # The names alone are not enough: networks of libraries have attributes of these names that mean other things.
     if not callable(getattr(network, "features", None)) or not callable(getattr(network, "head", None)):
         return False
     if not all(isinstance(getattr(network, name, None), int) for name in INTERFACE[2:]):
@@ -116,10 +125,13 @@ def has_interface(network: Any) -> bool:
 
 
 def try_network(network: nn.Module) -> tuple[list[Call], torch.Size, int]:
-    """Runs a copy of a network on the meta device, which computes shapes only, or on the CPU if that fails.
+    """Runs a copy of a network on two images of a usual size.
+
+    It runs on the meta device, which computes shapes only, or on the CPU if that fails.
 
     Returns:
-        The calls of its modules in the order in which they ended, the shape of its logits, and the image's side.
+        The calls of the network's modules in the order in which they ended, the shape of the logits, and the side of
+        the images in pixels.
 
     Raises:
         OptionError: The network takes no image of a usual size, or does not return logits.
@@ -158,7 +170,7 @@ def find_stem_channels(network: nn.Module) -> int:
 
 
 def record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
-    """Runs a network, and returns the calls of its modules that returned a tensor, and the network's output."""
+    """Runs a network, and returns those calls of its modules that returned a tensor, and the output of the network."""
     calls: list[Call] = []
     counts: Counter[str] = Counter()
 
@@ -178,7 +190,12 @@ def record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
 
 
 def find_classifier(network: nn.Module, calls: list[Call], classes: int) -> Call:
-    """Returns the call of the layer that gives the logits.
+    """Returns the last call of a linear or convolutional layer with one output for each class.
+
+    Args:
+        network: The network.
+        calls: The calls of its modules; see `try_network`.
+        classes: The number of classes.
 
     Raises:
         OptionError: There is no such layer.
@@ -191,10 +208,16 @@ def find_classifier(network: nn.Module, calls: list[Call], classes: int) -> Call
 
 
 def find_last_map(network: nn.Module, calls: list[Call]) -> Call:
-    """Returns the last call before the classifier whose output is a feature map (N, C, h, w), not of one pixel.
+    """Returns the last call whose output is a feature map (N, C, h, w) with more than one pixel.
+
+    If all feature maps have one pixel, it is the last call with such a map.
+
+    Args:
+        network: The network.
+        calls: The calls of its modules before the classifier.
 
     Raises:
-        OptionError: There is no such call, or it is far from the end.
+        OptionError: There is no feature map, or too many layers come after the last one.
     """
     maps = [k for k, call in enumerate(calls) if len(call.shape) == 4]
     large = [k for k in maps if calls[k].shape[2] * calls[k].shape[3] > 1]
@@ -212,7 +235,7 @@ def find_last_map(network: nn.Module, calls: list[Call]) -> Call:
 
 
 def refuse(network: nn.Module, reason: str) -> OptionError:
-    """Returns the error that says why a network cannot be a student, and what it lacks."""
+    """Returns an error that says why a network cannot be trained as a student, and what it lacks."""
     needed, lacking = (
         ", ".join(f"`{name}`" for name in names)
         for names in (INTERFACE, [name for name in INTERFACE if not hasattr(network, name)])
