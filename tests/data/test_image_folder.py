@@ -227,13 +227,14 @@ def test_sixteen_bits_are_asked_for_and_then_read_and_exported(command, tmp_path
     for name in ("cat", "dog"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for k in range(12):
-            pixels = random.integers(0, 4096, (20, 20)).astype(np.uint16)
+            pixels = random.integers(0, 1000 + 100 * k, (20, 20)).astype(np.uint16)
+            pixels[0, 0] = 3000 if k == 5 else 500  # the largest of all files
             Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{k}.png")
     options = [*SMALL, f"data_dir={tmp_path / 'mine'}", f"job_dir={tmp_path / 'run'}", "data.batch_size=8"]
     result = command(*options)
     assert result.status == 1
     assert "data.bit_depth=null: must say how many bits are used" in result.err
-    assert "which 12 bits can hold" in result.err
+    assert "the largest value is 3000, which 12 bits can hold" in result.err
     assert command(*options, "data.bit_depth=12").status == 0
     with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
         assert json.loads(file.metadata()["odcheap"])["bit_depth"] == 12

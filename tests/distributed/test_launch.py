@@ -1,10 +1,16 @@
+import os
+from pathlib import Path
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from odcheap.distributed import launch
 from odcheap.distributed.launch import needs_launch
+from odcheap.distributed.signals import SignalListener
 from odcheap.runs.overrides import quote_override
+from odcheap.runs.resume import Start
+from odcheap.runs.settings import RunConfig
 from odcheap.utils.errors import OptionError
 
 
@@ -43,6 +49,33 @@ def test_a_tilde_is_the_home_directory(value, monkeypatch):
     monkeypatch.setenv("HOME", "/home/josé")
     override = OverridesParser.create().parse_override(quote_override(f"job_dir={value}"))
     assert override.value() == "/home/josé" + value.strip("\"'")[1:]
+
+
+def test_a_folder_whose_name_begins_with_a_bracket_is_a_path_and_a_list_is_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = OverridesParser.create()
+    assert parser.parse_override(quote_override("data_dir=[x]")).value() == ["x"]
+    (tmp_path / "[x]").mkdir()
+    assert parser.parse_override(quote_override("data_dir=[x]")).value() == "[x]"
+
+
+def test_new_processes_get_the_paths_as_they_were_typed(monkeypatch):
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        raise BlockingIOError("no process is started in a test")
+
+    monkeypatch.setattr(launch.subprocess, "Popen", popen)
+    given = {"data_dir": "/data/josé's #1 [x] & {y}", "weights": "~/a,b=c", "seed": 1}
+    config = RunConfig(OmegaConf.create({"trainer": {"devices": 2}}), {}, [f"{key}={given[key]}" for key in given])
+    with pytest.raises(BlockingIOError):
+        launch.launch_processes(Start(config, Path("Zoë's [r] #2")), [], SignalListener())
+    arguments = commands[0][commands[0].index("train") + 1 :]
+    found = [OverridesParser.create().parse_override(argument) for argument in arguments]
+    values = {override.key_or_group: override.value() for override in found}
+    given |= {"weights": os.path.expanduser(given["weights"]), "job_dir": "./Zoë's [r] #2", "hydra.mode": "RUN"}
+    assert values == given
 
 
 @pytest.mark.parametrize(("devices", "nodes", "expected"), [(1, 1, False), (2, 1, True), (2, 2, False)])

@@ -26,6 +26,7 @@ from odcheap.export import command, verify
 from odcheap.export import command as export_command
 from odcheap.export import onnx as onnx_export
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
+from odcheap.export.load_run import describe_preprocessing, load_run_student
 from odcheap.export.model_card import STANDARD, STUDENT
 from odcheap.models.build import build_network, load_student
 from odcheap.utils.errors import OptionError
@@ -233,6 +234,12 @@ def test_what_a_killed_export_has_left_is_removed_by_the_next_and_nothing_else_i
     left = {path.name for path in tmp_path.iterdir()} - {out.name}
     assert left == {*list(contents)[2:], ".export.a1b2c3d7.part"}
     assert (mine / "labels.json").exists()
+
+
+@pytest.mark.parametrize("depth", [None, 12])
+def test_an_export_says_how_many_of_sixteen_bits_are_used(tmp_path, depth):
+    loaded = load_run_student(write_run(tmp_path / "run", settings=SETTINGS | {"bit_depth": depth}))
+    assert describe_preprocessing(loaded.settings)["bit_depth"] == depth
 
 
 def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsys):

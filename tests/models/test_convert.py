@@ -336,12 +336,19 @@ class Odd(nn.Conv2d):
         return super().forward(x) * 2
 
 
+class OddWithin(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias) * 2
+
+
 def test_convolutions_of_another_kind_are_kept_and_listed():
     odd, computed = Odd(12, 12, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 3))
-    before = nn.Sequential(nn.Conv2d(3, 12, 3), odd, computed, nn.Conv2d(12, 12, 3, groups=2), nn.Conv2d(12, 12, 3))
+    within, grouped = OddWithin(12, 12, 3), nn.Conv2d(12, 12, 3, groups=2)
+    before = nn.Sequential(nn.Conv2d(3, 12, 3), odd, within, computed, grouped, nn.Conv2d(12, 12, 3))
     rows = conversion_table(before, cheapen(before, "DW"), (3, 32, 32)).rows
     assert [row.after for row in rows[1:]] == [
         "kept: a Odd computes in a way of its own",
+        "kept: a OddWithin computes in a way of its own",
         "kept: its weights are computed from others",
         "kept: in 2 groups already",
         "depth-wise + 1 x 1",
@@ -446,6 +453,21 @@ def test_layers_with_the_old_weight_norm_and_with_hooks_are_kept_and_work():
     after(torch.zeros(1, 3, 16, 16)).sum().backward()
     assert seen == ["forward", "before"]
     assert after[1].weight_g.grad is not None
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_a_layer_with_any_hook_is_kept(register):
+    before = nn.Sequential(*(nn.Conv2d(c, 16, 3) for c in (3, 16, 16)))
+    getattr(before[1], register)(lambda *_: None)
+    assert reasons_kept(cheapen(before, "DW")) == {"0": "the stem", "1": "it has hooks"}
 
 
 @pytest.mark.parametrize(
