@@ -110,6 +110,7 @@ def test_nothing_that_others_have_written_is_markup_in_the_card(tmp_path, monkey
     path = write_run(tmp_path / "run", settings=SETTINGS | {"split": HOSTILE}, config=json.dumps(config))
     run = load_run_student(path)._replace(title=HOSTILE, job_dir=tmp_path / HOSTILE.replace("/", ""))
     run.standard.standard_note = HOSTILE
+    run.settings["backbone"] = {"part": HOSTILE, "name": HOSTILE}  # the title of the card
     run.summary.update(data=HOSTILE, epochs=HOSTILE, versions={"torch": HOSTILE})
     timings = found((1, 20), (3, 50))
     for on_data in (True, False):
