@@ -85,14 +85,14 @@ def limit_batches(count: int, limit: float | None) -> int:
 
 
 class ImageDigests(NamedTuple):
-    """Short hashes of the images that a run uses, by which they are recognized later.
+    """Short hashes of the images that a run uses, with which these images are recognized later.
 
     Attributes:
-        kind: "files" for hashes of the files' contents (`folder_trees.hash_files`), "pixels" for hashes of the images'
-            pixels (`splits.hash_pixels`).
-        key: The key of the hashes, a `split_seed`.
+        kind: "files" for hashes of the contents of files (`folder_trees.hash_files`), "pixels" for hashes of pixels
+            (`splits.hash_pixels`).
+        key: The key of the hash function, which is the `split_seed` of the run.
         train: The first 8 bytes of the hash of each training image, joined.
-        val: The same of the held-out images.
+        val: The same for the held-out images.
     """
 
     kind: Literal["files", "pixels"]

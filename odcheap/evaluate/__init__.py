@@ -1,1 +1,1 @@
-"""Accuracy of a run's student or of an export on other images."""
+"""Measures the accuracy of a run's student, or of an export, on other images."""

@@ -40,7 +40,15 @@ MAX_NAMED = 3  # training images that a line names; the file names all
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate") -> int:
-    """Runs the command and returns the exit status: 1 also if an image could not be read."""
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments; None for those of this process.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which includes an image that could not be read.
+    """
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, metavar="RUN_OR_EXPORT", help="a run's folder, or the folder of an export")
@@ -68,6 +76,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate")
 
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluates the images, prints the result and writes its files; returns the exit status."""
+    # The model, the images and the folder are checked before anything is computed.
     if not options.model.is_dir():
         raise OptionError("RUN_OR_EXPORT", options.model, "no such folder")
     model = load_model(options.model, options.student, options.file, options.config_dir)
@@ -86,6 +95,7 @@ def evaluate(options: argparse.Namespace) -> int:
     content: dict[str, Any] = {MARK: __version__, "inputs": describe_inputs(options), "student": model.title}
     content |= summarize(model, images, predicted, hashes) | {"unreadable": failures, "left_out": images.remarks}
 
+    # Print the result, then write its files; the file with all metrics comes last.
     counts = predict.count_confusion(images.target, predicted, len(model.classes))
     predict.print_evaluation(counts, content)
     say("")
@@ -103,11 +113,12 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[str], list[set[bytes]] | None]:
-    """Classifies all images.
+    """Classifies all images, and computes their hashes.
 
     Returns:
-        The predicted labels and a line for each failure, see `predict.collect_predictions`; and the hashes of each
-        image by which the run's training images are found, None if they are not needed or there are none.
+        The predicted labels, and a line of text for each failure (see `predict.collect_predictions`). The hashes of
+        each image, with which training images of the run are recognized; None if they cannot be compared with the run's
+        images.
     """
     digests, pixels = model.digests, []
 
@@ -123,6 +134,7 @@ def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[
                 pixels.append(hash_image(to_bytes(image), digests.key) if is_read else set())
             yield name, image
 
+    # Hashes of pixels are computed while the images are classified, those of files afterwards.
     results = predict.predict_images(model.predictor, iterate(), model.preprocess)
     predicted, failures = predict.collect_predictions(results, len(model.classes))
     if digests is None or digests.kind == "pixels":
@@ -137,13 +149,13 @@ def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[
 def summarize(
     model: Model, images: EvaluatedImages, predicted: list[int], hashes: list[set[bytes]] | None
 ) -> dict[str, Any]:
-    """Returns the figures of all images, and of those that the run has not used in training or selection.
+    """Returns the metrics of all images, and of those that the run has used neither for training nor for selection.
 
     Args:
         model: The model.
         images: The images.
         predicted: The predicted label of each image.
-        hashes: The hashes of each image; None if nothing is known of training images.
+        hashes: The hashes of each image; None if they cannot be compared with the run's images.
     """
     count = len(model.classes)
     content = predict.summarize_confusion(predict.count_confusion(images.target, predicted, count), model.classes)
@@ -162,7 +174,12 @@ def summarize(
 
 
 def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]:
-    """Returns lines that say which of the images the run was trained on, and the accuracy on the others."""
+    """Returns lines of text: on which of the images the run was trained, and the accuracy on all other images.
+
+    Args:
+        model: The model.
+        content: The content of `evaluation.json`.
+    """
     trained, held_out = content["trained_on"], content["selected_on"]
     if trained is None:
         return [model.reason] if model.digests is None else ["these images cannot be compared with the training images"]
@@ -183,7 +200,7 @@ def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]
 
 
 def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the inputs of an evaluation, by which a repetition is recognized."""
+    """Returns the inputs of an evaluation: model, file and images; an evaluation with equal inputs may be repeated."""
     is_folder = os.path.isdir(options.images)
     return {
         "model": os.path.realpath(options.model),
@@ -193,7 +210,8 @@ def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
 
 
 def default_folder(model: Path, images: str) -> Path:
-    """Returns the folder for the result: below a run's folder, or beside that of an export, which is not changed."""
+    """Returns the default folder for the result: in the folder of a run, or beside that of an export."""
+    # Nothing is written into an export, whose model card lists all its files.
     *_, above, name = ["", "root", *Path(os.path.realpath(images)).parts[1:]]
     name = f"{above}-{name}" if name in predict.PART_FOLDERS else name  # `photos-test` for photos/test
     folder = Path(os.path.realpath(model))
@@ -201,10 +219,16 @@ def default_folder(model: Path, images: str) -> Path:
 
 
 def prepare_folder(out: Path | None, default: Path, options: argparse.Namespace) -> Path:
-    """Makes the folder of the result, and returns it. Only the result of the same evaluation is replaced.
+    """Makes the folder of the result, and returns it.
+
+    Args:
+        out: The folder that the user has given; None for the default.
+        default: The default.
+        options: The options of the command.
 
     Raises:
-        OptionError: The folder cannot be made, or holds files of these names that are something else.
+        OptionError: The folder cannot be made, or contains files with the names of the result that are not the result
+            of the same evaluation.
     """
     folder = default if out is None else out
     if out is None and (default.is_symlink() or default.parent.is_symlink()):
@@ -226,7 +250,7 @@ def prepare_folder(out: Path | None, default: Path, options: argparse.Namespace)
 
 
 def read_inputs(path: Path) -> Any:
-    """Returns the inputs of the evaluation whose result a file is; None if it is no result of an evaluation."""
+    """Returns the inputs that an `evaluation.json` contains; None if another program has written the file."""
     if path.is_symlink() or not path.is_file():
         return None
     try:

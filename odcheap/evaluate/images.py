@@ -1,4 +1,4 @@
-"""The images of an evaluation: a folder with a folder for each class, or the test images of a data set."""
+"""The images of an evaluation: those in a folder with a folder for each class, or the test images of a data set."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ OPTION = "FOLDER_OR_DATASET"
 
 
 class EvaluatedImages(NamedTuple):
-    """Images of known classes.
+    """The images of an evaluation, whose classes are known.
 
     Attributes:
-        title: What they are, for the user.
-        names: A name for each image: its file below the folder, or its number.
+        title: A text that says which images they are.
+        names: A name for each image: the path of its file relative to the folder, or its number in the data set.
         files: The image files; None for a data set that is not read from files.
-        target: The label of each image.
-        remarks: Lines about what was left out.
+        target: The label of each image, with the classes of the model.
+        remarks: Lines of text about images that were left out.
         data: The data set; None for a folder.
     """
 
@@ -35,7 +35,11 @@ class EvaluatedImages(NamedTuple):
     data: InMemoryData | None = None
 
     def iterate_prepared(self, preprocess: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | predict.ImageError]]:
-        """Yields each image's name, and the image as the network's input or the error that says why there is none."""
+        """Yields the name of each image, and the prepared image (3, H, W) in [0, 1], or the error if it cannot be read.
+
+        Args:
+            preprocess: The content of `preprocess.json`, which says how an image is prepared.
+        """
         if self.data is None:
             for name, path in zip(self.names, self.files or [], strict=True):
                 yield name, predict.try_preprocess(path, preprocess)
@@ -50,18 +54,19 @@ class EvaluatedImages(NamedTuple):
 def list_images(
     name: str, classes: Sequence[str], data_dir: str, known_only: bool, config_dirs: Sequence[Path]
 ) -> EvaluatedImages:
-    """Lists the images that the user names.
+    """Lists the images that the user has named.
 
     Args:
-        name: A data set or a folder. The name of a data set counts first: `./cifar10` is a folder.
-        classes: The classes of the model by label.
-        data_dir: Where data sets are.
-        known_only: Whether classes that the model does not have are left out. Otherwise they are an error.
-        config_dirs: `conf` directories with data sets that odcheap does not have.
+        name: The name of a data set, or a folder. If a folder has the name of a data set, it must be given as
+            `./cifar10`.
+        classes: The names of the model's classes, in the order of the logits.
+        data_dir: The folder in which data sets are.
+        known_only: Whether images of classes that the model does not have are left out; otherwise they are an error.
+        config_dirs: Further `conf` directories, with data sets that odcheap does not have.
 
     Raises:
-        OptionError: There are no such images, or a class is unknown.
-        PredictError: The same for a folder.
+        OptionError: There are no such images, or the model does not have one of the classes.
+        PredictError: The same, if `name` is a folder.
     """
     if name in list_parts("data", config_dirs):
         return list_data_set(name, classes, data_dir, known_only, config_dirs)
@@ -77,7 +82,8 @@ def list_images(
 def list_data_set(
     name: str, classes: Sequence[str], data_dir: str, known_only: bool, config_dirs: Sequence[Path]
 ) -> EvaluatedImages:
-    """Lists the test images of a data set; its classes are matched by their names. Arguments as in `list_images`."""
+    """Lists the test images of a data set, with labels for the classes of the model; see `list_images`."""
+    # Nothing is downloaded, and nothing is held out. Classes are matched by their names.
     known = read_part("data", name, config_dirs)
     load = {"data_dir": data_dir, "read_only": True} | {"split_seed": 0}
     own = known.get("load") or {}

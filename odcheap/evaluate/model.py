@@ -1,4 +1,4 @@
-"""What is evaluated: the student of a run in PyTorch, or a file of an export in ONNX Runtime."""
+"""Loads the model that is evaluated: the student of a run in PyTorch, or a file of an export in ONNX Runtime."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ OPTION = "RUN_OR_EXPORT"
 
 
 class Model(NamedTuple):
-    """A classifier of prepared images.
+    """A model that classifies images.
 
     Attributes:
-        title: What it is, for the user.
-        classes: Names of the classes by label.
-        preprocess: The content of `preprocess.json`.
-        predictor: Images (n, 3, H, W) in [0, 1] -> logits (n, K).
-        digests: The run's list of training images; None if it is not known.
-        reason: Why it is not known.
+        title: A text that says which model it is.
+        classes: The names of its classes, in the order of the logits.
+        preprocess: The content of `preprocess.json`, which says how images are prepared.
+        predictor: A function that maps prepared images (n, 3, H, W) in [0, 1] to logits (n, K).
+        digests: The hashes of the run's training images; None if they are not known.
+        reason: Why they are not known.
         test_top1: The accuracy on the run's own test images; None if it is not known.
     """
 
@@ -47,10 +47,14 @@ def is_export(folder: Path) -> bool:
 
 
 def load_export(folder: Path, name: str) -> Model:
-    """Loads an ONNX file of an export; PyTorch is not used.
+    """Loads an ONNX file of an export for ONNX Runtime.
+
+    Args:
+        folder: The folder of the export.
+        name: The name of the ONNX file.
 
     Raises:
-        PredictError: The export lacks a file, or one was changed.
+        PredictError: A file of the export is missing or was changed.
     """
     preprocess, classes = predict.read_export(folder)
     session = predict.create_session(predict.read_verified(folder, name))
@@ -60,10 +64,10 @@ def load_export(folder: Path, name: str) -> Model:
 
 
 def load_run(job_dir: Path, number: int | None, config_dirs: Sequence[Path]) -> Model:
-    """Loads a student of a run, for arguments see `load_run_student`.
+    """Loads a student of a run for PyTorch; see `load_run_student` for the arguments.
 
     Raises:
-        OptionError: The folder holds no run, or not this student.
+        OptionError: The folder contains no run, or no student with this number.
     """
     if not (job_dir / CONFIG).is_file():
         raise OptionError(OPTION, job_dir, "is neither the folder of a run nor that of an export")
@@ -82,8 +86,9 @@ def load_run(job_dir: Path, number: int | None, config_dirs: Sequence[Path]) -> 
 
 
 def create_predictor(network: nn.Module, norm: Normalization) -> predict.Predictor:
-    """Returns a function that normalizes images as the training does, to the last bit, and runs the network."""
+    """Returns a function that normalizes images and runs the network: (n, 3, H, W) in [0, 1] -> logits (n, K)."""
 
+    # The images are converted to uint8 and normalized as in the training, so that all bits are the same.
     def run(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return network(norm.apply(torch.from_numpy(to_bytes(images)))).numpy()
@@ -92,18 +97,18 @@ def create_predictor(network: nn.Module, norm: Normalization) -> predict.Predict
 
 
 def to_bytes(images: np.ndarray) -> np.ndarray:
-    """Returns images in [0, 1], which were prepared from 8 bits a channel, as uint8 again."""
+    """Returns images in [0, 1], which were made from 8 bits a channel, as uint8."""
     return np.rint(images * np.float32(255)).astype(np.uint8)
 
 
 def load_model(path: Path, student: int | None, file: str | None, config_dirs: Sequence[Path]) -> Model:
-    """Loads the model that the user names.
+    """Loads the model that the user has named.
 
     Args:
-        path: A run's folder, or the folder of an export.
-        student: The number of a run's student; None for the selected one.
-        file: The name of an export's ONNX file; None for `student.onnx`.
-        config_dirs: `conf` directories with parts that odcheap does not have.
+        path: The folder of a run or of an export.
+        student: The number of a student of the run, from 0; None for the selected student.
+        file: The name of an ONNX file of the export; None for `student.onnx`.
+        config_dirs: Further `conf` directories, with parts that odcheap does not have.
 
     Raises:
         OptionError: An option does not suit the folder, or the folder is neither.

@@ -1,4 +1,7 @@
-"""The list of a run's training images, `training_images.json`, by which they are recognized in an evaluation."""
+"""The file `training_images.json` of a run, with which an evaluation recognizes images that the run was trained on.
+
+It contains hashes of the training images and of the held-out images.
+"""
 
 import base64
 import binascii
@@ -22,7 +25,7 @@ from odcheap.utils.files import write_json
 
 
 class SavedDigests(Schema):
-    """The content of `training_images.json`: hashes in base64, see `ImageDigests`."""
+    """The content of `training_images.json`: an `ImageDigests` with its hashes in base64."""
 
     kind: Literal["files", "pixels"]
     key: int
@@ -32,17 +35,24 @@ class SavedDigests(Schema):
 
 
 def write_digests(job_dir: Path, digests: ImageDigests) -> None:
-    """Writes the list into a run's folder."""
+    """Writes `training_images.json` into a run's folder."""
     train, val = (base64.b64encode(part).decode() for part in (digests.train, digests.val))
     content = {"kind": digests.kind, "key": digests.key, "digest_bytes": DIGEST_BYTES, "train": train, "val": val}
     write_json(job_dir / TRAINING_IMAGES, content)
 
 
 def read_digests(job_dir: Path, option: str) -> ImageDigests | None:
-    """Reads the list from a run's folder; None if the run has not finished or is of an earlier version.
+    """Reads `training_images.json` from a run's folder.
+
+    Args:
+        job_dir: The run's folder.
+        option: The name of the option that gave the folder, for messages.
+
+    Returns:
+        The hashes; None if there is no such file, because the run has not finished or an earlier version wrote it.
 
     Raises:
-        OptionError: The file is not one that odcheap writes.
+        OptionError: The file is damaged, or another program has written it.
     """
     path = job_dir / TRAINING_IMAGES
     if not os.path.lexists(path):
@@ -58,27 +68,33 @@ def read_digests(job_dir: Path, option: str) -> ImageDigests | None:
 
 
 def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
-    """Returns the hashes by which each file may be in a list of the kind "files".
+    """Returns two hashes for each image file; a run that has used the file has stored one of them.
 
-    A list has the hash of a file's size and of its first and last 4,096 bytes, or, if several files of the run have the
-    same, that of its whole content.
+    Args:
+        files: The image files.
+        key: The key of the hashes, see `ImageDigests`.
     """
+    # A run has stored the hash of a file's size and ends, or that of its whole content if several of its files have the
+    # same first hash; see `hash_files`.
     listed = Files("", np.array([os.fsencode(path.absolute()) for path in files]), np.zeros(len(files), np.int64))
     both = hash_ends(listed, key), hash_whole(listed, range(len(files)), key)
     return [{digest[:DIGEST_BYTES] for digest in digests} for digests in zip(*both, strict=True)]
 
 
 def hash_image(image: np.ndarray, key: int) -> set[bytes]:
-    """Returns the hash by which an image (C, H, W) uint8 may be in a list of the kind "pixels"."""
+    """Returns a set with the hash of an image (C, H, W) uint8, for `ImageDigests` of the kind "pixels"."""
     return {hash_pixels(torch.from_numpy(image[None]), key)[0][:DIGEST_BYTES]}
 
 
 def find_known_images(digests: ImageDigests, hashes: Sequence[set[bytes]]) -> tuple[list[int], list[int]]:
-    """Returns the positions of the training images and of the held-out images of a run.
+    """Returns which of some images are training images of a run, and which are held-out images.
 
     Args:
-        digests: The run's list.
-        hashes: The hashes of each image, see `hash_file_contents` and `hash_image`.
+        digests: The hashes of the run's images.
+        hashes: The hashes of each image to look for; see `hash_file_contents` and `hash_image`.
+
+    Returns:
+        The positions of the training images, and the positions of the held-out images, in `hashes`.
     """
     known = [
         {part[k : k + DIGEST_BYTES] for k in range(0, len(part), DIGEST_BYTES)} for part in (digests.train, digests.val)

@@ -473,10 +473,8 @@ class Experiment:
 
 
 def show_profile() -> None:
-    """Lets a profiler of Lightning's (`+trainer.profiler=simple`) print its report, which it writes as a log message.
-
-    Other messages of Lightning's are not shown, and Hydra disables the loggers that it finds.
-    """
+    """Makes the report of a Lightning profiler (`+trainer.profiler=simple`) visible, which is a log message."""
+    # odcheap hides other messages of Lightning, and Hydra disables the loggers that it finds.
     logger = logging.getLogger("pytorch_lightning.profilers.profiler")
     logger.setLevel(logging.INFO)
     logger.disabled = False
