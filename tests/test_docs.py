@@ -3,7 +3,7 @@
 import ast
 import re
 import shlex
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 
 from odcheap import OnlineDistillation, Students, cli
 from odcheap.layers.cheap_conv import DW
@@ -64,6 +65,14 @@ def write_files(page: Path, folder: Path) -> None:
             (folder / block.title).write_text(block.text)
 
 
+def write_photos(folder: Path) -> None:
+    """Writes the folders of images that a page reads: bright and dark ones."""
+    for part, name, number in product(("train", "test"), ("bright", "dark"), range(6)):
+        path = folder / "photos" / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 80 + number), (20 * number, 90, 200) if name == "bright" else (number, 9, 0)).save(path)
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
 )
@@ -78,6 +87,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, command):
     monkeypatch.syspath_prepend(tmp_path)
     write_files(page, tmp_path)
     write_reference(tmp_path / "reference.pt")
+    write_photos(tmp_path)
     namespace: dict = {"__name__": page.stem}
     for text in code:
         exec(compile(text, str(page), "exec"), namespace)
