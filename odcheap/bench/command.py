@@ -199,6 +199,7 @@ def measure_start(script: str = TRAIN) -> float | None:
 
 def format_tables(result: dict[str, Any]) -> str:
     """Returns the result in Markdown: a table of the training, a table of the inference, and the start-up time."""
+    # A row for each block type and precision, then a row for each block type.
     training = pd.DataFrame(
         {"block_type": row["block_type"], "precision": row["precision"]}
         | {f"{LOOPS[name]}, images/s": f"{rate:.0f}" for name, rate in row["images_per_second"].items()}

@@ -131,6 +131,7 @@ def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: to
     optimizer, schedule = build_optimization(
         method, instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler), 1_000_000
     )
+    # `reasons` gets the reason if the step cannot be recorded: the loops could then not be compared.
     batches = endless_batches(create_data(cfg, images), device)
     reasons: list[str] = []
     train_step = EagerStep(method, optimizer)

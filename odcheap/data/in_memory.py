@@ -149,10 +149,13 @@ class InMemoryData(ImageData):
         self.images, self.classes = images, images.classes
         channels, height, width = images.train.shape[1:]
         self.image_size = (channels, height, width)
+        # The images are not resized: what other images must be resized to is the size of these.
         self.shorter_side = side = min(self.image_size[1:])
         if self.augment.crop_padding >= side:
             allowed = f"must be 0 or more, below the images' {side} pixels a side"
             raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
+
+        # Hold out images by the hashes of their pixels.
         digests = hash_pixels(images.train, self.split_seed)
         self.split = split_stratified(digests, images.train_target, self.val_size)
         self.fingerprint = self.split.fingerprint

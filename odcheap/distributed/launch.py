@@ -59,6 +59,8 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
     Raises:
         OptionError: They do not match, for example because torchrun has started several processes for a run of one.
     """
+    # A sweep in processes that somebody else has started, then several machines without such processes, then other
+    # numbers of machines or processes than have been started.
     if in_sweep and is_torchrun():
         raise OptionError("trainer", trainer, "a sweep starts its processes itself: python train.py -m trainer=ddp ...")
     if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not has_gpu():

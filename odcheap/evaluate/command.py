@@ -162,6 +162,7 @@ def summarize(
     content |= {"trained_on": None, "selected_on": None, "unused": None}
     if hashes is None or model.digests is None:
         return content
+    # Images that the run has used say too much about it: the metrics of all other images are computed, too.
     trained, held_out = find_known_images(model.digests, hashes)
     content |= {"trained_on": [images.names[k] for k in trained], "selected_on": [images.names[k] for k in held_out]}
     used = {*trained, *held_out}
@@ -185,6 +186,7 @@ def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]
         return [model.reason] if model.digests is None else ["these images cannot be compared with the training images"]
     if not trained and not held_out:
         return ["none of these images is a training image or a held-out image of the run"]
+    # Warn about images that the run has used, then state the accuracy on the others.
     lines = []
     for names, what in ((trained, "was trained on"), (held_out, "has selected its student and epoch on")):
         if names:
@@ -233,6 +235,7 @@ def prepare_folder(out: Path | None, default: Path, options: argparse.Namespace)
     folder = default if out is None else out
     if out is None and (default.is_symlink() or default.parent.is_symlink()):
         raise OptionError("--out", default, "is a link to elsewhere: name the folder to write with --out")
+    # Only the result of the same evaluation is replaced.
     there = [name for name in (RESULT, TABLE, PICTURE) if os.path.lexists(folder / name)]
     if there:
         inputs = read_inputs(folder / RESULT)

@@ -229,9 +229,11 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
     """
     convs = find_spatial_convs(model)
     chosen = find_stem(model) if keep is None else match_names(list(convs), keep)
+    # A parameter that several modules have is counted several times.
     reasons = {}
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for name, conv in convs.items():
+        # A subclass of `nn.Conv2d`, or a hook, may do more than the convolution that a pair would replace.
         hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
         is_own_class = type(conv).forward is not nn.Conv2d.forward
         is_own_class |= type(conv)._conv_forward is not nn.Conv2d._conv_forward

@@ -179,6 +179,7 @@ def record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
             calls.append(Call(name, counts[name], tuple(output.shape)))
         counts[name] += 1
 
+    # Hooks record each call when it ends; they are removed afterwards.
     modules = list(network.named_modules())
     handles = [
         m.register_forward_hook(lambda module, inputs, output, name=name: record(name, output)) for name, m in modules

@@ -139,6 +139,7 @@ def select_classes(weights: Weights, classes: list[str], classifier: str) -> Wei
         raise OptionError("weights", weights.path, allowed)
     outputs = {name: k for k, name in enumerate(known)}
     rows = [outputs[name] for name in classes]
+    # Select the rows of the classifier's weight and bias.
     students = []
     for state in weights.students:
         heads = {name: tensor for name, tensor in state.items() if name.startswith(f"{classifier}.")}

@@ -72,6 +72,7 @@ def lock_folder(job_dir: Path) -> Generator[None]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OptionError("job_dir", job_dir, f"its lock {path.name} is not a regular file")
+        # A file system without locks is used without a lock.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -126,6 +126,7 @@ class Record(pl.Callback):
             module: The module that is trained.
             watched: The metrics of the images that are evaluated after each epoch; None if none were evaluated.
         """
+        # The speed is that of the training alone, without the evaluation after it.
         seconds = (self.train_end or time.perf_counter()) - self.epoch_start
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,

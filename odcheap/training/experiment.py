@@ -437,6 +437,7 @@ class Experiment:
         """
         students, averages = tested.members["students"], tested.members["averages"] or []
         figures = [*students, *averages][fit.candidate]
+        # The recall of a class is the diagonal entry of its row divided by the sum of the row.
         confusion = enumerate(tested.confusion[fit.candidate])
         recall = [counts[k] / sum(counts) if sum(counts) else None for k, counts in confusion]
         return {

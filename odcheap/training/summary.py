@@ -70,6 +70,7 @@ def summarize_members(
             "test_balanced_accuracy": test.balanced_accuracy[k],
         }
 
+    # The kind of member is in its name; averages and teacher may be missing.
     by_name = {name: summarize(k, name) for k, name in enumerate(members)}
     teacher = by_name.get("teacher")
     return {
@@ -223,6 +224,7 @@ def build_table(summary: dict[str, Any]) -> Table:
     table = Table()
     for column in ("", "val top-1 %", "test top-1 %", "test top-5 %", "test balanced %"):
         table.add_column(column, justify="left" if not column else "right")
+    # A row for each student, each moving average, the teacher and the ensemble.
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
     members += [(f"average of student {k}", value) for k, value in enumerate(summary["averages"] or [])]
     if summary["teacher"]:

@@ -277,6 +277,7 @@ class GraphStep:
         Returns:
             The differences of the tensors of each kind, float64, in the order of `list_state`.
         """
+        # The random state is restored too, so that both steps that are compared draw the same numbers.
         before = [[t.detach().clone() for t in kind] for kind in self.list_state()]
         device = next(self.method.parameters()).device
         try:

@@ -59,6 +59,7 @@ def describe_allowed(annotation: Any) -> str:
         >>> describe_allowed(Literal["auto", "fit"])
         'one of auto, fit'
     """
+    # A type with a range, a union, a list of names, a list of entries, or a plain type.
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         limits = _describe_limits(arguments[1:])

@@ -72,6 +72,8 @@ def describe_external_failure(error: BaseException) -> str | None:
     """
     import torch  # imported here, since commands that need no torch import this module too
 
+    # Memory, another process of a distributed run, a loader process, and files. The messages of PyTorch's errors are
+    # all that tells them from bugs.
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         place = "on the GPU" if isinstance(error, torch.OutOfMemoryError) else "on this machine"

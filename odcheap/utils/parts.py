@@ -169,6 +169,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _overlay(node: dict[str, Any], options: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns the node with values from a file that is not trusted: they must be plain, and the node must have them."""
+    # An option must be in the YAML file; dicts of options without a `_target_` may have further entries.
     merged = dict(node)
     for key, value in options.items():
         option = f"{path}.{key}"
@@ -187,6 +188,7 @@ def _overlay(node: dict[str, Any], options: Mapping[str, Any], path: str) -> dic
 
 def _check_plain(value: Any, path: str, depth: int) -> None:
     """Raises `OptionError` unless the value consists of numbers, strings, lists and dicts, without references."""
+    # In a config, a text with "${" is a reference, and keys that begin with "_" say what is called.
     if not depth:
         raise OptionError(path, "...", "is nested too deeply")
     if isinstance(value, Mapping):

@@ -70,6 +70,7 @@ def load_spatial(
     ACC: tl.constexpr,
 ):
     """Returns a tile of s, the spatial operator's output, rounded to the dtype of x."""
+    # A shift reads one pixel in each channel; a depth-wise convolution sums over nine pixels.
     if IS_SHIFT:
         down, right = shift_offsets(channel, 1, C)
         h, w, source = locate_pixel(row, H, W, STRIDE)
@@ -303,6 +304,7 @@ def load_input_gradient(
     h = row // W % H
     w = row % W
     ok = tile_mask(row, rows, channel, C, BLOCK)
+    # The gradient of a shift is the opposite shift.
     if IS_SHIFT:
         down, right = shift_offsets(channel, -1, C)
         h2 = h[:, None] + down[None, :]
