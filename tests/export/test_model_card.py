@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,7 +133,7 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
     options = {"data": {"part": "x", "load": {"data_dir": "/home/zqme/my data/flowers"}}}
     options |= {"method": {"part": "kd", "teacher_weights": "~/zqme/teacher.pt"}, "block_type": {"part": "../zqme/DW"}}
     path = write_run(tmp_path / "zqparent" / "run", config=json.dumps(options | {"trainer": {"precision": 32}}))
-    run = load_run_student(path)
+    run = load_run_student(path)._replace(job_dir=Path("zqparent/run"))  # as it is given on the command line
     run.summary.update(data="/home/zqme/flowers")
     seen = Verification(64, False, {}, {}, "data_dir=/home/zqme/flowers: no such folder")
     text = model_card.write_card(run, path, {}, found((1, 20), (3, 50)), seen, "a machine", "(n, 3, height, width)")

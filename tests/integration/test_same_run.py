@@ -1,14 +1,19 @@
 """A run is what it was: of the same images, and the same run for its loggers."""
 
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY
+from omegaconf import OmegaConf
 from PIL import Image
 
 from odcheap.config.command_line import prepare_arguments
 from odcheap.runs.overrides import name_run
+from odcheap.runs.resume import Start
+from odcheap.runs.settings import RunConfig
+from odcheap.training.experiment import saved_logger_run
 from odcheap.utils.parts import find_conf_dir
 
 PICTURES = ["data=imagefolder", "data.image_size=16", "data.val_size=4", "data.load.test_size=6", "data.workers=0"]
@@ -104,3 +109,19 @@ def test_a_continued_run_is_the_same_run_for_wandb_and_resume_says_which_logger_
     runs = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert len({name.rpartition("-")[2] for name in runs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("in_own_folder", "saved", "given", "expected"),
+    [
+        (True, "abc", None, {"id": "abc"}),
+        (False, "abc", None, {}),  # a run that goes on in another folder is another run
+        (True, "../abc", None, {}),
+        (True, "abc", "mine", {}),
+    ],
+)
+def test_a_run_id_is_taken_only_for_the_same_run(in_own_folder, saved, given, expected):
+    config = RunConfig(OmegaConf.create({"logger": {"wandb": {"id": given}}}), {}, [])
+    content = {"callbacks": {"LoggerRuns": {"wandb": saved}}}
+    start = Start(config, Path("run"), content=content, in_own_folder=in_own_folder)
+    assert saved_logger_run(start, "wandb") == expected
