@@ -287,12 +287,13 @@ def test_no_syntax_is_newer_than_the_oldest_python():
         names = [getattr(node, "attr", None), *(keyword.arg for keyword in getattr(node, "keywords", []))]
         assert not newer.intersection(names)
         assert not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr) and is_type(node.right)), node.lineno
+        assert not (isinstance(node, ast.Subscript) and is_type(node.value)), node.lineno
     assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
     assert "Python 3.8, numpy 1.18, Pillow 9.0 and onnxruntime 1.14" in ast.get_docstring(tree)
 
 
 def is_type(node):
-    return isinstance(node, ast.Name) and node.id in ("int", "str", "float", "dict", "list", "Path")
+    return isinstance(node, ast.Name) and node.id in ("int", "str", "float", "dict", "list", "set", "tuple", "Path")
 
 
 @pytest.mark.parametrize("package", ["PIL", "onnxruntime"])
