@@ -279,7 +279,17 @@ def test_no_syntax_is_newer_than_the_oldest_python():
     with open(predict.__file__, encoding="utf-8") as file:
         tree = ast.parse(file.read(), feature_version=(3, 8))
     # What is evaluated when the file runs must be known to Python 3.8 too; annotations are not evaluated.
-    newer = {"removeprefix", "removesuffix", "bit_count", "exif_transpose", "strict", "slots", "kw_only", "Resampling"}
+    newer = {
+        "removeprefix",
+        "removesuffix",
+        "bit_count",
+        "exif_transpose",
+        "strict",
+        "slots",
+        "kw_only",
+        "Resampling",
+        "Transpose",
+    }
     annotated = [node.annotation for node in ast.walk(tree) if getattr(node, "annotation", None)]
     annotated += [node.returns for node in ast.walk(tree) if getattr(node, "returns", None)]
     skipped = {id(node) for annotation in annotated for node in ast.walk(annotation)}

@@ -14,9 +14,11 @@ import pytest
 from conftest import ONE_THREAD, TINY, Begun
 
 import train
+from odcheap.data.in_memory import EvalBatches, TrainBatches
 from odcheap.distributed import signals
 from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.training.callbacks import Record
+from odcheap.training.train_step import EagerStep
 from odcheap.utils.errors import Failure
 from odcheap.utils.signals import STOP_SIGNALS, stop_with_parent
 
@@ -143,6 +145,56 @@ def test_a_signal_ends_a_wait_for_a_batch_that_never_comes(own_signals, monkeypa
     with pytest.raises(Stopped) as stopped:
         waits()
     assert stopped.value.name == "SIGTERM"
+
+
+def stall(seconds):
+    """A signal arrives while the run waits so long."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("place", ["training", "first batch", "evaluation"])
+def test_a_run_ends_if_no_batch_comes_after_a_signal(tmp_path, command, own_signals, monkeypatch, place):
+    train, evaluate, evaluations = TrainBatches.batches_from, EvalBatches.__iter__, []
+
+    def train_batches(self, start):
+        for k, batch in enumerate(train(self, start)):
+            if self.sampler.epoch == 1 and (place, k) in (("first batch", 0), ("training", 2)):
+                stall(30)
+            yield batch
+
+    def evaluation_batches(self):
+        evaluations.append(1)
+        for k, batch in enumerate(evaluate(self)):
+            if (place, len(evaluations), k) == ("evaluation", 2, 1):
+                stall(30)
+            yield batch
+
+    assert 10 <= signals.WAIT_SECONDS <= 25  # Slurm kills a job 30 seconds after the signal
+    monkeypatch.setattr(signals, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(TrainBatches, "batches_from", train_batches)
+    monkeypatch.setattr(EvalBatches, "__iter__", evaluation_batches)
+    run = command(*TINY, "data.eval_batch_size=400", f"job_dir={tmp_path}/run")
+    assert run.status == 143
+    hint = "(no batch of images came; see data.workers and /dev/shm)"
+    assert run.out.endswith(f"SIGTERM {hint}: saved; resume={tmp_path}/run continues\n")
+
+
+def test_a_long_step_is_not_taken_for_a_wait(tmp_path, command, own_signals, monkeypatch):
+    update, calls = EagerStep.update, []
+
+    def slow(step):
+        calls.append(step)
+        if len(calls) == 10:
+            stall(2)
+        return update(step)
+
+    monkeypatch.setattr(signals, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(EagerStep, "update", slow)
+    run = command(*TINY, f"job_dir={tmp_path}/run")
+    assert run.status == 143
+    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
+    assert (tmp_path / "run" / "checkpoints" / "epoch-0001-step-0000003.ckpt").is_file()
 
 
 def begin(*command, cwd, **more):
