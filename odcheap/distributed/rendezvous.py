@@ -47,7 +47,8 @@ def check_same_start(epoch: int, step: int, group: "dist.ProcessGroup | None") -
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
     last_epoch, first_epoch, last_step, first_step = (int(value) for value in extremes)
     if (last_epoch, last_step) != (-first_epoch, -first_step):
-        places = f"epochs {-first_epoch} to {last_epoch}, steps {-first_step} to {last_step}"
+        # On the screen epochs are counted from 1.
+        places = f"epochs {1 - first_epoch} to {last_epoch + 1}, steps {-first_step} to {last_step}"
         cause = "the file system may show new files late; the same command continues"
         raise Failure(f"resume: the processes have read different checkpoints ({places}); {cause}")
 

@@ -22,7 +22,7 @@ import pandas as pd
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from odcheap.config.messages import describe_hydra_error
+from odcheap.config.messages import describe_error
 from odcheap.report import costs, latency, plots, tables
 from odcheap.report.console_tables import build_table, short_names
 from odcheap.report.load_runs import RunFolder, list_planned_runs, load_runs
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
             return show_status([*folders, *list_planned_runs(options.dirs, folders)])
         return write_report(folders, options)
     except (HydraException, OmegaConfBaseException) as error:
-        return print_error(describe_hydra_error(error))
+        return print_error(describe_error(error))
     except Failure as error:
         return print_error(str(error))
 

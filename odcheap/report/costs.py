@@ -13,7 +13,7 @@ from odcheap.models import flops
 from odcheap.models.wrapped_network import to_backbone
 from odcheap.models.wrappers import MAX_SMALL_SIZE
 from odcheap.report.console_tables import build_table
-from odcheap.utils.console import console, print_error
+from odcheap.utils.console import console, print_error, say
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import list_parts
 
@@ -34,6 +34,12 @@ class Cost(NamedTuple):
 
 def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
     """Prints a line for each network, and below them why some are missing; returns the exit status."""
+    for override in overrides:
+        if "=" not in override:
+            allowed = "needs options such as backbone=resnet56 instead of this; it counts networks, without any run"
+            raise OptionError("--costs", override, allowed)
+    if not any(override.startswith("backbone=") for override in overrides):
+        say("counting every network, in half a minute or more; backbone=NAME counts one of them")
     costs = list(count_costs(overrides, config_dirs))
     if all(cost.refused for cost in costs):
         return print_error(costs[0].refused)

@@ -5,13 +5,22 @@ their weights if there are any.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from odcheap.data.base import Batch
 from odcheap.distributed import rendezvous
@@ -193,6 +202,8 @@ class LoggerRuns(pl.Callback):
 class ProgressReporter(pl.Callback):
     """Prints a line for each epoch, the expected time of the run, and on a terminal also a progress bar.
 
+    An evaluation has a bar of its own, or a line now and then.
+
     Args:
         record: The callback that records the metrics of each epoch.
         console: The console to print on.
@@ -203,16 +214,31 @@ class ProgressReporter(pl.Callback):
         self.record, self.console, self.shorter = record, console, shorter
         self.steps, self.timed_from, self.reported = 0, 0.0, 0.0
         self.bar: Progress | None = None
+        self.training: TaskID | None = None
+        self.evaluation: TaskID | None = None
+        self.best = 0.0  # the highest accuracy of a candidate in any epoch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.steps = 0
+        self.best = max((describe_best_student(row)[2] for row in self.record.history), default=0.0)
         if self.console.is_terminal and trainer.is_global_zero:
-            columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, expand=True)
             batches, epochs = int(trainer.num_training_batches), trainer.max_epochs or 1
             done = trainer.current_epoch * batches + trainer.fit_loop.batch_idx + 1
-            self.task = self.bar.add_task("training", total=batches * epochs, completed=max(0, done))
+            bar = self.start_bar()
+            self.training = bar.add_task("training", total=batches * epochs, completed=max(0, done))
+
+    def start_bar(self, transient: bool = False) -> Progress:
+        """Returns the display of bars, which is started if there is none yet.
+
+        Args:
+            transient: Whether the display vanishes at its end.
+        """
+        if self.bar is None:
+            columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
+            columns += [MofNCompleteColumn(), TimeRemainingColumn()]
+            self.bar = Progress(*columns, console=self.console, expand=True, transient=transient)
             self.bar.start()
+        return self.bar
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -231,8 +257,8 @@ class ProgressReporter(pl.Callback):
             self.report_expected_time(left * (now - self.timed_from) / TIMED_STEPS, epochs, pl_module.device)
 
         # The progress bar, or on other outputs than a terminal a line now and then.
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, description=self.describe_epoch(trainer))
+        if self.bar is not None and self.training is not None:
+            self.bar.update(self.training, completed=done, description=self.describe_epoch(trainer))
         elif self.steps > WARM_UP_STEPS and now - self.reported > REPORT_EVERY:
             self.reported = now
             place = f"batch {batch_idx + 1}/{trainer.num_training_batches} of epoch {trainer.current_epoch + 1}"
@@ -246,8 +272,10 @@ class ProgressReporter(pl.Callback):
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self.record.history:
             row = self.record.history[-1]
-            _, _, accuracy, teacher = describe_best_student(row)
-            text += f"  {row['images_per_second']:,.0f} images/s  best {format_accuracy(accuracy)} %{teacher}"
+            stage, student, accuracy, teacher = describe_best_student(row)
+            text += f"  {row['images_per_second']:,.0f} images/s"
+            text += f"  {stage} top-1: {student} {format_accuracy(accuracy)} %{teacher}"
+            text += f"  best so far {format_accuracy(self.best)} %"
         return text
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -257,8 +285,68 @@ class ProgressReporter(pl.Callback):
             text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             text += f"  loss {row['train/loss']:.4f}" if "train/loss" in row else "  every step was skipped"
             text += f"  {row['images_per_second']:,.0f} images/s"
-            text += f"  {stage} top-1: best {student} {format_accuracy(accuracy)} %{teacher}"
+            text += f"  {stage} top-1: {student} {format_accuracy(accuracy)} %{teacher}"
+            self.best = max(self.best, accuracy)
+            text += f"  best so far {format_accuracy(self.best)} %"
             self.console.print(text, soft_wrap=True)
+            if self.bar is not None and self.training is not None:  # so that the finished bar has the last figures
+                self.bar.update(self.training, description=self.describe_epoch(trainer))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start_evaluation(trainer, "validation", trainer.num_val_batches)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.advance_evaluation(trainer, "validation", batch_idx + 1, trainer.num_val_batches)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.end_evaluation()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start_evaluation(trainer, "test", trainer.num_test_batches)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.advance_evaluation(trainer, "test", batch_idx + 1, trainer.num_test_batches)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.end_evaluation()
+
+    def start_evaluation(self, trainer: pl.Trainer, name: str, batches: Sequence[float]) -> None:
+        """Starts the bar of an evaluation; `batches` has the number of batches of the one data loader."""
+        self.reported = time.perf_counter()
+        if self.console.is_terminal and trainer.is_global_zero:
+            self.evaluation = self.start_bar(transient=True).add_task(name, total=batches[0])
+
+    def advance_evaluation(self, trainer: pl.Trainer, name: str, done: int, batches: Sequence[float]) -> None:
+        """Shows that `done` batches are evaluated."""
+        now = time.perf_counter()
+        if self.bar is not None and self.evaluation is not None:
+            self.bar.update(self.evaluation, completed=done)
+        elif trainer.is_global_zero and now - self.reported > REPORT_EVERY:
+            self.reported = now
+            self.console.print(f"  batch {done}/{batches[0]} of the {name}")
+
+    def end_evaluation(self) -> None:
+        if self.bar is not None and self.evaluation is not None:
+            self.bar.remove_task(self.evaluation)
+            self.evaluation = None
+            if self.training is None:
+                self.stop()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop()
@@ -269,7 +357,7 @@ class ProgressReporter(pl.Callback):
     def stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-            self.bar = None
+            self.bar = self.training = self.evaluation = None
 
 
 def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:

@@ -70,7 +70,7 @@ def name_command(name: str) -> str:
     if shutil.which("odcheap"):
         return f"odcheap {name}"
     python = shutil.which("python")
-    if python is not None and os.path.samefile(os.path.dirname(python), os.path.dirname(sys.executable)):
+    if python is not None and os.path.dirname(python) == os.path.dirname(sys.executable):
         return f"python -m odcheap {name}"
     shorter = min(sys.executable, os.path.relpath(sys.executable), key=len)
     return f"{shlex.quote(shorter)} -m odcheap {name}"

@@ -48,6 +48,8 @@ def test_the_table_says_how_much_cheaper_and_what_is_refused(capsys, monkeypatch
     ("options", "message"),
     [
         (["backbone=resnet17"], "backbone=resnet17: unknown; must be one of densenet40, "),
+        (["runs/sweep"], "--costs=runs/sweep: needs options such as backbone=resnet56 instead of this"),
+        (["backbone=resnet20", "block_type=Group", "block_type.groups=0"], "block_type.groups=0: must be a whole"),
         (["backbone=torchvision"], "backbone.name=???: must be given"),
         (["backbone.width=3"], "backbone.width: there is no such option; did you mean backbone.depth"),
     ],

@@ -1,3 +1,6 @@
+import io
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rich.console import Console
@@ -51,3 +54,72 @@ def test_a_long_run_on_a_cpu_is_told_of_a_shorter_recipe(tmp_path, capsys, devic
     out = capsys.readouterr().out
     assert ("experiment=short" in out) == hint
     assert f"about {format_seconds(seconds)} to go for 10 epochs" in out
+
+
+def trainer(epoch=0, epochs=2):
+    counts = {"num_training_batches": 3, "num_val_batches": [4], "num_test_batches": [5]}
+    loop = SimpleNamespace(batch_idx=-1)
+    return SimpleNamespace(is_global_zero=True, current_epoch=epoch, max_epochs=epochs, fit_loop=loop, **counts)
+
+
+def row(top1):
+    return {"val/student_0/top1": top1, "train/loss": 1.0, "images_per_second": 100.0, "epoch": 0}
+
+
+def reporter_on(tmp_path, **terminal):
+    out = io.StringIO()
+    return ProgressReporter(
+        record(tmp_path), Console(width=160, file=out, color_system=None, **terminal), "experiment=short"
+    ), out
+
+
+def test_the_best_accuracy_so_far_is_shown_and_the_finished_bar_has_the_last_one(tmp_path):
+    reporter, out = reporter_on(tmp_path, force_terminal=True)
+    reporter.on_train_start(trainer(), None)
+    for epoch, top1 in enumerate((0.75, 0.5)):
+        for batch in range(3):
+            reporter.on_train_batch_end(trainer(epoch), None, None, None, batch)
+        reporter.record.history.append(row(top1))
+        reporter.on_train_epoch_end(trainer(epoch), None)
+    reporter.on_train_end(trainer(1), None)
+    said = out.getvalue()
+    assert "epoch 1/2  loss 1.0000  100 images/s  val top-1: student 0 75.00 %  best so far 75.00 %" in said
+    assert "epoch 2/2  loss 1.0000  100 images/s  val top-1: student 0 50.00 %  best so far 75.00 %" in said
+    finished = said.removesuffix("\x1b[?25h").rstrip().splitlines()[-1]  # without the sign that shows the cursor again
+    assert "epoch 2/2  100 images/s  val top-1: student 0 50.00 %  best so far 75.00 %" in finished
+    assert "6/6" in finished
+
+
+def test_a_resumed_run_knows_the_best_accuracy_so_far(tmp_path):
+    reporter, _ = reporter_on(tmp_path)
+    reporter.record.history = [row(0.75), row(0.5)]
+    reporter.on_train_start(trainer(2, 4), None)
+    assert reporter.best == 0.75
+
+
+def test_an_evaluation_has_a_bar_and_the_bar_of_the_training_stays(tmp_path):
+    reporter, out = reporter_on(tmp_path, force_terminal=True)
+    reporter.on_train_start(trainer(), None)
+    reporter.on_validation_start(trainer(), None)
+    for batch in range(4):
+        reporter.on_validation_batch_end(trainer(), None, None, None, batch)
+    reporter.bar.refresh()
+    assert "validation" in out.getvalue()
+    assert "4/4" in out.getvalue()
+    reporter.on_validation_end(trainer(), None)
+    assert [task.description for task in reporter.bar.tasks] == ["training"]
+    reporter.on_train_end(trainer(), None)
+    reporter.on_test_start(trainer(), None)
+    assert [(task.description, task.total) for task in reporter.bar.tasks] == [("test", 5)]
+    reporter.on_test_end(trainer(), None)
+    assert reporter.bar is None
+
+
+def test_a_long_evaluation_is_reported_where_there_is_no_terminal(tmp_path):
+    reporter, out = reporter_on(tmp_path)
+    reporter.on_test_start(trainer(), None)
+    reporter.on_test_batch_end(trainer(), None, None, None, 0)
+    assert out.getvalue() == ""
+    reporter.reported -= 31
+    reporter.on_test_batch_end(trainer(), None, None, None, 1)
+    assert out.getvalue() == "  batch 2/5 of the test\n"
