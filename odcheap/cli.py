@@ -31,13 +31,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Runs a command of odcheap.
 
     Args:
-        arguments: The command's name and its arguments; None means those of this process.
+        arguments: The name of the command and its arguments; None for those of this process.
 
     Returns:
-        The exit status.
+        The exit status: 0, 1 after an error, or 128 + the number of a signal.
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -62,8 +62,8 @@ def train(arguments: Sequence[str]) -> int:
     """Runs `odcheap train`.
 
     Args:
-        arguments: Options, `-m` for a sweep, `--config-dir DIR` for a folder with YAML files of the user's own
-            block types, methods and other parts, and `--help`.
+        arguments: Options such as `num_stu=4`; `-m` for a sweep; `--config-dir DIR` for a directory with YAML files of
+            the user's own block types, methods and other parts; `--help`.
 
     Returns:
         The exit status: 1 if the run, or one of a sweep's runs, failed.
@@ -118,7 +118,8 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def run_job(cfg: "DictConfig") -> Any:
-    """The task that Hydra calls for each run. Returns what `training.command.run_job` returns."""
+    """Carries out one run; Hydra calls this function for each run. See `training.command.run_job` for the result."""
+    # Options are checked before PyTorch and Lightning are imported, which takes seconds.
     with exit_on_signals():
         from omegaconf.errors import OmegaConfBaseException
 
@@ -145,7 +146,7 @@ def run_job(cfg: "DictConfig") -> Any:
 
 
 def report_interruption(exit_status: int) -> int:
-    """Says how a sweep goes on that a signal has stopped; returns the exit status, 128 + the signal's number."""
+    """Prints how to continue a sweep that a signal has stopped; returns the exit status that it is given."""
     from odcheap.runs.sweep import name_status_command, started_sweeps
     from odcheap.utils.console import print_error, say
 
@@ -157,7 +158,7 @@ def report_interruption(exit_status: int) -> int:
 
 
 def show_outcomes() -> int:
-    """Prints the table of a sweep that has ended; returns the exit status, 1 if one of its runs failed."""
+    """Prints a table of the runs of a sweep that has ended; returns the exit status: 1 if a run failed, otherwise 0."""
     from odcheap.runs import study
     from odcheap.runs.sweep import started_sweeps
     from odcheap.utils.console import console, say

@@ -42,11 +42,15 @@ class Stopped(SystemExit):
 
 
 class StoppedRun:
-    """What a run in a process of joblib returns if a signal has stopped it: the other processes must save as well.
+    """The return value of a run in a process of joblib that a signal has stopped.
 
-    If it raised `Stopped`, joblib would end them at once. Optuna's sweeper takes the value of a run as a float. That
-    raises `Stopped`, in the process that has started the others, so that the run does not count as a failed trial.
+    Args:
+        signum: The number of the signal.
     """
+
+    # If the run raised `Stopped`, joblib would end the other processes at once, and they could not save. The sweeper of
+    # Optuna converts the value of a run to a float. This raises `Stopped` in the process that has started the others,
+    # so that the run does not count as a failed trial.
 
     def __init__(self, signum: int):
         self.signum = signum

@@ -194,7 +194,7 @@ class SweepPlan(Schema):
 
 
 class Trial(Schema):
-    """A trial of a search, by the names that Optuna has for its properties."""
+    """A trial of a search; the fields have the names of Optuna's properties."""
 
     state: Literal["RUNNING", "WAITING", "COMPLETE", "PRUNED", "FAIL"]
     value: float | None = None
@@ -205,14 +205,14 @@ class Trial(Schema):
 
 
 class Search(Schema):
-    """A search: the overrides with which it was started, and its trials in their order."""
+    """A search: the overrides with which it was started, and its trials in the order in which they were started."""
 
     overrides: list[str]
     trials: list[Trial]
 
 
 class Study(Schema):
-    """The content of `study.json` in a sweep's folder: every search that was started there."""
+    """The content of `study.json` in the folder of a sweep: all searches that were started there."""
 
     searches: list[Search] = []
 

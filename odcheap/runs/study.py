@@ -1,4 +1,7 @@
-"""Searches by Optuna. `study.json` in the sweep's folder holds their trials, so that a search can be continued."""
+"""Searches for options by Optuna, whose trials are saved in `study.json`, so that a search can be continued.
+
+A trial is a run with certain values of the options. A search is identified by the overrides with which it was started.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,46 +19,51 @@ STORAGE = "odcheap.runs.study_storage.StudyStorage"
 
 
 def is_kept(config: DictConfig) -> bool:
-    """Returns whether the sweep is a search that `study.json` keeps, and not one in a storage of the user's own."""
+    """Returns whether a sweep is a search whose trials are saved in `study.json`, not in the user's own storage."""
     storage = config.hydra.sweeper.get("storage")
     return OmegaConf.is_dict(storage) and storage.get("_target_") == STORAGE
 
 
 def list_overrides(config: DictConfig) -> list[str]:
-    """Returns the overrides by which a search is known: with others in the same folder, another search begins."""
+    """Returns the overrides that identify a search; with other overrides in the same folder, a new search begins."""
     storage = config.hydra.sweeper.storage
     return describe_search(storage.overrides, storage.params)
 
 
 def describe_search(overrides: Sequence[str], params: dict[str, str] | None) -> list[str]:
-    """Returns the overrides of a search as texts, sorted; see `list_overrides`."""
+    """Returns the overrides that identify a search, as texts, sorted.
+
+    Args:
+        overrides: The overrides of the command line.
+        params: Further overrides from the config of the sweeper, by the names of the options.
+    """
     return sorted([*map(str, overrides), *(f"{key}={value}" for key, value in (params or {}).items())])
 
 
 def read_study(folder: Path) -> Study:
-    """Returns the content of `study.json`.
+    """Returns the content of `study.json` in the folder of a sweep; it has no searches if there is no such file.
 
     Raises:
-        OptionError: The file is not one that odcheap writes.
+        OptionError: The file is damaged, or another program has written it.
     """
     path = folder / FILE_NAME
     return validate(Study, read_json(path, "hydra.sweep.dir"), path, "hydra.sweep.dir") if path.exists() else Study()
 
 
 def read_search(folder: Path, overrides: Sequence[str]) -> Search:
-    """Returns the search with these overrides, without trials if it is new; raises the errors of `read_study`."""
+    """Returns the search in a folder that these overrides identify; it has no trials if it is new. See `read_study`."""
     known = (search for search in read_study(folder).searches if search.overrides == list(overrides))
     return next(known, Search(overrides=list(overrides), trials=[]))
 
 
 def write_search(folder: Path, search: Search) -> None:
-    """Writes a search into `study.json`, and leaves the other searches in it as they are."""
+    """Writes a search into `study.json`; other searches in the file are not changed."""
     others = [other for other in read_study(folder).searches if other.overrides != search.overrides]
     write_json(folder / FILE_NAME, Study(searches=[*others, search]).model_dump())
 
 
 def describe_best(folder: Path, overrides: Sequence[str]) -> str | None:
-    """Returns a line about the trial with the highest value, None if no trial is complete.
+    """Returns a line of text about the trial with the highest accuracy; None if no trial is complete.
 
     Args:
         folder: The folder of the sweep.

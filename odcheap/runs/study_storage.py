@@ -1,4 +1,7 @@
-"""Optuna's storage of a search, kept in `study.json`. Optuna 2 cannot write SQLite files with SQLAlchemy 2."""
+"""A storage for Optuna that saves the trials of a search in `study.json`.
+
+Optuna 2 has a storage in SQLite files, but it does not work with SQLAlchemy 2.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -16,14 +19,14 @@ from odcheap.runs.schemas import Search, Trial
 
 
 class StudyStorage(InMemoryStorage):
-    """A storage in memory that reads the trials of an earlier start from `study.json` and writes every change to it.
+    """A storage in memory that reads earlier trials from `study.json` and writes every change to this file.
 
     A trial that was interrupted is tried again with the same values, so that its run continues.
 
     Args:
         folder: The folder of the sweep.
-        overrides: The overrides of the sweep.
-        params: Further overrides, from the config.
+        overrides: The overrides of the command line.
+        params: Further overrides from the config of the sweeper, by the names of the options.
     """
 
     def __init__(self, folder: str, overrides: Sequence[str], params: dict[str, str] | None = None):
@@ -52,13 +55,13 @@ class StudyStorage(InMemoryStorage):
         self.save(trial_id)
 
     def save(self, trial_id: int) -> None:
-        """Writes all trials of the study to which the trial belongs."""
+        """Writes all trials of the search to which a trial belongs."""
         trials = self.get_all_trials(self.get_study_id_from_trial_id(trial_id), deepcopy=False)
         study.write_search(self.folder, Search(overrides=self.overrides, trials=[*map(describe_trial, trials)]))
 
 
 def describe_trial(trial: FrozenTrial) -> Trial:
-    """Returns a trial of Optuna as it is written."""
+    """Returns a trial of Optuna in the form in which it is saved."""
     return Trial(
         state=trial.state.name,
         value=trial.values[0] if trial.values else None,
@@ -70,7 +73,7 @@ def describe_trial(trial: FrozenTrial) -> Trial:
 
 
 def restore_trial(trial: Trial) -> FrozenTrial:
-    """Returns a trial as Optuna knows it. An interrupted one waits to be tried again with the same values."""
+    """Returns a saved trial as a trial of Optuna; one that was interrupted has the state WAITING, to be tried again."""
     if trial.state in ("RUNNING", "WAITING"):
         fixed: dict[str, Any] = {"fixed_params": trial.params or trial.system_attrs.get("fixed_params", {})}
         return create_trial(state=TrialState.WAITING, system_attrs=fixed)

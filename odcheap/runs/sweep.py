@@ -55,11 +55,11 @@ class SweepFolder:
 
     Args:
         path: The value of the option `hydra.sweep.dir`.
-        search: The overrides of a search by Optuna, None for a sweep over all combinations.
+        search: The overrides of a search by Optuna; None for a sweep over all combinations of values.
 
     Attributes:
         unwritten: The outcomes of runs whose folder could not be written.
-        signals: Handles the signals while processes of joblib carry out the runs.
+        signals: The handler of signals while processes of joblib carry out the runs.
     """
 
     def __init__(self, path: Path, search: Sequence[str] | None = None):
@@ -109,14 +109,14 @@ class SweepStart(Callback):
 
 
 def name_status_command(folder: Path) -> str:
-    """Returns the command that lists the runs of the sweep in this folder."""
+    """Returns the command line that lists the runs of the sweep in a folder with their states."""
     return f"{name_command('report')} --status {shlex.quote(str(folder))}"
 
 
 def plan_sweep(config: DictConfig) -> SweepPlan:
-    """Returns what is known of the sweep's runs before they start.
+    """Returns what is known about the runs of a sweep before they start, for `sweep.json`.
 
-    A search that is continued is told the number of trials that are left.
+    If the sweep is a search that is continued, the config is changed to the number of trials that are left.
 
     Raises:
         HydraException: The overrides cannot be read.
@@ -137,7 +137,7 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
 
 
 def continue_search(config: DictConfig) -> int:
-    """Lets Optuna make only the trials that are left of a search, and returns the number of those that are done."""
+    """Reduces the number of trials in the config to those that are left; returns the number of complete trials."""
     sweeper = config.hydra.sweeper
     trials = study.read_search(Path(config.hydra.sweep.dir), study.list_overrides(config)).trials
     done = sum(trial.state == "COMPLETE" for trial in trials)
@@ -158,12 +158,12 @@ def read_plan(folder: Path) -> SweepPlan | None:
 
 
 def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[str, str]:
-    """Returns a run's short name, of the options that the sweep varies, and its position such as "run 3 of 8".
+    """Returns a short name of a run, made of the options that the sweep varies, and its position ("run 3 of 8").
 
     Args:
         folder: The folder of the sweep.
-        number: The run's number as Hydra counts, from 0.
-        overrides: The run's overrides.
+        number: The number of the run in Hydra, from 0.
+        overrides: The overrides of the run.
     """
     plan = read_plan(folder) or SweepPlan(count=0)
     varied = [override for override in overrides if override_key(override) in {*map(override_key, plan.swept)}]
@@ -173,7 +173,7 @@ def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[
 
 
 def check_sweep_folder(folder: Path) -> None:
-    """Raises `OptionError` if a sweep would write over a file of the user's, or through a link."""
+    """Raises `OptionError` if a sweep would overwrite a user's file in the folder, or write through a link."""
     for name, start in OWN_FILES.items():
         path = folder / name
         if not os.path.lexists(path):

@@ -36,7 +36,7 @@ def run_job(config: RunConfig) -> float | StoppedRun | None:
 
     Returns:
         The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
-        if there is none; `StoppedRun` if a signal has stopped the run in a process of joblib.
+        if there is none. `StoppedRun` if a signal has stopped the run and this is a process of joblib.
     """
     hide_library_warnings()
     if not resolvers.is_sweep():
@@ -57,7 +57,7 @@ def run_job(config: RunConfig) -> float | StoppedRun | None:
 
 
 def carry_out_run(config: RunConfig) -> float | None:
-    """Carries out one run under a listener for signals; see `run_job`."""
+    """Carries out one run, and handles signals while it runs; see `run_job`."""
     # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
     in_worker = current_process().name != "MainProcess" or launch.is_torchrun()
     with SignalListener() as listener, stop_with_parent(find_parent()) if in_worker else nullcontext():

@@ -76,13 +76,13 @@ def stop_with_parent(parent_pid: int) -> Generator[None]:
 
 
 class WorkerSignals:
-    """Handles the signals of a process whose child processes do the work.
+    """Handles signals in a process whose child processes do the work.
 
-    The first signal is forwarded to the child processes, which stop by themselves. Another one ends this process. The
-    same signal within a second counts once, since Ctrl-C may reach this process in two ways.
+    The first signal is forwarded to the child processes, which save and end. A second signal ends this process at once.
+    The same signal within a second counts once, since Ctrl-C may reach this process in two ways.
 
     Attributes:
-        received: The number of the signal that has arrived, 0 without one.
+        received: The number of the signal that has arrived; 0 if there is none.
     """
 
     def __init__(self) -> None:
@@ -90,13 +90,13 @@ class WorkerSignals:
         self.previous_handlers: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Installs the handlers for Ctrl-C and SIGTERM, if this is the main thread, which alone may do so."""
+        """Installs the handlers for SIGINT (Ctrl-C) and SIGTERM; does nothing in other threads than the main thread."""
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.previous_handlers[signum] = signal.signal(signum, self.handle)
 
     def restore(self) -> None:
-        """Puts the handlers back that were there before."""
+        """Restores the handlers that were installed before."""
         for signum, handler in self.previous_handlers.items():
             signal.signal(signum, handler)
         self.previous_handlers.clear()
@@ -115,7 +115,7 @@ class WorkerSignals:
 
 
 def list_children(pid: int) -> list[int]:
-    """Returns the process ids of the child processes; empty where the system has no `/proc`."""
+    """Returns the process ids of the child processes of a process; an empty list on systems without `/proc`."""
     found = []
     with suppress(OSError):
         for path in Path(f"/proc/{pid}/task").glob("*/children"):
