@@ -86,11 +86,19 @@ def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Ti
 def time_networks(
     networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> dict[tuple[str, int], float]:
+    """Returns median milliseconds of a call by (name, batch); see `measure_timings`."""
+    timings = measure_timings(networks, size, batches, seconds)
+    return {key: 1000 * timing.p50 for key, timing in timings.items()}
+
+
+def measure_timings(
+    networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
+) -> dict[tuple[str, int], predict.Timing]:
     """Times the ONNX files of networks alternately on the CPU; for the arguments see `onnx_calls`.
 
     Returns:
-        Median milliseconds of a call by (name, batch), with the faster number of threads.
+        The seconds of a call by (name, batch), with the faster number of threads.
     """
     models = {name: to_onnx(export_program(cheap_form(network), size)) for name, network in networks.items()}
     timings = predict.time_alternately(onnx_calls(models, size, batches), seconds)
-    return {(n, b): 1000 * fastest(timings, n, ONNX_RUNTIME, b).p50 for n in networks for b in batches}
+    return {(n, b): fastest(timings, n, ONNX_RUNTIME, b) for n in networks for b in batches}

@@ -20,7 +20,7 @@ from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
 from odcheap.predict import Timing
 from odcheap.training.summary import list_versions
-from odcheap.utils.text import escape_control_chars, escape_markdown, format_accuracy, hide_folders
+from odcheap.utils.text import escape_markdown, format_accuracy, format_code, hide_folders
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
@@ -128,11 +128,6 @@ def write_card(
 def extract_opening(text: str) -> str:
     """Returns a card's text between its title and its first block of code, as plain text for a terminal."""
     return text.partition("\n")[2].partition("```")[0].strip().replace("**", "").replace("\n\n", "\n")
-
-
-def format_code(text: object) -> str:
-    """Returns text of other people as inline code in Markdown, so that it is one line and contains no markup."""
-    return f"`{escape_control_chars(hide_folders(text)).replace('`', chr(39))}`"
 
 
 def name_network(run: RunStudent) -> str:

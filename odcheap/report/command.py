@@ -10,29 +10,44 @@ only become one row; gains over method=alone are paired by seed.
 """
 
 import argparse
-import io
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from odcheap.config.messages import describe_error
 from odcheap.report import costs, latency, plots, tables
-from odcheap.report.console_tables import build_table, short_names
+from odcheap.report.console_tables import build_table, shorten_names, show_comparison
 from odcheap.report.load_runs import RunFolder, list_planned_runs, load_runs
-from odcheap.report.statistics import BASELINE, summarize_runs, tabulate_runs
-from odcheap.utils.console import console, print_error, say
+from odcheap.report.statistics import BASELINE, Latencies, Latency, summarize_runs, tabulate_runs
+from odcheap.utils.console import console, print_error, say, show_steps
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import write_atomic, write_text
 from odcheap.utils.text import escape_control_chars
 
 REPORT_START = re.compile(rb"# Report\n\n\d+ finished runs on ")
+COST_LABELS = {
+    "accuracy_macs": "MACs of one image, million",
+    "accuracy_latency": "latency of one image in ONNX Runtime on the CPU, ms",
+}
+TRADEOFF_CAPTION = (
+    "The accuracy of the selected student against its cost. Vertical bars: standard deviation over seeds."
+)
+LATENCY_CAPTION = " Points: medians of all calls; horizontal bars: their quartiles."
+STANDARD_CAPTION = " The star is the cost of the standard network, which was not trained here and has no accuracy."
+GAINS_CAPTION = (
+    "Gains of the mean student over {baseline}, paired by seed, with 95 % intervals by Student's t-distribution."
+)
+CURVES_CAPTION = (
+    "Top-1 on the {images} images by epoch: means over seeds. Bands: standard deviation over seeds. "
+    "The first epochs may be below the axis."
+)
 FIGURES, SUFFIXES = ("accuracy_macs", "accuracy_latency", "gains", "curves"), ("png", "svg")
 
 
@@ -71,34 +86,51 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
 
 def show_status(folders: list[RunFolder]) -> int:
     """Prints a line for each run; returns 1 if one has failed."""
-    names = short_names([entry.folder.name for entry in folders])
+    names, shared = shorten_names([entry.folder for entry in folders])
     rows = [
-        {"run": name, "state": entry.state, "details": entry.reason} for name, entry in zip(names, folders, strict=True)
+        {"run": name, "state": entry.state, "details": describe_process(entry)}
+        for name, entry in zip(names, folders, strict=True)
     ]
+    if shared:
+        console().print(f"all runs have {shared}", soft_wrap=True)
     console().print(build_table(rows, left=("run", "state", "details")))
     counts = Counter(entry.state for entry in folders)
     console().print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return int("failed" in counts)
 
 
+def describe_process(entry: RunFolder) -> str:
+    """Returns why a run is in its state, and for a running one where its process is."""
+    if entry.state != "running":
+        return entry.reason
+    return f"{entry.reason}; process {entry.process} on {entry.host}"
+
+
 def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
-    """Writes the report of the finished runs; returns the exit status."""
+    """Writes the report of the finished runs and prints its table; returns the exit status."""
     for entry in folders:
         if entry.state == "unreadable":
             say(f"skipped: {entry.reason}")
     finished = [entry.run for entry in folders if entry.run is not None]
     if not finished:
         raise Failure(f"no finished run among {len(folders)}; --status says more")
-    runs = tabulate_runs(finished, options.against, "val" if options.val else "test")
+    images, baseline = "val" if options.val else "test", options.against or BASELINE
+    runs = tabulate_runs(finished, options.against, images)
     rows = summarize_runs(runs)
-    latencies = {} if options.no_latency else latency.measure_latencies(runs, options.config_dir)
-    table, baseline = tables.build_table(rows, latencies), options.against or BASELINE
     out = prepare_folder(options.out, Path(options.dirs[0]) / "report")
-    figures = draw_figures(runs, rows, table, baseline, out)
-    images = "Held-out images" if options.val else "Test images"
-    write_text(out / "report.md", tables.format_report(folders, runs, table, figures, images, baseline))
+    with show_steps() as show_step:
+        show_step(f"{len(finished)} finished runs of {len(folders)} read")
+        latencies = {}
+        if not options.no_latency:
+            latencies = latency.measure_latencies(runs, options.config_dir, show_step=show_step)
+        table = tables.build_table(rows, latencies)
+        captions = draw_figures(runs, rows, latencies, baseline, images, out, show_step)
+    description = "Held-out images" if options.val else "Test images"
+    write_text(out / "report.md", tables.format_report(folders, runs, table, captions, description, baseline))
     write_text(out / "report.csv", tables.to_csv(table))
-    line = f"{len(finished)} finished runs of {len(folders)}; written: {escape_control_chars(out)}/report.md"
+    show_comparison(console(), table, baseline, images)
+    files = ", ".join(["report.csv", *(f"{name}.png" for name in captions)])
+    line = f"{len(finished)} finished runs of {len(folders)}; written: {escape_control_chars(out)}/report.md, {files}"
     console().print(line, soft_wrap=True)
     return 0
 
@@ -135,25 +167,70 @@ def is_report(path: Path) -> bool:
         return REPORT_START.match(file.read(100)) is not None
 
 
-def draw_figures(runs: pd.DataFrame, rows: pd.DataFrame, table: pd.DataFrame, baseline: str, out: Path) -> list[str]:
-    """Writes the figures for which there are data, and returns their names."""
-    figures = {}
-    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in an option's value starts no formula
-        for name, column, factor, label in (
-            ("accuracy_macs", "macs", 1e-6, "million multiply-accumulates of one image"),
-            ("accuracy_latency", "latency ms", 1.0, "ms for one image in ONNX Runtime on the CPU"),
-        ):
-            cost = table[column].astype(float) * factor if column in table else pd.Series(dtype=float)
-            if (cost.notna() & rows["selected"].notna()).any():
-                figures[name] = plots.plot_tradeoff(rows, cost, label)
-        if rows["gain"].notna().any():
-            figures["gains"] = plots.plot_gains(rows, baseline)
-        columns = {column for run in runs["run"] for column, values in run.history.items() if values.notna().any()}
-        if columns:
-            figures["curves"] = plots.plot_curves(runs, "val" if "val/student_0/top1" in columns else "train")
-        for name, figure in figures.items():
-            for suffix in SUFFIXES:
-                image = io.BytesIO()
-                figure.savefig(image, format=suffix, dpi=150)
-                write_atomic(out / f"{name}.{suffix}", lambda file, image=image: file.write(image.getbuffer()))
-    return list(figures)
+def draw_figures(
+    runs: pd.DataFrame,
+    rows: pd.DataFrame,
+    latencies: Mapping[str, Latencies],
+    baseline: str,
+    images: str,
+    out: Path,
+    show_step: Callable[[str], None],
+) -> dict[str, str]:
+    """Writes the figures for which there are data, and returns their captions by their names.
+
+    Args:
+        runs: The rows of `tabulate_runs`.
+        rows: The rows of `summarize_runs`.
+        latencies: Latencies of the student and of the standard network by the row's name.
+        baseline: What gains are over.
+        images: The images that the accuracies are of: `test` or `val`.
+        out: The folder.
+        show_step: Is called with the name of each figure.
+    """
+    figures, captions, data = {}, {}, plots.describe_data(runs["run"])
+    for name, (cost, standard) in {
+        "accuracy_macs": collect_macs(rows),
+        "accuracy_latency": collect_latencies(rows, latencies),
+    }.items():
+        if (cost["median"].notna() & rows["selected"].notna()).any():
+            show_step(f"drawing {name}")
+            figures[name] = plots.plot_tradeoff(rows, cost, COST_LABELS[name], data, images, standard)
+            captions[name] = TRADEOFF_CAPTION + (LATENCY_CAPTION if name == "accuracy_latency" else "")
+            captions[name] += STANDARD_CAPTION if standard else ""
+    if rows["gain"].notna().any():
+        show_step("drawing gains")
+        figures["gains"] = plots.plot_gains(rows, baseline, data)
+        captions["gains"] = GAINS_CAPTION.format(baseline=baseline)
+    columns = {column for run in runs["run"] for column, values in run.history.items() if values.notna().any()}
+    if columns:
+        show_step("drawing curves")
+        stage = "val" if "val/student_0/top1" in columns else "train"
+        figures["curves"] = plots.plot_curves(runs, stage, data)
+        captions["curves"] = CURVES_CAPTION.format(images=plots.STAGES[stage])
+    for name, figure in figures.items():
+        for suffix in SUFFIXES:
+            content = plots.render(figure, suffix)
+            write_atomic(out / f"{name}.{suffix}", lambda file, content=content: file.write(content))
+    return captions
+
+
+def collect_macs(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Latency]]:
+    """Returns the millions of multiply-accumulates of the rows, and of standard networks that are no row."""
+    own = [None if spread is None else spread.mean / 1e6 for spread in rows["macs"]]
+    standard = {macs / 1e6 for macs in rows["standard macs"].dropna()} - set(own)
+    return to_costs([(macs, None, None) for macs in own], rows), [
+        Latency(m, math.nan, math.nan) for m in sorted(standard)
+    ]
+
+
+def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> tuple[pd.DataFrame, list[Latency]]:
+    """Returns the latencies of the rows, and those of standard networks that are no row."""
+    own = [latencies[name].student if name in latencies else (None, None, None) for name in rows["name"]]
+    is_trained = (rows["block type"] == "Standard").any()
+    standard = [] if is_trained else sorted({pair.standard for pair in latencies.values()})
+    return to_costs(own, rows), standard
+
+
+def to_costs(values: Sequence[tuple[float | None, ...]], rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns median and quartiles of costs as a table with the index of the rows."""
+    return pd.DataFrame(values, index=rows.index, columns=["median", "low", "high"], dtype=float)

@@ -1,45 +1,100 @@
-"""Tables for the console: the runs of a sweep, and what the methods gain."""
+"""Tables for the console: the runs of a sweep, and what the methods gain. They fit into the width of the console."""
 
+import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from odcheap.report.load_runs import FinishedRun, read_options
-from odcheap.report.statistics import Spread, summarize_runs, tabulate_runs
+from odcheap.report.statistics import BASELINE, TEACHER_KINDS, summarize_runs, tabulate_runs
+from odcheap.report.tables import build_table as build_report_table
+from odcheap.report.tables import format_table
 from odcheap.runs.sweep import Outcome
 from odcheap.utils.errors import OptionError
-from odcheap.utils.text import (
-    escape_control_chars,
-    format_accuracy,
-    format_count,
-    format_mean_deviation,
-    format_millions,
+from odcheap.utils.text import escape_control_chars, format_accuracy, format_count, format_macs
+
+COMPARISON_TITLE = (
+    "{images} top-1 in percent, mean ± standard deviation over n seeds; gain over {baseline}, paired by seed, with its "
+    "95 % interval\nmean student: of all students after the last epoch; selected: the one that each run selected"
 )
+# The columns of a comparison that may be left out, the most important one first.
+IMPORTANCE = ("mean student", "gain", "selected", "selected gain", "ensemble")
+IMPORTANCE += tuple(f"teacher ({kind})" for kind in TEACHER_KINDS)
+IMPORTANCE += ("params", "MACs", "latency ms", "standard ms", "training time", "epochs", "training MACs")
+# The columns of a sweep's runs that may be left out.
+RUN_IMPORTANCE = ("test top-1 %", "val top-1 %", "teacher test %", "MACs", "parameters")
+# Groups whose choice says enough without the name of the group.
+PART_GROUPS = ("backbone", "block_type", "data", "experiment", "method", "optimizer", "scheduler")
+BORDERS = 3  # characters that a column needs besides its cells
+MAX_TEXT = 24  # characters: longer text may be wrapped
 
-METHODS_TITLE = (
-    "test top-1, mean ± deviation over seeds; gain over alone, paired by seed\n"
-    "mean student: of all students after the last epoch, nothing selected; selected: the one that each run chose"
-)
 
-
-def build_table(rows: Sequence[dict[str, str]], left: Sequence[str], title: str | None = None) -> Table:
+def build_table(
+    rows: Sequence[dict[str, str]],
+    left: Sequence[str],
+    width: int | None = None,
+    optional: Sequence[str] = (),
+) -> Table:
     """Returns a table of text in which nothing is read as markup.
 
     Args:
         rows: Cells by column; all rows have the columns of the first one.
-        left: The columns that are aligned left; numbers are aligned right.
-        title: A line above the table.
+        left: The columns that are aligned left and wrapped if they are long; numbers are aligned right.
+        width: The characters into which the table is to fit. None is any width.
+        optional: Columns that may be left out, the most important one first. A line below the table names those that
+            are left out.
     """
-    table = Table(title=title, title_justify="left", title_style="")
-    for column in rows[0]:
-        table.add_column(column.strip(), justify="left" if column in left else "right", overflow="fold")
+    columns = list(rows[0])
+    left_out: list[str] = []
+    while width is not None and measure_width(rows, columns, left) > width:
+        dispensable = [column for column in optional if column in columns]
+        if not dispensable:
+            break
+        columns.remove(dispensable[-1])
+        left_out.insert(0, dispensable[-1])
+    caption = f"left out for lack of width: {', '.join(left_out)}" if left_out else None
+    table = Table()
+    table.caption, table.caption_justify, table.caption_style = caption, "left", ""
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(escape_control_chars(cell)) for cell in row.values()))
+        cells = ("\n".join(map(escape_control_chars, row[column].split("\n"))) for column in columns)
+        table.add_row(*map(Text, cells))
     return table
+
+
+def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: Sequence[str]) -> int:
+    """Returns the characters that a table of these columns needs; text that can be wrapped counts for 24 at most."""
+    widths = []
+    for column in columns:
+        lines = [column, *(line for row in rows for line in row[column].split("\n"))]
+        width = max(map(cell_len, lines))
+        widths.append(min(width, max(MAX_TEXT, cell_len(column))) if column in left else width)
+    return sum(widths) + BORDERS * len(columns) + 1
+
+
+def show_comparison(console: Console, table: pd.DataFrame, baseline: str, images: str) -> None:
+    """Prints the report's table, with the columns that fit.
+
+    Args:
+        console: Where to print.
+        table: The table of `tables.build_table`.
+        baseline: What gains are over.
+        images: The images that the accuracies are of: `test` or `val`.
+    """
+    rows = format_table(table, is_console=True).to_dict("records")
+    title = COMPARISON_TITLE.format(
+        images={"val": "held-out"}.get(images, images), baseline=escape_control_chars(baseline)
+    )
+    console.print(title)
+    console.print(build_table(rows, ("setting", "method"), console.width, IMPORTANCE))
 
 
 def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = False) -> None:
@@ -51,28 +106,17 @@ def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = Fals
         is_search: Whether the runs are trials of a search. Then no figures of test images are shown, since a choice
             among trials by these figures would make them too high.
     """
-    names = short_names([Path(outcome.job_dir).name for outcome in outcomes])
+    names, shared = shorten_names([Path(outcome.job_dir) for outcome in outcomes])
     runs = [describe_outcome(name, outcome) for name, outcome in zip(names, outcomes, strict=True)]
     if is_search:
         runs = [{column: cell for column, cell in run.items() if "test" not in column} for run in runs]
-    console.print(build_table(runs, left=("run", "outcome"), title="sweep"))
+    console.print(f"sweep; all runs have {shared}" if shared else "sweep", soft_wrap=True)
+    console.print(build_table(runs, ("run", "outcome"), console.width, RUN_IMPORTANCE))
     if is_search:
         return
     rows = summarize_runs(tabulate_runs(finished_runs(outcomes)))
     if not rows.empty and (rows["n"].max() > 1 or rows["method"].nunique() > 1):
-        methods = [
-            ({"setting": row["setting"]} if rows["setting"].any() else {})
-            | {
-                "method": row["method"],
-                "seeds": str(row["n"]),
-                "mean student": format_spread(row["mean student"]),
-                "gain": format_spread(row["gain"], "+"),
-                "selected": format_spread(row["selected"]),
-                "gain ": format_spread(row["selected gain"], "+"),
-            }
-            for row in rows.to_dict("records")
-        ]
-        console.print(build_table(methods, left=("setting", "method"), title=METHODS_TITLE))
+        show_comparison(console, build_report_table(rows, {}), BASELINE, "test")
 
 
 def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
@@ -85,13 +129,49 @@ def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
     return runs
 
 
-def short_names(names: list[str]) -> list[str]:
-    """Returns the names without the overrides that all runs share."""
-    parts = [name.split(",") for name in names]
+def shorten_names(folders: Sequence[Path]) -> tuple[list[str], str]:
+    """Returns a short name for each run's folder, and the part that all names had in common.
+
+    The overrides in a folder's name that all runs share are left out, and the others are written without their groups:
+    `block_type=DW` as `DW`, `trainer.max_epochs=5` as `max_epochs=5`. Runs in different folders are told apart by them.
+    """
+    if not folders:
+        return [], ""
+    parts = [split_overrides(folder.name) for folder in folders]
     shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
-    return [
-        ",".join(part for part in mine if part not in shared) or name for mine, name in zip(parts, names, strict=True)
-    ]
+    own = [[part for part in mine if part not in shared] or mine for mine in parts]
+    names = [",".join(map(shorten_override, mine)) for mine in own]
+    if len(set(names)) < len(set(folders)):  # the groups that were left out tell them apart
+        names = [",".join(mine) for mine in own]
+    parents = [os.path.abspath(folder.parent) for folder in folders]
+    if len(set(parents)) > 1:
+        top = os.path.commonpath(parents)
+        prefixes = [os.path.relpath(parent, top) for parent in parents]
+        names = [name if prefix == "." else f"{prefix}/{name}" for prefix, name in zip(prefixes, names, strict=True)]
+    return names, ",".join(part for part in parts[0] if part in shared)
+
+
+def split_overrides(name: str) -> list[str]:
+    """Splits a folder's name at its commas, but not at those of a list.
+
+    Example:
+        >>> split_overrides("block_type=DW,experiment=[od,short],seed=0")
+        ['block_type=DW', 'experiment=[od,short]', 'seed=0']
+    """
+    return re.split(r",(?![^\[\]]*\])", name)
+
+
+def shorten_override(override: str) -> str:
+    """Returns an override without its group.
+
+    Example:
+        >>> [shorten_override(o) for o in ("block_type=DW", "trainer.max_epochs=5", "seed=0", "my-run")]
+        ['DW', 'max_epochs=5', 'seed=0', 'my-run']
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    return value if key in PART_GROUPS and value else f"{key.rpartition('.')[2]}={value}"
 
 
 def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
@@ -102,13 +182,9 @@ def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
     return {
         "run": name,
         "outcome": outcome.text,
-        "val top-1": format_accuracy(selected.get("val_top1")),
-        "test top-1": format_accuracy(selected.get("test_top1")),
-        "teacher test": format_accuracy(teacher.get("test_top1")),
+        "val top-1 %": format_accuracy(selected.get("val_top1")),
+        "test top-1 %": format_accuracy(selected.get("test_top1")),
+        "teacher test %": format_accuracy(teacher.get("test_top1")),
         "parameters": format_count(cost.get("params")),
-        "MACs": format_millions(cost.get("macs")),
+        "MACs": format_macs(cost.get("macs")),
     }
-
-
-def format_spread(spread: Spread | None, sign: str = "") -> str:
-    return "-" if spread is None else format_mean_deviation(spread.mean, spread.deviation, sign)

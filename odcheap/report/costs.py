@@ -1,5 +1,6 @@
 """`odcheap report --costs`: parameters and multiply-accumulates of every network with every block type."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -13,11 +14,13 @@ from odcheap.models import flops
 from odcheap.models.wrapped_network import to_backbone
 from odcheap.models.wrappers import MAX_SMALL_SIZE
 from odcheap.report.console_tables import build_table
-from odcheap.utils.console import console, print_error, say
+from odcheap.utils.console import console, print_error, say, show_steps
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import list_parts
+from odcheap.utils.text import format_macs
 
 FEW_CLASSES, MANY_CLASSES = 10, 1000  # of the usual data set of small images (CIFAR-10), and of larger ones (ImageNet)
+OPTIONAL = ("MACs", "parameters", "MACs / Standard", "image", "FLOPs")  # columns, the most important first
 TITLE = "One network, one image. A MAC is two FLOPs; MACs are counted by PyTorch's own counter."
 
 
@@ -40,7 +43,12 @@ def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> in
             raise OptionError("--costs", override, allowed)
     if not any(override.startswith("backbone=") for override in overrides):
         say("counting every network, in half a minute or more; backbone=NAME counts one of them")
-    costs = list(count_costs(overrides, config_dirs))
+    costs = []
+    with show_steps() as show_step:
+        for cost in count_costs(overrides, config_dirs):
+            costs.append(cost)
+            if sys.stdout.isatty():  # otherwise it would be a line for each network
+                show_step(f"counted {cost.backbone} with {cost.block_type}")
     if all(cost.refused for cost in costs):
         return print_error(costs[0].refused)
     standard = {cost.backbone: cost.macs for cost in costs if cost.block_type == "Standard" and not cost.refused}
@@ -50,14 +58,15 @@ def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> in
             "block_type": cost.block_type,
             "image": f"{cost.pixels} x {cost.pixels}",
             "parameters": f"{cost.params:,}",
-            "MACs": f"{cost.macs:,}",
-            "FLOPs": f"{2 * cost.macs:,}",
+            "MACs": format_macs(cost.macs),
+            "FLOPs": format_macs(2 * cost.macs),
             "MACs / Standard": f"{cost.macs / standard[cost.backbone]:.3f}" if cost.backbone in standard else "-",
         }
         for cost in costs
         if not cost.refused
     ]
-    console().print(build_table(rows, left=("backbone", "block_type"), title=TITLE))
+    console().print(TITLE)
+    console().print(build_table(rows, ("backbone", "block_type"), console().width, OPTIONAL))
     for cost in costs:
         if cost.refused:
             console().print(f"{cost.backbone}: {cost.refused}")

@@ -1,48 +1,58 @@
 """Inference time of finished runs' students, and of the standard network in their place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from odcheap.export.latency import time_networks
+from odcheap.export.latency import measure_timings
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import build_network, load_network, read_student_settings
+from odcheap.predict import Timing
 from odcheap.report.load_runs import FinishedRun
+from odcheap.report.statistics import Latencies, Latency
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import read_safetensors
 
+STUDENT = "student.safetensors"
+
 
 def measure_latencies(
-    runs: pd.DataFrame, config_dirs: Sequence[Path] = (), seconds: float = 1.0
-) -> dict[str, tuple[float, float]]:
+    runs: pd.DataFrame,
+    config_dirs: Sequence[Path] = (),
+    seconds: float = 1.0,
+    show_step: Callable[[str], None] = lambda text: None,
+) -> dict[str, Latencies]:
     """Times one student of each row in ONNX Runtime on the CPU; the same network is timed once.
 
     Args:
         runs: The rows of `tabulate_runs`.
         config_dirs: `conf` directories with parts that odcheap does not have.
         seconds: Time for each network.
+        show_step: Is called with a line that says what is timed next.
 
     Returns:
-        Milliseconds of one image, of the student and of the standard network, by the row's name. A student that cannot
-        be rebuilt, such as one of an older version, is left out.
+        The latencies by the row's name. A student that cannot be rebuilt, such as one of an older version, is left out.
     """
-    firsts = runs.drop_duplicates("name")
-    by_network: dict[str, tuple[float, float] | None] = {}
-    latencies = {}
+    has_student = [(run.folder / STUDENT).is_file() for run in runs["run"]]
+    firsts = runs[has_student].drop_duplicates("name")
+    rows_of_networks: dict[str, list[tuple[str, FinishedRun]]] = {}
     for name, run in zip(firsts["name"], firsts["run"], strict=True):
         network = repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
-        if network not in by_network:
-            by_network[network] = time_student(run, config_dirs, seconds)
-        latencies[name] = by_network[network]
-    return {name: pair for name, pair in latencies.items() if pair is not None}
+        rows_of_networks.setdefault(network, []).append((name, run))
+    latencies = {}
+    for number, rows in enumerate(rows_of_networks.values(), 1):
+        name, run = rows[0]
+        show_step(f"timing network {number} of {len(rows_of_networks)} in ONNX Runtime ({name})")
+        found = time_student(run, config_dirs, seconds)
+        if found is not None:
+            latencies |= {name: found for name, _ in rows}
+    return latencies
 
 
-def time_student(
-    run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0
-) -> tuple[float, float] | None:
-    """Returns the milliseconds of one image, of the student and of the standard network; None if it has no network."""
-    path = run.folder / "student.safetensors"
+def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies | None:
+    """Returns the latencies of a run's student; None if the run has no network that can be rebuilt."""
+    path = run.folder / STUDENT
     try:
         tensors, metadata = read_safetensors(path)
         settings = read_student_settings(metadata, "student", path)
@@ -51,5 +61,9 @@ def time_student(
     except Failure:
         return None
     networks = {"student": student, "standard": standard}
-    times = time_networks(networks, tuple(settings["image_size"]), (1,), seconds)
-    return times["student", 1], times["standard", 1]
+    times = measure_timings(networks, tuple(settings["image_size"]), (1,), seconds)
+    return Latencies(to_milliseconds(times["student", 1]), to_milliseconds(times["standard", 1]))
+
+
+def to_milliseconds(timing: Timing) -> Latency:
+    return Latency(1000 * timing.p50, 1000 * timing.p25, 1000 * timing.p75)

@@ -39,12 +39,23 @@ class FinishedRun(NamedTuple):
 
 
 class RunFolder(NamedTuple):
-    """A run's folder: `state` is finished, failed, running, stopped, not begun or unreadable, and `reason` says why."""
+    """A run's folder.
+
+    Attributes:
+        folder: The folder.
+        state: finished, failed, running, stopped, not begun or unreadable.
+        reason: Why the run is in this state.
+        run: The run, if it is finished.
+        host: The machine that wrote the run's status; it is not named in a report, which others may read.
+        process: The id of the process that trains, if the run is running.
+    """
 
     folder: Path
     state: str
     reason: str = ""
     run: FinishedRun | None = None
+    host: str | None = None
+    process: int | None = None
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
@@ -96,9 +107,9 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
     epochs = len(read_history(folder))
     progress = f"{epochs} epochs done" if epochs else "no epoch done"
     if last.get("state") == "failed":
-        return RunFolder(folder, "failed", last["reason"])
+        return RunFolder(folder, "failed", last["reason"], host=last.get("host"))
     if last.get("state") == "running" and status.is_alive(last):
-        return RunFolder(folder, "running", f"{progress}; process {last.get('pid')} on {last.get('host')}")
+        return RunFolder(folder, "running", progress, host=last.get("host"), process=last.get("pid"))
     advice = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
     return RunFolder(folder, "stopped", f"{progress}; {advice}")
 

@@ -1,71 +1,207 @@
-"""Figures of a report. A method has the same color everywhere, a setting (such as a block type) the same marker."""
+"""Figures of a report, as wide as a column of a paper.
 
-from collections.abc import Iterable, Sequence
-from itertools import cycle
+A method has the same color in every report, and a block type the same marker.
+"""
+
+import io
+import math
+import textwrap
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from odcheap.report.statistics import Spread
+from odcheap.report.load_runs import FinishedRun
+from odcheap.report.statistics import Latency, Spread
 from odcheap.utils.text import escape_control_chars
 
-# The colors of Okabe and Ito, which color-blind readers can distinguish.
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999933", "#882255")
-MARKERS = "osD^vPX<>*"
-MAX_LABEL = 60  # characters; longer labels leave no space for the figure, and very long ones take minutes to draw
+WIDTH = 3.3  # inches: a column of most journals and conferences
+STYLE = {
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "text.parse_math": False,  # a $ in an option's value starts no formula
+}
+GRAY = "#888888"
+# Colors of Okabe and Ito, which color-blind readers can distinguish, and three of Tol's.
+METHOD_COLORS = {
+    "alone": "#000000",
+    "od": "#0072B2",
+    "kd": "#D55E00",
+    "dml": "#009E73",
+    "one": "#CC79A7",
+    "okddip": "#56B4E9",
+    "kdcl": "#E69F00",
+    "ffl": "#999933",
+    "pcl": "#882255",
+}
+OTHER_COLORS = ("#332288", "#44AA99", "#AA4499", "#661100")  # for methods of the user's own
+BLOCK_MARKERS = {"DW": "o", "Shift": "s", "Group": "D", "Standard": "^"}
+OTHER_MARKERS = ("v", "P", "X", "<", ">", "p", "h")  # for block types of the user's own
+FILLS = ("full", "none", "left", "right", "top", "bottom")
+STANDARD_MARKER = "*"
+DATA_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
+STAGES = {"val": "held-out", "train": "training", "test": "test"}
+MAX_LABEL = 44  # characters that fit beside a legend's marker
+MAX_TITLE_NAME = 20  # characters of a name within a title
+LOG_FROM = 4  # ratio of the largest and the smallest cost from which a cost axis is logarithmic
 
 
-def assign_styles(names: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
-    """Gives each name a color or a marker, by the order of first appearance."""
-    return dict(zip(dict.fromkeys(names), cycle(styles), strict=False))
+def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
+    """Returns the entry of a name; a name that is not known always gets the same one of the others."""
+    if not name:
+        return next(iter(known.values()))
+    return known[name] if name in known else others[zlib.crc32(name.encode()) % len(others)]
 
 
-def shorten_label(name: Any) -> str:
-    """Returns a name for a figure: one line of at most 60 characters, the rest replaced by an ellipsis."""
-    text = escape_control_chars(str(name)[: MAX_LABEL + 1])
-    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
+def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
+    """Returns a color for each method of the rows. Variants of one method get lighter shades of its color."""
+    parts = dict(zip(rows["method"], rows["method part"], strict=True))
+    colors = {}
+    for part in dict.fromkeys(parts.values()):
+        labels = sorted((label for label in parts if parts[label] == part), key=lambda label: (label != part, label))
+        for k, label in enumerate(labels):
+            share = 0.7 * k / max(1, len(labels) - 1)  # of white
+            rgb = to_rgb(pick(part, METHOD_COLORS, OTHER_COLORS))
+            colors[label] = to_hex([value + share * (1 - value) for value in rgb])
+    return {label: colors[label] for label in parts}
 
 
-def label_width(names: Iterable[Any]) -> float:
-    """Returns the inches that a figure needs for these labels in addition to its usual width."""
-    return 0.1 * max((len(shorten_label(name)) - 20 for name in names if len(shorten_label(name)) > 20), default=0)
+def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Returns marker and fill style for each setting of the rows, as arguments of matplotlib.
+
+    The marker is that of the block type; settings with the same block type differ in the fill.
+    """
+    types = dict(zip(rows["setting"], rows["block type"], strict=True))
+    markers = {}
+    for block_type in dict.fromkeys(types.values()):
+        settings = [setting for setting in types if types[setting] == block_type]
+        first = pick(block_type, BLOCK_MARKERS, OTHER_MARKERS)
+        shapes = [first, *(marker for marker in OTHER_MARKERS if marker != first)]
+        looks = product(shapes, FILLS)
+        for setting in settings:
+            marker, fill = next(looks, (first, "full"))
+            markers[setting] = {"marker": marker, "fillstyle": fill}
+    return {setting: markers[setting] for setting in types}
 
 
-def plot_tradeoff(rows: pd.DataFrame, costs: pd.Series, label: str) -> Figure:
-    """Draws accuracy against a cost, with the Pareto front.
+def name_settings(rows: pd.DataFrame) -> dict[str, str]:
+    """Returns the label of each setting; a setting without a name of its own is labelled with its block type."""
+    return {s: s or b for s, b in zip(rows["setting"], rows["block type"], strict=True) if s or b}
+
+
+def shorten_label(name: Any, limit: int = MAX_LABEL) -> str:
+    """Returns a name for a figure: one line of at most so many characters, the rest replaced by an ellipsis."""
+    text = escape_control_chars(str(name)[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def describe_data(runs: Iterable[FinishedRun]) -> str:
+    """Returns data set and epochs of the runs, for titles: `CIFAR-10, 15 epochs`."""
+    summaries = [run.summary for run in runs]
+    names = sorted({str(summary["data"]) for summary in summaries if summary.get("data")})
+    epochs = sorted({summary["epochs"] for summary in summaries if summary.get("epochs")})
+    parts = [shorten_label(", ".join(DATA_NAMES.get(name, name) for name in names), MAX_TITLE_NAME)] if names else []
+    if epochs:
+        count = str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}"
+        parts.append(f"{count} epoch{'' if count == '1' else 's'}")
+    return ", ".join(parts)
+
+
+@rc_context(STYLE)
+def plot_tradeoff(
+    rows: pd.DataFrame,
+    costs: pd.DataFrame,
+    label: str,
+    data: str,
+    images: str = "test",
+    standard: Sequence[Latency] = (),
+) -> Figure:
+    """Draws the accuracy of the selected student against a cost, with the Pareto front.
+
+    Every point stands at its numbers: two methods with equal costs are above each other.
 
     Args:
         rows: The rows of `summarize_runs`.
-        costs: The cost by the row's index; rows without a cost or an accuracy are left out.
+        costs: The columns `median`, `low` and `high` (quartiles, NaN if there are none), by the index of the rows. Rows
+            without a cost or an accuracy are left out.
         label: What the cost is, with its unit.
+        data: The data set, for the title; see `describe_data`.
+        images: The images that the accuracy is of: `test` or `val`.
+        standard: Costs of standard networks that are no row. They have no accuracy and stand on the horizontal axis.
     """
-    figure, (axes,) = create_figure(8 + label_width([*rows["method"], *rows["setting"]]), 5)
-    colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
-    shown = rows.assign(cost=costs)[costs.notna() & rows["selected"].notna()]
-    for row in shown.to_dict("records"):
+    colors, markers = assign_colors(rows), assign_markers(rows)
+    is_shown = costs["median"].notna() & rows["selected"].notna()
+    shown, costs = rows[is_shown], costs[is_shown].astype(float)
+    figure, (axes,) = create_figure(2.3)
+    for row, cost in zip(shown.to_dict("records"), costs.itertuples(), strict=True):
         accuracy: Spread = row["selected"]
-        error, marker = 100 * (accuracy.deviation or 0), markers[row["setting"]]
-        axes.errorbar(row["cost"], 100 * accuracy.mean, error, fmt=marker, color=colors[row["method"]], lw=1, capsize=2)
-    front = pareto_front([(row.cost, 100 * row.selected.mean) for row in shown.itertuples()])
-    axes.step(*zip(*front, strict=True), where="post", color="#BBBBBB", zorder=1)
-    axes.set_xlabel(label)
-    axes.set_ylabel("top-1 of the selected student, %\n(bars: standard deviation over seeds)")
-    axes.set_title("Accuracy against cost (gray: Pareto front)", loc="left", fontsize=11)
-    axes.margins(0.1)
+        color, place = colors[row["method"]], (cost.median, 100 * accuracy.mean)
+        sides = None if math.isnan(cost.low) else [[cost.median - cost.low], [cost.high - cost.median]]
+        error = None if accuracy.deviation is None else 100 * accuracy.deviation
+        axes.errorbar(*place, error, sides, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5, zorder=2)
+        look = markers[row["setting"]]
+        edge = "white" if look["fillstyle"] == "full" else color  # tells points apart that are close to each other
+        axes.plot(*place, color=color, **look, markeredgecolor=edge, markeredgewidth=0.6, zorder=3)
+    costs_shown = [*costs["median"], *(network.median for network in standard)]
+    set_cost_axis(axes, costs_shown)
+    axes.margins(y=0.12)
     limit_to_hundred(axes)
-    handles = [
-        Line2D([], [], color=color, marker="o", ls="", label=shorten_label(name)) for name, color in colors.items()
-    ]
-    settings = {name: marker for name, marker in markers.items() if name}
-    handles += [
-        Line2D([], [], color="#888888", marker=m, ls="", label=shorten_label(name)) for name, m in settings.items()
-    ]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    handles = legend_of_methods(shown, colors, markers)
+    front = pareto_front([(c, 100 * s.mean) for c, s in zip(costs["median"], shown["selected"], strict=True)])
+    if len(front) > 1:
+        axes.plot(*zip(*front, strict=True), ls=":", color=GRAY, zorder=1)
+        handles.append(Line2D([], [], ls=":", color=GRAY, label="Pareto front"))
+    if standard:
+        draw_standard_networks(axes, standard)
+        name = "standard network (cost only)"
+        handles.append(Line2D([], [], color=GRAY, marker=STANDARD_MARKER, ls="", markersize=6, label=name))
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"{STAGES[images]} top-1, %")
+    set_title(figure, f"{data}: selected student")
+    add_legend(figure, handles)
     return figure
+
+
+def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
+    """Lets the axis of costs begin at zero, or makes it logarithmic if the costs differ by more than a factor of 4."""
+    low, high = min(costs), max(costs)
+    if low > 0 and high / low > LOG_FROM:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.5, high * 1.5)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(0, 1.1 * high or 1)
+
+
+def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
+    """Marks the costs of standard networks on the horizontal axis, with their quartiles if there are any."""
+    bottom = axes.get_ylim()[0]
+    for network in networks:
+        sides = None if math.isnan(network.low) else [[network.median - network.low], [network.high - network.median]]
+        look = {"color": GRAY, "marker": STANDARD_MARKER, "markersize": 6, "elinewidth": 0.8, "capsize": 1.5}
+        bars = axes.errorbar(network.median, bottom, xerr=sides, **look, zorder=4)
+        for artist in bars.get_children():
+            artist.set_clip_on(False)
+    axes.set_ylim(bottom=bottom)
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -77,80 +213,171 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front
 
 
-def plot_gains(rows: pd.DataFrame, baseline: str) -> Figure:
-    """Draws each row's gain over the baseline, with its 95 % interval; the marker is hollow if it is not resolved."""
+@rc_context(STYLE)
+def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
+    """Draws each row's gain over the baseline, with its 95 % interval; the marker is hollow if it is not resolved.
+
+    Args:
+        rows: The rows of `summarize_runs`.
+        baseline: What the gains are over.
+        data: The data set, for the title; see `describe_data`.
+    """
     shown = rows[rows["gain"].notna()][::-1]
-    figure, (axes,) = create_figure(8 + label_width([*shown["name"], baseline]), 1.4 + 0.34 * len(shown))
-    colors, markers = assign_styles(rows["method"], COLORS), assign_styles(rows["setting"], MARKERS)
+    labels = ["\n".join(wrap_label(name)) for name in shown["name"]]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    colors, markers = assign_colors(rows), assign_markers(rows)
+    figure, (axes,) = create_figure(0.75 + max(0.14 * lines, 0.21 * len(shown)))
     for place, row in enumerate(shown.to_dict("records")):
         gain: Spread = row["gain"]
         error = None if gain.interval is None else 100 * (gain.interval[1] - gain.mean)
-        color, marker = colors[row["method"]], markers[row["setting"]]
-        fill = color if gain.is_resolved else "white"
-        axes.errorbar(100 * gain.mean, place, xerr=error, marker=marker, color=color, markerfacecolor=fill)
-    axes.axvline(0, color="#BBBBBB", zorder=0)
-    axes.margins(y=0.5 / len(shown))
-    axes.set_yticks(range(len(shown)), [shorten_label(name) for name in shown["name"]])
-    baseline = shorten_label(baseline)
-    label = f"gain of the mean student over {baseline}, same seed,\npercentage points (bars: 95 % confidence intervals)"
-    axes.set_xlabel(label)
+        color, marker = colors[row["method"]], markers[row["setting"]]["marker"]
+        look = {"color": color, "marker": marker, "markerfacecolor": color if gain.is_resolved else "white"}
+        axes.errorbar(100 * gain.mean, place, xerr=error, **look, capsize=1.5, elinewidth=0.8)
+    axes.axvline(0, color="#444444", lw=0.8, zorder=1)
+    axes.margins(x=0.08)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_yticks(range(len(shown)), labels)
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     counts = " or ".join(map(str, sorted({gain.n for gain in shown["gain"]})))
-    axes.set_title(f"Gains over {baseline} (n = {counts}; hollow: not resolved)", loc="left", fontsize=11)
+    bars = f"95 % intervals, n = {counts}; hollow: not resolved"
+    if counts == "1":
+        bars = "one seed: no intervals, not resolved"
+    axes.set_xlabel(f"gain of the mean student, percentage points\n({bars})")
+    set_title(figure, f"{data}: gain over {shorten_label(baseline, MAX_TITLE_NAME)}")
     return figure
 
 
-def plot_curves(table: pd.DataFrame, stage: str) -> Figure:
-    """Draws top-1 by epoch, mean over seeds: the mean student solid, the teacher dashed, a panel for each setting.
+def wrap_label(name: Any) -> list[str]:
+    """Returns a name in at most three lines of 20 characters."""
+    return textwrap.wrap(shorten_label(name, 57), 20, max_lines=3, placeholder="…", break_on_hyphens=False)
+
+
+@rc_context(STYLE)
+def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
+    """Draws top-1 by epoch, a panel for each setting: the mean student solid, the teacher dashed.
+
+    The lines are means over seeds, and the bands one sample standard deviation on each side.
 
     Args:
         table: The runs of `tabulate_runs`.
         stage: The images that the accuracy is of: `val` or `train`.
+        data: The data set, for the title; see `describe_data`.
     """
     settings = list(dict.fromkeys(table["setting"]))
-    panel_width = 3.2 + label_width(settings)
-    width = max(6, panel_width * len(settings)) + 1 + label_width(table["method"])
-    figure, panels = create_figure(width, 4, len(settings))
-    colors, later = assign_styles(table["method"], COLORS), []
+    colors, later, has_band = assign_colors(table), [], False
+    columns = min(2, len(settings))
+    lines_of = {r"^{}/student_\d+/top1$": "-", r"^{}/teacher/top1$": "--"}
+    figure, panels = create_figure(1.8, len(settings), columns)
+    drawn = set()
     for _, runs in table.groupby(["setting", "method"], sort=False):
         setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
-        histories = [run.history for run in runs["run"]]
-        for pattern, style in ((rf"^{stage}/student_\d+/top1$", "-"), (rf"^{stage}/teacher/top1$", "--")):
-            curve = 100 * average_curves(histories, pattern)
-            panels[settings.index(setting)].plot(curve.index + 1, curve, style, color=colors[method])
-            later += list(curve[len(curve) // 5 :])
-
+        for pattern, style in lines_of.items():
+            curve = 100 * average_curves([run.history for run in runs["run"]], pattern.format(stage))
+            if curve.empty:
+                continue
+            drawn.add(style)
+            axes, epochs = panels[settings.index(setting)], curve.index + 1
+            marker = {"marker": ".", "markersize": 3} if len(curve) <= 3 else {}
+            axes.plot(epochs, curve["mean"], style, color=colors[method], **marker)
+            low, high = (curve["mean"] + sign * curve["deviation"] for sign in (-1, 1))
+            axes.fill_between(epochs, low, high, color=colors[method], alpha=0.2, lw=0)
+            has_band |= bool(curve["deviation"].notna().any())
+            later += list(low.fillna(curve["mean"])[len(curve) // 5 :])
     # With the first epochs inside the axis, the differences between the later ones would be hard to see.
-    panels[0].set_ylim(bottom=min(later, default=0) - 1)
+    panels[0].set_ylim(bottom=max(0, min(later, default=0) - 1))
     limit_to_hundred(panels[0])
-    panels[0].set_ylabel(f"{stage} top-1, %")
-    for axes, setting in zip(panels, settings, strict=True):
-        axes.set_title(shorten_label(setting or "all runs"), loc="left", fontsize=10)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        axes.margins(x=0.02)
+    for k, (axes, setting) in enumerate(zip(panels, settings, strict=True)):
+        if setting:
+            axes.set_title(shorten_label(setting, MAX_LABEL // columns), loc="left", fontsize=7.5)
+        if k + columns >= len(settings):
+            axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        last = max((line.get_xdata()[-1] for panel in panels for line in panel.lines), default=1)
+        axes.set_xlim(max(0.5, 1 - 0.03 * last), last + 0.03 * last)  # there is no epoch 0
+    figure.supylabel(f"{STAGES[stage]} top-1, %", fontsize=STYLE["axes.labelsize"])
+    set_title(figure, data)
     handles = [Line2D([], [], color=color, label=shorten_label(method)) for method, color in colors.items()]
-    handles += [Line2D([], [], color="#888888", ls=ls, label=n) for n, ls in (("mean student", "-"), ("teacher", "--"))]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    names = {"-": "mean student", "--": "teacher"}
+    handles += [Line2D([], [], color=GRAY, ls=style, label=names[style]) for style in names if style in drawn]
+    if has_band:
+        handles.append(Line2D([], [], color=GRAY, alpha=0.3, lw=5, label="± deviation over seeds"))
+    add_legend(figure, handles)
     return figure
 
 
-def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.Series:
-    """Averages the columns that match a pattern over runs, by epoch, for the epochs that all runs have."""
+def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.DataFrame:
+    """Averages the columns that match a pattern, in each run and then over the runs.
+
+    Returns:
+        `mean` and `deviation` (the sample standard deviation over runs, NaN for one run) by epoch, for the epochs that
+        all runs have.
+    """
     if not all("epoch" in history for history in histories):
-        return pd.Series(dtype=float)
+        return pd.DataFrame(columns=["mean", "deviation"], dtype=float)
     curves = [history.set_index("epoch").filter(regex=pattern).mean(axis=1) for history in histories]
-    return pd.concat(curves, axis=1).dropna().mean(axis=1)
+    together = pd.concat(curves, axis=1).dropna()
+    return pd.DataFrame({"mean": together.mean(axis=1), "deviation": together.std(axis=1)})
 
 
-def create_figure(width: float, height: float, count: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """Returns a figure with so many panels in a row, without a frame at the top and the right."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    for axes in panels:
+def create_figure(height: float, count: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Returns a figure as wide as a column, with so many panels of this height (inches) with common axes."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.remove()
+    for k, axes in enumerate(panels[:count]):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EEEEEE")
+        axes.grid(color="#EEEEEE", lw=0.6)
         axes.set_axisbelow(True)
-    return figure, panels
+        if k + columns >= count:  # nothing is below
+            axes.tick_params(labelbottom=True)
+    return figure, panels[:count]
+
+
+@rc_context(STYLE)
+def render(figure: Figure, suffix: str) -> bytes:
+    """Returns the content of an image file of a figure, in a format such as `png` or `svg`."""
+    image = io.BytesIO()
+    figure.savefig(image, format=suffix, dpi=300)
+    return image.getvalue()
+
+
+def set_title(figure: Figure, text: str) -> None:
+    """Writes the title at the left edge of the figure."""
+    figure.suptitle(text, x=0.02, ha="left", fontsize=STYLE["axes.titlesize"])
+
+
+def legend_of_methods(
+    rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, dict[str, str]]
+) -> list[Line2D]:
+    """Returns the entries of the legend for methods (colored lines) and settings (gray markers)."""
+    methods = dict.fromkeys(rows["method"])
+    handles = [Line2D([], [], color=colors[name], lw=3, label=shorten_label(name)) for name in methods]
+    for setting, label in name_settings(rows).items():
+        handles.append(Line2D([], [], color=GRAY, ls="", **markers[setting], label=shorten_label(label)))
+    return handles
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Adds a legend below the panels, in as many columns as fit, and makes the figure higher by its rows."""
+    labels = [str(handle.get_label()) for handle in handles]
+    columns = next((count for count in (4, 3, 2) if legend_width(labels, count) < WIDTH), 1)
+    rows = math.ceil(len(handles) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 * rows + 0.1)
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=columns, frameon=False, columnspacing=1.2, handlelength=1.6
+    )
+
+
+def legend_width(labels: Sequence[str], columns: int) -> float:
+    """Returns about how many inches a legend needs if it is filled column by column, as matplotlib does."""
+    rows, longer = divmod(len(labels), columns)
+    sizes = [rows + (k < longer) for k in range(columns)]
+    starts = [sum(sizes[:k]) for k in range(columns)]
+    longest = [max(map(len, labels[s : s + size]), default=0) for s, size in zip(starts, sizes, strict=True)]
+    return sum(0.38 + 0.055 * length for length in longest)
 
 
 def limit_to_hundred(axes: Axes) -> None:

@@ -12,11 +12,11 @@ from odcheap.utils.errors import Failure
 from odcheap.utils.text import escape_control_chars
 
 BASELINE = "alone"
-METHOD, SEED = "method.part", "seed"
+METHOD, BLOCK_TYPE, SEED = "method.part", "block_type.part", "seed"
 TEACHER_KINDS = ("head", "gated", "mean", "ema", "frozen")
 TOLERANCE = 1e-9  # equal accuracies may differ by rounding
 ACCURACIES = ("mean student", "selected", "ensemble", *(f"teacher ({kind})" for kind in TEACHER_KINDS))
-COSTS = ("params", "macs", "epochs", "training PMACs", "hours")
+COSTS = ("params", "macs", "epochs", "training macs", "training seconds")
 GAINS = {"gain": "mean student", "selected gain": "selected"}  # the differences to the baseline's run of the same seed
 
 
@@ -32,13 +32,31 @@ class Spread(NamedTuple):
         """The 95 % confidence interval of the mean by Student's t-distribution; None for one value."""
         if self.deviation is None:
             return None
-        half_width = float(scipy.stats.t.ppf(0.975, self.n - 1)) * self.deviation / math.sqrt(self.n)
-        return self.mean - half_width, self.mean + half_width
+        if self.deviation == 0:  # which scipy answers with NaN
+            return self.mean, self.mean
+        error = self.deviation / math.sqrt(self.n)
+        low, high = scipy.stats.t.interval(0.95, self.n - 1, loc=self.mean, scale=error)
+        return float(low), float(high)
 
     @property
     def is_resolved(self) -> bool:
         """Whether the interval leaves zero out; never with one value."""
         return self.interval is not None and (self.interval[0] > TOLERANCE or self.interval[1] < -TOLERANCE)
+
+
+class Latency(NamedTuple):
+    """Milliseconds of one image: the median and the quartiles of all calls."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Latencies(NamedTuple):
+    """The latency of a student, and of the standard network in its place."""
+
+    student: Latency
+    standard: Latency
 
 
 def compute_spread(values: pd.Series) -> Spread | None:
@@ -72,8 +90,8 @@ def read_figures(summary: dict[str, Any], images: str = "test") -> dict[str, flo
         "params": cost.get("params"),
         "macs": cost.get("macs"),
         "epochs": summary.get("epochs"),
-        "training PMACs": None if macs is None else macs / 1e15,
-        "hours": seconds.sum(skipna=False) / 3600,
+        "training macs": macs,
+        "training seconds": seconds.sum(skipna=False),
     }
 
 
@@ -81,7 +99,7 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
     """Returns one row for each run, with its names, figures and gains.
 
     Runs that differ only by seed get the same `setting` and `method`. If several runs have the same options and the
-    same seed, the first one counts. Within a setting the baseline comes first.
+    same seed, the first one counts. Within a setting the baseline comes first, or `alone` if that is a row.
 
     Args:
         runs: The runs to compare.
@@ -90,23 +108,27 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
         images: The images that the accuracies are of: `test` or `val` (held out).
 
     Returns:
-        The columns `setting`, `method`, `name`, `seed`, `baseline` (whether it is the baseline), `run`, all of
-        `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN without a baseline run of that seed).
+        The columns `setting`, `method`, `name`, `method part` and `block type` (their option names), `seed`, `baseline`
+        (whether it is the baseline), `run`, all of `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN without a baseline
+        run of that seed).
 
     Raises:
-        Failure: No method and no row is called `against`, or none has a seed in common with it.
+        Failure: No method and no row is called `against`, or no run can be paired with one of its runs.
     """
     runs = list(runs)
     table = label_runs(runs)
     table["seed"] = [run.options.get(SEED) for run in runs]
     table["run"] = runs
+    for column, option in {"method part": METHOD, "block type": BLOCK_TYPE}.items():
+        table[column] = [str(run.options.get(option, "")) for run in runs]
     figures = [read_figures(run.summary, images) for run in runs]
     table[[*ACCURACIES, *COSTS]] = pd.DataFrame(figures, columns=[*ACCURACIES, *COSTS], dtype=float)
     table = table.drop_duplicates(["setting", "method", "seed"])
     # Settings and methods keep the order in which they first appear, except for the baseline.
+    first = against if against in set(table["method"]) else BASELINE
     table = table.sort_values(
         ["setting", "method"],
-        key=lambda names: pd.Series(pd.factorize(names)[0], names.index).mask(names == BASELINE, -1),
+        key=lambda names: pd.Series(pd.factorize(names)[0], names.index).mask(names == first, -1),
         ignore_index=True,
     )
     return add_gains(table, against)
@@ -121,12 +143,13 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
         if not table["baseline"].any():
             known = [*dict.fromkeys([*sorted(table["method"]), *sorted(table["name"])])]
             raise Failure(f"--against={against}: must be a method or a row, one of {'; '.join(known)}")
-    if against is not None:
-        seeds = set(table.loc[table["baseline"], "seed"])
-        if not table.loc[~table["baseline"], "seed"].isin(seeds).any():
-            raise Failure(f"--against={against}: no other row has a run with one of its seeds, {sorted(seeds)}")
     baseline = table.loc[table["baseline"], [*keys, *GAINS.values()]]
-    paired = table[keys].merge(baseline, how="left", on=keys)
+    paired = table[keys].merge(baseline, how="left", on=keys, indicator="found")
+    is_paired = (paired["found"] == "both").to_numpy() & ~table["baseline"]
+    if against is not None and not is_paired.any():
+        seeds = sorted(set(table.loc[table["baseline"], "seed"]), key=str)
+        where = "in the same setting " if "setting" in keys else ""
+        raise Failure(f"--against={against}: no other row {where}has a run with one of its seeds, {seeds}")
     for gain, figure in GAINS.items():
         table[gain] = (table[figure] - paired[figure].to_numpy()).mask(table["baseline"])
     return table
@@ -135,11 +158,14 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
 def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
     """Returns one row for each setting and method of `tabulate_runs`, in the same order.
 
-    The columns are `setting`, `method`, `name`, `baseline`, `n` (seeds), and a `Spread` or None for each figure.
+    The columns are `setting`, `method`, `name`, `method part`, `block type`, `baseline`, `n` (seeds), `standard macs`
+    (of the standard network; None if unknown), and a `Spread` or None for each figure.
     """
     rows = []
     for _, runs in table.groupby(["setting", "method"], sort=False):
-        row = runs.iloc[0][["setting", "method", "name", "baseline"]].to_dict() | {"n": len(runs)}
+        first = runs.iloc[0]
+        row = first[["setting", "method", "name", "method part", "block type", "baseline"]].to_dict() | {"n": len(runs)}
+        row["standard macs"] = ((first["run"].summary.get("cost") or {}).get("standard") or {}).get("macs")
         rows.append(row | {figure: compute_spread(runs[figure]) for figure in (*ACCURACIES, *COSTS, *GAINS)})
     return pd.DataFrame(rows, dtype=object)
 

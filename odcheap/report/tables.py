@@ -1,56 +1,99 @@
 """The report's text: tables in Markdown and CSV, and what a reader must know about them."""
 
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
-from odcheap.export.model_card import format_code
 from odcheap.report.load_runs import RunFolder
-from odcheap.report.statistics import ACCURACIES, COSTS, GAINS, Spread
-from odcheap.utils.text import escape_markdown, hide_folders
+from odcheap.report.statistics import ACCURACIES, COSTS, GAINS, Latencies, Latency, Spread
+from odcheap.utils.text import (
+    escape_control_chars,
+    escape_markdown,
+    format_accuracy,
+    format_code,
+    format_macs,
+    format_mean_deviation,
+    format_seconds,
+    hide_folders,
+)
 
 COLUMNS = ["mean student", "gain", "selected", "selected gain", "ensemble"]
 COLUMNS += [name for name in (*ACCURACIES, *COSTS) if name not in COLUMNS]
-WHOLE_NUMBERS = ("params", "macs", "epochs")
+WHOLE_NUMBERS = ("params", "macs", "epochs", "training macs")
+LATENCIES = ("latency ms", "standard ms")
+QUARTILES = {"": "median", " p25": "low", " p75": "high"}  # columns of the CSV file, and what they are of a latency
+HEADINGS = {"macs": "MACs", "training macs": "training MACs", "training seconds": "training time"}
 READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
 students after the last epoch, without any selection. *Selected* is the student that was best on held-out images; for
 `alone` it is the best of independent students. Gains over `{baseline}` are paired by seed, in percentage points, with
 their 95 % confidence interval by Student's t-distribution; a gain is *not resolved* if the interval contains zero, and
-with one seed. Options that most runs share are not named. A PMAC is 10^15
-multiply-accumulates. Milliseconds are for one image in ONNX Runtime on this machine, of the student and of the standard
-network. Teachers of different kinds cannot be compared."""
+with one seed. Options that most runs share are not named. MACs are the multiply-accumulates of one image, training MACs
+those of the whole training. Teachers of different kinds cannot be compared."""
+LATENCY_READING = """ Milliseconds are medians for one image in ONNX Runtime on this machine, of the student and of the
+standard network. Their quartiles are in `report.csv`."""
 SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 
 
-def build_table(rows: pd.DataFrame, latencies: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.DataFrame:
     """Returns the report's table, without empty columns.
 
     Args:
         rows: The rows of `summarize_runs`.
-        latencies: Milliseconds of the student and of the standard network by the row's name.
+        latencies: Latencies of the student and of the standard network by the row's name.
     """
     table = rows[["setting", "method", "n", *COLUMNS]].copy()
     for name in COSTS:
         means = [None if spread is None else spread.mean for spread in table[name]]
         table[name] = pd.array([round(m) if m is not None and name in WHOLE_NUMBERS else m for m in means], object)
-    for k, name in enumerate(("latency ms", "standard ms")):
+    for k, name in enumerate(LATENCIES):
         table[name] = pd.array([latencies[row][k] if row in latencies else None for row in rows["name"]], object)
     return table.loc[:, (table.notna() & (table != "")).any()]
 
 
-def format_cell(column: str, value: Any) -> str:
-    """Formats a value for Markdown: a `Spread` in percent, other numbers with three digits, nothing for None."""
-    if isinstance(value, Spread):
-        if column in GAINS:
-            interval = value.interval and " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in value.interval))
-            return f"{100 * value.mean:+.2f}{interval or ''}{'' if value.is_resolved else ' (not resolved)'}"
-        return f"{100 * value.mean:.2f}" + ("" if value.deviation is None else f" ± {100 * value.deviation:.2f}")
+def format_table(table: pd.DataFrame, is_console: bool = False) -> pd.DataFrame:
+    """Returns the cells and headings of `build_table` as text for readers.
+
+    Args:
+        table: The table of `build_table`.
+        is_console: Whether the text is for the console. Otherwise it is for Markdown.
+    """
+    cells = {
+        HEADINGS.get(str(name), str(name)): [format_cell(str(name), value, is_console) for value in values]
+        for name, values in table.items()
+    }
+    return pd.DataFrame(cells, dtype=object)
+
+
+def format_cell(column: str, value: Any, is_console: bool = False) -> str:
+    """Returns a value as text: a `Spread` in percent, costs with fitting units, nothing for None."""
     if value is None:
         return ""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else escape_markdown(value)
+    if isinstance(value, Spread):
+        return format_gain(value, "\n" if is_console else " ") if column in GAINS else format_spread(value)
+    if isinstance(value, Latency):
+        return f"{value.median:#.3g}".rstrip(".")
+    if column in ("macs", "training macs"):
+        return format_macs(value)
+    if column == "training seconds":
+        return format_seconds(value)
+    if isinstance(value, int | float):
+        return f"{value:,}"
+    return escape_control_chars(value) if is_console else escape_markdown(value)
+
+
+def format_spread(spread: Spread) -> str:
+    """Returns a mean accuracy in percent, with its standard deviation if there is more than one seed."""
+    return format_mean_deviation(spread.mean, spread.deviation)
+
+
+def format_gain(gain: Spread, before_note: str) -> str:
+    """Returns a gain in percentage points with its interval, and says if it is not resolved."""
+    interval = gain.interval and " [{}, {}]".format(*(format_accuracy(end, "+") for end in gain.interval))
+    note = "" if gain.is_resolved else "(not resolved)"
+    return f"{format_accuracy(gain.mean, '+')}{interval or ''}{before_note if note else ''}{note}"
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -59,11 +102,17 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Returns the table of `build_table` as CSV, in fractions; a spread becomes three columns, a gain five."""
-    columns = {}
+    """Returns the table of `build_table` as CSV, in fractions, ones and seconds.
+
+    A spread becomes three columns, a gain five, and a latency three: the median and the quartiles.
+    """
+    columns: dict[str, Any] = {}
     for name, values in table.items():
+        if any(isinstance(value, Latency) for value in values):
+            columns |= {f"{name}{end}": [getattr(v, part, None) for v in values] for end, part in QUARTILES.items()}
+            continue
         if not any(isinstance(value, Spread) for value in values):
-            columns[name] = values
+            columns[str(name)] = values
             continue
         for part in Spread._fields:
             columns[f"{name} {part}"] = [getattr(value, part, None) for value in values]
@@ -86,7 +135,7 @@ def format_report(
     folders: list[RunFolder],
     runs: pd.DataFrame,
     table: pd.DataFrame,
-    figures: list[str],
+    figures: Mapping[str, str],
     images: str,
     baseline: str,
 ) -> str:
@@ -96,16 +145,16 @@ def format_report(
         folders: All folders, of finished and other runs.
         runs: The rows of `tabulate_runs`.
         table: The table of `build_table`.
-        figures: Names of the figures that lie beside the report.
+        figures: The captions of the figures that lie beside the report, by their names.
         images: Which images the accuracies are of.
         baseline: What gains are over.
     """
-    cells = pd.DataFrame({name: [format_cell(str(name), value) for value in values] for name, values in table.items()})
-    lines = ["# Report", "", *describe_runs(folders), "", to_markdown(cells)]
-    lines += ["", f"{images}. {READING.format(baseline=escape_markdown(baseline))}"]
-    for name in figures:
-        lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)"]
-    lines += ["", *format_gains_by_seed(runs), *describe_left_out(folders, runs)]
+    lines = ["# Report", "", *describe_runs(folders), "", to_markdown(format_table(table))]
+    reading = READING + (LATENCY_READING if LATENCIES[0] in table else "")
+    lines += ["", f"{images}. {reading.format(baseline=escape_markdown(baseline))}"]
+    for name, caption in figures.items():
+        lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)", "", escape_markdown(caption)]
+    lines += ["", *format_gains_by_seed(runs), *describe_missing_gains(runs), *describe_left_out(folders, runs)]
     return "\n".join(lines) + "\n"
 
 
@@ -134,6 +183,20 @@ def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
     yield from ("Gain of the mean student by seed, percentage points:", "", to_markdown(cells), "")
 
 
+def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
+    """Yields the rows that could not be compared, if others could."""
+    if runs["gain"].isna().all():
+        return
+    is_missing = runs.groupby("name", sort=False)["gain"].apply(lambda gains: gains.isna().all())
+    others = [name for name in is_missing.index[is_missing] if name not in set(runs.loc[runs["baseline"], "name"])]
+    if others:
+        names = ", ".join(format_code(name) for name in others)
+        yield from (
+            f"Without a gain, because no run of the baseline has their setting and one of their seeds: {names}.",
+            "",
+        )
+
+
 def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[str]:
     """Yields the runs that are not in the table, and why."""
     duplicates = sum(entry.run is not None for entry in folders) - len(runs)
@@ -143,5 +206,12 @@ def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[
     if unfinished:
         yield from ("Not in the table:", "")
         for entry in unfinished:
-            reason = hide_folders(entry.reason, [entry.folder])
+            reason = hide_folders(hide_host(entry.reason, entry.host), [entry.folder])
             yield f"- {format_code(entry.folder.name)}: {entry.state}; {format_code(reason)}"
+
+
+def hide_host(text: str, host: str | None) -> str:
+    """Returns the text without the name of a machine; a reason may contain it, such as in an address."""
+    for name in filter(None, (host, socket.gethostname())):
+        text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "HOST", text)
+    return text

@@ -28,7 +28,7 @@ from odcheap.models.flops import count_macs, count_params
 from odcheap.runs.settings import RunConfig
 from odcheap.training.module import Figures
 from odcheap.utils.files import write_atomic
-from odcheap.utils.text import escape_control_chars, format_accuracy, hide_folders
+from odcheap.utils.text import escape_control_chars, format_accuracy, format_macs, hide_folders
 
 PARTS = ("backbone", "block_type")  # what is built from the settings of a student
 FIGURES = ("top1", "top5", "balanced_accuracy")
@@ -222,7 +222,7 @@ def build_table(summary: dict[str, Any]) -> Table:
     """Returns a table of the accuracies of all members at the selected epoch; the selected member is marked."""
     choice = summary["selected"]
     table = Table()
-    for column in ("", "val top-1 %", "test top-1 %", "test top-5 %", "test balanced %"):
+    for column in ("", "val\ntop-1 %", "test\ntop-1 %", "test\ntop-5 %", "test\nbalanced %"):
         table.add_column(column, justify="left" if not column else "right")
     # A row for each student, each moving average, the teacher and the ensemble.
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
@@ -250,7 +250,7 @@ def build_caption(summary: dict[str, Any]) -> str:
     if cost:
         standard = cost["standard"]
         text += f"\n{cost['params']:,} parameters (standard network {standard['params']:,}), "
-        text += f"{cost['macs'] / 1e6:.2f} M MACs (standard {standard['macs'] / 1e6:.2f} M)"
+        text += f"{format_macs(cost['macs'])} MACs (standard {format_macs(standard['macs'])})"
         text += f"\n{standard['note']}" if standard.get("note") else ""
         is_larger = cost["macs"] > standard["macs"] or cost["params"] > standard["params"]
         text += "\nwarning: this student costs more than the standard network" if is_larger else ""

@@ -4,11 +4,12 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from rich.console import Console
+from rich.text import Text
 
 from odcheap.utils.text import escape_control_chars
 
@@ -31,9 +32,22 @@ def is_distributed() -> bool:
 
 
 def console() -> Console:
-    """Returns a console that does not interpret markup; it has 120 columns if the output is not a terminal."""
-    width = None if sys.stdout.isatty() else 120
+    """Returns a console that does not interpret markup; it has 80 columns if the output is not a terminal.
+
+    The environment variable `COLUMNS` sets another width.
+    """
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal() else 80
     return Console(markup=False, highlight=False, width=width)
+
+
+@contextmanager
+def show_steps() -> Generator[Callable[[str], None]]:
+    """Yields a function that says what a command does now: on a terminal in one changing line, otherwise in lines."""
+    if not sys.stdout.isatty():
+        yield say
+        return
+    with console().status("") as status:
+        yield lambda text: status.update(Text(escape_control_chars(text)))
 
 
 def say(text: object) -> None:

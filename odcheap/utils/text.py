@@ -7,16 +7,30 @@ from pathlib import Path
 
 from odcheap.predict import escape_control_chars as escape_control_chars  # also offered here
 
+PREFIXES = ("", "k", "M", "G", "T", "P", "E")  # of units: thousand, million, ...
 MISSING = "-"  # is written for a number that is not known
 # An absolute path or one that begins with ~, . or .., not the path of a web address. Group 1 is its last name.
 PATH = re.compile(r"(?<![\w.:/~-])(?:file://|~[\w.-]*|\.\.?)?/+(?:[^\s/:;,'\"()]+/+)*([^\s/:;,'\"()]+)/*")
 
 
 def escape_markdown(text: object) -> str:
-    """Returns text, which may come from a stranger, escaped so that Markdown shows it as it is, also in a table."""
+    """Returns text, which may come from a stranger, escaped so that Markdown shows it as it is, also in a table.
+
+    Underscores within a word stay as they are, since Markdown reads them as emphasis only at the ends of a word.
+
+    Example:
+        >>> escape_markdown("_a_ *b* max_epochs")
+        '\\\\_a\\\\_ \\\\*b\\\\* max_epochs'
+    """
     escaped = re.sub(r"([\\`*~\[\]<>|&$@])", r"\\\1", escape_control_chars(text))
+    escaped = re.sub(r"(?<!\w)_+|_+(?!\w)", lambda match: match[0].replace("_", r"\_"), escaped)
     # Addresses would become links by themselves.
     return re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", r"\g<0>\\", escaped)
+
+
+def format_code(text: object) -> str:
+    """Returns text of other people as inline code in Markdown, so that it is one line and contains no markup."""
+    return f"`{escape_control_chars(hide_folders(text)).replace('`', chr(39))}`"
 
 
 def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
@@ -83,6 +97,17 @@ def format_count(count: int | None) -> str:
     return MISSING if count is None else f"{count:,}"
 
 
-def format_millions(count: int | None) -> str:
-    """Returns a number in millions as text, such as `20.47 M`; `-` for None."""
-    return MISSING if count is None else f"{count / 1e6:.2f} M"
+def format_macs(count: float | None) -> str:
+    """Returns a number of multiply-accumulates with three digits and a decimal prefix, or `-` for None.
+
+    Example:
+        >>> [format_macs(count) for count in (20_472_448, 1.81e9, 3.2154e13, 999_999)]
+        ['20.5 M', '1.81 G', '32.2 T', '1.00 M']
+    """
+    if count is None:
+        return MISSING
+    power = 0
+    while power < len(PREFIXES) - 1 and abs(count) >= 999.5:  # 999.5 has four digits if it is rounded to ones
+        count, power = count / 1000, power + 1
+    digits = 0 if power == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{digits}f} {PREFIXES[power]}".rstrip()

@@ -83,10 +83,8 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
     expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
-    assert (
-        f"Test accuracy {100 * expected:.2f} % on 360 images; {100 * expected:.2f} % by the run's summary, in 32-true."
-        in out
-    )
+    percent = f"{100 * expected:.2f} %"
+    assert f"Test accuracy {percent} on 360 images; {percent} by the run's summary, in 32-true." in out
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")

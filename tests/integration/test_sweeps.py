@@ -16,15 +16,9 @@ from rich.console import Console
 
 import train
 from odcheap.report.command import main as report
-from odcheap.report.console_tables import short_names, show_sweep
+from odcheap.report.console_tables import show_sweep
 from odcheap.runs.sweep import KILLED, Outcome, SweepFolder
 from odcheap.training.experiment import Experiment
-
-
-def test_rows_show_what_differs():
-    names = ["a=1,seed=0,x=y", "a=1,seed=1,x=y", "a=2,seed=1,x=y"]
-    assert short_names(names) == ["a=1,seed=0", "a=1,seed=1", "a=2,seed=1"]
-    assert short_names(["a=1"]) == ["a=1"]
 
 
 def write(path, content):

@@ -6,6 +6,7 @@ import pytest
 
 from odcheap.report import latency
 from odcheap.report.command import main
+from odcheap.report.statistics import Latencies, Latency
 
 
 def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
@@ -25,7 +26,8 @@ def plant(folder, method="od", seed=0, value=0.5, data="cifar10", **more):
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "measure_latencies", lambda runs, config_dirs: {"alone": (0.5, 1.5)})
+    measured = {"alone": Latencies(Latency(0.5, 0.4, 0.7), Latency(1.5, 1.4, 1.75))}
+    monkeypatch.setattr(latency, "measure_latencies", lambda runs, config_dirs, show_step: measured)
     folder = tmp_path / "sweep"
     for seed, value in enumerate((0.50, 0.52, 0.51)):
         plant(folder / f"alone-{seed}", "alone", seed, value)
@@ -48,7 +50,7 @@ def test_the_report(sweep, capsys):
     assert "| od | 3 | 61.00 ± 1.00 | +10.00 [+10.00, +10.00] | 61.00 ± 1.00 |" in text
     assert "| dml | 3 | 51.00 ± 1.73 | +0.00 [-2.48, +2.48] (not resolved) |" in text
     assert "| dml | -1.00 | +0.00 | +1.00 |" in text
-    assert "| 1,000 | 2,000,000 | 5 | 3 | 2 |" in text
+    assert "| 1,000 | 2.00 M | 5 | 3.00 P | 2.0 h |" in text
     assert "teacher (head)" in text
     assert "teacher (gated)" not in text
     assert "smoke test" not in text
@@ -58,6 +60,8 @@ def test_the_report(sweep, capsys):
     assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
     assert float(rows[1]["gain low"]) == pytest.approx(-0.02484, abs=1e-5)  # t(0.975, 2) = 4.3027, of 0.01 / sqrt(3)
     assert [rows[0][name] for name in ("gain mean", "latency ms", "standard ms")] == ["", "0.5", "1.5"]
+    assert [rows[0][f"latency ms {quartile}"] for quartile in ("p25", "p75")] == ["0.4", "0.7"]
+    assert [rows[0][name] for name in ("training macs", "training seconds")] == ["3000000000000000", "7200.0"]
     assert rows[2]["latency ms"] == rows[2]["standard ms"] == ""
 
 
@@ -90,7 +94,7 @@ def test_gains_may_be_over_another_row(sweep, capsys):
 def test_a_teacher_s_own_training_is_counted(tmp_path):
     plant(tmp_path / "kd", "kd")
     assert main([str(tmp_path), "--no-latency"]) == 0
-    assert "| 3 | 2.5 |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| 3.00 P | 2.5 h |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_run_that_is_there_twice_counts_once(sweep, tmp_path):

@@ -1,9 +1,10 @@
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.flops import count_params
+from odcheap.predict import Timing
 from odcheap.report import latency
 from odcheap.report.load_runs import FinishedRun
-from odcheap.report.statistics import tabulate_runs
+from odcheap.report.statistics import Latencies, Latency, tabulate_runs
 from odcheap.training.summary import write_student
 
 SETTINGS = {
@@ -27,21 +28,24 @@ def run(folder, method, settings=SETTINGS):
 def test_each_kind_of_network_is_timed_once(tmp_path, monkeypatch):
     calls = []
 
-    def time_networks(networks, size, batches, seconds):
+    def measure_timings(networks, size, batches, seconds):
         calls.append((size, {name: count_params(network) for name, network in networks.items()}))
-        return {("student", 1): 2.0, ("standard", 1): 3.0}
+        return {("student", 1): Timing(0.002, 0.009, 0.001, 0.004), ("standard", 1): Timing(0.003, 0.009, 0.002, 0.005)}
 
-    monkeypatch.setattr(latency, "time_networks", time_networks)
+    monkeypatch.setattr(latency, "measure_timings", measure_timings)
     runs = tabulate_runs(run(tmp_path / name, name) for name in ("alone", "od"))
-    assert latency.measure_latencies(runs) == dict.fromkeys(("alone", "od"), (2.0, 3.0))
+    steps = []
+    expected = Latencies(Latency(2, 1, 4), Latency(3, 2, 5))
+    assert latency.measure_latencies(runs, show_step=steps.append) == dict.fromkeys(("alone", "od"), expected)
+    assert steps == ["timing network 1 of 1 in ONNX Runtime (alone)"]
     expected = {"student": CifarResNet(8, DW(), 2), "standard": CifarResNet(8, Standard(), 2)}
     assert calls == [((3, 8, 8), {name: count_params(network) for name, network in expected.items()})]
 
 
 def test_a_student_and_its_standard_network_are_timed(tmp_path):
     student, standard = latency.time_student(run(tmp_path / "run", "od"), seconds=0.02)
-    assert 0 < student < 1000
-    assert 0 < standard < 1000
+    assert 0 < student.low <= student.median <= student.high < 1000
+    assert 0 < standard.low <= standard.median <= standard.high < 1000
 
 
 def test_a_student_that_cannot_be_rebuilt_is_a_gap(tmp_path):

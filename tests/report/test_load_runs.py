@@ -36,7 +36,7 @@ def test_runs_are_found_at_any_depth_and_once(tmp_path):
     ("summary", "word", "state", "reason"),
     [
         (None, {"state": "failed", "reason": "optimizer.lr=9: too much"}, "failed", "optimizer.lr=9: too much"),
-        (None, {"state": "running", "host": "far", "pid": 1}, "running", "2 epochs done; process 1 on far"),
+        (None, {"state": "running", "host": "far", "pid": 1}, "running", "2 epochs done"),
         (None, {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}, "running", "2 epochs done"),
         (None, {"state": "running", "host": socket.gethostname(), "pid": 2**22 + 1}, "stopped", "2 epochs done"),
         (None, None, "stopped", "nothing was saved yet"),
@@ -51,6 +51,9 @@ def test_what_became_of_a_run(tmp_path, summary, word, state, reason):
     (entry,) = load_runs([folder])
     assert entry.state == state
     assert reason in entry.reason
+    assert "far" not in entry.reason
+    if state == "running":
+        assert (entry.host, entry.process) == (word["host"], word["pid"])
     assert (entry.run is not None) == (state == "finished")
 
 

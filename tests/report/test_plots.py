@@ -1,14 +1,18 @@
 import io
+import math
+import statistics
 import time
 
 import pandas as pd
 import pytest
+from matplotlib import rc_context
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from odcheap.report import plots
 from odcheap.report.load_runs import FinishedRun
-from odcheap.report.plots import assign_styles, average_curves, pareto_front, plot_tradeoff
-from odcheap.report.statistics import summarize_runs, tabulate_runs
+from odcheap.report.plots import average_curves, pareto_front, plot_tradeoff
+from odcheap.report.statistics import Latency, summarize_runs, tabulate_runs
 
 
 def test_the_front_is_what_nothing_beats():
@@ -28,45 +32,135 @@ def runs(seeds=(0, 1)):
                 options = {"method.part": method, "seed": seed, "block_type.part": block}
                 value = 0.5 + 0.1 * seed + 0.05 * (method == "od")
                 summary = {"last": {"students": [{"test_top1": value}]}, "selected": {"test_top1": value}}
+                summary |= {"data": "cifar10", "epochs": 2}
                 yield FinishedRun(options, summary, history((0.1, 0.3), (0.5, 0.7)))
 
 
 def test_a_curve_is_the_mean_of_students_and_seeds_as_far_as_all_go():
     students = r"^val/student_\d+/top1$"
     whole = history((0.1, 0.3), (0.5, 0.7))
-    assert average_curves([whole, whole], students).tolist() == pytest.approx([0.2, 0.6])
-    assert average_curves([whole, history((0.4, 0.4))], students).tolist() == pytest.approx([0.3])
+    assert average_curves([whole, whole], students)["mean"].tolist() == pytest.approx([0.2, 0.6])
+    both = average_curves([whole, history((0.4, 0.4))], students)
+    assert both["mean"].tolist() == pytest.approx([0.3])
+    assert both["deviation"].tolist() == pytest.approx([statistics.stdev([0.2, 0.4])])
+    assert average_curves([whole], students)["deviation"].isna().all()
     assert average_curves([whole, pd.DataFrame()], students).empty
+
+
+def costs(*medians):
+    return pd.DataFrame({"median": medians, "low": math.nan, "high": math.nan}, dtype=float)
+
+
+def legend(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.texts]
+
+
+def points(axes):
+    """Place, color and marker of the lines that are single points, and no ends of error bars."""
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 1 and line.get_marker() not in ("|", "_")]
+    return [(line.get_xdata()[0], line.get_ydata()[0], line.get_color(), line.get_marker()) for line in lines]
 
 
 def test_figures_are_drawn_with_names_and_units():
     table = tabulate_runs(runs())
     rows = summarize_runs(table)
     figures = {
-        "macs": plot_tradeoff(rows, pd.Series([1.0, 2.0, 3.0, 4.0]), "million multiply-accumulates"),
-        "gains": plots.plot_gains(rows, "alone"),
-        "curves": plots.plot_curves(table, "val"),
+        "macs": plot_tradeoff(rows, costs(1, 2, 3, 4), "MACs, million", "CIFAR-10, 2 epochs"),
+        "gains": plots.plot_gains(rows, "alone", "CIFAR-10, 2 epochs"),
+        "curves": plots.plot_curves(table, "val", "CIFAR-10, 2 epochs"),
     }
     for figure in figures.values():
         assert all(axes.get_xlabel() for axes in figure.axes)
-    legends = {name: [text.get_text() for legend in f.legends for text in legend.texts] for name, f in figures.items()}
-    assert legends["macs"] == ["alone", "od", "DW", "Shift"]
-    assert legends["curves"] == ["alone", "od", "mean student", "teacher"]
+        assert figure.get_suptitle().startswith("CIFAR-10, 2 epochs")
+        assert figure.get_figwidth() == 3.3
+        assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 7
+    assert legend(figures["macs"]) == ["alone", "od", "DW", "Shift", "Pareto front"]
+    assert legend(figures["curves"]) == ["alone", "od", "mean student", "teacher", "± deviation over seeds"]
     labels = [label.get_text() for label in figures["gains"].axes[0].get_yticklabels()]
     assert labels == ["od, Shift", "od, DW"]
 
 
+def test_titles_name_data_sets_and_epochs():
+    assert plots.describe_data(list(runs())) == "CIFAR-10, 2 epochs"
+    other = [FinishedRun({}, {"data": "digits", "epochs": n}) for n in (1, 9)]
+    assert plots.describe_data(other[:1]) == "digits, 1 epoch"
+    assert plots.describe_data(other) == "digits, 1 to 9 epochs"
+    assert plots.describe_data([FinishedRun({}, {})]) == ""
+
+
 def test_points_are_where_their_numbers_are():
     rows = summarize_runs(tabulate_runs(runs()))
-    axes = plot_tradeoff(rows, pd.Series([1.0, 1.0, 3.0, None]), "cost").axes[0]
-    points = [tuple(float(value[0]) for value in bars.lines[0].get_data()) for bars in axes.containers]
+    axes = plot_tradeoff(rows, costs(1, 1, 3, None), "cost", "CIFAR-10").axes[0]
     means = [100 * spread.mean for spread in rows["selected"]]
-    assert points == [(1.0, means[0]), (1.0, means[1]), (3.0, means[2])]
+    assert [point[:2] for point in points(axes)] == [(1.0, means[0]), (1.0, means[1]), (3.0, means[2])]
+
+
+def test_a_method_and_a_block_type_look_the_same_in_every_report():
+    looks = {}
+    for chosen in (lambda m, b: True, lambda m, b: m == "od", lambda m, b: b == "Shift"):
+        own = [r for r in runs() if chosen(r.options["method.part"], r.options["block_type.part"])]
+        rows = summarize_runs(tabulate_runs(own))
+        axes = plot_tradeoff(rows, costs(*range(1, len(rows) + 1)), "cost", "CIFAR-10").axes[0]
+        for row, (*_, color, marker) in zip(rows.to_dict("records"), points(axes), strict=True):
+            looks.setdefault(("color", row["method part"]), set()).add(color)
+            looks.setdefault(("marker", row["block type"]), set()).add(marker)
+    assert {name: len(found) for name, found in looks.items()} == dict.fromkeys(looks, 1)
+    assert len(set(map(tuple, looks.values()))) == len(looks) == 4
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_variants_of_a_method_and_settings_of_a_block_type_can_be_told_apart(count):
+    def variants():
+        for k in range(count):
+            summary = {"selected": {"test_top1": 0.5}}
+            options = {"method.part": "od", "seed": 0, "block_type.part": "DW"}
+            yield FinishedRun(options | {"method.temperature": k}, summary)
+            yield FinishedRun(options | {"num_stu": k}, summary)
+
+    rows = summarize_runs(tabulate_runs(variants()))
+    colors, markers = plots.assign_colors(rows), plots.assign_markers(rows)
+    assert len(set(colors.values())) == len(colors) > 1
+    assert len({tuple(marker.values()) for marker in markers.values()}) == len(markers) > 1
+    assert {marker["marker"] for marker in list(markers.values())[:6]} == {"o"}
+
+
+def test_the_standard_network_is_a_point_on_the_axis_unless_it_was_trained():
+    rows = summarize_runs(tabulate_runs(runs()))
+    standard = [Latency(5.0, 4.9, 5.2)]
+    figure = plot_tradeoff(rows, costs(2, 2, 3, 3), "ms", "CIFAR-10", standard=standard)
+    axes = figure.axes[0]
+    assert (5.0, axes.get_ylim()[0], plots.GRAY, plots.STANDARD_MARKER) in points(axes)
+    assert "standard network (cost only)" in legend(figure)
+    assert "standard network (cost only)" not in legend(plot_tradeoff(rows, costs(2, 2, 3, 3), "ms", "CIFAR-10"))
+
+
+def test_an_axis_of_costs_begins_at_zero_or_is_logarithmic():
+    rows = summarize_runs(tabulate_runs(runs()))
+    near = plot_tradeoff(rows, costs(2, 2, 3, 3), "ms", "CIFAR-10").axes[0]
+    assert (near.get_xscale(), near.get_xlim()[0]) == ("linear", 0)
+    far = plot_tradeoff(rows, costs(2, 2, 300, 300), "ms", "CIFAR-10").axes[0]
+    assert far.get_xscale() == "log"
+    assert far.get_xlim()[0] < 2 < 300 < far.get_xlim()[1]
+
+
+def test_quartiles_are_drawn_as_horizontal_bars():
+    rows = summarize_runs(tabulate_runs(runs(seeds=[0])))
+    table = pd.DataFrame({"median": [2.0, 2.0, 3.0, 3.0], "low": [1.5] * 4, "high": [2.5, 2.5, 4.0, 4.0]})
+    axes = plot_tradeoff(rows, table, "ms", "CIFAR-10").axes[0]
+    segments = [bars.lines[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers]
+    assert segments == [[1.5, 2.5], [1.5, 2.5], [1.5, 4.0], [1.5, 4.0]]
+
+
+def test_epochs_are_whole_numbers():
+    axes = plots.plot_curves(tabulate_runs(runs()), "val", "CIFAR-10").axes[0]
+    axes.figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 def test_one_seed_is_drawn_without_bars():
-    rows = summarize_runs(tabulate_runs(runs(seeds=[0])))
-    assert plots.plot_gains(rows, "alone").axes[0].get_yticks().tolist() == [0, 1]
+    table = tabulate_runs(runs(seeds=[0]))
+    assert plots.plot_gains(summarize_runs(table), "alone", "CIFAR-10").axes[0].get_yticks().tolist() == [0, 1]
+    assert "± deviation over seeds" not in legend(plots.plot_curves(table, "val", "CIFAR-10"))
 
 
 def test_a_long_name_is_shortened_and_drawn_quickly():
@@ -77,16 +171,22 @@ def test_a_long_name_is_shortened_and_drawn_quickly():
     table["name"] = table["method"] + ", " + table["setting"]
     rows = summarize_runs(table)
     begun = time.monotonic()
-    figures = [plot_tradeoff(rows, pd.Series([1.0, 2.0, 3.0, 4.0]), "cost"), plots.plot_curves(table, "val")]
-    figures.append(plots.plot_gains(rows, "alone, " + "D" * 100_000))
+    figures = [plot_tradeoff(rows, costs(1, 2, 3, 4), "cost", "x"), plots.plot_curves(table, "val", "x")]
+    figures.append(plots.plot_gains(rows, "alone, " + "D" * 100_000, "x"))
     texts = [text.get_text() for figure in figures for text in figure.findobj(Text)]
     for figure in figures:
         figure.savefig(io.BytesIO(), format="png")
     assert time.monotonic() - begun < 20
-    assert max(len(line) for text in texts for line in text.split("\n")) <= 110  # with the words around a name
-    assert "o" * 59 + "…" in texts
-    assert "two\\nlines " + "S" * 48 + "…" in texts
+    assert max(len(line) for text in texts for line in text.split("\n")) <= 60  # with the words around a name
+    assert "o" * 43 + "…" in texts
+    assert "two\\nlines " + "S" * 32 + "…" in texts
 
 
-def test_a_name_has_its_color_everywhere():
-    assert assign_styles(["b", "a", "b", "c"], "xy") == {"b": "x", "a": "y", "c": "x"}
+@pytest.mark.parametrize("labels", [["a"] * 9, ["od", "alone", "a longer name of a method", "b"], ["x" * 44] * 3])
+@rc_context(plots.STYLE)
+def test_a_legend_is_not_wider_than_the_figure(labels):
+    figure, _ = plots.create_figure(2)
+    plots.add_legend(figure, [Line2D([], [], label=label) for label in labels])
+    plots.render(figure, "png")
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width

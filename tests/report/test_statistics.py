@@ -73,7 +73,9 @@ def test_gains_over_a_named_row_are_paired_by_seed_across_settings():
         Failure, match="--against=dml: must be a method or a row, one of alone; od; alone, num_stu=4; od, num_stu=2"
     ):
         tabulate_runs(runs, "dml")
-    with pytest.raises(Failure, match=r"--against=od: no other row has a run with one of its seeds, \[5\]"):
+    with pytest.raises(
+        Failure, match=r"--against=od: no other row in the same setting has a run with one of its seeds, \[5\]"
+    ):
         tabulate_runs([run("od", 5, (0.5,), 0.5), run("alone", 4, (0.5,), 0.5)], "od")
 
 
