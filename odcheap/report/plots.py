@@ -24,7 +24,7 @@ from odcheap.report.statistics import Latency, Spread
 from odcheap.utils.text import escape_control_chars
 
 WIDTH = 3.3  # inches: a column of most journals and conferences
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 7.5,
     "axes.titlesize": 8,
     "axes.labelsize": 7.5,
@@ -79,11 +79,12 @@ def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
         for k, label in enumerate(labels):
             share = 0.7 * k / max(1, len(labels) - 1)  # of white
             rgb = to_rgb(pick(part, METHOD_COLORS, OTHER_COLORS))
-            colors[label] = to_hex([value + share * (1 - value) for value in rgb])
+            red, green, blue = (value + share * (1 - value) for value in rgb)
+            colors[label] = to_hex((red, green, blue))
     return {label: colors[label] for label in parts}
 
 
-def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, str]]:
+def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns marker and fill style for each setting of the rows, as arguments of matplotlib.
 
     The marker is that of the block type; settings with the same block type differ in the fill.
@@ -197,7 +198,13 @@ def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
     bottom = axes.get_ylim()[0]
     for network in networks:
         sides = None if math.isnan(network.low) else [[network.median - network.low], [network.high - network.median]]
-        look = {"color": GRAY, "marker": STANDARD_MARKER, "markersize": 6, "elinewidth": 0.8, "capsize": 1.5}
+        look: dict[str, Any] = {
+            "color": GRAY,
+            "marker": STANDARD_MARKER,
+            "markersize": 6,
+            "elinewidth": 0.8,
+            "capsize": 1.5,
+        }
         bars = axes.errorbar(network.median, bottom, xerr=sides, **look, zorder=4)
         for artist in bars.get_children():
             artist.set_clip_on(False)
@@ -231,7 +238,11 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
         gain: Spread = row["gain"]
         error = None if gain.interval is None else 100 * (gain.interval[1] - gain.mean)
         color, marker = colors[row["method"]], markers[row["setting"]]["marker"]
-        look = {"color": color, "marker": marker, "markerfacecolor": color if gain.is_resolved else "white"}
+        look: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "markerfacecolor": color if gain.is_resolved else "white",
+        }
         axes.errorbar(100 * gain.mean, place, xerr=error, **look, capsize=1.5, elinewidth=0.8)
     axes.axvline(0, color="#444444", lw=0.8, zorder=1)
     axes.margins(x=0.08)
@@ -269,7 +280,7 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
     columns = min(2, len(settings))
     lines_of = {r"^{}/student_\d+/top1$": "-", r"^{}/teacher/top1$": "--"}
     figure, panels = create_figure(1.8, len(settings), columns)
-    drawn = set()
+    drawn, last_epoch = set(), 1.0
     for _, runs in table.groupby(["setting", "method"], sort=False):
         setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
         for pattern, style in lines_of.items():
@@ -278,11 +289,12 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
                 continue
             drawn.add(style)
             axes, epochs = panels[settings.index(setting)], curve.index + 1
-            marker = {"marker": ".", "markersize": 3} if len(curve) <= 3 else {}
+            marker: dict[str, Any] = {"marker": ".", "markersize": 3} if len(curve) <= 3 else {}
             axes.plot(epochs, curve["mean"], style, color=colors[method], **marker)
             low, high = (curve["mean"] + sign * curve["deviation"] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=colors[method], alpha=0.2, lw=0)
             has_band |= bool(curve["deviation"].notna().any())
+            last_epoch = max(last_epoch, float(epochs[-1]))
             later += list(low.fillna(curve["mean"])[len(curve) // 5 :])
     # With the first epochs inside the axis, the differences between the later ones would be hard to see.
     panels[0].set_ylim(bottom=max(0, min(later, default=0) - 1))
@@ -293,8 +305,7 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
         if k + columns >= len(settings):
             axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        last = max((line.get_xdata()[-1] for panel in panels for line in panel.lines), default=1)
-        axes.set_xlim(max(0.5, 1 - 0.03 * last), last + 0.03 * last)  # there is no epoch 0
+        axes.set_xlim(max(0.5, 1 - 0.03 * last_epoch), 1.03 * last_epoch)  # there is no epoch 0
     figure.supylabel(f"{STAGES[stage]} top-1, %", fontsize=STYLE["axes.labelsize"])
     set_title(figure, data)
     handles = [Line2D([], [], color=color, label=shorten_label(method)) for method, color in colors.items()]
@@ -350,7 +361,7 @@ def set_title(figure: Figure, text: str) -> None:
 
 
 def legend_of_methods(
-    rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, dict[str, str]]
+    rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, dict[str, Any]]
 ) -> list[Line2D]:
     """Returns the entries of the legend for methods (colored lines) and settings (gray markers)."""
     methods = dict.fromkeys(rows["method"])

@@ -187,8 +187,8 @@ def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
     """Yields the rows that could not be compared, if others could."""
     if runs["gain"].isna().all():
         return
-    is_missing = runs.groupby("name", sort=False)["gain"].apply(lambda gains: gains.isna().all())
-    others = [name for name in is_missing.index[is_missing] if name not in set(runs.loc[runs["baseline"], "name"])]
+    compared = {*runs.loc[runs["gain"].notna(), "name"], *runs.loc[runs["baseline"], "name"]}
+    others = [name for name in dict.fromkeys(runs["name"]) if name not in compared]
     if others:
         names = ", ".join(format_code(name) for name in others)
         yield from (

@@ -171,3 +171,66 @@ def test_texts_of_other_people_are_plain_text_in_every_file_of_a_report(sweep, c
         rows = list(csv.reader(file))
     assert [cell for row in rows for cell in row if "HYPERLINK" in cell and cell[0] != "'"] == []
     assert any("HYPERLINK" in cell for row in rows for cell in row)
+
+
+def test_the_table_is_printed_and_fits_eighty_columns(sweep, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main([str(sweep)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith(("│", "┃"))]
+    assert table[0].split("┃")[1].split() == ["method"]
+    assert any("61.00 ± 1.00" in line and "+10.00 [+10.00, +10.00]" in line for line in table)
+    assert any("(not resolved)" in line for line in table)
+    assert max(map(len, table)) <= 80
+    assert "left out for lack of width: " in " ".join(lines)
+    assert "drawing gains" in lines[: lines.index(next(line for line in lines if line.startswith("┏")))]
+
+
+def test_a_wider_console_has_all_columns(sweep, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main([str(sweep)]) == 0
+    out = capsys.readouterr().out
+    assert "left out" not in out
+    for heading in ("training time", "standard ms", "teacher (head)"):
+        assert heading in out
+
+
+def test_machines_are_named_by_the_status_only(sweep, capsys):
+    for name, status in {
+        "running": {"state": "running", "host": "secret-host", "pid": 5},
+        "failed": {"state": "failed", "host": "secret-host", "reason": "tcp://secret-host:29400 is closed"},
+    }.items():
+        (sweep / name).mkdir()
+        (sweep / name / "status.json").write_text(json.dumps(status))
+    assert main([str(sweep), "--status"]) == 1
+    assert "process 5 on secret-host" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert main([str(sweep), "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "secret-host" not in text
+    assert "- `running`: running; `no epoch done`" in text
+    assert "HOST:29400 is closed" in text
+
+
+def test_rows_that_cannot_be_compared_are_named(sweep):
+    for seed in range(3):
+        plant(sweep / f"one-{seed}", "one", 7 + seed, 0.6)
+    assert main([str(sweep), "--no-latency"]) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "Without a gain, because no run of the baseline has their setting and one of their seeds: `one`." in text
+
+
+def test_a_method_as_the_baseline_is_compared_in_each_setting(tmp_path):
+    for width in (16, 32):
+        for seed in range(2):
+            for method, value in (("alone", 0.5), ("od", 0.55 + width / 1000)):
+                folder = plant(tmp_path / f"{method}-{width}-{seed}", method, seed, value)
+                with open(folder / "config.yaml", "a") as file:
+                    file.write(f"width: {width}\n")
+    assert main([str(tmp_path), "--against", "od", "--no-latency"]) == 0
+    rows = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if line.startswith("| width")]
+    assert [row.split(" | ")[:2] + row.split(" | ")[4:5] for row in rows] == [
+        ["| width=16", "od", ""],
+        ["| width=16", "alone", "-6.60 [-6.60, -6.60]"],
+        ["| width=32", "od", ""],
+        ["| width=32", "alone", "-8.20 [-8.20, -8.20]"],
+    ]

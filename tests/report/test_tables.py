@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from odcheap.report import tables
+from odcheap.report.statistics import Latency, Spread
 from odcheap.utils.text import escape_markdown
 
 
@@ -28,7 +29,31 @@ def test_no_cell_is_a_formula(text):
         ("https://x.example", "https\\://x.example"),
         ("www.x.example", "www\\.x.example"),
         ("a@b.example", r"a\@b.example"),
+        ("max_epochs a__b 1_000", "max_epochs a__b 1_000"),  # Markdown reads no emphasis within a word
+        ("_a_ __b__ c_, _", r"\_a\_ \_\_b\_\_ c\_, \_"),
     ],
 )
 def test_a_name_is_no_markup(text, expected):
     assert escape_markdown(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "text"),
+    [
+        ("ensemble", Spread(2, 0.91234, 0.0056), "91.23 ± 0.56"),
+        ("ensemble", Spread(1, 0.9, None), "90.00"),
+        ("gain", Spread(2, 0.01, 0.0), "+1.00 [+1.00, +1.00]"),
+        ("gain", Spread(1, 0.01, None), "+1.00 (not resolved)"),
+        ("macs", 235_648, "236 k"),
+        ("training macs", 32_154_278_400_000, "32.2 T"),
+        ("training seconds", 28.9, "29 s"),
+        ("training seconds", 5869.2, "98 min"),
+        ("latency ms", Latency(0.026, 0.02, 0.03), "0.0260"),
+        ("latency ms", Latency(123.4, 0.02, 0.03), "123"),
+        ("params", 40522, "40,522"),
+        ("method", "od_", r"od\_"),
+        ("gain", None, ""),
+    ],
+)
+def test_cells_have_units_that_fit(column, value, text):
+    assert tables.format_cell(column, value) == text
