@@ -1,1 +1,1 @@
-"""Reading runs back: statistics, tables and figures."""
+"""Reads the folders of runs, and compares the runs in tables and figures."""

@@ -52,7 +52,15 @@ FIGURES, SUFFIXES = ("accuracy_macs", "accuracy_latency", "gains", "curves"), ("
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -> int:
-    """Runs the command and returns the exit status."""
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments; None for those of this process.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status: 0, or 1 after an error, or if `--status` lists a failed run.
+    """
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dirs", nargs="*", metavar="DIR", help="folders of runs or sweeps; with --costs: OPTION=VALUE")
@@ -85,7 +93,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
 
 
 def show_status(folders: list[RunFolder]) -> int:
-    """Prints a line for each run; returns 1 if one has failed."""
+    """Prints a line for each run, and returns the exit status: 1 if a run has failed, otherwise 0."""
     names, shared = shorten_names([entry.folder for entry in folders])
     rows = [
         {"run": name, "state": entry.state, "details": describe_process(entry)}
@@ -100,14 +108,22 @@ def show_status(folders: list[RunFolder]) -> int:
 
 
 def describe_process(entry: RunFolder) -> str:
-    """Returns why a run is in its state, and for a running one where its process is."""
+    """Returns why a run is in its state; for a run that is running, also its process and the name of the machine."""
     if entry.state != "running":
         return entry.reason
     return f"{entry.reason}; process {entry.process} on {entry.host}"
 
 
 def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
-    """Writes the report of the finished runs and prints its table; returns the exit status."""
+    """Writes the report of the finished runs, prints its table, and returns the exit status 0.
+
+    Args:
+        folders: All folders of runs that were found.
+        options: The options of the command.
+
+    Raises:
+        Failure: No run is finished.
+    """
     for entry in folders:
         if entry.state == "unreadable":
             say(f"skipped: {entry.reason}")
@@ -117,6 +133,7 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     images, baseline = "val" if options.val else "test", options.against or BASELINE
     runs = tabulate_runs(finished, options.against, images)
     rows = summarize_runs(runs)
+    # The folder is checked before the networks are timed, which takes the longest.
     out = prepare_folder(options.out, Path(options.dirs[0]) / "report")
     with show_steps() as show_step:
         show_step(f"{len(finished)} finished runs of {len(folders)} read")
@@ -136,10 +153,15 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
 
 
 def prepare_folder(out: Path | None, default: Path) -> Path:
-    """Makes the report's folder, and returns it.
+    """Makes the folder of the report, and returns it.
+
+    Args:
+        out: The folder that the user has given; None for the default.
+        default: The default.
 
     Raises:
-        OptionError: The folder cannot be made, or files in it that no report has written have a report's names.
+        OptionError: The folder cannot be made, or contains files with the names of a report's files that no report has
+            written.
     """
     folder = default if out is None else out
     if out is None and default.is_symlink():
@@ -160,7 +182,7 @@ def prepare_folder(out: Path | None, default: Path) -> Path:
 
 
 def is_report(path: Path) -> bool:
-    """Returns whether a file is a report: it begins as every report does."""
+    """Returns whether a file begins as every `report.md` does."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -176,17 +198,18 @@ def draw_figures(
     out: Path,
     show_step: Callable[[str], None],
 ) -> dict[str, str]:
-    """Writes the figures for which there are data, and returns their captions by their names.
+    """Writes the figures for which there are data, and returns their captions by the names of the figures.
 
     Args:
-        runs: The rows of `tabulate_runs`.
-        rows: The rows of `summarize_runs`.
-        latencies: Latencies of the student and of the standard network by the row's name.
-        baseline: What gains are over.
-        images: The images that the accuracies are of: `test` or `val`.
-        out: The folder.
-        show_step: Is called with the name of each figure.
+        runs: The table of `tabulate_runs`, with a row for each run.
+        rows: The table of `summarize_runs`, with a row for each setting and method.
+        latencies: The latencies of the student and of the standard network, by the `name` of a row.
+        baseline: The name of the method, or of the row, with which the others are compared.
+        images: The images on which the accuracies were measured: `test` or `val`.
+        out: The folder of the report.
+        show_step: A function that is called with a line of text before each figure is drawn.
     """
+    # Accuracy against costs.
     figures, captions, data = {}, {}, plots.describe_data(runs["run"])
     for name, (cost, standard) in {
         "accuracy_macs": collect_macs(rows),
@@ -197,6 +220,8 @@ def draw_figures(
             figures[name] = plots.plot_tradeoff(rows, cost, COST_LABELS[name], data, images, standard)
             captions[name] = TRADEOFF_CAPTION + (LATENCY_CAPTION if name == "accuracy_latency" else "")
             captions[name] += STANDARD_CAPTION if standard else ""
+
+    # Gains over the baseline, and accuracy by epoch.
     if rows["gain"].notna().any():
         show_step("drawing gains")
         figures["gains"] = plots.plot_gains(rows, baseline, data)
@@ -207,6 +232,7 @@ def draw_figures(
         stage = "val" if "val/student_0/top1" in columns else "train"
         figures["curves"] = plots.plot_curves(runs, stage, data)
         captions["curves"] = CURVES_CAPTION.format(images=plots.STAGES[stage])
+
     for name, figure in figures.items():
         for suffix in SUFFIXES:
             content = plots.render(figure, suffix)
@@ -215,7 +241,14 @@ def draw_figures(
 
 
 def collect_macs(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Latency]]:
-    """Returns the millions of multiply-accumulates of the rows, and of standard networks that are no row."""
+    """Returns the multiply-accumulates, in millions, of all rows, and of standard networks that are in no row.
+
+    Args:
+        rows: The table of `summarize_runs`.
+
+    Returns:
+        A table as `to_costs` returns it, and the costs of the standard networks.
+    """
     own = [None if spread is None else spread.mean / 1e6 for spread in rows["macs"]]
     standard = {macs / 1e6 for macs in rows["standard macs"].dropna()} - set(own)
     return to_costs([(macs, None, None) for macs in own], rows), [
@@ -224,7 +257,7 @@ def collect_macs(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Latency]]:
 
 
 def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> tuple[pd.DataFrame, list[Latency]]:
-    """Returns the latencies of the rows, and those of standard networks that are no row."""
+    """Returns the latencies of all rows, and of standard networks that are in no row; see `collect_macs`."""
     own = [latencies[name].student if name in latencies else (None, None, None) for name in rows["name"]]
     is_trained = (rows["block type"] == "Standard").any()
     standard = [] if is_trained else sorted({pair.standard for pair in latencies.values()})
@@ -232,5 +265,5 @@ def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) ->
 
 
 def to_costs(values: Sequence[tuple[float | None, ...]], rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns median and quartiles of costs as a table with the index of the rows."""
+    """Returns costs, each given as (median, lower quartile, upper quartile), as a table with the index of `rows`."""
     return pd.DataFrame(values, index=rows.index, columns=["median", "low", "high"], dtype=float)

@@ -1,4 +1,4 @@
-"""Tables for the console: the runs of a sweep, and what the methods gain. They fit into the width of the console."""
+"""Tables for the console, which fit into its width: the runs of a sweep, and a comparison of methods."""
 
 import os
 import re
@@ -42,14 +42,14 @@ def build_table(
     width: int | None = None,
     optional: Sequence[str] = (),
 ) -> Table:
-    """Returns a table of text in which nothing is read as markup.
+    """Returns a table of text, in which nothing is interpreted as markup.
 
     Args:
-        rows: Cells by column; all rows have the columns of the first one.
-        left: The columns that are aligned left and wrapped if they are long; numbers are aligned right.
-        width: The characters into which the table is to fit. None is any width.
-        optional: Columns that may be left out, the most important one first. A line below the table names those that
-            are left out.
+        rows: For each row the text of its cells by column; all rows have the columns of the first one.
+        left: The columns that are aligned left and wrapped if they are long; all others are aligned right.
+        width: The largest width of the table in characters; None for any width.
+        optional: The columns that may be left out if the table is too wide, the most important one first. A line below
+            the table names the columns that are left out.
     """
     columns = list(rows[0])
     left_out: list[str] = []
@@ -71,7 +71,10 @@ def build_table(
 
 
 def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: Sequence[str]) -> int:
-    """Returns the characters that a table of these columns needs; text that can be wrapped counts for 24 at most."""
+    """Returns the width, in characters, that a table of these columns needs.
+
+    A column of `left` needs at most 24 characters, or the width of its heading, since its text can be wrapped.
+    """
     widths = []
     for column in columns:
         lines = [column, *(line for row in rows for line in row[column].split("\n"))]
@@ -81,13 +84,13 @@ def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: 
 
 
 def show_comparison(console: Console, table: pd.DataFrame, baseline: str, images: str) -> None:
-    """Prints the report's table, with the columns that fit.
+    """Prints the table of a report, with as many columns as fit.
 
     Args:
-        console: Where to print.
+        console: The console to print on.
         table: The table of `tables.build_table`.
-        baseline: What gains are over.
-        images: The images that the accuracies are of: `test` or `val`.
+        baseline: The name of the method, or of the row, with which the others are compared.
+        images: The images on which the accuracies were measured: `test` or `val`.
     """
     rows = format_table(table, is_console=True).to_dict("records")
     title = COMPARISON_TITLE.format(
@@ -98,13 +101,13 @@ def show_comparison(console: Console, table: pd.DataFrame, baseline: str, images
 
 
 def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = False) -> None:
-    """Prints a table of the runs and, if methods or seeds can be compared, one of the methods.
+    """Prints a table of the runs of a sweep and, if methods or seeds can be compared, a table of the methods.
 
     Args:
-        console: Where to print.
-        outcomes: How the runs of the sweep ended.
-        is_search: Whether the runs are trials of a search. Then no figures of test images are shown, since a choice
-            among trials by these figures would make them too high.
+        console: The console to print on.
+        outcomes: The outcomes of the runs.
+        is_search: Whether the runs are trials of a search for options. No accuracy on test images is printed then: it
+            would be too high for a trial that was chosen by it.
     """
     names, shared = shorten_names([Path(outcome.job_dir) for outcome in outcomes])
     runs = [describe_outcome(name, outcome) for name, outcome in zip(names, outcomes, strict=True)]
@@ -120,7 +123,7 @@ def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = Fals
 
 
 def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
-    """Returns the runs that have a summary of their training, with their options."""
+    """Returns those runs of a sweep that have finished their training, with options and summary."""
     found = [(o.summary, Path(o.job_dir) / "config.yaml") for o in outcomes if o.summary and "last" in o.summary]
     runs = []
     for summary, path in found:
@@ -130,10 +133,10 @@ def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
 
 
 def shorten_names(folders: Sequence[Path]) -> tuple[list[str], str]:
-    """Returns a short name for each run's folder, and the part that all names had in common.
+    """Returns a short name for the folder of each run, and the overrides that the names of all folders contain.
 
-    The overrides in a folder's name that all runs share are left out, and the others are written without their groups:
-    `block_type=DW` as `DW`, `trainer.max_epochs=5` as `max_epochs=5`. Runs in different folders are told apart by them.
+    A short name has only the overrides that differ between the runs, without their groups: `DW` for `block_type=DW`,
+    `max_epochs=5` for `trainer.max_epochs=5`. If the runs are in different folders, it also has the folder.
     """
     if not folders:
         return [], ""
@@ -152,7 +155,7 @@ def shorten_names(folders: Sequence[Path]) -> tuple[list[str], str]:
 
 
 def split_overrides(name: str) -> list[str]:
-    """Splits a folder's name at its commas, but not at those of a list.
+    """Returns the overrides in the name of a folder, which is split at its commas, but not at those in a list.
 
     Example:
         >>> split_overrides("block_type=DW,experiment=[od,short],seed=0")
@@ -162,7 +165,7 @@ def split_overrides(name: str) -> list[str]:
 
 
 def shorten_override(override: str) -> str:
-    """Returns an override without its group.
+    """Returns an override without its config group.
 
     Example:
         >>> [shorten_override(o) for o in ("block_type=DW", "trainer.max_epochs=5", "seed=0", "my-run")]
@@ -175,7 +178,7 @@ def shorten_override(override: str) -> str:
 
 
 def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
-    """Returns a run's row: its name, how it ended, and its figures if it has a summary."""
+    """Returns the row of a run in the table of a sweep: its name, its outcome, its accuracies and its costs."""
     summary = outcome.summary or {}
     # A run that did not finish has no figures, and one with test_only=true has no costs.
     selected, teacher, cost = (summary.get(key) or {} for key in ("selected", "teacher", "cost"))

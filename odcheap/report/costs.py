@@ -1,4 +1,4 @@
-"""`odcheap report --costs`: parameters and multiply-accumulates of every network with every block type."""
+"""`odcheap report --costs`: the parameters and multiply-accumulates of every backbone with every block type."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,16 @@ TITLE = "One network, one image. A MAC is two FLOPs; MACs are counted by PyTorch
 
 
 class Cost(NamedTuple):
-    """Parameters and MACs of one network for one square image of `pixels` a side; `refused` says why there are none."""
+    """The costs of a backbone with a block type.
+
+    Attributes:
+        backbone: The name of the backbone.
+        block_type: The name of the block type.
+        pixels: The side of the square image for which MACs are counted.
+        params: The number of parameters.
+        macs: The number of multiply-accumulates for one image.
+        refused: Why the network cannot be built; empty if it can.
+    """
 
     backbone: str
     block_type: str
@@ -36,7 +45,12 @@ class Cost(NamedTuple):
 
 
 def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
-    """Prints a line for each network, and below them why some are missing; returns the exit status."""
+    """Prints the costs of all networks as a table, and below it why networks are missing; returns the exit status.
+
+    Args:
+        overrides: Options such as `backbone=resnet56`.
+        config_dirs: Further `conf` directories with block types and backbones.
+    """
     for override in overrides:
         if "=" not in override:
             allowed = "needs options such as backbone=resnet56 instead of this; it counts networks, without any run"
@@ -74,14 +88,14 @@ def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> in
 
 
 def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Iterator[Cost]:
-    """Yields every backbone with every block type, or those that the overrides name.
+    """Yields the costs of every backbone with every block type, or only of those that the overrides name.
 
     Args:
         overrides: Options such as `backbone=resnet56`.
         config_dirs: Further `conf` directories with block types and backbones.
 
     Raises:
-        OptionError: An option without which the backbone cannot be built is missing.
+        OptionError: The backbone that the overrides name needs an option that is not given.
     """
     chosen = dict(override.partition("=")[::2] for override in overrides)
     backbones, block_types = (
@@ -98,7 +112,8 @@ def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> I
 
 
 def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
-    """Builds the config's network and counts."""
+    """Returns the costs of the network that a config describes; `backbone` and `block_type` are its names."""
+    # The number of classes is that of the usual data set for the size of images.
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
     try:
         network = to_backbone(build(conv=conv, num_classes=FEW_CLASSES))

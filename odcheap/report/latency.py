@@ -1,4 +1,4 @@
-"""Inference time of finished runs' students, and of the standard network in their place."""
+"""Measures the inference time of the students of finished runs, and that of the standard networks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +23,19 @@ def measure_latencies(
     seconds: float = 1.0,
     show_step: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Latencies]:
-    """Times one student of each row in ONNX Runtime on the CPU; the same network is timed once.
+    """Times one student of each setting and method in ONNX Runtime on the CPU; equal networks are timed once.
 
     Args:
-        runs: The rows of `tabulate_runs`.
-        config_dirs: `conf` directories with parts that odcheap does not have.
-        seconds: Time for each network.
-        show_step: Is called with a line that says what is timed next.
+        runs: The table of `tabulate_runs`.
+        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+        seconds: The time for each network.
+        show_step: A function that is called with a line of text that says what is timed next.
 
     Returns:
-        The latencies by the row's name. A student that cannot be rebuilt, such as one of an older version, is left out.
+        The latencies by the `name` in the table. A student that cannot be built, such as one of an earlier version, is
+        left out.
     """
+    # Networks are equal if the options of backbone and block type are.
     has_student = [(run.folder / STUDENT).is_file() for run in runs["run"]]
     firsts = runs[has_student].drop_duplicates("name")
     rows_of_networks: dict[str, list[tuple[str, FinishedRun]]] = {}
@@ -51,7 +53,7 @@ def measure_latencies(
 
 
 def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies | None:
-    """Returns the latencies of a run's student; None if the run has no network that can be rebuilt."""
+    """Returns the latencies of a run's student and of the standard network; None if the student cannot be built."""
     path = run.folder / STUDENT
     try:
         tensors, metadata = read_safetensors(path)

@@ -1,4 +1,4 @@
-"""Reads the folders of runs: finished, unfinished, damaged, or from an untrusted source."""
+"""Reads the folders of runs, which may be finished, unfinished, damaged, or from an untrusted source."""
 
 import csv
 import io
@@ -26,9 +26,10 @@ class FinishedRun(NamedTuple):
     """A finished run.
 
     Attributes:
-        options: Its options by dotted names, such as `data.batch_size`; `method.part` is the method's name.
+        options: The options of the run by dotted names, such as `data.batch_size`; `method.part` is the name of the
+            method.
         summary: The content of `summary.json`.
-        history: The rows of `metrics.csv`, one an epoch; empty if there is no such file.
+        history: The content of `metrics.csv`, with a row for each epoch; empty if there is no such file.
         folder: The run's folder.
     """
 
@@ -59,7 +60,7 @@ class RunFolder(NamedTuple):
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
-    """Reads every run in or below these folders, each once, sorted by name.
+    """Reads all runs in some folders and in the folders below them, sorted by name; a run is read only once.
 
     Raises:
         OptionError: A folder does not exist, or holds no run and no sweep.
@@ -76,7 +77,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder]) -> list[RunFolder]:
-    """Returns the runs of sweeps in or below these folders that have not begun, in the order of the sweep.
+    """Returns the runs that sweeps in some folders, or in folders below them, have planned and not begun.
 
     Args:
         folders: The folders.
@@ -89,7 +90,7 @@ def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder])
 
 
 def load_run(folder: Path) -> RunFolder:
-    """Reads one run's folder. A folder that cannot be read gets the state `unreadable`."""
+    """Reads the folder of a run; if it cannot be read, the state is `unreadable`."""
     try:
         summary = read_summary(folder)
         if summary is None:
@@ -103,7 +104,7 @@ def load_run(folder: Path) -> RunFolder:
 
 
 def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
-    """Returns the state of a run without a finished summary; `last` is the content of `status.json`."""
+    """Returns the state of a run that is not finished; `last` is the content of its `status.json`."""
     epochs = len(read_history(folder))
     progress = f"{epochs} epochs done" if epochs else "no epoch done"
     if last.get("state") == "failed":
@@ -115,10 +116,12 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
 
 
 def read_history(folder: Path) -> pd.DataFrame:
-    """Returns the rows of `metrics.csv` as floats; empty cells are NaN. Empty if there is no such file.
+    """Returns the content of a run's `metrics.csv` as floats, with NaN for empty cells.
+
+    The table is empty if there is no such file.
 
     Raises:
-        OptionError: The file is no table of numbers. The message names row and column.
+        OptionError: The file is not a table of numbers; the message names the row and the column.
     """
     path = folder / "metrics.csv"
     if not os.path.lexists(path):
@@ -138,7 +141,18 @@ def read_history(folder: Path) -> pd.DataFrame:
 
 
 def read_figure(path: Path, number: int, row: list[str], names: list[str], k: int) -> float:
-    """Returns the number in cell k of a row of `metrics.csv`; an empty cell is NaN."""
+    """Returns the number in a cell of `metrics.csv`; NaN if the cell is empty.
+
+    Args:
+        path: The file, for messages.
+        number: The number of the row in the file, from 1, for messages.
+        row: The cells of the row.
+        names: The names of the columns.
+        k: The position of the cell in the row.
+
+    Raises:
+        OptionError: The cell is not a number, or the row has another number of cells than the first row.
+    """
     text = row[k] if len(row) == len(names) else None
     try:
         value = float(text or "nan") if text is not None else math.inf

@@ -1,6 +1,7 @@
-"""Figures of a report, as wide as a column of a paper.
+"""Draws the figures of a report, which are as wide as a column of a paper.
 
-A method has the same color in every report, and a block type the same marker.
+A method has the same color in every report, and a block type has the same marker. A setting is what distinguishes
+groups of runs apart from the method, such as the block type.
 """
 
 import io
@@ -64,14 +65,20 @@ LOG_FROM = 4  # ratio of the largest and the smallest cost from which a cost axi
 
 
 def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
-    """Returns the entry of a name; a name that is not known always gets the same one of the others."""
+    """Returns the color or marker of a name.
+
+    Args:
+        name: The name of a method or a block type; the first entry of `known` is returned if it is empty.
+        known: The colors or markers of known names.
+        others: The colors or markers for other names; a name always gets the same of them.
+    """
     if not name:
         return next(iter(known.values()))
     return known[name] if name in known else others[zlib.crc32(name.encode()) % len(others)]
 
 
 def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
-    """Returns a color for each method of the rows. Variants of one method get lighter shades of its color."""
+    """Returns a color for each method in a table; variants of a method get lighter shades of its color."""
     parts = dict(zip(rows["method"], rows["method part"], strict=True))
     colors = {}
     for part in dict.fromkeys(parts.values()):
@@ -85,9 +92,9 @@ def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Returns marker and fill style for each setting of the rows, as arguments of matplotlib.
+    """Returns the marker and the fill style of each setting in a table, as arguments of matplotlib.
 
-    The marker is that of the block type; settings with the same block type differ in the fill.
+    The marker is that of the block type; settings with the same block type have different fill styles.
     """
     types = dict(zip(rows["setting"], rows["block type"], strict=True))
     markers = {}
@@ -103,18 +110,18 @@ def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def name_settings(rows: pd.DataFrame) -> dict[str, str]:
-    """Returns the label of each setting; a setting without a name of its own is labelled with its block type."""
+    """Returns the label of each setting in a table: its name, or its block type if it has no name."""
     return {s: s or b for s, b in zip(rows["setting"], rows["block type"], strict=True) if s or b}
 
 
 def shorten_label(name: Any, limit: int = MAX_LABEL) -> str:
-    """Returns a name for a figure: one line of at most so many characters, the rest replaced by an ellipsis."""
+    """Returns a name as one line of at most `limit` characters; a longer one is cut and ends with an ellipsis."""
     text = escape_control_chars(str(name)[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def describe_data(runs: Iterable[FinishedRun]) -> str:
-    """Returns data set and epochs of the runs, for titles: `CIFAR-10, 15 epochs`."""
+    """Returns the data set and the number of epochs of the runs, for titles, such as `CIFAR-10, 15 epochs`."""
     summaries = [run.summary for run in runs]
     names = sorted({str(summary["data"]) for summary in summaries if summary.get("data")})
     epochs = sorted({summary["epochs"] for summary in summaries if summary.get("epochs")})
@@ -136,17 +143,17 @@ def plot_tradeoff(
 ) -> Figure:
     """Draws the accuracy of the selected student against a cost, with the Pareto front.
 
-    Every point stands at its numbers: two methods with equal costs are above each other.
-
     Args:
-        rows: The rows of `summarize_runs`.
-        costs: The columns `median`, `low` and `high` (quartiles, NaN if there are none), by the index of the rows. Rows
-            without a cost or an accuracy are left out.
-        label: What the cost is, with its unit.
+        rows: The table of `summarize_runs`, with a row for each setting and method.
+        costs: The cost of each row, with the index of `rows` and the columns `median`, `low` and `high` (quartiles, NaN
+            if there are none). Rows without a cost or an accuracy are left out.
+        label: The name of the cost and its unit.
         data: The data set, for the title; see `describe_data`.
-        images: The images that the accuracy is of: `test` or `val`.
-        standard: Costs of standard networks that are no row. They have no accuracy and stand on the horizontal axis.
+        images: The images on which the accuracy was measured: `test` or `val`.
+        standard: The costs of standard networks that are in no row. They have no accuracy, and are drawn on the
+            horizontal axis.
     """
+    # The points with their error bars.
     colors, markers = assign_colors(rows), assign_markers(rows)
     is_shown = costs["median"].notna() & rows["selected"].notna()
     shown, costs = rows[is_shown], costs[is_shown].astype(float)
@@ -160,6 +167,8 @@ def plot_tradeoff(
         look = markers[row["setting"]]
         edge = "white" if look["fillstyle"] == "full" else color  # tells points apart that are close to each other
         axes.plot(*place, color=color, **look, markeredgecolor=edge, markeredgewidth=0.6, zorder=3)
+
+    # The axes, the Pareto front, the standard networks, and the legend.
     costs_shown = [*costs["median"], *(network.median for network in standard)]
     set_cost_axis(axes, costs_shown)
     axes.margins(y=0.12)
@@ -181,7 +190,7 @@ def plot_tradeoff(
 
 
 def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
-    """Lets the axis of costs begin at zero, or makes it logarithmic if the costs differ by more than a factor of 4."""
+    """Makes the axis of costs begin at zero, or be logarithmic if the costs differ by more than a factor of 4."""
     low, high = min(costs), max(costs)
     if low > 0 and high / low > LOG_FROM:
         axes.set_xscale("log")
@@ -194,7 +203,7 @@ def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
 
 
 def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
-    """Marks the costs of standard networks on the horizontal axis, with their quartiles if there are any."""
+    """Draws the costs of standard networks on the horizontal axis, with their quartiles if there are any."""
     bottom = axes.get_ylim()[0]
     for network in networks:
         sides = None if math.isnan(network.low) else [[network.median - network.low], [network.high - network.median]]
@@ -212,7 +221,11 @@ def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the points (cost, accuracy) for which no other point is as cheap and as accurate, sorted by cost."""
+    """Returns the points of the Pareto front, sorted by cost: no other point is as cheap and at least as accurate.
+
+    Args:
+        points: The points (cost, accuracy).
+    """
     front: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or accuracy > front[-1][1]:
@@ -222,11 +235,13 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 @rc_context(STYLE)
 def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
-    """Draws each row's gain over the baseline, with its 95 % interval; the marker is hollow if it is not resolved.
+    """Draws the gain of each setting and method over the baseline, with its 95 % confidence interval.
+
+    The marker is hollow if the gain is not resolved: its interval contains zero, or there is only one seed.
 
     Args:
-        rows: The rows of `summarize_runs`.
-        baseline: What the gains are over.
+        rows: The table of `summarize_runs`, with a row for each setting and method.
+        baseline: The name of the method, or of the row, over which the gains are.
         data: The data set, for the title; see `describe_data`.
     """
     shown = rows[rows["gain"].notna()][::-1]
@@ -260,19 +275,20 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
 
 
 def wrap_label(name: Any) -> list[str]:
-    """Returns a name in at most three lines of 20 characters."""
+    """Returns a name as at most three lines of at most 20 characters."""
     return textwrap.wrap(shorten_label(name, 57), 20, max_lines=3, placeholder="…", break_on_hyphens=False)
 
 
 @rc_context(STYLE)
 def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
-    """Draws top-1 by epoch, a panel for each setting: the mean student solid, the teacher dashed.
+    """Draws the top-1 accuracy by epoch, in a panel for each setting.
 
-    The lines are means over seeds, and the bands one sample standard deviation on each side.
+    Solid lines are the mean of the students, dashed lines the teacher. Lines are means over seeds, and bands are one
+    sample standard deviation on each side.
 
     Args:
-        table: The runs of `tabulate_runs`.
-        stage: The images that the accuracy is of: `val` or `train`.
+        table: The table of `tabulate_runs`, with a row for each run.
+        stage: The images on which the accuracy was measured: `val` or `train`.
         data: The data set, for the title; see `describe_data`.
     """
     settings = list(dict.fromkeys(table["setting"]))
@@ -318,11 +334,15 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
 
 
 def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.DataFrame:
-    """Averages the columns that match a pattern, in each run and then over the runs.
+    """Averages the columns whose names match a pattern, first in each run and then over the runs.
+
+    Args:
+        histories: The content of `metrics.csv` of each run.
+        pattern: A regular expression.
 
     Returns:
-        `mean` and `deviation` (the sample standard deviation over runs, NaN for one run) by epoch, for the epochs that
-        all runs have.
+        The columns `mean` and `deviation` (the sample standard deviation over runs, NaN for one run), by epoch, for the
+        epochs that all runs have.
     """
     if not all("epoch" in history for history in histories):
         return pd.DataFrame(columns=["mean", "deviation"], dtype=float)
@@ -332,7 +352,13 @@ def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.DataFrame:
 
 
 def create_figure(height: float, count: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """Returns a figure as wide as a column, with so many panels of this height (inches) with common axes."""
+    """Returns a figure as wide as a column of a paper, and its panels, which share their axes.
+
+    Args:
+        height: The height of a panel in inches.
+        count: The number of panels.
+        columns: The number of panels beside each other.
+    """
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
@@ -349,21 +375,21 @@ def create_figure(height: float, count: int = 1, columns: int = 1) -> tuple[Figu
 
 @rc_context(STYLE)
 def render(figure: Figure, suffix: str) -> bytes:
-    """Returns the content of an image file of a figure, in a format such as `png` or `svg`."""
+    """Returns a figure as the content of an image file, in a format such as `png` or `svg`."""
     image = io.BytesIO()
     figure.savefig(image, format=suffix, dpi=300)
     return image.getvalue()
 
 
 def set_title(figure: Figure, text: str) -> None:
-    """Writes the title at the left edge of the figure."""
+    """Writes a title at the left edge of a figure."""
     figure.suptitle(text, x=0.02, ha="left", fontsize=STYLE["axes.titlesize"])
 
 
 def legend_of_methods(
     rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, dict[str, Any]]
 ) -> list[Line2D]:
-    """Returns the entries of the legend for methods (colored lines) and settings (gray markers)."""
+    """Returns the entries of a legend: a colored line for each method, a gray marker for each setting."""
     methods = dict.fromkeys(rows["method"])
     handles = [Line2D([], [], color=colors[name], lw=3, label=shorten_label(name)) for name in methods]
     for setting, label in name_settings(rows).items():
@@ -372,7 +398,7 @@ def legend_of_methods(
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Adds a legend below the panels, in as many columns as fit, and makes the figure higher by its rows."""
+    """Adds a legend below the panels, in as many columns as fit, and increases the height of the figure for it."""
     labels = [str(handle.get_label()) for handle in handles]
     columns = next((count for count in (4, 3, 2) if legend_width(labels, count) < WIDTH), 1)
     rows = math.ceil(len(handles) / columns)
@@ -383,7 +409,7 @@ def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def legend_width(labels: Sequence[str], columns: int) -> float:
-    """Returns about how many inches a legend needs if it is filled column by column, as matplotlib does."""
+    """Returns the approximate width of a legend in inches; matplotlib fills one column after the other."""
     rows, longer = divmod(len(labels), columns)
     sizes = [rows + (k < longer) for k in range(columns)]
     starts = [sum(sizes[:k]) for k in range(columns)]
@@ -392,6 +418,6 @@ def legend_width(labels: Sequence[str], columns: int) -> float:
 
 
 def limit_to_hundred(axes: Axes) -> None:
-    """Cuts the axis above 100 %, with space for a marker."""
+    """Limits the vertical axis to 100 % and the height of a marker."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 100 + (100 - low) / 40))

@@ -1,4 +1,8 @@
-"""Compares runs: names their settings and methods, and computes means over seeds and gains that are paired by seed."""
+"""Compares runs: it names their settings and methods, and computes means over seeds and gains over a baseline.
+
+A setting is given by the options outside of the method that differ between the runs, such as the block type. A gain is
+the difference between the accuracies of two runs with the same seed.
+"""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +25,13 @@ GAINS = {"gain": "mean student", "selected gain": "selected"}  # the differences
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation (None for one value) of `n` values."""
+    """The mean and the spread of some values.
+
+    Attributes:
+        n: The number of values.
+        mean: Their mean.
+        deviation: Their sample standard deviation; None for one value.
+    """
 
     n: int
     mean: float
@@ -40,12 +50,12 @@ class Spread(NamedTuple):
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the interval leaves zero out; never with one value."""
+        """Whether the confidence interval does not contain zero; false for one value."""
         return self.interval is not None and (self.interval[0] > TOLERANCE or self.interval[1] < -TOLERANCE)
 
 
 class Latency(NamedTuple):
-    """Milliseconds of one image: the median and the quartiles of all calls."""
+    """The inference time of one image in milliseconds: the median, the lower and the upper quartile of all calls."""
 
     median: float
     low: float
@@ -53,14 +63,14 @@ class Latency(NamedTuple):
 
 
 class Latencies(NamedTuple):
-    """The latency of a student, and of the standard network in its place."""
+    """The latency of a student, and that of the same network with standard convolutions."""
 
     student: Latency
     standard: Latency
 
 
 def compute_spread(values: pd.Series) -> Spread | None:
-    """Returns the spread of the values that are not missing, None if all are."""
+    """Returns the spread of the values that are not missing; None if all are missing."""
     known = values.dropna()
     if known.empty:
         return None
@@ -68,11 +78,11 @@ def compute_spread(values: pd.Series) -> Spread | None:
 
 
 def read_figures(summary: dict[str, Any], images: str = "test") -> dict[str, float | None]:
-    """Returns a run's accuracies and costs by the names in `ACCURACIES` and `COSTS`, None for what is unknown.
+    """Returns the accuracies and costs of a run by the names in `ACCURACIES` and `COSTS`; None if one is not known.
 
     Args:
-        summary: The content of `summary.json`; a summary of an older version may lack figures.
-        images: The images that the accuracies are of: `test` or `val` (held out).
+        summary: The content of `summary.json`; that of an earlier version may have fewer entries.
+        images: The images on which the accuracies were measured: `test` or `val` (held out).
     """
     top1 = f"{images}_top1"
     selected, last, cost = (summary.get(key) or {} for key in ("selected", "last", "cost"))
@@ -96,24 +106,25 @@ def read_figures(summary: dict[str, Any], images: str = "test") -> dict[str, flo
 
 
 def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, images: str = "test") -> pd.DataFrame:
-    """Returns one row for each run, with its names, figures and gains.
+    """Returns a table with a row for each run: its names, its accuracies and costs, and its gains over the baseline.
 
-    Runs that differ only by seed get the same `setting` and `method`. If several runs have the same options and the
-    same seed, the first one counts. Within a setting the baseline comes first, or `alone` if that is a row.
+    Runs that differ only in the seed get the same `setting` and `method`. If several runs have the same options and the
+    same seed, only the first one is in the table. In each setting the baseline comes first, or `alone` if the baseline
+    is a row.
 
     Args:
         runs: The runs to compare.
-        against: The method that the others are compared with in the same setting, or the `name` of a row that all rows
-            of all settings are compared with. None is the method `alone`.
-        images: The images that the accuracies are of: `test` or `val` (held out).
+        against: The baseline: a method, with which the other methods are compared in the same setting; or the `name` of
+            a row (setting and method), with which all other rows are compared. None for the method `alone`.
+        images: The images on which the accuracies were measured: `test` or `val` (held out).
 
     Returns:
-        The columns `setting`, `method`, `name`, `method part` and `block type` (their option names), `seed`, `baseline`
-        (whether it is the baseline), `run`, all of `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN without a baseline
-        run of that seed).
+        The columns `setting`, `method`, `name` (both together), `method part` and `block type` (the names in `conf/`),
+        `seed`, `baseline` (whether it is the baseline), `run`, all of `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN
+        if there is no run of the baseline with the same seed).
 
     Raises:
-        Failure: No method and no row is called `against`, or no run can be paired with one of its runs.
+        Failure: No method and no row has the name `against`, or no run has the same seed as one of its runs.
     """
     runs = list(runs)
     table = label_runs(runs)
@@ -135,7 +146,8 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
 
 
 def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
-    """Adds `baseline` and the columns of `GAINS`; see `tabulate_runs`."""
+    """Returns a table with the columns `baseline` and `GAINS` added; see `tabulate_runs`."""
+    # A method is compared in the same setting, a row with the rows of all settings; always with the same seed.
     if against is None or against in set(table["method"]):
         table["baseline"], keys = table["method"] == (against or BASELINE), ["setting", "seed"]
     else:
@@ -156,10 +168,12 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
 
 
 def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row for each setting and method of `tabulate_runs`, in the same order.
+    """Returns a table with a row for each setting and method of `tabulate_runs`, in the same order.
 
-    The columns are `setting`, `method`, `name`, `method part`, `block type`, `baseline`, `n` (seeds), `standard macs`
-    (of the standard network; None if unknown), and a `Spread` or None for each figure.
+    Returns:
+        The columns `setting`, `method`, `name`, `method part`, `block type`, `baseline`, `n` (the number of seeds),
+        `standard macs` (those of the standard network; None if they are not known), and for each of `ACCURACIES`,
+        `COSTS` and `GAINS` a `Spread` over the seeds, or None.
     """
     rows = []
     for _, runs in table.groupby(["setting", "method"], sort=False):
@@ -171,13 +185,14 @@ def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
-    """Names each run by the options that distinguish it from the others.
+    """Returns names for the runs, made of the options that distinguish a run from the others.
+
+    A value that more than two thirds of the runs have is not named. In a study that changes one option at a time, each
+    run is therefore named by the option that it changes.
 
     Returns:
-        The columns `setting` (options outside the method that vary), `method` (its name and those of its own options
-        that vary), and `name` (both). A value that more than two thirds of the runs share counts as
-        the default and is left out: in a study that changes one option at a time, each run is named by the option that
-        it changes.
+        A table with a row for each run and the columns `setting` (the options outside of the method that differ),
+        `method` (its name and those of its options that differ), and `name` (both together).
     """
     options = pd.DataFrame([{key: repr(value) for key, value in run.options.items()} for run in runs])
     own = [key for key in options if key.startswith("method.")]
@@ -203,10 +218,14 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
 
 
 def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
-    """Marks the values to be named: of options that vary, without values that more than two thirds of the runs share.
+    """Returns, for each option of each run, whether its value is a part of the run's name.
 
-    The choice of a part (`block_type.part`) is named whenever it varies. An option of a part is named only if it
-    varies among runs with the same choice: `scheduler.fractions` says nothing that the schedule's name does not say.
+    It is if the option differs between the runs and at most two thirds of the runs have this value. A name in `conf/`
+    (such as `block_type.part`) is named whenever it differs. An option of a part is named only if it differs between
+    runs with the same part: `scheduler.fractions` says nothing that the schedule's name does not say.
+
+    Args:
+        options: A table with a row for each run and a column for each option.
     """
 
     def varies(key: str) -> bool:
@@ -221,7 +240,12 @@ def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
 
 
 def join_labels(run: FinishedRun, is_named: pd.Series) -> str:
-    """Joins the marked options to a label: parts by their names alone, the others as `option=value`."""
+    """Returns the name of a run: first the names of parts, such as `DW`, then other options as `option=value`.
+
+    Args:
+        run: The run.
+        is_named: Whether each option is a part of the name; see `find_distinctive`.
+    """
     keys = sorted((str(k) for k, named in is_named.items() if named), key=lambda key: (not key.endswith(".part"), key))
     options = {key.removeprefix("method."): run.options[key] for key in keys}
     labels = (str(value) if key.endswith("part") else f"{key}={value}" for key, value in options.items())

@@ -1,4 +1,4 @@
-"""The report's text: tables in Markdown and CSV, and what a reader must know about them."""
+"""Writes the text of a report: its tables in Markdown and CSV, and what a reader must know about them."""
 
 import re
 import socket
@@ -38,11 +38,14 @@ SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and no
 
 
 def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.DataFrame:
-    """Returns the report's table, without empty columns.
+    """Returns the table of a report, with a row for each setting and method, without empty columns.
 
     Args:
-        rows: The rows of `summarize_runs`.
-        latencies: Latencies of the student and of the standard network by the row's name.
+        rows: The table of `summarize_runs`.
+        latencies: The latencies of the student and of the standard network, by the `name` of a row.
+
+    Returns:
+        Accuracies and gains are `Spread` objects, latencies `Latency` objects, and costs are means over seeds.
     """
     table = rows[["setting", "method", "n", *COLUMNS]].copy()
     for name in COSTS:
@@ -54,11 +57,11 @@ def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.Da
 
 
 def format_table(table: pd.DataFrame, is_console: bool = False) -> pd.DataFrame:
-    """Returns the cells and headings of `build_table` as text for readers.
+    """Returns the table of `build_table` with all headings and cells as text.
 
     Args:
         table: The table of `build_table`.
-        is_console: Whether the text is for the console. Otherwise it is for Markdown.
+        is_console: Whether the text is for the console; otherwise it is for Markdown.
     """
     cells = {
         HEADINGS.get(str(name), str(name)): [format_cell(str(name), value, is_console) for value in values]
@@ -68,7 +71,13 @@ def format_table(table: pd.DataFrame, is_console: bool = False) -> pd.DataFrame:
 
 
 def format_cell(column: str, value: Any, is_console: bool = False) -> str:
-    """Returns a value as text: a `Spread` in percent, costs with fitting units, nothing for None."""
+    """Returns a value of the table as text: accuracies in percent, costs with a suitable unit, nothing for None.
+
+    Args:
+        column: The name of the column.
+        value: The value.
+        is_console: Whether the text is for the console; otherwise it is for Markdown.
+    """
     if value is None:
         return ""
     if isinstance(value, Spread):
@@ -85,26 +94,32 @@ def format_cell(column: str, value: Any, is_console: bool = False) -> str:
 
 
 def format_spread(spread: Spread) -> str:
-    """Returns a mean accuracy in percent, with its standard deviation if there is more than one seed."""
+    """Returns a mean accuracy in percent as text, with its standard deviation if there is more than one seed."""
     return format_mean_deviation(spread.mean, spread.deviation)
 
 
 def format_gain(gain: Spread, before_note: str) -> str:
-    """Returns a gain in percentage points with its interval, and says if it is not resolved."""
+    """Returns a gain in percentage points as text, with its confidence interval and a note if it is not resolved.
+
+    Args:
+        gain: The gain.
+        before_note: The text between the numbers and the note, such as a space.
+    """
     interval = gain.interval and " [{}, {}]".format(*(format_accuracy(end, "+") for end in gain.interval))
     note = "" if gain.is_resolved else "(not resolved)"
     return f"{format_accuracy(gain.mean, '+')}{interval or ''}{before_note if note else ''}{note}"
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Returns a table of strings in Markdown, its cells not padded."""
+    """Returns a table of strings in Markdown; the cells are not padded with spaces."""
     return table.to_markdown(index=False, tablefmt="github", disable_numparse=True, stralign=None, numalign=None)
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Returns the table of `build_table` as CSV, in fractions, ones and seconds.
+    """Returns the table of `build_table` as CSV; accuracies are fractions, costs are not abbreviated.
 
-    A spread becomes three columns, a gain five, and a latency three: the median and the quartiles.
+    An accuracy has three columns: `n`, `mean` and `deviation` after its name. A gain has two more, `low` and `high`,
+    the ends of its confidence interval. A latency has three: the median under its own name, `p25` and `p75`.
     """
     columns: dict[str, Any] = {}
     for name, values in table.items():
@@ -124,9 +139,9 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def escape_formula(cell: Any) -> Any:
-    """Puts an apostrophe before text that a spreadsheet would take for a formula. Numbers stay as they are.
+    """Returns a cell with an apostrophe before text that a spreadsheet would read as a formula.
 
-    Source: OWASP, "CSV Injection".
+    Numbers are not changed. Source: OWASP, "CSV Injection".
     """
     return f"'{cell}" if isinstance(cell, str) and cell.lstrip()[:1] in tuple("=+-@") else cell
 
@@ -143,11 +158,11 @@ def format_report(
 
     Args:
         folders: All folders, of finished and other runs.
-        runs: The rows of `tabulate_runs`.
+        runs: The table of `tabulate_runs`.
         table: The table of `build_table`.
-        figures: The captions of the figures that lie beside the report, by their names.
-        images: Which images the accuracies are of.
-        baseline: What gains are over.
+        figures: The captions of the figures in the report's folder, by the names of the figures.
+        images: The images on which the accuracies were measured, as text, such as "Test images".
+        baseline: The name of the method, or of the row, over which the gains are.
     """
     lines = ["# Report", "", *describe_runs(folders), "", to_markdown(format_table(table))]
     reading = READING + (LATENCY_READING if LATENCIES[0] in table else "")
@@ -159,7 +174,7 @@ def format_report(
 
 
 def describe_runs(folders: list[RunFolder]) -> list[str]:
-    """Returns the number of runs, their data and epochs, and the version of PyTorch."""
+    """Returns lines of Markdown with the number of runs, their data sets and epochs, and the versions of PyTorch."""
     summaries = [entry.run.summary for entry in folders if entry.run is not None]
     data = sorted({str(summary.get("data", "unknown data")) for summary in summaries})
     epochs = sorted({str(summary.get("epochs", "?")) for summary in summaries})
@@ -171,7 +186,7 @@ def describe_runs(folders: list[RunFolder]) -> list[str]:
 
 
 def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
-    """Yields a table of each seed's own gain, which a mean may hide."""
+    """Yields lines of Markdown with a table of the gains of each seed, which a mean over seeds may hide."""
     paired = runs[runs["gain"].notna()]
     if paired.empty:
         return
@@ -184,7 +199,7 @@ def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
-    """Yields the rows that could not be compared, if others could."""
+    """Yields lines of Markdown that name the rows without a gain, if other rows have one."""
     if runs["gain"].isna().all():
         return
     compared = {*runs.loc[runs["gain"].notna(), "name"], *runs.loc[runs["baseline"], "name"]}
@@ -198,7 +213,7 @@ def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[str]:
-    """Yields the runs that are not in the table, and why."""
+    """Yields lines of Markdown that name the runs that are not in the table, and say why."""
     duplicates = sum(entry.run is not None for entry in folders) - len(runs)
     if duplicates:
         yield from (f"{duplicates} finished runs have the options and the seed of another one and are left out.", "")
@@ -211,7 +226,7 @@ def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[
 
 
 def hide_host(text: str, host: str | None) -> str:
-    """Returns the text without the name of a machine; a reason may contain it, such as in an address."""
+    """Returns a text in which the names of `host` and of this machine are replaced by "HOST"."""
     for name in filter(None, (host, socket.gethostname())):
         text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "HOST", text)
     return text
