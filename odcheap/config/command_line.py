@@ -65,8 +65,8 @@ def split_paths(argument: str) -> str | None:
 def prepare_argument(argument: str, conf: Path) -> str:
     """Returns a command-line argument in the form that Hydra needs.
 
-    Paths are put in quotes. `hydra/launcher=joblib` and the like become `hydra/launcher=joblib_sweep` if odcheap has a
-    file of this name, which changes some defaults of the plugin.
+    Paths are put in quotes. A launcher or sweeper such as `hydra/launcher=joblib` becomes `hydra/launcher=joblib_sweep`
+    if odcheap has a file of this name, which changes some defaults of the plugin.
 
     Args:
         argument: The argument as the user has given it.

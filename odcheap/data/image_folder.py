@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     """An image, or a batch of images, from a loader process.
 
     Attributes:
-        image: (C, H, W) or (N, C, H, W), uint8; with several views S stands before: (S, C, H, W) or (S, N, C, H, W).
+        image: (C, H, W) or (N, C, H, W), uint8; with S views (S, C, H, W) or (S, N, C, H, W).
         target: The label, or labels (N,); -1 for an image that cannot be read.
         broken: The file and the reason for each image that could not be read.
     """

@@ -65,14 +65,14 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
 def limit_parts(
     labels: dict[str, np.ndarray], hash_part: Callable[[str], list[bytes]], limit: int | None
 ) -> dict[str, np.ndarray]:
-    """Returns the positions of the images that are used of each part if a run uses only `limit` training images.
+    """Returns, for each part, the positions of the images that a run with at most `limit` training images uses.
 
-    The other parts are reduced by the same share; at least one image of each part stays. Each class keeps its share,
-    and at least one image if there are enough. Which images stay depends on the images and the key of their hashes.
+    All parts are reduced by the same factor, to at least one image, and all classes of a part by the same factor, to at
+    least one image if that is possible. Which images are used depends on the images and on the key of their hashes.
 
     Args:
-        labels: The labels of the images of each part, "train" among them.
-        hash_part: Returns a hash of each image of a part. It is only called if images are left out.
+        labels: The labels (N,) of the images in each part; one of the parts is "train".
+        hash_part: A function that returns a hash of each image in a part. It is called only if images are left out.
         limit: The number of training images; None for all.
 
     Example:

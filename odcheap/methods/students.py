@@ -79,7 +79,7 @@ def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOut
 
 
 def have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two networks of one architecture have equal parameters."""
+    """Returns whether all parameters of two networks with the same architecture are equal."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 

@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) -> the last feature map (N, C, h, w) and the logits (N, K)."""
+        """Returns the last feature map (N, C, h, w) and the logits (N, K) of images (N, 3, H, W)."""
         features = self.features(x)
         return features, self.head(features)
 
