@@ -14,11 +14,15 @@ from odcheap.runs.overrides import quote_override
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Returns a list with the folder that `--config-dir` gives, or an empty list."""
+    """Returns the directories that `--config-dir` and `hydra.searchpath` give; those of packages are left out."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     folder = parser.parse_known_args(list(arguments))[0].config_dir
-    return [folder] if folder else []
+    search = [argument for argument in arguments if argument.startswith("hydra.searchpath=")]
+    entries = OverridesParser.create().parse_override(search[0]).value() if search else []
+    paths = [str(entry) for entry in entries] if isinstance(entries, list) else []
+    files = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
+    return [folder, *files] if folder else files
 
 
 def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, first_line
-from odcheap.utils.parts import find_conf_dir, list_parts
+from odcheap.utils.parts import OWN_PART, find_conf_dir, list_parts
 
 
 def explained_errors() -> tuple[type[Exception], ...]:
@@ -55,7 +55,7 @@ def describe_hydra_error(error: Exception) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if (find_conf_dir() / group / f"{name}_sweep.yaml").is_file():
             return f"{group}={name}: needs further packages: uv sync --extra sweep, or pip install 'odcheap[sweep]'"
-        return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}"
+        return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}{OWN_PART}"
     if "Could not override" in str(error) and any(argument.startswith("resume=") for argument in sys.argv):
         example = "such as data=imagefolder or logger=tensorboard"
         return f"{first_line(error)}; with resume, the part that has this option must be given too, {example}"

@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -24,7 +25,7 @@ from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import StudentCount, check_value
 from odcheap.utils.errors import OptionError, first_line
-from odcheap.utils.parts import CALL_KEYS, import_target, list_parts, read_part
+from odcheap.utils.parts import CALL_KEYS, OWN_PACKAGE, import_target, list_parts, read_part
 
 LIST_GROUPS = ("logger", "experiment")  # groups in which several names may be chosen
 # Groups whose parts are classes of libraries: these have more options than their files in conf/ list.
@@ -92,7 +93,11 @@ class TrainerOptions:
 
 def compose(overrides: Sequence[str]) -> RunConfig:
     """Composes the config of a run from overrides; Hydra must be initialized, as it is within a run."""
-    cfg = hydra.compose("config", overrides=[quote_override(o) for o in overrides], return_hydra_config=True)
+    # Of the running command only `--config-dir` applies to this config too; the search path is given again.
+    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
+    search = [override for override in given if override_key(override) == "hydra.searchpath"]
+    quoted = [quote_override(override) for override in overrides]
+    cfg = hydra.compose("config", overrides=[*search, *quoted], return_hydra_config=True)
     parts = to_dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):
         del cfg["hydra"]
@@ -278,7 +283,9 @@ def find_target(path: str, target: str) -> Callable[..., Any]:
     try:
         return import_target(target)
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"{path}._target_", target, f"cannot be imported ({first_line(error)})") from error
+        raise OptionError(
+            f"{path}._target_", target, f"cannot be imported ({first_line(error)}){OWN_PACKAGE}"
+        ) from error
 
 
 def read_annotations(target: Callable[..., Any], keyword_only: bool = False) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Functions that compute default values in the config: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from odcheap.runs.overrides import name_run
+from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import OWN_PACKAGE
 
 
 def given_overrides() -> list[str]:
@@ -21,9 +24,34 @@ def chosen_parts() -> dict[str, Any]:
 
 
 def given_config_dirs() -> list[Path]:
-    """Returns the directories that the user has given with `--config-dir`."""
+    """Returns the directories that the user has given with `--config-dir` or `hydra.searchpath`."""
     sources = HydraConfig.get().runtime.config_sources
-    return [Path(source.path) for source in sources if source.provider == "command-line"]
+    given = [s for s in sources if s.provider == "command-line" or s.provider.startswith("hydra.searchpath")]
+    return [find_source(source.schema, source.path) for source in given]
+
+
+def find_source(schema: str, path: str) -> Path:
+    """Returns the directory of an entry of Hydra's search path.
+
+    Args:
+        schema: "file", or "pkg" for a Python package that contains the YAML files.
+        path: The directory, or the dotted name of the package.
+
+    Raises:
+        OptionError: The entry is of another kind, or there is no such package.
+    """
+    if schema == "file":
+        return Path(path)
+    option = "hydra.searchpath"
+    if schema != "pkg":
+        raise OptionError(option, f"{schema}://{path}", "must be file://DIRECTORY or pkg://PACKAGE")
+    try:
+        spec = importlib.util.find_spec(path.replace("/", "."))
+    except ImportError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise OptionError(option, f"pkg://{path}", f"there is no such package{OWN_PACKAGE}")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def is_sweep() -> bool:

@@ -114,7 +114,11 @@ def launch_processes(start: Start, config_dirs: Sequence[Path], listener: Signal
     overrides.append(f"job_dir={os.path.join('.', start.job_dir)}")
     overrides.append("hydra.mode=RUN")  # a recipe may set another mode
     command = [sys.executable, "-m", "odcheap.distributed.torchrun", "--standalone", f"--nproc-per-node={devices}"]
-    command += ["--module", "odcheap", "train", *(f"--config-dir={folder}" for folder in config_dirs)]
+    # Hydra takes one --config-dir; further directories are on its search path.
+    command += ["--module", "odcheap", "train", *(f"--config-dir={folder}" for folder in config_dirs[:1])]
+    if config_dirs[1:]:
+        further = ",".join(quote_override(f"x=file://{folder.resolve()}")[2:] for folder in config_dirs[1:])
+        command.append(f"hydra.searchpath=[{further}]")
     command += [quote_override(o) for o in overrides]
 
     # The processes share the cores. A Ctrl-C at the terminal goes to all processes of the session, so torchrun gets

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from odcheap.utils.errors import OptionError, first_line
+from odcheap.models.exportable import describe_exporter_error, quiet_exporters
+from odcheap.utils.errors import Failure, OptionError, first_line
 
 INPUT, OUTPUT = "images", "logits"
 DIMENSIONS = ("n", "height", "width")
@@ -37,6 +38,16 @@ class Program(NamedTuple):
     free: tuple[str, ...]
 
 
+@contextlib.contextmanager
+def one_line(what: str) -> Generator[None]:
+    """Raises errors of PyTorch's exporters, which have many lines, as a `Failure` of one line."""
+    try:
+        with quiet_exporters():
+            yield
+    except Exception as error:  # the network's own code and the exporters raise errors of any kind
+        raise Failure(f"this network cannot be {what}: {describe_exporter_error(error)}") from error
+
+
 def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: int | None = None) -> Program:
     """Traces a network, which maps images (n, C, H, W) to logits (n, K), in eval mode.
 
@@ -47,18 +58,24 @@ def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: 
         network: The network; it is moved to the CPU and set to eval mode.
         image_size: (C, H, W) of an image.
         batch: The number of images of a graph in which no dimension may vary; None for a graph as above.
+
+    Raises:
+        Failure: PyTorch cannot trace the network, or not for any number of images.
     """
     # Try the graph with the most freedom first.
     network = network.eval().cpu()
     if batch is not None:
-        return Program(trace_network(network, image_size, (), batch), ())
+        with one_line("traced"):
+            return Program(trace_network(network, image_size, (), batch), ())
     try:
-        exported = trace_network(network, image_size, (0, 2, 3))
+        with quiet_exporters():
+            exported = trace_network(network, image_size, (0, 2, 3))
         if is_same_at_other_sizes(network, exported, image_size):
             return Program(exported, DIMENSIONS)
     except (RuntimeError, ValueError, AssertionError, TypeError):  # PyTorch raises these if a size cannot vary
         pass
-    return Program(trace_network(network, image_size, (0,)), DIMENSIONS[:1])
+    with one_line("traced"):
+        return Program(trace_network(network, image_size, (0,)), DIMENSIONS[:1])
 
 
 def trace_network(
@@ -118,8 +135,10 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
 
     Raises:
         OptionError: The graph cannot be written with this opset.
+        Failure: ONNX has no form of one of the network's operators.
     """
-    exported = torch.onnx.export(program.exported, (), input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    with one_line("written as ONNX"):
+        exported = torch.onnx.export(program.exported, (), input_names=[INPUT], output_names=[OUTPUT], verbose=False)
     assert exported is not None, "PyTorch returns the model if no file is given"
     model = exported.model_proto
     name_free_dimensions(model, program.free)

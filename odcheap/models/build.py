@@ -18,7 +18,7 @@ from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
-from odcheap.utils.parts import build_part
+from odcheap.utils.parts import OWN_PACKAGE, build_part
 
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 BitDepth = Annotated[int, Field(ge=8, le=16)] | None
@@ -198,12 +198,15 @@ def build_network(
         build = build_part("backbone", backbone, config_dirs=folders)
         return to_backbone(build(conv=conv, num_classes=len(checked.classes)))
     except ImportError as error:
-        raise OptionError(option, path, f"its network needs a package that is not installed ({error})") from error
+        raise OptionError(
+            option, path, f"its network needs a package that is not installed ({error}){OWN_PACKAGE}"
+        ) from error
     except ValidationError as error:
         name = ".".join(map(str, error.errors()[0]["loc"]))
         raise OptionError(option, path, f"its settings build no network (their {name} is missing or wrong)") from error
     except BUILD_ERRORS as error:
-        raise OptionError(option, path, f"its settings build no network ({first_line(error)})") from error
+        reason = str(error) if isinstance(error, OptionError) else first_line(error)
+        raise OptionError(option, path, f"its settings build no network ({reason})") from error
 
 
 def check_state_dict(

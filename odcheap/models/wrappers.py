@@ -408,6 +408,13 @@ def find_stride(backbone: Backbone) -> int:
 
 
 def _features_on_meta(backbone: Backbone, height: int, width: int) -> Tensor:
-    """Returns the last feature map on the meta device, where PyTorch computes shapes only."""
-    images = torch.empty(1, 3, height, width, device="meta")
-    return copy.deepcopy(backbone).to("meta").eval().features(images)
+    """Returns the last feature map on the meta device, where PyTorch computes shapes only.
+
+    A network whose code reads values, which no tensor on that device has, runs on the CPU.
+    """
+    network = copy.deepcopy(backbone).eval()
+    try:
+        return copy.deepcopy(network).to("meta").features(torch.empty(1, 3, height, width, device="meta"))
+    except RuntimeError:  # also raised if the images are too small, and then again on the CPU
+        with torch.no_grad():
+            return network.cpu().features(torch.zeros(1, 3, height, width))

@@ -16,6 +16,8 @@ from odcheap.config.messages import (
 )
 from odcheap.distributed import launch, slurm
 from odcheap.distributed.signals import SignalListener, Stopped, StoppedRun, report_stop
+from odcheap.models.build import build_network, check_state_dict
+from odcheap.models.exportable import find_export_problem
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_summary
 from odcheap.runs.resume import Start, claim_folder, plan_start
@@ -23,9 +25,11 @@ from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
 from odcheap.training.experiment import Experiment, check_finished
 from odcheap.training.optim import BUILDERS
+from odcheap.training.summary import PARTS
 from odcheap.utils.console import name_command, prefix_lines, print_error, say
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
+from odcheap.utils.parts import is_own_part, use_config_dirs
 from odcheap.utils.signals import find_parent, stop_with_parent
 
 stopped_runs: list[StoppedRun] = []  # the run that a signal has stopped, if this is a process of joblib
@@ -73,10 +77,11 @@ def carry_out_run(config: RunConfig) -> float | None:
 def describe_next_steps(job_dir: str) -> str:
     """Returns the commands that a user may want after a training, as a line of text with the run's folder."""
     folder, export = shlex.quote(job_dir), shlex.quote(str(Path(job_dir) / "export"))
+    own = "".join(f" --config-dir {shlex.quote(str(path))}" for path in resolvers.given_config_dirs())
     lines = {
-        "export the student": f"{name_command('export')} {folder}",
+        "export the student": f"{name_command('export')} {folder}{own}",
         "classify images with it": f"{name_command('predict')} {export} IMAGE...",
-        "compare runs": f"{name_command('report')} {folder} OTHER...",
+        "compare runs": f"{name_command('report')} {folder} OTHER...{own}",
     }
     return "next:\n" + "\n".join(f"  {what + ':':25}{command}" for what, command in lines.items())
 
@@ -133,8 +138,14 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
         config: The config of the run.
         listener: The listener that receives signals.
     """
-    in_sweep = resolvers.is_sweep()
     config_dirs = resolvers.given_config_dirs()
+    with use_config_dirs(config_dirs):  # a teacher may have parts of the user too
+        return start_or_continue(config, listener, config_dirs)
+
+
+def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: Sequence[Path]) -> Outcome:
+    """Does what `train` does, with the user's own `conf` directories."""
+    in_sweep = resolvers.is_sweep()
 
     def compose(overrides: Sequence[str]) -> RunConfig:
         composed = options.compose(overrides)
@@ -157,6 +168,29 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
         return carry_out(start, listener)
 
 
+def report_own_parts(experiment: Experiment) -> None:
+    """Says before the training if a network with parts of the user cannot be exported, or if a part is not used."""
+    start, config_dirs = experiment.start, resolvers.given_config_dirs()
+    parts = start.config.parts
+    for folder in config_dirs:
+        for group, name in parts.items():
+            if (folder / group / f"{name}.yaml").is_file() and not is_own_part(group, name):
+                say(f"warning: {folder / group / name}.yaml is not used: odcheap has a {group} of this name")
+    own = [group for group in PARTS if is_own_part(group, parts[group])]
+    if not own:
+        return
+    names = ", ".join(f"{group}={parts[group]}" for group in own)
+    student, settings = experiment.method.students.members[0], experiment.module.about["student"]
+    try:
+        same = build_network(settings, own[0], parts[own[0]])
+        check_state_dict(student.state_dict(), same.state_dict(), parts[own[0]], "built again, it differs", own[0])
+        problem = find_export_problem(student, experiment.data.image_size, whole="backbone" in own)
+    except OptionError as error:
+        problem = str(error)
+    if problem is not None:
+        say(f"warning: {names}: this network can be trained but not exported ({problem})")
+
+
 def carry_out(start: Start, listener: SignalListener) -> Outcome:
     """Builds a run and carries it out, in this process or in several new processes.
 
@@ -167,6 +201,8 @@ def carry_out(start: Start, listener: SignalListener) -> Outcome:
     # The experiment is built here in any case, so that errors are printed once.
     options.check_complete(start.cfg)
     experiment = Experiment.build(start, listener)
+    if not start.cfg.test_only and start.checkpoint is None and not launch.is_torchrun():
+        report_own_parts(experiment)
     if launch.needs_launch(start.cfg):
         experiment.build_trainer()  # an error of Lightning is printed once here, and not by each new process
         make_folder(start.job_dir)

@@ -5,11 +5,12 @@ options. Checkpoints and exports contain the name and the options of a part, nev
 untrusted source can therefore only build parts that a `conf` directory has.
 """
 
+import contextlib
 import functools
 import importlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from odcheap.utils.errors import OptionError
 PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*")
 CALL_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # the keys that Hydra's `instantiate` reads
+OWN_PART = "; --config-dir DIR (config_dirs=[DIR] in Python) adds parts of your own"
+OWN_PACKAGE = "; install the package, or name the folder that contains it in PYTHONPATH"
 MAX_DEPTH = 20  # of nested settings, and of `defaults:` lists that name further files
 
 
@@ -37,6 +40,31 @@ def find_conf_dir() -> Path:
     raise FileNotFoundError(f"no conf directory in or beside {package}: odcheap is not installed completely")
 
 
+_own_dirs: list[Path] = []
+
+
+@contextlib.contextmanager
+def use_config_dirs(config_dirs: Sequence[Path]) -> Generator[None]:
+    """Within this context, parts are also found in these `conf` directories, without being told in each call."""
+    before = list(_own_dirs)
+    _own_dirs[:] = config_dirs
+    try:
+        yield
+    finally:
+        _own_dirs[:] = before
+
+
+def find_folders(config_dirs: Sequence[Path] = ()) -> list[Path]:
+    """Returns all `conf` directories in the order of the search: odcheap's, the given ones, those of the process."""
+    return list(dict.fromkeys([find_conf_dir(), *map(Path, config_dirs), *_own_dirs]))
+
+
+def is_own_part(group: str, name: str, config_dirs: Sequence[Path] = ()) -> bool:
+    """Returns whether a part is one of the user's: odcheap has none of this name, and a directory of the user does."""
+    first = next((path for path in find_folders(config_dirs) if (path / group / f"{name}.yaml").is_file()), None)
+    return first is not None and first != find_conf_dir()
+
+
 def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
     """Returns the names of all parts of a config group, sorted, from odcheap's `conf` and from `config_dirs`.
 
@@ -44,7 +72,7 @@ def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
         >>> list_parts("block_type")
         ['DW', 'Group', 'Shift', 'Standard']
     """
-    folders = [Path(folder) / group for folder in (find_conf_dir(), *config_dirs)]
+    folders = [folder / group for folder in find_folders(config_dirs)]
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
@@ -121,7 +149,7 @@ def read_part(group: str, name: Any, config_dirs: Sequence[Path] = ()) -> dict[s
     Raises:
         OptionError: There is no such part.
     """
-    return _read(group, name, [find_conf_dir(), *map(Path, config_dirs)], MAX_DEPTH)
+    return _read(group, name, find_folders(config_dirs), MAX_DEPTH)
 
 
 def _read(group: str, name: Any, folders: list[Path], depth: int) -> dict[str, Any]:
@@ -131,7 +159,7 @@ def _read(group: str, name: Any, folders: list[Path], depth: int) -> dict[str, A
         raise OptionError(group, name, "is not the name of a part")
     path = next((path for folder in folders if (path := folder / group / f"{name}.yaml").is_file()), None)
     if path is None:
-        raise OptionError(group, name, f"unknown; must be one of {', '.join(list_parts(group, folders[1:]))}")
+        raise OptionError(group, name, f"unknown; must be one of {', '.join(list_parts(group, folders[1:]))}{OWN_PART}")
     try:
         node = yaml.load(path.read_text(encoding="utf-8"), PlainLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -31,6 +31,30 @@ class AveragePool(BlockType):
         return nn.AvgPool2d(window.kernel_size, window.stride, window.padding)
 
 
+class BranchingPool(nn.AvgPool2d):
+    """Its code reads values, which no graph can contain."""
+
+    def forward(self, x):
+        return super().forward(x / 2 if float(x.detach().abs().max()) > 1e9 else x)
+
+
+class Branching(BlockType):
+    def make_spatial(self, channels, window):
+        return BranchingPool(window.kernel_size, window.stride, window.padding)
+
+
+class PlainNet(nn.Module):
+    """A network without the parts of a student, which calls functions between its layers."""
+
+    def __init__(self, conv, num_classes, width=8):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, width, 3, padding=1), conv(width, 2 * width, stride=2)
+        self.fc = nn.Linear(2 * width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.block(self.stem(x).relu()).relu().mean((2, 3)))
+
+
 class BestLogit(Method):
     """Every student learns from the largest logit that any student has for each class."""
 
@@ -81,6 +105,8 @@ class SignSGD(torch.optim.Optimizer):
 '''
 CONF = {
     "block_type/average_pool": "_target_: parts_of_a_user.AveragePool\n",
+    "block_type/branching": "_target_: parts_of_a_user.Branching\n",
+    "backbone/plain_net": "_target_: parts_of_a_user.PlainNet\n_partial_: true\nwidth: 8\n",
     "method/best_logit": "_target_: parts_of_a_user.BestLogit\n_partial_: true\nweight: 0.5\n",
     "optimizer/sign": "_target_: parts_of_a_user.SignSGD\n_partial_: true\nlr: 0.002\nweight_decay: 0.0\nscale: 1.0\n",
     "data/stripes": """_target_: odcheap.data.in_memory.InMemoryData
@@ -131,7 +157,8 @@ def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path):
     assert summary["teacher"]["kind"] == "maximum"
     assert summary["cost"]["macs"] < summary["cost"]["standard"]["macs"]
 
-    again = run("train", "--config-dir=conf", "resume=run/checkpoints/epoch-0000.ckpt", "job_dir=again")
+    search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+    again = run("train", search, "resume=run/checkpoints/epoch-0000.ckpt", "job_dir=again")
     assert again.status == 0, again.err
     first, second = (tmp_path / name / "student.safetensors" for name in ("run", "again"))
     assert first.read_bytes() == second.read_bytes()
@@ -141,9 +168,19 @@ def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path):
     assert (refused.status, refused.err.count("\n")) == (1, 1)
     assert "unknown; must be one of" in refused.err  # the folder with its parts was not given
 
+    refused = run("export", "run", "--seconds", "0.01")
+    assert "block_type=average_pool: unknown" in refused.err
+    assert "--config-dir DIR (config_dirs=[DIR] in Python) adds parts of your own" in refused.err
     done = run("export", "run", "--seconds", "0.01", "--config-dir", "conf")
     assert done.status == 0, done.err
     assert {"student.onnx", "student.pt2"} <= {path.name for path in (tmp_path / "run" / "export").iterdir()}
+    # A network of the user that is no `Backbone`, and a teacher with a part of the user.
+    plain = ["--config-dir", "conf", "data=stripes", "backbone=plain_net", "method=kd", "method.teacher_weights=run"]
+    done = run("train", *plain, "num_stu=1", "trainer=cpu", "logger=csv", "trainer.max_epochs=1", "job_dir=plain")
+    assert (done.status, done.err) == (0, "")
+    assert "warning" not in done.out
+    loaded = load_student(tmp_path / "plain" / "student.safetensors", config_dirs=[tmp_path / "conf"])
+    assert loaded(torch.rand(1, 3, 8, 8)).shape == (1, 2)
     done = run("report", "run", "--config-dir", "conf")
     assert done.status == 0, done.err
     assert "best_logit" in (tmp_path / "run" / "report" / "report.md").read_text()
@@ -157,3 +194,15 @@ def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path):
 
     student = load_student(first, config_dirs=[tmp_path / "conf"])
     assert student(torch.rand(1, 3, 8, 8)).shape == (1, 2)
+
+
+def test_what_cannot_be_exported_or_is_not_used_is_said_before_the_training(run, tmp_path):
+    (tmp_path / "conf" / "method").mkdir(exist_ok=True)
+    (tmp_path / "conf" / "method" / "alone.yaml").write_text("_target_: parts_of_a_user.BestLogit\n_partial_: true\n")
+    given = ["--config-dir", "conf", "block_type=branching", "data=stripes", "method=alone", "num_stu=1", "trainer=cpu"]
+    given += ["backbone=resnet20", "backbone.depth=8", "logger=csv", "trainer.max_epochs=1", "job_dir=run"]
+    done = run("train", *given)
+    assert done.status == 0, done.err
+    before = done.out.partition("epoch 1/1")[0]
+    assert "warning: block_type=branching: this network can be trained but not exported (GuardOnDataDependent" in before
+    assert "method/alone.yaml is not used: odcheap has a method of this name" in before

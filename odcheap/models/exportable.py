@@ -1,0 +1,77 @@
+"""Whether a network with parts of the user can be exported, tried before the training."""
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from odcheap.layers.cheap_conv import CheapConv
+from odcheap.utils.errors import first_line
+
+
+def find_export_problem(network: nn.Module, image_size: tuple[int, int, int], whole: bool) -> str | None:
+    """Traces a network as the export does, and writes it as ONNX.
+
+    Writing a whole network takes many seconds. If only the block type is new, its first pair is enough, since the rest
+    of the network is known to work.
+
+    Args:
+        network: The network; it is not changed.
+        image_size: Shape (C, H, W) of an image.
+        whole: Whether the whole network is written as ONNX, not only its first cheap pair.
+
+    Returns:
+        One line that says what is wrong; None if the export will work.
+    """
+    network = copy.deepcopy(network).cpu().float().eval()
+    images = torch.zeros(2, *image_size)
+    pair = next((module for module in network.modules() if isinstance(module, CheapConv)), None)
+    try:
+        with quiet_exporters():
+            exported = trace(network, images)
+            if pair is not None and not whole:
+                exported = trace(pair, find_input(network, pair, images))
+            torch.onnx.export(exported, (), verbose=False)
+    except Exception as error:  # the user's code, PyTorch's tracer and the ONNX exporter raise errors of any kind
+        return describe_exporter_error(error)
+    return None
+
+
+@contextlib.contextmanager
+def quiet_exporters() -> Generator[None]:
+    """Keeps PyTorch's exporters from printing graphs that they cannot trace; their errors name the cause."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def describe_exporter_error(error: BaseException) -> str:
+    """Returns the first line of the error in which a failed export began, with the error's type."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__  # the exporters' own messages only say that a step has failed
+    return f"{type(cause).__name__}: {first_line(cause)}"
+
+
+def trace(network: nn.Module, images: Tensor) -> Any:
+    return torch.export.export(network, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+
+
+@torch.no_grad()
+def find_input(network: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
+    """Returns the tensor that a module gets when the network runs on images."""
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    network(images)
+    handle.remove()
+    return inputs[0].clone()
