@@ -63,21 +63,22 @@ Predictor = Callable[[np.ndarray], np.ndarray]  # images (n, 3, H, W) in [0, 1] 
 
 
 class PredictError(ValueError):
-    """A failure that the user can act on. Its text is one line."""
+    """An error about which the user can do something; its text is one line."""
 
 
 class ImageError(PredictError):
-    """An image file that is damaged, is not an image, or has pixels of an unknown range."""
+    """The error that an image file is damaged, is not an image, or has pixels whose range is not known."""
 
 
 class LabeledImages(NamedTuple):
     """Image files of known classes.
 
     Attributes:
-        folder: The folder of the classes' folders.
+        folder: The folder that contains the class folders.
         files: The image files.
-        target: The label of each file, its class's position in the list of all classes.
-        left_out: Files that are not images and folders that are no classes (these end with "/"), relative to `folder`.
+        target: The label of each file: the position of its class in the list of all classes.
+        left_out: Files that are not images, and folders that are not classes (these end with "/"), as paths relative to
+            `folder`.
     """
 
     folder: Path
@@ -126,15 +127,16 @@ def read_regular(path: str | Path, max_bytes: int) -> bytes:
 
 
 def decode_image(path: str | Path, bit_depth: int | None = None) -> Image.Image:
-    """Reads an image file as RGB, and rotates it as its EXIF data say. All other metadata is ignored.
+    """Decodes an image file as RGB, and rotates the image as its EXIF data say; all other metadata is ignored.
 
     Args:
         path: The file.
-        bit_depth: How many of its 16 bits a pixel uses (12 for most microscopes and X-rays), if it has 16.
+        bit_depth: The number of bits that are used in an image with 16 bits a channel (12 for most microscopes and
+            X-rays); None if there are no such images.
 
     Raises:
-        ImageError: The file cannot be decoded completely, its pixels' range is unknown, or one side is more than 100
-            times the other.
+        ImageError: The file cannot be decoded completely, the range of its pixels is not known, or one side of the
+            image is more than 100 times as long as the other.
     """
     try:
         content = read_regular(path, MAX_IMAGE_BYTES)
@@ -155,10 +157,11 @@ def decode_image(path: str | Path, bit_depth: int | None = None) -> Image.Image:
 
 
 def drop_metadata(content: bytes) -> bytes:
-    """Returns a PNG with only its EXIF data and what its pixels need; other formats are returned unchanged.
+    """Returns the content of a PNG file without metadata that the pixels do not need, except the EXIF data.
 
-    Pillow refuses a PNG because of a very long text chunk or color profile, although its pixels are whole.
+    Other formats are returned unchanged.
     """
+    # Pillow refuses a PNG because of a very long text chunk or color profile, although its pixels are complete.
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
     kept, position = [content[:8]], 8
@@ -172,7 +175,7 @@ def drop_metadata(content: bytes) -> bytes:
 
 
 def find_rotation(image: Image.Image) -> Any:
-    """Returns the argument of `transpose` that turns an image as its EXIF data say; None if they say nothing."""
+    """Returns the argument of `Image.transpose` that rotates an image as its EXIF data say; None for no rotation."""
     names: Any = getattr(Image, "Transpose", Image)  # Pillow 9.1 moved them
     turns = {2: names.FLIP_LEFT_RIGHT, 3: names.ROTATE_180, 4: names.FLIP_TOP_BOTTOM, 5: names.TRANSPOSE}
     turns.update({6: names.ROTATE_270, 7: names.TRANSVERSE, 8: names.ROTATE_90})
@@ -183,7 +186,7 @@ def find_rotation(image: Image.Image) -> Any:
 
 
 def describe_unknown(content: bytes) -> str:
-    """Returns why a file is no image that can be read, and what to do if its format is known."""
+    """Returns a text that says why a file cannot be read as an image, and what to do if its format is known."""
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC: convert it to JPEG or PNG"
     if content[:2] == b"%!" or content[:4] == b"\xc5\xd0\xd3\xc6":
@@ -192,7 +195,7 @@ def describe_unknown(content: bytes) -> str:
 
 
 def count_channel_bits(image: Any) -> int:
-    """Returns 8, 16 or 32: the bits of a channel of an image that was opened and is not decoded yet."""
+    """Returns the number of bits of a channel, 8, 16 or 32, of an image that is opened and not decoded yet."""
     encoding = str([entry[-1] for entry in image.tile])
     if image.mode.startswith("I;16") or ";16" in encoding:
         return 16
@@ -202,15 +205,16 @@ def count_channel_bits(image: Any) -> int:
 
 
 def convert_to_rgb(image: Image.Image, bit_depth: int | None = None) -> Image.Image:
-    """Decodes an image and converts it to RGB with 8 bits; alpha is dropped.
+    """Decodes an image and converts it to RGB with 8 bits a channel; an alpha channel is dropped.
 
     Args:
         image: The image, opened and not decoded yet.
-        bit_depth: How many of its 16 bits a channel uses, if it has 16.
+        bit_depth: The number of bits that are used in an image with 16 bits a channel; None if that is not known.
 
     Raises:
-        ImageError: The range of the pixels is unknown, or a pixel is outside it.
+        ImageError: The range of the pixels is not known, or a pixel is outside of it.
     """
+    # A file does not say which range its pixels have if they have more than 8 bits.
     bits = count_channel_bits(image)
     if bits == 32:
         raise ImageError(f"32-bit pixels of mode {image.mode}, whose range is unknown")
@@ -230,9 +234,9 @@ def convert_to_rgb(image: Image.Image, bit_depth: int | None = None) -> Image.Im
 
 
 def measure_16_bits(path: str | Path) -> int | None:
-    """Returns the largest value of an image with 16 bits a channel, and None for other files.
+    """Returns the largest value of an image with 16 bits a channel; None for all other files.
 
-    The value of an image with several channels is 0, because Pillow reads 8 of its bits only.
+    It is 0 for an image with several channels, since Pillow reads only 8 of the 16 bits.
     """
     try:
         with warnings.catch_warnings(), open_regular(path, MAX_IMAGE_BYTES) as file:
@@ -246,21 +250,24 @@ def measure_16_bits(path: str | Path) -> int | None:
 
 
 def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray:
-    """Reads an image file as the network's input.
+    """Decodes an image file, and prepares the image for the network.
 
     Args:
         path: The image file.
-        preprocess: The content of `preprocess.json`: the image is resized to `shorter_side`, and its center of `size`
-            (height, width) is cut out.
+        preprocess: The content of `preprocess.json`: the shorter side is resized to `shorter_side` pixels, and the
+            center of `size` (height, width) is cropped.
 
     Returns:
-        float32 of shape (3, height, width) in [0, 1].
+        The image, (3, height, width), float32 in [0, 1].
+
+    Raises:
+        ImageError: The file cannot be decoded, or the resized image would be too large.
     """
     return resize_image(decode_image(path, preprocess.get("bit_depth")), preprocess, path)
 
 
 def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -> np.ndarray:
-    """Returns a decoded image as the network's input, see `preprocess_image`; `name` is for messages."""
+    """Prepares a decoded image for the network, see `preprocess_image`; `name` is its name for messages."""
     (height, width), shorter = preprocess["size"], preprocess["shorter_side"]
     smaller = min(image.size)
     scaled = [shorter if side == smaller else int(shorter * side / smaller) for side in image.size]
@@ -278,7 +285,7 @@ def create_session(model: bytes, threads: int = 0) -> Any:
 
     Args:
         model: The content of an ONNX file.
-        threads: Number of threads; 0 uses all cores.
+        threads: The number of threads; 0 to use all cores.
 
     Raises:
         PredictError: The model cannot be loaded.
@@ -298,20 +305,20 @@ def create_session(model: bytes, threads: int = 0) -> Any:
 
 
 def require_version(package: str, version: str, minimum: tuple[int, int]) -> None:
-    """Raises `PredictError` if a package is older than the minimum."""
+    """Raises `PredictError` if the version of a package is older than `minimum`."""
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < minimum:
         raise PredictError(f"{package} {version} is too old: {minimum[0]}.{minimum[1]} or newer is needed")
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, at most 160 characters, or its type's name if it has no text."""
+    """Returns the first line of an error's text, at most 160 characters; the name of its class if it has no text."""
     return str(error).strip().partition("\n")[0][:160] or type(error).__name__
 
 
 def create_predictor(session: Any) -> Predictor:
-    """Wraps an ONNX Runtime session as a function from images (n, 3, H, W) to logits (n, K).
+    """Returns a function that runs an ONNX Runtime session: images (n, 3, H, W) -> logits (n, K).
 
-    The function raises `PredictError` if the model cannot be run, or returns no numbers (n, K).
+    The function raises `PredictError` if the model cannot be run, or does not return numbers (n, K).
 
     Raises:
         PredictError: The model does not take one float32 tensor of images.
@@ -333,10 +340,10 @@ def create_predictor(session: Any) -> Predictor:
 
 
 def get_input_shape(session: Any) -> list[int | None]:
-    """Returns the shape (n, 3, H, W) of the images that a model takes; None for a size that may vary.
+    """Returns the shape (n, 3, H, W) of the images that a model takes, with None for a dimension that may vary.
 
     Raises:
-        PredictError: The model does not take one float32 tensor of images, or takes very many at a time.
+        PredictError: The model does not take one float32 tensor of images, or takes too many images at a time.
     """
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
@@ -359,10 +366,9 @@ def check_input_size(session: Any, preprocess: dict[str, Any]) -> None:
 
 
 def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
-    """Wraps a function that takes exactly `batch_size` images so that it takes any number of images.
+    """Returns a function that takes any number of images, and calls a function that takes exactly `batch_size` images.
 
-    The last batch is filled up with copies of the last image. With `batch_size=None` the function already takes any
-    number and is returned unchanged.
+    The last batch is filled with copies of the last image. If `batch_size` is None, `run` is returned unchanged.
     """
     if batch_size is None:
         return run
@@ -377,12 +383,18 @@ def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
 def predict_files(
     predictor: Predictor, paths: Iterable[Path], preprocess: dict[str, Any]
 ) -> Iterator[tuple[Path, np.ndarray | ImageError]]:
-    """Yields each file with its logits (K,), or with the error that says why it has none."""
+    """Yields each file with its logits (K,), or with the `ImageError` if the file cannot be read.
+
+    Args:
+        predictor: The model.
+        paths: The image files.
+        preprocess: The content of `preprocess.json`.
+    """
     return predict_images(predictor, ((path, try_preprocess(path, preprocess)) for path in paths), preprocess)
 
 
 def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | ImageError:
-    """Returns what `preprocess_image` returns, or the error that it raises."""
+    """Calls `preprocess_image`, and returns its result or the `ImageError` that it raises."""
     try:
         return preprocess_image(path, preprocess)
     except ImageError as error:
@@ -392,13 +404,14 @@ def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | Image
 def predict_images(
     predictor: Predictor, images: Iterable[tuple[Any, np.ndarray | ImageError]], preprocess: dict[str, Any]
 ) -> Iterator[tuple[Any, np.ndarray | ImageError]]:
-    """Yields the logits (K,) of images that `resize_image` has prepared.
+    """Yields the name and the logits (K,) of each image.
 
     Args:
         predictor: The model.
-        images: Each image with its name; errors in the place of images are passed on.
+        images: The name of each image, and the prepared image; an `ImageError` in its place is yielded unchanged.
         preprocess: The content of `preprocess.json`.
     """
+    # Large images are classified in smaller batches, so that they fit into memory.
     height, width = preprocess["size"]
     batch_size = max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // (height * width)))
     remaining = iter(images)
@@ -413,10 +426,14 @@ def predict_images(
 
 
 def read_verified(folder: Path, name: str) -> bytes:
-    """Reads a file of an export and compares its sha256 with the one in the model card.
+    """Returns the content of a file of an export, whose checksum (SHA-256) is compared with the one in the model card.
+
+    Args:
+        folder: The folder of the export.
+        name: The name of the file.
 
     Raises:
-        PredictError: The file is not listed in the card, or was changed after the export.
+        PredictError: The model card does not list the file, or the file was changed after the export.
     """
     try:
         card = read_regular(folder / CARD_FILE, MAX_TEXT_BYTES).decode()
@@ -433,11 +450,12 @@ def read_verified(folder: Path, name: str) -> bytes:
 
 
 def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads `preprocess.json` and `labels.json`.
+    """Returns the content of `preprocess.json` and `labels.json` in the folder of an export.
 
     Raises:
-        PredictError: A file was changed, or has a field that is missing or wrong.
+        PredictError: A file was changed after the export, or a field of it is missing or wrong.
     """
+    # The checksums show changes by accident, but a stranger may have computed them: the values are checked, too.
     contents: list[Any] = []
     for name in (PREPROCESS_FILE, LABELS_FILE):
         try:
@@ -472,12 +490,15 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def is_side(value: Any) -> bool:
-    """Returns whether a value of `preprocess.json` is a number of pixels that is allowed."""
+    """Returns whether a value in `preprocess.json` is an allowed number of pixels."""
     return type(value) is int and 1 <= value <= MAX_SIDE
 
 
 def is_image_file(folder: str, name: str) -> bool:
-    """Whether a file has the name of an image, or no suffix and the first bytes of one; hidden files do not count."""
+    """Returns whether a file is an image, by its suffix, or by its first bytes if it has no suffix.
+
+    Hidden files are no images.
+    """
     if name.startswith("."):
         return False
     if "." in name:
@@ -490,9 +511,9 @@ def is_image_file(folder: str, name: str) -> bool:
 
 
 def find_images(paths: list[str]) -> Iterator[Path]:
-    """Yields the given files, and all image files below the given folders.
+    """Yields the given files, and all image files in the given folders and in the folders below them.
 
-    A path or folder that cannot be opened is yielded too, so that reading it gives an error message.
+    A path that cannot be opened is yielded too, so that the caller reports an error when it reads the path.
     """
     for top in paths:
         files: list[Path] = []
@@ -503,7 +524,7 @@ def find_images(paths: list[str]) -> Iterator[Path]:
 
 
 def escape_control_chars(text: object) -> str:
-    r"""Makes text safe to print: control characters and line ends become visible escapes.
+    r"""Returns text that is safe to print: control characters and line ends are replaced by visible escapes.
 
     Example:
         >>> escape_control_chars("two\nlines")
@@ -513,7 +534,17 @@ def escape_control_chars(text: object) -> str:
 
 
 def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -> int:
-    """Prints the three most likely classes of each image; returns 1 if an image could not be read, else 0."""
+    """Prints the three most likely classes of each image.
+
+    Args:
+        folder: The folder of the export.
+        model: The name of an ONNX file in it.
+        paths: Image files, and folders with images.
+        as_json: Whether to print JSON; otherwise a table is printed.
+
+    Returns:
+        The exit status: 1 if an image could not be classified, otherwise 0.
+    """
     preprocess, labels = read_export(folder)
     session = create_session(read_verified(folder, model))
     check_input_size(session, preprocess)
@@ -548,17 +579,17 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
 
 
 def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: bool = False) -> LabeledImages:
-    """Lists the images of a folder that has a folder of images for each class.
+    """Lists the images of a folder that contains a folder for each class.
 
-    If the folder has no class's folder but a folder `test`, the classes are looked for there.
+    If the folder contains no class folder but a folder `test`, the class folders are looked for in `test`.
 
     Args:
         top: The folder.
-        classes: The names of all classes by label.
-        known_only: Whether folders that are no class are left out. Otherwise they are an error.
+        classes: The names of all classes, in the order of the labels.
+        known_only: Whether folders that do not have the name of a class are left out; otherwise they are an error.
 
     Raises:
-        PredictError: There are no such folders, or a folder is no class.
+        PredictError: There are no class folders or no images in them, or a folder does not have the name of a class.
     """
     folder = Path(top)
     try:
@@ -597,13 +628,13 @@ def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: boo
 
 
 def list_class_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder in alphabetical order, without hidden ones and known junk."""
+    """Returns the names of the folders in a folder, sorted, without hidden ones and those in `JUNK_FOLDERS`."""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return [name for name in names if not name.startswith(".") and name not in JUNK_FOLDERS]
 
 
 def list_files_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the image files at any depth below a folder, and the other files; hidden ones do not count."""
+    """Returns the image files in a folder and all folders below it, and the other files; hidden files are ignored."""
     images, others = [], []
 
     def fail(error: OSError) -> None:
@@ -618,24 +649,25 @@ def list_files_below(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Returns the first names of a list as text."""
+    """Returns the first three names of a list as text."""
     return ", ".join([name[:40] for name in names[:3]] + ["..."] * (len(names) > 3))
 
 
 def collect_predictions(
     results: Iterable[tuple[Any, np.ndarray | ImageError]], classes: int
 ) -> tuple[list[int], list[str]]:
-    """Reads the results of `predict_files`.
+    """Returns the predicted labels of images.
 
     Args:
-        results: Names and logits (K,), or errors.
+        results: The name of each image with its logits (K,), or with an `ImageError`; see `predict_files`.
         classes: The number of classes, K.
 
     Returns:
-        The predicted label of each image, -1 for one that has none, and a line for each of these.
+        The predicted label of each image, -1 if it could not be classified, and a line of text about each image that
+        could not be classified.
 
     Raises:
-        PredictError: The logits are those of another number of classes.
+        PredictError: The model has another number of classes.
     """
     predicted, failures = [], []
     for name, logits in results:
@@ -653,7 +685,9 @@ def collect_predictions(
 
 
 def count_confusion(target: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
-    """Returns the confusion matrix: numbers of images (K, K), true classes by predicted ones.
+    """Returns the confusion matrix (K, K): the number of images by true class (rows) and predicted class (columns).
+
+    Images whose predicted label is -1 are not counted.
 
     Example:
         >>> count_confusion([0, 0, 1, 1], [0, 1, 1, -1], classes=2).tolist()
@@ -666,13 +700,13 @@ def count_confusion(target: Sequence[int], predicted: Sequence[int], classes: in
 
 
 def compute_interval(correct: int, images: int) -> tuple[float, float]:
-    """Returns the 95 % interval of an accuracy: Wilson's score interval, which is also good for few images.
+    """Returns the 95 % confidence interval of an accuracy: Wilson's score interval, which also suits few images.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
 
     Args:
-        correct: Number of images that are classified correctly.
-        images: Number of all images, 1 or more.
+        correct: The number of images that are classified correctly.
+        images: The number of all images, 1 or more.
 
     Example:
         >>> [round(limit, 3) for limit in compute_interval(9, 10)]
@@ -686,11 +720,11 @@ def compute_interval(correct: int, images: int) -> tuple[float, float]:
 
 
 def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns the figures of a confusion matrix.
+    """Returns the metrics of a confusion matrix.
 
     Args:
-        counts: Numbers of images (K, K), true classes by predicted ones, of one image or more.
-        classes: Names of the K classes.
+        counts: The number of images, (K, K), by true class (rows) and predicted class (columns); 1 or more in all.
+        classes: The names of the K classes.
 
     Returns:
         `images`, `correct`, `top1` with its `top1_interval`, `balanced_accuracy` (the mean of the recalls of the
@@ -728,12 +762,16 @@ def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str,
 
 
 def percent(fraction: float) -> str:
-    """Returns a fraction in percent with two decimals, without the sign."""
+    """Returns a fraction in percent as text with two decimals, without a percent sign."""
     return f"{100 * fraction:.2f}"
 
 
 def describe_accuracy(figures: dict[str, Any]) -> list[str]:
-    """Returns lines about the figures of `summarize_confusion`: top-1, and what always predicting one class gives."""
+    """Returns lines of text about the metrics of `summarize_confusion`.
+
+    They state the accuracies, the accuracy of always predicting the largest class, and the classes that are never
+    classified correctly.
+    """
     low, high = figures["top1_interval"]
     largest, share = figures["largest_class"]["name"], figures["largest_class"]["share"]
     lines = [
@@ -760,7 +798,12 @@ def describe_accuracy(figures: dict[str, Any]) -> list[str]:
 
 
 def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Returns a table of the classes: recall with its interval, and which other class is predicted most often."""
+    """Returns a table of the classes: recall with its interval, and the other class that is predicted most often.
+
+    Args:
+        counts: The confusion matrix, (K, K).
+        figures: The metrics of `summarize_confusion`.
+    """
     rows: list[tuple[str, ...]] = [
         ("class", "images", "correct", "recall, %", "95 % interval", "predicted", "most often taken for")
     ]
@@ -779,13 +822,13 @@ def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[
 
 
 def tabulate_confusion(counts: np.ndarray, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns a confusion matrix as a table with the names of the classes, as it is written to CSV files."""
+    """Returns a confusion matrix as a table of texts with the names of the classes, for CSV files."""
     rows = [(name, *map(str, row)) for name, row in zip(classes, np.asarray(counts).tolist())]
     return [("true \\ predicted", *classes), *rows]
 
 
 def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
-    """Prints the accuracy, the table of the classes and, for up to 20 classes, the confusion matrix."""
+    """Prints the accuracy, a table of the classes and, if there are 20 classes or fewer, the confusion matrix."""
     for line in describe_accuracy(figures):
         print(escape_control_chars(line))
     tables = [tabulate_classes(counts, figures)]
@@ -797,7 +840,7 @@ def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
 
 
 def describe_left_out(images: LabeledImages) -> list[str]:
-    """Returns lines about what was left out of a folder of labeled images."""
+    """Returns lines of text about files and folders that were left out of a list of labeled images."""
     folders = [name for name in images.left_out if name.endswith("/")]
     files = [name for name in images.left_out if not name.endswith("/")]
     kinds = ((folders, "folders that are no class"), (files, "files that are no image or are in no class's folder"))
@@ -807,7 +850,19 @@ def describe_left_out(images: LabeledImages) -> list[str]:
 def evaluate_folder(
     folder: Path, model: str, paths: list[str], as_json: bool, csv_file: str | None, known_only: bool
 ) -> int:
-    """Prints the accuracy on images of known classes; returns 1 if an image could not be read, else 0."""
+    """Prints the accuracy on images of known classes.
+
+    Args:
+        folder: The folder of the export.
+        model: The name of an ONNX file in it.
+        paths: A list with the folder of the images; see `list_labeled_images`.
+        as_json: Whether to print JSON; otherwise text is printed.
+        csv_file: The file to which the confusion matrix is written; None for none.
+        known_only: Whether folders that do not have the name of a class are left out.
+
+    Returns:
+        The exit status: 1 if an image could not be classified, otherwise 0.
+    """
     if len(paths) != 1:
         raise PredictError(f"--evaluate: needs one folder with a folder of images for each class, not {len(paths)}")
     if csv_file is not None and os.path.lexists(csv_file):
@@ -838,23 +893,23 @@ def evaluate_folder(
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Prints rows of text with aligned columns."""
+    """Prints rows of text as a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
 def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
-    """Returns the same random images each time, float32 (batch, *size) in [0, 1)."""
+    """Returns random images, (batch, *size), float32 in [0, 1), which are the same in each call."""
     return np.random.default_rng(0).random((batch, *size), dtype=np.float32)
 
 
 def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, Timing]:
-    """Times functions one after another, in several rounds, so that a slow phase of the machine affects all alike.
+    """Times functions alternately, in several rounds, so that a slow phase of the machine affects all functions.
 
     Args:
         functions: The functions by name.
-        seconds: Time spent on each function in all rounds together.
+        seconds: The time for each function, in all rounds together.
 
     Returns:
         The median, the 95th percentile and the quartiles of one call in seconds, by name. Each round begins with an
@@ -874,7 +929,12 @@ def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float)
 
 
 def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
-    """Times every ONNX file of the export, with one thread and with all; returns 0."""
+    """Times every ONNX file of an export, with one thread and with all threads, and returns the exit status 0.
+
+    Args:
+        folder: The folder of the export.
+        seconds: The time for each measurement.
+    """
     preprocess, _ = read_export(folder)
     height, width = preprocess["size"]
     size = (3, height, width)
@@ -899,7 +959,15 @@ def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
 
 
 def main(arguments: list[str], prog: str | None = None) -> int:
-    """Runs the command and returns the exit status: 1 if an image could not be read."""
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments.
+        prog: The name of the command in its help; None for the name of this file.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which includes an image that could not be read.
+    """
     parser = argparse.ArgumentParser(
         prog,
         usage="%(prog)s [-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER...\n"

@@ -1,4 +1,4 @@
-"""Inference time of networks in ONNX Runtime on the CPU, and in PyTorch on the CPU and on a GPU if there is one."""
+"""Measures the inference time of networks, in ONNX Runtime on the CPU, and in PyTorch on the CPU and on a GPU."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -16,7 +16,14 @@ ONNX_RUNTIME, PYTORCH = "ONNX Runtime", "PyTorch"
 
 
 class Key(NamedTuple):
-    """One measurement: the network's name, where it runs, images per call, and CPU threads (0: all)."""
+    """What is measured.
+
+    Attributes:
+        name: The name of the network.
+        runtime: The runtime, such as "ONNX Runtime".
+        batch: The number of images in a call.
+        threads: The number of CPU threads; 0 for all.
+    """
 
     name: str
     runtime: str
@@ -29,12 +36,12 @@ Timings = dict[Key, predict.Timing]
 
 
 def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run ONNX files on the CPU, with one thread and with all.
+    """Returns functions that run ONNX files on the CPU, with one thread and with all threads.
 
     Args:
         models: The contents of ONNX files by name.
-        size: Shape (C, H, W) of an image.
-        batches: Numbers of images per call.
+        size: The shape (C, H, W) of an image.
+        batches: The numbers of images in a call; there is a function for each.
     """
     calls: Calls = {}
     for name, model in models.items():
@@ -47,7 +54,7 @@ def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches:
 
 
 def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run networks in PyTorch; arguments as in `onnx_calls`."""
+    """Returns functions that run networks in PyTorch on the CPU, and on a GPU if there is one; see `onnx_calls`."""
     calls: Calls = {}
     for name, network in networks.items():
         network = network.to(memory_format=torch.channels_last)
@@ -62,7 +69,13 @@ def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], b
 
 
 def torch_call(network: nn.Module, images: torch.Tensor, threads: int = 0) -> Callable[[], None]:
-    """Returns a function that runs the network with so many CPU threads (0: all) and then restores their number."""
+    """Returns a function that runs a network on images with a number of CPU threads, which it restores afterwards.
+
+    Args:
+        network: The network.
+        images: The images, (n, C, H, W); if they are on a GPU, the function waits for the GPU.
+        threads: The number of CPU threads; 0 for all.
+    """
     before = torch.get_num_threads()
 
     def call() -> None:
@@ -79,14 +92,22 @@ def torch_call(network: nn.Module, images: torch.Tensor, threads: int = 0) -> Ca
 
 
 def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Timing:
-    """Returns the timing of the fastest number of threads; for one small image a single thread is often fastest."""
+    """Returns the timing with the number of threads that was fastest.
+
+    Args:
+        timings: The timings.
+        name: The name of the network.
+        runtime: The runtime.
+        batch: The number of images in a call.
+    """
+    # For one small image a single thread is often faster than several.
     return min(timing for key, timing in timings.items() if key[:3] == (name, runtime, batch))
 
 
 def time_networks(
     networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> dict[tuple[str, int], float]:
-    """Returns median milliseconds of a call by (name, batch); see `measure_timings`."""
+    """Returns the median milliseconds of a call by (name, number of images); see `measure_timings`."""
     timings = measure_timings(networks, size, batches, seconds)
     return {key: 1000 * timing.p50 for key, timing in timings.items()}
 
@@ -94,10 +115,16 @@ def time_networks(
 def measure_timings(
     networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> dict[tuple[str, int], predict.Timing]:
-    """Times the ONNX files of networks alternately on the CPU; for the arguments see `onnx_calls`.
+    """Times networks as ONNX files alternately on the CPU.
+
+    Args:
+        networks: The networks by name.
+        size: The shape (C, H, W) of an image.
+        batches: The numbers of images in a call.
+        seconds: The time for each measurement.
 
     Returns:
-        The seconds of a call by (name, batch), with the faster number of threads.
+        The seconds of a call by (name, number of images), with the number of threads that was faster.
     """
     models = {name: to_onnx(export_program(cheap_form(network), size)) for name, network in networks.items()}
     timings = predict.time_alternately(onnx_calls(models, size, batches), seconds)
