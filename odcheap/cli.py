@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from odcheap.utils.signals import exit_on_signals
+from odcheap.utils.threads import shorten_waiting
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(HELP, end="")
         return 0
+    shorten_waiting()
     if name == "train":
         return train(rest)
     if name not in COMMANDS:

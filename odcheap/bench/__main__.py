@@ -1,7 +1,9 @@
 """Runs `python -m odcheap.bench`."""
 
 from odcheap.utils.signals import exit_on_signals
+from odcheap.utils.threads import shorten_waiting
 
+shorten_waiting()
 with exit_on_signals():
     from odcheap.bench.command import main
 

@@ -50,6 +50,7 @@ from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import write_csv, write_json, write_text
 from odcheap.utils.seeds import temporary_seed
+from odcheap.utils.threads import describe_load
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # the device is in the first line of odcheap
 
@@ -396,6 +397,8 @@ class Experiment:
         limited = "" if data.limit is None else f" (data.limit={data.limit})"
         device = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
         say(f"{data.name}: {counts} images{limited}; {cfg.num_stu} students; {device}; {self.start.job_dir}")
+        if trainer.strategy.root_device.type == "cpu" and (line := describe_load(torch.get_num_threads())):
+            say(line)
         if self.start.checkpoint:
             say(f"continuing from {self.start.checkpoint}")
         if cfg.select == "test":
