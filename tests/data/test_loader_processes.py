@@ -41,12 +41,13 @@ def expect_line(images):
     assert "\n" not in line
 
 
-def test_a_batch_that_cannot_be_handed_over_ends_the_run():
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(soon):
     """PyTorch reports a full /dev/shm in the same place as an object that cannot be pickled."""
     expect_line(Fixed(broken=[(lambda: "cannot be pickled", "")]))
 
 
 def test_a_loader_that_delivers_nothing_ends_the_run(monkeypatch):
+    assert 60 <= image_folder.BATCH_TIMEOUT <= 600  # seconds; 0 would be no limit
     monkeypatch.setattr(image_folder, "BATCH_TIMEOUT", 1)
     expect_line(Fixed(seconds=4))
 
