@@ -26,10 +26,14 @@ class Fixed(Dataset):
         return Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor(0), self.broken)
 
 
-def load(images):
+def iterate(images):
     norm = Normalization((0.0,) * 3, (1.0,) * 3)
     stream = Stream(images, norm, torch.device("cpu"), 1, BrokenImages(10))
-    return list(stream.batches([[0, 1], [2, 3]]))
+    return stream.batches([[0, 1], [2, 3]])
+
+
+def load(images):
+    return list(iterate(images))
 
 
 def expect_line(images):
@@ -54,12 +58,14 @@ def test_a_loader_that_delivers_nothing_ends_the_run(monkeypatch):
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_loader_processes_end_with_the_run_for_each_start_method(method):
+    """The run ends within an epoch, as after an error: multiprocessing then ends its processes by a signal."""
     script = f"""
 import multiprocessing
-from tests.data.test_loader_processes import Fixed, load
+from tests.data.test_loader_processes import Fixed, iterate
 if __name__ == "__main__":
     multiprocessing.set_start_method("{method}", force=True)
-    print(len(load(Fixed())))
+    batches = iterate(Fixed())
+    print(len(next(batches).target))
 """
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100
