@@ -226,6 +226,7 @@ def test_what_a_killed_export_has_left_is_removed_by_the_next_and_nothing_else_i
         (tmp_path / folder / file).write_text("?")
     (tmp_path / ".export.a1b2c3d7.part").symlink_to(mine)
     with command.replace_folder(out) as running:
+        assert not (tmp_path / ".export.a1b2c3d4.part").exists()
         (running / "student.onnx").write_text("new")
         command.remove_partial_exports(out)  # as another process does that begins meanwhile
         assert (running / "student.onnx").exists()
@@ -369,29 +370,27 @@ def test_the_hub_loads_a_student_from_a_clone(run, tmp_path):
 def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tmp_path, capsys):
     from data.test_image_files import saved
 
+    mine = tmp_path / "zqmy files"  # a folder that the card must not name
     for k in range(24):
-        folder = tmp_path / "pictures" / ("dark", "bright")[k % 2]
+        folder = mine / "pictures" / ("dark", "bright")[k % 2]
         folder.mkdir(parents=True, exist_ok=True)
         saved(folder / f"{k}.png", size=(30 + k, 40), mode=("RGB", "L", "LA")[k % 3])
-    options = ["data=imagefolder", f"data_dir={tmp_path / 'pictures'}", "data.image_size=32", "data.val_size=4"]
+    options = ["data=imagefolder", f"data_dir={mine / 'pictures'}", "data.image_size=32", "data.val_size=4"]
     options += ["data.load.test_size=6", "data.workers=0", "num_stu=1", "method=alone", "backbone=resnet20"]
     options += ["backbone.depth=8", "trainer=cpu", "trainer.max_epochs=1", "logger=csv", "data.batch_size=8"]
     result = command(*options, f"job_dir={tmp_path / 'run'}")
     assert result.status == 0, result.err
     capsys.readouterr()
-    shutil.move(tmp_path / "pictures", tmp_path / "moved")
+    shutil.move(mine / "pictures", mine / "moved")
     assert export_command.main([str(tmp_path / "run"), *QUICK]) == 0
     assert "warning: not verified on data" in capsys.readouterr().out
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "**not verified on data**" in card.split("```")[0]
-    assert (
-        export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 0
-    )
+    assert "zqmy" not in card
+    assert export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(mine / "moved")]) == 0
     assert "on 6 images" in capsys.readouterr().out
-    (tmp_path / "moved" / "dark" / "0.png").unlink()
-    assert (
-        export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(tmp_path / "moved")]) == 1
-    )
+    (mine / "moved" / "dark" / "0.png").unlink()
+    assert export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(mine / "moved")]) == 1
     assert "holds other images than the run was trained with" in capsys.readouterr().err
 
 
