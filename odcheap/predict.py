@@ -19,6 +19,7 @@ import json
 import os
 import re
 import stat
+import statistics
 import sys
 import time
 import warnings
@@ -88,12 +89,13 @@ class LabeledImages(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: the median, the 95th percentile, and the quartiles if they are known."""
+    """Seconds of one call: median, 95th percentile, quartiles if they are known, and the median of each round."""
 
     p50: float
     p95: float
     p25: float = float("nan")
     p75: float = float("nan")
+    rounds: tuple[float, ...] = ()
 
 
 def open_regular(path: str | Path, max_bytes: int) -> io.BufferedReader:
@@ -733,29 +735,41 @@ def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str,
         how often it was `predicted`. Intervals are at 95 %.
     """
     counts = np.asarray(counts)
-    of_class, correct = counts.sum(1), counts.diagonal()
-    images, right, largest = int(counts.sum()), int(correct.sum()), int(of_class.argmax())
-    by_class = {}
-    for k, name in enumerate(classes):
-        there = int(of_class[k])
+    figures = summarize_counts(counts.sum(1).tolist(), counts.diagonal().tolist(), classes)
+    for name, predicted in zip(classes, counts.sum(0).tolist()):
+        figures["classes"][name]["predicted"] = predicted
+    return figures
+
+
+def summarize_counts(of_class: Sequence[int], correct: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
+    """Returns what `summarize_confusion` returns, without `predicted`.
+
+    Args:
+        of_class: The number of images of each class.
+        correct: How many of them are classified correctly.
+        classes: Names of the classes.
+    """
+    images, right = sum(of_class), sum(correct)
+    largest = max(range(len(classes)), key=of_class.__getitem__)
+    by_class: dict[str, Any] = {}
+    for name, there, hits in zip(classes, of_class, correct):
         by_class[name] = {
             "images": there,
-            "correct": int(correct[k]),
-            "recall": int(correct[k]) / there if there else None,
-            "recall_interval": list(compute_interval(int(correct[k]), there)) if there else None,
-            "predicted": int(counts[:, k].sum()),
+            "correct": hits,
+            "recall": hits / there if there else None,
+            "recall_interval": list(compute_interval(hits, there)) if there else None,
         }
-    present = of_class > 0
+    recalls = [hits / there for there, hits in zip(of_class, correct) if there]
     return {
         "images": images,
         "correct": right,
         "top1": right / images,
         "top1_interval": list(compute_interval(right, images)),
-        "balanced_accuracy": float((correct[present] / of_class[present]).mean()),
+        "balanced_accuracy": statistics.mean(recalls),
         "largest_class": {
             "name": classes[largest],
-            "images": int(of_class[largest]),
-            "share": int(of_class[largest]) / images,
+            "images": of_class[largest],
+            "share": of_class[largest] / images,
         },
         "classes": by_class,
     }
@@ -784,7 +798,7 @@ def describe_accuracy(figures: dict[str, Any]) -> list[str]:
         verdict = "; the student is not better than that"
     elif low <= share:
         verdict = "; so few images do not show that the student is better"
-    lines.append(f"always to answer {largest}, the largest class, would give {percent(share)} %{verdict}")
+    lines.append(f"always answering {largest}, the largest class, would give {percent(share)} %{verdict}")
     answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]
     if len(answers) == 1:
         lines.append(f"every image was classified as {answers[0]}")
@@ -912,20 +926,33 @@ def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float)
         seconds: The time for each function, in all rounds together.
 
     Returns:
-        The median, the 95th percentile and the quartiles of one call in seconds, by name. Each round begins with an
-        untimed call.
+        The times of one call in seconds, by name. Each round begins with an untimed call.
     """
-    times: dict[Any, list[float]] = {name: [] for name in functions}
-    for completed in range(TIMING_ROUNDS):
+    rounds: dict[Any, list[list[float]]] = {name: [] for name in functions}
+    for _ in range(TIMING_ROUNDS):
         for name, function in functions.items():
             time.sleep(TIMING_PAUSE)
             function()
             end = time.perf_counter() + seconds / TIMING_ROUNDS
-            while time.perf_counter() < end or len(times[name]) <= completed:
+            times: list[float] = []
+            while time.perf_counter() < end or not times:
                 start = time.perf_counter()
                 function()
-                times[name].append(time.perf_counter() - start)
-    return {name: Timing(*np.percentile(t, (50, 95, 25, 75)).tolist()) for name, t in times.items()}
+                times.append(time.perf_counter() - start)
+            rounds[name].append(times)
+    return {name: summarize_rounds(times) for name, times in rounds.items()}
+
+
+def summarize_rounds(rounds: Sequence[Sequence[float]]) -> Timing:
+    """Returns the timing of calls whose seconds are given by round.
+
+    Example:
+        >>> timing = summarize_rounds([[1.0, 3.0, 2.0], [4.0]])
+        >>> timing.p50, timing.rounds
+        (2.5, (2.0, 4.0))
+    """
+    percentiles = np.percentile([seconds for one in rounds for seconds in one], (50, 95, 25, 75)).tolist()
+    return Timing(*percentiles, rounds=tuple(statistics.median(one) for one in rounds))
 
 
 def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
@@ -949,11 +976,11 @@ def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
             images, predictor = random_images(batch, size), create_predictor(session)
             functions[path.name, batch, threads] = partial(predictor, images)
     print(f"{len(functions)} timings of {seconds:g} s each", file=sys.stderr)
-    rows: list[tuple[str, ...]] = [("file", "images", "threads", "median ms", "95 % below")]
+    rows: list[tuple[str, ...]] = [("file", "images", "threads", "median ms", "95 % below", "rounds' medians")]
     for (name, batch, threads), timing in time_alternately(functions, seconds).items():
-        rows.append(
-            (name, str(batch), str(threads or "all"), *(f"{1000 * time:.3f}" for time in (timing.p50, timing.p95)))
-        )
+        times = (f"{1000 * time:.3f}" for time in (timing.p50, timing.p95))
+        rounds = f"{1000 * min(timing.rounds):.3f} to {1000 * max(timing.rounds):.3f}"
+        rows.append((name, str(batch), str(threads or "all"), *times, rounds))
     print_table(rows)
     return 0
 

@@ -36,7 +36,7 @@ from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.export import latency, model_card, onnx, verify
+from odcheap.export import latency, model_card, onnx, speedup, verify
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
@@ -191,15 +191,17 @@ def write_export(
     with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
         files = write_files(run, options, data, preprocess, folder)
+        load = speedup.read_load()
         timings = time_files(run, options, files, folder)
+        load = max(filter(None, (load, speedup.read_load())), default=None)
         if DENSE in files and not is_faster(timings, DENSE):
             (folder / DENSE).unlink()
             del files[DENSE]
             timings = {key: timing for key, timing in timings.items() if key.name != DENSE}
         verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch)
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
-        shape = format_input_shape(folder / "student.onnx")
-        text = model_card.write_card(run, folder, files, timings, verification, cpu, shape)
+        graph = describe_graph(folder / "student.onnx")
+        text = model_card.write_card(run, folder, files, timings, verification, cpu, graph, load)
         write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:
         say(line)
@@ -354,11 +356,19 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
 
 def is_faster(timings: latency.Timings, name: str) -> bool:
     """Whether a file is faster than `student.onnx` for one of the numbers of images."""
-    own, cheap = (model_card.compute_speedups(timings, file) for file in (name, "student.onnx"))
-    return any(own[batch] > cheap[batch] for batch in own)
+    own, cheap = (
+        speedup.compute_speedups(timings, file, STANDARD, latency.ONNX_RUNTIME) for file in (name, "student.onnx")
+    )
+    return any(own[batch].value > cheap[batch].value for batch in own)
 
 
-def format_input_shape(path: Path) -> str:
-    """Returns the shape of an ONNX file's input, such as `(n, 3, height, width)`; fixed dimensions are numbers."""
+def describe_graph(path: Path) -> str:
+    """Describes an ONNX file's input and operators: `(n, 3, height, width), any number of images; ONNX opset 18`."""
     (images,) = predict.create_session(path.read_bytes()).get_inputs()
-    return f"({', '.join(map(str, images.shape))})"
+    shape, batch = ", ".join(map(str, images.shape)), images.shape[0]
+    count = (
+        f"a static graph for exactly {model_card.count_images(batch)}"
+        if isinstance(batch, int)
+        else "any number of images"
+    )
+    return f"({shape}), {count}; ONNX opset {onnx.read_opset(path)}"

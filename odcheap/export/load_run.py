@@ -34,6 +34,7 @@ class RunStudent(NamedTuple):
         summary: The content of the run's `summary.json`; None if the run has not finished.
         test_top1: The test accuracy of the student in the summary; None if the run has not finished.
         config_dirs: Further `conf` directories, with parts of the run that odcheap does not have.
+        recall: The recall of each class in the summary; None for a student that was not selected.
     """
 
     job_dir: Path | None
@@ -45,6 +46,7 @@ class RunStudent(NamedTuple):
     summary: dict[str, Any] | None
     test_top1: float | None
     config_dirs: Sequence[Path] = ()
+    recall: dict[str, float | None] | None = None
 
     @property
     def has_settings(self) -> bool:
@@ -80,17 +82,17 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
             title = describe_student(int(selected["student"]), int(selected["epoch"]), bool(selected["averaged"]))
         else:
             tensors, settings, title = read_checkpoint_student(job_dir, number)
-        test_top1 = None
+        test_top1 = recall = None
         if summary is not None:
             figures = summary["selected"] if number is None else summary["students"][number]
-            test_top1 = float(figures["test_top1"])
+            test_top1, recall = float(figures["test_top1"]), figures.get("recall")
     except OptionError:
         raise
     except READ_ERRORS as error:
         raise OptionError(OPTION, job_dir, f"its files are not as odcheap writes them ({error!r})") from error
     network = load_network(settings, tensors, OPTION, job_dir, config_dirs).eval()
     standard = build_network(settings, OPTION, job_dir, Standard(), config_dirs).eval()
-    return RunStudent(job_dir, title, network, standard, settings, config, summary, test_top1, config_dirs)
+    return RunStudent(job_dir, title, network, standard, settings, config, summary, test_top1, config_dirs, recall)
 
 
 def read_config(job_dir: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model card of an export, its README.md: accuracy, speed, checks, origin, and checksums of the files.
+"""The model card of an export, its README.md: accuracy, limits, speed, checks, origin, and checksums of the files.
 
 Others read the card, so it names no folder of the machine, and text of other people is no markup in it.
 """
@@ -14,8 +14,11 @@ import onnxruntime
 import pandas as pd
 from torch import nn
 
+from odcheap.export import card_accuracy
+from odcheap.export.card_accuracy import to_markdown
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings, fastest
 from odcheap.export.load_run import RunStudent
+from odcheap.export.speedup import Speedup, compute_speedups, describe_disturbance, find_opposites, format_speedup
 from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
 from odcheap.predict import Timing
@@ -39,18 +42,32 @@ logits = student(images)
 ```"""
 CARD = """# {network}
 
-{speed}
-
 {accuracy}
+
+{speed}
 
 ```
 python predict.py IMAGE_OR_FOLDER...   # needs onnxruntime, numpy, pillow
+python predict.py --evaluate FOLDER    # accuracy on your own images, in FOLDER/<class>/
 ```
 
-The input is RGB in [0, 1], {shape}; the normalization is part of the graph. `preprocess.json` says how an image file
-becomes this input, and `labels.json` names the classes.
+The input of `student.onnx` is RGB in [0, 1], {graph}; the
+normalization is part of the graph. `preprocess.json` says how an image file becomes this input, and `labels.json` names
+the classes.
 
 {python}
+
+## Accuracy by class
+
+{classes}
+
+## Training data
+
+{training}
+
+## Limits of use
+
+{limits}
 
 ## Size and speed
 
@@ -90,7 +107,8 @@ def write_card(
     timings: Timings,
     verification: Verification,
     cpu: str,
-    shape: str,
+    graph: str,
+    load: float | None = None,
 ) -> str:
     """Returns the model card in Markdown.
 
@@ -101,11 +119,15 @@ def write_card(
         timings: Times of the files, of the student and of the standard network.
         verification: What the checks have shown.
         cpu: Name of the CPU of the timings.
-        shape: Shape of the ONNX file's input.
+        graph: The ONNX file's input and operators.
+        load: The load of the machine while the times were taken; None if it is not known.
     """
     sections = {
-        "speed": describe_speed(run, timings),
-        "accuracy": describe_accuracy(run, verification),
+        "accuracy": card_accuracy.describe_accuracy(run, verification),
+        "speed": describe_speed(run, timings, load),
+        "classes": card_accuracy.tabulate_classes(run, verification),
+        "training": card_accuracy.describe_training_data(run),
+        "limits": card_accuracy.describe_limits(run, verification),
         "sizes": size_table(run, folder, files, timings),
         "checks": describe_checks(verification),
         "origin": describe_origin(run),
@@ -118,7 +140,7 @@ def write_card(
     return CARD.format(
         python=python,
         network=format_code(name_network(run)),
-        shape=shape,
+        graph=graph,
         cpu=escape_markdown(cpu),
         timings=table,
         **text,
@@ -138,26 +160,32 @@ def name_network(run: RunStudent) -> str:
     return ", ".join([*parts, *options])
 
 
-def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
-    """Compares the student with the standard network in ONNX Runtime; a slower student is stated in bold."""
+def describe_speed(run: RunStudent, timings: Timings, load: float | None = None) -> list[str]:
+    """Compares the student with the standard network in ONNX Runtime; a slower student is stated in bold.
+
+    If PyTorch says the opposite, that is stated too. The same line says if the machine was busy.
+    """
     if str(run.network) == str(run.standard):
         return ["This is the standard network itself."]
-    speedups = compute_speedups(timings, "student.onnx")
-    if min(speedups.values()) >= 1:
-        return [f"Compared with the standard network of the same architecture its speed is {format_speed(speedups)}."]
-    lines = [f"**Not faster than the standard network here**: its speed is {format_speed(speedups)}."]
+    own = compute_speedups(timings, "student.onnx", STANDARD, ONNX_RUNTIME)
+    opening = "Compared with the standard network of the same architecture,"
+    if min(speedup.value for speedup in own.values()) < 1:
+        opening = "**Not faster than the standard network here**:"
+    shown, compared = list(own.values()), f"the student {format_speedups(own)}"
+    text = f"{opening} in ONNX Runtime on this CPU {compared}"
+    for runtime in sorted({key.runtime for key in timings} - {ONNX_RUNTIME}):
+        opposite = find_opposites(own, compute_speedups(timings, STUDENT, STANDARD, runtime))
+        if opposite:
+            shown += opposite.values()
+            place = runtime if "GPU" in runtime else f"{runtime} on this CPU"
+            text += f". **In {place} it is the opposite**: it {format_speedups(opposite)}"
+    rounds = max(len(timing.rounds) for timing in timings.values())
+    text += f" (ranges: smallest and largest of {rounds} rounds)" if rounds > 1 else ""
+    lines = [f"{text}{describe_disturbance(shown, load)}."]
     if any(key.name == DENSE for key in timings):
-        dense = format_speed(compute_speedups(timings, DENSE))
-        lines.append(f"As {format_code(DENSE)}, which computes the same, it is {dense}.")
+        dense = format_speedups(compute_speedups(timings, DENSE, STANDARD, ONNX_RUNTIME))
+        lines.append(f"{format_code(DENSE)}, which computes the same, {dense}.")
     return lines
-
-
-def compute_speedups(timings: Timings, name: str) -> dict[int, float]:
-    """Returns the standard network's time divided by this file's time, by number of images."""
-    return {
-        batch: fastest(timings, STANDARD, ONNX_RUNTIME, batch).p50 / fastest(timings, name, ONNX_RUNTIME, batch).p50
-        for batch in sizes(timings)
-    }
 
 
 def sizes(timings: Timings) -> list[int]:
@@ -165,32 +193,12 @@ def sizes(timings: Timings) -> list[int]:
     return sorted({key.batch for key in timings})
 
 
-def format_speed(speedups: Mapping[int, float]) -> str:
-    text = ", ".join(f"{ratio:.2f} times with {count_images(batch)}" for batch, ratio in speedups.items())
-    return f"{text} (ONNX Runtime on this CPU)"
+def format_speedups(speedups: Mapping[int, Speedup]) -> str:
+    return " and ".join(f"{format_speedup(speedup)} with {count_images(batch)}" for batch, speedup in speedups.items())
 
 
 def count_images(batch: int) -> str:
     return "one image" if batch == 1 else f"{batch} images"
-
-
-def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
-    """States the test accuracy and where it was measured."""
-    lines, top1 = [], verification.top1.get("student.onnx")
-    by_summary = f"{format_accuracy(run.test_top1)} % by the run's summary"
-    if verification.on_data:
-        precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
-        own = f"; {by_summary}, in {precision}" if run.test_top1 is not None else ""
-        lines.append(f"Test accuracy {format_accuracy(top1)} % on {verification.images:,} images{own}.")
-    elif run.test_top1 is not None:
-        lines.append(f"Test accuracy {by_summary}; **not verified on data** here.")
-    else:
-        cause = ", and its run has not finished" if run.job_dir is not None else ""
-        lines.append(f"**Not verified on data**{cause}: no test accuracy is known.")
-    if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
-        change = format_accuracy(int8 - top1, "+")
-        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: a change of {change} percentage points.")
-    return lines
 
 
 def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], timings: Timings) -> list[str]:
@@ -220,19 +228,29 @@ def format_timing(timing: Timing) -> str:
     return f"{1000 * timing.p50:.3g} ({1000 * timing.p95:.3g})"
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
-
-
 def describe_checks(verification: Verification) -> list[str]:
     """States on what each file was checked, and the differences."""
     what = "test images, from their files" if verification.on_data else "images of noise"
     lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
     lines += [f"- {format_code(name)}: {difference:.1e}" for name, difference in verification.differences.items()]
+    lines += describe_int8(verification)
     if not verification.on_data:
         lines += ["", f"**Not verified on data**: {format_code(verification.reason)}."]
     return lines
+
+
+def describe_int8(verification: Verification) -> list[str]:
+    """States what 8-bit integers lose; their logits differ by design, so they have no largest difference."""
+    int8, top1 = verification.top1.get(INT8), verification.top1.get("student.onnx")
+    if int8 is None or top1 is None:
+        return []
+    line = f"- {format_code(INT8)}: accuracy {format_accuracy(int8)} %, "
+    line += f"{format_accuracy(int8 - top1, '+')} percentage points against `student.onnx`"
+    same = verification.agreement
+    return [
+        line if same is None else f"{line}; the same class as the trained network for {format_accuracy(same)} % of them"
+    ]
 
 
 def describe_origin(run: RunStudent) -> list[str]:

@@ -237,6 +237,12 @@ def set_opset(model: onnx.ModelProto, opset: int) -> None:
         raise OptionError("--opset", opset, reason) from error
 
 
+def read_opset(path: Path) -> int:
+    """Returns the version of ONNX's operators in a file."""
+    model = onnx.load(path)
+    return next(entry.version for entry in model.opset_import if entry.domain == "")
+
+
 class BatchReader(CalibrationDataReader):
     """Passes batches of images (n, C, H, W) to the calibration of ONNX Runtime, one after the other."""
 

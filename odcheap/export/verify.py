@@ -92,6 +92,9 @@ class Verification(NamedTuple):
         differences: For each file, the largest difference between one of its logits and the trained network's.
         top1: For each file, its top-1 accuracy; None if there are no labels.
         reason: Why there were no test images; empty if there were.
+        confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones; None without labels.
+        agreement: Share of the images for which 8-bit integers predict the class that the trained network predicts;
+            None without them.
     """
 
     images: int
@@ -99,6 +102,8 @@ class Verification(NamedTuple):
     differences: dict[str, float]
     top1: dict[str, float | None]
     reason: str
+    confusion: np.ndarray | None = None
+    agreement: float | None = None
 
 
 def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
@@ -223,7 +228,7 @@ def verify_files(
         Failure: A file does not compute the same as the network.
     """
     # The accuracy of the trained network itself is compared with that of its run first.
-    differences, top1 = {}, {}
+    differences, top1, confusion, agreement = {}, {}, None, None
     with tempfile.TemporaryDirectory() as images:
         if data is None:
             reference = compute_noise_reference(run.settings, run.network, Path(images))
@@ -236,7 +241,13 @@ def verify_files(
             top1[path.name] = reference.top1(logits)
             if path.name != INT8:
                 differences[path.name] = check_logits(path.name, logits, reference)
-    return Verification(len(reference.files), data is not None, differences, top1, reason)
+            else:
+                agreement = float((logits.argmax(1) == reference.logits.argmax(1)).mean())
+            if path.name == "student.onnx" and reference.labels is not None:
+                confusion = predict.count_confusion(
+                    reference.labels.tolist(), logits.argmax(1).tolist(), logits.shape[1]
+                )
+    return Verification(len(reference.files), data is not None, differences, top1, reason, confusion, agreement)
 
 
 def check_accuracy(run: RunStudent, reference: Reference) -> None:

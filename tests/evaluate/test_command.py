@@ -95,7 +95,7 @@ def test_all_images_of_a_folder_are_evaluated_by_the_selected_student(run, tmp_p
         [expected[k, k] / expected[k].sum() for k in range(3)]
     )
     assert f"{right} of 23 images" in out
-    assert "always to answer dog, the largest class, would give 47.83 %" in out
+    assert "always answering dog, the largest class, would give 47.83 %" in out
     with Image.open(run / "evaluation" / "other" / "confusion.png") as picture:
         assert picture.width > 500
 

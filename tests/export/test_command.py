@@ -19,6 +19,7 @@ import torch
 from conftest import TINY
 from export.test_load_run import SETTINGS, write_run
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
 from odcheap import predict
@@ -83,8 +84,9 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
     expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
-    percent = f"{100 * expected:.2f} %"
-    assert f"Test accuracy {percent} on 360 images; {percent} by the run's summary, in 32-true." in out
+    low, high = (100 * limit for limit in binomtest(round(360 * expected), 360).proportion_ci(method="wilson"))
+    line = f"Test accuracy {100 * expected:.2f} % (95 % interval {low:.2f} to {high:.2f}) on 360 images; "
+    assert f"{line}{100 * expected:.2f} % by the run's summary, in 32-true." in out
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
@@ -114,7 +116,10 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [4, 3, 8, 8]
     expected = json.loads((job_dir / "summary.json").read_text())["students"][other]["test_top1"]
     out = capsys.readouterr().out
-    assert f"Test accuracy {100 * expected:.2f} % on 360 images; {100 * expected:.2f} % by" in out
+    assert re.search(rf"Test accuracy {100 * expected:.2f} % \(.*\) on 360 images; {100 * expected:.2f} % by", out)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "(4, 3, 8, 8), a static graph for exactly 4 images; ONNX opset 13;" in card
+    assert re.search(r"- `student-int8.onnx`: accuracy [\d.]+ %, [+-][\d.]+ percentage points", card)
     assert accuracy(
         predict.create_predictor(predict.create_session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
     ) == pytest.approx(expected, abs=0.05)

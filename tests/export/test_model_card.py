@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from export.test_load_run import SETTINGS, write_run
 from markdown_it import MarkdownIt
@@ -20,14 +21,19 @@ from odcheap.predict import Timing
 def found(student, standard, dense=None):
     """Milliseconds of one picture and of 64."""
     times = {"student.onnx": student, STANDARD: standard} | ({DENSE: dense} if dense else {})
+    spread = (0.98, 1.0, 1.01)  # of the rounds
     made = {
-        Key(name, ONNX_RUNTIME, batch, threads): Timing(ms * (1 + threads) / 1e3, ms / 500)
+        Key(name, ONNX_RUNTIME, batch, threads): Timing(
+            ms * (1 + threads) / 1e3, ms / 500, rounds=tuple(ms * (1 + threads) / 1e3 / part for part in spread)
+        )
         for name, pair in times.items()
         for batch, ms in zip((1, 64), pair, strict=True)
         for threads in (0, 1)
     }
     return made | {
-        Key(name, PYTORCH, batch, 1): Timing(0.001, 0.002) for name in ("the student", STANDARD) for batch in (1, 64)
+        Key(name, PYTORCH, batch, 1): Timing(0.001, 0.002, rounds=(0.001,) * 3)
+        for name in ("the student", STANDARD)
+        for batch in (1, 64)
     }
 
 
@@ -37,7 +43,50 @@ def pair(conv):
 
 def test_a_faster_student_says_how_much():
     (line,) = model_card.describe_speed(pair(DW()), found((1, 20), (3, 50)))
-    assert "its speed is 3.00 times with one image, 2.50 times with 64 images" in line
+    assert (
+        "in ONNX Runtime on this CPU the student is 3.00 (3.00 to 3.00) times as fast with one image and is 2.50"
+        in line
+    )
+    assert "ranges: smallest and largest of 3 rounds" in line
+    assert "uncertain" not in line
+    assert "PyTorch" not in line
+
+
+def slow_down(timings, name, factors, runtime=ONNX_RUNTIME):
+    """The timings in which one network took longer in each round by these factors."""
+    return {
+        key: t._replace(rounds=tuple(a * b for a, b in zip(t.rounds, factors, strict=True)))
+        if (key.name, key.runtime) == (name, runtime)
+        else t
+        for key, t in timings.items()
+    }
+
+
+def test_rounds_that_disagree_and_a_busy_machine_are_said_in_the_same_line(monkeypatch):
+    timings = slow_down(found((1, 20), (3, 50)), STANDARD, (1, 2.4, 6.9))
+    (line,) = model_card.describe_speed(pair(DW()), timings)
+    assert "7 (3 to 21) times as fast with one image" in line
+    assert "**uncertain**: the rounds disagree." in line
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    (line,) = model_card.describe_speed(pair(DW()), found((1, 20), (3, 50)), load=2.6)
+    assert "**uncertain**: the machine was busy, with a load of 2.6 on 2 cores." in line
+    (line,) = model_card.describe_speed(pair(DW()), found((1, 20), (3, 50)), load=1.9)
+    assert "uncertain" not in line
+
+
+def test_where_pytorch_says_the_opposite_the_headline_says_both():
+    timings = slow_down(found((1, 20), (3, 50)), "the student", (3.8, 3.7, 4.0), PYTORCH)
+    (line,) = model_card.describe_speed(pair(DW()), timings)
+    assert "3.00 (3.00 to 3.00) times as fast with one image" in line
+    assert (
+        "**In PyTorch on this CPU it is the opposite**: it takes 3.8 (3.7 to 4.0) times as long with one image" in line
+    )
+    faster = slow_down(found((4, 60), (3, 50)), STANDARD, (2, 2, 2), PYTORCH)
+    (line,) = model_card.describe_speed(pair(DW()), faster)
+    assert line.startswith("**Not faster than the standard network here**")
+    assert (
+        "**In PyTorch on this CPU it is the opposite**: it is 2.00 (2.00 to 2.00) times as fast with one image" in line
+    )
 
 
 @pytest.mark.parametrize("slow", [(4, 20), (1, 60)])
@@ -45,7 +94,9 @@ def test_a_slower_one_says_so_first_and_names_what_is_faster(slow):
     first, second = model_card.describe_speed(pair(DW()), found(slow, (3, 50), dense=(2, 40)))
     assert first.startswith("**Not faster than the standard network here**")
     assert "student-dense.onnx" in second
-    assert "1.50 times with one image, 1.25 times with 64" in second
+    assert (
+        "is 1.50 (1.50 to 1.50) times as fast with one image and is 1.25 (1.25 to 1.25) times as fast with 64" in second
+    )
 
 
 def test_the_standard_network_is_not_held_against_itself():
@@ -125,7 +176,8 @@ def test_nothing_that_others_have_written_is_markup_in_the_card(tmp_path, monkey
         outside = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
         assert ADDRESS.findall(outside) == []
         rows = [line for line in text.split("\n") if line.startswith("|")]
-        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 2  # of two tables
+        # Cells are as many in each row of a table: of classes, of files and of timings.
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 3
         assert len(re.findall("^# ", text, re.MULTILINE)) == 1
 
 
@@ -143,3 +195,97 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
     assert "`data_dir=flowers: no such folder`" in text
     assert "data: `x load=data_dir=flowers`" in text
     assert "method: `kd teacher_weights=teacher.pt`" in text
+
+
+CONFUSION = np.array([[0, 0, 7], [0, 0, 5], [0, 0, 7]])  # a student that calls everything a bird
+
+
+def section(text, title):
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_a_student_that_says_one_class_to_everything_is_known_from_the_first_lines(tmp_path):
+    seen = Verification(19, True, {}, {"student.onnx": 7 / 19}, "", CONFUSION)
+    text = write_card(tmp_path, seen)
+    opening = text.split("```")[0]
+    assert "Test accuracy 36.84 % (95 % interval 19.15 to 58.96) on 19 images" in opening
+    assert (
+        "Always answering `cat`, the largest class of the test images, would give 36.84 %: **the student is not"
+        in opening
+    )
+    assert "**Every test image was classified as `bird`.**" in opening
+    assert "**No test image of 2 of the 3 classes is recognized**: `cat`, `dog`." in opening
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section(text, "Accuracy by class").splitlines()
+    ]
+    assert ["`cat`", "7", "0.00", "0.00 to 35.43", "0", "`bird` (7)"] in rows
+    assert ["`bird`", "7", "100.00", "64.57 to 100.00", "19", ""] in rows
+
+
+def test_a_better_student_is_called_so_only_if_the_images_show_it(tmp_path):
+    counts = np.array([[5, 1, 0], [1, 3, 0], [0, 0, 2]])
+    seen = Verification(12, True, {}, {"student.onnx": 10 / 12}, "", counts)
+    assert "is 83.06 %." not in write_card(tmp_path, seen)  # the interval begins at 55 %, above 50 %
+    assert "the balanced accuracy (mean recall of the classes) is 86.11 %." in write_card(tmp_path, seen)
+    few = Verification(4, True, {}, {"student.onnx": 0.75}, "", np.array([[2, 0, 0], [0, 1, 0], [1, 0, 0]]))
+    assert "so few test images do not show that the student is better" in write_card(tmp_path, few)
+
+
+def test_without_data_the_card_has_the_recalls_of_the_summary(tmp_path):
+    run = load_run_student(write_run(tmp_path / "run"))
+    parts = {"cat": (8, 2, 4), "dog": (8, 2, 4), "bird": (4, 1, 2)}
+    run.summary["classes"] = {n: dict(zip(("train", "val", "test"), p, strict=True)) for n, p in parts.items()}
+    run.summary["images"] = {"train": 20, "val": 5, "test": 10}
+    run.summary["selected"]["selected_on"] = "test"
+    run.summary["unreadable"] = ["/home/zqme/x.png"]
+    run = run._replace(recall={"cat": 1.0, "dog": 0.25, "bird": 0.0})
+    text = model_card.write_card(
+        run, tmp_path / "run", {}, found((1, 20), (3, 50)), Verification(64, False, {}, {}, "no"), "a machine", "(n)"
+    )
+    assert "Test accuracy 50.00 % by the run's summary (95 % interval 23.66 to 76.34); **not verified" in text
+    assert "**No test image of 1 of the 3 classes is recognized**: `bird`." in text
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section(text, "Accuracy by class").splitlines()
+    ]
+    assert ["`dog`", "8", "2", "4", "25.00", "4.56 to 69.94"] in rows
+    training = section(text, "Training data")
+    assert "20 images for the training, 5 held out, 10 test images" in training
+    assert "selected **on the test images**" in training
+    assert "1 images could not be read" in training
+    assert "zq" not in text
+
+
+def test_limits_of_use_follow_from_how_the_student_was_made(tmp_path):
+    limits = section(
+        write_card(tmp_path, Verification(19, True, {}, {"student.onnx": 7 / 19}, "", CONFUSION)), "Limits of use"
+    )
+    assert "one of its 3 classes for every image, also for an image of something else" in limits
+    assert "sees 16 x 16 pixels from the middle of an image that is reduced to 18 pixels" in limits
+    assert "fewer than 30 test images, so their recall is known roughly only: `cat`, `dog`, `bird`" in limits
+    many = np.diag([100, 100, 100])
+    limits = section(
+        write_card(tmp_path, Verification(300, True, {}, {"student.onnx": 1.0}, "", many)), "Limits of use"
+    )
+    assert "fewer than" not in limits
+
+
+def test_eight_bits_are_among_the_checks_with_their_loss(tmp_path):
+    top1 = {"student.onnx": 0.5, "student-int8.onnx": 0.47}
+    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, 0.9125)
+    checks = section(write_card(tmp_path, seen), "Checks")
+    assert "- `student-int8.onnx`: accuracy 47.00 %, -3.00 percentage points against `student.onnx`" in checks
+    assert "the same class as the trained network for 91.25 % of them" in checks
+
+
+def test_of_very_many_classes_those_with_the_lowest_recall_are_shown(tmp_path):
+    names = [f"class {k}" for k in range(200)]
+    network = CifarResNet(8, DW(), 200)
+    run = load_run_student(write_run(tmp_path / "run", network, SETTINGS | {"classes": names}))
+    counts = 10 * np.eye(200, dtype=int)
+    counts[150, 150:152] = 0, 10
+    seen = Verification(2000, True, {}, {"student.onnx": 0.995}, "", counts)
+    text = model_card.write_card(run, tmp_path / "run", {}, found((1, 20), (3, 50)), seen, "a machine", "(n)")
+    rows = [line for line in section(text, "Accuracy by class").splitlines() if line.startswith("| `")]
+    assert len(rows) == 50
+    assert rows[0].startswith("| `class 150` ")
+    assert "These are the 50 of 200 classes with the lowest recall" in text

@@ -1,0 +1,184 @@
+"""What a model card says about accuracy: of the student, of its classes, of guessing; the training data; the limits."""
+
+from typing import Any
+
+import pandas as pd
+
+from odcheap import predict
+from odcheap.export.load_run import RunStudent
+from odcheap.export.verify import INT8, Verification
+from odcheap.utils.text import MISSING, escape_markdown, format_accuracy, format_code, format_count
+
+MAX_ROWS = 50  # classes in a table; of more classes, those with the lowest recall are shown
+MAX_NAMES = 10  # of classes in a sentence
+FEW_IMAGES = 30  # of a class, for which its recall is known roughly only
+SELECTED_ON = {
+    "val": "on held-out images",
+    "last": "by no images: it is student 0 after the last epoch",
+    "test": "**on the test images**, so that the test accuracy is too high an estimate",
+}
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
+
+
+def compute_figures(run: RunStudent, verification: Verification) -> dict[str, Any] | None:
+    """Returns the student's figures on the test images, see `predict.summarize_confusion`.
+
+    They are those of the checks, and without test images those in the run's summary, which do not say how often a class
+    was `predicted`. None if neither has them.
+    """
+    classes = run.settings["classes"]
+    if verification.confusion is not None:
+        return predict.summarize_confusion(verification.confusion, classes)
+    by_class = (run.summary or {}).get("classes") or {}
+    of_class = [(by_class.get(name) or {}).get("test") or 0 for name in classes]
+    recalls = [(run.recall or {}).get(name) for name in classes]
+    if verification.on_data or not sum(of_class) or all(recall is None for recall in recalls):
+        return None
+    right = [round((recall or 0) * count) for recall, count in zip(recalls, of_class, strict=True)]
+    figures = predict.summarize_counts(of_class, right, classes)
+    for entry in figures["classes"].values():
+        entry["predicted"] = None
+    return figures
+
+
+def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
+    """States the test accuracy, where it was measured, its interval, and what guessing would give."""
+    figures = compute_figures(run, verification)
+    lines, top1 = [], verification.top1.get("student.onnx")
+    by_summary, interval = f"{format_accuracy(run.test_top1)} % by the run's summary", format_interval(figures)
+    if verification.on_data:
+        precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
+        own = f"; {by_summary}, in {precision}" if run.test_top1 is not None else ""
+        lines.append(f"Test accuracy {format_accuracy(top1)} %{interval} on {verification.images:,} images{own}.")
+    elif run.test_top1 is not None:
+        lines.append(f"Test accuracy {by_summary}{interval}; **not verified on data** here.")
+    else:
+        cause = ", and its run has not finished" if run.job_dir is not None else ""
+        lines.append(f"**Not verified on data**{cause}: no test accuracy is known.")
+    if figures is not None:
+        lines.append(describe_guessing(figures))
+        lines += describe_failing_classes(figures)
+    if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
+        change = format_accuracy(int8 - top1, "+")
+        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: a change of {change} percentage points.")
+    return lines
+
+
+def format_interval(figures: dict[str, Any] | None) -> str:
+    """Returns the 95 % interval of the accuracy in parentheses; empty without figures."""
+    return (
+        "" if figures is None else " (95 % interval {} to {})".format(*map(format_accuracy, figures["top1_interval"]))
+    )
+
+
+def describe_guessing(figures: dict[str, Any]) -> str:
+    """Compares the accuracy with that of always answering the largest class."""
+    largest, low = figures["largest_class"], figures["top1_interval"][0]
+    line = f"Always answering {format_code(largest['name'])}, the largest class of the test images, would give "
+    line += f"{format_accuracy(largest['share'])} %"
+    if figures["top1"] <= largest["share"]:
+        return f"{line}: **the student is not better than that**."
+    if low <= largest["share"]:
+        return f"{line}: **so few test images do not show that the student is better**."
+    balanced = format_accuracy(figures["balanced_accuracy"])
+    return f"{line}; the balanced accuracy (mean recall of the classes) is {balanced} %."
+
+
+def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
+    """States if all images get one answer, and which classes are never recognized."""
+    tested = {name: entry for name, entry in figures["classes"].items() if entry["images"]}
+    answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]
+    never = [name for name, entry in tested.items() if not entry["correct"]]
+    untested = [name for name in figures["classes"] if name not in tested]
+    lines = [f"**Every test image was classified as {format_code(answers[0])}.**"] if len(answers) == 1 else []
+    if never:
+        lines.append(
+            f"**No test image of {len(never)} of the {len(tested)} classes is recognized**: {list_classes(never)}."
+        )
+    if untested:
+        lines.append(f"Classes without test images: {list_classes(untested)}.")
+    return lines
+
+
+def list_classes(names: list[str]) -> str:
+    """Returns the first names of classes as code."""
+    return ", ".join([format_code(name) for name in names[:MAX_NAMES]] + ["..."] * (len(names) > MAX_NAMES))
+
+
+def tabulate_classes(run: RunStudent, verification: Verification) -> list[str]:
+    """Returns a table of the classes: their numbers of images, recall, and what they are taken for."""
+    figures, by_class = compute_figures(run, verification), (run.summary or {}).get("classes") or {}
+    confusion, names, rows = verification.confusion, run.settings["classes"], []
+    order, lines = list(range(len(names))), []
+    if len(names) > MAX_ROWS:
+        which = "that come first"
+        if figures is not None:
+            which, recalls = "with the lowest recall", [figures["classes"][name]["recall"] for name in names]
+            order.sort(key=lambda k: 2.0 if recalls[k] is None else recalls[k])
+        order = order[:MAX_ROWS]
+        lines = [f"These are the {MAX_ROWS} of {len(names):,} classes {which}; `labels.json` has all names.", ""]
+    for k in order:
+        name = names[k]
+        counts = by_class.get(name) or {}
+        row: dict[str, str] = {"class": format_code(name)}
+        if by_class:
+            row |= {"training images": format_count(counts.get("train")), "held out": format_count(counts.get("val"))}
+        if figures is not None:
+            entry = figures["classes"][name]
+            row |= {"test images": format_count(entry["images"]), "recall, %": format_accuracy(entry["recall"])}
+            limits = entry["recall_interval"]
+            row["95 % interval"] = " to ".join(map(format_accuracy, limits)) if limits else MISSING
+        if figures is not None and confusion is not None:
+            wrong = [0 if other == k else int(count) for other, count in enumerate(confusion[k])]
+            row["times predicted"] = format_count(figures["classes"][name]["predicted"])
+            most = max(range(len(names)), key=wrong.__getitem__)
+            row["most often taken for"] = f"{format_code(names[most])} ({wrong[most]:,})" if wrong[most] else ""
+        rows.append(row)
+    return [*lines, to_markdown(pd.DataFrame(rows))]
+
+
+def describe_training_data(run: RunStudent) -> list[str]:
+    """States on which images the student was trained and selected."""
+    summary = run.summary or {}
+    images = summary.get("images") or {}
+    if run.job_dir is None:
+        return ["The export was made in Python, and does not know on which images the network was trained."]
+    if not images:
+        return ["The run has not finished, or it is of an earlier version: the numbers of its images are not known."]
+    counts = [f"{images[part]:,} {words}" for part, words in PARTS.items() if part in images]
+    lines = [f"- Data set {format_code(summary.get('data'))}: {', '.join(counts)}."]
+    chosen = (summary.get("selected") or {}).get("selected_on")
+    if chosen in SELECTED_ON:
+        lines.append(f"- Student and epoch were selected {SELECTED_ON[chosen]}.")
+    if unreadable := summary.get("unreadable"):
+        lines.append(f"- {len(unreadable):,} images could not be read and were left out.")
+    lines.append(f"- The hash of the images and of which are held out is {format_code(run.settings['split'])}.")
+    return lines
+
+
+PARTS = {"train": "images for the training", "val": "held out", "test": "test images"}
+
+
+def describe_limits(run: RunStudent, verification: Verification) -> list[str]:
+    """States for what the student is not suited, as far as that follows from how it was made."""
+    classes, figures = run.settings["classes"], compute_figures(run, verification)
+    size, shorter = run.settings["image_size"][1:], run.settings["shorter_side"]
+    lines = [
+        f"- It answers one of its {len(classes):,} classes for every image, also for an image of something else.",
+        "- Its accuracy holds for images like the test images. Measure it on yours: "
+        "`python predict.py --evaluate FOLDER`, with the images of each class in FOLDER/&lt;class&gt;/.",
+        "- The probabilities that `predict.py` prints are the softmax of the outputs; nobody has checked whether a "
+        "probability of 0.9 is right in nine of ten cases.",
+        f"- It sees {size[0]} x {size[1]} pixels from the middle of an image that is reduced to {shorter} pixels on "
+        "its shorter side: what is lost by that does not count.",
+    ]
+    few = [name for name, entry in (figures or {"classes": {}})["classes"].items() if entry["images"] < FEW_IMAGES]
+    if few:
+        known = (
+            f"- Of these classes there are fewer than {FEW_IMAGES} test images, so their recall is known roughly only"
+        )
+        lines.append(f"{known}: {list_classes(few)}.")
+    return [*lines, "- The card does not know the license of the training images, nor whom they show."]

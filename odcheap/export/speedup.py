@@ -1,0 +1,119 @@
+"""How many times as fast a student is as the standard network: the ratio, and what is known of it."""
+
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from odcheap.export.latency import Timings, fastest
+from odcheap.predict import Timing
+
+MAX_SPREAD = 1.25  # largest ratio of a range over rounds by its smallest; above it the rounds disagree
+
+
+class Speedup(NamedTuple):
+    """The time of the standard network divided by the time of a student.
+
+    Attributes:
+        value: The median of the ratios of all rounds.
+        low, high: The smallest and the largest ratio of a round.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether all rounds agree on which network is faster."""
+        return self.low > 1 or self.high < 1
+
+
+def compare_timings(standard: Timing, student: Timing) -> Speedup:
+    """Compares two networks that were timed alternately, round by round."""
+    pairs = list(zip(standard.rounds, student.rounds, strict=True)) or [(standard.p50, student.p50)]
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return Speedup(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def compute_speedups(timings: Timings, name: str, standard: str, runtime: str) -> dict[int, Speedup]:
+    """Returns the speedups of a network or file by the number of images; empty if it was not timed in the runtime.
+
+    Args:
+        timings: The times of both networks.
+        name: The name of the network or file.
+        standard: The name of the standard network.
+        runtime: Where they ran.
+    """
+    batches = sorted({key.batch for key in timings if (key.name, key.runtime) == (name, runtime)})
+    return {
+        batch: compare_timings(fastest(timings, standard, runtime, batch), fastest(timings, name, runtime, batch))
+        for batch in batches
+    }
+
+
+def format_speedup(speedup: Speedup) -> str:
+    """Describes a speedup with its range over rounds, rounded to what the range leaves known.
+
+    Example:
+        >>> format_speedup(Speedup(2.884, 2.81, 2.97))
+        'is 2.9 (2.8 to 3.0) times as fast'
+        >>> format_speedup(Speedup(0.26, 0.25, 0.27))
+        'takes 3.8 (3.7 to 4.0) times as long'
+        >>> format_speedup(Speedup(7.28, 4.2, 20.65))
+        'is 7 (4 to 21) times as fast'
+        >>> format_speedup(Speedup(1.02, 0.94, 1.1))
+        'is neither clearly faster nor slower (0.9 to 1.1 times as fast)'
+    """
+    if not speedup.is_resolved:
+        low, high = round_to_known(speedup.low, speedup.high, (speedup.low, speedup.high))
+        return f"is neither clearly faster nor slower ({low} to {high} times as fast)"
+    if speedup.value < 1:
+        speedup = Speedup(1 / speedup.value, 1 / speedup.high, 1 / speedup.low)
+        words = "takes {} ({} to {}) times as long"
+    else:
+        words = "is {} ({} to {}) times as fast"
+    return words.format(*round_to_known(speedup.low, speedup.high, speedup))
+
+
+def round_to_known(low: float, high: float, values: Iterable[float]) -> list[str]:
+    """Returns values as text with the digits that a range leaves known: one more than those that change in it.
+
+    The smallest value keeps one digit at least, and no value has more than two decimals.
+    """
+    width = max(high - low, 0.01 * low)
+    step = min(math.floor(math.log10(width)), math.floor(math.log10(low)))
+    return [f"{round(value, max(0, min(2, -step))) + 0.0:.{max(0, min(2, -step))}f}" for value in values]
+
+
+def describe_disturbance(speedups: Iterable[Speedup], load: float | None) -> str:
+    """Returns why the speedups are less certain than usual, to follow them in the same line; empty if nothing is wrong.
+
+    Args:
+        speedups: The speedups.
+        load: The number of processes that wanted to run while the times were taken; None if it is not known.
+    """
+    cores, reasons = os.cpu_count() or 1, []
+    if load is not None and load > cores:
+        reasons.append(f"the machine was busy, with a load of {load:.1f} on {cores} cores")
+    if any(speedup.high > MAX_SPREAD * speedup.low for speedup in speedups):
+        reasons.append("the rounds disagree")
+    return f"; **uncertain**: {', and '.join(reasons)}" if reasons else ""
+
+
+def find_opposites(first: Mapping[int, Speedup], second: Mapping[int, Speedup]) -> dict[int, Speedup]:
+    """Returns the entries of `second` in which another network is faster than in `first`."""
+    return {
+        batch: speedup
+        for batch, speedup in second.items()
+        if batch in first and speedup.is_resolved and (speedup.value - 1) * (first[batch].value - 1) < 0
+    }
+
+
+def read_load() -> float | None:
+    """Returns the average number of processes that wanted to run in the last minute; None if the system has no such."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return None
