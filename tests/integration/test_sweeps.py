@@ -127,7 +127,7 @@ def test_a_sweep_says_where_it_is_and_its_status_lists_what_has_not_begun(comman
     assert report(["--status", str(tmp_path / "sweep")]) == 0
     said = capsys.readouterr().out
     assert "2 finished, 2 not begun" in said
-    assert "method=alone,num_stu=2 │ not begun" in said
+    assert "│ alone,num_stu=2 │ not begun" in said
     shutil.rmtree(tmp_path / "sweep" / plan["runs"][0])
     shutil.rmtree(tmp_path / "sweep" / plan["runs"][1])
     assert report(["--status", str(tmp_path / "sweep")]) == 0
