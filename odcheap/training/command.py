@@ -70,12 +70,13 @@ def carry_out_run(config: RunConfig) -> float | None:
         else:
             outcome = run_alone(lambda: train(config, listener))
             if outcome.text == "finished" and not config.cfg.test_only and not launch.is_torchrun():
-                say(describe_next_steps(outcome.job_dir))
+                for line in describe_next_steps(outcome.job_dir):
+                    say(line)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
 
 
-def describe_next_steps(job_dir: str) -> str:
-    """Returns the commands that a user may want after a training, as a line of text with the run's folder."""
+def describe_next_steps(job_dir: str) -> list[str]:
+    """Returns lines of text with the commands that a user may want after a training."""
     folder, export = shlex.quote(job_dir), shlex.quote(str(Path(job_dir) / "export"))
     own = "".join(f" --config-dir {shlex.quote(str(path))}" for path in resolvers.given_config_dirs())
     lines = {
@@ -83,7 +84,7 @@ def describe_next_steps(job_dir: str) -> str:
         "classify images with it": f"{name_command('predict')} {export} IMAGE...",
         "compare runs": f"{name_command('report')} {folder} OTHER...{own}",
     }
-    return "next:\n" + "\n".join(f"  {what + ':':25}{command}" for what, command in lines.items())
+    return ["next:", *(f"  {what + ':':25}{command}" for what, command in lines.items())]
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:

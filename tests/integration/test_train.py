@@ -49,6 +49,7 @@ def finished(command, tmp_path):
     result = command(*TINY, f"job_dir={job_dir}")
     assert result.status == 0, result.err
     assert "<- chosen" in result.out
+    assert "\nnext:\n  export the student:  " in result.out
     return job_dir
 
 
