@@ -148,6 +148,7 @@ class Record(pl.Callback):
         row |= name_figures("train", module.members, module.compute_figures("train"))
         if watched is not None:
             stage = "test" if self.select == "test" else "val"
+            row |= {f"{stage}/{name}": value for name, value in module.val_terms.compute().items()}
             row |= name_figures(stage, module.members, watched)
         return row
 

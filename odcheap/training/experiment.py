@@ -38,12 +38,13 @@ from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, ma
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.runs.training_images import write_digests
-from odcheap.training import summary
+from odcheap.training import summary, trackers
 from odcheap.training.atomic_checkpoint import AtomicCheckpointIO
 from odcheap.training.callbacks import Interruption, LoggerRuns, ProgressReporter, Record
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import NonfiniteGuard
 from odcheap.training.optim import build_optimization
+from odcheap.training.trackers import StepLosses
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
@@ -222,6 +223,7 @@ class Experiment:
                 LoggerRuns(list(self.cfg.logger)),
                 self.record,
                 progress,
+                StepLosses(lambda: self.record.lr),
                 Interruption(self.listener, self.record, guard),
                 *self.callbacks,
             ],
@@ -285,8 +287,13 @@ class Experiment:
         with status.lock_folder(job_dir) if trainer.is_global_zero else nullcontext(), finish_loggers(loggers):
             if trainer.is_global_zero:
                 prepare_folder(self.start)
-                trainer.loggers = list(start_loggers(self.start, loggers).values())
-                write_text(job_dir / CONFIG, OmegaConf.to_yaml(self.start.config.to_settings()))
+                loggers = start_loggers(self.start, loggers)
+                trainer.loggers = list(loggers.values())
+                settings = self.start.config.to_settings()
+                text = OmegaConf.to_yaml(settings)
+                write_text(job_dir / CONFIG, text)
+                continued = [name for name in loggers if saved_logger_run(self.start, name)]
+                trackers.log_start(loggers, settings, text, continued)
             self.print_introduction(trainer)
 
             # The weights of the last epoch are in memory; those of the selected one are read from its checkpoint.
@@ -299,6 +306,9 @@ class Experiment:
 
             content = self.summarize(fit, selected, last)
             if trainer.is_global_zero:
+                confusion, steps = selected.confusion[fit.candidate], fit.history[-1]["step"]
+                if loggers:
+                    trackers.log_result(loggers, content, confusion, self.data.classes, steps)
                 self.write(fit, selected, content)
                 status.write_status(job_dir, "finished")
                 summary.print_summary(self.console, content, f"{job_dir}: finished")

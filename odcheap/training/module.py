@@ -95,7 +95,7 @@ class DistillationModule(pl.LightningModule):
         # With an underscore, since a `ModuleDict` cannot have a key "train".
         scores = {f"{stage}_": MemberScores(len(self.members), classes, stage == "test") for stage in STAGES}
         self.scores = nn.ModuleDict(scores)
-        self.terms = TermMeans()
+        self.terms, self.val_terms = TermMeans(), TermMeans()
         self.figures: dict[str, Figures] = {}
         self.step: EagerStep | GraphStep | None = None
         self.restored: dict[str, Any] = {}
@@ -158,6 +158,7 @@ class DistillationModule(pl.LightningModule):
         return {"loss": result.terms["loss"], "result": result}
 
     def on_validation_epoch_start(self) -> None:
+        self.val_terms.reset()
         self.share_buffers()
 
     def on_test_epoch_start(self) -> None:
@@ -170,7 +171,11 @@ class DistillationModule(pl.LightningModule):
                 torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.stage_scores("val").update(self.evaluate(batch), batch.target)
+        outputs = to_single_precision(self.method(batch.images))
+        with torch.autocast(batch.images.device.type, enabled=False):
+            terms = self.method.loss(outputs, batch.target)
+        self.val_terms.update({"loss": terms["loss"]}, len(batch.target))
+        self.stage_scores("val").update(self.member_logits(outputs), batch.target)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.stage_scores("test").update(self.evaluate(batch), batch.target)
