@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import TINY, free_port
 import train
 from odcheap.distributed import rendezvous
 from odcheap.distributed.rendezvous import agree_on_prefix, join_process_group
+from odcheap.training.callbacks import Interruption
 from odcheap.utils.errors import Failure
 
 
@@ -142,3 +144,14 @@ def test_processes_that_begin_at_different_places_are_refused_everywhere(monkeyp
         return
     with pytest.raises(Failure, match="the processes have read different checkpoints"):
         rendezvous.check_same_start(3, 40, None)
+
+
+def test_each_process_of_a_run_compares_its_place_with_the_others(monkeypatch):
+    compared = []
+    monkeypatch.setattr(dist, "new_group", lambda **_: "group")
+    monkeypatch.setattr(rendezvous, "check_same_start", lambda *place: compared.append(place))
+    listener = SimpleNamespace(install_handlers=lambda: None, defer=lambda: None)
+    for world_size, expected in ((1, []), (2, [(3, 40, "group")])):
+        trainer = SimpleNamespace(world_size=world_size, current_epoch=3, global_step=40)
+        Interruption(listener, None, None).on_train_start(trainer, None)
+        assert compared == expected
