@@ -60,7 +60,15 @@ Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -> int:
-    """Runs the command and returns the exit status."""
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments; None for those of this process.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status: 0, 1 after an error, or 128 + the number of a signal.
+    """
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("job_dir", type=Path, metavar="JOB_DIR", help="a run's folder")
@@ -106,7 +114,7 @@ def resolve_out(job_dir: Path, out: Path | None) -> Path:
 
 
 def check_options(options: argparse.Namespace) -> Versions | None:
-    """Checks the values, and that the folder may be written.
+    """Checks the values of the options, and that the folder may be written.
 
     Returns:
         The files of the older export that will be replaced; None if there is none.
@@ -144,18 +152,18 @@ def check_options(options: argparse.Namespace) -> Versions | None:
 
 
 def read_versions(folder: Path) -> Versions:
-    """Returns the names in a folder, with values that change when a file is written again."""
+    """Returns, for each name in a folder, its inode and modification time, which change if it is written again."""
     entries = {path.name: path.lstat() for path in folder.iterdir()} if folder.is_dir() else {}
     return {name: (entry.st_ino, entry.st_mtime_ns) for name, entry in entries.items()}
 
 
 def is_exported(path: Path, names: set[str]) -> bool:
-    """Returns whether a file is one of these names; a folder or a link of such a name is not."""
+    """Returns whether a path is a regular file with one of these names, and not a folder or a link."""
     return path.name in names and path.is_file() and not path.is_symlink()
 
 
 def list_exported(folder: Path) -> set[str]:
-    """Returns the names of the files that this folder's model card lists, and the card's own; none without a card."""
+    """Returns the names of the files that a folder's model card lists, and that of the card; empty without a card."""
     path = folder / predict.CARD_FILE
     text = ""
     if path.is_file():
@@ -166,7 +174,7 @@ def list_exported(folder: Path) -> set[str]:
 
 
 def export(run: RunStudent, options: argparse.Namespace, older: Versions | None) -> None:
-    """Exports a run's student, see `write_export`."""
+    """Exports the student of a run; see `write_export`."""
     say(f"{run.job_dir}: {run.title}")
     write_export(run, options, older, *load_test_data(run, options))
 
@@ -178,14 +186,14 @@ def write_export(
     data: verify.LabeledImages | None,
     reason: str,
 ) -> None:
-    """Writes the export's folder, which appears only when all files have been checked.
+    """Writes the folder of an export, which is made only after all files have been checked.
 
     Args:
         run: The student.
-        options: The command's options.
-        older: The files of an older export that is replaced, see `check_options`.
-        data: Test images, and training images for 8-bit integers; None if they are not available.
-        reason: Why they are not available.
+        options: The options of the command.
+        older: The files of an older export that is replaced; see `check_options`.
+        data: The data set with test images, and with training images for 8-bit integers; None if it is not available.
+        reason: Why it is not available.
     """
     preprocess = describe_preprocessing(run.settings)
     with replace_folder(options.out, older) as folder:
@@ -208,7 +216,11 @@ def write_export(
 
 
 def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageData | None, str]:
-    """Returns the run's data set; or None and the reason, if it is not available and no option needs it."""
+    """Returns the data set of a run; or None, and the reason as text, if it is not available and no option needs it.
+
+    Raises:
+        OptionError: The data set is not available, but an option needs it.
+    """
     data_dir, load = options.data_dir, run.config["data"].get("load") or {}
     if data_dir is not None and "data_dir" not in load:
         raise OptionError("--data-dir", data_dir, "must not be given: the run's images are not read from a folder")
@@ -307,7 +319,7 @@ def write_files(
     preprocess: dict[str, Any],
     folder: Path,
 ) -> dict[str, nn.Module]:
-    """Writes all files except the model card; returns the ONNX files' names with the networks that they hold."""
+    """Writes all files except the model card, and returns the names of the ONNX files with the networks in them."""
     if run.has_settings:
         summary.write_student(folder / STUDENT_FILE, run.network, run.settings)
     write_json(folder / predict.PREPROCESS_FILE, preprocess)
@@ -335,7 +347,10 @@ def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
 
 
 def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -> Iterator[np.ndarray]:
-    """Yields training images as float32 in [0, 1]; a static graph takes full batches only."""
+    """Yields batches of training images (n, C, H, W), float32 in [0, 1].
+
+    If `batch` is given, for a static graph, all batches have this number of images.
+    """
     samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
     for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):
         if batch is None or len(chunk) == batch:
@@ -343,7 +358,7 @@ def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -
 
 
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
-    """Times the ONNX files, and both networks in ONNX Runtime and in PyTorch, alternately."""
+    """Times alternately: the ONNX files, the standard network as an ONNX file, and both networks in PyTorch."""
     size, standard = run.image_size, add_normalization(run.standard, run)
     batches = predict.TIMED_BATCH_SIZES if options.batch is None else (options.batch,)
     models = {name: (folder / name).read_bytes() for name in files}

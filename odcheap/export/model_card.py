@@ -148,12 +148,12 @@ def write_card(
 
 
 def extract_opening(text: str) -> str:
-    """Returns a card's text between its title and its first block of code, as plain text for a terminal."""
+    """Returns the text of a card between its title and its first block of code, as plain text for a terminal."""
     return text.partition("\n")[2].partition("```")[0].strip().replace("**", "").replace("\n\n", "\n")
 
 
 def name_network(run: RunStudent) -> str:
-    """Returns the block type, the backbone, and what distinguishes its variants."""
+    """Returns the name of a network: its block type, its backbone, and options such as depth."""
     block_type, backbone = run.settings["block_type"], run.settings["backbone"]
     options = [f"{key} {value}" for key, value in (backbone | block_type).items() if key in ("depth", "name", "groups")]
     parts = [str(part["part"]) for part in (block_type, backbone) if part]
@@ -189,7 +189,7 @@ def describe_speed(run: RunStudent, timings: Timings, load: float | None = None)
 
 
 def sizes(timings: Timings) -> list[int]:
-    """Returns the numbers of images that were timed."""
+    """Returns the numbers of images in a call that were timed, sorted."""
     return sorted({key.batch for key in timings})
 
 
@@ -202,7 +202,14 @@ def count_images(batch: int) -> str:
 
 
 def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], timings: Timings) -> list[str]:
-    """Returns a table of size, costs and times of the files and of both networks."""
+    """Returns lines of Markdown with a table of the files and of both networks: size, costs and times.
+
+    Args:
+        run: The exported student.
+        folder: The folder of the exported files.
+        files: The names of the ONNX files, with the networks in them.
+        timings: The times of the files, of the student and of the standard network.
+    """
     both = {STANDARD: run.standard, STUDENT: run.network}
     costs = {
         name: (flops.count_params(network), flops.count_macs(network, run.image_size))
@@ -229,7 +236,7 @@ def format_timing(timing: Timing) -> str:
 
 
 def describe_checks(verification: Verification) -> list[str]:
-    """States on what each file was checked, and the differences."""
+    """Returns lines of Markdown: on which images each file was checked, and the largest differences."""
     what = "test images, from their files" if verification.on_data else "images of noise"
     lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
@@ -254,7 +261,7 @@ def describe_int8(verification: Verification) -> list[str]:
 
 
 def describe_origin(run: RunStudent) -> list[str]:
-    """States the run, its options and the versions of packages."""
+    """Returns lines of Markdown with the run, its options and the versions of packages."""
     summary, seconds = run.summary or {}, (run.summary or {}).get("train_seconds")
     unfinished = "" if summary else " (which has not finished)"
     facts = {
@@ -277,7 +284,7 @@ def describe_origin(run: RunStudent) -> list[str]:
 
 
 def format_options(node: object) -> str:
-    """Returns a part of a config in one line: its name, then its options."""
+    """Returns a node of a config as one line: the name of the part, then its options."""
     if not isinstance(node, dict):
         return hide_folders(node)
     options = (f"{key}={format_options(value)}" for key, value in node.items() if key != "part")
@@ -285,6 +292,6 @@ def format_options(node: object) -> str:
 
 
 def checksum_lines(folder: Path) -> list[str]:
-    """Returns a line for each file as `sha256sum` writes it."""
+    """Returns a line with the checksum of each file in a folder, as `sha256sum` writes it."""
     names = sorted(path.name for path in folder.iterdir())
     return [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names]
