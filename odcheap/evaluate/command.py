@@ -33,6 +33,7 @@ from odcheap.utils.console import console, keep_going_without_output, print_erro
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_csv, write_json
+from odcheap.utils.text import hide_folders
 
 RESULT, TABLE, PICTURE = "evaluation.json", "confusion.csv", "confusion.png"
 MARK = "odcheap_evaluation"  # the entry of `evaluation.json` by which it is known
@@ -104,7 +105,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if model.test_top1 is not None:
         say(f"on the run's own test images its top-1 is {100 * model.test_top1:.2f} %")
     write_csv(out / TABLE, predict.tabulate_confusion(counts, model.classes))
-    title = f"{images.title}: top-1 {100 * content['top1']:.2f} %"
+    title = f"{hide_folders(images.title)}: top-1 {100 * content['top1']:.2f} %"
     picture = render_png(plot_confusion(counts, model.classes, title))
     write_atomic(out / PICTURE, lambda file: file.write(picture))
     write_json(out / RESULT, content)

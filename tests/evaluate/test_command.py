@@ -16,9 +16,11 @@ from odcheap import cli, predict
 from odcheap.data.base import ImageDigests, join_digests
 from odcheap.data.folder_trees import Files, hash_files
 from odcheap.data.splits import hash_pixels
+from odcheap.data.transforms import Normalization
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 from odcheap.runs.training_images import write_digests
+from odcheap.utils.parts import build_part
 
 CLASSES = SETTINGS["classes"]  # cat, dog, bird
 
@@ -150,6 +152,36 @@ def test_images_that_the_run_was_trained_on_are_counted_named_and_left_out_of_a_
         CLASSES.index(path.parent.name) == answer for path, answer in zip(rest, answers(run, rest), strict=True)
     )
     assert (content["unused"]["images"], content["unused"]["correct"]) == (9, right)
+
+
+def test_the_test_images_of_a_data_set_are_evaluated_and_compared_with_the_training_images(tmp_path, capsys):
+    names = [str(k) for k in reversed(range(10))]  # classes are matched by their names
+    network = CifarResNet(8, DW(), 10).eval()
+    settings = SETTINGS | {"classes": names, "image_size": [3, 8, 8], "shorter_side": 8}
+    run = write_run(tmp_path / "run", network, settings)
+    data = build_part("data", {"part": "digits", "seed": 0, "select": "val"})
+    data.read()
+    write_digests(run, data.digests)
+    out, _ = evaluate(capsys, run, "digits")
+    content, _ = read(run / "evaluation" / "digits")
+    norm = Normalization(tuple(settings["mean"]), tuple(settings["std"]))
+    with torch.inference_mode():
+        answers = network(norm.apply(data.images.test)).argmax(1)
+    assert content["images"] == 360
+    assert content["correct"] == int((answers == 9 - data.images.test_target).sum())
+    assert (content["trained_on"], content["selected_on"]) == ([], [])
+    assert "none of these images is a training image or a held-out image of the run" in out
+
+    # The data set's own training images, as files, are recognized.
+    for k, part in enumerate(("train", "val")):
+        image, label = (tensor[0] for tensor in data.select_part(part))
+        folder = tmp_path / "files" / str(int(label))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
+    evaluate(capsys, run, tmp_path / "files")
+    content, _ = read(run / "evaluation" / "files")
+    assert [name.rpartition("/")[2] for name in content["trained_on"] + content["selected_on"]] == ["0.png", "1.png"]
+    assert content["unused"] is None
 
 
 def test_without_a_list_of_training_images_that_is_said(run, tmp_path, capsys):
