@@ -260,8 +260,13 @@ def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) ->
     """Returns the latencies of all rows, and of standard networks that are in no row; see `collect_macs`."""
     own = [latencies[name].student if name in latencies else (None, None, None) for name in rows["name"]]
     is_trained = (rows["block type"] == "Standard").any()
-    standard = [] if is_trained else sorted({pair.standard for pair in latencies.values()})
-    return to_costs(own, rows), standard
+    # The standard network is timed beside each student; one of these timings stands for all of them.
+    by_macs = {
+        macs: latencies[name].standard
+        for name, macs in zip(rows["name"][::-1], rows["standard macs"][::-1], strict=True)
+        if name in latencies
+    }
+    return to_costs(own, rows), [] if is_trained else sorted(by_macs.values())
 
 
 def to_costs(values: Sequence[tuple[float | None, ...]], rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,10 +2,11 @@ import csv
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from odcheap.report import latency
-from odcheap.report.command import main
+from odcheap.report.command import collect_latencies, main
 from odcheap.report.statistics import Latencies, Latency
 
 
@@ -193,6 +194,15 @@ def test_a_wider_console_has_all_columns(sweep, capsys, monkeypatch):
     assert "left out" not in out
     for heading in ("training time", "standard ms", "teacher (head)"):
         assert heading in out
+
+
+def test_the_standard_network_of_all_students_is_one_point():
+    rows = pd.DataFrame({"name": ["a", "b"], "block type": "DW", "standard macs": [5, 5]}, index=[3, 4])
+    pairs = {name: Latencies(Latency(k, k, k), Latency(9 + k, 9, 9)) for k, name in enumerate("ab", 1)}
+    cost, standard = collect_latencies(rows, pairs)
+    assert cost["median"].to_dict() == {3: 1, 4: 2}
+    assert standard == [pairs["a"].standard]
+    assert collect_latencies(rows.assign(**{"block type": "Standard"}), pairs)[1] == []
 
 
 def test_machines_are_named_by_the_status_only(sweep, capsys):
