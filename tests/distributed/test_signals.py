@@ -161,6 +161,7 @@ def test_a_run_ends_if_no_batch_comes_after_a_signal(tmp_path, command, own_sign
         for k, batch in enumerate(train(self, start)):
             if self.sampler.epoch == 1 and (place, k) in (("first batch", 0), ("training", 2)):
                 stall(30)
+                pytest.fail("nothing has ended the wait")
             yield batch
 
     def evaluation_batches(self):
@@ -168,6 +169,7 @@ def test_a_run_ends_if_no_batch_comes_after_a_signal(tmp_path, command, own_sign
         for k, batch in enumerate(evaluate(self)):
             if (place, len(evaluations), k) == ("evaluation", 2, 1):
                 stall(30)
+                pytest.fail("nothing has ended the wait")
             yield batch
 
     assert 10 <= signals.WAIT_SECONDS <= 25  # Slurm kills a job 30 seconds after the signal
