@@ -84,6 +84,11 @@ def train(arguments: Sequence[str]) -> int:
         from odcheap.utils.errors import OptionError
         from odcheap.utils.parts import find_conf_dir
 
+    if {"-h", "--help"} & set(arguments):
+        from odcheap.config.help import format_help
+
+        print(format_help(arguments, find_config_dirs(arguments)), end="")
+        return 0
     conf = find_conf_dir()
     sys.argv[1:] = prepare_arguments(arguments, conf)  # where Hydra reads them
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors and not exit

@@ -1,12 +1,18 @@
+import re
 import subprocess
 import sys
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from odcheap import cli
+from odcheap.config.help import GROUPS, describe_part, is_root_reference, list_part
 from odcheap.config.messages import describe_error
 from odcheap.config.resolvers import default_precision
+from odcheap.runs.settings import flatten
 from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import find_conf_dir, list_parts
 
 
 def test_the_reason_below_a_wrapped_error_is_printed():
@@ -33,7 +39,37 @@ def test_unknown_options_get_the_nearest_names(command, given, meant):
     assert f"(+{given} adds it to the config" in result.err
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "export", "predict", "report", "bench"])
+@pytest.mark.parametrize("arguments", [["--help"], ["method=kd", "-h"], ["data=imagefolder", "--help"]])
+def test_the_help_of_train_shows_every_option_and_recipe(arguments, capsys):
+    assert cli.main(["train", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 120
+    chosen = [argument for argument in arguments if "=" in argument]
+    with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
+        options = flatten(OmegaConf.to_container(hydra.compose("config", chosen), resolve=False))
+    known = [name for name, value in options.items() if "._" not in name and not is_root_reference(value)]
+    shown = re.findall(r"^  ([\w.]+)(?:=| |$)", said, re.MULTILINE)
+    assert {*known, "job_dir"} <= {*shown, "experiment"}
+    assert {*list_parts("experiment")} <= {*shown}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_option_has_a_line_of_what_it_does(group):
+    for part in list_parts(group):
+        assert [name for name, _, text in list_part(group, part, []) if not text] == []
+    assert all(describe_part("experiment", name) for name in list_parts("experiment"))
+
+
+def test_the_help_of_train_has_the_choices_of_an_option(capsys):
+    cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "selects nothing; test selects on the test images, as the 2019 code; one of val, last, test" in said
+    assert "data.select_by=top1 balanced: the mean of the classes' recalls; one of top1, balanced" in said
+    assert "data.batch_size=128 of all processes together" in said
+    assert "method=od; the choices are alone, dml, ffl, kd, kdcl, od, okddip, one, pcl:" in said
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "predict", "report", "bench"])
 def test_each_command_has_its_help(capsys, name):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])

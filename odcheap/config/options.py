@@ -160,6 +160,20 @@ def check_root_options(config: RunConfig) -> None:
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
             check_option(name, to_plain(config.cfg[name]), annotation)
+    check_trainer_options(config)
+
+
+def check_trainer_options(config: RunConfig) -> None:
+    """Checks the options of `TrainerOptions` that have plain values, for which Lightning need not be imported."""
+    trainer = config.cfg.get("trainer")
+    for name, annotation in get_type_hints(TrainerOptions, include_extras=True).items():
+        if OmegaConf.is_dict(trainer) and name in trainer and not is_computed(trainer, name):
+            check_option(f"trainer.{name}", to_plain(trainer[name]), annotation)
+
+
+def is_computed(node: DictConfig, name: str) -> bool:
+    """Returns whether the value of an option is missing or refers to another one, as `precision` does to the device."""
+    return OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
 
 
 def to_plain(value: Any) -> Any:

@@ -27,5 +27,5 @@ def describe_load(threads: int) -> str | None:
         return None
     if load < 1.2 * cores + 0.5:  # this process and its imports count too
         return None
-    advice = "OMP_NUM_THREADS=1 leaves more of them to the other work" if threads > 1 else "fewer runs at a time help"
+    advice = "OMP_NUM_THREADS=1 is often faster then" if threads > 1 else "fewer runs at a time help"
     return f"the {cores} cores of this machine are busy (load {load:.1f}), so the run takes longer; {advice}"

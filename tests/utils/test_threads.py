@@ -54,7 +54,7 @@ def test_a_busy_machine_is_named(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (7.25, 1.0, 1.0))
     expected = "the 2 cores of this machine are busy (load 7.2), so the run takes longer; "
-    assert describe_load(2) == f"{expected}OMP_NUM_THREADS=1 leaves more of them to the other work"
+    assert describe_load(2) == f"{expected}OMP_NUM_THREADS=1 is often faster then"
     assert describe_load(1) == f"{expected}fewer runs at a time help"
     monkeypatch.setattr(os, "getloadavg", lambda: (2.5, 9.0, 9.0))
     assert describe_load(2) is None

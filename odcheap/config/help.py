@@ -1,0 +1,171 @@
+"""The text of `odcheap train --help`: every option with its default, what it does, and its choices.
+
+It is made from the comments in `conf/` and from the signatures and docstrings of what the options go to. These are read
+from the source files, so that nothing has to be imported.
+"""
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from odcheap.config.options import RootOptions
+from odcheap.utils.arguments import describe_allowed
+from odcheap.utils.parts import CALL_KEYS, find_conf_dir, list_parts, read_part
+
+USAGE = """usage: odcheap train [OPTION=VALUE ...] [-m] [--config-dir DIR] [--help]
+
+Trains students with cheap convolutions. A group such as method chooses a part with options of its own:
+method=kd method.temperature=2. --help with method=kd shows the options of kd.
+
+  -m                a sweep over all combinations of values: odcheap train -m seed=0,1,2 method=od,alone
+  --config-dir DIR  a folder with block types, methods and other parts of your own
+  --cfg job         prints the options of the run, and does not train
+  --hydra-help      the help of Hydra, which reads the command line
+"""
+GROUPS = ("block_type", "backbone", "method", "data", "optimizer", "scheduler", "trainer", "logger")
+DEFAULTS = {"logger": "tensorboard"}
+PACKAGE = Path(__file__).parents[1]
+COLUMN, WIDTH = 38, 120  # where descriptions begin, and where lines end
+LINE = re.compile(r"(?P<indent> *)(?P<name>\w+):(?: (?P<value>[^#]*?))?(?: +# ?(?P<comment>.*))?")
+CHOICES = re.compile(r"Literal\[([^\]]*)\]")
+
+
+def format_help(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> str:
+    """Returns the help; the options of those parts are shown that the arguments choose, or of the default ones."""
+    chosen = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
+    root = find_conf_dir() / "config.yaml"
+    hints = get_type_hints(RootOptions, include_extras=True)
+    lines = [USAGE, "options of the run:"]
+    for name, value, comment in read_options(root):
+        if name in hints:
+            allowed = describe_allowed(hints[name])
+            is_said = allowed.startswith("a string") or comment.startswith(allowed)
+            lines.append(format_option(name, value, comment if is_said else f"{comment}; {allowed}".removeprefix("; ")))
+    lines += ["", "recipes (experiment=NAME, or several: experiment=[cifar10_od,short]):"]
+    lines += [format_option(name, None, describe_part("experiment", name)) for name in list_parts("experiment")]
+    for group in GROUPS:
+        defaults = {name: value for name, value, _ in read_options(root, group) if name == group} | DEFAULTS
+        known = list_parts(group, config_dirs)
+        part = chosen[group] if chosen.get(group) in known else defaults[group]
+        heading = f"{group}={part}; the choices are {', '.join(known)}:"
+        lines += ["", *textwrap.wrap(heading, WIDTH, subsequent_indent="    ", break_on_hyphens=False)]
+        lines += [format_option(*option) for option in list_part(group, part, config_dirs)]
+    return "\n".join(lines) + "\n"
+
+
+def list_part(group: str, part: str, config_dirs: Sequence[Path]) -> Iterator[tuple[str, Any, str]]:
+    """Yields name, default and description of each option of a part."""
+    node = read_part(group, part, config_dirs)
+    yield from list_node(f"{group}", node, read_comments(group, part))
+
+
+def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iterator[tuple[str, Any, str]]:
+    """Yields the options of a part, or of a part within it; see `list_part`."""
+    target = node.get("_target_")
+    known = describe_target(target) if isinstance(target, str) else {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from list_node(f"{path}.{name}", value, comments)
+        elif name not in CALL_KEYS and (path, value) != ("logger", None) and not is_root_reference(value):
+            choices = re.search(r"one of [^;]+$", known.get(name, ""))
+            text = comments.get(name) or known.get(name, "")
+            yield f"{path}.{name}", value, f"{text}; {choices[0]}" if choices and choices[0] not in text else text
+
+
+def is_root_reference(value: Any) -> bool:
+    """Returns whether the value is that of a root option, such as `${seed}`, and cannot be set by itself."""
+    return isinstance(value, str) and value.startswith("${") and "." not in value
+
+
+def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yields name, value and comment of each option at the top of a YAML file, or of a group in its defaults list."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = LINE.fullmatch(line.replace("- ", "", 1) if group else line)
+        if match and match["value"] and (group is not None or not match["indent"]):
+            yield match["name"], match["value"].strip(), match["comment"] or ""
+
+
+def read_comments(group: str, part: str) -> dict[str, str]:
+    """Returns the comments in a part's file, and in the files on which it is based, by the names of the options."""
+    path = find_conf_dir() / group / f"{part}.yaml"
+    if not path.is_file():
+        return {}
+    comments: dict[str, str] = {}
+    text = path.read_text(encoding="utf-8")
+    for base in re.findall(r"^ +- (\w+)$|defaults: \[(\w+)", text, re.MULTILINE):
+        comments |= read_comments(group, next(filter(None, base))) if "_self_" not in base else {}
+    for line in text.splitlines():
+        match = LINE.fullmatch(line)
+        if match and match["comment"]:
+            comments[match["name"]] = match["comment"]
+    return comments
+
+
+def describe_part(group: str, part: str) -> str:
+    """Returns the first sentence of the comment at the head of a part's file."""
+    text = (find_conf_dir() / group / f"{part}.yaml").read_text(encoding="utf-8")
+    head = [line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
+    return re.split(r"(?<=\.)\s", " ".join(head) + " ")[0] if head else ""
+
+
+def describe_target(target: str) -> dict[str, str]:
+    """Returns what the docstring of one of odcheap's classes or functions says of each argument, and its choices."""
+    module, _, name = target.rpartition(".")
+    if not module.startswith("odcheap."):
+        return {}
+    path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    found = {} if not path.is_file() else read_definition(ast.parse(path.read_text(encoding="utf-8")), name)
+    return found
+
+
+def read_definition(tree: ast.Module, name: str) -> dict[str, str]:
+    """Returns the descriptions of the arguments of a class or function in a module; see `describe_target`."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            inner = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+            function = node if isinstance(node, ast.FunctionDef) else next(iter(inner), None)
+            bases = [base.id for base in getattr(node, "bases", []) if isinstance(base, ast.Name)]
+            imported = {
+                alias.name: item.module
+                for item in tree.body
+                if isinstance(item, ast.ImportFrom)
+                for alias in item.names
+                if alias.name in bases
+            }
+            described: dict[str, str] = {}
+            for base in bases:
+                own = read_definition(tree, base)
+                described |= own or (describe_target(f"{imported[base]}.{base}") if base in imported else {})
+            described |= parse_arguments(ast.get_docstring(node) or "")
+            for argument in [*function.args.args, *function.args.kwonlyargs] if function is not None else []:
+                choices = CHOICES.search(ast.unparse(argument.annotation)) if argument.annotation else None
+                if choices:
+                    listed = choices[1].replace("'", "")
+                    described[argument.arg] = "; ".join(filter(None, [described.get(argument.arg), f"one of {listed}"]))
+            return described
+    return {}
+
+
+def parse_arguments(docstring: str) -> dict[str, str]:
+    """Returns the first sentence about each argument in the section `Args:` of a docstring."""
+    section = re.search(r"^Args:\n((?: +.*\n|\n)*)", docstring + "\n", re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.split(r"^ {4}(?=\S)", section[1], flags=re.MULTILINE)[1:]
+    texts = (" ".join(entry.split()).partition(": ") for entry in entries)
+    return {name: re.split(r"(?<=[.])\s", text + " ")[0].rstrip(".") for name, _, text in texts}
+
+
+def format_option(name: str, value: Any, text: str) -> str:
+    """Returns the lines of an option in the help."""
+    as_written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    is_bare = (value is None and "." not in name) or as_written.startswith("${")
+    start = f"  {name}" if is_bare else f"  {name}={as_written}".replace("'", "")
+    indent = " " * COLUMN
+    body = textwrap.wrap(text, WIDTH - COLUMN) or [""]
+    if len(start) >= COLUMN:
+        return "\n".join([start, *(indent + line for line in body if line)])
+    return "\n".join([start.ljust(COLUMN) + body[0], *(indent + line for line in body[1:])]).rstrip()
