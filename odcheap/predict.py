@@ -269,7 +269,19 @@ def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray
 
 
 def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -> np.ndarray:
-    """Prepares a decoded image for the network, see `preprocess_image`; `name` is its name for messages."""
+    """Resizes and crops a decoded image to the network's input.
+
+    Args:
+        image: The image, RGB.
+        preprocess: The content of `preprocess.json`, see `preprocess_image`.
+        name: What the image is called in an error message.
+
+    Returns:
+        float32 of shape (3, height, width) in [0, 1].
+
+    Raises:
+        ImageError: The resized image would have too many pixels.
+    """
     (height, width), shorter = preprocess["size"], preprocess["shorter_side"]
     smaller = min(image.size)
     scaled = [shorter if side == smaller else int(shorter * side / smaller) for side in image.size]

@@ -23,7 +23,7 @@ class PillowImages(Dataset):
         images: (N, 3, H, W), uint8.
         target: Labels (N,).
         mean: The mean of each channel of images in [0, 1].
-        std: The standard deviation of the same kind.
+        std: The standard deviation of each channel, for the same images.
     """
 
     def __init__(self, images: Tensor, target: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):

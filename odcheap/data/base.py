@@ -203,7 +203,7 @@ class ImageData(ABC):
         val_size: The number of training images that are held out as "val", or a fraction of them below 1.
         split_seed: The seed that decides which images are held out.
         mean: The mean of each channel of images in [0, 1], for normalization.
-        std: The standard deviation of the same kind.
+        std: The standard deviation of each channel, for the same images.
         limit: The number of training images of a short run, see `splits.limit_parts`; None for all.
 
     Attributes:

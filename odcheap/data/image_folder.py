@@ -80,8 +80,8 @@ def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
 class TrainImages(Dataset):
     """A map-style data set of augmented training images; its index is (epoch, number of the image).
 
-    The augmentation depends on (seed, epoch, number) only. If an image cannot be read, the next one that can takes its
-    place. If 20 images in a row cannot be read, the sample is black and has the label -1.
+    The augmentation depends on (seed, epoch, number) only. An image that cannot be read is replaced
+    by the next readable one. If 20 images in a row cannot be read, the sample is black and has the label -1.
 
     Args:
         files: The training files.
@@ -89,7 +89,7 @@ class TrainImages(Dataset):
         seed: The seed of the run.
         size: The side of the images in pixels.
         views: The number of independent augmentations of each image, S; if it is above 1, images are (S, C, H, W).
-        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are none.
+        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class EvalImages(Dataset):
         files: The files.
         transform: The transform, see `evaluation_transform`.
         size: The side of the images in pixels.
-        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are none.
+        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 
     def __init__(self, files: Files, transform: v2.Transform, size: int, bit_depth: int | None = None):

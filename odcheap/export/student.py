@@ -83,7 +83,7 @@ def export_student(
         image_size: The side, in pixels, of the square images that the network takes.
         mean: The mean of each channel of images in [0, 1], with which the network's input is normalized; (0, 0, 0) if
             it is not normalized.
-        std: The standard deviation of the same kind; (1, 1, 1) if the input is not normalized.
+        std: The standard deviation of each channel, for the same images; (1, 1, 1) if the input is not normalized.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped; None for `image_size`.
         samples: Test images as pairs of a file and its label, such as `torchvision.datasets.ImageFolder(...).samples`.

@@ -185,5 +185,5 @@ def cross_entropy_terms(logits: Tensor, target: Tensor, name: str, smoothing: fl
 
 
 def student_terms(values: Tensor, name: str) -> dict[str, Tensor]:
-    """Returns a tensor (S,), one value for each student, as terms `<name>_0`, `<name>_1`, ..."""
+    """Splits a tensor (S,), one value for each student, into a dict with the keys `<name>_0`, `<name>_1`, ..."""
     return {f"{name}_{k}": value for k, value in enumerate(values)}

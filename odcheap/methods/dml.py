@@ -27,7 +27,7 @@ class DeepMutualLearning(Method):
 
     Args:
         students: Two or more students.
-        temperature: T, by which logits are divided before the softmax in the KL.
+        temperature: T, by which logits are divided before the softmax in the KL divergence.
     """
 
     min_students = 2

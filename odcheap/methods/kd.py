@@ -31,7 +31,7 @@ class OfflineDistillation(IndependentMethod):
     Args:
         students: The students.
         teacher: The trained network; it is not trained further.
-        temperature: T, by which logits are divided before the softmax in the KL.
+        temperature: T, by which logits are divided before the softmax in the KL divergence.
         alpha: The weight of the teacher's term, in [0, 1]; the labels' term has the weight 1 - alpha.
     """
 
@@ -88,11 +88,12 @@ def build_offline_distillation(
             run.
         teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
             run, or that of ImageNet for published weights.
-        teacher_std: The standard deviation of the same kind; None has the same meaning.
-        teacher_size: The side, in pixels, of the images that the teacher expects; None has the same meaning.
+        teacher_std: The standard deviation, of each channel; None as for `teacher_mean`.
+        teacher_size: The side, in pixels, of the images that the teacher expects; None for that of its run, or 224 for
+            published weights.
         mean: The mean, of each channel, with which the students' images are normalized.
-        std: The standard deviation of the same kind.
-        temperature: T, by which logits are divided before the softmax in the KL.
+        std: The standard deviation, of each channel, with which the students' images are normalized.
+        temperature: T, by which logits are divided before the softmax in the KL divergence.
         alpha: The weight of the teacher's term, in [0, 1].
 
     Raises:

@@ -32,7 +32,7 @@ class CollaborativeLearning(Method):
 
     Args:
         students: Two or more students.
-        temperature: T, by which logits are divided before the softmax in the KL.
+        temperature: T, by which logits are divided before the softmax in the KL divergence.
         weight: The factor of the KL terms.
         soft_target: "minlogit" takes for each class the smallest difference, over the students, from the label's logit;
             "naive" takes for each image the logits of the student with the smallest cross-entropy.

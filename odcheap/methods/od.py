@@ -27,7 +27,7 @@ class OnlineDistillation(Method):
 
     Args:
         students: The S students.
-        temperature: T, by which logits are divided before the softmax in the KL.
+        temperature: T, by which logits are divided before the softmax in the KL divergence.
         kl_reduction: "batchmean" (the usual definition), or "mean" (that of the 2019 reference code, which is smaller
             by a factor equal to the number of classes); see `soft_kl`.
         detach_teacher: Whether the gradient of the KL reaches the students only, not the teacher.

@@ -29,8 +29,9 @@ class DiversePeers(Method):
 
     Args:
         students: Two or more students; the last one is the leader, the others are the peers.
-        temperature: T, by which logits are divided before the softmax in the KL.
-        ramp_up: The length of the ramp-up of w as a fraction of the run's epochs, in [0, 1].
+        temperature: T, by which logits are divided before the softmax in the KL divergence.
+        ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
+            to 1.
     """
 
     teacher_kind = "mean"

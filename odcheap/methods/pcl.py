@@ -33,7 +33,8 @@ class PeerCollaborativeLearning(Method):
         students: Two or more students.
         temperature: T, by which logits are divided before the softmax in the KLs.
         average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
-        ramp_up: The length of the ramp-up of w as a fraction of the run's epochs, in [0, 1].
+        ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
+            to 1.
     """
 
     teacher_kind = "head"

@@ -143,10 +143,11 @@ def load_teacher(
         num_classes: The number of classes of the data, K.
         teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
             run, or that of ImageNet for published weights.
-        teacher_std: The standard deviation of the same kind; None has the same meaning.
-        teacher_size: The side, in pixels, of the images that the teacher expects; None has the same meaning.
+        teacher_std: The standard deviation, of each channel; None as for `teacher_mean`.
+        teacher_size: The side, in pixels, of the images that the teacher expects; None for that of its run, or 224 for
+            published weights.
         mean: The mean, of each channel, with which the students' images are normalized.
-        std: The standard deviation of the same kind.
+        std: The standard deviation of each channel, for the same images.
 
     Raises:
         OptionError: The file is of another kind, its weights do not fit the network, or the network has another number

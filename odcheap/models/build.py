@@ -52,7 +52,7 @@ class StudentSettings(NetworkSettings):
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped.
         mean: The mean of each channel of images in [0, 1], for normalization.
-        std: The standard deviation of the same kind.
+        std: The standard deviation of each channel, for the same images.
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 

@@ -45,7 +45,7 @@ def find_export_problem(network: nn.Module, image_size: tuple[int, int, int], wh
 
 @contextlib.contextmanager
 def quiet_exporters() -> Generator[None]:
-    """Keeps PyTorch's exporters from printing graphs that they cannot trace; their errors name the cause."""
+    """A context in which PyTorch's exporters print nothing if they fail. Their error, with the cause, is raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -89,7 +89,7 @@ class Cost(Schema):
 
 
 class Test(Members):
-    """The content of `test.json`."""
+    """The metrics of a test with `test_only=true`, as saved in `test.json`."""
 
     __test__ = False  # pytest would take the class for a test case
 

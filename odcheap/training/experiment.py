@@ -588,15 +588,15 @@ def refuse_eager(reason: str) -> None:
 
 
 def saved_logger_run(start: Start, name: str) -> dict[str, str]:
-    """Returns the argument with which a logger continues its run of a resumed training.
+    """Returns the argument, a run id, with which a logger continues its earlier run when a training is resumed.
 
     Args:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         name: The name of the logger in `conf/logger`.
 
     Returns:
-        The name of the logger's argument and the saved run id; empty for a new run, for a run that continues in another
-        folder, and if the user has given an id.
+        A dict with the name of the argument and the saved run id. It is empty for a new run, for a run that continues
+        in another folder, and if the user has given an id.
     """
     # A checkpoint may come from a stranger: only an id that looks like one is used.
     if start.content is None or not start.in_own_folder or name not in RUN_ID_OPTIONS:

@@ -50,10 +50,10 @@ class NonfiniteGuard(pl.Callback):
         self.check()
 
     def check(self) -> None:
-        """Checks all steps since the last call of this method.
+        """Checks the gradients of all steps since the last call for NaN and infinity.
 
         Raises:
-            Failure: The gradients of a step are not finite and steps are not skipped, or too many have been skipped.
+            Failure: The gradients of a step are not finite, and skipping is off or too many steps have been skipped.
         """
         # One transfer from the device for all steps; most often that is all.
         pending, self.pending = self.pending, []

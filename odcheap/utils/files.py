@@ -77,7 +77,7 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def checksum_comment(sha256: "hashlib._Hash") -> bytes:
-    """Returns the end of a zip archive that has a checksum as its comment: the comment's length, then the comment."""
+    """Builds the last bytes of a zip archive whose comment is this checksum: the comment's length, the comment."""
     comment = CHECKSUM_PREFIX + sha256.hexdigest().encode()
     return struct.pack("<H", len(comment)) + comment
 

@@ -45,7 +45,7 @@ _own_dirs: list[Path] = []
 
 @contextlib.contextmanager
 def use_config_dirs(config_dirs: Sequence[Path]) -> Generator[None]:
-    """Within this context, parts are also found in these `conf` directories, without being told in each call."""
+    """A context in which parts are also looked up in these `conf` directories, so that calls need not pass them."""
     before = list(_own_dirs)
     _own_dirs[:] = config_dirs
     try:

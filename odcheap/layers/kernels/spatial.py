@@ -42,9 +42,11 @@ def load_neighbor(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the tile of the pixels that are DOWN lines below and RIGHT columns to the right of the given rows.
+    """Loads the pixels that are DOWN lines below and RIGHT columns to the right of the given pixels, as a tile.
 
-    Negative numbers mean above and to the left. Pixels outside of the image are zero.
+    `x_ptr` is a matrix (N H W, C) with one pixel in each row; `row` has the numbers of the given pixels, of `rows` in
+    all, and `channel` those of the channels. Negative DOWN and RIGHT mean above and to the left. Pixels outside of the
+    image are zero.
     """
     h = row // W % H + DOWN
     w = row % W + RIGHT
