@@ -1,10 +1,13 @@
 """Options are checked against the signatures that they go to, before anything is built."""
 
+from pathlib import Path
+
 import pytest
 from hydra import initialize_config_dir
 
 from odcheap.config.messages import list_groups
 from odcheap.config.options import check_choices, check_complete, check_options, compose, is_path_option
+from odcheap.config.resolvers import find_source
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
 from odcheap.training.optim import BUILDERS
 from odcheap.utils.errors import OptionError
@@ -164,3 +167,14 @@ def test_paths_are_known_by_their_names():
     paths = ["job_dir=a=b", "backbone.pretrained=x", "data.load.data_dir=x", "hydra.sweep.dir=x", "weights=x"]
     assert all(map(is_path_option, paths))
     assert not any(map(is_path_option, ["seed=1", "method=od", "hydra.sweep.subdir=x"]))
+
+
+def test_entries_of_hydras_search_path_are_directories_or_packages(tmp_path, monkeypatch):
+    (tmp_path / "lab_parts" / "conf").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_source("file", "/a") == Path("/a")
+    assert find_source("pkg", "lab_parts.conf") == tmp_path / "lab_parts" / "conf"
+    with pytest.raises(OptionError, match=r"hydra.searchpath=pkg://nowhere.conf: there is no such package; install"):
+        find_source("pkg", "nowhere.conf")
+    with pytest.raises(OptionError, match=r"hydra.searchpath=http://x: must be file://DIRECTORY or pkg://PACKAGE"):
+        find_source("http", "x")

@@ -78,6 +78,23 @@ def test_new_processes_get_the_paths_as_they_were_typed(monkeypatch):
     assert values == given
 
 
+def test_new_processes_find_the_parts_in_all_directories_of_the_user(monkeypatch):
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        raise BlockingIOError("no process is started in a test")
+
+    monkeypatch.setattr(launch.subprocess, "Popen", popen)
+    config = RunConfig(OmegaConf.create({"trainer": {"devices": 2}}), {}, [])
+    with pytest.raises(BlockingIOError):
+        launch.launch_processes(Start(config, Path("run")), [Path("/a"), Path("/my b"), Path("/c,d")], SignalListener())
+    assert "--config-dir=/a" in commands[0]
+    (search,) = [argument for argument in commands[0] if argument.startswith("hydra.searchpath=")]
+    found = OverridesParser.create().parse_override(search).value()
+    assert [str(entry.text if hasattr(entry, "text") else entry) for entry in found] == ["file:///my b", "file:///c,d"]
+
+
 @pytest.mark.parametrize(("devices", "nodes", "expected"), [(1, 1, False), (2, 1, True), (2, 2, False)])
 def test_processes_are_started_for_several_devices_of_one_machine(devices, nodes, expected, alone, monkeypatch):
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes}})
