@@ -141,6 +141,7 @@ def run_job(cfg: "DictConfig") -> Any:
         if not resolvers.is_sweep():  # in a sweep, the run's folder must say why it failed
             try:
                 options.check_root_options(config)
+                options.check_part_options(config)
                 from odcheap.training.optim import BUILDERS
 
                 options.check_options(config, resolvers.given_config_dirs(), BUILDERS)

@@ -105,3 +105,18 @@ def test_the_default_precision_is_what_the_device_computes_in(monkeypatch, gpu, 
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
     assert default_precision(accelerator) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method.temperature=-1"], "method.temperature=-1: must be a number, 1e-06 or more and at most 1e+06"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),
+        (["block_type=Group", "block_type.groups=0"], "block_type.groups=0: must be a whole number, 1 or more"),
+        (["data=digits", "data.crop_padding=-1"], "data.crop_padding=-1: must be a whole number, 0 or more"),
+    ],
+)
+def test_a_refused_option_needs_no_import_of_pytorch(arguments, message):
+    code = f"import sys, odcheap.cli\nsys.modules['torch'] = None\nsys.exit(odcheap.cli.main(['train', *{arguments}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")

@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sw
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
+from odcheap.config.signatures import read_source_annotations
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import StudentCount, check_value
@@ -169,6 +170,16 @@ def check_trainer_options(config: RunConfig) -> None:
     for name, annotation in get_type_hints(TrainerOptions, include_extras=True).items():
         if OmegaConf.is_dict(trainer) and name in trainer and not is_computed(trainer, name):
             check_option(f"trainer.{name}", to_plain(trainer[name]), annotation)
+
+
+def check_part_options(config: RunConfig) -> None:
+    """Checks numbers and texts of the parts as far as this is possible without an import; see `check_options`."""
+    for group in ("block_type", "backbone", "method", "data"):
+        node = config.cfg.get(group)
+        if OmegaConf.is_dict(node) and "_target_" in node:
+            for name, annotation in read_source_annotations(str(node["_target_"])).items():
+                if name in node and not is_computed(node, name) and not OmegaConf.is_config(node[name]):
+                    check_option(f"{group}.{name}", node[name], annotation)
 
 
 def is_computed(node: DictConfig, name: str) -> bool:

@@ -6,12 +6,20 @@ import pytest
 from hydra import initialize_config_dir
 
 from odcheap.config.messages import list_groups
-from odcheap.config.options import check_choices, check_complete, check_options, compose, is_path_option
+from odcheap.config.options import (
+    check_choices,
+    check_complete,
+    check_options,
+    compose,
+    is_path_option,
+    read_annotations,
+)
 from odcheap.config.resolvers import find_source
+from odcheap.config.signatures import read_source_annotations
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
 from odcheap.training.optim import BUILDERS
 from odcheap.utils.errors import OptionError
-from odcheap.utils.parts import find_conf_dir
+from odcheap.utils.parts import find_conf_dir, import_target, list_parts, read_part
 
 
 @pytest.fixture
@@ -178,3 +186,15 @@ def test_entries_of_hydras_search_path_are_directories_or_packages(tmp_path, mon
         find_source("pkg", "nowhere.conf")
     with pytest.raises(OptionError, match=r"hydra.searchpath=http://x: must be file://DIRECTORY or pkg://PACKAGE"):
         find_source("http", "x")
+
+
+@pytest.mark.parametrize("group", ["block_type", "backbone", "method", "data"])
+def test_annotations_read_from_the_source_are_those_of_the_signature(group):
+    count = 0
+    for part in list_parts(group):
+        target = read_part(group, part)["_target_"]
+        found = read_source_annotations(target)
+        known = read_annotations(import_target(target))
+        assert {name: repr(hint) for name, hint in found.items()} == {name: repr(known[name]) for name in found}
+        count += len(found)
+    assert count
