@@ -168,7 +168,8 @@ def check_trainer_options(config: RunConfig) -> None:
     """Checks the options of `TrainerOptions` that have plain values, for which Lightning need not be imported."""
     trainer = config.cfg.get("trainer")
     for name, annotation in get_type_hints(TrainerOptions, include_extras=True).items():
-        if OmegaConf.is_dict(trainer) and name in trainer and not is_computed(trainer, name):
+        # `in` alone would compute the value, which imports PyTorch for `precision`.
+        if OmegaConf.is_dict(trainer) and name in trainer.keys() and not is_computed(trainer, name):  # noqa: SIM118
             check_option(f"trainer.{name}", to_plain(trainer[name]), annotation)
 
 
@@ -178,7 +179,7 @@ def check_part_options(config: RunConfig) -> None:
         node = config.cfg.get(group)
         if OmegaConf.is_dict(node) and "_target_" in node:
             for name, annotation in read_source_annotations(str(node["_target_"])).items():
-                if name in node and not is_computed(node, name) and not OmegaConf.is_config(node[name]):
+                if name in list(node) and not is_computed(node, name) and not OmegaConf.is_config(node[name]):
                     check_option(f"{group}.{name}", node[name], annotation)
 
 
