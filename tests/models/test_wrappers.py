@@ -146,7 +146,9 @@ class PlainBlock(nn.Sequential):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False))
 
 
-@pytest.mark.parametrize("conv", [PlainBlock, partial(PlainBlock), lambda *_: PlainBlock(*_)], ids=str)
+@pytest.mark.parametrize(
+    "conv", [PlainBlock, partial(PlainBlock), lambda *_: PlainBlock(*_)], ids=["class", "partial", "function"]
+)
 @pytest.mark.parametrize("part", ["resnet18", "mobilenetv2", "resnet56_converted", "resnet20"])
 def test_a_plain_block_is_refused_in_one_line(conv, part):
     line = "block_type=(PlainBlock|<lambda>): is no subclass of odcheap.BlockType"
