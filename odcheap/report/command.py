@@ -1,7 +1,7 @@
 """Compares finished runs and sweeps in a table and in figures.
 
-The report is written to DIR/report: report.md, report.csv, and figures as PNG and SVG. Runs that differ in the seed
-only become one row; gains over method=alone are paired by seed.
+The report is written to DIR/report: report.md, report.csv, and figures as PNG, SVG and PDF. Runs that differ in the
+seed only become one row; gains over method=alone are paired by seed.
 
   odcheap report runs/sweep                 the report of all runs below runs/sweep
   odcheap report --status runs/sweep        which runs are finished, running or failed
@@ -48,7 +48,7 @@ CURVES_CAPTION = (
     "Top-1 on the {images} images by epoch: means over seeds. Bands: standard deviation over seeds. "
     "The first epochs may be below the axis."
 )
-FIGURES, SUFFIXES = ("accuracy_macs", "accuracy_latency", "gains", "curves"), ("png", "svg")
+FIGURES, SUFFIXES = ("accuracy_macs", "accuracy_latency", "gains", "curves"), ("png", "svg", "pdf")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -> int:

@@ -11,6 +11,7 @@ from odcheap.models.build import build_network, load_network, read_student_setti
 from odcheap.predict import Timing
 from odcheap.report.load_runs import FinishedRun
 from odcheap.report.statistics import Latencies, Latency
+from odcheap.utils.console import say
 from odcheap.utils.errors import Failure
 from odcheap.utils.files import read_safetensors
 
@@ -32,8 +33,8 @@ def measure_latencies(
         show_step: A function that is called with a line of text that says what is timed next.
 
     Returns:
-        The latencies by the `name` in the table. A student that cannot be built, such as one of an earlier version, is
-        left out.
+        The latencies by the `name` in the table. A student that cannot be built is left out, and a line is printed that
+        says why: for example, it is of an earlier version, or its block type is in none of `config_dirs`.
     """
     # Networks are equal if the options of backbone and block type are.
     has_student = [(run.folder / STUDENT).is_file() for run in runs["run"]]
@@ -46,22 +47,26 @@ def measure_latencies(
     for number, rows in enumerate(rows_of_networks.values(), 1):
         name, run = rows[0]
         show_step(f"timing network {number} of {len(rows_of_networks)} in ONNX Runtime ({name})")
-        found = time_student(run, config_dirs, seconds)
-        if found is not None:
+        try:
+            found = time_student(run, config_dirs, seconds)
+        except Failure as error:
+            say(f"no latency of {'; '.join(name for name, _ in rows)}: {error}")
+        else:
             latencies |= {name: found for name, _ in rows}
     return latencies
 
 
-def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies | None:
-    """Returns the latencies of a run's student and of the standard network; None if the student cannot be built."""
+def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies:
+    """Returns the latencies of a run's student and of the standard network.
+
+    Raises:
+        Failure: The student cannot be read or built.
+    """
     path = run.folder / STUDENT
-    try:
-        tensors, metadata = read_safetensors(path)
-        settings = read_student_settings(metadata, "student", path)
-        student = load_network(settings, tensors, "student", path, config_dirs)
-        standard = build_network(settings, "student", path, Standard(), config_dirs).eval()
-    except Failure:
-        return None
+    tensors, metadata = read_safetensors(path)
+    settings = read_student_settings(metadata, "student", path)
+    student = load_network(settings, tensors, "student", path, config_dirs)
+    standard = build_network(settings, "student", path, Standard(), config_dirs).eval()
     networks = {"student": student, "standard": standard}
     times = measure_timings(networks, tuple(settings["image_size"]), (1,), seconds)
     return Latencies(to_milliseconds(times["student", 1]), to_milliseconds(times["standard", 1]))

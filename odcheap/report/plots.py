@@ -37,6 +37,7 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 5,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # TrueType: many journals refuse matplotlib's Type 3 fonts
     "text.parse_math": False,  # a $ in an option's value starts no formula
 }
 GRAY = "#888888"

@@ -43,10 +43,11 @@ def test_the_report(sweep, capsys):
     out = sweep / "report"
     names = {path.name for path in out.iterdir()}
     drawn = ("accuracy_macs", "accuracy_latency", "gains", "curves")
-    figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg", "pdf")}
     assert names == figures | {"report.md", "report.csv"}
     assert all(path.stat().st_size > 5000 for path in out.glob("*.png"))
     assert all(path.read_text().startswith("<?xml") for path in out.glob("*.svg"))
+    assert all(path.read_bytes().startswith(b"%PDF") for path in out.glob("*.pdf"))
     text = (out / "report.md").read_text()
     assert "| od | 3 | 61.00 ± 1.00 | +10.00 [+10.00, +10.00] | 61.00 ± 1.00 |" in text
     assert "| dml | 3 | 51.00 ± 1.73 | +0.00 [-2.48, +2.48] (not resolved) |" in text

@@ -48,6 +48,14 @@ def test_a_student_and_its_standard_network_are_timed(tmp_path):
     assert 0 < standard.low <= standard.median <= standard.high < 1000
 
 
-def test_a_student_that_cannot_be_rebuilt_is_a_gap(tmp_path):
-    runs = tabulate_runs([run(tmp_path / "alone", "alone", {"classes": ["a", "b"]})])
+def test_a_student_that_cannot_be_rebuilt_is_a_gap_and_a_line_says_why(tmp_path, capsys):
+    own = SETTINGS | {"block_type": {"part": "MyBlock"}}
+    runs = tabulate_runs([run(tmp_path / "alone", "alone", own), run(tmp_path / "od", "od", own)])
     assert latency.measure_latencies(runs) == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"no latency of alone; od: student={tmp_path}/alone/student.safetensors: ")
+    assert "block_type=MyBlock: unknown" in line
+    assert "--config-dir DIR" in line
+    runs = tabulate_runs([run(tmp_path / "old", "alone", {"classes": ["a", "b"]})])
+    assert latency.measure_latencies(runs) == {}
+    assert "it has no valid settings of a network" in capsys.readouterr().out
