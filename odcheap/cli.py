@@ -168,7 +168,7 @@ def report_interruption(exit_status: int) -> int:
 def show_outcomes() -> int:
     """Prints a table of the runs of a sweep that has ended; returns the exit status: 1 if a run failed, otherwise 0."""
     from odcheap.runs import study
-    from odcheap.runs.sweep import started_sweeps
+    from odcheap.runs.sweep import name_status_command, started_sweeps
     from odcheap.utils.console import console, say
 
     outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
@@ -177,6 +177,10 @@ def show_outcomes() -> int:
         from odcheap.report.console_tables import show_sweep
 
         show_sweep(console(), outcomes, is_search=bool(searches))
+    for sweep in started_sweeps:
+        if sweep.count_others:
+            runs = f"{sweep.count_others} run{'s' if sweep.count_others > 1 else ''} of other sweeps"
+            say(f"also in this folder: {runs} ({name_status_command(sweep.path)} lists them)")
     for folder, overrides in searches:
         say(study.describe_best(folder, overrides) or "no trial is complete")
     return int(any(outcome.summary is None for outcome in outcomes))

@@ -5,9 +5,11 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -78,7 +80,9 @@ def describe_unknown_option(error: Exception) -> str | None:
 def find_similar_options(name: str) -> list[str]:
     """Returns up to three existing options with the same name as `name` in another group, or with a similar name."""
     # The options of the default config, of groups and of their parts.
-    with hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
+    is_running = GlobalHydra.instance().is_initialized()  # within a run or a sweep
+    start = hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3") if not is_running else nullcontext()
+    with start:
         known = flatten(OmegaConf.to_container(hydra.compose("config"), resolve=False))
     known = [option for option in known if "._" not in option]  # without `_target_` and the like
     names = sorted({".".join(option.split(".")[:depth]) for option in known for depth in (1, 2)})

@@ -1,9 +1,8 @@
-"""Sweeps: a callback for the beginning of a sweep, and the outcomes of its runs, which are read from their folders."""
+"""Sweeps: the plan of a sweep, and the outcomes of its runs, which are read from their folders."""
 
 import itertools
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,17 @@ from typing import Any, cast
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
+from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf, read_write
 from pydantic import BaseModel
 
 from odcheap.runs import status, study
-from odcheap.runs.folder import SUMMARY, TEST, make_folder
+from odcheap.runs.folder import SUMMARY, TEST
 from odcheap.runs.overrides import STORAGE_OPTIONS, name_run, override_key
 from odcheap.runs.schemas import Summary, SweepPlan, Test, validate
-from odcheap.utils.console import name_command, print_error, say
+from odcheap.utils.console import name_command
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_json
 from odcheap.utils.signals import WorkerSignals
 
 PLAN = "sweep.json"
@@ -56,14 +53,16 @@ class SweepFolder:
     Args:
         path: The value of the option `hydra.sweep.dir`.
         search: The overrides of a search by Optuna; None for a sweep over all combinations of values.
+        runs: The names of the runs' folders; empty if they are not known before the runs start.
 
     Attributes:
+        count_others: The number of runs of other sweeps in the folder, which `read_outcomes` has counted.
         unwritten: The outcomes of runs whose folder could not be written.
         signals: The handler of signals while processes of joblib carry out the runs.
     """
 
-    def __init__(self, path: Path, search: Sequence[str] | None = None):
-        self.path, self.search = path, search
+    def __init__(self, path: Path, search: Sequence[str] | None = None, runs: Sequence[str] = ()):
+        self.path, self.search, self.runs, self.count_others = path, search, runs, 0
         self.signals = WorkerSignals()
         self.files_before = self.list_files()
         self.unwritten: list[Outcome] = []
@@ -74,10 +73,21 @@ class SweepFolder:
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     def read_outcomes(self) -> list[Outcome]:
-        """Returns the outcomes of all runs in the folder, sorted by name, without failures from before this sweep."""
+        """Returns the outcomes of this sweep's runs, sorted by name, without failures from before this sweep.
+
+        If the names of the runs' folders are not known, the runs of other sweeps in the folder are included.
+        """
         files = self.list_files()
         changed = {path for path, version in files.items() if self.files_before.get(path) != version}
-        outcomes = [read_outcome(folder, changed) for folder in sorted({path.parent for path in files})]
+        folders = {path.parent for path in files}
+        own = folders
+        if self.runs:
+            own = {self.path / name for name in self.runs} & folders
+        elif self.search is not None:  # its earlier trials belong to it
+            trials = study.read_search(self.path, self.search).trials
+            own = {self.path / study.name_trial(trial) for trial in trials} | {path.parent for path in changed}
+        self.count_others = len(folders - own)
+        outcomes = [read_outcome(folder, changed) for folder in sorted(own)]
         return [outcome for outcome in outcomes if outcome is not None] + self.unwritten
 
 
@@ -85,32 +95,46 @@ class SweepFolder:
 started_sweeps: list[SweepFolder] = []
 
 
-class SweepStart(Callback):
-    """A Hydra callback that creates the `SweepFolder` before the first run, and prints the path of the folder."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        # Hydra reduces an exception of a callback to a warning, but lets SystemExit pass.
-        try:
-            check_sweep_folder(folder)
-            plan = plan_sweep(config)
-            make_folder(folder, "hydra.sweep.dir")
-            write_json(folder / PLAN, plan.model_dump())
-        except OptionError as error:
-            sys.exit(print_error(str(error)))
-        except HydraException:  # Hydra itself says what is wrong, when it reads the same overrides
-            return
-        search = study.list_overrides(config) if study.is_kept(config) else None
-        started_sweeps.append(SweepFolder(folder, search))
-        if "joblib" in str(config.hydra.launcher.get("_target_")) and config.hydra.launcher.get("n_jobs") != 1:
-            started_sweeps[-1].signals.install()
-        done = f" ({plan.done} are finished)" if plan.done else ""
-        say(f"sweep of {plan.count} runs in {folder}{done}; its progress: {name_status_command(folder)}")
-
-
 def name_status_command(folder: Path) -> str:
     """Returns the command line that lists the runs of the sweep in a folder with their states."""
     return f"{name_command('report')} --status {shlex.quote(str(folder))}"
+
+
+def check_runs(config: DictConfig) -> None:
+    """Composes the configs of as many runs of a sweep as are needed to try each name in a config group.
+
+    Raises:
+        HydraException: An override cannot be read, or names an option or a part that does not exist.
+    """
+    # Hydra composes the config of every run later. Other values than names need no check here, so that a sweep over
+    # hundreds of seeds begins soon.
+    groups = set(config.hydra.runtime.choices)
+    values = [list_values(override, override.key_or_group in groups) for override in read_overrides(config)]
+    for k in range(max(map(len, values), default=1)):
+        run = [options[min(k, len(options) - 1)] for options in values if options]
+        GlobalHydra.instance().config_loader().load_sweep_config(config, run)
+
+
+def list_values(override: Override, is_group: bool) -> list[str]:
+    """Returns one override for each value of an override that sets a group; for other overrides, for one value only."""
+    if not override.is_sweep_override():
+        return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        return [f"{override.get_key_element()}={sweep.start}"]
+    values = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+    return [f"{override.get_key_element()}={value}" for value in itertools.islice(values, None if is_group else 1)]
+
+
+def read_overrides(config: DictConfig) -> list[Override]:
+    """Returns the parsed overrides of a sweep: those of the sweeper's config, and those of the command line.
+
+    Raises:
+        HydraException: They cannot be read.
+    """
+    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    given += map(str, config.hydra.overrides.task)
+    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
 
 
 def plan_sweep(config: DictConfig) -> SweepPlan:
@@ -123,16 +147,15 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
         OptionError: The file of a search cannot be read.
     """
     sweeper = config.hydra.sweeper
-    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    given += map(str, config.hydra.overrides.task)
-    overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
+    overrides = read_overrides(config)
     swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
     if "n_trials" in sweeper:
         done = continue_search(config) if study.is_kept(config) else 0
         return SweepPlan(count=done + sweeper.n_trials, done=done, swept=swept)
     runs = list(itertools.chain.from_iterable(BasicSweeper.split_arguments(overrides, None)))
     subdir = str(cast(dict[str, Any], OmegaConf.to_container(config.hydra.sweep, resolve=False))["subdir"])
-    names = [name_run(run, NAMED_OPTIONS[subdir]) for run in runs] if subdir in NAMED_OPTIONS else []
+    is_named = subdir in NAMED_OPTIONS and "job_dir" not in {override.get_key_element() for override in overrides}
+    names = [name_run(run, NAMED_OPTIONS[subdir]) for run in runs] if is_named else []
     return SweepPlan(count=len(runs), swept=swept, runs=names)
 
 

@@ -57,6 +57,37 @@ def test_outcomes_are_read_from_the_folders_of_the_runs(tmp_path):
     }
 
 
+def test_outcomes_of_other_sweeps_in_the_folder_are_only_counted(tmp_path):
+    sweep = SweepFolder(tmp_path, runs=["seed=0", "seed=1", "seed=2"])
+    for name in ("seed=0", "method=od", "method=kd"):
+        write(tmp_path / name / "summary.json", {"finished": True})
+    assert [Path(outcome.job_dir).name for outcome in sweep.read_outcomes()] == ["seed=0"]
+    assert sweep.count_others == 2
+
+
+SEARCH = ("hydra/sweeper=optuna", "seed=interval(0,9)")
+
+
+@pytest.mark.filterwarnings("error:Callback")
+@pytest.mark.parametrize(
+    ("mistyped", "answer"),
+    [
+        (("method=alone,odd", "seed=0,1"), "method=odd: unknown; must be one of alone, "),
+        (("method=alone,od", "seeds=0,1"), "seeds: there is no such option; did you mean seed"),
+        (("method=od,alone", "method.temperature=2,3"), "method.temperature: there is no such option; did you mean "),
+        (("method=alone,od", "seed=0,,1"), "Error parsing override 'seed=0,,1'"),
+        ((*SEARCH, "method=choice(alone,odd)"), "method=odd: unknown; must be one of alone, "),
+    ],
+)
+def test_a_mistyped_sweep_says_and_writes_nothing_else(command, tmp_path, mistyped, answer):
+    (tmp_path / "runs" / "sweep").mkdir(parents=True)
+    result = command("-m", *mistyped, "experiment=quickstart")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"error: {answer}")
+    assert result.err.count("\n") == 1
+    assert [*(tmp_path / "runs").rglob("*")] == [tmp_path / "runs" / "sweep"]
+
+
 def run(folder, method, seed, value):
     folder.mkdir()
     config = {"job_dir": str(folder), "seed": seed, "method": {"part": method}}
@@ -112,10 +143,13 @@ def until(true, seconds=60):
 
 def test_a_sweep_says_where_it_is_and_its_status_lists_what_has_not_begun(command, tmp_path, capsys):
     sweep = [*TINY, "trainer.max_epochs=1", "data.limit=100", "num_stu=1,2", "method=od,alone"]
+    write(tmp_path / "sweep" / "other" / "summary.json", {"finished": True})
     result = command("-m", *sweep, f"hydra.sweep.dir={tmp_path}/sweep")
     assert result.status == 0, result.err
     assert f"sweep of 4 runs in {tmp_path}/sweep; its progress: " in result.out
     assert "run 2 of 4: method=alone,num_stu=1\n" in result.out
+    assert "also in this folder: 1 run of other sweeps (" in result.out
+    shutil.rmtree(tmp_path / "sweep" / "other")
     plan = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert sorted(plan["runs"]) == sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
 
