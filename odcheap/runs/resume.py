@@ -30,8 +30,8 @@ from odcheap.runs.folder import (
     remove_partial_files,
 )
 from odcheap.runs.overrides import find_override, override_key
-from odcheap.runs.saved_options import DATA_FOLDERS, READ_ONLY, select_saved_overrides
-from odcheap.runs.settings import RunConfig, flatten
+from odcheap.runs.saved_options import DATA_FOLDERS, READ_ONLY, find_values, is_file_or_folder, select_saved_overrides
+from odcheap.runs.settings import RunConfig, flatten, to_dict
 from odcheap.runs.status import write_status
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
@@ -240,11 +240,15 @@ def reapply_overrides(
         compose: A function that composes a config from overrides and checks it.
 
     Raises:
-        OptionError: The config differs from the saved one in an option that may not change, or a saved override has
-            a value that is not plain.
+        OptionError: The config differs from the saved one in an option that may not change, a saved override has a
+            value that is not plain, or the folder of the images is not there and no other one is given.
     """
     # The new overrides come last, so that they replace saved ones.
     kept, left_out = select_saved_overrides(saved["overrides"], overrides)
+    is_given = any(override_key(override) in DATA_FOLDERS for override in overrides)
+    missing = [] if is_given else find_values(left_out, DATA_FOLDERS)
+    if missing and list_image_folders(saved["config"].get("data")):
+        raise describe_missing_images(missing[0])
     if left_out:
         names = escape_control_chars(", ".join(left_out))
         say(f"not taken from the checkpoint: {names} (give them again to have them)")
@@ -253,6 +257,12 @@ def reapply_overrides(
     merged = compose(composed)
     if any(override_key(o) in DATA_FOLDERS for o in kept) and "read_only" in (merged.cfg.data.get("load") or {}):
         merged = compose([*composed, READ_ONLY])
+    # The run may have been started with the default folder, which is relative to the working directory.
+    data = to_dict(merged.cfg.data)
+    may_download = flatten(data).get("load.download")
+    missing = [folder for folder in list_image_folders(data) if not is_file_or_folder(folder)]
+    if missing and not is_given and not may_download:
+        raise describe_missing_images(missing[0])
 
     # Root options are compared first, since options in groups may repeat them.
     before, now = flatten(saved["config"]), flatten(merged.to_settings())
@@ -265,6 +275,22 @@ def reapply_overrides(
             option, value = find_override(overrides, name) or (own_name, now.get(name))
             raise OptionError(option, value, allowed)
     return merged
+
+
+def list_image_folders(data: Any) -> list[Any]:
+    """Returns the folders from which a data set reads its images.
+
+    Args:
+        data: The settings of the data set.
+    """
+    return [value for name, value in flatten(data).items() if name.split(".")[-1] == "data_dir"]
+
+
+def describe_missing_images(folder: Any) -> OptionError:
+    """Returns the error that the folder of a run's images is not there."""
+    relative = "" if Path(str(folder)).is_absolute() else " (relative to where the run was started)"
+    allowed = f"the run's images were in this folder{relative}, which is not there now"
+    return OptionError("data_dir", folder, f"{allowed}; data_dir=FOLDER says where they are")
 
 
 def claim_folder(start: Start) -> None:

@@ -90,6 +90,16 @@ def parse_override(text: str) -> Override:
     return override
 
 
+def find_values(overrides: Sequence[str], keys: Sequence[str]) -> list[Any]:
+    """Returns the values that overrides of a checkpoint give to some options.
+
+    Example:
+        >>> find_values(["seed=1", "data_dir='my photos'"], ["data_dir"])
+        ['my photos']
+    """
+    return [parse_override(text).value() for text in overrides if override_key(text) in keys]
+
+
 def is_experiment_option(key: str) -> bool:
     """Returns whether an option may be taken from a checkpoint."""
     if key in MACHINE_OPTIONS:

@@ -51,6 +51,33 @@ def test_a_run_of_other_images_does_not_count_as_finished(folders, command, tmp_
     assert "nothing to do" in command(*run, f"data_dir={tmp_path}/moved").out
 
 
+def test_a_run_whose_images_are_not_there_any_more_says_where_they_were(folders, command, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert command(*PICTURES, "data_dir=../A", "job_dir=run").status == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "work").rename(tmp_path / "elsewhere" / "work")
+    folders[0].rename(tmp_path / "moved")
+    missing = "the run's images were in this folder (relative to where the run was started), which is not there now"
+    for arguments in (["resume=work/run"], ["test_only=true", "resume=work/run"]):
+        result = command(*arguments)
+        assert (result.status, result.out) == (1, "")
+        assert result.err == f"error: data_dir=../A: {missing}; data_dir=FOLDER says where they are\n"
+    assert "nothing to do" in command("resume=work/run", f"data_dir={tmp_path}/moved").out
+    assert command("test_only=true", "resume=work/run", "data_dir=../moved").status == 0
+
+
+def test_a_run_with_the_default_folder_says_that_it_is_not_there(folders, command, tmp_path, monkeypatch):
+    folders[0].rename(tmp_path / "data")
+    assert command(*PICTURES, "job_dir=run").status == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = command("resume=../run")
+    assert result.status == 1
+    assert "data_dir=data: the run's images were in this folder (relative to where the run was started)" in result.err
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
