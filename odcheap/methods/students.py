@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from odcheap.models.backbone import Backbone
-from odcheap.models.wrapped_network import to_backbone
+from odcheap.models.wrapped_network import WrappedNetwork, to_backbone
 from odcheap.utils.arguments import StudentCount, check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import derive_seed, temporary_seed
+
+MAX_EQUAL_SHARE = 0.1  # of the parameters of two students; a warning names a larger share
 
 StudentOutputs = tuple[list[Tensor], Tensor]
 RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
@@ -78,10 +80,59 @@ def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOut
     return run_on_streams(members, views) if is_recorded else run_sequential(members, views)
 
 
-def have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Returns whether all parameters of two networks with the same architecture are equal."""
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+def check_builder(build: object) -> None:
+    """Raises `OptionError` if `build` is a network, or no function."""
+    if isinstance(build, nn.Module) or not callable(build):
+        what = "a network" if isinstance(build, nn.Module) else "no function"
+        advice = "must be a function that makes a new network in each call, such as `lambda: copy.deepcopy(network)`"
+        raise OptionError("build", type(build).__name__, f"{advice}; this is {what}")
+
+
+def check_separate(members: Sequence[nn.Module]) -> None:
+    """Raises `OptionError` if two students share a parameter."""
+    owners: dict[int, int] = {}
+    for k, student in enumerate(members):
+        own = student.network if isinstance(student, WrappedNetwork) else student
+        for name, parameter in own.named_parameters():
+            first = owners.setdefault(id(parameter), k)
+            if first != k:
+                same = set(map(id, own.parameters())) == set(map(id, members[first].parameters()))
+                what = "the same network twice" if same else f"two networks that share the parameter {name}"
+                advice = 'such as `lambda: copy.deepcopy(network)` or `lambda: cheapen(network, "DW")`'
+                allowed = f"returned {what}; it must make a new network in each call, {advice}"
+                raise OptionError("build", f"function that returns {type(own).__name__}", allowed)
+
+
+def find_equal_weights(first: nn.Module, second: nn.Module) -> tuple[float, list[str]]:
+    """Compares the parameters of two networks with the same architecture.
+
+    Tensors with a single value, such as the biases of a new network, are not compared, since they are equal in all
+    networks. Parameters that are not trained are not compared either.
+
+    Returns:
+        The number of equal parameters divided by the number of all parameters, and the names of the equal tensors.
+    """
+    others = dict(second.named_parameters())
+    trained = {name: own for name, own in first.named_parameters() if own.requires_grad}
+    compared = {name: own for name, own in trained.items() if own.numel() and bool((own != own.flatten()[0]).any())}
+    equal = [name for name, own in compared.items() if torch.equal(own, others[name])]
+    total = sum(own.numel() for own in compared.values())
+    return sum(compared[name].numel() for name in equal) / max(1, total), equal
+
+
+def describe_equal_weights(first: nn.Module, second: nn.Module) -> str:
+    """Returns a warning if two students start with the same weights, or with a large share of equal ones; else ""."""
+    share, names = find_equal_weights(first, second)
+    if share == 1:
+        return "the students start with equal weights, and may never differ; add_weight_noise changes them"
+    # Backbones choose their weights themselves, with options such as `backbone.noise`.
+    if share <= MAX_EQUAL_SHARE or not isinstance(first, WrappedNetwork):
+        return ""
+    layers = list(dict.fromkeys(name.removeprefix("network.").rpartition(".")[0] for name in names))
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    text = f"{100 * share:.0f} % of the parameters are equal in all students at the start ({shown})"
+    advice = "add_weight_noise(network, all_layers=True) changes them"
+    return f"{text}, as in copies of one network, so the students differ less; {advice}"
 
 
 # The values of the option `together`.
@@ -99,9 +150,9 @@ class Students(nn.Module):
     """Networks of one architecture that are trained together.
 
     Args:
-        build: A function that builds one student: a `Backbone` or any classification network (N, C, H, W) -> (N, K),
-            such as the result of `cheapen`. A network that is no `Backbone` is wrapped, see `to_backbone`. Start
-            students from one trained network with `add_weight_noise`, so that they differ.
+        build: A function that makes a new student in each call: a `Backbone` or any classification network
+            (N, C, H, W) -> (N, K), such as the result of `cheapen`. A network that is no `Backbone` is wrapped, see
+            `to_backbone`. Start students from one trained network with `add_weight_noise`, so that they differ.
         num_stu: The number of students, S.
         seed: The initial weights of student k depend on (seed, k) only.
         run: The function that runs all students on a batch; see the module's description.
@@ -122,7 +173,8 @@ class Students(nn.Module):
         (torch.Size([4, 64, 8, 8]), torch.Size([2, 4, 10]))
 
     Raises:
-        OptionError: A network cannot be a student. The message says what it lacks.
+        OptionError: `build` is no function, its networks share parameters, or a network cannot be a student. The
+            message says what is wrong.
     """
 
     def __init__(
@@ -134,14 +186,16 @@ class Students(nn.Module):
     ):
         super().__init__()
         # Student k is the same for every number of students: its seed is temporary and depends on k only.
+        check_builder(build)
         members = []
         for k in range(num_stu):
             with temporary_seed(seed, "student", k):
                 members.append(to_backbone(build()))
+        check_separate(members)
         self.members, self.run = nn.ModuleList(members), run
-        if num_stu > 1 and have_equal_weights(members[0], members[1]):
-            line = "the students start with equal weights, and may never differ; add_weight_noise changes them"
-            warnings.warn(line, stacklevel=2)
+        line = describe_equal_weights(members[0], members[1]) if num_stu > 1 else ""
+        if line:
+            warnings.warn(line, stacklevel=3)  # the caller, above `check_arguments`
 
     def backbones(self) -> list[Backbone]:
         """Returns the students as a list."""

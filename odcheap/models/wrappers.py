@@ -345,15 +345,17 @@ def find_last_layer(network: nn.Module, num_classes: int) -> str:
 
 
 @torch.no_grad()
-def add_weight_noise(network: nn.Module, noise: float = 0.1) -> None:
-    """Adds Gaussian noise to the weights of the cheap convolutions of a network.
+def add_weight_noise(network: nn.Module, noise: float = 0.1, all_layers: bool = False) -> None:
+    """Adds Gaussian noise to the weights of the cheap convolutions of a network, or of all its layers.
 
-    Students that start from the same file would otherwise stay equal, since they see the same batches. If the network
-    has no cheap convolutions, the noise is added to the convolutions larger than 1 x 1.
+    Students that start from the same weights would otherwise stay equal, since they see the same batches. If the
+    network has no cheap convolutions, the noise is added to the convolutions larger than 1 x 1.
 
     Args:
         network: The network, changed in place.
         noise: The standard deviation of the noise, as a fraction of the standard deviation of each weight tensor.
+        all_layers: Whether the noise is added to the weights of all convolutions and linear layers. Otherwise the
+            layers that `cheapen` has copied, such as the stem and the classifier, stay equal in all students.
 
     Example:
         >>> network = nn.Conv2d(3, 8, 3)
@@ -363,9 +365,9 @@ def add_weight_noise(network: nn.Module, noise: float = 0.1) -> None:
         True
     """
     pairs = [module for module in network.modules() if isinstance(module, CheapConv)]
-    for module in pairs or find_spatial_convs(network).values():
+    for module in [network] if all_layers else pairs or find_spatial_convs(network).values():
         for parameter in module.parameters():
-            if parameter.ndim == 4:
+            if parameter.ndim == 4 or (all_layers and parameter.ndim >= 2):
                 parameter += noise * parameter.std() * torch.randn_like(parameter)
 
 

@@ -43,6 +43,7 @@ def test_a_classifier_for_other_classes_stays_new(file):
     assert torch.equal(made.network.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
 
 
+@pytest.mark.filterwarnings("ignore:the students start with equal weights")
 @pytest.mark.parametrize("block_type", [DW(), Standard()])
 def test_noise_makes_students_from_one_file_differ_and_no_noise_does_not(file, block_type):
     _, path = file

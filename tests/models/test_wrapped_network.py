@@ -1,13 +1,14 @@
 """Networks of other libraries, and hand-written ones, as students."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from odcheap import OnlineDistillation, Students, cheapen
+from odcheap import OnlineDistillation, Students, add_weight_noise, cheapen
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrapped_network import WrappedNetwork, to_backbone
@@ -115,6 +116,50 @@ def test_students_with_equal_weights_are_warned_of():
     network = Plain(3)
     with pytest.warns(UserWarning, match="the students start with equal weights.*add_weight_noise"):
         Students(lambda: copy.deepcopy(network), num_stu=2, seed=0)
+
+
+def test_layers_that_were_copied_from_one_network_are_warned_of_with_their_share():
+    network = torchvision.models.resnet18(num_classes=4)
+    line = r"13 % of the parameters are equal .*\(conv1, layer2.0.downsample.0, .* 2 more\).*all_layers=True"
+    with pytest.warns(UserWarning, match=line):
+        Students(lambda: cheapen(network, "DW"), num_stu=2, seed=0)
+
+    def with_noise():
+        student = cheapen(network, "DW")
+        add_weight_noise(student, all_layers=True)
+        return student
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Students(with_noise, num_stu=2, seed=0)
+
+
+class Holder(Plain):
+    """A new network around a layer that it shares with others."""
+
+    def __init__(self, conv):
+        super().__init__(3)
+        self.conv = conv
+
+
+def test_a_function_must_make_new_students():
+    network, conv = Plain(3), nn.Conv2d(6, 8, 3, stride=2, padding=1)
+    line = "build=function that returns Plain: returned the same network twice; .*deepcopy.*cheapen"
+    with pytest.raises(OptionError, match=line):
+        Students(lambda: network, num_stu=2, seed=0)
+    with pytest.raises(OptionError, match="two networks that share the parameter conv.weight"):
+        Students(lambda: Holder(conv), num_stu=2, seed=0)
+    backbone = CifarResNet(8, DW(), 10)
+    with pytest.raises(OptionError, match="CifarResNet: returned the same network twice"):
+        Students(lambda: backbone, num_stu=3, seed=0)
+    Students(lambda: network, num_stu=1, seed=0)
+
+
+@pytest.mark.parametrize(("given", "what"), [(Plain(3), "this is a network"), ("resnet18", "this is no function")])
+def test_a_network_in_place_of_a_function_is_one_line(given, what):
+    line = f"build={type(given).__name__}: must be a function that makes a new network in each call, .*{what}"
+    with pytest.raises(OptionError, match=line):
+        Students(given, num_stu=2, seed=0)
 
 
 class TwoOutputs(Plain):
