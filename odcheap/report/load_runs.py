@@ -111,7 +111,9 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
         return RunFolder(folder, "failed", last["reason"], host=last.get("host"))
     if last.get("state") == "running" and status.is_alive(last):
         return RunFolder(folder, "running", progress, host=last.get("host"), process=last.get("pid"))
-    advice = "the same command continues it" if list_checkpoints(folder) else "nothing was saved yet"
+    # In a sweep, resume=auto is the default.
+    command = "the same command" if read_plan(folder.parent) else "the same command with resume=auto"
+    advice = f"{command} continues it" if list_checkpoints(folder) else "nothing was saved yet"
     return RunFolder(folder, "stopped", f"{progress}; {advice}")
 
 

@@ -17,7 +17,8 @@ CONFIG, SUMMARY, TEST, STUDENT = "config.yaml", "summary.json", "test.json", "st
 TRAINING_IMAGES = "training_images.json"
 OUTPUTS = (CONFIG, SUMMARY, TEST, STUDENT, "metrics.csv", "confusion.csv", "split.csv", TRAINING_IMAGES)
 FOLDERS = ("checkpoints", "tensorboard", "wandb")  # folders that a run makes
-THREE_WAYS = "resume=auto continues it, overwrite=true replaces it, another job_dir keeps it"
+TWO_WAYS = "overwrite=true replaces it, another job_dir keeps it"
+MORE_EPOCHS = "resume=auto with a larger trainer.max_epochs trains it longer"
 EVENTS = "events.out.tfevents.*"
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+(-[0-9a-f]{8})?\.part", re.ASCII)  # as `write_atomic` names them
 
@@ -83,9 +84,9 @@ def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
     if overwrite:
         return
     if read_summary(job_dir) is not None:
-        raise OptionError("job_dir", job_dir, f"holds a finished run; {THREE_WAYS}")
+        raise OptionError("job_dir", job_dir, f"holds a finished run; {TWO_WAYS}, {MORE_EPOCHS}")
     if list_checkpoints(job_dir):
-        raise OptionError("job_dir", job_dir, f"holds an unfinished run; {THREE_WAYS}")
+        raise OptionError("job_dir", job_dir, f"holds an unfinished run; resume=auto continues it, {TWO_WAYS}")
 
 
 def list_outputs(job_dir: Path) -> list[Path]:

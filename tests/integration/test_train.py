@@ -363,7 +363,7 @@ def test_a_finished_run_is_refused_or_overwritten(finished, command):
     before = hashes(finished)
     result = command(*TINY, f"job_dir={finished}")
     assert result.status == 1
-    assert "holds a finished run; resume=auto continues it, overwrite=true replaces it" in result.err
+    assert "holds a finished run; overwrite=true replaces it, another job_dir keeps it, resume=auto with" in result.err
     assert hashes(finished) == before
     assert command(*TINY, "seed=1", f"job_dir={finished}", "overwrite=true").status == 0
     assert summary(finished)["seed"] == 1

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from odcheap.report.load_runs import load_runs
+from odcheap.report.load_runs import load_run, load_runs
 from odcheap.utils.errors import OptionError
 
 CONFIG = "job_dir: {}\nseed: 3\nmethod: {{part: od}}\n"
@@ -55,6 +55,15 @@ def test_what_became_of_a_run(tmp_path, summary, word, state, reason):
     if state == "running":
         assert (entry.host, entry.process) == (word["host"], word["pid"])
     assert (entry.run is not None) == (state == "finished")
+
+
+def test_a_stopped_run_says_which_command_continues_it(tmp_path):
+    run = plant(tmp_path / "run")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "epoch-0001.ckpt").touch()
+    assert load_run(run).reason == "2 epochs done; the same command with resume=auto continues it"
+    (tmp_path / "sweep.json").write_text('{"count": 1}')
+    assert load_run(run).reason == "2 epochs done; the same command continues it"
 
 
 def test_a_run_that_failed_before_it_began_is_found(tmp_path):

@@ -39,13 +39,15 @@ def test_flat():
 
 def test_an_occupied_folder_is_refused_with_the_three_ways_out(tmp_path):
     check_unoccupied(tmp_path, overwrite=False)
-    ways = "resume=auto continues it, overwrite=true replaces it, another job_dir keeps it"
+    ways = "overwrite=true replaces it, another job_dir keeps it"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch-0000.ckpt").write_text("")
-    with pytest.raises(OptionError, match=f"holds an unfinished run; {ways}"):
+    with pytest.raises(OptionError, match=f"holds an unfinished run; resume=auto continues it, {ways}$"):
         check_unoccupied(tmp_path, overwrite=False)
     (tmp_path / "summary.json").write_text(json.dumps({"finished": True}))
-    with pytest.raises(OptionError, match=f"holds a finished run; {ways}"):
+    with pytest.raises(
+        OptionError, match=f"holds a finished run; {ways}, resume=auto with a larger trainer.max_epochs"
+    ):
         check_unoccupied(tmp_path, overwrite=False)
     check_unoccupied(tmp_path, overwrite=True)
     (tmp_path / "summary.json").write_text("{")
