@@ -140,6 +140,7 @@ def run_job(cfg: "DictConfig") -> Any:
         config = RunConfig(cfg, resolvers.chosen_parts(), resolvers.given_overrides())
         if not resolvers.is_sweep():  # in a sweep, the run's folder must say why it failed
             try:
+                options.check_added_options(config)
                 options.check_root_options(config)
                 options.check_part_options(config)
                 from odcheap.training.optim import BUILDERS

@@ -36,7 +36,39 @@ def test_unknown_options_get_the_nearest_names(command, given, meant):
     assert (result.status, result.out) == (1, "")
     assert result.err.count("\n") == 1
     assert f"{given.partition('=')[0]}: there is no such option; did you mean {meant}" in result.err
-    assert f"(+{given} adds it to the config" in result.err
+    assert "+" not in result.err  # an option that nothing reads cannot be added either
+
+
+@pytest.mark.parametrize("chosen", ["experiment=imagefolder", "data=imagefolder"])
+@pytest.mark.parametrize("given", ["data.imagesize", "imagesize", "data.ImageSize"])
+def test_options_of_the_chosen_data_are_suggested_also_without_underscores(command, chosen, given):
+    line = f"error: {given}: there is no such option; did you mean data.image_size?"
+    assert command(chosen, f"{given}=64").err == f"{line} (odcheap train --help shows every option)\n"
+
+
+def test_an_option_of_the_trainer_that_conf_does_not_list_needs_a_plus_sign(command):
+    line = "trainer.max_time: must be given with a plus sign, since conf/ does not list it: +trainer.max_time=VALUE"
+    assert command("trainer.max_time=soon").err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("+traner.max_epochs=2", "; did you mean trainer.max_epochs?"),
+        ("++max_epochs=2", "; did you mean trainer.max_epochs?"),
+        ("+xyzzy=1", ""),
+    ],
+)
+def test_an_added_option_that_nothing_reads_is_refused(command, given, meant, tmp_path):
+    result = command("data=digits", given)
+    assert (result.status, result.out) == (1, "")
+    assert result.err == f"error: {given}: no part of the run reads this option{meant}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_added_option_that_another_one_refers_to_is_not_refused(command):
+    result = command("+width=0", "num_stu=${width}", "+hydra.job.env_set={A: b}")
+    assert result.err.startswith("error: num_stu=0: must be a whole number, 1 or more")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["method=kd", "-h"], ["data=imagefolder", "--help"]])

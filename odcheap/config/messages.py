@@ -1,12 +1,13 @@
 """One-line messages for errors of Hydra, OmegaConf and Lightning."""
 
 import difflib
+import inspect
 import re
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -14,9 +15,13 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from odcheap.config.command_line import find_config_dirs
+from odcheap.config.compose import compose_config
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, first_line
-from odcheap.utils.parts import OWN_PART, find_conf_dir, list_parts
+from odcheap.utils.parts import OWN_PART, find_conf_dir, import_target, list_parts
+
+ADDABLE_GROUPS = ("trainer", "optimizer", "scheduler")  # classes of libraries, with more options than conf/ lists
 
 
 def explained_errors() -> tuple[type[Exception], ...]:
@@ -70,27 +75,58 @@ def describe_unknown_option(error: Exception) -> str | None:
     if unknown is None:
         return None
     name = unknown[1]
+    if is_addable(name):
+        return f"{name}: must be given with a plus sign, since conf/ does not list it: +{name}=VALUE"
+    return f"{name}: there is no such option{suggest_options(name)} (odcheap train --help shows every option)"
+
+
+def is_addable(name: str) -> bool:
+    """Returns whether `+` adds an option: a library's class has it, and its YAML file in `conf/` does not list it."""
+    group, _, option = name.partition(".")
+    part = compose_known().get(group) if group in ADDABLE_GROUPS else None
+    if not option or not isinstance(part, Mapping) or fold_name(option) in map(fold_name, part):
+        return False
+    return option in inspect.signature(import_target(str(part["_target_"]))).parameters
+
+
+def suggest_options(name: str) -> str:
+    """Returns the part of a message that suggests existing options in place of `name`; empty if none is similar."""
     similar = find_similar_options(name)
-    suggestion = f"; did you mean {' or '.join(similar)}?" if similar else ""
-    added = re.search(r"use (\+\S+)", str(error))
-    hint = f"{added[1]} adds it to the config; " if added else ""
-    return f"{name}: there is no such option{suggestion} ({hint}odcheap train --help shows every option)"
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def fold_name(name: str) -> str:
+    """Returns a name in lower case and without underscores, in which form names are compared."""
+    return name.replace("_", "").lower()
+
+
+def compose_known() -> dict[str, Any]:
+    """Returns the default config with the parts that the command line chooses, not resolved."""
+    arguments = sys.argv[1:]
+    config_dirs = find_config_dirs(arguments)
+    groups = list_groups(config_dirs)
+    chosen = [argument for argument in arguments if "=" in argument and argument.partition("=")[0] in groups]
+    in_run = GlobalHydra.instance().is_initialized()  # it knows the config directories then
+    try:
+        cfg = hydra.compose("config", chosen) if in_run else compose_config(chosen, config_dirs)
+    except (HydraException, OmegaConfBaseException):  # such as a sweep over a group
+        cfg = hydra.compose("config") if in_run else compose_config([])
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
 
 
 def find_similar_options(name: str) -> list[str]:
     """Returns up to three existing options with the same name as `name` in another group, or with a similar name."""
-    # The options of the default config, of groups and of their parts.
-    is_running = GlobalHydra.instance().is_initialized()  # within a run or a sweep
-    start = hydra.initialize_config_dir(str(find_conf_dir()), version_base="1.3") if not is_running else nullcontext()
-    with start:
-        known = flatten(OmegaConf.to_container(hydra.compose("config"), resolve=False))
-    known = [option for option in known if "._" not in option]  # without `_target_` and the like
+    # The options of groups and of their parts, of those parts that are chosen.
+    known = [option for option in flatten(compose_known()) if "._" not in option]  # without `_target_` and the like
     names = sorted({".".join(option.split(".")[:depth]) for option in known for depth in (1, 2)})
-    last = name.rpartition(".")[2]
-    same = [option for option in names if option.rpartition(".")[2] == last]
-    by_last = {option.rpartition(".")[2]: option for option in names}
-    close = difflib.get_close_matches(name, names, n=3)
-    close += [by_last[match] for match in difflib.get_close_matches(last, by_last, n=3)]
+    folded = {fold_name(option): option for option in names}
+    last = fold_name(name).rpartition(".")[2]
+    if fold_name(name) in folded:  # only underscores or capital letters differ
+        return [folded[fold_name(name)]]
+    same = [option for option in names if fold_name(option).rpartition(".")[2] == last]
+    by_last = {option.rpartition(".")[2]: option for option in folded}
+    close = [folded[match] for match in difflib.get_close_matches(fold_name(name), folded, n=3)]
+    close += [folded[by_last[match]] for match in difflib.get_close_matches(last, by_last, n=3)]
     return list(dict.fromkeys(same or close))[:3]
 
 

@@ -156,6 +156,27 @@ def check_options(
     check_loggers(values, config_dirs)
 
 
+def check_added_options(config: RunConfig) -> None:
+    """Checks that each option which `+` adds to the root of the config is read by something.
+
+    Raises:
+        OptionError: Nothing reads one of them; the message names it and similar options.
+    """
+    from odcheap.config.messages import suggest_options  # which imports this module
+
+    known = {*get_type_hints(RootOptions), *config.parts, *LIST_GROUPS}
+    for override in config.overrides:
+        key, _, value = override.partition("=")
+        root = re.split(r"[./@]", override_key(override))[0]
+        if not key.startswith("+") or root in known or root not in config.cfg:
+            continue
+        # A file of the user may refer to an entry of his own, as in `width: ${width}`.
+        others = OmegaConf.masked_copy(config.cfg, [str(name) for name in config.cfg if name != root])
+        if not re.search(rf"\$\{{{re.escape(root)}\b", OmegaConf.to_yaml(others)):
+            suggestion = suggest_options(override_key(override))
+            raise OptionError(key, value, f"no part of the run reads this option{suggestion}")
+
+
 def check_root_options(config: RunConfig) -> None:
     """Checks the options that belong to no group; this imports no other library. See `check_options`."""
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():

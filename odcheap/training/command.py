@@ -154,6 +154,7 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
         return composed
 
     # The checks come first: an error must not leave a folder behind.
+    options.check_added_options(config)
     options.check_options(config, config_dirs, BUILDERS)
     launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
     launch.limit_threads()
