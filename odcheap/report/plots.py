@@ -246,11 +246,13 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
         data: The data set, for the title; see `describe_data`.
     """
     shown = rows[rows["gain"].notna()][::-1]
-    labels = ["\n".join(wrap_label(name)) for name in shown["name"]]
-    lines = sum(label.count("\n") + 1 for label in labels)
+    # A row is as high as its label, so that labels of several lines do not touch each other.
+    labels = [wrap_label(name, 20, 6) for name in shown["name"]]
+    heights = [0.09 + 0.12 * len(lines) for lines in labels]  # inches
+    places = [sum(heights[:k]) + height / 2 for k, height in enumerate(heights)]
     colors, markers = assign_colors(rows), assign_markers(rows)
-    figure, (axes,) = create_figure(0.75 + max(0.14 * lines, 0.21 * len(shown)))
-    for place, row in enumerate(shown.to_dict("records")):
+    figure, (axes,) = create_figure(0.75 + sum(heights))
+    for place, row in zip(places, shown.to_dict("records"), strict=True):
         gain: Spread = row["gain"]
         error = None if gain.interval is None else 100 * (gain.interval[1] - gain.mean)
         color, marker = colors[row["method"]], markers[row["setting"]]["marker"]
@@ -262,22 +264,36 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
         axes.errorbar(100 * gain.mean, place, xerr=error, **look, capsize=1.5, elinewidth=0.8)
     axes.axvline(0, color="#444444", lw=0.8, zorder=1)
     axes.margins(x=0.08)
-    axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.set_yticks(range(len(shown)), labels)
+    axes.set_ylim(0, sum(heights))
+    axes.set_yticks(places, ["\n".join(lines) for lines in labels])
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     counts = " or ".join(map(str, sorted({gain.n for gain in shown["gain"]})))
     bars = f"95 % intervals, n = {counts}; hollow: not resolved"
     if counts == "1":
         bars = "one seed: no intervals, not resolved"
-    axes.set_xlabel(f"gain of the mean student, percentage points\n({bars})")
+    # Centered below the axis, it would be cut off at the right if the labels of the rows are long.
+    axes.set_xlabel(f"gain of the mean student, percentage points\n({bars})", loc="right")
     set_title(figure, f"{data}: gain over {shorten_label(baseline, MAX_TITLE_NAME)}")
     return figure
 
 
-def wrap_label(name: Any) -> list[str]:
-    """Returns a name as at most three lines of at most 20 characters."""
-    return textwrap.wrap(shorten_label(name, 57), 20, max_lines=3, placeholder="…", break_on_hyphens=False)
+def wrap_label(name: Any, width: int, max_lines: int) -> list[str]:
+    """Returns a name as at most `max_lines` lines of at most `width` characters.
+
+    Lines end at spaces; a longer word is divided after ".", "_" or "=" if it has one of them.
+    """
+    lines = []
+    words = shorten_label(name, width * max_lines)
+    for line in textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False):
+        while len(line) > width:
+            end = max(line.rfind(sign, 0, width) + 1 for sign in "._=") or width
+            lines.append(line[:end])
+            line = line[end:]
+        lines.append(line)
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1][: width - 1]}…"]
+    return lines
 
 
 @rc_context(STYLE)
@@ -296,7 +312,8 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
     colors, later, has_band = assign_colors(table), [], False
     columns = min(2, len(settings))
     lines_of = {r"^{}/student_\d+/top1$": "-", r"^{}/teacher/top1$": "--"}
-    figure, panels = create_figure(1.8, len(settings), columns)
+    titles = [wrap_label(setting, MAX_LABEL // columns, 4) for setting in settings]
+    figure, panels = create_figure(1.8 + 0.12 * (max(map(len, titles)) - 1), len(settings), columns)
     drawn, last_epoch = set(), 1.0
     for _, runs in table.groupby(["setting", "method"], sort=False):
         setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
@@ -316,9 +333,8 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
     # With the first epochs inside the axis, the differences between the later ones would be hard to see.
     panels[0].set_ylim(bottom=max(0, min(later, default=0) - 1))
     limit_to_hundred(panels[0])
-    for k, (axes, setting) in enumerate(zip(panels, settings, strict=True)):
-        if setting:
-            axes.set_title(shorten_label(setting, MAX_LABEL // columns), loc="left", fontsize=7.5)
+    for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        axes.set_title("\n".join(title), loc="left", fontsize=7.5)
         if k + columns >= len(settings):
             axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
