@@ -74,7 +74,7 @@ the classes.
 {sizes}
 
 Times are in milliseconds, median (95th percentile), measured alternately on {cpu}, with one thread or with all,
-whichever is faster. **Measure again on the target**: `python predict.py --bench`.
+whichever is faster.{mark} **Measure again on the target**: `python predict.py --bench`.
 
 <details><summary>All timings</summary>
 
@@ -138,6 +138,7 @@ def write_card(
     text = {name: "\n".join(lines) for name, lines in sections.items()}
     python = WITH_ODCHEAP if run.has_settings else WITH_PYTORCH
     return CARD.format(
+        mark=mark_times(run, timings, load),
         python=python,
         network=format_code(name_network(run)),
         graph=graph,
@@ -163,29 +164,63 @@ def name_network(run: RunStudent) -> str:
 def describe_speed(run: RunStudent, timings: Timings, load: float | None = None) -> list[str]:
     """Compares the student with the standard network in ONNX Runtime; a slower student is stated in bold.
 
-    If PyTorch says the opposite, that is stated too. The same line says if the machine was busy.
+    If PyTorch says the opposite, that is stated too. If the measurement is uncertain, the lines say why, and they have
+    the multiply-accumulates in place of ratios of times.
     """
     if str(run.network) == str(run.standard):
         return ["This is the standard network itself."]
-    own = compute_speedups(timings, "student.onnx", STANDARD, ONNX_RUNTIME)
+    compared = compare_with_standard(timings)
+    reason = describe_disturbance([speedup for speedups in compared.values() for speedup in speedups.values()], load)
+    if reason:
+        return describe_unmeasured_speed(run, reason)
+    own = compared["student.onnx"]
     opening = "Compared with the standard network of the same architecture,"
     if min(speedup.value for speedup in own.values()) < 1:
         opening = "**Not faster than the standard network here**:"
-    shown, compared = list(own.values()), f"the student {format_speedups(own)}"
-    text = f"{opening} in ONNX Runtime on this CPU {compared}"
-    for runtime in sorted({key.runtime for key in timings} - {ONNX_RUNTIME}):
-        opposite = find_opposites(own, compute_speedups(timings, STUDENT, STANDARD, runtime))
-        if opposite:
-            shown += opposite.values()
+    text = f"{opening} in ONNX Runtime on this CPU the student {format_speedups(own)}"
+    for runtime, opposite in compared.items():
+        if runtime not in ("student.onnx", DENSE):
             place = runtime if "GPU" in runtime else f"{runtime} on this CPU"
             text += f". **In {place} it is the opposite**: it {format_speedups(opposite)}"
     rounds = max(len(timing.rounds) for timing in timings.values())
     text += f" (ranges: smallest and largest of {rounds} rounds)" if rounds > 1 else ""
-    lines = [f"{text}{describe_disturbance(shown, load)}."]
-    if any(key.name == DENSE for key in timings):
-        dense = format_speedups(compute_speedups(timings, DENSE, STANDARD, ONNX_RUNTIME))
-        lines.append(f"{format_code(DENSE)}, which computes the same, {dense}.")
+    lines = [f"{text}."]
+    if DENSE in compared:
+        lines.append(f"{format_code(DENSE)}, which computes the same, {format_speedups(compared[DENSE])}.")
     return lines
+
+
+def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
+    """Returns the speedups that a card states, by file, and by runtime if it says the opposite of ONNX Runtime."""
+    own = compute_speedups(timings, "student.onnx", STANDARD, ONNX_RUNTIME)
+    compared = {"student.onnx": own}
+    for runtime in sorted({key.runtime for key in timings} - {ONNX_RUNTIME}):
+        compared[runtime] = find_opposites(own, compute_speedups(timings, STUDENT, STANDARD, runtime))
+    compared[DENSE] = compute_speedups(timings, DENSE, STANDARD, ONNX_RUNTIME)
+    return {name: speedups for name, speedups in compared.items() if speedups}
+
+
+def describe_unmeasured_speed(run: RunStudent, reason: str) -> list[str]:
+    """Returns lines that say why there is no speedup, how many multiply-accumulates there are, and what to do."""
+    standard, student = (flops.count_macs(network, run.image_size) for network in (run.standard, run.network))
+    ratio = f"{standard / student:.1f} times fewer" if student <= standard else f"{student / standard:.1f} times more"
+    again = "`odcheap export JOB_DIR --overwrite`" if run.job_dir else "`export_student` with `overwrite=True`"
+    return [
+        f"**The speed could not be measured**: {reason}.",
+        f"The student needs {ratio} multiply-accumulates than the standard network ({student / 1e6:.2f} M and "
+        f"{standard / 1e6:.2f} M), but fewer do not always take less time.",
+        f"On a quiet machine, {again} measures the speed, and `python predict.py --bench` the times of the files here.",
+    ]
+
+
+def mark_times(run: RunStudent, timings: Timings, load: float | None) -> str:
+    """Returns a sentence that says that the times in the tables are uncertain; empty if they are not."""
+    if str(run.network) == str(run.standard):
+        speedups = []
+    else:
+        speedups = [speedup for part in compare_with_standard(timings).values() for speedup in part.values()]
+    reason = describe_disturbance(speedups, load)
+    return f" **The times are uncertain**: {reason}." if reason else ""
 
 
 def sizes(timings: Timings) -> list[int]:

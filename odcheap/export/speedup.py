@@ -88,7 +88,7 @@ def round_to_known(low: float, high: float, values: Iterable[float]) -> list[str
 
 
 def describe_disturbance(speedups: Iterable[Speedup], load: float | None) -> str:
-    """Returns why the speedups are less certain than usual, to follow them in the same line; empty if nothing is wrong.
+    """Returns why speedups are too uncertain to be stated, as part of a sentence; empty if nothing is wrong.
 
     Args:
         speedups: The speedups.
@@ -96,10 +96,10 @@ def describe_disturbance(speedups: Iterable[Speedup], load: float | None) -> str
     """
     cores, reasons = os.cpu_count() or 1, []
     if load is not None and load > cores:
-        reasons.append(f"the machine was busy, with a load of {load:.1f} on {cores} cores")
+        reasons.append(f"the machine was busy, with a load of {load:.1f} on {cores} core{'s' * (cores != 1)}")
     if any(speedup.high > MAX_SPREAD * speedup.low for speedup in speedups):
-        reasons.append("the rounds disagree")
-    return f"; **uncertain**: {', and '.join(reasons)}" if reasons else ""
+        reasons.append("the rounds of the measurement disagree")
+    return ", and ".join(reasons)
 
 
 def find_opposites(first: Mapping[int, Speedup], second: Mapping[int, Speedup]) -> dict[int, Speedup]:

@@ -14,6 +14,7 @@ from odcheap.export.load_run import load_run_student
 from odcheap.export.model_card import DENSE, STANDARD
 from odcheap.export.verify import Verification
 from odcheap.layers.cheap_conv import DW, Standard
+from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
 from odcheap.predict import Timing
 
@@ -38,7 +39,8 @@ def found(student, standard, dense=None):
 
 
 def pair(conv):
-    return SimpleNamespace(network=CifarResNet(8, conv, 3), standard=CifarResNet(8, Standard(), 3))
+    networks = {"network": CifarResNet(8, conv, 3), "standard": CifarResNet(8, Standard(), 3)}
+    return SimpleNamespace(**networks, image_size=(3, 32, 32), job_dir=Path("run"))
 
 
 def test_a_faster_student_says_how_much():
@@ -48,7 +50,7 @@ def test_a_faster_student_says_how_much():
         in line
     )
     assert "ranges: smallest and largest of 3 rounds" in line
-    assert "uncertain" not in line
+    assert "could not be measured" not in line
     assert "PyTorch" not in line
 
 
@@ -62,16 +64,46 @@ def slow_down(timings, name, factors, runtime=ONNX_RUNTIME):
     }
 
 
-def test_rounds_that_disagree_and_a_busy_machine_are_said_in_the_same_line(monkeypatch):
-    timings = slow_down(found((1, 20), (3, 50)), STANDARD, (1, 2.4, 6.9))
-    (line,) = model_card.describe_speed(pair(DW()), timings)
-    assert "7 (3 to 21) times as fast with one image" in line
-    assert "**uncertain**: the rounds disagree." in line
+RATIO = re.compile(r"times as (fast|long)")
+
+
+@pytest.mark.parametrize(
+    ("timings", "load", "reason"),
+    [
+        (slow_down(found((1, 20), (3, 50)), STANDARD, (1, 2.4, 6.9)), 1.9, "the rounds of the measurement disagree."),
+        (found((1, 20), (3, 50)), 2.6, "the machine was busy, with a load of 2.6 on 2 cores."),
+        (slow_down(found((1, 20), (3, 50), dense=(2, 40)), DENSE, (1, 2, 3)), None, "the rounds of the measurement"),
+    ],
+    ids=["rounds", "load", "dense"],
+)
+def test_an_uncertain_speed_is_not_stated(monkeypatch, timings, load, reason):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    (line,) = model_card.describe_speed(pair(DW()), found((1, 20), (3, 50)), load=2.6)
-    assert "**uncertain**: the machine was busy, with a load of 2.6 on 2 cores." in line
-    (line,) = model_card.describe_speed(pair(DW()), found((1, 20), (3, 50)), load=1.9)
-    assert "uncertain" not in line
+    run = pair(DW())
+    text = "\n".join(model_card.describe_speed(run, timings, load))
+    assert f"**The speed could not be measured**: {reason}" in text
+    assert not RATIO.search(text)
+    student, standard = (flops.count_macs(network, run.image_size) for network in (run.network, run.standard))
+    assert f"needs {standard / student:.1f} times fewer multiply-accumulates" in text
+    assert "On a quiet machine, `odcheap export JOB_DIR --overwrite` measures the speed" in text
+    assert "`python predict.py --bench`" in text
+    assert f"**The times are uncertain**: {reason}" in model_card.mark_times(run, timings, load)
+    of_python = SimpleNamespace(**vars(run) | {"job_dir": None})
+    assert "`export_student` with `overwrite=True`" in "\n".join(model_card.describe_speed(of_python, timings, load))
+
+
+def test_a_quiet_machine_has_no_mark(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    timings = found((1, 20), (3, 50))
+    assert RATIO.search("\n".join(model_card.describe_speed(pair(DW()), timings, load=1.9)))
+    assert model_card.mark_times(pair(DW()), timings, 1.9) == ""
+
+
+def test_the_card_of_a_busy_machine_has_no_ratio(tmp_path):
+    seen = Verification(64, False, {}, {}, "")
+    text = write_card(tmp_path, seen, load=1e3)
+    assert "**The speed could not be measured**: the machine was busy" in text.split("```")[0]
+    assert "**The times are uncertain**: the machine was busy" in section(text, "Size and speed")
+    assert not RATIO.search(text)
 
 
 def test_where_pytorch_says_the_opposite_the_headline_says_both():
@@ -114,12 +146,13 @@ def test_somebody_elses_text_is_no_markup(text):
     assert made.endswith("`")
 
 
-def write_card(tmp_path, verification, settings=SETTINGS):
+def write_card(tmp_path, verification, settings=SETTINGS, load=None):
     run = load_run_student(write_run(tmp_path / "run", settings=settings))
     for name in ("student.onnx", "labels.json"):
         (tmp_path / name).write_bytes(b"12345")
     timings = found((1, 20), (3, 50))
-    return model_card.write_card(run, tmp_path / "run", {}, timings, verification, "a machine", "(n, 3, height, width)")
+    graph = "(n, 3, height, width)"
+    return model_card.write_card(run, tmp_path / "run", {}, timings, verification, "a machine", graph, load)
 
 
 def test_the_card_says_what_was_checked_and_on_what(tmp_path):

@@ -39,7 +39,7 @@ def test_a_busy_machine_and_rounds_that_disagree_are_named(monkeypatch):
     steady, shaky = Speedup(2, 1.9, 2.1), Speedup(2, 1.5, 2.1)
     assert describe_disturbance([steady], 4.0) == ""
     assert describe_disturbance([steady], None) == ""
-    both = "; **uncertain**: the machine was busy, with a load of 4.1 on 4 cores, and the rounds disagree"
+    both = "the machine was busy, with a load of 4.1 on 4 cores, and the rounds of the measurement disagree"
     assert describe_disturbance([steady, shaky], 4.1) == both
 
 
