@@ -4,11 +4,12 @@ In the training, `training.callbacks.Interruption` then lets all processes finis
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -184,7 +185,9 @@ def set_handlers(handlers: Mapping[int, Any]) -> None:
 
 
 @contextmanager
-def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> Generator[None]:
+def report_stop(
+    job_dir: Path, listener: SignalListener, may_requeue: bool, repeated: Sequence[str] = ()
+) -> Generator[None]:
     """A context manager that reports it if a signal stops the training in it.
 
     It writes the status of the run, prints how to continue the run, and requeues the job of a cluster. If the training
@@ -194,12 +197,13 @@ def report_stop(job_dir: Path, listener: SignalListener, may_requeue: bool) -> G
         job_dir: The run's folder.
         listener: The listener that receives signals.
         may_requeue: Whether the job may be requeued: the same command must continue the run.
+        repeated: The overrides that must be given again to continue the run, since no checkpoint gives them.
     """
     try:
         yield
     except Stopped as stop:
         if process_rank() == 0:
-            _report_stop(stop, job_dir, listener, may_requeue)
+            _report_stop(stop, job_dir, listener, may_requeue, repeated)
         raise
     except Exception as error:
         if process_rank() == 0:
@@ -216,7 +220,9 @@ def _report_failure(error: Exception, job_dir: Path) -> None:
             status.write_status(job_dir, "failed", line or f"{type(error).__name__}: {first_line(error)}")
 
 
-def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool) -> None:
+def _report_stop(
+    stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool, repeated: Sequence[str]
+) -> None:
     """Writes the status "stopped", prints how to continue the run, and requeues the job of a cluster."""
     # The run may have been stopped before its folder was made, and processes that this one started may have reported.
     is_run = is_run_folder(job_dir)
@@ -225,7 +231,8 @@ def _report_stop(stop: Stopped, job_dir: Path, listener: SignalListener, may_req
         if is_run:
             with suppress(OptionError), status.lock_folder(job_dir):  # another process may train there
                 status.write_status(job_dir, "stopped", stop.name)
-        text = f"saved; resume={job_dir} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
+        again = " ".join([f"resume={job_dir}", *map(shlex.quote, repeated)])
+        text = f"saved; {again} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
         requeues = may_requeue and stop.signum != signal.SIGINT and not listener.submitit_requeues
         hint = " (no batch of images came; see data.workers and /dev/shm)" if listener.has_given_up else ""
         print(f"{stop.name}{hint}: {text}{slurm.requeue_job() if requeues else ''}", flush=True)

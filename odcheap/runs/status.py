@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ def lock_folder(job_dir: Path) -> Generator[None]:
                 raise OptionError("job_dir", job_dir, f"cannot be locked ({error.strerror})") from error
         yield
     finally:
+        # Processes that read images have inherited the descriptor: without this line they would keep the lock.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

@@ -20,6 +20,7 @@ from odcheap.models.build import build_network, check_state_dict
 from odcheap.models.exportable import find_export_problem
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_summary
+from odcheap.runs.overrides import override_key
 from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
@@ -166,7 +167,8 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
         return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
     if start.cfg.test_only:
         return carry_out(start, listener)
-    with report_stop(start.job_dir, listener, may_requeue=not start.cfg.overwrite):
+    loggers = [o for o in start.config.overrides if override_key(o).split(".")[0] == "logger"]
+    with report_stop(start.job_dir, listener, not start.cfg.overwrite, repeated=loggers):
         return carry_out(start, listener)
 
 

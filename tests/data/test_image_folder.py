@@ -344,7 +344,8 @@ def test_a_run_and_its_loader_s_processes_end(tmp_path):
     runs = (done, failed, told)
     assert [run.end(within=60) for run in runs] == [0, 1, 143], [run.said[-3:] for run in runs]
     assert "is not finite" in failed.said[-1]
-    assert told.said[-1] == f"SIGTERM: saved; resume={tmp_path}/told continues\n"
+    assert told.said[-1] == f"SIGTERM: saved; resume={tmp_path}/told logger=csv continues\n"
+    assert json.loads((tmp_path / "told" / "status.json").read_text())["state"] == "stopped"
 
 
 def test_imagenet_s_layout_trains_with_a_converted_network(command, tmp_path):

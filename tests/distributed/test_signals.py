@@ -48,7 +48,7 @@ def test_a_signal_saves_the_step_and_the_run_ends_as_if_nothing_had_been(
     given = [*TINY, "trainer.max_epochs=4"]
     run = command(*given, f"job_dir={tmp_path}/run")
     assert run.status == 128 + signum
-    assert run.out.endswith(f"{name}: saved; resume={tmp_path}/run continues\n")
+    assert run.out.endswith(f"{name}: saved; resume={tmp_path}/run logger=csv continues\n")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
     monkeypatch.undo()
     again = command(*given, f"job_dir={tmp_path}/run", "resume=auto")
@@ -65,7 +65,7 @@ def test_a_signal_while_testing_ends_the_run_which_is_then_completed(tmp_path, c
     )
     run = command(*TINY, f"job_dir={tmp_path}/run")
     assert run.status == 143
-    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
+    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run logger=csv continues\n")
     monkeypatch.undo()
     assert command(*TINY, f"job_dir={tmp_path}/run", "resume=auto").status == 0
     assert (tmp_path / "run" / "summary.json").is_file()
@@ -179,7 +179,7 @@ def test_a_run_ends_if_no_batch_comes_after_a_signal(tmp_path, command, own_sign
     run = command(*TINY, "data.eval_batch_size=400", f"job_dir={tmp_path}/run")
     assert run.status == 143
     hint = "(no batch of images came; see data.workers and /dev/shm)"
-    assert run.out.endswith(f"SIGTERM {hint}: saved; resume={tmp_path}/run continues\n")
+    assert run.out.endswith(f"SIGTERM {hint}: saved; resume={tmp_path}/run logger=csv continues\n")
 
 
 def test_a_long_step_is_not_taken_for_a_wait(tmp_path, command, own_signals, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_long_step_is_not_taken_for_a_wait(tmp_path, command, own_signals, mon
     monkeypatch.setattr(EagerStep, "update", slow)
     run = command(*TINY, f"job_dir={tmp_path}/run")
     assert run.status == 143
-    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run continues\n")
+    assert run.out.endswith(f"SIGTERM: saved; resume={tmp_path}/run logger=csv continues\n")
     assert (tmp_path / "run" / "checkpoints" / "epoch-0001-step-0000003.ckpt").is_file()
 
 
@@ -270,7 +270,7 @@ def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, w
     run.until("epoch 2/60")
     os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM
-    assert run.said[-1] == f"SIGTERM: saved; resume={job_dir} continues\n"
+    assert run.said[-1] == f"SIGTERM: saved; resume={job_dir} logger=csv continues\n"
     assert ranks(f"job_dir={job_dir}") == {}
     assert json.loads((job_dir / "status.json").read_text())["reason"] == "SIGTERM"
 
