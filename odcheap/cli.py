@@ -77,11 +77,16 @@ def train(arguments: Sequence[str]) -> int:
         from omegaconf.errors import OmegaConfBaseException
 
         from odcheap.config import options
-        from odcheap.config.command_line import find_config_dirs, prepare_arguments
+        from odcheap.config.command_line import (
+            check_arguments,
+            check_single_values,
+            find_config_dirs,
+            prepare_arguments,
+        )
         from odcheap.config.messages import describe_hydra_error, list_groups
         from odcheap.runs.sweep import started_sweeps
         from odcheap.utils.console import keep_going_without_output, print_error
-        from odcheap.utils.errors import OptionError
+        from odcheap.utils.errors import Failure, OptionError
         from odcheap.utils.parts import find_conf_dir
 
     if {"-h", "--help"} & set(arguments):
@@ -90,7 +95,12 @@ def train(arguments: Sequence[str]) -> int:
         print(format_help(arguments, find_config_dirs(arguments)), end="")
         return 0
     conf = find_conf_dir()
-    sys.argv[1:] = prepare_arguments(arguments, conf)  # where Hydra reads them
+    try:
+        check_arguments(arguments)
+        sys.argv[1:] = prepare_arguments(arguments, conf)  # where Hydra reads them
+        check_single_values(sys.argv[1:])
+    except Failure as error:
+        return print_error(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors and not exit
     started_sweeps.clear()
     exit_status = 0

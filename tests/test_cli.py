@@ -71,6 +71,38 @@ def test_an_added_option_that_another_one_refers_to_is_not_refused(command):
     assert result.err.startswith("error: num_stu=0: must be a whole number, 1 or more")
 
 
+SPACES = "write no spaces around = and commas"
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("--experiment=quickstart", "--experiment=quickstart: write experiment=quickstart, without --"),
+        ("-m --method=od,alone", "--method=od,alone: write method=od,alone, without --"),
+        ("--num_stu 2", "--num_stu: write num_stu=2, without --"),
+        ("--fast num_stu=2", "--fast: there is no such flag"),
+        ("method=alone,od seed=0,1", "method=alone,od: several values need a sweep: add -m"),
+        ("logger=csv,wandb", "logger=csv,wandb: several values need a sweep: add -m, or write logger=[csv,wandb]"),
+        ("-m seed=0, 1", f"1: {SPACES}"),
+        ("num_stu = 2", f"num_stu: {SPACES}"),
+        ("num_stu= 2", f"2: {SPACES}"),
+        ("num_stu =2", f"num_stu: {SPACES}"),
+        ("data_dir=my images", "images: write options as NAME=VALUE"),
+    ],
+)
+def test_mistyped_arguments_are_answered_with_how_to_write_them(command, given, answer):
+    result = command(*given.split())
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"error: {answer}")
+    assert result.err.count("\n") == 1
+
+
+def test_flags_of_hydra_are_taken_with_their_values(command, tmp_path):
+    result = command("--config-dir", str(tmp_path), "--package", "optimizer", "-c", "job", "~experiment", "seed=3")
+    assert not result.status
+    assert "lr: 0.1" in result.out
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["method=kd", "-h"], ["data=imagefolder", "--help"]])
 def test_the_help_of_train_shows_every_option_and_recipe(arguments, capsys):
     assert cli.main(["train", *arguments]) == 0

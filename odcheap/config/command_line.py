@@ -5,12 +5,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 
-from odcheap.config.options import is_path_option
+from odcheap.config.options import LIST_GROUPS, is_path_option
 from odcheap.runs.overrides import quote_override
+from odcheap.utils.errors import Failure
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
@@ -23,6 +25,52 @@ def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
     paths = [str(entry) for entry in entries] if isinstance(entries, list) else []
     files = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
     return [folder, *files] if folder else files
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Checks that each argument is a flag of Hydra, the value of one, or an option such as `num_stu=4`.
+
+    Raises:
+        Failure: An argument is none of these; the message says how to write it.
+    """
+    flags = {flag: action for action in get_args_parser()._actions for flag in action.option_strings}
+    before, takes_value = "", False
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name.startswith("-"):
+            if name.startswith("--") and name not in flags:
+                # `--num_stu 2` is the usual form in other programs.
+                value = value if equals or after.startswith("-") or "=" in after else after
+                written = f"write {name.lstrip('-')}={value}, without --" if value else "there is no such flag"
+                raise Failure(f"{argument}: {written} (odcheap train --help shows every option)")
+            takes_value = name in flags and flags[name].nargs != 0 and not equals
+        elif takes_value:
+            takes_value = False
+        elif not name or (not equals and not name.startswith("~")):
+            near = (argument[:1], argument[-1:], before[-1:], after[:1])
+            if {"=", ","} & set(near):
+                raise Failure(f"{argument}: write no spaces around = and commas, as in num_stu=2 and seed=0,1")
+            quotes = "; a value with spaces needs quotes, as in 'data_dir=my images'"
+            raise Failure(f"{argument}: write options as NAME=VALUE, such as num_stu=2{quotes}")
+        before = argument
+
+
+def check_single_values(arguments: Sequence[str]) -> None:
+    """Checks that no option has several values, since this is no sweep.
+
+    Args:
+        arguments: The arguments in the form that Hydra needs; see `prepare_arguments`.
+
+    Raises:
+        Failure: An option has several values; the message says how to write it.
+    """
+    if any(argument in ("-m", "--multirun") or argument.startswith("hydra.mode=") for argument in arguments):
+        return
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-") and is_choice(argument):
+            name, _, value = argument.partition("=")
+            both = f", or write {name}=[{value}] to have all of them in one run" if name in LIST_GROUPS else ""
+            raise Failure(f"{argument}: several values need a sweep: add -m{both}")
 
 
 def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
