@@ -186,7 +186,10 @@ def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]
     if trained is None:
         return [model.reason] if model.digests is None else ["these images cannot be compared with the training images"]
     if not trained and not held_out:
-        return ["none of these images is a training image or a held-out image of the run"]
+        is_pixels = model.digests is not None and model.digests.kind == "pixels"
+        what = "images has exactly the pixels of" if is_pixels else "files is byte for byte"
+        line = f"none of these {what} a training image or a held-out image of the run"
+        return [f"{line}; re-saved or resized copies are not found"]
     # Warn about images that the run has used, then state the accuracy on the others.
     lines = []
     for names, what in ((trained, "was trained on"), (held_out, "has selected its student and epoch on")):

@@ -170,7 +170,8 @@ def test_the_test_images_of_a_data_set_are_evaluated_and_compared_with_the_train
     assert content["images"] == 360
     assert content["correct"] == int((answers == 9 - data.images.test_target).sum())
     assert (content["trained_on"], content["selected_on"]) == ([], [])
-    assert "none of these images is a training image or a held-out image of the run" in out
+    line = "none of these images has exactly the pixels of a training image or a held-out image of the run"
+    assert f"{line}; re-saved or resized copies are not found" in out
 
     # The data set's own training images, as files, are recognized.
     for k, part in enumerate(("train", "val")):
@@ -182,6 +183,21 @@ def test_the_test_images_of_a_data_set_are_evaluated_and_compared_with_the_train
     content, _ = read(run / "evaluation" / "files")
     assert [name.rpartition("/")[2] for name in content["trained_on"] + content["selected_on"]] == ["0.png", "1.png"]
     assert content["unused"] is None
+
+
+def test_copies_that_were_saved_again_are_not_recognized_and_that_is_said(run, tmp_path, capsys):
+    base = plant(tmp_path / "mine", {"cat": 2, "dog": 2})
+    files = sorted(base.rglob("*.png"))
+    digests = hash_files(Files("", np.array([os.fsencode(path) for path in files]), np.zeros(4, int)), split_seed=7)
+    write_digests(run, ImageDigests("files", 7, join_digests(digests), b""))
+    for path in files:
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(path.with_suffix(".jpg"), quality=90)
+        path.unlink()
+    out, _ = evaluate(capsys, run, base)
+    line = "none of these files is byte for byte a training image or a held-out image of the run"
+    assert f"{line}; re-saved or resized copies are not found\n" in out
+    assert read(run / "evaluation" / "mine")[0]["trained_on"] == []
 
 
 def test_without_a_list_of_training_images_that_is_said(run, tmp_path, capsys):
