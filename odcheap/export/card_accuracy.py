@@ -1,5 +1,6 @@
 """What a model card says about accuracy: of the student, of its classes, of guessing; the training data; the limits."""
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from odcheap.utils.text import MISSING, escape_markdown, format_accuracy, format
 MAX_ROWS = 50  # classes in a table; of more classes, those with the lowest recall are shown
 MAX_NAMES = 10  # of classes in a sentence
 FEW_IMAGES = 30  # of a class, for which its recall is known roughly only
+MAX_P_VALUE = 0.05  # below which a difference counts as resolved
 SELECTED_ON = {
     "val": "on held-out images",
     "last": "by no images: it is student 0 after the last epoch",
@@ -61,10 +63,47 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     if figures is not None:
         lines.append(describe_guessing(figures))
         lines += describe_failing_classes(figures)
-    if top1 is not None and (int8 := verification.top1.get(INT8)) is not None:
-        change = format_accuracy(int8 - top1, "+")
-        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: a change of {change} percentage points.")
+    if (int8 := verification.top1.get(INT8)) is not None and verification.changes is not None:
+        change = describe_change(*verification.changes, verification.images)
+        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: {change}.")
     return lines
+
+
+def describe_change(gained: int, lost: int, images: int) -> str:
+    """Returns the change of the number of correct images as text, and whether it is resolved.
+
+    Args:
+        gained: The number of images that are classified correctly only after the change.
+        lost: The number of images that are classified correctly only before it.
+        images: The number of all images.
+    """
+    if not gained and not lost:
+        return "the same images are classified correctly"
+    more = gained - lost
+    text = f"{abs(more):,} of {images:,} images {'more' if more > 0 else 'fewer'}" if more else "as many images"
+    text += f" {'is' if abs(more) == 1 else 'are'} classified correctly ({gained:,} gained, {lost:,} lost)"
+    p_value = compute_sign_test(gained, lost)
+    verdict = "a difference that is resolved" if p_value < MAX_P_VALUE else "a difference that is **not resolved**"
+    digits = f"p = {p_value:.2f}" if p_value >= 0.01 else "p < 0.01"
+    return f"{text}, {verdict} (exact sign test, {digits})"
+
+
+def compute_sign_test(gained: int, lost: int) -> float:
+    """Returns the two-sided p-value of the exact sign test, which for paired answers is McNemar's exact test.
+
+    Source: Q. McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
+
+    Args:
+        gained: The number of images that are classified correctly only after a change.
+        lost: The number of images that are classified correctly only before it.
+
+    Example:
+        >>> [compute_sign_test(*changes) for changes in ((1, 0), (3, 2), (0, 6))]
+        [1.0, 1.0, 0.03125]
+    """
+    count = gained + lost
+    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**count)
 
 
 def format_interval(figures: dict[str, Any] | None) -> str:

@@ -289,6 +289,8 @@ def describe_int8(verification: Verification) -> list[str]:
         return []
     line = f"- {format_code(INT8)}: accuracy {format_accuracy(int8)} %, "
     line += f"{format_accuracy(int8 - top1, '+')} percentage points against `student.onnx`"
+    if verification.changes is not None:
+        line += f" ({card_accuracy.describe_change(*verification.changes, verification.images)})"
     same = verification.agreement
     return [
         line if same is None else f"{line}; the same class as the trained network for {format_accuracy(same)} % of them"

@@ -95,6 +95,8 @@ class Verification(NamedTuple):
         confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones; None without labels.
         agreement: Share of the images for which 8-bit integers predict the class that the trained network predicts;
             None without them.
+        changes: The number of images that only 8-bit integers classify correctly, and of those that only `student.onnx`
+            classifies correctly; None without 8-bit integers or labels.
     """
 
     images: int
@@ -104,6 +106,7 @@ class Verification(NamedTuple):
     reason: str
     confusion: np.ndarray | None = None
     agreement: float | None = None
+    changes: tuple[int, int] | None = None
 
 
 def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
@@ -229,6 +232,7 @@ def verify_files(
     """
     # The accuracy of the trained network itself is compared with that of its run first.
     differences, top1, confusion, agreement = {}, {}, None, None
+    correct: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as images:
         if data is None:
             reference = compute_noise_reference(run.settings, run.network, Path(images))
@@ -239,6 +243,8 @@ def verify_files(
             say(f"checking {path.name} on {len(reference.files):,} images")
             logits = compute_logits(path, preprocess, reference, batch, run.config_dirs)
             top1[path.name] = reference.top1(logits)
+            if reference.labels is not None:
+                correct[path.name] = logits.argmax(1) == reference.labels
             if path.name != INT8:
                 differences[path.name] = check_logits(path.name, logits, reference)
             else:
@@ -247,7 +253,13 @@ def verify_files(
                 confusion = predict.count_confusion(
                     reference.labels.tolist(), logits.argmax(1).tolist(), logits.shape[1]
                 )
-    return Verification(len(reference.files), data is not None, differences, top1, reason, confusion, agreement)
+    changes = None
+    if INT8 in correct:
+        own, int8 = correct["student.onnx"], correct[INT8]
+        changes = int((int8 & ~own).sum()), int((own & ~int8).sum())
+    return Verification(
+        len(reference.files), data is not None, differences, top1, reason, confusion, agreement, changes
+    )
 
 
 def check_accuracy(run: RunStudent, reference: Reference) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from export.test_load_run import SETTINGS, write_run
 from markdown_it import MarkdownIt
+from scipy.stats import binomtest
 
-from odcheap.export import model_card
+from odcheap.export import card_accuracy, model_card
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.load_run import load_run_student
 from odcheap.export.model_card import DENSE, STANDARD
@@ -156,11 +157,13 @@ def write_card(tmp_path, verification, settings=SETTINGS, load=None):
 
 
 def test_the_card_says_what_was_checked_and_on_what(tmp_path):
-    seen = Verification(360, True, {"student.onnx": 1e-6}, {"student.onnx": 0.5, "student-int8.onnx": 0.47}, "")
+    top1 = {"student.onnx": 0.5, "student-int8.onnx": 0.47}
+    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, 0.9, (3, 14))
     text = write_card(tmp_path, seen)
     opening = text.split("```")[0]
     assert "Test accuracy 50.00 % on 360 images; 50.00 % by the run's summary, in 32-true." in opening
-    assert "In 8-bit integers 47.00 %: a change of -3.00 percentage points." in opening
+    change = "11 of 360 images fewer are classified correctly (3 gained, 14 lost), a difference that is resolved"
+    assert f"In 8-bit integers 47.00 %: {change} (exact sign test, p = 0.01)." in opening
     assert "360 test images, from their files" in text
     assert "not verified" not in text.lower()
     assert "- `student.onnx`: 1.0e-06" in text
@@ -308,6 +311,26 @@ def test_eight_bits_are_among_the_checks_with_their_loss(tmp_path):
     checks = section(write_card(tmp_path, seen), "Checks")
     assert "- `student-int8.onnx`: accuracy 47.00 %, -3.00 percentage points against `student.onnx`" in checks
     assert "the same class as the trained network for 91.25 % of them" in checks
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "text"),
+    [
+        (0, 0, "the same images are classified correctly"),
+        (1, 0, "1 of 24 images more is classified correctly (1 gained, 0 lost), a difference that is **not resolved**"),
+        (2, 2, "as many images are classified correctly (2 gained, 2 lost), a difference that is **not resolved**"),
+        (0, 5, "5 of 24 images fewer are classified correctly (0 gained, 5 lost), a difference that is **not resolved"),
+        (0, 6, "6 of 24 images fewer are classified correctly (0 gained, 6 lost), a difference that is resolved"),
+    ],
+)
+def test_a_change_of_a_few_images_is_not_resolved(gained, lost, text):
+    assert card_accuracy.describe_change(gained, lost, 24).startswith(text)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(1, 0), (2, 2), (0, 6), (3, 14), (700, 500)])
+def test_the_sign_test_is_the_binomial_test(gained, lost):
+    expected = binomtest(gained, gained + lost).pvalue
+    assert card_accuracy.compute_sign_test(gained, lost) == pytest.approx(expected)
 
 
 def test_of_very_many_classes_those_with_the_lowest_recall_are_shown(tmp_path):
