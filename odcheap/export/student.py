@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ def export_student(
         classes: The names of the K classes, in the order of the logits.
         out: The folder to write.
         image_size: The side, in pixels, of the square images that the network takes.
-        mean: The mean of each channel of images in [0, 1], with which the network's input is normalized; (0, 0, 0) if
-            it is not normalized.
+        mean: The mean of each of the three channels of images in [0, 1], with which the network's input is normalized;
+            (0, 0, 0) if it is not normalized. It has no default, since a wrong one would lower the accuracy silently.
         std: The standard deviation of each channel, for the same images; (1, 1, 1) if the input is not normalized.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped; None for `image_size`.
@@ -117,8 +118,10 @@ def export_student(
         ['README.md', 'labels.json', 'predict.py']
     """
     # Check the arguments, and try the network.
-    norm = Normalization(tuple(map(float, mean)), tuple(map(float, std)))
+    norm = Normalization(read_channels("mean", mean), read_channels("std", std))
     shorter_side = image_size if shorter_side is None else shorter_side
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise OptionError("classes", classes, 'must be a list with the name of each class, such as ["cat", "dog"]')
     classes, samples, calibration = list(map(str, classes)), list(samples), list(calibration)
     check_images(image_size, shorter_side, samples, calibration, len(classes))
     network = copy.deepcopy(network).cpu().float().eval()
@@ -149,6 +152,19 @@ def export_student(
     except OptionError as error:
         raise error.without_dashes() from None
     return options.out
+
+
+def read_channels(option: str, values: Any) -> tuple[float, ...]:
+    """Returns the mean or the standard deviation of the three channels; raises `OptionError` for anything else."""
+    try:
+        channels = () if isinstance(values, str) else tuple(map(float, values))
+    except (TypeError, ValueError):
+        channels = ()
+    if len(channels) != 3 or not all(map(math.isfinite, channels)):
+        none = {"mean": "(0, 0, 0)", "std": "(1, 1, 1)"}[option]
+        allowed = f"must be three numbers, one for each channel; {none} if the input is not normalized"
+        raise OptionError(option, values, allowed)
+    return channels
 
 
 def check_images(

@@ -119,6 +119,9 @@ class TwoOutputs(Net):
         (TwoOutputs(), {}, "network=TwoOutputs: must return logits .*returns a tuple"),
         (nn.Conv2d(1, 2, 3), {}, "network=Conv2d: cannot be run on images of 3 x 16 x 16"),
         (Net(), {"std": (0.1, 0.0, 0.1)}, "std=.*must be three numbers"),
+        (Net(), {"mean": 0.5}, r"mean=0.5: must be three numbers, one for each channel; \(0, 0, 0\) if"),
+        (Net(), {"std": "0.1"}, r"std=0.1: must be three numbers, one for each channel; \(1, 1, 1\) if"),
+        (Net(), {"mean": (0.5, 0.5)}, r"mean=\(0.5, 0.5\): must be three numbers"),
         (Net(), {"image_size": 0}, "image_size=0: must be a whole number of pixels"),
         (Net(), {"shorter_side": 8}, "shorter_side=8: must be image_size=16 or more"),
         (Net(), {"samples": [("nowhere.png", 0)]}, "samples=nowhere.png: no such file"),
@@ -133,3 +136,9 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, network, changes, line):
         export_student(network, CLASSES, tmp_path / "out", **IMAGES | changes)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("classes", ["ab", 2])
+def test_classes_must_be_a_list_of_names(tmp_path, classes):
+    with pytest.raises(OptionError, match=f"classes={classes}: must be a list with the name of each class"):
+        export_student(Net(), classes, tmp_path / "out", **IMAGES)
