@@ -29,9 +29,9 @@ from odcheap.report.statistics import BASELINE, Latencies, Latency, summarize_ru
 from odcheap.utils.console import console, print_error, say, show_steps
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import write_atomic, write_text
-from odcheap.utils.text import escape_control_chars
+from odcheap.utils.text import count_things, escape_control_chars
 
-REPORT_START = re.compile(rb"# Report\n\n\d+ finished runs on ")
+REPORT_START = re.compile(rb"# Report\n\n\d+ finished runs? on ")
 COST_LABELS = {
     "accuracy_macs": "MACs of one image, million",
     "accuracy_latency": "latency of one image in ONNX Runtime on the CPU, ms",
@@ -136,7 +136,7 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     # The folder is checked before the networks are timed, which takes the longest.
     out = prepare_folder(options.out, Path(options.dirs[0]) / "report")
     with show_steps() as show_step:
-        show_step(f"{len(finished)} finished runs of {len(folders)} read")
+        show_step(f"{count_things(len(finished), 'finished run')} of {len(folders)} read")
         latencies = {}
         if not options.no_latency:
             latencies = latency.measure_latencies(runs, options.config_dir, show_step=show_step)
@@ -147,7 +147,8 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     write_text(out / "report.csv", tables.to_csv(table))
     show_comparison(console(), table, baseline, images)
     files = ", ".join(["report.csv", *(f"{name}.png" for name in captions)])
-    line = f"{len(finished)} finished runs of {len(folders)}; written: {escape_control_chars(out)}/report.md, {files}"
+    count = f"{count_things(len(finished), 'finished run')} of {len(folders)}"
+    line = f"{count}; written: {escape_control_chars(out)}/report.md, {files}"
     console().print(line, soft_wrap=True)
     return 0
 

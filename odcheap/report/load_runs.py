@@ -16,7 +16,7 @@ from odcheap.runs.folder import read_options, read_summary
 from odcheap.runs.sweep import PLAN, read_plan
 from odcheap.utils.documents import read_text
 from odcheap.utils.errors import OptionError, first_line
-from odcheap.utils.text import escape_control_chars
+from odcheap.utils.text import count_things, escape_control_chars
 
 MAX_BYTES = 64 << 20  # of metrics.csv
 MAX_FIGURE = 1e100  # larger numbers cannot be drawn
@@ -106,7 +106,7 @@ def load_run(folder: Path) -> RunFolder:
 def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
     """Returns the state of a run that is not finished; `last` is the content of its `status.json`."""
     epochs = len(read_history(folder))
-    progress = f"{epochs} epochs done" if epochs else "no epoch done"
+    progress = f"{count_things(epochs, 'epoch')} done" if epochs else "no epoch done"
     if last.get("state") == "failed":
         return RunFolder(folder, "failed", last["reason"], host=last.get("host"))
     if last.get("state") == "running" and status.is_alive(last):

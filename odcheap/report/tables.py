@@ -10,6 +10,7 @@ import pandas as pd
 from odcheap.report.load_runs import RunFolder
 from odcheap.report.statistics import ACCURACIES, COSTS, GAINS, Latencies, Latency, Spread
 from odcheap.utils.text import (
+    count_things,
     escape_control_chars,
     escape_markdown,
     format_accuracy,
@@ -179,8 +180,8 @@ def describe_runs(folders: list[RunFolder]) -> list[str]:
     data = sorted({str(summary.get("data", "unknown data")) for summary in summaries})
     epochs = sorted({str(summary.get("epochs", "?")) for summary in summaries})
     versions = sorted({f"torch {v.get('torch', '?')}" for s in summaries if (v := s.get("versions") or {})})
-    text = f"{len(summaries)} finished runs on {escape_markdown(', '.join(data))}, "
-    text += f"{escape_markdown(', '.join(epochs))} epochs"
+    text = f"{count_things(len(summaries), 'finished run')} on {escape_markdown(', '.join(data))}, "
+    text += f"{escape_markdown(', '.join(epochs))} epoch{'' if epochs == ['1'] else 's'}"
     text += f" ({escape_markdown(', '.join(versions))})." if versions else "."
     return [text, "", SMOKE_TEST] if "digits" in data else [text]
 
@@ -216,7 +217,9 @@ def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[
     """Yields lines of Markdown that name the runs that are not in the table, and say why."""
     duplicates = sum(entry.run is not None for entry in folders) - len(runs)
     if duplicates:
-        yield from (f"{duplicates} finished runs have the options and the seed of another one and are left out.", "")
+        have, are = ("has", "is") if duplicates == 1 else ("have", "are")
+        runs_left = count_things(duplicates, "finished run")
+        yield from (f"{runs_left} {have} the options and the seed of another one and {are} left out.", "")
     unfinished = [entry for entry in folders if entry.run is None]
     if unfinished:
         yield from ("Not in the table:", "")

@@ -30,7 +30,7 @@ from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.nonfinite import CHECK_EVERY, NonfiniteGuard
 from odcheap.training.summary import name_figures
 from odcheap.utils.files import write_csv
-from odcheap.utils.text import format_accuracy, format_seconds
+from odcheap.utils.text import count_things, format_accuracy, format_seconds
 
 WARM_UP_STEPS, TIMED_STEPS = 5, 20  # the expected time is measured on 20 steps, after 5 that allocate memory
 REPORT_EVERY = 30  # seconds between lines of progress if the output is not a terminal
@@ -267,7 +267,9 @@ class ProgressReporter(pl.Callback):
 
     def report_expected_time(self, seconds: float, epochs: int, device: torch.device) -> None:
         hint = f"; shorter: {self.shorter}" if seconds > 3600 and device.type == "cpu" else ""
-        self.console.print(f"  about {format_seconds(seconds)} to go for {epochs} epochs{hint}", soft_wrap=True)
+        self.console.print(
+            f"  about {format_seconds(seconds)} to go for {count_things(epochs, 'epoch')}{hint}", soft_wrap=True
+        )
 
     def describe_epoch(self, trainer: pl.Trainer) -> str:
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"

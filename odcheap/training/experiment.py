@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
@@ -409,6 +410,8 @@ class Experiment:
         say(f"{data.name}: {counts} images{limited}; {cfg.num_stu} students; {device}; {self.start.job_dir}")
         if trainer.strategy.root_device.type == "cpu" and (line := describe_load(torch.get_num_threads())):
             say(line)
+        if line := describe_few_images(data):
+            say(line)
         if self.start.checkpoint:
             say(f"continuing from {self.start.checkpoint}")
         if cfg.select == "test":
@@ -519,6 +522,18 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
     say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
     if weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")
+
+
+def describe_few_images(data: ImageData) -> str:
+    """Returns a warning if classes have fewer than two training or held-out images; empty if none has."""
+    few = []
+    for part, name in (("train", "training"), ("val", "held-out")):
+        counts = np.bincount(np.asarray(data.labels[part], dtype=int), minlength=len(data.classes))
+        count = int((counts < 2).sum())
+        if count and counts.any():
+            few.append(f"{count} of {len(counts)} classes have fewer than 2 {name} images")
+    limit = "" if data.limit is None else f" (data.limit={data.limit})"
+    return f"warning: {', and '.join(few)}{limit}; their accuracies say little" if few else ""
 
 
 def check_finished(start: Start) -> None:

@@ -28,6 +28,16 @@ def escape_markdown(text: object) -> str:
     return re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", r"\g<0>\\", escaped)
 
 
+def count_things(number: int, thing: str) -> str:
+    """Returns a number with the name of what is counted, in the singular or the plural.
+
+    Example:
+        >>> count_things(1, "finished run"), count_things(2, "epoch")
+        ('1 finished run', '2 epochs')
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def format_code(text: object) -> str:
     """Returns text of other people as inline code in Markdown, so that it is one line and contains no markup."""
     return f"`{escape_control_chars(hide_folders(text)).replace('`', chr(39))}`"

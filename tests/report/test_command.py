@@ -104,7 +104,7 @@ def test_a_run_that_is_there_twice_counts_once(sweep, tmp_path):
     assert main([str(sweep), str(tmp_path / "copy"), "--no-latency"]) == 0
     text = (sweep / "report" / "report.md").read_text()
     assert "| od | 3 | 61.00 ± 1.00 |" in text
-    assert "1 finished runs have the options and the seed of another one" in text
+    assert "1 finished run has the options and the seed of another one and is left out." in text
 
 
 def test_a_report_goes_where_it_is_told_and_again(sweep, tmp_path):
@@ -245,3 +245,15 @@ def test_a_method_as_the_baseline_is_compared_in_each_setting(tmp_path):
         ["| width=32", "od", ""],
         ["| width=32", "alone", "-8.20 [-8.20, -8.20]"],
     ]
+
+
+def test_one_run_of_one_epoch_is_in_the_singular_and_replaced_again(tmp_path, capsys):
+    plant(tmp_path / "od", "od")
+    path = tmp_path / "od" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 1}))
+    for _ in range(2):  # the second report replaces the first
+        assert main([str(tmp_path), "--no-latency"]) == 0
+    assert "1 finished run of 1;" in capsys.readouterr().out.replace("\n", " ")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "1 finished run on " in text
+    assert ", 1 epoch (" in text or ", 1 epoch." in text
