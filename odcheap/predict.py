@@ -792,6 +792,21 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
+def describe_guessing(figures: dict[str, Any]) -> str:
+    """Returns a line of text that compares the accuracy with that of always predicting the largest class.
+
+    Args:
+        figures: The metrics; see `summarize_counts`.
+    """
+    low, name, share = figures["top1_interval"][0], figures["largest_class"]["name"], figures["largest_class"]["share"]
+    verdict = ""
+    if figures["top1"] <= share:
+        verdict = "; the student is not better than that"
+    elif low <= share:
+        verdict = "; so few images do not show that the student is better"
+    return f"always answering {name}, the largest class, would give {percent(share)} %{verdict}"
+
+
 def describe_accuracy(figures: dict[str, Any]) -> list[str]:
     """Returns lines of text about the metrics of `summarize_confusion`.
 
@@ -799,18 +814,12 @@ def describe_accuracy(figures: dict[str, Any]) -> list[str]:
     classified correctly.
     """
     low, high = figures["top1_interval"]
-    largest, share = figures["largest_class"]["name"], figures["largest_class"]["share"]
     lines = [
         f"top-1 {percent(figures['top1'])} % (95 % interval {percent(low)} to {percent(high)}): "
         f"{figures['correct']:,} of {figures['images']:,} images; "
         f"balanced accuracy {percent(figures['balanced_accuracy'])} %"
     ]
-    verdict = ""
-    if figures["top1"] <= share:
-        verdict = "; the student is not better than that"
-    elif low <= share:
-        verdict = "; so few images do not show that the student is better"
-    lines.append(f"always answering {largest}, the largest class, would give {percent(share)} %{verdict}")
+    lines.append(describe_guessing(figures))
     answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]
     if len(answers) == 1:
         lines.append(f"every image was classified as {answers[0]}")

@@ -50,6 +50,8 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     """States the test accuracy, where it was measured, its interval, and what guessing would give."""
     figures = compute_figures(run, verification)
     lines, top1 = [], verification.top1.get("student.onnx")
+    if run.job_dir is not None and run.summary is None:
+        lines.append("**The run has not finished**: a later epoch may be better.")
     by_summary, interval = f"{format_accuracy(run.test_top1)} % by the run's summary", format_interval(figures)
     if verification.on_data:
         precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
@@ -58,8 +60,7 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     elif run.test_top1 is not None:
         lines.append(f"Test accuracy {by_summary}{interval}; **not verified on data** here.")
     else:
-        cause = ", and its run has not finished" if run.job_dir is not None else ""
-        lines.append(f"**Not verified on data**{cause}: no test accuracy is known.")
+        lines.append("**Not verified on data**: no test accuracy is known.")
     if figures is not None:
         lines.append(describe_guessing(figures))
         lines += describe_failing_classes(figures)

@@ -71,21 +71,34 @@ def carry_out_run(config: RunConfig) -> float | None:
         else:
             outcome = run_alone(lambda: train(config, listener))
             if outcome.text == "finished" and not config.cfg.test_only and not launch.is_torchrun():
-                for line in describe_next_steps(outcome.job_dir):
+                for line in describe_next_steps(outcome.job_dir, resolvers.given_config_dirs()):
                     say(line)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
 
 
-def describe_next_steps(job_dir: str) -> list[str]:
-    """Returns lines of text with the commands that a user may want after a training."""
+def describe_next_steps(job_dir: str, config_dirs: Sequence[Path] = ()) -> list[str]:
+    """Returns lines of text with the commands that a user may want after a training.
+
+    Args:
+        job_dir: The run's folder.
+        config_dirs: The user's own `conf` directories.
+    """
     folder, export = shlex.quote(job_dir), shlex.quote(str(Path(job_dir) / "export"))
-    own = "".join(f" --config-dir {shlex.quote(str(path))}" for path in resolvers.given_config_dirs())
-    lines = {
-        "export the student": f"{name_command('export')} {folder}{own}",
-        "classify images with it": f"{name_command('predict')} {export} IMAGE...",
-        "compare runs": f"{name_command('report')} {folder} OTHER...{own}",
-    }
-    return ["next:", *(f"  {what + ':':25}{command}" for what, command in lines.items())]
+    own = "".join(f" --config-dir {shlex.quote(str(path))}" for path in config_dirs)
+    measure = {"measure it on other images": f"{name_command('evaluate')} {folder} FOLDER{own}"}
+    compare = {"compare runs": f"{name_command('report')} {folder} OTHER...{own}"}
+    if (Path(job_dir) / "export").exists():  # written before the run had finished, or by the run that it overwrites
+        opening = [f"{job_dir}/export is of an earlier epoch", "next:"]
+        lines = {"replace that export": f"{name_command('export')} {folder} --overwrite{own}", **measure, **compare}
+    else:
+        opening = ["next:"]
+        lines = {
+            "export the student": f"{name_command('export')} {folder}{own}",
+            "classify images with it": f"{name_command('predict')} {export} IMAGE...",
+            **measure,
+            **compare,
+        }
+    return [*opening, *(f"  {what + ':':28}{command}" for what, command in lines.items())]
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:

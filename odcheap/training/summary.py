@@ -25,6 +25,7 @@ from odcheap.data.base import ImageData
 from odcheap.methods.base import Method
 from odcheap.methods.teacher import Teacher
 from odcheap.models.flops import count_macs, count_params
+from odcheap.predict import describe_guessing, summarize_counts
 from odcheap.runs.settings import RunConfig
 from odcheap.training.module import Figures
 from odcheap.utils.files import write_atomic
@@ -247,6 +248,12 @@ def build_caption(summary: dict[str, Any]) -> str:
     choice, cost = summary["selected"], summary.get("cost")
     on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
     text = f"{name_candidate(choice)} of epoch {choice['epoch'] + 1}, selected on {on[choice['selected_on']]}"
+    of_class = [counts["test"] for counts in summary.get("classes", {}).values()]
+    if any(of_class):  # `test.json` does not have the numbers
+        recalls = zip(of_class, choice["recall"].values(), strict=True)
+        right = [round((recall or 0) * count) for count, recall in recalls]
+        guessing = describe_guessing(summarize_counts(of_class, right, list(summary["classes"])))
+        text += f"\non the test images, {escape_control_chars(guessing)}"
     if cost:
         standard = cost["standard"]
         text += f"\n{cost['params']:,} parameters (standard network {standard['params']:,}), "

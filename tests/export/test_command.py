@@ -134,6 +134,7 @@ def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is
     assert command.main([str(job_dir), *QUICK]) == 0
     card = (job_dir / "export" / "README.md").read_text()
     assert "which has not finished" in card
+    assert card.split("\n")[2] == "**The run has not finished**: a later epoch may be better."
     for path in (job_dir / "checkpoints").iterdir():
         path.unlink()
     assert command.main([str(job_dir), *QUICK, "--overwrite"]) == 1

@@ -50,6 +50,8 @@ def finished(command, tmp_path):
     assert result.status == 0, result.err
     assert "<- chosen" in result.out
     assert "\nnext:\n  export the student:  " in result.out
+    assert f"evaluate {job_dir} FOLDER\n" in result.out
+    assert "\non the test images, always answering " in result.out
     return job_dir
 
 

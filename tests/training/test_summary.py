@@ -1,9 +1,12 @@
 """What `student.safetensors` says of the machine on which it was written."""
 
+import pytest
+
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.build import read_student_settings
 from odcheap.models.cifar import CifarResNet
-from odcheap.training.summary import write_student
+from odcheap.training.command import describe_next_steps
+from odcheap.training.summary import build_caption, write_student
 from odcheap.utils.files import read_safetensors
 
 
@@ -24,3 +27,29 @@ def test_a_student_has_the_names_of_the_files_it_came_from_and_not_their_folders
     assert read["backbone"] == settings["backbone"] | {"pretrained": "resnet18.pth"}
     assert read["block_type"] == settings["block_type"] | {"files": [{"path": "a.bin"}]}
     assert read["classes"] == ["cat", "~dog"]
+
+
+@pytest.mark.parametrize(
+    ("recall", "verdict"),
+    [
+        ({"cat": 1.0, "dog": 0.9}, ""),
+        ({"cat": 1.0, "dog": 0.0}, "; the student is not better than that"),
+        ({"cat": 1.0, "dog": 0.05}, "; so few images do not show that the student is better"),
+    ],
+)
+def test_the_screen_compares_the_student_with_guessing(recall, verdict):
+    selected = {"student": 0, "averaged": False, "epoch": 1, "selected_on": "val", "recall": recall}
+    classes = {"cat": {"test": 30}, "dog": {"test": 20}}
+    line = "on the test images, always answering cat, the largest class, would give 60.00 %"
+    assert build_caption({"selected": selected, "classes": classes}).split("\n")[1] == line + verdict
+    assert "always" not in build_caption({"selected": selected})
+
+
+def test_an_export_from_before_the_end_is_not_recommended(tmp_path):
+    lines = "\n".join(describe_next_steps(str(tmp_path)))
+    assert f"predict {tmp_path}/export IMAGE" in lines
+    (tmp_path / "export").mkdir()
+    lines = "\n".join(describe_next_steps(str(tmp_path)))
+    assert f"{tmp_path}/export is of an earlier epoch\nnext:\n" in lines
+    assert f"export {tmp_path} --overwrite" in lines
+    assert "IMAGE" not in lines
