@@ -71,6 +71,15 @@ def test_an_added_option_that_another_one_refers_to_is_not_refused(command):
     assert result.err.startswith("error: num_stu=0: must be a whole number, 1 or more")
 
 
+def test_an_unknown_option_beside_resume_gets_the_nearest_names_too(command):
+    result = command("resume=runs/a", "methd=od")
+    assert result.err == command("methd=od").err
+    assert "methd: there is no such option; did you mean method" in result.err
+    result = command("resume=runs/a", "data.resolution=224")
+    assert result.err.startswith("error: data.resolution: there is no such option; did you mean ")
+    assert "? with resume, give its part too, such as data=imagefolder (" in result.err
+
+
 SPACES = "write no spaces around = and commas"
 
 

@@ -63,9 +63,6 @@ def describe_hydra_error(error: Exception) -> str:
         if (find_conf_dir() / group / f"{name}_sweep.yaml").is_file():
             return f"{group}={name}: needs further packages: uv sync --extra sweep, or pip install 'odcheap[sweep]'"
         return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}{OWN_PART}"
-    if "Could not override" in str(error) and any(argument.startswith("resume=") for argument in sys.argv):
-        example = "such as data=imagefolder or logger=tensorboard"
-        return f"{first_line(error)}; with resume, the part that has this option must be given too, {example}"
     return describe_unknown_option(error) or f"{first_line(error)} (odcheap train --help shows every option)"
 
 
@@ -77,7 +74,11 @@ def describe_unknown_option(error: Exception) -> str | None:
     name = unknown[1]
     if is_addable(name):
         return f"{name}: must be given with a plus sign, since conf/ does not list it: +{name}=VALUE"
-    return f"{name}: there is no such option{suggest_options(name)} (odcheap train --help shows every option)"
+    line = f"{name}: there is no such option{suggest_options(name)}"
+    # A resumed run takes its parts from its checkpoint, but only after the given options have been composed.
+    if "." in name and any(argument.startswith("resume=") for argument in sys.argv):
+        line += f"{'' if line.endswith('?') else ';'} with resume, give its part too, such as data=imagefolder"
+    return f"{line} (odcheap train --help shows every option)"
 
 
 def is_addable(name: str) -> bool:

@@ -92,6 +92,11 @@ class Start:
         return self.config.cfg
 
     @property
+    def saved_epochs(self) -> Any:
+        """The option `trainer.max_epochs` in the checkpoint; None for a new run."""
+        return flatten(self.content["odcheap"]["config"]).get("trainer.max_epochs") if self.content else None
+
+    @property
     def selected_candidate(self) -> int | None:
         """The candidate that the run has selected: a student, or the average of one; None if it has not selected."""
         if self.content is None or not self.content["callbacks"]["Record"]["history"]:

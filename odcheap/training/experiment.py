@@ -414,6 +414,10 @@ class Experiment:
             say(line)
         if self.start.checkpoint:
             say(f"continuing from {self.start.checkpoint}")
+            before, epochs = self.start.saved_epochs, self.start.cfg.trainer.max_epochs
+            if isinstance(before, int) and before != epochs:
+                schedule = f"the learning rate follows the schedule for {epochs} epochs"
+                say(f"trainer.max_epochs: {epochs} in place of {before}; {schedule}")
         if cfg.select == "test":
             say("warning: select=test picks student and epoch on the test images; its accuracy is too high an estimate")
 

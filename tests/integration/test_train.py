@@ -357,7 +357,9 @@ def test_resume_refuses_another_experiment_by_name_and_lets_the_trainer_change(f
         assert result.status == 1
         assert result.err.startswith(f"error: {changed.split('=')[0]}")
         assert "would change the experiment that is resumed" in result.err
-    assert command(f"resume={finished}", "trainer.max_epochs=3", "logger=tensorboard").status == 0
+    longer = command(f"resume={finished}", "trainer.max_epochs=3", "logger=tensorboard")
+    assert longer.status == 0
+    assert "trainer.max_epochs: 3 in place of 2; the learning rate follows the schedule for 3 epochs" in longer.out
     assert summary(finished)["epochs"] == 3
 
 
