@@ -37,10 +37,14 @@ COST_LABELS = {
     "accuracy_latency": "latency of one image in ONNX Runtime on the CPU, ms",
 }
 TRADEOFF_CAPTION = (
-    "The accuracy of the selected student against its cost. Vertical bars: standard deviation over seeds."
+    "The accuracy of the selected student against its cost. Vertical bars: standard deviation over seeds. "
+    "Points of about equal cost that would cover each other are drawn side by side."
 )
 LATENCY_CAPTION = " Points: medians of all calls; horizontal bars: their quartiles."
-STANDARD_CAPTION = " The star is the cost of the standard network, which was not trained here and has no accuracy."
+STANDARD_CAPTION = (
+    " The standard network was not trained here and has no accuracy: its cost is a star on the axis, or, if it is much "
+    "larger than the others, a number below it."
+)
 GAINS_CAPTION = (
     "Gains of the mean student over {baseline}, paired by seed, with 95 % intervals by Student's t-distribution."
 )

@@ -9,16 +9,18 @@ import math
 import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from odcheap.report.load_runs import FinishedRun
 from odcheap.report.statistics import Latency, Spread
@@ -61,7 +63,10 @@ STANDARD_MARKER = "*"
 DATA_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
 STAGES = {"val": "held-out", "train": "training", "test": "test"}
 MAX_LABEL = 44  # characters that fit beside a legend's marker
+MAX_NOTE = 55  # characters that fit below an axis
 MAX_TITLE_NAME = 20  # characters of a name within a title
+STEP = 5.5  # points: between points of about equal cost, a bit more than the size of a marker
+MAX_STRETCH = 1.5  # largest cost of a standard network that is drawn, in units of the largest cost of a student
 LOG_FROM = 4  # ratio of the largest and the smallest cost from which a cost axis is logarithmic
 
 
@@ -144,6 +149,8 @@ def plot_tradeoff(
 ) -> Figure:
     """Draws the accuracy of the selected student against a cost, with the Pareto front.
 
+    Points of about equal cost that would cover each other are drawn side by side, and the label of the axis says so.
+
     Args:
         rows: The table of `summarize_runs`, with a row for each setting and method.
         costs: The cost of each row, with the index of `rows` and the columns `median`, `low` and `high` (quartiles, NaN
@@ -152,38 +159,46 @@ def plot_tradeoff(
         data: The data set, for the title; see `describe_data`.
         images: The images on which the accuracy was measured: `test` or `val`.
         standard: The costs of standard networks that are in no row. They have no accuracy, and are drawn on the
-            horizontal axis.
+            horizontal axis. A cost that is much larger than those of the rows is only in the label of the axis.
     """
     # The points with their error bars.
     colors, markers = assign_colors(rows), assign_markers(rows)
     is_shown = costs["median"].notna() & rows["selected"].notna()
     shown, costs = rows[is_shown], costs[is_shown].astype(float)
-    figure, (axes,) = create_figure(2.3)
+    figure, (axes,) = create_figure(2.4)
+    artists: list[list[Artist]] = []
     for row, cost in zip(shown.to_dict("records"), costs.itertuples(), strict=True):
         accuracy: Spread = row["selected"]
         color, place = colors[row["method"]], (cost.median, 100 * accuracy.mean)
         sides = None if math.isnan(cost.low) else [[cost.median - cost.low], [cost.high - cost.median]]
         error = None if accuracy.deviation is None else 100 * accuracy.deviation
-        axes.errorbar(*place, error, sides, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5, zorder=2)
+        bars = axes.errorbar(*place, error, sides, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5, zorder=2)
         look = markers[row["setting"]]
         edge = "white" if look["fillstyle"] == "full" else color  # tells points apart that are close to each other
-        axes.plot(*place, color=color, **look, markeredgecolor=edge, markeredgewidth=0.6, zorder=3)
+        points = axes.plot(*place, color=color, **look, markeredgecolor=edge, markeredgewidth=0.6, zorder=3)
+        artists.append([*bars.get_children(), *points])
 
     # The axes, the Pareto front, the standard networks, and the legend.
-    costs_shown = [*costs["median"], *(network.median for network in standard)]
-    set_cost_axis(axes, costs_shown)
+    drawn = [network for network in standard if network.median <= MAX_STRETCH * costs["median"].max()]
+    set_cost_axis(axes, [*costs["median"], *(network.median for network in drawn)])
     axes.margins(y=0.12)
     limit_to_hundred(axes)
+    notes = [label]
+    if spread_sideways(axes, artists, costs["median"], shown["selected"]):
+        notes.append("(points of about equal cost are side by side)")
+    if len(drawn) < len(standard):
+        beyond = ", ".join(f"{network.median:.3g}" for network in standard if network not in drawn)
+        notes.append(shorten_label(f"(standard network, not drawn: {beyond})", MAX_NOTE))
     handles = legend_of_methods(shown, colors, markers)
     front = pareto_front([(c, 100 * s.mean) for c, s in zip(costs["median"], shown["selected"], strict=True)])
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), ls=":", color=GRAY, zorder=1)
         handles.append(Line2D([], [], ls=":", color=GRAY, label="Pareto front"))
-    if standard:
-        draw_standard_networks(axes, standard)
+    if drawn:
+        draw_standard_networks(axes, drawn)
         name = "standard network (cost only)"
         handles.append(Line2D([], [], color=GRAY, marker=STANDARD_MARKER, ls="", markersize=6, label=name))
-    axes.set_xlabel(label)
+    axes.set_xlabel("\n".join(notes), loc="right")  # in the center, a long line would be cut off at the right
     axes.set_ylabel(f"{STAGES[images]} top-1, %")
     set_title(figure, f"{data}: selected student")
     add_legend(figure, handles)
@@ -201,6 +216,51 @@ def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(0, 1.1 * high or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def spread_sideways(
+    axes: Axes, artists: Sequence[Sequence[Artist]], costs: Iterable[float], accuracies: Iterable[Spread]
+) -> bool:
+    """Moves points of about equal cost that would cover each other sideways, and returns whether there are any.
+
+    The distance is fixed in the figure, and the data of the artists stay the same.
+
+    Args:
+        axes: The axes, with limits; the horizontal axis gets longer if points would leave it at the right.
+        artists: The marker and the error bars of each point.
+        costs: The cost of each point.
+        accuracies: The accuracy of each point; its bar is one standard deviation on each side.
+    """
+    # The horizontal places in points, on an axis that takes about 85 % of the width.
+    to_axes = axes.transScale + axes.transLimits
+    width = 72 * 0.85 * WIDTH
+    places = [width * to_axes.transform((cost, 1))[0] for cost in costs]
+    marker = 0.03 * (axes.get_ylim()[1] - axes.get_ylim()[0])  # half of its height
+    bars = []
+    for accuracy in accuracies:
+        half = max(marker, 100 * (accuracy.deviation or 0))
+        bars.append((100 * accuracy.mean - half, 100 * accuracy.mean + half))
+    groups: list[list[int]] = []
+    for k in sorted(range(len(places)), key=lambda k: places[k]):
+        if groups and places[k] - places[groups[-1][-1]] < STEP:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    is_moved, stretch = False, 1.0
+    for group in groups:
+        sorted_bars = sorted(bars[k] for k in group)
+        if all(low > high for (_, high), (low, _) in pairwise(sorted_bars)):
+            continue
+        is_moved = True
+        for position, k in enumerate(group):
+            shift = STEP * (position - (len(group) - 1) / 2)
+            stretch = max(stretch, places[k] / max(width / 2, width - shift - STEP))
+            for artist in artists[k]:
+                artist.set_transform(axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans))
+    if axes.get_xscale() == "linear":  # the points at the right must be inside
+        axes.set_xlim(right=stretch * axes.get_xlim()[1])
+    return is_moved
 
 
 def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:

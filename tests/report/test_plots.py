@@ -126,12 +126,44 @@ def test_variants_of_a_method_and_settings_of_a_block_type_can_be_told_apart(cou
 
 def test_the_standard_network_is_a_point_on_the_axis_unless_it_was_trained():
     rows = summarize_runs(tabulate_runs(runs()))
-    standard = [Latency(5.0, 4.9, 5.2)]
+    standard = [Latency(4.0, 3.9, 4.2)]
     figure = plot_tradeoff(rows, costs(2, 2, 3, 3), "ms", "CIFAR-10", standard=standard)
     axes = figure.axes[0]
-    assert (5.0, axes.get_ylim()[0], plots.GRAY, plots.STANDARD_MARKER) in points(axes)
+    assert (4.0, axes.get_ylim()[0], plots.GRAY, plots.STANDARD_MARKER) in points(axes)
     assert "standard network (cost only)" in legend(figure)
     assert "standard network (cost only)" not in legend(plot_tradeoff(rows, costs(2, 2, 3, 3), "ms", "CIFAR-10"))
+
+
+def test_a_standard_network_that_would_stretch_the_axis_is_only_a_number():
+    rows = summarize_runs(tabulate_runs(runs()))
+    standard = [Latency(40.84, math.nan, math.nan)]
+    figure = plot_tradeoff(rows, costs(2, 2, 3, 3), "MACs", "CIFAR-10", standard=standard)
+    axes = figure.axes[0]
+    assert axes.get_xlim()[1] < 4
+    assert "standard network, not drawn: 40.8" in axes.get_xlabel()
+    assert plots.STANDARD_MARKER not in [point[3] for point in points(axes)]
+    assert "standard network (cost only)" not in legend(figure)
+
+
+def test_points_of_equal_cost_are_side_by_side_if_they_would_cover_each_other():
+    rows = summarize_runs(tabulate_runs(runs()))
+    note = "points of about equal cost are side by side"
+    figure = plot_tradeoff(rows, costs(1, 1.001, 3, 4), "cost", "CIFAR-10")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 1 and line.get_marker() not in ("|", "_")]
+    moved = [line.get_transform().transform(line.get_xydata())[0, 0] for line in lines]
+    true = [axes.transData.transform(line.get_xydata())[0, 0] for line in lines]
+    step = plots.STEP * figure.dpi / 72
+    assert [m - t for m, t in zip(moved, true, strict=True)] == pytest.approx([-step / 2, step / 2, 0, 0], abs=0.01)
+    bars = axes.containers[0].lines[2][0]
+    assert bars.get_transform().transform((1, 50))[0] == pytest.approx(moved[0])
+    assert note in axes.get_xlabel()
+
+    # Points of equal cost that do not cover each other stay.
+    far = summarize_runs(tabulate_runs(runs(seeds=[0])))
+    figures = [plot_tradeoff(far.iloc[:2], costs(1, 1), "c", "x"), plot_tradeoff(rows, costs(1, 2, 3, 4), "c", "x")]
+    assert not any(note in figure.axes[0].get_xlabel() for figure in figures)
 
 
 def test_an_axis_of_costs_begins_at_zero_or_is_logarithmic():
