@@ -124,7 +124,7 @@ def run_with_kills(tmp_path, name, kills, epochs, dice):
     return (tmp_path / name / "student.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(1, 20), pytest.param(10, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 12), pytest.param(10, 400, marks=pytest.mark.slow)])
 def test_a_run_of_two_agents_survives_its_workers_death_bit_for_bit(tmp_path, kills, epochs):
     dice = random.Random(kills)
     undisturbed = run_with_kills(tmp_path, "straight", 0, epochs, dice)

@@ -77,7 +77,10 @@ def accuracy(ask):
     return float((ask(np.repeat(grey[:, None], 3, axis=1)).argmax(1) == raw.target[::5]).mean())
 
 
-@pytest.mark.parametrize("block_type", ["DW", "Shift", "Group", "Standard"])
+@pytest.mark.parametrize(
+    "block_type",
+    ["DW", "Shift", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Group", "Standard"))],
+)
 def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys):
     job_dir = run(f"block_type={block_type}", "trainer.max_epochs=1")
     capsys.readouterr()
