@@ -51,6 +51,7 @@ PREPROCESS_FILE, LABELS_FILE, CARD_FILE = "preprocess.json", "labels.json", "REA
 CHECKSUM_LINE = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # in the model card: sha256 and file name
 # Folders that file servers and archives leave beside images, such as thumbnails.
 JUNK_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
+USAGE = "[-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER..."
 PART_FOLDERS = ("test", "val", "train")  # of a data set; the images of `test` are evaluated
 NOT_PREDICTED = -1  # instead of the predicted class of an image that cannot be read
 NORMAL_95 = 1.959964  # standard deviations around the mean that hold 95 % of a normal distribution
@@ -874,6 +875,16 @@ def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
         print_table([tuple(escape_control_chars(cell)[:MAX_SHOWN_NAME] for cell in row) for row in table])
 
 
+def describe_read(images: int, failures: int) -> str:
+    """Returns how many images could be read, as text.
+
+    Example:
+        >>> describe_read(97, 2)
+        '95 of 97 images could be read'
+    """
+    return f"{images - failures:,} of {images:,} images could be read"
+
+
 def describe_left_out(images: LabeledImages) -> list[str]:
     """Returns lines of text about files and folders that were left out of a list of labeled images."""
     folders = [name for name in images.left_out if name.endswith("/")]
@@ -912,6 +923,8 @@ def evaluate_folder(
         print(f"error: {escape_control_chars(line)}", file=sys.stderr)
     if len(failures) == len(images.files):
         raise PredictError(f"{images.folder}: none of its {len(images.files):,} images can be classified")
+    if failures:
+        print(describe_read(len(images.files), len(failures)), file=sys.stderr)
     counts = count_confusion(images.target, predicted, len(classes))
     figures = summarize_confusion(counts, classes)
     if as_json:
@@ -1018,7 +1031,7 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog,
-        usage="%(prog)s [-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER...\n"
+        usage="%(prog)s " + USAGE + "\n"
         "       %(prog)s --evaluate [--model FILE] [--json] [--csv FILE] [--known-only] [EXPORT_DIR] FOLDER",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1054,6 +1067,8 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     if paths and all(os.path.isfile(os.path.join(paths[0], name)) for name in (PREPROCESS_FILE, CARD_FILE)):
         folder, paths = Path(paths[0]), paths[1:]
     try:
+        if not options.paths and not options.bench and not options.evaluate:
+            raise PredictError(f"no images are given; usage: {parser.prog} {USAGE}")
         require_version("Pillow", PIL.__version__, MIN_PILLOW)
         if not (folder / PREPROCESS_FILE).is_file():
             raise PredictError(

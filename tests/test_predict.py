@@ -109,6 +109,8 @@ def test_a_file_that_was_changed_after_the_export_is_refused(export, tmp_path, c
         (["NOWHERE", "x.png"], "EXPORT_DIR=NOWHERE: is not an export"),
         (["EXPORT", "EXPORT/predict.py"], "cannot be read as an image"),
         (["EXPORT"], "IMAGE_OR_FOLDER: no images found"),
+        ([], "no images are given; usage: "),
+        ([], " [EXPORT_DIR] IMAGE_OR_FOLDER...\n"),
         (["EXPORT", "x.png", "--model", "other.onnx"], "other.onnx: cannot be checked"),
         (["EXPORT", "x.png", "--model", "README.md"], "is not a file of this export"),
     ],

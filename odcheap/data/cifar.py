@@ -23,6 +23,7 @@ from odcheap.utils.files import read_safetensors, write_atomic
 
 CLASSES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 NETWORK_TIMEOUT = 60  # seconds without a byte received
+READ_ONLY = "data.load.read_only is true"
 CACHE_FORMAT = "1"  # must change if decoding changes
 
 
@@ -62,7 +63,7 @@ def load_cifar(
     if (root / name).is_dir():
         return load_tree(root / name, train_images, test_images, read_only)
     if not download or read_only:
-        reason = "data.load.download is false" if not download else "data.load.read_only is true"
+        reason = "data.load.download is false" if not download else READ_ONLY
         raise missing_error(data_dir, name, f"and {reason}")
     print(f"downloading {name} to {escape_control_chars(data_dir)}", flush=True)
     return download_official(dataset, data_dir, name)

@@ -93,6 +93,8 @@ def evaluate(options: argparse.Namespace) -> int:
         print_error(line)
     if len(failures) == len(images.names):
         raise Failure(f"{images.title}: none of its {len(images.names):,} images can be classified")
+    if failures:
+        say(predict.describe_read(len(images.names), len(failures)))
     content: dict[str, Any] = {MARK: __version__, "inputs": describe_inputs(options), "student": model.title}
     content |= summarize(model, images, predicted, hashes) | {"unreadable": failures, "left_out": images.remarks}
 

@@ -1,5 +1,6 @@
 """The images of an evaluation: those in a folder with a folder for each class, or the test images of a data set."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from odcheap import predict
+from odcheap.data.cifar import READ_ONLY
 from odcheap.data.in_memory import InMemoryData
-from odcheap.utils.errors import OptionError
-from odcheap.utils.parts import build_part, list_parts, read_part
+from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.parts import build_part, import_target, list_parts, read_part
 
 OPTION = "FOLDER_OR_DATASET"
 
@@ -71,12 +73,21 @@ def list_images(
     if name in list_parts("data", config_dirs):
         return list_data_set(name, classes, data_dir, known_only, config_dirs)
     if not Path(name).is_dir():
-        known = ", ".join(list_parts("data", config_dirs))
+        known = ", ".join(part for part in list_parts("data", config_dirs) if is_in_memory(part, config_dirs))
         raise OptionError(OPTION, name, f"must be a folder with a folder of images for each class, or one of {known}")
     images = predict.list_labeled_images(name, classes, known_only)
     names = [str(path.relative_to(images.folder)) for path in images.files]
     remarks = predict.describe_left_out(images)
     return EvaluatedImages(str(images.folder), names, images.files, images.target, remarks)
+
+
+def is_in_memory(name: str, config_dirs: Sequence[Path]) -> bool:
+    """Returns whether a data set is not read from folders, so that its test images can be evaluated by its name."""
+    try:
+        target = import_target(read_part("data", name, config_dirs)["_target_"])
+    except (ImportError, AttributeError, KeyError, OptionError):  # a file of the user that is wrong
+        return False
+    return inspect.isclass(target) and issubclass(target, InMemoryData)
 
 
 def list_data_set(
@@ -91,7 +102,11 @@ def list_data_set(
     data = build_part("data", settings | {"seed": 0, "select": "last"}, config_dirs=config_dirs)
     if not isinstance(data, InMemoryData):
         raise OptionError(OPTION, name, "is read from folders: give the folder of its test images instead")
-    data.read()
+    try:
+        data.read()
+    except OptionError as error:  # of which `read_only` is no part that the user has given
+        line = str(error).replace(f"; and {READ_ONLY}", "")
+        raise Failure(f"{line}; --data-dir says where it is") from error
     labels = {known: label for label, known in enumerate(classes)}
     unknown = [entry for entry in data.classes if entry not in labels]
     if len(unknown) == len(data.classes) or (unknown and not known_only):

@@ -230,11 +230,14 @@ def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageD
             where = data_dir or load.get("data_dir")
             raise OptionError("data_dir", where, "holds other images than the run was trained with")
     except OptionError as error:
-        if data_dir is not None or options.int8:
+        if data_dir is not None:
             raise
+        if options.int8:
+            raise Failure(f"--int8: needs the run's images ({error}); --data-dir says where they are") from error
         say(f"warning: not verified on data ({error}); --data-dir says where the run's images are")
         known = [Path.home(), load.get("data_dir") or "", run.job_dir or "", *run.config_dirs]
-        return None, hide_folders(error, known)
+        reason = str(error).replace(f"data_dir={load.get('data_dir')}:", "data_dir:", 1)  # the card names no folder
+        return None, hide_folders(reason, known)
     return data, ""
 
 

@@ -321,11 +321,17 @@ def describe_origin(run: RunStudent) -> list[str]:
 
 
 def format_options(node: object) -> str:
-    """Returns a node of a config as one line: the name of the part, then its options."""
+    """Returns a node of a config as one line: the name of the part, then its options, without the images' folder."""
     if not isinstance(node, dict):
         return hide_folders(node)
-    options = (f"{key}={format_options(value)}" for key, value in node.items() if key != "part")
+    shown = {key: value for key, value in node.items() if key not in ("part", "data_dir") and not is_folder_only(value)}
+    options = (f"{key}={format_options(value)}" for key, value in shown.items())
     return " ".join([*filter(None, [str(node.get("part", ""))]), *options])
+
+
+def is_folder_only(node: object) -> bool:
+    """Returns whether a node of a config has no other option than the folder of the images."""
+    return isinstance(node, dict) and bool(node) and set(node) <= {"part", "data_dir"}
 
 
 def checksum_lines(folder: Path) -> list[str]:

@@ -10,7 +10,8 @@ from odcheap.predict import escape_control_chars as escape_control_chars  # also
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")  # of units: thousand, million, ...
 MISSING = "-"  # is written for a number that is not known
 # An absolute path or one that begins with ~, . or .., not the path of a web address. Group 1 is its last name.
-PATH = re.compile(r"(?<![\w.:/~-])(?:file://|~[\w.-]*|\.\.?)?/+(?:[^\s/:;,'\"()]+/+)*([^\s/:;,'\"()]+)/*")
+# The `/` in `<class>/*` begins no path.
+PATH = re.compile(r"(?<![\w.:/~>-])(?:file://|~[\w.-]*|\.\.?)?/+(?:[^\s/:;,'\"()]+/+)*([^\s/:;,'\"()]+)/*")
 
 
 def escape_markdown(text: object) -> str:
@@ -53,6 +54,8 @@ def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
     Example:
         >>> hide_folders("data_dir=/home/me/images: no such folder")
         'data_dir=images: no such folder'
+        >>> hide_folders("must hold <class>/* or train/<class>/*")
+        'must hold <class>/* or train/<class>/*'
     """
     text = str(text)
     if text.startswith(("/", "~", "../")) and ": " not in text:  # a path as a whole, which may have spaces

@@ -214,6 +214,7 @@ def test_a_broken_image_is_named_and_counts_nowhere(run, tmp_path, capsys):
     (base / "loose.png").write_bytes(b"?")
     out, err = evaluate(capsys, run, base, status=1)
     assert "x.png cannot be read as an image" in err
+    assert "\n6 of 7 images could be read\n" in out
     assert "left out: files that are no image or are in no class's folder (2): loose.png, cat/notes.txt" in out
     assert read(run / "evaluation" / "other")[0]["images"] == 6
 
@@ -251,9 +252,9 @@ def test_folders_that_are_no_class_can_be_left_out(run, tmp_path, capsys):
     [
         (["NOWHERE", "x"], "RUN_OR_EXPORT=NOWHERE: no such folder"),
         ([".", "x"], "RUN_OR_EXPORT=.: is neither the folder of a run nor that of an export"),
-        (["RUN", "nowhere"], "must be a folder with a folder of images for each class, or one of cifar10, cifar100"),
+        (["RUN", "nowhere"], "folder of images for each class, or one of cifar10, cifar100, digits\n"),
         (["RUN", "digits"], "FOLDER_OR_DATASET=digits: its class 0 is none of the 3 classes (cat, dog, bird)"),
-        (["RUN", "cifar10", "--data-dir", "nowhere"], "data_dir=nowhere: must hold cifar10's official files"),
+        (["RUN", "cifar10", "--data-dir", "nowhere"], "{train,test}/<class>/*; --data-dir says where it is\n"),
         (["RUN", "imagenet"], "is read from folders: give the folder of its test images instead"),
         (["RUN", "x", "--model", "student.onnx"], "--model=student.onnx: must not be given"),
     ],

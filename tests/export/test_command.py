@@ -396,6 +396,9 @@ def test_pictures_in_folders_are_checked_from_their_own_files(command, light, tm
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "**not verified on data**" in card.split("```")[0]
     assert "zqmy" not in card
+    assert "pictures" not in card
+    assert export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--int8"]) == 1
+    assert "; --data-dir says where they are\n" in capsys.readouterr().err
     assert export_command.main([str(tmp_path / "run"), *QUICK, "--overwrite", "--data-dir", str(mine / "moved")]) == 0
     assert "on 6 images" in capsys.readouterr().out
     (mine / "moved" / "dark" / "0.png").unlink()

@@ -218,7 +218,7 @@ def test_nothing_that_others_have_written_is_markup_in_the_card(tmp_path, monkey
 
 
 def test_the_card_names_no_folder_of_the_machine(tmp_path):
-    options = {"data": {"part": "x", "load": {"data_dir": "/home/zqme/my data/flowers"}}}
+    options = {"data": {"part": "x", "load": {"data_dir": "zqphotos"}}}  # relative to the folder of the training
     options |= {"method": {"part": "kd", "teacher_weights": "~/zqme/teacher.pt"}, "block_type": {"part": "../zqme/DW"}}
     path = write_run(tmp_path / "zqparent" / "run", config=json.dumps(options | {"trainer": {"precision": 32}}))
     run = load_run_student(path)._replace(job_dir=Path("zqparent/run"))  # as it is given on the command line
@@ -229,8 +229,14 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
     assert str(tmp_path) not in text
     assert "- student 1 of epoch 5 of the run `run`" in text
     assert "`data_dir=flowers: no such folder`" in text
-    assert "data: `x load=data_dir=flowers`" in text
+    assert "data: `x`\n" in text
     assert "method: `kd teacher_weights=teacher.pt`" in text
+
+
+def test_other_options_of_the_images_folder_stay_in_the_card():
+    load = {"part": "list_class_folders", "data_dir": "my_photos", "test_size": 0.1}
+    line = model_card.format_options({"part": "imagefolder", "load": load, "flip": True})
+    assert line == "imagefolder load=list_class_folders test_size=0.1 flip=True"
 
 
 CONFUSION = np.array([[0, 0, 7], [0, 0, 5], [0, 0, 7]])  # a student that calls everything a bird
