@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from odcheap.runs import study
 from odcheap.runs.schemas import Search, Trial
+from odcheap.utils.errors import OptionError, first_line
 
 
 class StudyStorage(InMemoryStorage):
@@ -40,7 +41,11 @@ class StudyStorage(InMemoryStorage):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # `create_trial` may change in later versions
                 for trial in study.read_search(self.folder, self.overrides).trials:
-                    self.create_new_trial(study_id, template_trial=restore_trial(trial))
+                    try:
+                        self.create_new_trial(study_id, template_trial=restore_trial(trial))
+                    except (ValueError, TypeError, KeyError, AttributeError) as error:  # as Optuna raises them
+                        allowed = f"has a trial that Optuna does not take ({first_line(error)})"
+                        raise OptionError("hydra.sweep.dir", self.folder / study.FILE_NAME, allowed) from error
             self.is_loaded = True
 
     def set_trial_state(self, trial_id: int, state: TrialState) -> bool:

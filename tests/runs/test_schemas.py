@@ -15,10 +15,14 @@ from odcheap.report.load_runs import load_run, read_history
 from odcheap.runs import schemas
 from odcheap.runs.folder import is_run_folder, read_config, read_options, read_summary
 from odcheap.runs.status import is_alive, read_status
+from odcheap.runs.study import read_study
+from odcheap.runs.sweep import read_plan
+from odcheap.runs.training_images import SavedDigests, read_digests
 from odcheap.utils.documents import MAX_BYTES, read_json
 from odcheap.utils.errors import OptionError
 
 SCHEMAS = [schemas.Status, schemas.Summary, schemas.Test, schemas.Config, schemas.Checkpoint, schemas.SavedWeights]
+SCHEMAS += [schemas.SweepPlan, schemas.Study, SavedDigests]
 FIELDS = sorted(
     {name for schema in vars(schemas).values() if hasattr(schema, "model_fields") for name in schema.model_fields}
 )
@@ -65,6 +69,41 @@ def test_any_json_in_a_run_s_files_is_read_or_is_one_line(tmp_path, content):
         if name == "status.json" and found and found["state"] == "running":
             is_alive(found)
     load_run(tmp_path)
+
+
+@given(content=CONTENT)
+@example({"searches": [{"overrides": [], "trials": [{"state": "LOST"}]}]})
+@ANY
+def test_any_json_in_the_files_of_a_sweep_and_of_training_images_is_read_or_is_one_line(tmp_path, content):
+    readers = {"sweep.json": read_plan, "study.json": read_study}
+    for name, read in (readers | {"training_images.json": lambda folder: read_digests(folder, "RUN")}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+        one_line(lambda read=read: read(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"distributions": {"seed": "{"}},
+        {"distributions": {"seed": '{"name": "os.system", "attributes": {}}'}},
+        {"distributions": {"seed": "[]"}},
+        {"params": {"seed": 1}},
+        {"value": None},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*declarative_base.*")  # Optuna 2 imports it from SQLAlchemy's old place
+def test_a_trial_that_optuna_cannot_take_is_one_line_that_names_the_file(tmp_path, wrong):
+    from optuna.study import StudyDirection
+
+    from odcheap.runs.study_storage import StudyStorage
+
+    trial = {"state": "COMPLETE", "value": 0.5, "params": {}, "distributions": {}} | wrong
+    (tmp_path / "study.json").write_text(json.dumps({"searches": [{"overrides": [], "trials": [trial]}]}))
+    storage = StudyStorage(str(tmp_path), [])
+    with pytest.raises(OptionError, match=r"study.json: has a trial that Optuna does not take") as refused:
+        storage.set_study_directions(storage.create_new_study("name"), [StudyDirection.MAXIMIZE])
+    assert "\n" not in str(refused.value)
 
 
 @given(content=CONTENT)
