@@ -142,8 +142,10 @@ def run_job(cfg: "DictConfig") -> Any:
 
         from odcheap.config import options, resolvers
         from odcheap.config.messages import describe_hydra_error
+        from odcheap.config.signatures import read_signature
         from odcheap.distributed import process_counts  # noqa: F401 - registers values of the config
         from odcheap.runs.settings import RunConfig
+        from odcheap.training.builders import BUILDERS
         from odcheap.utils.console import print_error
         from odcheap.utils.errors import OptionError
 
@@ -151,11 +153,10 @@ def run_job(cfg: "DictConfig") -> Any:
         if not resolvers.is_sweep():  # in a sweep, the run's folder must say why it failed
             try:
                 options.check_added_options(config)
-                options.check_root_options(config)
-                options.check_part_options(config)
-                from odcheap.training.optim import BUILDERS
-
-                options.check_options(config, resolvers.given_config_dirs(), BUILDERS)
+                with resolvers.unread_precision():
+                    options.check_options(config, resolvers.given_config_dirs(), BUILDERS, read_signature)
+                    if config.cfg.resume is None:
+                        options.check_complete(config.cfg)
             except OptionError as error:
                 sys.exit(print_error(str(error)))
             except OmegaConfBaseException as error:

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -180,16 +181,37 @@ def test_the_default_precision_is_what_the_device_computes_in(monkeypatch, gpu, 
     assert default_precision(accelerator) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["method.temperature=-1"], "method.temperature=-1: must be a number, 1e-06 or more and at most 1e+06"),
-        (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),
-        (["block_type=Group", "block_type.groups=0"], "block_type.groups=0: must be a whole number, 1 or more"),
-        (["data=digits", "data.crop_padding=-1"], "data.crop_padding=-1: must be a whole number, 0 or more"),
-    ],
-)
-def test_a_refused_option_needs_no_import_of_pytorch(arguments, message):
-    code = f"import sys, odcheap.cli\nsys.modules['torch'] = None\nsys.exit(odcheap.cli.main(['train', *{arguments}]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
+REFUSED = [
+    (["method.temperature=-1"], "method.temperature=-1: must be a number, 1e-06 or more and at most 1e+06"),
+    (["trainer.max_epochs=0"], "trainer.max_epochs=0: must be a whole number, 1 or more"),
+    (["block_type=Group", "block_type.groups=0"], "block_type.groups=0: must be a whole number, 1 or more"),
+    (["data=digits", "data.crop_padding=-1"], "data.crop_padding=-1: must be a whole number, 0 or more"),
+    (["data.batch_size=0"], "data.batch_size=0: must be a whole number, 1 or more"),
+    (["data.load.train_images=x"], "data.load.train_images=x: must be a whole number, 1 or more"),
+    (["optimizer.lr=x"], "optimizer.lr=x: must be a number, above 0"),
+    (["+optimizer.dampening=x"], "optimizer.dampening=x: must be a number"),
+    (["+optimizer.foo=1"], "optimizer.foo=1: is not an option of this optimizer"),
+    (["scheduler.gamma=0"], "scheduler.gamma=0: must be a number, above 0, or null"),
+    (["scheduler=cosine", "scheduler.T_max=7"], "scheduler.T_max=7: must be a number, 0 or more and at most 1"),
+    (["scheduler=cosine", "+scheduler.foo=1"], "scheduler.foo=1: is not an option of this scheduler"),
+    (["+trainer.foo=1"], "trainer.foo=1: is not an option of this trainer"),
+    (["+trainer.fast_dev_run=x"], "trainer.fast_dev_run=x: must be a whole number or true or false"),
+    (
+        ["trainer.fast_dev_run=1"],
+        "trainer.fast_dev_run: must be given with a plus sign, since conf/ does not list it: "
+        "+trainer.fast_dev_run=VALUE",
+    ),
+    (["method=kd"], "method.teacher_weights=???: must be given"),
+]
+
+
+def test_a_refused_option_needs_no_import_of_pytorch():
+    # One process for all of them; each is a call of the command.
+    code = "import json, sys, odcheap.cli\nfor arguments in json.loads(sys.argv[1]):\n    try:\n"
+    code += "        print(odcheap.cli.main(['train', *arguments]))\n"
+    code += "    except SystemExit as stop:\n        print(stop.code)\n"
+    code += "print({'torch', 'torchvision', 'pytorch_lightning'} & set(sys.modules))"
+    given = json.dumps([arguments for arguments, _ in REFUSED])
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
+    assert done.stderr.splitlines() == [f"error: {message}" for _, message in REFUSED]
+    assert done.stdout.split() == ["1"] * len(REFUSED) + ["set()"]

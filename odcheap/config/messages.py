@@ -1,7 +1,6 @@
 """One-line messages for errors of Hydra, OmegaConf and Lightning."""
 
 import difflib
-import inspect
 import re
 import sys
 import warnings
@@ -17,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from odcheap.config.command_line import find_config_dirs
 from odcheap.config.compose import compose_config
+from odcheap.config.signatures import read_signature
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, first_line
-from odcheap.utils.parts import OWN_PART, find_conf_dir, import_target, list_parts
+from odcheap.utils.parts import OWN_PART, find_conf_dir, list_parts
 
 ADDABLE_GROUPS = ("trainer", "optimizer", "scheduler")  # classes of libraries, with more options than conf/ lists
 
@@ -87,7 +87,7 @@ def is_addable(name: str) -> bool:
     part = compose_known().get(group) if group in ADDABLE_GROUPS else None
     if not option or not isinstance(part, Mapping) or fold_name(option) in map(fold_name, part):
         return False
-    return option in inspect.signature(import_target(str(part["_target_"]))).parameters
+    return option in read_signature(name, str(part["_target_"])).names
 
 
 def suggest_options(name: str) -> str:

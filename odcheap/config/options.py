@@ -6,8 +6,6 @@ that no such signature has are annotated here. `utils.arguments.check_value` com
 A part is a component of a run that is chosen by the name of its file `conf/<group>/<name>.yaml`, such as a backbone.
 """
 
-import contextlib
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +19,12 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sw
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
-from odcheap.config.signatures import read_source_annotations
+from odcheap.config.signatures import NO_PARAMETERS, Signature, import_signature
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import StudentCount, check_value
-from odcheap.utils.errors import OptionError, first_line
-from odcheap.utils.parts import CALL_KEYS, OWN_PACKAGE, import_target, list_parts, read_part
+from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import CALL_KEYS, list_parts, read_part
 
 LIST_GROUPS = ("logger", "experiment")  # groups in which several names may be chosen
 # Groups whose parts are classes of libraries: these have more options than their files in conf/ list.
@@ -35,6 +33,8 @@ PATH_NAMES = ("job_dir", "data_dir", "resume", "weights", "pretrained", "teacher
 MAX_INT = 2**53  # larger whole numbers cannot all be represented as floats
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**127  # the range of normal numbers in float32, in which networks compute
 OWN_CLASS = "is not an option: a class of your own needs a YAML file in a config directory of your own"
+
+FindSignature = Callable[[str, str], Signature]
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -130,7 +130,10 @@ def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]])
 
 
 def check_options(
-    config: RunConfig, config_dirs: Sequence[Path] = (), builders: Mapping[str, Callable[..., Any]] | None = None
+    config: RunConfig,
+    config_dirs: Sequence[Path] = (),
+    builders: Mapping[str, str] | None = None,
+    find_signature: FindSignature = import_signature,
 ) -> None:
     """Checks that each option exists, and that its value has the right type and range.
 
@@ -140,20 +143,24 @@ def check_options(
     Args:
         config: The config of the run.
         config_dirs: The user's own `conf` directories.
-        builders: The functions that build the parts of a group, such as `build_optimizer` for "optimizer". Each part of
-            the group has the keyword-only parameters of this function as options, in addition to those of its class.
+        builders: The Python paths of the functions that build the parts of a group, such as that of `build_optimizer`
+            for "optimizer". Each part of the group has the keyword-only parameters of this function as options, in
+            addition to those of its class.
+        find_signature: The function that returns the parameters of a class or function: `import_signature`, or
+            `read_signature`, which is faster and does not know all of them.
 
     Raises:
         OptionError: An option is wrong; the message names the first one, its value, and what is allowed.
     """
     check_root_options(config)
     values = to_dict(config.cfg)
-    common = {group: read_annotations(builder, keyword_only=True) for group, builder in (builders or {}).items()}
-    common["trainer"] = get_type_hints(TrainerOptions, include_extras=True)
-    # The trainer comes last: importing Lightning for its signature takes longer than all other checks.
-    for group, name in sorted(config.parts.items(), key=lambda part: part[0] == "trainer"):
-        check_part(group, group, values, read_part(group, name, config_dirs), common.get(group, {}))
-    check_loggers(values, config_dirs)
+    common = {"trainer": get_type_hints(TrainerOptions, include_extras=True)}
+    for group, builder in (builders or {}).items():
+        signature = find_signature(group, builder)
+        common[group] = {name: signature.annotations.get(name, Any) for name in signature.keyword_only}
+    for group, name in config.parts.items():
+        check_part(group, group, values, read_part(group, name, config_dirs), common.get(group, {}), find_signature)
+    check_loggers(values, config_dirs, find_signature)
 
 
 def check_added_options(config: RunConfig) -> None:
@@ -178,35 +185,10 @@ def check_added_options(config: RunConfig) -> None:
 
 
 def check_root_options(config: RunConfig) -> None:
-    """Checks the options that belong to no group; this imports no other library. See `check_options`."""
+    """Checks the options that belong to no group; see `check_options`."""
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
             check_option(name, to_plain(config.cfg[name]), annotation)
-    check_trainer_options(config)
-
-
-def check_trainer_options(config: RunConfig) -> None:
-    """Checks the options of `TrainerOptions` that have plain values, for which Lightning need not be imported."""
-    trainer = config.cfg.get("trainer")
-    for name, annotation in get_type_hints(TrainerOptions, include_extras=True).items():
-        # `in` alone would compute the value, which imports PyTorch for `precision`.
-        if OmegaConf.is_dict(trainer) and name in trainer.keys() and not is_computed(trainer, name):  # noqa: SIM118
-            check_option(f"trainer.{name}", to_plain(trainer[name]), annotation)
-
-
-def check_part_options(config: RunConfig) -> None:
-    """Checks numbers and texts of the parts as far as this is possible without an import; see `check_options`."""
-    for group in ("block_type", "backbone", "method", "data"):
-        node = config.cfg.get(group)
-        if OmegaConf.is_dict(node) and "_target_" in node:
-            for name, annotation in read_source_annotations(str(node["_target_"])).items():
-                if name in list(node) and not is_computed(node, name) and not OmegaConf.is_config(node[name]):
-                    check_option(f"{group}.{name}", node[name], annotation)
-
-
-def is_computed(node: DictConfig, name: str) -> bool:
-    """Returns whether the value of an option is missing or refers to another one, as `precision` does to the device."""
-    return OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
 
 
 def to_plain(value: Any) -> Any:
@@ -214,12 +196,13 @@ def to_plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> None:
+def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path], find_signature: FindSignature) -> None:
     """Checks the options of the chosen loggers.
 
     Args:
         values: The whole config, resolved.
         config_dirs: The user's own `conf` directories.
+        find_signature: See `check_options`.
     """
     loggers = values["logger"]
     known = list_parts("logger", config_dirs)
@@ -229,11 +212,16 @@ def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path]) -> Non
             continue
         if not isinstance(default, Mapping):
             raise OptionError(f"logger.{name}".rstrip("."), node, "is a part; choose it with logger=NAME")
-        check_part("logger", f"logger.{name}", values, default, {})
+        check_part("logger", f"logger.{name}", values, default, {}, find_signature)
 
 
 def check_part(
-    group: str, path: str, values: Mapping[str, Any], default: Mapping[str, Any], common: Mapping[str, Any]
+    group: str,
+    path: str,
+    values: Mapping[str, Any],
+    default: Mapping[str, Any],
+    common: Mapping[str, Any],
+    find_signature: FindSignature,
 ) -> None:
     """Checks the options of a part (a class or function with its arguments) and of parts nested in it.
 
@@ -243,13 +231,17 @@ def check_part(
         values: The whole config, resolved.
         default: The part as its YAML file defines it.
         common: The annotations of options that all parts of the group have, by name.
+        find_signature: See `check_options`.
     """
     # What the options are compared with: the file, and the signature of the class or function.
     node = select(values, path)
     if not isinstance(node, Mapping):
         raise OptionError(path, node, f"must be a part with options of its own, such as {path}.NAME=VALUE")
-    target = find_target(path, default["_target_"]) if "_target_" in default else None
-    annotations = {**(read_annotations(target) if target else {}), **common}
+    signature = find_signature(path, default["_target_"]) if "_target_" in default else NO_PARAMETERS
+    annotations = {**signature.annotations, **common}
+    # A class of a library has parameters that its file does not list.
+    takes_any = group in LIBRARY_GROUPS and signature.takes_any
+    addable = signature.names if group in LIBRARY_GROUPS else ()
     # `scheduler.fractions` names the options that are fractions of the run's steps, so it is checked before them.
     fractions = node.get("fractions") if group == "scheduler" else None
     for name, value in sorted(node.items(), key=lambda item: item[0] != "fractions"):
@@ -260,8 +252,8 @@ def check_part(
             if name not in default or own != value:
                 raise OptionError(option, value, OWN_CLASS)
         elif isinstance(own, Mapping):
-            check_part(group, option, values, own, {})
-        elif name not in default and not is_library_option(group, name, target):
+            check_part(group, option, values, own, {}, find_signature)
+        elif name not in default and name not in addable and not takes_any:
             raise OptionError(option, value, f"is not an option of this {path.partition('.')[0]}")
         elif value == "???" or (isinstance(own, list) and own == value):
             continue  # missing, or unchanged: a list in the file may hold parts
@@ -300,68 +292,6 @@ def select(values: Any, path: str) -> Any:
     for name in path.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values
-
-
-def is_library_option(group: str, name: str, target: Callable[..., Any] | None) -> bool:
-    """Returns whether a class of a library has a parameter that its YAML file in `conf/` does not list.
-
-    Args:
-        group: The config group.
-        name: The name of the parameter.
-        target: The class or function; None if there is none.
-    """
-    if group not in LIBRARY_GROUPS or target is None:
-        return False
-    parameters = inspect.signature(target).parameters
-    has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return has_any or name in parameters
-
-
-def find_target(path: str, target: str) -> Callable[..., Any]:
-    """Imports the class or function that the `_target_` of a part names.
-
-    Args:
-        path: The dotted name of the part in the config, for messages.
-        target: The Python path of the class or function.
-
-    Raises:
-        OptionError: It cannot be imported.
-    """
-    try:
-        return import_target(target)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(
-            f"{path}._target_", target, f"cannot be imported ({first_line(error)}){OWN_PACKAGE}"
-        ) from error
-
-
-def read_annotations(target: Callable[..., Any], keyword_only: bool = False) -> dict[str, Any]:
-    """Returns the annotations of the parameters of a class or function, by name.
-
-    If a constructor has `**options`, the parameters of the base class are included.
-
-    Args:
-        target: The class or function.
-        keyword_only: Whether only keyword-only parameters are included.
-    """
-    # For a class: its constructor, then those of its base classes as long as each passes `**options` on. Annotations
-    # whose names are imported for type checkers only cannot be evaluated, and are left out.
-    constructors = (
-        [cls.__init__ for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else []
-    )
-    hints: dict[str, Any] = {}
-    for function in map(inspect.unwrap, constructors or [target]):
-        parameters = inspect.signature(function).parameters
-        for name, parameter in parameters.items():
-            hint = parameter.annotation
-            is_left_out = keyword_only and parameter.kind is not parameter.KEYWORD_ONLY
-            if name in hints or hint is parameter.empty or parameter.kind is parameter.VAR_KEYWORD or is_left_out:
-                continue
-            with contextlib.suppress(NameError):
-                hints[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break
-    return hints
 
 
 def check_option(option: str, value: Any, annotation: Any) -> None:

@@ -1,6 +1,8 @@
 """Functions that compute default values in the config: `${job_dir:}`, `${run_name:}` and `${precision:...}`."""
 
 import importlib.util
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,10 +77,20 @@ def default_job_dir() -> str:
 
 def default_precision(accelerator: str) -> str:
     """Returns the default precision: `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`."""
-    import torch  # imported here, since a refused option needs no precision and is answered faster without it
+    import torch  # imported here, since it takes seconds; see `unread_precision`
 
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+@contextmanager
+def unread_precision() -> Generator[None]:
+    """A context in which the default precision is 32-true: to ask the device for it, PyTorch would be imported."""
+    OmegaConf.register_new_resolver("precision", lambda accelerator: "32-true", replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("precision", default_precision, replace=True)
 
 
 OmegaConf.register_new_resolver("precision", default_precision, replace=True)

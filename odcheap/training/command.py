@@ -24,8 +24,8 @@ from odcheap.runs.overrides import override_key
 from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
+from odcheap.training.builders import BUILDERS
 from odcheap.training.experiment import Experiment, check_finished
-from odcheap.training.optim import BUILDERS
 from odcheap.training.summary import PARTS
 from odcheap.utils.console import name_command, prefix_lines, print_error, say
 from odcheap.utils.documents import read_json

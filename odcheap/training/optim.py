@@ -276,7 +276,3 @@ def warmup_cosine(
     linear = LinearLR(optimizer, start_factor, total_iters=warmup)
     cosine = CosineAnnealingLR(optimizer, max(1, total - warmup))
     return SequentialLR(optimizer, [linear, cosine], [warmup])
-
-
-# The functions that build the parts of these groups. Their arguments are options of every optimizer and schedule.
-BUILDERS: dict[str, Callable[..., Any]] = {"optimizer": build_optimizer, "scheduler": build_scheduler}

@@ -1,5 +1,6 @@
 """Options are checked against the signatures that they go to, before anything is built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,13 @@ from odcheap.config.options import (
     check_options,
     compose,
     is_path_option,
-    read_annotations,
 )
 from odcheap.config.resolvers import find_source
-from odcheap.config.signatures import read_source_annotations
+from odcheap.config.signatures import UNKNOWN, import_signature, read_signature
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
-from odcheap.training.optim import BUILDERS
+from odcheap.training.builders import BUILDERS
 from odcheap.utils.errors import OptionError
-from odcheap.utils.parts import find_conf_dir, import_target, list_parts, read_part
+from odcheap.utils.parts import find_conf_dir, list_parts, read_part
 
 
 @pytest.fixture
@@ -188,13 +188,39 @@ def test_entries_of_hydras_search_path_are_directories_or_packages(tmp_path, mon
         find_source("http", "x")
 
 
-@pytest.mark.parametrize("group", ["block_type", "backbone", "method", "data"])
-def test_annotations_read_from_the_source_are_those_of_the_signature(group):
-    count = 0
-    for part in list_parts(group):
-        target = read_part(group, part)["_target_"]
-        found = read_source_annotations(target)
-        known = read_annotations(import_target(target))
-        assert {name: repr(hint) for name, hint in found.items()} == {name: repr(known[name]) for name in found}
-        count += len(found)
-    assert count
+def list_targets(node):
+    """Returns the Python paths of a part and of the parts in it."""
+    if not isinstance(node, dict):
+        return []
+    inner = [target for value in node.values() for target in list_targets(value)]
+    return [node["_target_"], *inner] if "_target_" in node else inner
+
+
+def name_types(hint):
+    """Returns the names in an annotation without their modules; the order of the members of a union is arbitrary."""
+    return sorted(re.findall(r"(\w+)(?![\w.])", repr(hint)))
+
+
+@pytest.mark.parametrize("group", ["block_type", "backbone", "method", "data", "optimizer", "scheduler", "trainer"])
+def test_signatures_read_from_the_source_are_those_of_the_import(group):
+    targets = {target for part in list_parts(group) for target in list_targets(read_part(group, part))}
+    more = {"optimizer": ["torch.optim.Adam", "torch.optim.Rprop"], "scheduler": ["torch.optim.lr_scheduler.CyclicLR"]}
+    for target in [*sorted(targets), *more.get(group, []), *filter(None, [BUILDERS.get(group)])]:
+        found, known = read_signature(group, target), import_signature(group, target)
+        assert found[1:] == known[1:], target
+        own = {name: name_types(hint) for name, hint in known.annotations.items() if name in found.annotations}
+        assert {name: name_types(hint) for name, hint in found.annotations.items()} == own
+        # These are objects, and no options.
+        assert {*known.annotations} - {*found.annotations} <= {"network", "params"}, target
+
+
+def test_a_definition_that_cannot_be_read_refuses_nothing(tmp_path, monkeypatch):
+    text = "from lost import Base, wrap\n\n\nclass Child(Base): ...\n\n\n@wrap\ndef build(rate: float): ...\n"
+    text += "\n\nclass Own(Base):\n    def __init__(self, rate: float, scale: Base, **options): ...\n"
+    (tmp_path / "unread.py").write_text(text)
+    (tmp_path / "broken.py").write_text("def build(:")
+    (tmp_path / "circle.py").write_text("from circle import build\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("unread.Child", "unread.build", "unread.Lost", "lost.build", "broken.build", "circle.build"):
+        assert read_signature("", target) == UNKNOWN
+    assert read_signature("", "unread.Own") == ({"rate": float}, {"rate", "scale"}, set(), True)
