@@ -1,6 +1,8 @@
 """What several rooms' tests share: a tiny run, and the command line called as a user would."""
 
+import gc
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,17 @@ TINY += ["trainer.max_epochs=2", "logger=csv"]
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
+
+
+def pytest_collection_finish():
+    """Collects garbage more seldom: PyTorch and the tests are a million objects, to be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 class Begun:
@@ -83,6 +96,24 @@ def command(monkeypatch, capsys, tmp_path):
         return Result(status, *capsys.readouterr())
 
     return run
+
+
+trained_runs: dict[tuple[str, ...], Path] = {}
+
+
+@pytest.fixture
+def trained(command, tmp_path, tmp_path_factory):
+    """`trained("num_stu=1", ...)` copies a finished tiny run to the test's folder; it is trained once a process."""
+
+    def copy(*options: str, name: str = "run") -> Path:
+        if options not in trained_runs:
+            folder = tmp_path_factory.mktemp("trained") / "run"
+            result = command(*TINY, *options, f"job_dir={folder}")
+            assert result.status == 0, result.err
+            trained_runs[options] = folder
+        return shutil.copytree(trained_runs[options], tmp_path / name)
+
+    return copy
 
 
 @pytest.fixture

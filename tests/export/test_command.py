@@ -37,22 +37,6 @@ QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[2]
 
 
-trained = {}  # the folders of runs by their options: each is trained once and copied for each test
-
-
-@pytest.fixture
-def run(command, tmp_path, tmp_path_factory):
-    def made(*options, name="run"):
-        if options not in trained:
-            folder = tmp_path_factory.mktemp("trained") / "run"
-            result = command(*TINY, *options, f"job_dir={folder}")
-            assert result.status == 0, result.err
-            trained[options] = folder
-        return shutil.copytree(trained[options], tmp_path / name)
-
-    return made
-
-
 @pytest.fixture
 def light(monkeypatch):
     """Without the bare process and the timings, which other tests have: the dense form then counts as slower."""
@@ -81,8 +65,8 @@ def accuracy(ask):
     "block_type",
     ["DW", "Shift", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Group", "Standard"))],
 )
-def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys):
-    job_dir = run(f"block_type={block_type}", "trainer.max_epochs=1")
+def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, capsys):
+    job_dir = trained(f"block_type={block_type}", "trainer.max_epochs=1")
     capsys.readouterr()
     assert command.main([str(job_dir), *QUICK]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
@@ -109,8 +93,8 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(run, block_type, capsys
     assert done.stdout.count(": OK") == len(list(folder.iterdir())) - 1
 
 
-def test_another_student_static_and_in_integers(run, tmp_path, capsys):
-    job_dir = run()
+def test_another_student_static_and_in_integers(trained, tmp_path, capsys):
+    job_dir = trained()
     other = 1 - json.loads((job_dir / "summary.json").read_text())["selected"]["student"]
     options = ["--student", str(other), "--batch", "4", "--opset", "13", "--int8", "--out", str(tmp_path / "out")]
     assert command.main([str(job_dir), *QUICK, *options]) == 0
@@ -130,8 +114,8 @@ def test_another_student_static_and_in_integers(run, tmp_path, capsys):
     assert not (job_dir / "export").exists()
 
 
-def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(run, light, capsys):
-    job_dir = run()
+def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(trained, light, capsys):
+    job_dir = trained()
     (job_dir / "summary.json").unlink()
     (job_dir / "student.safetensors").unlink()
     assert command.main([str(job_dir), *QUICK]) == 0
@@ -146,8 +130,8 @@ def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "safetensors"])
-def test_every_kind_of_file_is_held_against_the_trained_network(run, light, capsys, monkeypatch, suffix):
-    job_dir = run("trainer.max_epochs=1")
+def test_every_kind_of_file_is_held_against_the_trained_network(trained, light, capsys, monkeypatch, suffix):
+    job_dir = trained("trainer.max_epochs=1")
     compute_logits = verify.compute_logits
 
     def wrong(path, preprocess, reference, *given):
@@ -161,8 +145,8 @@ def test_every_kind_of_file_is_held_against_the_trained_network(run, light, caps
     assert not (job_dir / "export").exists()
 
 
-def test_another_accuracy_than_the_summary_s_is_an_error(run, light, capsys):
-    job_dir = run("trainer.max_epochs=1")
+def test_another_accuracy_than_the_summary_s_is_an_error(trained, light, capsys):
+    job_dir = trained("trainer.max_epochs=1")
     path = job_dir / "summary.json"
     summary = json.loads(path.read_text())
     summary["selected"]["test_top1"] += 0.02
@@ -172,8 +156,8 @@ def test_another_accuracy_than_the_summary_s_is_an_error(run, light, capsys):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
-def test_the_dense_file_is_there_where_it_was_faster(run, light, monkeypatch, ratio):
-    job_dir, made = run("trainer.max_epochs=1"), command.time_files
+def test_the_dense_file_is_there_where_it_was_faster(trained, light, monkeypatch, ratio):
+    job_dir, made = trained("trainer.max_epochs=1"), command.time_files
 
     def times(*given):
         return {key: predict.Timing(ratio if "dense" in key.name else 1.0, 2.0) for key in made(*given)}
@@ -183,8 +167,8 @@ def test_the_dense_file_is_there_where_it_was_faster(run, light, monkeypatch, ra
     assert (job_dir / "export" / "student-dense.onnx").exists() == (ratio < 1)
 
 
-def test_a_failed_check_leaves_nothing_that_looks_finished(run, light, capsys, monkeypatch):
-    job_dir = run("trainer.max_epochs=1")
+def test_a_failed_check_leaves_nothing_that_looks_finished(trained, light, capsys, monkeypatch):
+    job_dir = trained("trainer.max_epochs=1")
     right = onnx_export.to_onnx
 
     def wrong(program, opset):
@@ -250,8 +234,8 @@ def test_an_export_says_how_many_of_sixteen_bits_are_used(tmp_path, depth):
     assert describe_preprocessing(loaded.settings)["bit_depth"] == depth
 
 
-def test_an_older_export_is_replaced_only_when_asked(run, light, tmp_path, capsys):
-    job_dir = run("trainer.max_epochs=1")
+def test_an_older_export_is_replaced_only_when_asked(trained, light, tmp_path, capsys):
+    job_dir = trained("trainer.max_epochs=1")
     assert command.main([str(job_dir), *QUICK]) == 0
     before = (job_dir / "export" / "README.md").read_text()
     assert command.main([str(job_dir), *QUICK]) == 1
@@ -350,8 +334,8 @@ def test_of_two_exports_to_one_folder_the_second_is_refused(tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_one_line(run, tmp_path, capsys, options, line):
-    run("trainer.max_epochs=1")
+def test_what_cannot_be_is_one_line(trained, tmp_path, capsys, options, line):
+    trained("trainer.max_epochs=1")
     capsys.readouterr()
     assert command.main([*options, *QUICK]) == 1
     err = capsys.readouterr().err
@@ -360,8 +344,8 @@ def test_what_cannot_be_is_one_line(run, tmp_path, capsys, options, line):
     assert err.count("\n") == 1
 
 
-def test_the_hub_loads_a_student_from_a_clone(run, tmp_path):
-    job_dir = run("trainer.max_epochs=1")
+def test_the_hub_loads_a_student_from_a_clone(trained, tmp_path):
+    job_dir = trained("trainer.max_epochs=1")
     path = str(job_dir / "student.safetensors")
     code = f"import torch; s = torch.hub.load({str(ROOT)!r}, 'student', source='local', path={path!r}); "
     code += "print(tuple(s(torch.zeros(2, 3, 8, 8)).shape))"

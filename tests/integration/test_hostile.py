@@ -68,9 +68,8 @@ def payloads(mark):
 
 
 @pytest.fixture
-def finished(command, tmp_path):
-    assert command(*TINY, "trainer.max_epochs=1", f"job_dir={tmp_path}/run").status == 0
-    return tmp_path / "run"
+def finished(trained):
+    return trained("trainer.max_epochs=1")
 
 
 def places(job_dir):

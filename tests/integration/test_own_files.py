@@ -37,9 +37,8 @@ STRANGE = ("not ours\n", "[1]", "{}", '{"finished": true}', '{"state": "running"
 
 
 @pytest.fixture
-def finished(command, tmp_path):
-    assert command(*TINY, "trainer.max_epochs=1", f"job_dir={tmp_path}/run").status == 0
-    return tmp_path / "run"
+def finished(trained):
+    return trained("trainer.max_epochs=1")
 
 
 @pytest.fixture

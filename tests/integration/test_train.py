@@ -44,15 +44,18 @@ def hashes(folder):
 
 
 @pytest.fixture
-def finished(command, tmp_path):
+def finished(trained):
+    return trained()
+
+
+def test_a_run_ends_with_its_results_and_what_can_be_done_next(command, tmp_path):
     job_dir = tmp_path / "run"
-    result = command(*TINY, f"job_dir={job_dir}")
+    result = command(*TINY, "trainer.max_epochs=1", f"job_dir={job_dir}")
     assert result.status == 0, result.err
     assert "<- chosen" in result.out
     assert "\nnext:\n  export the student:  " in result.out
     assert f"evaluate {job_dir} FOLDER\n" in result.out
     assert "\non the test images, always answering " in result.out
-    return job_dir
 
 
 def accuracy(network, held_out=None):

@@ -1,6 +1,5 @@
 """A checkpoint from a stranger: its options call nothing and write nowhere."""
 
-import shutil
 import socket
 
 import numpy as np
@@ -66,15 +65,12 @@ LEFT_OUT = [  # outside of the closed list: the run goes on without them
 
 
 @pytest.fixture
-def checkpoint(command, tmp_path, tmp_path_factory):
-    """The checkpoint of the first of two epochs, as a run leaves it that was interrupted; it is trained once."""
-    trained = tmp_path_factory.getbasetemp() / "interrupted_run"
-    if not trained.exists():
-        assert command(*TINY, "trainer.max_epochs=1", f"job_dir={trained}").status == 0
-        for name in ("summary.json", "student.safetensors"):
-            (trained / name).unlink()
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run" / "checkpoints" / "epoch-0000.ckpt"
+def checkpoint(trained):
+    """The checkpoint of the first of two epochs, as a run leaves it that was interrupted."""
+    job_dir = trained("trainer.max_epochs=1")
+    for name in ("summary.json", "student.safetensors"):
+        (job_dir / name).unlink()
+    return job_dir / "checkpoints" / "epoch-0000.ckpt"
 
 
 @pytest.fixture
