@@ -30,6 +30,8 @@ COMMANDS = {
     "bench": "odcheap.bench.command",
 }
 
+SLOW_COMMANDS = ("evaluate", "export", "bench")  # their arguments are checked before PyTorch is imported
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command of odcheap.
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         with exit_on_signals():  # imported here, so that each command starts without the packages of the others
+            if name in SLOW_COMMANDS:
+                importlib.import_module(f"odcheap.{name}.arguments").parse_arguments(rest)
             command = importlib.import_module(COMMANDS[name])
         return command.main(rest)
     except KeyboardInterrupt:

@@ -215,3 +215,18 @@ def test_a_refused_option_needs_no_import_of_pytorch():
     done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
     assert done.stderr.splitlines() == [f"error: {message}" for _, message in REFUSED]
     assert done.stdout.split() == ["1"] * len(REFUSED) + ["set()"]
+
+
+def test_the_help_of_a_command_and_the_status_of_runs_need_no_import_of_pytorch(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"count": 1, "runs": ["seed=0"]}')
+    commands = ["", "train", "evaluate", "export", "predict", "report", "bench"]
+    code = f"import sys, odcheap.cli\nfor command in {commands}:\n"
+    code += "    try:\n        odcheap.cli.main([*filter(None, [command]), '--help'])\n"
+    code += "    except SystemExit:\n        pass\n"
+    code += "odcheap.cli.main(['report', '--status', sys.argv[1]])\n"
+    code += "print({'torch', 'torchvision', 'pytorch_lightning', 'onnx', 'onnxruntime', 'sklearn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "not begun" in done.stdout
+    assert done.stdout.count("usage: ") == len(commands)
+    assert done.stdout.endswith("\nset()\n")

@@ -1,12 +1,5 @@
-"""Measures how fast training, inference and start-up are on this machine.
+"""Measures how fast training, inference and start-up are; `arguments` has the help of the command."""
 
-Three training loops are compared on random images: a loop in the style of 2019 (float32), a bare loop with odcheap's
-settings, and odcheap's own training with all its callbacks. They run alternately in one process. The inference of the
-student and of the standard network is timed in ONNX Runtime. The results are written to bench.json, bench.md and
-bench.png.
-"""
-
-import argparse
 import statistics
 import subprocess
 import sys
@@ -23,6 +16,7 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from odcheap.bench.arguments import parse_arguments
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.config.compose import compose_config
 from odcheap.config.messages import describe_error, explained_errors, hide_library_warnings
@@ -71,14 +65,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     Returns:
         The exit status: 0, or 1 after an error.
     """
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
-    add("--out", type=Path, default=Path("bench"), help="folder of the results (default: %(default)s)")
-    more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
-    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
-    add("overrides", nargs="*", metavar="OPTION=VALUE", help="training options, such as block_type=Shift num_stu=2")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments, prog)
     hide_library_warnings()
     try:
         for result in measure(options.overrides, options.quick, options.config_dir):

@@ -1,18 +1,4 @@
-"""Measures the accuracy of a run's student, or of an export, on other images of known classes.
-
-All images are evaluated, by the student that the run has selected. Classes are matched by their names.
-
-  odcheap evaluate runs/photos FOLDER          images in FOLDER/<class>/ or FOLDER/test/<class>/
-  odcheap evaluate runs/photos/export FOLDER   the same with ONNX Runtime
-  odcheap evaluate runs/cifar10/od cifar10     the test images of a data set
-
-The accuracy is printed with its 95 % interval, the recall of each class and the confusion matrix. Images on which the
-run was trained are counted and named. The folder of the result has these files:
-
-  evaluation.json   all figures, and the images on which the run was trained
-  confusion.csv     the confusion matrix; rows are the true classes
-  confusion.png     the same as a picture
-"""
+"""Measures the accuracy of a student on other images of known classes; `arguments` has the help of the command."""
 
 import argparse
 import os
@@ -25,6 +11,7 @@ from rich.progress import track
 
 from odcheap import __version__, predict
 from odcheap.config.messages import hide_library_warnings
+from odcheap.evaluate.arguments import parse_arguments
 from odcheap.evaluate.images import EvaluatedImages, list_images
 from odcheap.evaluate.model import Model, is_export, load_model, to_bytes
 from odcheap.runs.training_images import find_known_images, hash_file_contents, hash_image
@@ -50,18 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate")
     Returns:
         The exit status: 0, or 1 after an error, which includes an image that could not be read.
     """
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("model", type=Path, metavar="RUN_OR_EXPORT", help="a run's folder, or the folder of an export")
-    add("images", metavar="FOLDER_OR_DATASET", help="a folder with a folder for each class, or cifar10, cifar100, ...")
-    add("--student", type=int, metavar="K", help="student K of the run, from 0 (default: the selected student)")
-    add("--model", dest="file", metavar="FILE", help="another ONNX file of the export (default: student.onnx)")
-    add("--data-dir", default="data", metavar="DIR", help="where the data sets are (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="the folder to write (default: RUN/evaluation/<name of the images>)")
-    add("--known-only", action="store_true", help="leave out folders that are no class of the student")
-    more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
-    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments, prog)
     hide_library_warnings()
     try:
         with keep_going_without_output():

@@ -5,6 +5,9 @@ from odcheap.utils.threads import shorten_waiting
 
 shorten_waiting()
 with exit_on_signals():
+    from odcheap.export.arguments import parse_arguments
+
+    parse_arguments()  # answers `--help` before PyTorch is imported
     from odcheap.export.command import main
 
 raise SystemExit(main())

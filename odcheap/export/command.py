@@ -1,19 +1,4 @@
-"""Writes a run's student as files for a device, and checks them.
-
-The folder JOB_DIR/export (or --out) has these files:
-
-  student.onnx         for ONNX Runtime and compilers; the normalization is part of the graph
-  student-dense.onnx   the same function as dense convolutions, written if that is faster here
-  student-int8.onnx    8-bit integers, with --int8
-  student.pt2          for torch.export.load, which needs PyTorch only
-  student.safetensors  for odcheap.load_student
-  predict.py           classifies image files: python predict.py IMAGE_OR_FOLDER...
-  preprocess.json      how an image file becomes the network's input
-  labels.json          the names of the classes
-  README.md            the model card: accuracy, speed, checks and checksums
-
-Every file is run on the run's test images and compared with the trained network before the folder appears.
-"""
+"""Writes a run's student as files for a device, and checks them; `arguments` has the help of the command."""
 
 import argparse
 import errno
@@ -37,6 +22,7 @@ from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.export import latency, model_card, onnx, speedup, verify
+from odcheap.export.arguments import parse_arguments
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
@@ -69,20 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -
     Returns:
         The exit status: 0, 1 after an error, or 128 + the number of a signal.
     """
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("job_dir", type=Path, metavar="JOB_DIR", help="a run's folder")
-    add("--student", type=int, metavar="K", help="student K, from 0 (default: the selected student)")
-    add("--out", type=Path, metavar="DIR", help="the folder to write (default: JOB_DIR/export)")
-    add("--data-dir", metavar="DIR", help="where the run's images are now (default: where they were in training)")
-    add("--int8", action="store_true", help="also write 8-bit integers, calibrated on training images")
-    add("--batch", type=int, metavar="N", help="a static graph for exactly N images, for a device's compiler")
-    add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: 18, if possible)")
-    add("--overwrite", action="store_true", help="replace an older export")
-    add("--seconds", type=float, default=1.0, metavar="S", help="time for each timing (default: %(default)s)")
-    more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
-    add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments, prog)
     hide_library_warnings()
     try:
         with keep_going_without_output(), SignalListener():

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from odcheap.report import latency
-from odcheap.report.command import collect_latencies, main
+from odcheap.report.command import main
+from odcheap.report.report_files import collect_latencies
 from odcheap.report.statistics import Latencies, Latency
 
 
