@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -267,6 +268,28 @@ def test_a_pipe_in_an_export_is_not_waited_for(export, tmp_path, capsys, name):
     os.mkfifo(export / name)
     assert predict.main([str(export), str(noise(tmp_path / "x.png"))]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "labels.json", "README.md"])
+@pytest.mark.parametrize("kind", ["/dev/zero", "socket"])
+def test_a_device_or_a_socket_in_an_export_is_not_read(export, tmp_path, capsys, monkeypatch, soon, name, kind):
+    (export / name).unlink()
+    if kind == "socket":
+        monkeypatch.chdir(export)  # the path of a socket must be short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(name)
+    else:
+        (export / name).symlink_to(kind)
+    reason = "is not an export" if name == "README.md" else "not a regular file"
+    assert reason in refusal(capsys, export, noise(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("student.onnx", 1 << 31), ("labels.json", 1 << 24), ("README.md", 1 << 24)]
+)
+def test_a_file_of_an_export_has_a_largest_size(export, tmp_path, capsys, name, size):
+    os.truncate(export / name, size + 1)  # without using the disk
+    assert f"has {size + 1:,} bytes, more than {size:,}" in refusal(capsys, export, noise(tmp_path / "x.png"))
 
 
 def test_sixteen_bits_are_read_as_the_export_says(export, tmp_path, capsys):

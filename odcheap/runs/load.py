@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odcheap.methods.base import Method
 from odcheap.models.build import check_state_dict
-from odcheap.runs.reference import is_reference, translate_reference
+from odcheap.runs.reference import get_state_dict, is_reference, translate_reference
 from odcheap.runs.schemas import SavedWeights, validate
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import OptionError
@@ -58,10 +58,10 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
 
     # A checkpoint, of the 2019 code or of a run.
     content = read_torch(path, option)
-    if is_reference(content):
-        reference = translate_reference(content, path, option)
+    state = get_state_dict(content, path, option)
+    if is_reference(state):
+        reference = translate_reference(state, path, option)
         return Weights(str(path), reference.students, reference.head, None)
-    state = content.get("state_dict", {})
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     if not count:
         raise OptionError(option, path, "holds no students: it has the names of neither odcheap nor the 2019 code")

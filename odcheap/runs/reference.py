@@ -1,6 +1,7 @@
 """Loads checkpoints of the method's 2019 reference code, which are read by the names and shapes of their tensors."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_torch
+from odcheap.utils.text import escape_control_chars
 
 TEMPERATURE = 4.0
 SPATIAL_NAME = re.compile(r"(layer\d+\.\d+)\.(?:dw|group)([12])\.weight")
@@ -42,16 +44,8 @@ class ReferenceWeights:
     num_classes: int
 
 
-def is_reference(content: dict[str, Any]) -> bool:
-    """Returns whether the tensors of a checkpoint have the names of the 2019 reference code."""
-    return any(re.match(r"(module\.)?resnet_m\d+\.", str(name)) for name in content.get("state_dict", {}))
-
-
-def translate_reference(content: dict[str, Any], path: str | Path, option: str = "path") -> ReferenceWeights:
-    """Returns the weights of a checkpoint of the method's 2019 reference code, renamed for odcheap's modules.
-
-    The result also has the block type, the depth of the network, and the number of groups and classes; they are read
-    from the names and shapes of the tensors.
+def get_state_dict(content: dict[str, Any], path: str | Path, option: str = "path") -> dict[str, Tensor]:
+    """Returns the state dict in the content of a checkpoint; it is empty if the checkpoint has none.
 
     Args:
         content: The content of the checkpoint.
@@ -59,10 +53,40 @@ def translate_reference(content: dict[str, Any], path: str | Path, option: str =
         option: The name of the option that gave the file, for messages.
 
     Raises:
+        OptionError: The entry `state_dict` is something else than tensors by name.
+    """
+    state = content.get("state_dict", {})
+    if not isinstance(state, dict):
+        raise OptionError(option, path, f"its state_dict must be tensors by name, not a {type(state).__name__}")
+    for name, value in state.items():
+        # PyTorch also stores what a module's `get_extra_state` returns, which may be any value.
+        if not isinstance(name, str) or not (isinstance(value, Tensor) or name.endswith("_extra_state")):
+            entry = escape_control_chars(str(name)[:100])
+            raise OptionError(option, path, f"its state_dict must be tensors by name; {entry} is something else")
+    return state
+
+
+def is_reference(state: Mapping[str, Tensor]) -> bool:
+    """Returns whether the tensors of a state dict have the names of the 2019 reference code."""
+    return any(re.match(r"(module\.)?resnet_m\d+\.", name) for name in state)
+
+
+def translate_reference(tensors: Mapping[str, Tensor], path: str | Path, option: str = "path") -> ReferenceWeights:
+    """Returns the weights of a checkpoint of the method's 2019 reference code, renamed for odcheap's modules.
+
+    The result also has the block type, the depth of the network, and the number of groups and classes; they are read
+    from the names and shapes of the tensors.
+
+    Args:
+        tensors: The state dict in the checkpoint.
+        path: The file of the checkpoint, for messages.
+        option: The name of the option that gave the file, for messages.
+
+    Raises:
         OptionError: The checkpoint does not have all tensors.
     """
     # The students are called resnet_m1, resnet_m2, ...; `DataParallel` has added a prefix.
-    state = {name.removeprefix("module."): tensor for name, tensor in content["state_dict"].items()}
+    state = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     count = len({name.split(".")[0] for name in state if name.startswith("resnet_m")})
     try:
         students = [_student_state(state, k) for k in range(1, count + 1)]
@@ -163,12 +187,12 @@ def load_reference(path: str | Path) -> ReferenceModel:
         >>> model.loss(student_logits, teacher_logits, torch.tensor([0, 1])).shape
         torch.Size([])
     """
-    content = read_torch(path)
-    if not is_reference(content):
+    state = get_state_dict(read_torch(path), path)
+    if not is_reference(state):
         raise OptionError("path", path, "not a checkpoint of the 2019 code: no tensor is named resnet_m1.*")
     # Building the networks draws random weights; the caller's random numbers do not change.
     with torch.random.fork_rng(devices=[]):
         try:
-            return ReferenceModel(translate_reference(content, path))
+            return ReferenceModel(translate_reference(state, path))
         except RuntimeError as error:
             raise OptionError("path", path, "the tensors do not fit the 2019 code's network") from error

@@ -155,7 +155,8 @@ class Selection(Schema):
 class SavedRecord(Schema):
     """The state of the callback `Record` in a checkpoint."""
 
-    history: list[dict[str, Any]]
+    # Metrics of a run that diverges may be NaN.
+    history: list[dict[str, Annotated[float, Field(allow_inf_nan=True)] | None]]
     selected: Selection
     seconds: Figure | None = None
 

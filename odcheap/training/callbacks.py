@@ -62,6 +62,7 @@ class Record(pl.Callback):
         self.train_end: float | None = None
         self.images = 0
         self.lr = 0.0
+        self.has_begun = False  # whether an epoch has begun: everything was restored from the checkpoint then
         self.validated_step = -1  # the number of optimizer steps before the latest validation
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class Record(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_start, self.train_end, self.images = time.perf_counter(), None, 0
-        self.validated_step = -1
+        self.validated_step, self.has_begun = -1, True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

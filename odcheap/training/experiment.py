@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from torch import nn
 
+from odcheap.config.messages import explained_errors
 from odcheap.data.base import SELECT_BY, ImageData, Process, limit_batches
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
@@ -49,9 +51,10 @@ from odcheap.training.trackers import StepLosses
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
-from odcheap.utils.errors import Failure, OptionError, first_line
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure, first_line
 from odcheap.utils.files import write_csv, write_json, write_text
 from odcheap.utils.seeds import temporary_seed
+from odcheap.utils.text import escape_control_chars
 from odcheap.utils.threads import describe_load
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # the device is in the first line of odcheap
@@ -281,6 +284,7 @@ class Experiment:
             The content of `summary.json`.
         """
         # Only the first process writes to the folder; it holds the folder's lock until the run has ended.
+        self.check_selected()
         loggers = build_loggers(self.start)
         trainer = self.build_trainer(list(loggers.values()))
         job_dir = self.start.job_dir
@@ -302,7 +306,7 @@ class Experiment:
             last = self.test(trainer, fit.history[-1])
             if fit.epoch != fit.history[-1]["epoch"]:
                 path = epoch_path(job_dir, fit.epoch)
-                self.module.load_state_dict(read_checkpoint(path, "job_dir")["state_dict"])
+                load_state(self.module, read_checkpoint(path, "job_dir"), path, "job_dir")
             selected = self.test(trainer, fit.row(fit.epoch))
 
             content = self.summarize(fit, selected, last)
@@ -315,6 +319,13 @@ class Experiment:
                 summary.print_summary(self.console, content, f"{job_dir}: finished")
         return content
 
+    def check_selected(self) -> None:
+        """Raises `OptionError` if the checkpoint says that a student was selected that the run does not have."""
+        candidate = self.start.selected_candidate
+        if candidate is not None and candidate >= len(self.method.candidates()):
+            allowed = f"has selected student {candidate}, which it does not have"
+            raise OptionError("resume", self.start.checkpoint, allowed)
+
     def fit(self, trainer: pl.Trainer) -> FitResult:
         """Trains from the start, or from the checkpoint from which the run continues.
 
@@ -325,13 +336,21 @@ class Experiment:
         process, views = loading_process(trainer), len(self.method.students) if self.method.has_own_views else 1
         train_loader = self.data.train_loader(process, views)
         train_loader.sampler.limit = self.cfg.trainer.get(EPOCH_LIMIT)
-        trainer.fit(
-            self.module,
-            train_loader,
-            self.data.val_loader(process),  # not used if there are no images to evaluate
-            ckpt_path=self.start.checkpoint,
-            weights_only=True,
-        )
+        try:
+            trainer.fit(
+                self.module,
+                train_loader,
+                self.data.val_loader(process),  # not used if there are no images to evaluate
+                ckpt_path=self.start.checkpoint,
+                weights_only=True,
+            )
+        except Exception as error:
+            # A made-up checkpoint may have a correct checksum. Lightning and PyTorch restore most of it, and raise
+            # errors of every kind if the values do not fit.
+            is_restored = self.start.checkpoint is None or self.record.has_begun
+            if is_restored or isinstance(error, explained_errors()) or describe_external_failure(error) is not None:
+                raise
+            raise describe_wrong_state(self.start.checkpoint, error) from error
         selected = self.record.selected
         if not self.record.history:
             raise Failure("trainer: its options ended the run before the first epoch, so there is nothing to test")
@@ -366,20 +385,17 @@ class Experiment:
         Returns:
             The content of `test.json`.
         """
+        self.check_selected()
         trainer = self.build_trainer()
         make_folder(self.start.job_dir)
         if self.start.content is not None:
-            self.module.load_state_dict(self.start.content["state_dict"])
+            load_state(self.module, self.start.content, self.start.checkpoint)
         self.print_introduction(trainer)
 
         # A run has selected its student. Only weights from elsewhere, and a run before the end of its first epoch, have
         # no selection: then the held-out images decide, as after the last epoch of a training.
         epoch = self.start.content["epoch"] if self.start.content is not None else 0
         candidate = self.start.selected_candidate
-        if candidate is not None and candidate >= len(self.method.candidates()):
-            raise OptionError(
-                "resume", self.start.checkpoint, f"has selected student {candidate}, which it does not have"
-            )
         val: dict[str, Any] = {}
         if self.watches_images:
             trainer.validate(self.module, self.data.val_loader(loading_process(trainer)), verbose=False)
@@ -491,6 +507,38 @@ class Experiment:
         student = self.method.candidates()[fit.candidate]
         summary.write_student(job_dir / STUDENT, student, self.module.about["student"])
         write_json(job_dir / SUMMARY, content)
+
+
+def load_state(
+    module: DistillationModule, content: Mapping[str, Any], path: Path | None, option: str = "resume"
+) -> None:
+    """Loads the weights in a checkpoint.
+
+    Args:
+        module: The module, whose weights are changed in place.
+        content: The content of the checkpoint.
+        path: The checkpoint, for messages.
+        option: The name of the option that gave the checkpoint, for messages.
+
+    Raises:
+        OptionError: The weights do not fit.
+    """
+    try:
+        module.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise describe_wrong_state(path, error, option) from error
+
+
+def describe_wrong_state(path: Path | None, error: Exception, option: str = "resume") -> OptionError:
+    """Returns the error that a checkpoint has weights, or another state, that do not fit the run.
+
+    Args:
+        path: The checkpoint.
+        error: The error that was raised when the state was restored.
+        option: The name of the option that gave the checkpoint, for messages.
+    """
+    reason = escape_control_chars(" ".join(str(error).split())[:160])
+    return OptionError(option, path, f"its state does not fit the run ({type(error).__name__}: {reason})")
 
 
 def show_profile() -> None:

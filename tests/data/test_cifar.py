@@ -83,6 +83,14 @@ def test_without_download_none_is_tried(tmp_path, monkeypatch):
         read(tmp_path)
 
 
+def test_in_a_folder_that_is_only_read_none_is_tried(tmp_path, monkeypatch):
+    """As in one that only a checkpoint names."""
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_: pytest.fail("tried"))
+    with pytest.raises(OptionError, match=r"must hold cifar10's .*data.load.read_only is true"):
+        load_cifar("cifar10", str(tmp_path), 6, 4, download=True, read_only=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_unpacked_trees_are_refused(tmp_path):
     grow_tree(tmp_path)
     with pytest.raises(

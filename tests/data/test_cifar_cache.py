@@ -53,6 +53,14 @@ def test_where_it_cannot_be_written_all_goes_on(tmp_path, made, capsys):
     assert "not cached for the next start" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_in_its_place_stays_and_all_goes_on(tmp_path, made, make, soon):
+    make(tmp_path / "kept")
+    tensors = load_cached(tmp_path / "kept", "key", made)
+    assert torch.equal(tensors["x"], TENSORS["x"])
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+
+
 def test_the_key_sees_every_change_of_the_files(tmp_path):
     paths = []
     for part in ("train", "test"):

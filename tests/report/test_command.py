@@ -115,6 +115,22 @@ def test_a_report_goes_where_it_is_told_and_again(sweep, tmp_path):
     assert not (tmp_path / "here" / "accuracy_latency.png").exists()
 
 
+def test_the_files_of_an_older_report_are_replaced_and_not_written_through_links(sweep, tmp_path):
+    for folder in (sweep / "report", tmp_path / "outside"):
+        folder.mkdir()
+    (sweep / "report" / "report.md").write_text("# Report\n\n3 finished runs on cifar10\n")
+    for k, name in enumerate(("curves.png", "gains.svg", "report.csv")):
+        path, precious = sweep / "report" / name, tmp_path / "outside" / name
+        precious.write_text("precious")
+        path.symlink_to(precious) if k % 2 == 0 else path.hardlink_to(precious)
+    assert main([str(sweep), "--no-latency"]) == 0
+    assert {path.read_text() for path in (tmp_path / "outside").iterdir()} == {"precious"}
+    assert not (sweep / "report" / "curves.png").is_symlink()
+    (sweep / "report").rename(tmp_path / "elsewhere")
+    (sweep / "report").symlink_to(tmp_path / "elsewhere")
+    assert main([str(sweep), "--no-latency"]) == 1
+
+
 def test_digits_are_called_a_smoke_test_and_gaps_are_no_crash(tmp_path, sweep):
     plant(tmp_path / "old", "alone", 0, data="digits")
     (tmp_path / "old" / "summary.json").write_text('{"finished": true, "data": "digits"}')

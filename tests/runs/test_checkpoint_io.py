@@ -103,6 +103,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
         {"odcheap": run_content()["odcheap"] | {"classes": None}},
         {"callbacks": None},
         {"callbacks": {"Record": {"history": 3}}},
+        {"callbacks": {"Record": {"history": [{"val/student_0/top1": [1]}], "selected": {"candidate": 0, "epoch": 0}}}},
         {"callbacks": {"Record": {"history": [], "selected": {"candidate": 0, "epoch": 0, "score": float("nan")}}}},
         {"callbacks": {"Record": {"history": [], "selected": {"candidate": "../x", "epoch": 0}}}},
         {"epoch": "0"},

@@ -2,13 +2,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from odcheap.layers.cheap_conv import DW, Group
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
+from odcheap.models.wrappers import load_pretrained
 from odcheap.runs.load import STUDENT, Weights, load_weights, read_weights, strip_prefix
+from odcheap.runs.reference import load_reference
 from odcheap.utils.errors import OptionError
 
 
@@ -106,4 +110,42 @@ def test_metadata_of_a_wrong_kind_are_one_line(tmp_path, text):
     save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", metadata={"odcheap": text})
     with pytest.raises(OptionError, match=r"weights=.*w.safetensors: ") as refused:
         read_weights(tmp_path / "w.safetensors")
+    assert "\n" not in str(refused.value)
+
+
+TARGET = made()
+TENSORS = st.sampled_from([torch.ones(1), torch.ones(7, 64), torch.tensor(3)])
+ODD_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | TENSORS,
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), below, max_size=3),
+    max_leaves=5,
+)
+ODD_NAMES = st.sampled_from(
+    [STUDENT, f"{STUDENT}0", f"{STUDENT}0.fc.weight", f"{STUDENT}x.fc.bias", "method.fc.weight", "resnet_m1.fc.weight"]
+)
+ODD_STATES = st.dictionaries(ODD_NAMES | st.integers() | st.text(max_size=3), TENSORS | ODD_VALUES, max_size=4)
+
+
+@given(
+    content=st.fixed_dictionaries(
+        {}, optional={"state_dict": ODD_STATES | ODD_VALUES, "odcheap": ODD_VALUES, "model": ODD_VALUES}
+    )
+)
+@example({"state_dict": None})
+@example({"state_dict": {f"{STUDENT}0.fc.weight": 3}})
+@example({"state_dict": {f"{STUDENT}0.fc.weight": torch.ones(7, 64)}, "odcheap": {"classes": ["a"]}})
+@example({"state_dict": {"resnet_m1.fc.weight": torch.tensor(3)}})
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_content_of_a_file_of_weights_is_loaded_or_is_one_line(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    for call in (
+        lambda: load_weights(TARGET, read_weights(tmp_path / "w.pt"), classes=NAMES),
+        lambda: load_reference(tmp_path / "w.pt"),
+    ):
+        with pytest.raises(OptionError) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    network = torch.nn.Linear(2, 7)
+    with pytest.raises(OptionError) as refused:
+        load_pretrained(network, str(tmp_path / "w.pt"), 7)
     assert "\n" not in str(refused.value)

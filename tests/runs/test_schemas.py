@@ -156,7 +156,9 @@ WRONG = [
     ("summary.json", SOME | {"students": {}}, "students"),
     ("summary.json", SOME | {"last": {"students": [{}, {"test_top1": 1.01}]}}, "last.students.1.test_top1"),
     ("status.json", {"state": "running", "pid": "7"}, "pid"),
+    ("status.json", {"state": "running", "pid": 10**12}, "pid"),
     ("status.json", {"state": "running", "more": 1}, "more"),
+    ("status.json", {"pid": 7}, "state"),
     ("config.yaml", {"job_dir": 3}, "job_dir"),
     ("config.yaml", {"job_dir": "x", "data": [1]}, "data"),
 ]
@@ -181,6 +183,12 @@ def test_a_table_of_metrics_has_numbers_that_can_be_drawn(tmp_path, row):
     (tmp_path / "metrics.csv").write_text(f"epoch,val/student_0/top1\n0,0.5\n{row}\n")
     with pytest.raises(OptionError, match=r"metrics.csv: row 3, column (epoch|val/student_0/top1): must be a number"):
         read_history(tmp_path)
+
+
+def test_a_quarter_of_a_million_classes_are_read(tmp_path):
+    content = {"finished": True, "selected": {"recall": {f"class number {k}": 0.5 for k in range(250_000)}}}
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    assert read_summary(tmp_path) == content
 
 
 def test_a_test_of_another_program_is_no_mark_of_a_run(tmp_path):

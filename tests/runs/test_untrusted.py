@@ -34,6 +34,8 @@ REFUSED = [  # within the closed list of options, but no plain value
     "experiment=[quickstart,../x]",
     "data@trainer=digits",
 ]
+# How the closed list refuses; what comes after it, such as a file that is not there, must not be needed.
+REFUSALS = ["plain names and numbers only", "must be a single value", "needs a YAML file in a config directory"]
 LEFT_OUT = [  # outside of the closed list: the run goes on without them
     "+method.students={_target_: os.system, _args_: [touch OUT]}",
     "+trainer.profiler={_target_: builtins.open, file: OUT, mode: w}",
@@ -107,6 +109,7 @@ def test_what_is_no_plain_value_in_a_checkpoint_is_refused(hostile, command, tmp
     for arguments in ([f"resume={checkpoint}"], [f"resume={tmp_path}/run"], ["test_only=true", f"resume={checkpoint}"]):
         result = command(*arguments)
         assert (result.status, result.err[:7], result.err.count("\n")) == (1, "error: ", 1), (arguments, result)
+        assert any(words in result.err for words in REFUSALS), result.err
         assert CANARY not in result.out + result.err
         assert contents(tmp_path) == before
 
@@ -153,3 +156,31 @@ def test_no_value_of_the_environment_is_written(command, tmp_path, monkeypatch):
     assert not [path for path, content in contents(tmp_path / "run").items() if CANARY.encode() in content]
     result = command(*TINY, *given, "trainer.max_epochs=2", f"job_dir={tmp_path}/run", "resume=auto")
     assert result.status == 0, result.err
+
+
+# Each change is made to a checkpoint of an interrupted run, which then has a correct checksum.
+WRONG_STATES = {
+    "no weights": {"state_dict": {}},
+    "weights of a wrong type": {"state_dict": {"method.students.members.0.conv1.weight": 3}},
+    "no place in the training": {"loops": {}},
+    "no optimizer": {"optimizer_states": 3},
+    "another optimizer": {"optimizer_states": [{"state": {}, "param_groups": []}]},
+    "no schedule": {"lr_schedulers": [3]},
+    "metrics of another kind": {"metrics": {"scores": 3}},
+    "no version": {"pytorch-lightning_version": 3},
+    "a student that is not there": {"selected": {"candidate": 99, "epoch": 0, "score": 0.9}},
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG_STATES))
+def test_a_state_that_does_not_fit_the_run_is_one_line(checkpoint, command, tmp_path, name):
+    content, change = read_torch(checkpoint), dict(WRONG_STATES[name])
+    if "selected" in change:
+        content["callbacks"]["Record"]["selected"] = change.pop("selected")
+    write_checkpoint(checkpoint, content | change)
+    tested = [["test_only=true"]] if "weights" in name or "student" in name else []
+    for more in ([], *tested):
+        result = command(f"resume={tmp_path}/run", "trainer=cpu", "logger=csv", *(more or ["trainer.max_epochs=2"]))
+        assert (result.status, result.err.count("\n")) == (1, 1), result
+        assert f"resume={checkpoint}: " in result.err
+        assert "its state does not fit the run (" in result.err or "has selected student 99, which" in result.err

@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import pickle
+import socket
 import stat
 import zipfile
 
@@ -125,7 +126,9 @@ def test_links_are_replaced_and_not_written_through(tmp_path):
 def test_only_regular_files_are_read(tmp_path, soon):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "pipe", tmp_path / "folder", "/dev/zero", "a\0b"):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket"))
+    for path in (tmp_path / "pipe", tmp_path / "folder", tmp_path / "socket", "/dev/zero", "a\0b"):
         for read in (read_torch, read_safetensors, verify_checksum):
             with pytest.raises(OptionError, match="no such file|not a regular file"):
                 read(path, "path")
