@@ -131,7 +131,7 @@ def test_without_its_card_nothing_is_believed(export, tmp_path, capsys):
     assert "is not an export" in capsys.readouterr().err
 
 
-def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp_path, capsys, monkeypatch, soon):
     good = noise(tmp_path / "open" / "a.png")
     os.mkfifo(tmp_path / "open" / "pipe.png")
     walk = os.walk
@@ -263,7 +263,7 @@ def test_a_model_whose_images_may_have_any_size_is_used(export, tmp_path, capsys
 
 
 @pytest.mark.parametrize("name", ["student.onnx", "labels.json", "README.md"])
-def test_a_pipe_in_an_export_is_not_waited_for(export, tmp_path, capsys, name):
+def test_a_pipe_in_an_export_is_not_waited_for(export, tmp_path, capsys, soon, name):
     (export / name).unlink()
     os.mkfifo(export / name)
     assert predict.main([str(export), str(noise(tmp_path / "x.png"))]) == 1

@@ -89,7 +89,7 @@ def test_folders_within_a_class_belong_to_it_and_other_files_are_skipped(tmp_pat
     assert sorted(tree.skipped) == ["train/cat/back", "train/cat/notes.txt", "train/cat/pipe.png", "train/cat/self"]
 
 
-def test_a_link_to_a_pipe_does_not_stop_the_listing(tmp_path):
+def test_a_link_to_a_pipe_does_not_stop_the_listing(tmp_path, soon):
     grow(tmp_path, root=TWO)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "cat" / "x.jpg").symlink_to(tmp_path / "pipe")
