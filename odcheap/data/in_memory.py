@@ -23,6 +23,7 @@ from odcheap.data.base import (
 from odcheap.data.splits import Split, hash_pixels, limit_parts, split_stratified
 from odcheap.data.transforms import Augmentation, Normalization, stack_views
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 
 
@@ -160,16 +161,24 @@ class InMemoryData(ImageData):
         self.split = split_stratified(digests, images.train_target, self.val_size)
         self.fingerprint = self.split.fingerprint
         self.index = {"train": self.split.train, "val": self.split.val, "test": np.arange(len(images.test))}
+        test_digests = hash_pixels(images.test, self.split_seed)
 
         def hash_part(part: str) -> list[bytes]:
             if part == "test":
-                return hash_pixels(images.test, self.split_seed)
+                return test_digests
             return [digests[k] for k in self.index[part]]
 
         kept = limit_parts(self.labels, hash_part, self.limit)
         self.index = {part: index[kept[part]] for part, index in self.index.items()}
         used = (join_digests(digests[k] for k in self.index[part]) for part in ("train", "val"))
         self.digests = ImageDigests("pixels", self.split_seed, *used)
+
+        # Test images that were trained on would make the test accuracy too high.
+        trained_on = set(digests)
+        twice = [k for k, digest in enumerate(test_digests) if digest in trained_on]
+        if twice:
+            first = images.test_files[twice[0]] if images.test_files else f"number {twice[0]} (from 0)"
+            say(f"warning: {len(twice):,} test images are also training images, pixel for pixel, such as {first}")
         self.check()
 
     @property

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from odcheap.data.base import BatchOrder, Process
 from odcheap.data.digits import load_digits
-from odcheap.data.in_memory import EvalBatches, InMemoryData, TrainBatches
+from odcheap.data.in_memory import EvalBatches, Images, InMemoryData, TrainBatches
 from odcheap.data.transforms import Augmentation, Normalization
 from odcheap.utils.errors import OptionError
 
@@ -104,7 +104,7 @@ def digits_data(**changed):
         "split_seed": 0,
     }
     options |= {"flip": False, "crop_padding": 1, "mean": (0.3,) * 3, "std": (0.4,) * 3} | changed
-    data = InMemoryData(load=load_digits, name="digits", **options)
+    data = InMemoryData(**{"load": load_digits, "name": "digits"} | options)
     data.read()
     return data
 
@@ -181,3 +181,17 @@ def test_gradients_averaged_over_processes_are_those_of_one(world):
     for k, (index, _) in enumerate(BatchOrder(29, 8, 0).batches()[: len(ranks[0])]):
         mean = sum(gradient(*rank[k]) for rank in ranks) / world
         torch.testing.assert_close(mean, gradient(index, 1.0), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("files", [None, ["a.png", "b.png", "c.png"]])
+def test_test_images_that_are_training_images_too_are_counted_and_said(capsys, files):
+    images = torch.arange(24, dtype=torch.uint8).view(24, 1, 1, 1).expand(24, 3, 4, 4).contiguous()
+    train, test = images[:20], torch.stack([images[20], images[3], images[3]])
+    target = torch.arange(20) % 2
+    made_in = Images(train, target, test, torch.zeros(3, dtype=torch.long), ["cat", "dog"], files)
+    digits_data(load=lambda: made_in, batch_size=4, val_size=4)
+    which = "b.png" if files else "number 1 (from 0)"
+    expected = f"warning: 2 test images are also training images, pixel for pixel, such as {which}\n"
+    assert expected in capsys.readouterr().out
+    digits_data()
+    assert "warning" not in capsys.readouterr().out
