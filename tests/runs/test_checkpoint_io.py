@@ -1,3 +1,6 @@
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -114,3 +117,15 @@ def test_one_that_somebody_made_up_is_refused(tmp_path, change):
     write_checkpoint(tmp_path / "x.ckpt", run_content() | change)
     with pytest.raises(OptionError, match="not a checkpoint of an odcheap run"):
         read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_each_entry_that_is_read_before_the_training_must_be_there(tmp_path):
+    whole = run_content()
+    entries = [(), ("odcheap",), ("callbacks",), ("callbacks", "Record"), ("callbacks", "Record", "selected")]
+    for path in entries:
+        for name in functools.reduce(dict.get, path, whole):
+            content = copy.deepcopy(whole)
+            del functools.reduce(dict.get, path, content)[name]
+            write_checkpoint(tmp_path / "x.ckpt", content)
+            with pytest.raises(OptionError, match=rf"not a checkpoint of an odcheap run .*{name}: field required"):
+                read_checkpoint(tmp_path / "x.ckpt")

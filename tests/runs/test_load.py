@@ -134,6 +134,8 @@ ODD_STATES = st.dictionaries(ODD_NAMES | st.integers() | st.text(max_size=3), TE
 @example({"state_dict": None})
 @example({"state_dict": {f"{STUDENT}0.fc.weight": 3}})
 @example({"state_dict": {f"{STUDENT}0.fc.weight": torch.ones(7, 64)}, "odcheap": {"classes": ["a"]}})
+@example({"state_dict": {f"{STUDENT}0.fc.weight": torch.ones(7, 64)}, "odcheap": 3})
+@example({"state_dict": {f"{STUDENT}0.fc.weight": torch.ones(7, 64)}, "odcheap": {"classes": 3}})
 @example({"state_dict": {"resnet_m1.fc.weight": torch.tensor(3)}})
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_content_of_a_file_of_weights_is_loaded_or_is_one_line(tmp_path, content):
