@@ -62,8 +62,10 @@ def test_a_folder_whose_name_begins_with_a_bracket_is_a_path_and_a_list_is_a_lis
 def test_new_processes_get_the_paths_as_they_were_typed(monkeypatch):
     commands = []
 
-    def popen(command, **_):
+    def popen(command, **options):
         commands.append(command)
+        # A Ctrl-C in a terminal reaches every process of the session; these get it once, from the run that forwards it.
+        assert options["start_new_session"]
         raise BlockingIOError("no process is started in a test")
 
     monkeypatch.setattr(launch.subprocess, "Popen", popen)
