@@ -332,18 +332,18 @@ def test_a_streamed_run_resumed_in_an_epoch_s_middle_equals_the_straight_run(com
 
 
 def test_a_run_and_its_loader_s_processes_end(tmp_path):
-    """After its work, after a failure, and by a signal to the whole group, which reaches the loader's too."""
+    """After a failure and its work, and by a signal to the whole group, which reaches the loader's too."""
     base = plant(tmp_path / "mine", {"": {"red": 100, "blue": 100}})
     given = [*SMALL, f"data_dir={base}", "data.workers=2", "num_stu=1"]
-    done, failed, told = (
-        Begun(*options, f"job_dir={tmp_path}/{name}", cwd=tmp_path, given=given)
-        for name, options in {"done": [], "failed": ["optimizer.lr=1e30"], "told": ["trainer.max_epochs=500"]}.items()
-    )
+    sweep = ["hydra.mode=MULTIRUN", "optimizer.lr=1e30,0.1", f"hydra.sweep.dir={tmp_path}/sweep"]
+    failed_and_done = Begun(*sweep, cwd=tmp_path, given=given)
+    told = Begun("trainer.max_epochs=500", f"job_dir={tmp_path}/told", cwd=tmp_path, given=given)
     told.until("epoch 2/500")
     os.killpg(told.process.pid, signal.SIGTERM)
-    runs = (done, failed, told)
-    assert [run.end(within=60) for run in runs] == [0, 1, 143], [run.said[-3:] for run in runs]
-    assert "is not finite" in failed.said[-1]
+    runs = (failed_and_done, told)
+    assert [run.end(within=60) for run in runs] == [1, 143], [run.said[-3:] for run in runs]
+    assert "is not finite" in "".join(failed_and_done.said)
+    assert len(list((tmp_path / "sweep").glob("*/summary.json"))) == 1
     assert told.said[-1] == f"SIGTERM: saved; resume={tmp_path}/told logger=csv continues\n"
     assert json.loads((tmp_path / "told" / "status.json").read_text())["state"] == "stopped"
 

@@ -276,12 +276,13 @@ def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, w
 
 
 @pytest.mark.parametrize("whom", ["leader", "agent", pytest.param("rank 0", marks=pytest.mark.slow), "rank 1"])
-def test_no_process_outlives_another_that_was_killed(tmp_path, whom):
+def test_no_process_outlives_another_that_was_killed(tmp_path, command, whom):
+    """After rank 1 was killed, the run goes on in one process."""
     job_dir = tmp_path / "run"
     run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=300", f"job_dir={job_dir}", cwd=tmp_path)
     run.until("epoch 2/300")
     found = ranks(f"job_dir={job_dir}")
-    agent = parent(found[0])
+    agent, began = parent(found[0]), time.monotonic()
     os.kill({"leader": run.process.pid, "agent": agent, "rank 0": found[0], "rank 1": found[1]}[whom], signal.SIGKILL)
     if whom == "leader":
         assert run.end() == -signal.SIGKILL  # its workers hold the pipe: they have ended too
@@ -290,8 +291,14 @@ def test_no_process_outlives_another_that_was_killed(tmp_path, whom):
     if whom.startswith("rank"):
         line = f"error: process {whom[-1]} was killed by SIGKILL (out of memory?); the others were stopped\n"
         assert line in run.said
+        assert "Traceback" not in "".join(run.said)
+    assert time.monotonic() - began < 60
     assert ranks(f"job_dir={job_dir}") == {}
     assert json.loads((job_dir / "status.json").read_text())["state"] != "running"
+    if whom == "rank 1":
+        result = command(f"resume={job_dir}", "trainer=cpu", "trainer.max_epochs=5")
+        assert result.status == 0, result.err
+        assert "continuing from" in result.out
 
 
 def parent(pid):

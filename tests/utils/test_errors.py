@@ -1,15 +1,10 @@
 import errno
-import os
 import pickle
-import signal
-import time
 
 import pytest
 import torch
-from conftest import Begun
 
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
-from tests.distributed.test_signals import ranks
 
 NUMBERS = [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT, errno.EPERM, errno.EFBIG, errno.EISDIR]
 
@@ -54,22 +49,6 @@ def test_a_lost_process_is_one_only_where_there_are_several(monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), FileNotFoundError(2, "no", "x")])
 def test_a_mistake_keeps_its_traceback(error):
     assert describe_external_failure(error) is None
-
-
-def test_a_process_that_dies_ends_all_with_a_line_and_one_alone_goes_on(tmp_path, command):
-    job_dir = tmp_path / "run"
-    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=90", f"job_dir={job_dir}", cwd=tmp_path)
-    run.until("epoch 2/90")
-    began = time.monotonic()
-    os.kill(ranks(f"job_dir={job_dir}")[1], signal.SIGKILL)
-    assert run.end() == 1
-    assert time.monotonic() - began < 60
-    said = "".join(run.said)
-    assert "error: process 1 was killed by SIGKILL (out of memory?); the others were stopped" in said
-    assert "Traceback" not in said
-    result = command(f"resume={job_dir}", "trainer=cpu", "trainer.max_epochs=5")
-    assert result.status == 0, result.err
-    assert "continuing from" in result.out
 
 
 def test_an_option_error_is_one_line_and_survives_pickling():
