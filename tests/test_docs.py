@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from odcheap import OnlineDistillation, Students, cli
+from odcheap import OnlineDistillation, Students, cli, predict
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 
@@ -88,6 +88,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, command):
     write_files(page, tmp_path)
     write_reference(tmp_path / "reference.pt")
     write_photos(tmp_path)
+    monkeypatch.setattr(predict, "TIMING_ROUNDS", 1)  # a page says how to measure, and the tests do not need the times
     namespace: dict = {"__name__": page.stem}
     for text in code:
         exec(compile(text, str(page), "exec"), namespace)

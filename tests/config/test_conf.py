@@ -1,5 +1,7 @@
 """Every option of every group builds, and what it builds is called, so that a misspelt key cannot hide."""
 
+import itertools
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -40,8 +42,14 @@ def test_block_types_build(composed, block_type):
     assert conv(16, 32, 2)(torch.randn(1, 16, 8, 8)).shape == (1, 32, 4, 4)
 
 
-@pytest.mark.parametrize("block_type", options("block_type"))
-@pytest.mark.parametrize("backbone", options("backbone"))
+EVERY = list(itertools.product(options("backbone"), options("block_type")))
+IN_TURN = list(zip(options("backbone"), itertools.cycle(options("block_type"))))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "block_type"),
+    [pytest.param(*pair, marks=() if pair in IN_TURN or pair[0] == "resnet56" else pytest.mark.slow) for pair in EVERY],
+)
 def test_every_backbone_with_every_block_type_learns(composed, backbone, block_type):
     cfg = composed(f"backbone={backbone}", f"block_type={block_type}", *NAMED.get(backbone, []))
     if backbone == "timm":

@@ -1,5 +1,6 @@
 """From a run to files for a device, as a user would do it."""
 
+import hashlib
 import json
 import os
 import re
@@ -37,9 +38,33 @@ QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[2]
 
 
+converted = {}  # programs and files by their networks
+
+
+def convert_once(monkeypatch, function, key):
+    """Lets tests that have the same network share what this function of `onnx_export` makes of it."""
+
+    def convert(source, *given):
+        place = (function.__name__, key(source), *map(str, given))
+        if place not in converted:
+            converted[place] = function(source, *given)
+        return converted[place]
+
+    monkeypatch.setattr(onnx_export, function.__name__, convert)
+
+
+def digest(network):
+    return str(network), hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).digest()
+
+
 @pytest.fixture
 def light(monkeypatch):
-    """Without the bare process and the timings, which other tests have: the dense form then counts as slower."""
+    """Without the bare process and the timings, which other tests have: the dense form then counts as slower.
+
+    A network is traced and written as ONNX once for all of these tests.
+    """
+    convert_once(monkeypatch, onnx_export.export_program, digest)
+    convert_once(monkeypatch, onnx_export.to_onnx, id)
     monkeypatch.setattr(
         verify, "run_in_bare_process", lambda path, preprocess, reference, config_dirs: reference.logits
     )
