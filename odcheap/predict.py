@@ -58,7 +58,8 @@ NORMAL_95 = 1.959964  # standard deviations around the mean that hold 95 % of a 
 NO_TRAINING_LIST = "an export does not know on which images its student was trained; odcheap evaluate RUN names them"
 MAX_SHOWN_CLASSES, MAX_SHOWN_NAME = 20, 24  # of a confusion matrix that is printed
 BATCH_SIZE = 32  # images that are in memory at the same time
-TIMED_BATCH_SIZES, TIMING_ROUNDS = (1, 64), 5
+TIMED_BATCH_SIZES = (1, 64)
+TIMING_ROUNDS, FEWEST_ROUNDS = 15, 5
 TIMING_PAUSE = 0.02  # seconds before each timing, in which the threads of the previous session become idle
 
 Predictor = Callable[[np.ndarray], np.ndarray]  # images (n, 3, H, W) in [0, 1] -> logits (n, K)
@@ -90,13 +91,18 @@ class LabeledImages(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: median, 95th percentile, quartiles if they are known, and the median of each round."""
+    """Seconds of one call: median, 95th percentile, quartiles if they are known, and the median of each round.
+
+    `running` is the fraction of the time in which the calling thread ran. It is below 1 if the thread waited for
+    threads of its own, or for a core that other programs used.
+    """
 
     p50: float
     p95: float
     p25: float = float("nan")
     p75: float = float("nan")
     rounds: tuple[float, ...] = ()
+    running: float = float("nan")
 
 
 def open_regular(path: str | Path, max_bytes: int) -> io.BufferedReader:
@@ -953,32 +959,38 @@ def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, Timing]:
-    """Times functions alternately, in several rounds, so that a slow phase of the machine affects all functions.
+    """Times functions alternately, in many short rounds, so that a slow phase of the machine affects all functions.
 
     Args:
         functions: The functions by name.
-        seconds: The time for each function, in all rounds together.
+        seconds: The time for each function, in all rounds together. If the calls take long, there are fewer rounds.
 
     Returns:
         The times of one call in seconds, by name. Each round begins with an untimed call.
     """
     rounds: dict[Any, list[list[float]]] = {name: [] for name in functions}
-    for _ in range(TIMING_ROUNDS):
+    whole, running = dict.fromkeys(functions, 0.0), dict.fromkeys(functions, 0.0)
+    latest = time.perf_counter() + 2 * seconds * len(functions)
+    for k in range(TIMING_ROUNDS):
+        if k >= FEWEST_ROUNDS and time.perf_counter() > latest:
+            break
         for name, function in functions.items():
             time.sleep(TIMING_PAUSE)
             function()
-            end = time.perf_counter() + seconds / TIMING_ROUNDS
+            begin, begin_running = time.perf_counter(), time.thread_time()
             times: list[float] = []
-            while time.perf_counter() < end or not times:
+            while time.perf_counter() < begin + seconds / TIMING_ROUNDS or not times:
                 start = time.perf_counter()
                 function()
                 times.append(time.perf_counter() - start)
+            whole[name] += time.perf_counter() - begin
+            running[name] += time.thread_time() - begin_running
             rounds[name].append(times)
-    return {name: summarize_rounds(times) for name, times in rounds.items()}
+    return {name: summarize_rounds(times, running[name] / whole[name]) for name, times in rounds.items()}
 
 
-def summarize_rounds(rounds: Sequence[Sequence[float]]) -> Timing:
-    """Returns the timing of calls whose seconds are given by round.
+def summarize_rounds(rounds: Sequence[Sequence[float]], running: float = float("nan")) -> Timing:
+    """Returns the timing of calls whose seconds are given by round, and the fraction of the time in which they ran.
 
     Example:
         >>> timing = summarize_rounds([[1.0, 3.0, 2.0], [4.0]])
@@ -986,7 +998,7 @@ def summarize_rounds(rounds: Sequence[Sequence[float]]) -> Timing:
         (2.5, (2.0, 4.0))
     """
     percentiles = np.percentile([seconds for one in rounds for seconds in one], (50, 95, 25, 75)).tolist()
-    return Timing(*percentiles, rounds=tuple(statistics.median(one) for one in rounds))
+    return Timing(*percentiles, rounds=tuple(statistics.median(one) for one in rounds), running=running)
 
 
 def benchmark_models(folder: Path, seconds: float = 2.0) -> int:

@@ -172,9 +172,7 @@ def write_export(
     with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
         files = write_files(run, options, data, preprocess, folder)
-        load = speedup.read_load()
         timings = time_files(run, options, files, folder)
-        load = max(filter(None, (load, speedup.read_load())), default=None)
         if DENSE in files and not is_faster(timings, DENSE):
             (folder / DENSE).unlink()
             del files[DENSE]
@@ -182,7 +180,7 @@ def write_export(
         verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch)
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
         graph = describe_graph(folder / "student.onnx")
-        text = model_card.write_card(run, folder, files, timings, verification, cpu, graph, load)
+        text = model_card.write_card(run, folder, files, timings, verification, cpu, graph)
         write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:
         say(line)

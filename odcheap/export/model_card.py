@@ -108,7 +108,6 @@ def write_card(
     verification: Verification,
     cpu: str,
     graph: str,
-    load: float | None = None,
 ) -> str:
     """Returns the model card in Markdown.
 
@@ -120,11 +119,10 @@ def write_card(
         verification: What the checks have shown.
         cpu: Name of the CPU of the timings.
         graph: The ONNX file's input and operators.
-        load: The load of the machine while the times were taken; None if it is not known.
     """
     sections = {
         "accuracy": card_accuracy.describe_accuracy(run, verification),
-        "speed": describe_speed(run, timings, load),
+        "speed": describe_speed(run, timings),
         "classes": card_accuracy.tabulate_classes(run, verification),
         "training": card_accuracy.describe_training_data(run),
         "limits": card_accuracy.describe_limits(run, verification),
@@ -138,7 +136,7 @@ def write_card(
     text = {name: "\n".join(lines) for name, lines in sections.items()}
     python = WITH_ODCHEAP if run.has_settings else WITH_PYTORCH
     return CARD.format(
-        mark=mark_times(run, timings, load),
+        mark=mark_times(run, timings),
         python=python,
         network=format_code(name_network(run)),
         graph=graph,
@@ -161,7 +159,7 @@ def name_network(run: RunStudent) -> str:
     return ", ".join([*parts, *options])
 
 
-def describe_speed(run: RunStudent, timings: Timings, load: float | None = None) -> list[str]:
+def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
     """Compares the student with the standard network in ONNX Runtime; a slower student is stated in bold.
 
     If PyTorch says the opposite, that is stated too. If the measurement is uncertain, the lines say why, and they have
@@ -170,7 +168,7 @@ def describe_speed(run: RunStudent, timings: Timings, load: float | None = None)
     if str(run.network) == str(run.standard):
         return ["This is the standard network itself."]
     compared = compare_with_standard(timings)
-    reason = describe_disturbance([speedup for speedups in compared.values() for speedup in speedups.values()], load)
+    reason = describe_disturbance([speedup for speedups in compared.values() for speedup in speedups.values()], timings)
     if reason:
         return describe_unmeasured_speed(run, reason)
     own = compared["student.onnx"]
@@ -183,7 +181,7 @@ def describe_speed(run: RunStudent, timings: Timings, load: float | None = None)
             place = runtime if "GPU" in runtime else f"{runtime} on this CPU"
             text += f". **In {place} it is the opposite**: it {format_speedups(opposite)}"
     rounds = max(len(timing.rounds) for timing in timings.values())
-    text += f" (ranges: smallest and largest of {rounds} rounds)" if rounds > 1 else ""
+    text += f" (ranges: quartiles of {rounds} rounds)" if rounds > 1 else ""
     lines = [f"{text}."]
     if DENSE in compared:
         lines.append(f"{format_code(DENSE)}, which computes the same, {format_speedups(compared[DENSE])}.")
@@ -213,13 +211,13 @@ def describe_unmeasured_speed(run: RunStudent, reason: str) -> list[str]:
     ]
 
 
-def mark_times(run: RunStudent, timings: Timings, load: float | None) -> str:
+def mark_times(run: RunStudent, timings: Timings) -> str:
     """Returns a sentence that says that the times in the tables are uncertain; empty if they are not."""
     if str(run.network) == str(run.standard):
         speedups = []
     else:
         speedups = [speedup for part in compare_with_standard(timings).values() for speedup in part.values()]
-    reason = describe_disturbance(speedups, load)
+    reason = describe_disturbance(speedups, timings)
     return f" **The times are uncertain**: {reason}." if reason else ""
 
 

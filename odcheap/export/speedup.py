@@ -1,7 +1,6 @@
 """How many times as fast a student is as the standard network: the ratio, and what is known of it."""
 
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -9,7 +8,10 @@ from typing import NamedTuple
 from odcheap.export.latency import Timings, fastest
 from odcheap.predict import Timing
 
-MAX_SPREAD = 1.25  # largest ratio of a range over rounds by its smallest; above it the rounds disagree
+# The speedup is not stated if the quartiles of the rounds' ratios differ by a larger factor than this one, or if the
+# calls with one thread ran in a smaller fraction of the time: other programs used the cores then.
+MAX_SPREAD = 1.25
+MIN_RUNNING = 0.75
 
 
 class Speedup(NamedTuple):
@@ -17,7 +19,7 @@ class Speedup(NamedTuple):
 
     Attributes:
         value: The median of the ratios of all rounds.
-        low, high: The smallest and the largest ratio of a round.
+        low, high: The quartiles of these ratios.
     """
 
     value: float
@@ -26,7 +28,7 @@ class Speedup(NamedTuple):
 
     @property
     def is_resolved(self) -> bool:
-        """Whether all rounds agree on which network is faster."""
+        """Whether both quartiles agree on which network is faster."""
         return self.low > 1 or self.high < 1
 
 
@@ -34,7 +36,9 @@ def compare_timings(standard: Timing, student: Timing) -> Speedup:
     """Compares two networks that were timed alternately, round by round."""
     pairs = list(zip(standard.rounds, student.rounds, strict=True)) or [(standard.p50, student.p50)]
     ratios = [ours / theirs for ours, theirs in pairs]
-    return Speedup(statistics.median(ratios), min(ratios), max(ratios))
+    # Quartiles and not extremes: in one of many rounds another program may have used the cores.
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    return Speedup(median, low, high)
 
 
 def compute_speedups(timings: Timings, name: str, standard: str, runtime: str) -> dict[int, Speedup]:
@@ -54,7 +58,7 @@ def compute_speedups(timings: Timings, name: str, standard: str, runtime: str) -
 
 
 def format_speedup(speedup: Speedup) -> str:
-    """Describes a speedup with its range over rounds, rounded to what the range leaves known.
+    """Describes a speedup with the quartiles of its rounds, rounded to what the range leaves known.
 
     Example:
         >>> format_speedup(Speedup(2.884, 2.81, 2.97))
@@ -87,16 +91,19 @@ def round_to_known(low: float, high: float, values: Iterable[float]) -> list[str
     return [f"{round(value, max(0, min(2, -step))) + 0.0:.{max(0, min(2, -step))}f}" for value in values]
 
 
-def describe_disturbance(speedups: Iterable[Speedup], load: float | None) -> str:
+def describe_disturbance(speedups: Iterable[Speedup], timings: Timings) -> str:
     """Returns why speedups are too uncertain to be stated, as part of a sentence; empty if nothing is wrong.
 
     Args:
         speedups: The speedups.
-        load: The number of processes that wanted to run while the times were taken; None if it is not known.
+        timings: All times that were measured with them.
     """
-    cores, reasons = os.cpu_count() or 1, []
-    if load is not None and load > cores:
-        reasons.append(f"the machine was busy, with a load of {load:.1f} on {cores} core{'s' * (cores != 1)}")
+    # The system's load is no measure of this: it is a mean over a minute in which this program itself was busy.
+    known = [t.running for key, t in timings.items() if key.threads == 1 and not math.isnan(t.running)]
+    running, reasons = statistics.mean(known or [1.0]), []
+    if running < MIN_RUNNING:
+        waited = f"{100 * (1 - running):.0f} % of the time"
+        reasons.append(f"the machine was busy (the calls waited for other programs for {waited})")
     if any(speedup.high > MAX_SPREAD * speedup.low for speedup in speedups):
         reasons.append("the rounds of the measurement disagree")
     return ", and ".join(reasons)
@@ -109,11 +116,3 @@ def find_opposites(first: Mapping[int, Speedup], second: Mapping[int, Speedup]) 
         for batch, speedup in second.items()
         if batch in first and speedup.is_resolved and (speedup.value - 1) * (first[batch].value - 1) < 0
     }
-
-
-def read_load() -> float | None:
-    """Returns the average number of processes that wanted to run in the last minute; None if the system has no such."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):  # Windows
-        return None

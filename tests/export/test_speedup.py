@@ -1,13 +1,16 @@
+import time
+
 import pytest
 
+from odcheap.export.latency import ONNX_RUNTIME, Key
 from odcheap.export.speedup import Speedup, compare_timings, describe_disturbance, find_opposites, format_speedup
-from odcheap.predict import Timing, summarize_rounds
+from odcheap.predict import Timing, summarize_rounds, time_alternately
 
 
 def test_a_speedup_is_the_median_of_the_rounds_ratios():
     standard = Timing(0, 0, rounds=(3.0, 6.0, 4.0))
     student = Timing(0, 0, rounds=(1.0, 1.5, 2.0))
-    assert compare_timings(standard, student) == Speedup(3.0, 2.0, 4.0)
+    assert compare_timings(standard, student) == Speedup(3.0, 2.5, 3.5)
     assert compare_timings(Timing(3.0, 4.0), Timing(2.0, 4.0)) == Speedup(1.5, 1.5, 1.5)  # without rounds
 
 
@@ -34,13 +37,41 @@ def test_no_more_digits_are_written_than_are_known(values, text):
     assert format_speedup(Speedup(*values)) == text
 
 
-def test_a_busy_machine_and_rounds_that_disagree_are_named(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+def test_a_round_in_which_another_program_ran_changes_neither_the_ratio_nor_its_quartiles():
+    standard, student = [3.0] * 15, [1.0] * 15
+    standard[4], student[9] = 60.0, 30.0
+    found = compare_timings(Timing(0, 0, rounds=tuple(standard)), Timing(0, 0, rounds=tuple(student)))
+    assert found == Speedup(3.0, 3.0, 3.0)
+
+
+def list_timings(running, threads=1):
+    return {Key("student.onnx", ONNX_RUNTIME, batch, threads): Timing(1, 1, running=running) for batch in (1, 64)}
+
+
+def test_a_busy_machine_and_rounds_that_disagree_are_named():
     steady, shaky = Speedup(2, 1.9, 2.1), Speedup(2, 1.5, 2.1)
-    assert describe_disturbance([steady], 4.0) == ""
-    assert describe_disturbance([steady], None) == ""
-    both = "the machine was busy, with a load of 4.1 on 4 cores, and the rounds of the measurement disagree"
-    assert describe_disturbance([steady, shaky], 4.1) == both
+    assert describe_disturbance([steady], list_timings(0.76)) == ""
+    assert describe_disturbance([steady], list_timings(float("nan"))) == ""
+    assert describe_disturbance([steady], list_timings(0.3, threads=0)) == ""  # it waited for its own threads
+    both = "the machine was busy (the calls waited for other programs for 26 % of the time), and the rounds of the "
+    assert describe_disturbance([steady, shaky], list_timings(0.74)) == both + "measurement disagree"
+
+
+def test_calls_that_wait_are_known_by_the_time_in_which_they_ran():
+    def spin(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    calls = {"waiting": lambda: (spin(0.001), time.sleep(0.004)), "running": lambda: spin(0.005)}
+    timings = time_alternately(calls, 0.2)
+    assert 0 < timings["waiting"].running < min(0.3, timings["running"].running)
+    assert len(timings["running"].rounds) == len(timings["waiting"].rounds) >= 5
+
+
+def test_slow_calls_are_made_in_fewer_rounds():
+    timings = time_alternately({"slow": lambda: time.sleep(0.02)}, 0.01)
+    assert len(timings["slow"].rounds) == 5
 
 
 def test_opposites_are_clear_ones_only():
