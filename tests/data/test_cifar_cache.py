@@ -3,11 +3,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from odcheap.data.cifar import hash_file_stats, load_cached, load_cifar
+from odcheap.data.cifar import hash_file_stats, is_valid_cache, load_cached, load_cifar
 
 TENSORS = {"x": torch.arange(6, dtype=torch.uint8).view(2, 3), "y": torch.tensor([1, 2])}
 
@@ -115,3 +117,26 @@ def test_a_cache_that_does_not_fit_the_files_is_made_again(tmp_path, change):
     assert torch.equal(again.test, first.test)
     assert (again.train.dtype, again.train_target.dtype) == (torch.uint8, torch.int64)  # `equal` compares values only
     assert load_file(cache)["train"].shape == (4, 3, 32, 32)
+
+
+KINDS = st.sampled_from([torch.uint8, torch.int64, torch.float32])
+ODD_TENSORS = st.builds(
+    lambda shape, kind: torch.zeros(shape, dtype=kind), st.lists(st.integers(0, 4), max_size=5), KINDS
+)
+NAMES = ("train", "train_target", "test", "test_target")
+
+
+@given(
+    odd=st.dictionaries(st.sampled_from([*NAMES, "more"]), ODD_TENSORS, max_size=3),
+    missing=st.sets(st.sampled_from(NAMES)),
+)
+def test_any_tensors_in_a_cache_fit_or_do_not(odd, missing):
+    right = {"train": torch.zeros(4, 3, 2, 2, dtype=torch.uint8), "test": torch.zeros(2, 3, 2, 2, dtype=torch.uint8)}
+    target = {"train": torch.tensor([0, 1, 0, 1]), "test": torch.tensor([0, 1])}
+    right |= {f"{part}_target": labels for part, labels in target.items()}
+    found = {name: tensor for name, tensor in (right | odd).items() if name not in missing}
+    same = found.keys() == right.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in right.items()
+    )
+    assert is_valid_cache(found, target) or not same
+    assert is_valid_cache(right, target)
