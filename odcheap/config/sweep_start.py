@@ -13,17 +13,16 @@ from odcheap.config.messages import describe_hydra_error
 from odcheap.runs import study
 from odcheap.runs.folder import make_folder
 from odcheap.runs.sweep import (
-    PLAN,
     SweepFolder,
     check_runs,
     check_sweep_folder,
     name_status_command,
     plan_sweep,
     started_sweeps,
+    write_plan,
 )
 from odcheap.utils.console import print_error, say
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_json
 
 
 class SweepStart(Callback):
@@ -33,12 +32,12 @@ class SweepStart(Callback):
         folder = Path(config.hydra.sweep.dir)
         # Hydra reduces an exception of a callback to a warning, but lets SystemExit pass.
         try:
-            # The checks come first: a mistyped sweep must not replace the plan of an earlier one in this folder.
+            # The checks come first: a mistyped sweep must not write its plan into the folder.
             check_runs(config)
             check_sweep_folder(folder)
             plan = plan_sweep(config)
             make_folder(folder, "hydra.sweep.dir")
-            write_json(folder / PLAN, plan.model_dump())
+            write_plan(folder, plan)
         except OptionError as error:
             sys.exit(print_error(str(error)))
         except (HydraException, OmegaConfBaseException) as error:

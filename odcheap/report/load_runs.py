@@ -13,7 +13,7 @@ import pandas as pd
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
 from odcheap.runs.folder import read_options, read_summary
-from odcheap.runs.sweep import PLAN, read_plan
+from odcheap.runs.sweep import PLAN, read_plans
 from odcheap.utils.documents import read_text
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.text import count_things, escape_control_chars
@@ -85,8 +85,8 @@ def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder])
     """
     begun = {entry.folder.resolve() for entry in known}
     plans = sorted({path.parent for folder in folders for path in Path(folder).rglob(PLAN)})
-    planned = [folder / name for folder in plans if (plan := read_plan(folder)) for name in plan.runs]
-    return [RunFolder(folder, "not begun") for folder in planned if folder.resolve() not in begun]
+    planned = [folder / name for folder in plans for plan in read_plans(folder) for name in plan.runs]
+    return [RunFolder(folder, "not begun") for folder in dict.fromkeys(planned) if folder.resolve() not in begun]
 
 
 def load_run(folder: Path) -> RunFolder:
@@ -112,7 +112,7 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
     if last.get("state") == "running" and status.is_alive(last):
         return RunFolder(folder, "running", progress, host=last.get("host"), process=last.get("pid"))
     # In a sweep, resume=auto is the default.
-    command = "the same command" if read_plan(folder.parent) else "the same command with resume=auto"
+    command = "the same command" if read_plans(folder.parent) else "the same command with resume=auto"
     advice = f"{command} continues it" if list_checkpoints(folder) else "nothing was saved yet"
     return RunFolder(folder, "stopped", f"{progress}; {advice}")
 

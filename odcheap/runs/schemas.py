@@ -179,7 +179,7 @@ class Checkpoint(Schema):
 
 
 class SweepPlan(Schema):
-    """The content of `sweep.json` in a sweep's folder.
+    """What is known about the runs of a sweep before they start.
 
     Attributes:
         count: The number of runs.
@@ -192,6 +192,16 @@ class SweepPlan(Schema):
     done: Count = 0
     swept: list[str] = []
     runs: list[str] = []
+
+
+class SweepPlans(SweepPlan):
+    """The content of `sweep.json` in a sweep's folder: the plan of the sweep that was started last.
+
+    Attributes:
+        others: The plans of earlier sweeps in this folder that have runs left.
+    """
+
+    others: list[SweepPlan] = []
 
 
 class Trial(Schema):

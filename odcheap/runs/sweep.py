@@ -18,13 +18,15 @@ from pydantic import BaseModel
 from odcheap.runs import status, study
 from odcheap.runs.folder import SUMMARY, TEST
 from odcheap.runs.overrides import STORAGE_OPTIONS, name_run, override_key
-from odcheap.runs.schemas import Summary, SweepPlan, Test, validate
+from odcheap.runs.schemas import Summary, SweepPlan, SweepPlans, Test, validate
 from odcheap.utils.console import name_command
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
+from odcheap.utils.files import write_json
 from odcheap.utils.signals import WorkerSignals
 
 PLAN = "sweep.json"
+MAX_PLANS = 20  # of sweeps in one folder, so that the file stays small
 # How the folders of the runs are named: by their overrides, with those of the storage options that the sweep varies.
 NAMED_OPTIONS: dict[str, tuple[str, ...]] = {"${run_name:}": (), "${run_name:data_dir}": ("data_dir",)}
 # How the files of a sweep begin. Hydra writes `multirun.yaml`.
@@ -172,12 +174,25 @@ def continue_search(config: DictConfig) -> int:
     return done
 
 
-def read_plan(folder: Path) -> SweepPlan | None:
-    """Returns the content of `sweep.json`, or None if there is none that can be read."""
+def write_plan(folder: Path, plan: SweepPlan) -> None:
+    """Writes the plan of a sweep to `sweep.json`, which keeps those plans of other sweeps that have runs left."""
+    others = [other for other in read_plans(folder) if other.runs != plan.runs and has_runs_left(folder, other)]
+    content = SweepPlans(**plan.model_dump(), others=others[: MAX_PLANS - 1])
+    write_json(folder / PLAN, content.model_dump())
+
+
+def has_runs_left(folder: Path, plan: SweepPlan) -> bool:
+    """Returns whether one of the runs that a plan names is not finished."""
+    return any(not (folder / name / SUMMARY).is_file() and not (folder / name / TEST).is_file() for name in plan.runs)
+
+
+def read_plans(folder: Path) -> list[SweepPlan]:
+    """Returns the plans in `sweep.json`, that of the last sweep first; none if the file cannot be read."""
     try:
-        return validate(SweepPlan, read_json(folder / PLAN, "DIR"), folder / PLAN, "DIR")
+        plans = validate(SweepPlans, read_json(folder / PLAN, "DIR"), folder / PLAN, "DIR")
     except OptionError:
-        return None
+        return []
+    return [plans, *plans.others]
 
 
 def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[str, str]:
@@ -188,7 +203,10 @@ def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[
         number: The number of the run in Hydra, from 0.
         overrides: The overrides of the run.
     """
-    plan = read_plan(folder) or SweepPlan(count=0)
+    # Another sweep in this folder may have been started since. A plan without names may be that of any sweep.
+    names = {name_run(overrides, also) for also in NAMED_OPTIONS.values()}
+    plans = [plan for plan in read_plans(folder) if not plan.runs or names & set(plan.runs)]
+    plan = plans[0] if plans else SweepPlan(count=0)
     varied = [override for override in overrides if override_key(override) in {*map(override_key, plan.swept)}]
     number += plan.done + 1
     also = [option for option in plan.swept if option in STORAGE_OPTIONS]

@@ -16,7 +16,7 @@ from odcheap.runs import schemas
 from odcheap.runs.folder import is_run_folder, read_config, read_options, read_summary
 from odcheap.runs.status import is_alive, read_status
 from odcheap.runs.study import read_study
-from odcheap.runs.sweep import read_plan
+from odcheap.runs.sweep import read_plans
 from odcheap.runs.training_images import SavedDigests, read_digests
 from odcheap.utils.documents import MAX_BYTES, read_json
 from odcheap.utils.errors import OptionError
@@ -72,10 +72,11 @@ def test_any_json_in_a_run_s_files_is_read_or_is_one_line(tmp_path, content):
 
 
 @given(content=CONTENT)
+@example({"count": 1, "others": [{"count": -1}]})
 @example({"searches": [{"overrides": [], "trials": [{"state": "LOST"}]}]})
 @ANY
 def test_any_json_in_the_files_of_a_sweep_and_of_training_images_is_read_or_is_one_line(tmp_path, content):
-    readers = {"sweep.json": read_plan, "study.json": read_study}
+    readers = {"sweep.json": read_plans, "study.json": read_study}
     for name, read in (readers | {"training_images.json": lambda folder: read_digests(folder, "RUN")}).items():
         (tmp_path / name).write_text(json.dumps(content))
         one_line(lambda read=read: read(tmp_path))
