@@ -1,5 +1,7 @@
 """The package as a wheel lays it out, used from an empty folder."""
 
+import csv
+import json
 import os
 import shutil
 import subprocess
@@ -7,13 +9,18 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import TINY
 
 import odcheap
+from odcheap import load_student
+from odcheap.data.digits import load_digits
 from odcheap.utils.parts import find_conf_dir
 
 
-def test_training_in_two_processes_and_a_report_need_no_clone(tmp_path):
+def test_a_sweep_of_runs_of_two_processes_and_a_report_need_no_clone(tmp_path):
+    """gloo on the CPU: one folder a run, the figures are exact, the rate is not scaled."""
     with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as file:
         wheel = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel == {"packages": ["odcheap"], "force-include": {"conf": "odcheap/conf"}}
@@ -27,9 +34,24 @@ def test_training_in_two_processes_and_a_report_need_no_clone(tmp_path):
         where = {"cwd": tmp_path / "empty", "env": environment}
         return subprocess.run(command, **where, capture_output=True, text=True, timeout=250)
 
-    done = run("train", *TINY, "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1", "job_dir=run")
+    several = ("num_stu=1,2", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "hydra.sweep.dir=sweep")
+    done = run("train", "-m", *TINY, *several)
     assert done.returncode == 0, done.stderr
-    assert "<- chosen" in done.stdout
-    done = run("report", "run", "--no-latency")
+    assert done.stdout.count("<- chosen") == 2
+    sweep = tmp_path / "empty" / "sweep"
+    one, two = sorted(path for path in sweep.iterdir() if path.is_dir())
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    assert [len(summary["students"]) for summary in summaries] == [1, 2]
+    with open(two / "confusion.csv", newline="") as file:
+        counts = [int(n) for row in list(csv.reader(file))[1:] for n in row[1:]]
+    assert sum(counts) == 360
+    with open(two / "metrics.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["lr"]) == 0.1
+    images, student = load_digits(), load_student(two / "student.safetensors")
+    with torch.no_grad():
+        accuracy = (student(images.test / 255).argmax(1) == images.test_target).double().mean().item()
+    assert accuracy == pytest.approx(summaries[1]["selected"]["test_top1"], abs=1e-9)
+
+    done = run("report", "sweep", "--no-latency")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "empty" / "run" / "report" / "report.md").is_file()
+    assert (sweep / "report" / "report.md").is_file()

@@ -467,23 +467,6 @@ def test_a_sweep_that_was_killed_goes_on_with_the_same_command(command, tmp_path
         assert (tmp_path / "disturbed" / name).read_bytes() == straight.read_bytes()
 
 
-def test_a_sweep_of_runs_of_two_processes(tmp_path):
-    """gloo on the CPU: one folder a run, the figures are exact, the rate is not scaled."""
-    sweep = ("hydra.mode=MULTIRUN", "num_stu=1,2", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
-    run = Begun(*sweep, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
-    assert run.end() == 0, run.said
-    assert "".join(run.said).count("<- chosen") == 2
-    one, two = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    assert [len(summary(folder)["students"]) for folder in (one, two)] == [1, 2]
-    with open(two / "confusion.csv", newline="") as file:
-        counts = [int(n) for row in list(csv.reader(file))[1:] for n in row[1:]]
-    assert sum(counts) == 360
-    assert float(metrics(two)[0]["lr"]) == 0.1
-    network = CifarResNet(8, DW(), 10)
-    network.load_state_dict(load_file(two / "student.safetensors"))
-    assert accuracy(network) == pytest.approx(summary(two)["selected"]["test_top1"], abs=1e-9)
-
-
 @pytest.fixture
 def recorded(monkeypatch):
     """Runs as on one GPU: steps are recorded and replayed, here by a stand-in."""
