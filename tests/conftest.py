@@ -1,6 +1,7 @@
 """What several rooms' tests share: a tiny run, and the command line called as a user would."""
 
 import gc
+import hashlib
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import train
-from odcheap import cli
+from odcheap import cli, predict
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
@@ -114,6 +115,56 @@ def trained(command, tmp_path, tmp_path_factory):
         return shutil.copytree(trained_runs[options], tmp_path / name)
 
     return copy
+
+
+converted = {}  # programs and files by their networks
+
+
+def convert_once(monkeypatch, module, name, key):
+    """Lets tests that have the same network share what this function of the module makes of it."""
+    function = getattr(module, name)
+
+    def convert(source, *given):
+        place = (name, key(source), *map(str, given))
+        if place not in converted:
+            converted[place] = function(source, *given)
+        return converted[place]
+
+    monkeypatch.setattr(module, name, convert)
+
+
+def digest(network):
+    return str(network), hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).digest()
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Without the bare process and the timings, which other tests have: the dense form then counts as slower.
+
+    A network is traced and written as ONNX once for all of these tests.
+    """
+    # Imported here because most folders' tests do without ONNX, which takes seconds.
+    from odcheap.export import command as export_command
+    from odcheap.export import onnx as onnx_export
+    from odcheap.export import verify
+    from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
+    from odcheap.export.model_card import STANDARD, STUDENT
+
+    convert_once(monkeypatch, onnx_export, "export_program", digest)
+    convert_once(monkeypatch, onnx_export, "to_onnx", id)
+    monkeypatch.setattr(
+        verify, "run_in_bare_process", lambda path, preprocess, reference, config_dirs: reference.logits
+    )
+
+    def times(run, options, files, folder):
+        batches = (1, 64) if options.batch is None else (options.batch,)
+        names = [*files, STANDARD, STUDENT]
+        keys = [
+            Key(name, runtime, batch, 1) for name in names for runtime in (ONNX_RUNTIME, PYTORCH) for batch in batches
+        ]
+        return {key: predict.Timing(1 + ("dense" in key.name), 2.0) for key in keys}
+
+    monkeypatch.setattr(export_command, "time_files", times)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """From a run to files for a device, as a user would do it."""
 
-import hashlib
 import json
 import os
 import re
@@ -27,57 +26,13 @@ from odcheap import predict
 from odcheap.export import command, verify
 from odcheap.export import command as export_command
 from odcheap.export import onnx as onnx_export
-from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.load_run import describe_preprocessing, load_run_student
-from odcheap.export.model_card import STANDARD, STUDENT
 from odcheap.models.build import build_network, load_student
 from odcheap.utils.errors import OptionError
 from odcheap.utils.signals import STOP_SIGNALS
 
 QUICK = ["--seconds", "0.005"]
 ROOT = Path(__file__).parents[2]
-
-
-converted = {}  # programs and files by their networks
-
-
-def convert_once(monkeypatch, function, key):
-    """Lets tests that have the same network share what this function of `onnx_export` makes of it."""
-
-    def convert(source, *given):
-        place = (function.__name__, key(source), *map(str, given))
-        if place not in converted:
-            converted[place] = function(source, *given)
-        return converted[place]
-
-    monkeypatch.setattr(onnx_export, function.__name__, convert)
-
-
-def digest(network):
-    return str(network), hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).digest()
-
-
-@pytest.fixture
-def light(monkeypatch):
-    """Without the bare process and the timings, which other tests have: the dense form then counts as slower.
-
-    A network is traced and written as ONNX once for all of these tests.
-    """
-    convert_once(monkeypatch, onnx_export.export_program, digest)
-    convert_once(monkeypatch, onnx_export.to_onnx, id)
-    monkeypatch.setattr(
-        verify, "run_in_bare_process", lambda path, preprocess, reference, config_dirs: reference.logits
-    )
-
-    def times(run, options, files, folder):
-        batches = (1, 64) if options.batch is None else (options.batch,)
-        names = [*files, STANDARD, STUDENT]
-        keys = [
-            Key(name, runtime, batch, 1) for name in names for runtime in (ONNX_RUNTIME, PYTORCH) for batch in batches
-        ]
-        return {key: predict.Timing(1 + ("dense" in key.name), 2.0) for key in keys}
-
-    monkeypatch.setattr(command, "time_files", times)
 
 
 def accuracy(ask):
@@ -428,7 +383,7 @@ class AvgPool(BlockType):
 """
 
 
-def test_a_block_type_of_a_user_is_exported_with_its_dense_form(tmp_path, monkeypatch):
+def test_a_block_type_of_a_user_is_exported_with_its_dense_form(light, tmp_path, monkeypatch):
     (tmp_path / "my_average_pooling.py").write_text(AVERAGE_POOLING)
     monkeypatch.syspath_prepend(tmp_path)
     conf = tmp_path / "conf"

@@ -1,5 +1,6 @@
 """Files from strangers, in every place where a file is read: none runs code, writes outside or ends in a traceback."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -313,20 +314,19 @@ SMALL_TREE = ["data.load.train_images=24", "data.load.test_images=24", "data.loa
 SETTINGS += [[*TINY[2:], "data=cifar10", "data_dir=TREE", "data.batch_size=8", *SMALL_TREE]]
 
 
-def options_by_setting():
+@functools.cache
+def list_options():
     """(setting, option) for all options of conf/, each in the first setting that has it, and as a part's entry too."""
-    seen = {"test_only"}
+    seen, found = {"test_only"}, []
     with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
         for k, setting in enumerate(SETTINGS):
             for name in sorted({*options(compose("config", [*setting, "job_dir=unused"]))} - seen):
                 seen.add(name)
-                yield k, f"{name}={{}}"
+                found.append((k, f"{name}={{}}"))
                 if name.count(".") > 1:
                     part, _, last = name.rpartition(".")
-                    yield k, f"{part}={{{{{last}: {{}}}}}}"
-
-
-OPTIONS = list(options_by_setting())
+                    found.append((k, f"{part}={{{{{last}: {{}}}}}}"))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -375,7 +375,7 @@ def one_step(command, tmp_path, monkeypatch, files_given):
 
 
 @given(
-    place=st.sampled_from(OPTIONS),
+    place=st.deferred(lambda: st.sampled_from(list_options())),
     value=st.recursive(st.none() | st.booleans() | st.integers(-5, 70) | st.text(max_size=8), st.lists, max_leaves=4),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -388,15 +388,16 @@ def test_every_option_with_every_strange_value_is_taken_or_refused_in_one_line(o
     taken, wrong = 0, []
     for k in range(len(SETTINGS)):
         assert one_step((k, "seed={}"), "3"), SETTINGS[k]  # or all of its values would be refused for its own sake
-    for place, text in itertools.product(OPTIONS, VALUES):
+    for place, text in itertools.product(list_options(), VALUES):
         try:
             taken += one_step(place, text)
         except Exception as error:  # a traceback to the user
             wrong.append(error)
             with capsys.disabled():
                 print(f"{place} {text}: {error}", flush=True)
-    told = f"{len(OPTIONS) * len(VALUES)} strange values in {len(OPTIONS)} places of {len(SETTINGS)} settings"
+    places = len(list_options())
+    told = f"{places * len(VALUES)} strange values in {places} places of {len(SETTINGS)} settings"
     with capsys.disabled():
         print(f"\n{told} tried, {taken} taken")
     assert not wrong
-    assert taken > len(OPTIONS) / 2
+    assert taken > len(list_options()) / 2

@@ -61,7 +61,7 @@ def contents(folder):
     return found
 
 
-def test_no_command_changes_a_byte_of_a_folder_full_of_the_user_s_files(finished, mine, command, capsys):
+def test_no_command_changes_a_byte_of_a_folder_full_of_the_user_s_files(finished, mine, command, light, capsys):
     newest = finished / "checkpoints" / "epoch-0000.ckpt"
     assert cli.main(["export", str(finished), "--seconds=0.01"]) == 0
     shutil.copy(newest, mine / "checkpoints" / "epoch-0002.ckpt")  # a download in the user's checkpoints folder

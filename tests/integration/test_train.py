@@ -182,7 +182,7 @@ def equal(a, b):
 @pytest.mark.parametrize(
     ("options", "places"),
     [
-        (("block_type=DW", "data.flip=true", "trainer.precision=bf16-true"), ("epoch-0000-step-0000010", "epoch-0001")),
+        (("block_type=DW", "data.flip=true", "trainer.precision=bf16-true"), ("epoch-0000-step-0000010", "epoch-0000")),
         (("block_type=Shift", "trainer.precision=bf16-mixed"), ("epoch-0001-step-0000010",)),
         (
             ("block_type=Group", "select=last", "data.val_size=0.5", "trainer.precision=64-true"),
@@ -191,13 +191,13 @@ def equal(a, b):
     ],
 )
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, options, places):
-    often = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
+    often = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100"]
     straight = tmp_path / "straight"
     assert command(*TINY, *often, *options, f"job_dir={straight}").status == 0
     for place in places:
         again = tmp_path / place
         assert command(f"resume={straight}/checkpoints/{place}.ckpt", f"job_dir={again}").status == 0
-        one, two = (checkpoint(job / "checkpoints" / "epoch-0002.ckpt") for job in (straight, again))
+        one, two = (checkpoint(job / "checkpoints" / "epoch-0001.ckpt") for job in (straight, again))
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "metrics", "loops"):
             assert equal(one[part], two[part]), part
         assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
