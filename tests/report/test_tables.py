@@ -2,11 +2,14 @@
 
 import csv
 import io
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from odcheap.report import tables
+from odcheap.report.load_runs import RunFolder
 from odcheap.report.statistics import Latency, Spread
 from odcheap.utils.text import escape_markdown
 
@@ -57,3 +60,19 @@ def test_a_name_is_no_markup(text, expected):
 )
 def test_cells_have_units_that_fit(column, value, text):
     assert tables.format_cell(column, value) == text
+
+
+def test_names_in_the_text_of_a_report_are_no_markup_and_no_folders():
+    hostile = "<img src=x>|[a](b) $x$"
+    folder = RunFolder(Path("/my zq/<b>run"), "failed", "/my zq/<b>run/x.json: <u>why `x`")
+    runs = pd.DataFrame({"name": [hostile, "od"], "seed": [0, 0], "gain": [0.5, 0.0], "baseline": [False, True]})
+    table = pd.DataFrame({"method": [hostile]})
+    text = tables.format_report([folder], runs, table, {"gains": hostile}, "Test images", hostile)
+    assert "zq" not in text
+    outside_of_code = re.sub(r"`[^`\n]*`", "", text.replace("![gains](gains.png)", ""))
+    assert "img src" in outside_of_code
+    assert re.findall(r"(?<!\\)[<>\[$]", outside_of_code) == []
+    assert (
+        len({len(re.findall(r"(?<!\\)\|", line)) for line in text.split("\n") if "seed 0" in line or "+50" in line})
+        == 1
+    )
