@@ -40,9 +40,9 @@ def pytest_sessionfinish():
 class Begun:
     """`python train.py` in a process and a process group of its own, read line by line."""
 
-    def __init__(self, *arguments, cwd, given=TINY):
+    def __init__(self, *arguments, cwd, given=TINY, starter=()):
         self.cwd, self.said = cwd, []
-        command = [sys.executable, train.__file__, *given, *arguments]
+        command = [sys.executable, *starter, train.__file__, *given, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.process = subprocess.Popen(command, cwd=cwd, env=ONE_THREAD, start_new_session=True, **pipes)
 

@@ -139,7 +139,8 @@ class SignalListener:
         if signum == self.received and time.monotonic() < self.received_at + REPEAT_SECONDS:
             return
         if self.worker is not None:
-            self.worker.send_signal(signal.SIGTERM)  # the signal that torchrun always forwards
+            # torchrun forwards these two on every system; the processes name the signal that they get.
+            self.worker.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)
         elif self.received:
             os._exit(128 + signum)
         self.received, self.received_at = signum, time.monotonic()

@@ -263,16 +263,51 @@ def ranks(train_py):
     return found
 
 
+SEVERAL = ["trainer=ddp", "trainer.accelerator=cpu"]
+
+
 @pytest.mark.parametrize("whom", [pytest.param("leader", marks=pytest.mark.slow), "rank 1"])
 def test_several_processes_stop_together_wherever_the_signal_arrives(tmp_path, whom):
     job_dir = tmp_path / "run"
-    run = Begun("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=60", f"job_dir={job_dir}", cwd=tmp_path)
+    run = Begun(*SEVERAL, "trainer.max_epochs=60", f"job_dir={job_dir}", cwd=tmp_path)
     run.until("epoch 2/60")
     os.kill(run.process.pid if whom == "leader" else ranks(f"job_dir={job_dir}")[1], signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM
     assert run.said[-1] == f"SIGTERM: saved; resume={job_dir} logger=csv continues\n"
     assert ranks(f"job_dir={job_dir}") == {}
     assert json.loads((job_dir / "status.json").read_text())["reason"] == "SIGTERM"
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.parametrize(
+    ("starter", "name"),
+    [
+        ([], "SIGINT"),
+        pytest.param([], "SIGTERM", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, "SIGINT", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, "SIGTERM", marks=pytest.mark.slow),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C of torchrun", "SIGTERM to torchrun"],
+)
+def test_several_processes_save_and_end_if_a_signal_goes_to_the_whole_group(tmp_path, command, starter, name):
+    """A terminal, a shell's `kill -- -PID` and many schedulers signal all processes of a group at once."""
+    job_dir, signum = tmp_path / "run", signal.Signals[name]
+    run = Begun(*SEVERAL, "trainer.max_epochs=60", f"job_dir={job_dir}", cwd=tmp_path, starter=starter)
+    run.until("epoch 2/60")
+    os.killpg(run.process.pid, signum)
+    status = run.end()
+    assert (job_dir / "checkpoints").is_dir(), run.said
+    assert json.loads((job_dir / "status.json").read_text())["state"] == "stopped"
+    assert json.loads((job_dir / "status.json").read_text())["reason"] == name
+    assert f"{name}: saved; resume={job_dir} logger=csv continues\n" in run.said
+    assert starter or (status, run.said[-1][: len(name)]) == (128 + signum, name), run.said
+    assert status != 0
+    assert ranks(f"job_dir={job_dir}") == {}
+    result = command(*TINY, "resume=auto", "trainer.max_epochs=3", f"job_dir={job_dir}")
+    assert result.status == 0, result.err
+    assert "continuing from" in result.out
 
 
 @pytest.mark.parametrize("whom", ["leader", "agent", pytest.param("rank 0", marks=pytest.mark.slow), "rank 1"])
