@@ -1,6 +1,7 @@
 """Batch norm, ReLU and the sum with a residual in one call.
 
-In training on a GPU this is one fused operator; everywhere else PyTorch's own modules and functions are called.
+In training this is one fused operator if `kernels` has one for the device; otherwise PyTorch's own modules and
+functions are called.
 """
 
 from typing import Literal
@@ -35,7 +36,7 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = No
     if order not in ("act_add", "add_act"):
         raise ValueError(f'order={order!r}: must be "act_add" or "add_act"')
     if kernels.can_apply(x, norm) and is_fusible(x, x.shape, norm, residual):
-        return kernels.load_operators().batch_norm_act(x, norm, residual, order)
+        return kernels.load_operators(x.device.type).batch_norm_act(x, norm, residual, order)
     if residual is None:
         return F.relu(norm(x), inplace=True)
     if order == "act_add":

@@ -1,4 +1,4 @@
-"""Functions that run the two operators of a `CheapConv` as fused GPU kernels if that is possible."""
+"""Functions that run the two operators of a `CheapConv` as fused kernels if that is possible."""
 
 from typing import TypeGuard, cast
 
@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from odcheap.layers import kernels
 from odcheap.layers.norm_act import batch_norm_act, is_fusible
-
-MAX_CHANNELS = 64  # of a `CheapConv` whose two operators and batch norm are fused
 
 
 def conv_norm_act(
@@ -41,7 +39,7 @@ def fused_pair_norm_act(
     norm: nn.BatchNorm2d,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Runs a `CheapConv` with batch norm, ReLU and residual as one fused operator, in training on a GPU.
+    """Runs a `CheapConv` with batch norm, ReLU and residual as one fused operator, in training.
 
     Args:
         x: (N, C, H, W).
@@ -63,11 +61,14 @@ def fused_pair_norm_act(
     kernel = None if is_shift else cast(nn.Conv2d, spatial).weight
     cast_x, weight_type = cast_input(x)
     (images, channels, height, width), (features, inputs, *_) = x.shape, pointwise.weight.shape
-    if inputs != channels or max(channels, features) > MAX_CHANNELS or (kernel is not None and len(kernel) != channels):
+    operators = kernels.load_operators(x.device.type)
+    if inputs != channels or max(channels, features) > operators.MAX_CHANNELS:
+        return None
+    if kernel is not None and len(kernel) != channels:
         return None
 
     # The tensors: their dtypes, and an output whose elements can be counted in 32 bits.
-    if weight_type is None or (cast_x.dtype == torch.float64 and not kernels.is_interpreted()):
+    if weight_type is None or (cast_x.dtype == torch.float64 and x.is_cuda):
         return None
     weights = [pointwise.weight, *([] if kernel is None else [kernel])]
     if not all(kernels.is_plain(weight, weight_type, x.device) for weight in weights):
@@ -77,13 +78,12 @@ def fused_pair_norm_act(
     if shape.numel() >= kernels.MAX_ELEMENTS or not is_fusible(cast_x, shape, norm, residual):
         return None
 
-    operators = kernels.load_operators()
     y, again = operators.pair_norm_act(cast_x, kernel, pointwise.weight, norm, residual, stride)
     return y, again if cast_x is x else x  # other layers read the input in its own dtype
 
 
 def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bool) -> Tensor | None:
-    """Runs the spatial operator of a `CheapConv` as a fused kernel, in training on a GPU, then the 1 x 1 convolution.
+    """Runs the spatial operator of a `CheapConv` as a fused GPU kernel in training, then the 1 x 1 convolution.
 
     Args:
         x: (N, C, H, W).
@@ -97,10 +97,12 @@ def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bo
     """
     if not (kernels.can_apply(x, spatial, pointwise) and (is_shift or is_depthwise3x3(spatial))):
         return None
+    operators = kernels.load_operators(x.device.type)
+    if not hasattr(operators, "shift3x3"):  # on a CPU, PyTorch's operators are as fast
+        return None
     x, weight_type = cast_input(x)
     if weight_type is None or not (is_shift or kernels.is_plain(spatial.weight, weight_type, x.device)):
         return None
-    operators = kernels.load_operators()
     return pointwise(operators.shift3x3(x) if is_shift else operators.depthwise3x3(x, spatial.weight))
 
 

@@ -1,6 +1,6 @@
-"""Switches fused GPU kernels on and off, and checks whether they can replace layers.
+"""Switches fused kernels on and off, and checks whether they can replace layers.
 
-Triton is imported when the kernels are used for the first time.
+Triton, or the compiled C++ library for CPUs, is loaded when the kernels are used for the first time.
 """
 
 import importlib
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from odcheap.layers.kernels.cpu_library import CompileError
 
 Mode = Literal["auto", "off"]
 
@@ -52,8 +54,8 @@ def can_apply(x: Tensor, *modules: nn.Module) -> bool:
     """Returns whether fused kernels may run in place of these modules.
 
     They may run if all of this is true: the modules are in training mode and have no hooks, the input is a feature map
-    (N, C, H, W) on a GPU, in channels-last memory format and with one of the dtypes in `PARAMETER_TYPES`, Triton is
-    installed, and nothing observes PyTorch's operators (see `is_observed`).
+    (N, C, H, W) in channels-last memory format and with one of the dtypes in `PARAMETER_TYPES`, the kernels can be
+    loaded for its device (see `load_operators`), and nothing observes PyTorch's operators (see `is_observed`).
 
     Args:
         x: The input of the modules.
@@ -65,15 +67,15 @@ def can_apply(x: Tensor, *modules: nn.Module) -> bool:
     # The input: its class (tracers use subclasses), device, dtype, size and memory format.
     if not (type(x) is Tensor and x.ndim == 4):
         return False
-    if not (is_on_current_device(x) or (is_interpreted() and x.device.type == "cpu")):
+    if not (is_on_current_device(x) or x.device.type == "cpu"):
         return False
     known = x.dtype in PARAMETER_TYPES and 0 < x.numel() < MAX_ELEMENTS
     if not (known and x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    # The modules, and at last Triton, which is imported here.
+    # The modules, and at last the kernels, which are loaded here.
     if any(not module.training or any(getattr(module, hooks, None) for hooks in HOOKS) for module in modules):
         return False
-    return load_operators() is not None
+    return load_operators(x.device.type) is not None
 
 
 def is_on_current_device(x: Tensor) -> bool:
@@ -108,12 +110,26 @@ def is_observed() -> bool:
     )
 
 
+def load_operators(device_type: str) -> Any:
+    """Returns the module with the fused operators for a kind of device, or None if it cannot be loaded here.
+
+    It is `gpu` for "cuda", and for "cpu" if Triton's interpreter runs its kernels; otherwise `cpu`.
+    """
+    return try_to_load("gpu" if device_type == "cuda" or is_interpreted() else "cpu")[0]
+
+
+def reason_for_plain_layers(device_type: str) -> str | None:
+    """Returns why no fused kernels can run on a kind of device, as a part of a sentence; None if they can."""
+    return try_to_load("gpu" if device_type == "cuda" or is_interpreted() else "cpu")[1]
+
+
 @lru_cache
-def load_operators() -> Any:
-    """Returns the module `gpu` with the fused operators, or None if Triton cannot be imported."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+def try_to_load(name: Literal["gpu", "cpu"]) -> tuple[Any, str | None]:
+    """Returns a module of this package or None, and None or the reason why it cannot be imported."""
+    if name == "gpu" and importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed"
     try:
-        return importlib.import_module("odcheap.layers.kernels.gpu")
-    except (ImportError, OSError, RuntimeError):  # an installation without a working compiler or driver
-        return None
+        return importlib.import_module(f"odcheap.layers.kernels.{name}"), None
+    except (ImportError, OSError, RuntimeError, CompileError) as error:
+        # An installation without a working compiler or driver.
+        return None, str(error).strip().partition("\n")[0]

@@ -1,0 +1,116 @@
+"""Compiles the C++ file of the fused CPU operators at its first use, and keeps the result for the next processes."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+COMPILE = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-c")
+SECONDS = 300  # a compilation takes 6 seconds on a free core
+
+# The types of the C functions' arguments, by the letters in `SIGNATURES`: pointer, long, double, int.
+TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "d": ctypes.c_double, "i": ctypes.c_int}
+SIGNATURES = {
+    "norm_forward": "p" * 9 + "ll" + "dd" + "ii",
+    "norm_backward": "p" * 10 + "ll" + "ii",
+    "pair_norm_forward": "p" * 12 + "llllll" + "dd" + "i",
+    "pair_norm_backward": "p" * 14 + "llllll" + "i",
+}
+
+
+class CompileError(Exception):
+    """The library cannot be compiled or loaded on this machine; the text says why, in one line."""
+
+
+@lru_cache
+def load_library() -> ctypes.CDLL:
+    """Returns the compiled library, with the types of its functions' arguments declared.
+
+    It is compiled if no process has done so before with this source, compiler and processor. PyTorch must have been
+    imported: the library uses the threads of PyTorch's OpenMP library.
+
+    Raises:
+        CompileError: There is no compiler, or it fails, or the result cannot be loaded.
+    """
+    if platform.system() != "Linux":
+        raise CompileError(f"they are built on Linux only, and this is {platform.system()}")
+    compiler = find_compiler()
+    path = cache_folder() / f"cpu-{fingerprint(compiler)}.so"
+    if not path.exists():
+        compile_library(compiler, path)
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, letters in SIGNATURES.items():
+            for dtype in ("float32", "bfloat16", "float64"):
+                function = getattr(library, f"{name}_{dtype}")
+                function.argtypes, function.restype = [TYPES[letter] for letter in letters], None
+    except (OSError, AttributeError) as error:
+        raise CompileError(f"{path} cannot be loaded: {error}") from error
+    return library
+
+
+def find_compiler() -> str:
+    """Returns the path of the C++ compiler: that of the environment variable CXX, or g++.
+
+    Raises:
+        CompileError: There is none.
+    """
+    name = os.environ.get("CXX") or "g++"
+    if (found := shutil.which(name)) is None:
+        raise CompileError(f"there is no C++ compiler {name} on the PATH (install g++, or name one in CXX)")
+    return found
+
+
+def cache_folder() -> Path:
+    """Returns the folder of the compiled libraries, `odcheap` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odcheap"
+
+
+def fingerprint(compiler: str) -> str:
+    """Returns a text that is equal only for the same source, compiler, options and kind of processor.
+
+    Several machines may share a home directory, so the processor belongs to it.
+    """
+    version = run([compiler, "-dumpfullversion", "-dumpmachine"])
+    flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
+    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, *COMPILE, platform.machine(), *flags[:1])
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def compile_library(compiler: str, path: Path) -> None:
+    """Compiles the source to a shared library at `path`, which then appears at once and whole.
+
+    Raises:
+        CompileError: The compiler fails, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            compiled, linked = f"{folder}/cpu.o", f"{folder}/cpu.so"
+            run([compiler, *COMPILE, str(SOURCE), "-o", compiled])
+            # Linked without an OpenMP library: PyTorch has loaded one, and a second one would start threads of its own.
+            run([compiler, "-shared", compiled, "-o", linked])
+            os.replace(linked, path)
+    except OSError as error:
+        raise CompileError(f"{path.parent} cannot be written: {error}") from error
+
+
+def run(command: list[str]) -> str:
+    """Returns the output of a command.
+
+    Raises:
+        CompileError: It fails, or does not end within `SECONDS`.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+    except subprocess.CalledProcessError as error:
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
+        raise CompileError(f"{command[0]} fails: {reason}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(f"{command[0]} cannot be run: {error}") from error
