@@ -17,6 +17,7 @@ import torch
 
 import train
 from odcheap import cli, predict
+from odcheap.layers import kernels
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
@@ -80,6 +81,14 @@ class Result(NamedTuple):
 def one_thread():
     """Two test processes share two cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kernels_off():
+    """PyTorch's own operators, for tests of results to the bit."""
+    before = kernels.use("off")
+    yield
+    kernels.use(before)
 
 
 @pytest.fixture

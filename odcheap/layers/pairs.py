@@ -68,7 +68,7 @@ def fused_pair_norm_act(
         return None
 
     # The tensors: their dtypes, and an output whose elements can be counted in 32 bits.
-    if weight_type is None or (cast_x.dtype == torch.float64 and x.is_cuda):
+    if weight_type is None or cast_x.dtype not in operators.PAIR_TYPES:
         return None
     weights = [pointwise.weight, *([] if kernel is None else [kernel])]
     if not all(kernels.is_plain(weight, weight_type, x.device) for weight in weights):

@@ -18,7 +18,7 @@ def maps(channels=16, dtype=torch.float32):
     return torch.randn(2, channels, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-def test_on_a_cpu_it_is_the_plain_modules_bit_for_bit():
+def test_without_kernels_it_is_the_plain_modules_bit_for_bit(kernels_off):
     x, residual, norm = maps(), maps(), nn.BatchNorm2d(16)
     for found, expected in [
         (lambda n: batch_norm_act(x, n), lambda n: F.relu(n(x))),

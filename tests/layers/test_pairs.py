@@ -38,7 +38,7 @@ def test_other_pairs_stay_plain(pair, called):  # noqa: F811
 
 def test_autocast_casts_before_a_pair_as_before_a_convolution(called, monkeypatch):  # noqa: F811
     seen = []
-    monkeypatch.setattr(kernels.load_operators(), "depthwise3x3", lambda x, _: seen.append(x.dtype) or x)
+    monkeypatch.setattr(kernels.load_operators("cuda"), "depthwise3x3", lambda x, _: seen.append(x.dtype) or x)
     pair, x = DW()(16, 8, 1), maps()
     with torch.autocast("cpu", torch.bfloat16):
         assert pair(x).dtype == torch.bfloat16
@@ -93,7 +93,7 @@ def test_what_a_unit_is_not_made_of(called):  # noqa: F811
     assert called.count("hook") == 1
 
 
-def test_on_a_cpu_a_block_is_plain_bit_for_bit():
+def test_without_kernels_a_block_is_plain_bit_for_bit(kernels_off):
     x, pair, norm = maps(), DW()(16, 8, 2), nn.BatchNorm2d(8)
     expected = nn.functional.relu(copy.deepcopy(norm)(pair(x)))
     assert torch.equal(pairs.conv_norm_act(x, pair, norm)[0], expected)

@@ -13,6 +13,7 @@ from odcheap.layers.kernels.cpu_library import load_library
 
 Order = Literal["act_add", "add_act"]
 
+PAIR_TYPES = (torch.bfloat16, torch.float32, torch.float64)  # the dtypes that `pair_norm_act` supports
 NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2  # relu(bn(x)); relu(bn(x)) + residual; relu(bn(x) + residual)
 MAX_CHANNELS = 128  # of a pair: with more, the gradient of the 1 x 1 convolution does not stay in a core's cache
 
@@ -30,7 +31,10 @@ def make_channels_last(x: Tensor) -> Tensor:
 
 
 class BatchNormAct(torch.autograd.Function):
-    """The autograd function of `batch_norm_act`. It saves the input and the statistics; with ADD_ACT also the output."""
+    """The autograd function of `batch_norm_act`.
+
+    It saves the input and the statistics of the batch norm; with ADD_ACT also the output.
+    """
 
     @staticmethod
     def forward(

@@ -14,6 +14,8 @@ from odcheap.layers.kernels.pair_kernels import pair_backward, pair_forward, spa
 from odcheap.layers.kernels.spatial import LAUNCH, map_sizes, plan_elements
 
 MAX_CHANNELS = 64  # of the input and of the output: matrix products of more take too many registers
+# The dtypes that `pair_norm_act` supports; float64 is for the tests, in Triton's interpreter.
+PAIR_TYPES = (torch.bfloat16, torch.float32, *([torch.float64] if is_interpreted() else []))
 MAX_CHUNKS = 512  # of one tile each in CIFAR's three stages: a loop over tiles takes many registers
 TILE_ELEMENTS = 4096  # of a tile in bfloat16: 16 for each thread
 FLOAT32_ROWS = 32  # of a tile in float32, for which matrix products do not use tensor cores

@@ -1,0 +1,265 @@
+"""The fused CPU operators against the plain modules, which are computed in float64."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from odcheap.layers import kernels
+from odcheap.layers.cheap_conv import DW, CheapConv, Shift, Shift2d
+from odcheap.layers.kernels import cpu_library
+from odcheap.layers.norm_act import batch_norm_act
+from odcheap.layers.pairs import conv_norm_act
+from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.students import Students
+from odcheap.models.cifar import CifarResNet
+
+pytestmark = pytest.mark.skipif(
+    kernels.is_interpreted() or kernels.load_operators("cpu") is None, reason="needs a C++ compiler on Linux"
+)
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+CLOSE = {F64: 1e-12, F32: 5e-6, BF16: 2e-2}
+FORMS = [(False, "act_add"), (True, "act_add"), (True, "add_act")]
+# Channels: one, fewer than a vector has, no power of two, one vector, several vectors, more than registers hold.
+MAPS = [(2, 1, 3, 1), (3, 5, 6, 7), (2, 24, 5, 9), (40, 16, 4, 4), (3, 64, 8, 8), (2, 100, 3, 3)]
+# Images, channels, channels out, height, width, stride of the 1 x 1 convolution.
+PAIRS = [
+    (3, 16, 16, 5, 7, 1),
+    (40, 16, 32, 8, 8, 2),  # more images than chunks
+    (2, 24, 40, 6, 9, 1),
+    (5, 5, 7, 9, 6, 2),
+    (2, 128, 3, 3, 3, 1),
+    (33, 64, 64, 8, 8, 1),
+    (2, 20, 16, 1, 2, 1),  # one line
+    (4, 32, 17, 7, 1, 2),  # one column
+]
+
+
+def random_map(shape, dtype, seed):
+    made = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return made.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def norm_of(channels, dtype):
+    """Returns a batch norm as in the middle of training: no weight, bias or statistic has its first value."""
+    norm = nn.BatchNorm2d(channels, momentum=0.3, eps=1e-3)
+    for k, t in enumerate([norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var]):
+        t.copy_(torch.randn(channels, generator=torch.Generator().manual_seed(k)) * 0.5 + (k in (0, 3)))
+    return norm.to(F64 if dtype == F64 else F32)
+
+
+def assert_close(found, expected, dtype):
+    """Asserts that the length of the difference is small, compared with the expected length."""
+    assert found.shape == expected.shape
+    apart = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert apart < CLOSE[dtype], f"{apart:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize(("has_residual", "order"), FORMS)
+@pytest.mark.parametrize("shape", MAPS)
+def test_batch_norm_act(shape, has_residual, order, dtype):
+    results = []
+    for mode, own in (("auto", dtype), ("off", F64)):
+        # Values far from zero, at which variances by differences of squares would fail.
+        x = (random_map(shape, dtype, 1) * 2 + 5).to(own).requires_grad_()
+        residual = random_map(shape, dtype, 2).to(own).requires_grad_() if has_residual else None
+        norm = norm_of(shape[1], own)
+        before = kernels.use(mode)
+        y = batch_norm_act(x, norm, residual, order)
+        kernels.use(before)
+        assert ("BatchNormAct" in type(y.grad_fn).__name__) == (mode == "auto")
+        y.backward(random_map(shape, dtype, 3).to(own))
+        results.append([y, *(t.grad for t in (x, residual, norm.weight, norm.bias) if t is not None), *norm.buffers()])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, dtype)
+    assert results[0][-1].item() == 1
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def run_pair(make, sizes, dtype, mode, has_residual=True, bias=None):
+    """Returns output, gradients and statistics of a pair with batch norm; the input has a second reader."""
+    images, channels, out, height, width, stride = sizes
+    own = dtype if mode == "auto" else F64
+    torch.manual_seed(0)
+    pair, norm = make()(channels, out, stride), norm_of(out, own)
+    if bias is not None:
+        norm.bias.data.copy_(bias)
+    rounded = pair.to(BF16).float() if dtype == BF16 else pair
+    pair = rounded.to(norm.weight.dtype)
+    x = random_map((images, channels, height, width), dtype, 1).to(own).requires_grad_()
+    shape = (images, out, -(-height // stride), -(-width // stride))
+    residual = random_map(shape, dtype, 2).to(own).requires_grad_() if has_residual else None
+    before = kernels.use(mode)
+    with torch.autocast("cpu", BF16, enabled=own == BF16):
+        y, again = conv_norm_act(x, pair, norm, residual)
+    kernels.use(before)
+    assert ("PairNormAct" in type(y.grad_fn).__name__) == (mode == "auto")
+    gradients = [random_map(t.shape, dtype, seed).to(own) for seed, t in ((3, y), (4, again))]
+    torch.autograd.backward([y, again], gradients)
+    return [
+        y.detach(),
+        *(t.grad for t in (x, residual, *pair.parameters(), *norm.parameters()) if t is not None),
+        *norm.buffers(),
+    ]
+
+
+@pytest.mark.parametrize("make", [DW, Shift])
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("sizes", PAIRS)
+def test_pair_norm_act(sizes, dtype, make):
+    for has_residual in (True, False):
+        found, expected = (run_pair(make, sizes, dtype, mode, has_residual) for mode in ("auto", "off"))
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize("make", [DW, Shift])
+@pytest.mark.parametrize("sizes", PAIRS)
+def test_pair_norm_act_in_bfloat16(sizes, make):
+    """The norm's input is rounded: every channel is far from zero, so that each ReLU decides as in float64."""
+    bias = torch.where(torch.arange(sizes[2]) % 3 == 0, -12.0, 12.0)
+    found, expected = (run_pair(make, sizes, BF16, mode, bias=bias) for mode in ("auto", "off"))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, BF16)
+
+
+def test_gradients_are_those_of_finite_differences():
+    x = random_map((2, 5, 4, 3), F64, 1).requires_grad_()
+    residual = random_map((2, 5, 4, 3), F64, 2).requires_grad_()
+    norm = norm_of(5, F64)
+
+    def norm_act(x, residual, weight, bias, order):
+        own = copy.deepcopy(norm)  # the running statistics change with each call
+        own.weight, own.bias = nn.Parameter(weight), nn.Parameter(bias)
+        return kernels.load_operators("cpu").BatchNormAct.apply(x, weight, bias, residual, own, order)
+
+    inputs = (x, residual, norm.weight, norm.bias)
+    for order in (1, 2):
+        assert torch.autograd.gradcheck(lambda *t, order=order: norm_act(*t, order), inputs, atol=1e-6)
+
+    pair = DW()(5, 7, 2).double()
+    gamma, beta, own = norm_of(7, F64).weight, norm_of(7, F64).bias, norm_of(7, F64)
+
+    def pair_act(x, kernel, weight, gamma, beta):
+        function = kernels.load_operators("cpu").PairNormAct
+        return function.apply(x, kernel, weight, gamma, beta, None, copy.deepcopy(own), 2)
+
+    assert torch.autograd.gradcheck(pair_act, (x, pair.spatial.weight, pair.pointwise.weight, gamma, beta), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_results_are_the_same_bits_with_each_number_of_threads(dtype):
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(run_pair(DW, (40, 16, 24, 9, 8, 1), dtype, "auto"))
+        x, norm = random_map((9, 24, 9, 8), dtype, 1).requires_grad_(), norm_of(24, dtype)
+        y = batch_norm_act(x, norm, random_map((9, 24, 9, 8), dtype, 2), "add_act")
+        y.backward(random_map(y.shape, dtype, 3))
+        results[-1] += [y, x.grad, norm.weight.grad, norm.running_var]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_value_that_is_not_finite_stays_visible(value, dtype):
+    """A batch norm spreads it over its channel, as PyTorch's does; a training step can then refuse the update."""
+    x = random_map((2, 16, 4, 4), dtype, 1)
+    x[1, 3, 2, 2] = value
+    found = batch_norm_act(x.requires_grad_(), nn.BatchNorm2d(16))
+    assert found[:, 3].isnan().all()
+    assert found[:, torch.arange(16) != 3].isfinite().all()
+    pair = DW()(16, 8, 1)
+    with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+        y = conv_norm_act(x, pair, nn.BatchNorm2d(8))[0]
+    assert y.isnan().all()  # the 1 x 1 convolution has spread it
+    y.sum().backward()
+    assert pair.pointwise.weight.grad.isnan().any()
+
+
+def test_second_derivatives_are_refused():
+    x, norm = random_map((2, 16, 4, 4), F32, 1).requires_grad_(), nn.BatchNorm2d(16)
+    for y in (batch_norm_act(x, norm), conv_norm_act(x, DW()(16, 16, 1), norm)[0]):
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+def test_what_stays_with_the_plain_modules():
+    x, norm = random_map((2, 16, 6, 6), F32, 1).requires_grad_(), nn.BatchNorm2d(16)
+    assert "Relu" in type(batch_norm_act(x, norm.eval()).grad_fn).__name__
+    norm.train()
+    for pair in (
+        DW()(16, 16, 1).eval(),
+        DW()(16, 16, 3),
+        CheapConv(Shift2d(5), 16, 16),
+        CheapConv(nn.Conv2d(16, 16, 3, padding=1, groups=16), 16, 16),  # a bias
+        CheapConv(nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False), 16, 16),
+        DW()(16, 16, 1).register_forward_hook(lambda *_: None) and nn.Conv2d(16, 16, 1),
+    ):
+        assert "BatchNormAct" in type(conv_norm_act(x, pair, norm)[0].grad_fn).__name__  # the norm alone is fused
+    wide = DW()(16, 200, 1)
+    assert "BatchNormAct" in type(conv_norm_act(x, wide, nn.BatchNorm2d(200))[0].grad_fn).__name__
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly(check_nan=True):
+        conv_norm_act(x, DW()(16, 16, 1), norm)[0].sum().backward()
+
+
+@pytest.mark.parametrize("precision", [F32, BF16])
+@pytest.mark.parametrize("make", [DW, Shift])
+def test_ten_training_steps_stay_within_rounding(make, precision):
+    def train(mode):
+        torch.manual_seed(0)  # of the teacher
+        students = Students(lambda: CifarResNet(8, make(), num_classes=10), 2, seed=0)
+        method = OnlineDistillation(students).to(memory_format=torch.channels_last).train()
+        optimizer = torch.optim.SGD(method.parameters(), 0.01, momentum=0.9)
+        images, target = random_map((16, 3, 16, 16), F32, 5), torch.arange(16) % 10
+        losses = []
+        before = kernels.use(mode)
+        for _ in range(10):
+            with torch.autocast("cpu", BF16, enabled=precision == BF16):
+                loss = method.loss(method(images), target)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        kernels.use(before)
+        return torch.tensor(losses), method
+
+    (found, fused), (expected, plain) = train("auto"), train("off")
+    assert expected[-1] < expected[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4 if precision == F32 else 0.05, atol=0)
+    if precision == F32:
+        for (name, a), b in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_a_compiler_the_reason_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(cpu_library.CompileError, match=r"no C\+\+ compiler no-such-compiler on the PATH"):
+        cpu_library.find_compiler()
+    with pytest.raises(cpu_library.CompileError, match="false fails"):
+        cpu_library.compile_library("/bin/false", tmp_path / "cache" / "cpu.so")
+    assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(cpu_library.CompileError, match="cannot be written"):
+        cpu_library.compile_library("g++", tmp_path / "file" / "cpu.so")
+
+
+def test_without_a_compiler_layers_are_plain():
+    script = """
+import torch
+from odcheap.layers import kernels
+from odcheap.layers.norm_act import batch_norm_act
+x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+print(type(batch_norm_act(x, torch.nn.BatchNorm2d(16)).grad_fn).__name__, kernels.reason_for_plain_layers("cpu"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"CXX": "none"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("ReluBackward0 there is no C++ compiler none"), done.stdout + done.stderr
