@@ -77,6 +77,12 @@ class Result(NamedTuple):
     err: str
 
 
+def pytest_configure(config):
+    """Compiles the fused CPU operators before the test processes start, which would all compile them."""
+    if not hasattr(config, "workerinput"):
+        kernels.load_operators("cpu")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two test processes share two cores."""

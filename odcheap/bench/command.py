@@ -18,12 +18,14 @@ from omegaconf import DictConfig
 
 from odcheap.bench.arguments import parse_arguments
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
+from odcheap.bench.operators import measure_operators
 from odcheap.config.compose import compose_config
 from odcheap.config.messages import describe_error, explained_errors, hide_library_warnings
 from odcheap.export import latency
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
 from odcheap.training.summary import describe_machine, list_versions
+from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import print_error
 from odcheap.utils.files import write_json, write_text
 from odcheap.utils.parts import build_part
@@ -47,6 +49,10 @@ Training of {num_stu} students, batch {batch_size}; ratios are medians (min to m
 
 {training}
 
+One layer, forward and backward, in milliseconds; a copy is that of one feature map:
+
+{operators}
+
 Inference in ONNX Runtime on the CPU, compared with the standard network:
 
 {inference}
@@ -67,6 +73,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     """
     options = parse_arguments(arguments, prog)
     hide_library_warnings()
+    keep_freed_memory()
     try:
         for result in measure(options.overrides, options.quick, options.config_dir):
             # Written after each part, so that the measurements stay if a later part fails.
@@ -114,6 +121,10 @@ def measure(overrides: list[str], quick: bool, config_dirs: Sequence[Path] = ())
         result["training"].append(row | summarize(timings, own.data.batch_size))
         yield result
 
+    report_progress("layers with and without fused operators")
+    batch_size = min(row["batch_size"] for row in result["training"])
+    result["operators"] = measure_operators(device, batch_size, 3 if quick else 9)
+    yield result
     report_progress("inference in ONNX Runtime")
     convs = {t: build_part("block_type", {"part": t}, config_dirs=config_dirs) for t in (*block_types, "Standard")}
     result["inference"] = measure_inference(instantiate(cfg.backbone), convs, 0.5 if quick else 3.0)
@@ -139,6 +150,7 @@ def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]
         "seconds": {name: timing.seconds for name, timing in timings.items()},
         "images_per_second": {n: batch_size / statistics.median(t.seconds) for n, t in timings.items()},
         "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
+        "page_faults": {name: statistics.median(timing.page_faults) for name, timing in timings.items()},
         "speedup_over_2019": compare_times(timings["loop_2019"], timings["trainer"]),
         "time_over_bare": compare_times(timings["trainer"], timings["bare_loop"]),
     }
@@ -195,6 +207,7 @@ def format_tables(result: dict[str, Any]) -> str:
             "time over bare loop": format_ratio(row["time_over_bare"]),
             "peak GiB, 2019": format_gib(row["peak_bytes"]["loop_2019"]),
             "peak GiB, Trainer": format_gib(row["peak_bytes"]["trainer"]),
+            "page faults a step, Trainer": f"{row['page_faults']['trainer']:.0f}",
         }
         for row in result["training"]
     )
@@ -204,12 +217,19 @@ def format_tables(result: dict[str, Any]) -> str:
         | {f"speedup for {batch}": f"{row[f'speedup_{batch}']:.2f}" for batch in BATCHES}
         for row in result["inference"]
     )
+    operators = pd.DataFrame(
+        {"layer": row["layer"], "map": row["map"], "dtype": row["dtype"], "copy": f"{row['copy_ms']:.2f}"}
+        | {"PyTorch": f"{row['plain_ms']:.2f}", "fused": f"{row['fused_ms']:.2f}"}
+        | {"speedup": format_ratio(row["speedup"])}
+        for row in result["operators"]
+    )
     first, start, hardware = result["training"][0], result["start_seconds"], result["machine"]
     return TABLES.format(
         hardware=f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads",
         num_stu=first["num_stu"],
         batch_size=first["batch_size"],
         training=training.to_markdown(index=False),
+        operators=operators.to_markdown(index=False) if result["operators"] else "(no fused operators here)",
         inference=inference.to_markdown(index=False),
         start="not measured" if start is None else f"{start:.1f} s",
     )

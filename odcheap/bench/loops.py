@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.utils.benchmark import Timer
 
 from odcheap.bench.baseline import PillowImages, train_steps
-from odcheap.bench.memory import PeakMemory
+from odcheap.bench.memory import PeakMemory, count_page_faults
 from odcheap.data.base import Batch, Process
 from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import SignalListener
@@ -44,10 +44,12 @@ class LoopTiming(NamedTuple):
 
     Attributes:
         seconds: The seconds of a training step, one value for each round.
+        page_faults: The page faults of a training step, one value for each round.
         peak_bytes: The largest memory that the first steps needed, in bytes; None if it cannot be measured here.
     """
 
     seconds: list[float]
+    page_faults: list[float]
     peak_bytes: int | None
 
 
@@ -81,16 +83,18 @@ def compare_loops(
                 running[name] = create(cfg, build_method(cfg), images, device)
                 for _ in range(first_steps):
                     running[name]()
-                timings[name] = LoopTiming([], memory.stop())
+                timings[name] = LoopTiming([], [], memory.stop())
         for name, step in running.items():
             timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+            faults = count_page_faults()
             timings[name].seconds.append(timer.timeit(steps).median)  # warms up with two steps, synchronizes a GPU
+            timings[name].page_faults.append((count_page_faults() - faults) / (steps + 2))
         report(f"round {len(timings['bare_loop'].seconds)} of {rounds}")
 
     # The training of odcheap cannot be interrupted from outside: its callback runs the other loops.
     timer = StepTimer(first_steps, steps, rounds, run_other_loops, device)
     run_trainer(cfg, images, timer)
-    return timings | {"trainer": LoopTiming(timer.seconds, timer.peak_bytes)}
+    return timings | {"trainer": LoopTiming(timer.seconds, timer.page_faults, timer.peak_bytes)}
 
 
 def random_images(cfg: DictConfig, count: int) -> Images:
@@ -189,6 +193,7 @@ class StepTimer(pl.Callback):
 
     Attributes:
         seconds: The seconds of a step in each round.
+        page_faults: The page faults of a step in each round.
         peak_bytes: The peak memory of the first steps in bytes; None if it cannot be measured here.
     """
 
@@ -196,8 +201,9 @@ class StepTimer(pl.Callback):
         self.first_steps, self.steps, self.rounds, self.run_others = first_steps, steps, rounds, run_others
         self.device, self.memory = device, PeakMemory(device)
         self.seconds: list[float] = []
+        self.page_faults: list[float] = []
         self.peak_bytes: int | None = None
-        self.start_time = 0.0
+        self.start_time, self.faults_at_start = 0.0, 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.memory.start()
@@ -220,9 +226,10 @@ class StepTimer(pl.Callback):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if place == 0:
-            self.start_time = time.perf_counter()
+            self.start_time, self.faults_at_start = time.perf_counter(), count_page_faults()
         else:
             self.seconds.append((time.perf_counter() - self.start_time) / self.steps)
+            self.page_faults.append((count_page_faults() - self.faults_at_start) / self.steps)
             trainer.should_stop = len(self.seconds) == self.rounds
 
 

@@ -1,6 +1,7 @@
-"""Measures peak memory on a GPU or on the CPU."""
+"""Measures peak memory on a GPU or on the CPU, and counts page faults."""
 
 import ctypes
+import resource
 import threading
 
 import torch
@@ -57,3 +58,8 @@ def count_allocated_bytes() -> int | None:
     mallinfo2.restype = Mallinfo2
     info = mallinfo2()
     return info.hblkhd + info.uordblks
+
+
+def count_page_faults() -> int:
+    """Returns how often this process has touched a page of memory that the system had to provide first."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

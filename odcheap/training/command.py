@@ -27,6 +27,7 @@ from odcheap.runs.sweep import Outcome, name_position, started_sweeps
 from odcheap.training.builders import BUILDERS
 from odcheap.training.experiment import Experiment, check_finished
 from odcheap.training.summary import PARTS
+from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import name_command, prefix_lines, print_error, say
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
@@ -44,6 +45,7 @@ def run_job(config: RunConfig) -> float | StoppedRun | None:
         if there is none. `StoppedRun` if a signal has stopped the run and this is a process of joblib.
     """
     hide_library_warnings()
+    keep_freed_memory()
     if not resolvers.is_sweep():
         return carry_out_run(config)
     name, position = name_position(*resolvers.sweep_position())

@@ -30,6 +30,7 @@ from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import Standard
+from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students, check_run
 from odcheap.models.backbone import Backbone
@@ -424,8 +425,11 @@ class Experiment:
         limited = "" if data.limit is None else f" (data.limit={data.limit})"
         device = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
         say(f"{data.name}: {counts} images{limited}; {cfg.num_stu} students; {device}; {self.start.job_dir}")
-        if trainer.strategy.root_device.type == "cpu" and (line := describe_load(torch.get_num_threads())):
-            say(line)
+        if trainer.strategy.root_device.type == "cpu":
+            if line := describe_load(torch.get_num_threads()):
+                say(line)
+            if cfg.kernels == "auto":
+                prepare_cpu_kernels()
         if line := describe_few_images(data):
             say(line)
         if self.start.checkpoint:
@@ -574,6 +578,14 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
     say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
     if weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")
+
+
+def prepare_cpu_kernels() -> None:
+    """Compiles the fused CPU operators if no process has done so before, and prints why they cannot be used, if so."""
+    if needs_compilation():
+        say("compiling fused operators for this processor, once; this takes some seconds")
+    if reason := kernels.reason_for_plain_layers("cpu"):
+        say(f"training with PyTorch's own operators, which takes longer: {reason}")
 
 
 def describe_few_images(data: ImageData) -> str:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from odcheap.bench import command
+from odcheap.bench import command, operators
 from odcheap.export import latency
 
 SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=8", "trainer=cpu", "data_dir=none"]
@@ -13,6 +13,7 @@ SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=
 def quick(monkeypatch):
     """Without the start-up, and with inference times of a machine on which cheap networks are twice as fast."""
     monkeypatch.setattr(command, "measure_start", lambda: 7.5)
+    monkeypatch.setattr(operators, "SECONDS", 1e-4)
 
     def times(networks, size, batches, seconds):
         return {(name, batch): batch * (2.0 if name == "Standard" else 1.0) for name in networks for batch in batches}
@@ -39,6 +40,10 @@ def test_it_measures_prints_and_writes(quick, tmp_path, capsys):
         assert row["num_stu"] == 2
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["start_seconds"] == 7.5
+    assert {row["layer"] for row in found["operators"]} == set(operators.LAYERS)
+    assert {row["dtype"] for row in found["operators"]} == {"float32", "bfloat16"}
+    assert all(row["speedup"]["min"] <= row["speedup"]["median"] for row in found["operators"])
+    assert found["training"][0]["page_faults"]["trainer"] >= 0
     dw, standard = found["inference"]
     assert (dw["block_type"], dw["ms_64"], dw["speedup_1"], standard["speedup_64"]) == ("DW", 64, 2, 1)
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -18,8 +20,10 @@ from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 
+# Where there is a compiler, a library that cannot be compiled is a failure.
 pytestmark = pytest.mark.skipif(
-    kernels.is_interpreted() or kernels.load_operators("cpu") is None, reason="needs a C++ compiler on Linux"
+    kernels.is_interpreted() or platform.system() != "Linux" or shutil.which("g++") is None,
+    reason="needs g++ on Linux",
 )
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CLOSE = {F64: 1e-12, F32: 5e-6, BF16: 2e-2}

@@ -38,12 +38,9 @@ def load_library() -> ctypes.CDLL:
     Raises:
         CompileError: There is no compiler, or it fails, or the result cannot be loaded.
     """
-    if platform.system() != "Linux":
-        raise CompileError(f"they are built on Linux only, and this is {platform.system()}")
-    compiler = find_compiler()
-    path = cache_folder() / f"cpu-{fingerprint(compiler)}.so"
+    path = library_path()
     if not path.exists():
-        compile_library(compiler, path)
+        compile_library(find_compiler(), path)
     try:
         library = ctypes.CDLL(str(path))
         for name, letters in SIGNATURES.items():
@@ -53,6 +50,25 @@ def load_library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise CompileError(f"{path} cannot be loaded: {error}") from error
     return library
+
+
+def library_path() -> Path:
+    """Returns where the compiled library of this machine is, or will be.
+
+    Raises:
+        CompileError: This system is not Linux, or there is no compiler.
+    """
+    if platform.system() != "Linux":
+        raise CompileError(f"they are built on Linux only, and this is {platform.system()}")
+    return cache_folder() / f"cpu-{fingerprint(find_compiler())}.so"
+
+
+def needs_compilation() -> bool:
+    """Returns whether `load_library` would compile the library: it is not there yet, and there is a compiler."""
+    try:
+        return not library_path().exists()
+    except CompileError:
+        return False
 
 
 def find_compiler() -> str:

@@ -1,0 +1,97 @@
+"""Times single layers with the fused operators and with PyTorch's, on maps of a CIFAR ResNet's three stages."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from odcheap.layers import kernels
+from odcheap.layers.cheap_conv import DW
+from odcheap.layers.norm_act import batch_norm_act
+from odcheap.layers.pairs import conv_norm_act
+
+STAGES = ((16, 32), (32, 16), (64, 8))  # channels, and height and width in pixels
+LAYERS = ("batch norm, ReLU, sum", "depth-wise, 1 x 1, batch norm, ReLU, sum")
+DTYPES = (torch.float32, torch.bfloat16)
+SECONDS = 0.1  # of a measurement
+
+
+def measure_operators(device: torch.device, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+    """Times forward and backward passes of two kinds of layers, with fused operators and without them in turns.
+
+    The layers are batch norm with ReLU and the sum with a residual, and a depth-wise cheap convolution followed by
+    those.
+
+    Args:
+        device: The device.
+        batch_size: The number of images, N.
+        rounds: The number of rounds; in each of them every form is timed once.
+
+    Returns:
+        For each layer, map and dtype the milliseconds in medians, and the speedup in median, minimum and maximum over
+        the rounds; empty if there are no fused operators for this device.
+    """
+    if kernels.load_operators(device.type) is None:
+        return []
+    rows = []
+    for dtype in DTYPES:
+        for channels, side in STAGES:
+            shape = (batch_size, channels, side, side)
+            x, residual, gradient = (
+                torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+                for _ in range(3)
+            )
+            target = torch.empty_like(x)
+            copy_ms = time_call(lambda target=target, x=x: target.copy_(x))
+            for layer, run in make_layers(x.requires_grad_(), residual.requires_grad_(), gradient).items():
+                times = [[time_form(run, mode) for mode in ("off", "auto")] for _ in range(rounds)]
+                plain, fused = (statistics.median(t) for t in zip(*times, strict=True))
+                ratios = [a / b for a, b in times]
+                rows.append(
+                    {"layer": layer, "map": list(shape), "dtype": str(dtype).removeprefix("torch."), "copy_ms": copy_ms}
+                    | {"plain_ms": plain, "fused_ms": fused}
+                    | {"speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}}
+                )
+    return rows
+
+
+def make_layers(x: Tensor, residual: Tensor, gradient: Tensor) -> dict[str, Callable[[], object]]:
+    """Returns functions that run a layer forward and backward, by name.
+
+    Args:
+        x: The layer's input, (N, C, H, W).
+        residual: The map that is added, of the same shape.
+        gradient: The gradient of the layer's output, of the same shape.
+    """
+    channels, device = x.shape[1], x.device
+    norm, pair = nn.BatchNorm2d(channels).to(device), DW()(channels, channels, 1).to(device)
+    parameters = [*norm.parameters(), *pair.parameters()]
+
+    def run_norm() -> object:
+        y = batch_norm_act(x, norm, residual)
+        return torch.autograd.grad(y, [x, residual, *norm.parameters()], gradient)
+
+    def run_pair() -> object:
+        with torch.autocast(device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+            y = conv_norm_act(x, pair, norm, residual)[0]
+        return torch.autograd.grad(y, [x, residual, *parameters], gradient)
+
+    return dict(zip(LAYERS, (run_norm, run_pair), strict=True))
+
+
+def time_form(run: Callable[[], object], mode: kernels.Mode) -> float:
+    """Returns the milliseconds of a call with this mode of the fused operators."""
+    before = kernels.use(mode)
+    try:
+        return time_call(run)
+    finally:
+        kernels.use(before)
+
+
+def time_call(run: Callable[[], object]) -> float:
+    """Returns the milliseconds of a call, as a median over `SECONDS`; on a GPU it waits for the end."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=SECONDS).median * 1000

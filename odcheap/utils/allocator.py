@@ -1,0 +1,59 @@
+"""Lets glibc keep the memory of freed tensors, so that the next training step need not take it from the system."""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of mallopt, from glibc's malloc.h
+TOP_PAD = 64 * 2**20  # bytes: the heap grows by this much at a time
+MADV_HUGEPAGE = 14  # from Linux' mman.h
+HUGE_PAGE = 2 * 2**20  # bytes
+RESERVED = 4 * 2**30  # bytes of addresses that may get huge pages; they take no memory before they are used
+SETTINGS = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES")  # a user who has set one of these has chosen an allocator
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed memory for the next tensors, and lets it use huge pages.
+
+    By default each large tensor is a memory mapping of its own: it is given back when the tensor is freed, and the
+    system clears the pages of the next one, a fault for every 4 KiB. Nothing is changed if the C library is not glibc,
+    or if the environment chooses an allocator or its settings. Call it before the first tensor is created.
+
+    Returns:
+        Whether the settings were changed.
+    """
+    if any(name.startswith(SETTINGS) for name in os.environ):
+        return False
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - only glibc has it
+        mallopt = libc.mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    # No mappings of their own, and -1: freed memory is never given back. mallopt returns 1 if it has taken a value.
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: TOP_PAD}
+    changed = {mallopt(parameter, value) for parameter, value in settings.items()} == {1}
+    if changed:
+        request_huge_pages(libc)
+    return changed
+
+
+def request_huge_pages(libc: ctypes.CDLL) -> None:
+    """Extends the heap by `RESERVED` bytes of addresses for which Linux may use huge pages.
+
+    Pages of 2 MiB in place of 4 KiB need fewer entries in the processor's table of addresses. Without them nothing is
+    lost but speed, so failures are ignored.
+    """
+    # In this mode Linux counts addresses as memory, whether they are used or not.
+    mode = Path("/proc/sys/vm/overcommit_memory")
+    if not mode.exists() or mode.read_text().strip() == "2":
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if (start := libc.malloc(RESERVED)) is not None:
+        first = -(-start // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(first, (start + RESERVED - first) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
+        libc.free(start)  # the addresses stay with the heap
