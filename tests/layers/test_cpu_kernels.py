@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,27 @@ def test_a_value_that_is_not_finite_stays_visible(value, dtype):
     assert y.isnan().all()  # the 1 x 1 convolution has spread it
     y.sum().backward()
     assert pair.pointwise.weight.grad.isnan().any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for other processors of this family")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_processors_with_other_vectors_compute_the_same(processor, monkeypatch, tmp_path):
+    """They have vectors of 16, 32 or 64 bytes, and no products of bfloat16 numbers."""
+    if processor == "x86-64-v4" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512")
+    cpu_library.compile_library(cpu_library.find_compiler(), tmp_path / "cpu.so", (f"-march={processor}",))
+    library = cpu_library.open_library(tmp_path / "cpu.so")
+    monkeypatch.setattr(kernels.load_operators("cpu"), "load_library", lambda: library)
+    for dtype in (F64, F32, BF16):
+        for shape in MAPS:
+            test_batch_norm_act(shape, True, "add_act", dtype)
+            test_batch_norm_act(shape, True, "act_add", dtype)
+    for make in (DW, Shift):
+        for sizes in PAIRS:
+            test_pair_norm_act(sizes, F64, make)
+            test_pair_norm_act(sizes, F32, make)
+            test_pair_norm_act_in_bfloat16(sizes, make)
 
 
 def test_second_derivatives_are_refused():

@@ -30,7 +30,7 @@ class CompileError(Exception):
 
 @lru_cache
 def load_library() -> ctypes.CDLL:
-    """Returns the compiled library, with the types of its functions' arguments declared.
+    """Returns the compiled library.
 
     It is compiled if no process has done so before with this source, compiler and processor. PyTorch must have been
     imported: the library uses the threads of PyTorch's OpenMP library.
@@ -41,6 +41,15 @@ def load_library() -> ctypes.CDLL:
     path = library_path()
     if not path.exists():
         compile_library(find_compiler(), path)
+    return open_library(path)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Loads a compiled library, and declares the types of its functions' arguments.
+
+    Raises:
+        CompileError: The file cannot be loaded.
+    """
     try:
         library = ctypes.CDLL(str(path))
         for name, letters in SIGNATURES.items():
@@ -99,8 +108,13 @@ def fingerprint(compiler: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
-def compile_library(compiler: str, path: Path) -> None:
+def compile_library(compiler: str, path: Path, options: tuple[str, ...] = ()) -> None:
     """Compiles the source to a shared library at `path`, which then appears at once and whole.
+
+    Args:
+        compiler: The path of the C++ compiler.
+        path: The file to write.
+        options: Further options of the compiler, such as those for another processor.
 
     Raises:
         CompileError: The compiler fails, or the folder cannot be written.
@@ -109,7 +123,7 @@ def compile_library(compiler: str, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled, linked = f"{folder}/cpu.o", f"{folder}/cpu.so"
-            run([compiler, *COMPILE, str(SOURCE), "-o", compiled])
+            run([compiler, *COMPILE, *options, str(SOURCE), "-o", compiled])
             # Linked without an OpenMP library: PyTorch has loaded one, and a second one would start threads of its own.
             run([compiler, "-shared", compiled, "-o", linked])
             os.replace(linked, path)
