@@ -29,7 +29,7 @@ QUARTILES = {"": "median", " p25": "low", " p75": "high"}  # columns of the CSV 
 HEADINGS = {"macs": "MACs", "training macs": "training MACs", "training seconds": "training time"}
 READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
 students after the last epoch, without any selection. *Selected* is the student that was best on held-out images; for
-`alone` it is the best of independent students. Gains over `{baseline}` are paired by seed, in percentage points, with
+`alone` it is the best of independent students. Gains over {baseline} are paired by seed, in percentage points, with
 their 95 % confidence interval by Student's t-distribution; a gain is *not resolved* if the interval contains zero, and
 with one seed. Options that most runs share are not named. MACs are the multiply-accumulates of one image, training MACs
 those of the whole training. Teachers of different kinds cannot be compared."""
@@ -167,7 +167,7 @@ def format_report(
     """
     lines = ["# Report", "", *describe_runs(folders), "", to_markdown(format_table(table))]
     reading = READING + (LATENCY_READING if LATENCIES[0] in table else "")
-    lines += ["", f"{images}. {reading.format(baseline=escape_markdown(baseline))}"]
+    lines += ["", f"{images}. {reading.format(baseline=format_code(baseline))}"]
     for name, caption in figures.items():
         lines += ["", f"![{name.replace('_', ' against ')}]({name}.png)", "", escape_markdown(caption)]
     lines += ["", *format_gains_by_seed(runs), *describe_missing_gains(runs), *describe_left_out(folders, runs)]
