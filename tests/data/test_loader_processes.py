@@ -56,18 +56,19 @@ def test_a_loader_that_delivers_nothing_ends_the_run(monkeypatch):
     expect_line(Fixed(seconds=4))
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_loader_processes_end_with_the_run_for_each_start_method(method):
+def test_loader_processes_end_with_the_run_for_each_start_method():
     """The run ends within an epoch, as after an error: multiprocessing then ends its processes by a signal."""
-    script = f"""
+    script = """
 import multiprocessing
 from tests.data.test_loader_processes import Fixed, iterate
 if __name__ == "__main__":
-    multiprocessing.set_start_method("{method}", force=True)
-    batches = iterate(Fixed())
-    print(len(next(batches).target))
+    epochs = []
+    for method in ("fork", "forkserver", "spawn"):
+        multiprocessing.set_start_method(method, force=True)
+        epochs.append(iterate(Fixed()))
+        print(method, len(next(epochs[-1]).target))
 """
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100
     )
-    assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
+    assert (run.returncode, run.stdout) == (0, "fork 2\nforkserver 2\nspawn 2\n"), run.stderr

@@ -84,7 +84,7 @@ def test_a_network_becomes_a_checked_folder_that_classifies(tmp_path, samples):
     assert [answer["label"] for answer in answers] == [CLASSES[label] for _, label in samples]
 
 
-def test_an_older_export_is_replaced_only_when_asked(tmp_path):
+def test_an_older_export_is_replaced_only_when_asked(light, tmp_path):
     network = by_brightness(cheapen(Net(), "DW"))
     folder = export_student(network, CLASSES, tmp_path / "out", **IMAGES)
     first = (folder / "README.md").read_text()
