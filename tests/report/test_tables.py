@@ -63,7 +63,7 @@ def test_cells_have_units_that_fit(column, value, text):
 
 
 def test_names_in_the_text_of_a_report_are_no_markup_and_no_folders():
-    hostile = "<img src=x>|[a](b) $x$ `c"
+    hostile = "<img src=x>|[a](b) $x$ `<b>"
     folder = RunFolder(Path("/my zq/<b>run"), "failed", "/my zq/<b>run/x.json: <u>why `x`")
     runs = pd.DataFrame({"name": [hostile, "od"], "seed": [0, 0], "gain": [0.5, 0.0], "baseline": [False, True]})
     table = pd.DataFrame({"method": [hostile]})
