@@ -118,6 +118,11 @@ class LibraryBackbone(Backbone):
     def set_network(self, network: nn.Module, num_classes: int, name: str) -> None:
         """Sets the standard network and the attributes that depend on it, such as `num_features`.
 
+        Args:
+            network: The standard network of the library, with `num_classes` outputs.
+            num_classes: The number of classes, K.
+            name: The name of the network in its library, such as `resnet18`, for the error message.
+
         Raises:
             OptionError: The network has no 4-D last feature map, or `head(features(x))` differs from the network's own
                 forward pass.

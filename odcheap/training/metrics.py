@@ -132,6 +132,10 @@ class TermMeans(RunningSums):
         self.images += images
 
     def compute(self) -> dict[str, float]:
-        """Returns the means by the names of the terms; an empty dict before the first batch."""
+        """Returns the mean of each loss term over the images so far.
+
+        Returns:
+            A dict from the name of a term to its mean; empty before the first batch.
+        """
         means = (self.total / self.images).tolist()
         return dict(zip(self.names, means, strict=True)) if means else {}
