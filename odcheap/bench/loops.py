@@ -102,14 +102,14 @@ def random_images(cfg: DictConfig, count: int) -> Images:
 
     Args:
         cfg: The config; the images have the size for which its backbone was designed.
-        count: The number of training images. The first ten of them are also the test images.
+        count: The number of training images; there are ten test images.
     """
     side = cast(Backbone, build_method(cfg).students.members[0]).native_size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
-    target = torch.arange(count) % NUM_CLASSES
-    test, test_target = images[:NUM_CLASSES], target[:NUM_CLASSES]
-    return Images(images, target, test, test_target, [str(k) for k in range(NUM_CLASSES)])
+    images = torch.randint(0, 256, (NUM_CLASSES + count, 3, side, side), dtype=torch.uint8, generator=generator)
+    target, test_target = torch.arange(count) % NUM_CLASSES, torch.arange(NUM_CLASSES)
+    test, train = images[:NUM_CLASSES], images[NUM_CLASSES:]
+    return Images(train, target, test, test_target, [str(k) for k in range(NUM_CLASSES)])
 
 
 def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:

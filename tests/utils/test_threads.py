@@ -28,9 +28,16 @@ def test_a_value_of_the_user_stays(unset, monkeypatch, name):
     assert {own: os.environ.get(own) for own in NAMES} == dict.fromkeys(NAMES) | {name: "7"}
 
 
-@pytest.mark.parametrize("module", ["odcheap.cli", "odcheap.bench", "odcheap.export", "odcheap.report"])
-def test_it_is_set_before_torch_is_imported(unset, module):
-    """The library reads it when it is loaded. `--help` needs no PyTorch, or imports it after this."""
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("odcheap.cli", ["train", "num_stu=1", "data=digits", "data.batch_size=0"]),
+        ("odcheap.bench", ["num_stu=1"]),
+        ("odcheap.export", ["."]),
+    ],
+)
+def test_it_is_set_before_torch_is_imported(unset, module, arguments):
+    """The library reads it when it is loaded. `odcheap report` needs no PyTorch."""
     code = f"""
 import os, runpy, sys
 class Finder:
@@ -39,7 +46,7 @@ class Finder:
             assert os.environ.get("GOMP_SPINCOUNT") == "1000"
             sys.exit("torch")
 sys.meta_path.insert(0, Finder())
-sys.argv = ["x", "train", "num_stu=1", "data=digits", "data.batch_size=0"]
+sys.argv = ["x", *{arguments!r}]
 if {module!r} == "odcheap.cli":
     import odcheap.cli
     odcheap.cli.main()
