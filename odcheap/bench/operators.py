@@ -16,7 +16,7 @@ from odcheap.layers.pairs import conv_norm_act
 STAGES = ((16, 32), (32, 16), (64, 8))  # channels, and height and width in pixels
 LAYERS = ("batch norm, ReLU, sum", "depth-wise, 1 x 1, batch norm, ReLU, sum")
 DTYPES = (torch.float32, torch.bfloat16)
-SECONDS = 0.1  # of a measurement
+CALLS = 7  # of a measurement, after two that warm up
 
 
 def measure_operators(device: torch.device, batch_size: int, rounds: int) -> list[dict[str, Any]]:
@@ -92,6 +92,6 @@ def time_form(run: Callable[[], object], mode: kernels.Mode) -> float:
 
 
 def time_call(run: Callable[[], object]) -> float:
-    """Returns the milliseconds of a call, as a median over `SECONDS`; on a GPU it waits for the end."""
+    """Returns the milliseconds of a call, as a mean over `CALLS`; on a GPU it waits for the end."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=SECONDS).median * 1000
+    return timer.timeit(CALLS).median * 1000
