@@ -71,7 +71,7 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
 
 
 def describe_change(gained: int, lost: int, images: int) -> str:
-    """Returns the change of the number of correct images as text, and whether it is resolved.
+    """Returns as text by how many images the number of correct ones changed, and whether that is more than chance.
 
     Args:
         gained: The number of images that are classified correctly only after the change.

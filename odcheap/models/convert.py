@@ -225,7 +225,7 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
     Args:
         model: The network.
         block_type: The kind of cheap convolution; it may have reasons of its own.
-        keep: See `cheapen`.
+        keep: Names of layers to leave as they are, or patterns such as `layer1.*`; see `cheapen`.
     """
     convs = find_spatial_convs(model)
     chosen = find_stem(model) if keep is None else match_names(list(convs), keep)

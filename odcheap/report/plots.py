@@ -224,7 +224,8 @@ def spread_sideways(
 ) -> bool:
     """Moves points of about equal cost that would cover each other sideways, and returns whether there are any.
 
-    The distance is fixed in the figure, and the data of the artists stay the same.
+    The points are drawn a fixed number of millimeters apart, whatever the limits of the axes are. Only the drawing is
+    moved: the artists keep their data.
 
     Args:
         axes: The axes, with limits; the horizontal axis gets longer if points would leave it at the right.

@@ -75,8 +75,9 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
     """Copies weights into the students of a method, and into the rest of the method if it fits.
 
     If the file contains one student, its weights are copied into student 0, and the other students keep their initial
-    weights. What else the method has, such as the teacher's classifier, is loaded too, unless the file contains one
-    student only, `new_head` is true, or the classifiers are adapted to `classes`.
+    weights. What else the method has, such as the teacher's classifier, is loaded too. It is not loaded if the file
+    contains one student only, if `new_head` is true, or if the file has other classes than `classes` or another order
+    of them.
 
     Args:
         method: The method, changed in place.
@@ -89,7 +90,7 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
         One line that says what was loaded.
 
     Raises:
-        OptionError: The weights do not fit in another way. The method is not changed then.
+        OptionError: The shapes or names of the weights do not fit the method. The method is not changed then.
     """
     matched = not new_head and classes is not None and weights.classes not in (None, list(classes))
     if matched:

@@ -26,16 +26,18 @@ STAGES = ("train", "val", "test")
 
 
 class Figures(NamedTuple):
-    """Metrics of all members on one part of the data; each list has an entry for each of `DistillationModule.members`.
+    """Metrics of all members on one part of the data.
+
+    Each list has one entry for each member, in the order of `DistillationModule.members`.
 
     The accuracies are fractions in [0, 1]. Those of the teacher are None if it may have been trained on the images.
 
     Attributes:
         top1: The top-1 accuracies.
-        top5: The top-5 accuracies; None with 5 classes or fewer.
-        balanced_accuracy: The mean recalls of the classes.
+        top5: The top-5 accuracies; a list of None with 5 classes or fewer.
+        balanced_accuracy: The balanced accuracy of each member: the mean of the recalls of all classes.
         confusion: The confusion matrices, K x K numbers of images: a row for each true class, a column for each
-            predicted class. The list is empty except in tests.
+            predicted class. They are computed in the test stage only; otherwise the list is empty.
     """
 
     top1: list[float | None]
@@ -63,8 +65,8 @@ class DistillationModule(pl.LightningModule):
         seed: The seed of the run.
         about: A description of the run, which every checkpoint contains as `odcheap`.
         gradients: How gradients are accumulated, clipped and checked.
-        on_graph_refused: A function that is called with the reason, a text, if steps cannot be recorded as CUDA graphs;
-            None to train in eager mode and record nothing.
+        on_graph_refused: None to train in eager mode. If it is a function, training steps are recorded as CUDA graphs;
+            if they cannot be recorded, the function is called with the reason, a text.
         teacher_saw_val: Whether the teacher may have been trained on the held-out images.
 
     Attributes:
