@@ -132,16 +132,22 @@ def open_regular(path: str | Path, max_bytes: int) -> io.BufferedReader:
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
     """Returns the content of a regular file; see `open_regular`."""
     with open_regular(path, max_bytes) as file:
-        return file.read(max_bytes)
+        # Python reserves memory for all bytes that are asked for, which takes long if these are `max_bytes`. Virtual
+        # files have the size 0, whatever they contain.
+        return file.read(min(os.fstat(file.fileno()).st_size or max_bytes, max_bytes))
 
 
-def decode_image(path: str | Path, bit_depth: int | None = None) -> Image.Image:
+def decode_image(
+    path: str | Path, bit_depth: int | None = None, prepare: Callable[[Image.Image], None] | None = None
+) -> Image.Image:
     """Decodes an image file as RGB, and rotates the image as its EXIF data say; all other metadata is ignored.
 
     Args:
         path: The file.
         bit_depth: The number of bits that are used in an image with 16 bits a channel (12 for most microscopes and
             X-rays); None if there are no such images.
+        prepare: A function that is called with the image after it is opened and before it is decoded; the training
+            uses it to decode large JPEGs at a reduced size.
 
     Raises:
         ImageError: The file cannot be decoded completely, the range of its pixels is not known, or one side of the
@@ -152,6 +158,8 @@ def decode_image(path: str | Path, bit_depth: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of very many pixels; only errors matter
             with Image.open(io.BytesIO(drop_metadata(content)), formats=IMAGE_FORMATS) as image:
+                if prepare is not None:
+                    prepare(image)
                 rgb = convert_to_rgb(image, bit_depth)
                 rotation = find_rotation(image)
                 rgb = rgb if rotation is None else rgb.transpose(rotation)

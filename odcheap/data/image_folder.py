@@ -5,11 +5,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.Image import Transpose
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +30,7 @@ from odcheap.data.base import (
 from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, hash_files
 from odcheap.data.splits import hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
-from odcheap.predict import ImageError, decode_image, escape_control_chars, measure_16_bits
+from odcheap.predict import ImageError, decode_image, escape_control_chars, find_rotation, measure_16_bits
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError
@@ -39,6 +41,9 @@ MAX_TRIES = 20  # if so many successive images are unreadable, the batch fails
 SAMPLED_FILES = 200  # files of which the kind of pixels is looked at before the training
 NO_TARGET = -1  # label of an image that cannot be read
 BATCH_TIMEOUT = 600  # seconds without a batch after which the run ends
+REDUCTIONS = (1, 2, 4, 8)  # factors by which the sides of a JPEG can be reduced in decoding
+# Rotations that exchange width and height.
+QUARTER_TURNS = (Transpose.TRANSPOSE, Transpose.TRANSVERSE, Transpose.ROTATE_90, Transpose.ROTATE_270)
 
 
 class Sample(NamedTuple):
@@ -55,16 +60,60 @@ class Sample(NamedTuple):
     broken: list[tuple[str, str]]
 
 
-def training_transform(size: int, min_scale: float, flip: bool) -> v2.Transform:
-    """Returns the augmentation of training images, which takes a PIL image and returns (3, size, size) uint8.
+class Crop(NamedTuple):
+    """A random crop of an upright image that is not reduced, in pixels, and whether the crop is flipped."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flipped: bool
+
+
+class TrainingTransform:
+    """The augmentation of training images: a random crop, resized to a square, and a random horizontal flip.
 
     Args:
-        size: The side of the result in pixels.
+        size: The side of the square in pixels.
         min_scale: The smallest fraction of the image's area that the random crop may have.
         flip: Whether images are flipped horizontally with probability 1/2.
     """
-    flips = [v2.RandomHorizontalFlip()] if flip else []
-    return v2.Compose([v2.RandomResizedCrop(size, scale=(min_scale, 1.0)), *flips, v2.PILToTensor()])
+
+    def __init__(self, size: int, min_scale: float, flip: bool):
+        self.size, self.flip = size, flip
+        self.random_crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))
+
+    def draw(self, image_size: tuple[int, int]) -> Crop:
+        """Draws a crop with PyTorch's CPU generator, for an upright image of the size (width, height)."""
+        width, height = image_size
+        image = torch.empty(1, height, width, device="meta")  # it has a size and no memory
+        box = self.random_crop.make_params([image])
+        return Crop(**box, flipped=self.flip and torch.rand(1).item() < 0.5)
+
+    def choose_reduction(self, crops: list[Crop]) -> int:
+        """Returns the factor by which an image can be reduced, so that every crop has at least `size` pixels a side."""
+        smallest = min(min(crop.width, crop.height) for crop in crops)
+        return max(factor for factor in REDUCTIONS if factor == 1 or smallest >= factor * self.size)
+
+    def apply(self, image: Image.Image, crop: Crop, reduction: int = 1) -> Tensor:
+        """Crops, resizes and flips an image.
+
+        Args:
+            image: The image, upright and RGB.
+            crop: The crop.
+            reduction: The factor by which the sides of `image` are smaller than those of the image in the file.
+
+        Returns:
+            (3, size, size), uint8.
+        """
+        # A crop has whole pixels of the reduced image, so its edges move by at most one of them.
+        width, height = (round(side / reduction) for side in (crop.width, crop.height))
+        left = min(round(crop.left / reduction), image.width - width)
+        top = min(round(crop.top / reduction), image.height - height)
+        pixels = v2.functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        # PyTorch's resizing is several times as fast as Pillow's, and its pixels differ by 1 at most.
+        resized = v2.functional.resize(pixels, [self.size, self.size], antialias=True)
+        return resized.flip(-1) if crop.flipped else resized
 
 
 def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
@@ -80,28 +129,22 @@ def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
 class TrainImages(Dataset):
     """A map-style data set of augmented training images; its index is (epoch, number of the image).
 
-    The augmentation depends on (seed, epoch, number) only. An image that cannot be read is replaced
-    by the next readable one. If 20 images in a row cannot be read, the sample is black and has the label -1.
+    The augmentation depends on (seed, epoch, number) only. A JPEG is decoded with 1/2, 1/4 or 1/8 of its width and
+    height if the crops are still large enough then. An image that cannot be read is replaced by the next readable one.
+    If 20 images in a row cannot be read, the sample is black and has the label -1.
 
     Args:
         files: The training files.
-        transform: The augmentation, see `training_transform`.
+        transform: The augmentation.
         seed: The seed of the run.
-        size: The side of the images in pixels.
         views: The number of independent augmentations of each image, S; if it is above 1, images are (S, C, H, W).
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 
     def __init__(
-        self,
-        files: Files,
-        transform: v2.Transform,
-        seed: int,
-        size: int,
-        views: int = 1,
-        bit_depth: int | None = None,
+        self, files: Files, transform: TrainingTransform, seed: int, views: int = 1, bit_depth: int | None = None
     ):
-        self.files, self.transform, self.seed, self.size, self.views = files, transform, seed, size, views
+        self.files, self.transform, self.seed, self.views = files, transform, seed, views
         self.bit_depth = bit_depth
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
@@ -111,19 +154,42 @@ class TrainImages(Dataset):
         for k in range(min(MAX_TRIES, len(self.files.names))):
             i = (number + k) % len(self.files.names)
             try:
-                image = decode_image(self.files.path(i), self.bit_depth)
+                views = self.load_views(self.files.path(i), epoch, number)
             except ImageError as error:
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
-            views = [self.augment(image, epoch, number, view) for view in range(self.views)]
             return Sample(
                 torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken
             )
-        return empty_sample(self.size, broken, self.views)
+        return empty_sample(self.transform.size, broken, self.views)
 
-    def augment(self, image: Image.Image, epoch: int, index: int, view: int) -> Tensor:
-        with temporary_seed(self.seed, *augmentation_stream(epoch, index, view)):
-            return self.transform(image)
+    def load_views(self, path: Path, epoch: int, number: int) -> list[Tensor]:
+        """Decodes an image file, and returns its augmentations, (3, size, size) each."""
+        crops: list[Crop] = []
+        reduction = 1
+
+        def reduce(opened: Image.Image) -> None:
+            # Of other formats, the size of the upright image is known only after decoding.
+            nonlocal crops, reduction
+            if opened.format not in ("JPEG", "MPO"):
+                return
+            width, height = opened.size
+            upright = (height, width) if find_rotation(opened) in QUARTER_TURNS else (width, height)
+            crops = self.draw_crops(upright, epoch, number)
+            reduction = self.transform.choose_reduction(crops)
+            if reduction > 1:
+                opened.draft(None, (width // reduction, height // reduction))
+
+        image = decode_image(path, self.bit_depth, reduce)
+        crops = crops or self.draw_crops(image.size, epoch, number)
+        return [self.transform.apply(image, crop, reduction) for crop in crops]
+
+    def draw_crops(self, image_size: tuple[int, int], epoch: int, number: int) -> list[Crop]:
+        crops = []
+        for view in range(self.views):
+            with temporary_seed(self.seed, *augmentation_stream(epoch, number, view)):
+                crops.append(self.transform.draw(image_size))
+        return crops
 
 
 class EvalImages(Dataset):
@@ -154,11 +220,9 @@ def empty_sample(size: int, broken: list[tuple[str, str]], views: int = 1) -> Sa
 
 def collate(samples: list[Sample]) -> Sample:
     """Returns a batch of samples, with images (N, C, H, W) or (S, N, C, H, W) in channels-last memory format."""
-    # The images become the fourth dimension from the end, so that the views S stay first. Each view is then made
-    # channels-last here, in the loader process.
-    images = torch.stack([sample.image for sample in samples], dim=-4)
-    views = images.view(-1, *images.shape[-4:])
-    images = stack_views([view.contiguous(memory_format=torch.channels_last) for view in views])
+    # The images become the fourth dimension from the end, so that the views S stay first. The channels are moved to
+    # the end before, so that the result is channels-last after one copy.
+    images = torch.stack([sample.image.movedim(-3, -1) for sample in samples], dim=-4).movedim(-1, -3)
     broken = [entry for sample in samples for entry in sample.broken]
     return Sample(images, torch.stack([sample.target for sample in samples]), broken)
 
@@ -379,7 +443,7 @@ class ImageFolderData(ImageData):
         super().__init__(**options)
         self.load, self.workers = load, workers
         self.image_size, self.shorter_side = (3, image_size, image_size), round(image_size / crop_ratio)
-        self.train_transform = training_transform(image_size, min_scale, flip)
+        self.train_transform = TrainingTransform(image_size, min_scale, flip)
         self.eval_transform = evaluation_transform(image_size, self.shorter_side)
         self.broken, self.bit_depth = BrokenImages(max_broken), bit_depth
         self.parts: dict[str, Files] = {}
@@ -448,8 +512,7 @@ class ImageFolderData(ImageData):
                 yield os.fsdecode(name), self.classes[label], part
 
     def train_loader(self, process: Process, views: int = 1) -> TrainStream:
-        options = self.seed, self.image_size[-1], views, self.bit_depth
-        images = TrainImages(self.parts["train"], self.train_transform, *options)
+        images = TrainImages(self.parts["train"], self.train_transform, self.seed, views, self.bit_depth)
         return TrainStream(self.stream(images, process), self.train_order(process))
 
     def eval_loader(self, part: str, process: Process) -> EvalStream:

@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 
 from odcheap.data import image_folder
 from odcheap.data.folder_trees import Files
-from odcheap.data.image_folder import EvalImages, TrainImages
-from odcheap.predict import ImageError, decode_image, is_image_file
+from odcheap.data.image_folder import EvalImages, TrainImages, TrainingTransform
+from odcheap.predict import ImageError, decode_image, is_image_file, read_regular
 
 
 def saved(path, size=(12, 8), mode="RGB", **options):
@@ -235,16 +235,16 @@ def files(tmp_path, count, broken=()):
 
 
 def test_the_next_readable_picture_takes_a_broken_one_s_place(tmp_path):
-    data = TrainImages(files(tmp_path, 6, broken=(2, 3)), v2.PILToTensor(), seed=0, size=8)
+    data = TrainImages(files(tmp_path, 6, broken=(2, 3)), TrainingTransform(8, 0.5, False), seed=0)
     assert data[0, 1].target == 1
     assert not data[0, 1].broken
     sample = data[0, 2]
-    assert (sample.target, sample.image.shape) == (4, (3, 10, 14))
+    assert (sample.target, sample.image.shape) == (4, (3, 8, 8))
     assert [path for path, _ in sample.broken] == [str(tmp_path / f"{k}.png") for k in (2, 3)]
 
 
 def test_nothing_but_broken_pictures_gives_no_label(tmp_path):
-    data = TrainImages(files(tmp_path, 3, broken=(0, 1, 2)), v2.PILToTensor(), seed=0, size=8)
+    data = TrainImages(files(tmp_path, 3, broken=(0, 1, 2)), TrainingTransform(8, 0.5, False), seed=0)
     sample = data[0, 2]
     assert (sample.target, sample.image.shape, len(sample.broken)) == (-1, (3, 8, 8), 3)
 
@@ -259,14 +259,14 @@ def test_evaluation_leaves_a_broken_picture_out(tmp_path):
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     listed = files(tmp_path, 3)
-    transform = image_folder.training_transform(8, 0.1, flip=True)
-    data = TrainImages(listed, transform, seed=0, size=8)
+    transform = TrainingTransform(8, 0.1, flip=True)
+    data = TrainImages(listed, transform, seed=0)
     state = torch.get_rng_state()
     once = data[4, 1].image
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
     assert torch.equal(data[4, 1].image, once)
-    others = [data[5, 1].image, TrainImages(listed, transform, seed=1, size=8)[4, 1].image]
+    others = [data[5, 1].image, TrainImages(listed, transform, seed=1)[4, 1].image]
     assert not all(torch.equal(other, once) for other in others)
 
 
@@ -275,11 +275,147 @@ def test_flipping_can_be_turned_off_and_takes_every_second_picture(tmp_path):
     listed = Files(str(tmp_path), np.array([b"0.png"]), np.array([0]))
 
     def bright_left(flip):
-        data = TrainImages(listed, image_folder.training_transform(16, 1.0, flip), seed=0, size=16)
+        data = TrainImages(listed, TrainingTransform(16, 1.0, flip), seed=0)
         return [bool(data[epoch, 0].image[0, 8, 0] > 100) for epoch in range(200)]
 
     assert all(bright_left(False))
     assert 70 < sum(bright_left(True)) < 130
+
+
+class RecordingTransform(TrainingTransform):
+    """Keeps the size and the reduction with which images are decoded, and the crop."""
+
+    def __init__(self, *options):
+        super().__init__(*options)
+        self.seen = []
+
+    def apply(self, image, crop, reduction=1):
+        self.seen.append((image.size, reduction, crop))
+        return super().apply(image, crop, reduction)
+
+
+def photograph(folder, name, size=(1000, 750), mode="RGB", **options):
+    """A list of one file, whose picture is smooth and has neither symmetries nor repetitions."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    image.save(folder / name, quality=95, **options)
+    return Files(str(folder), np.array([name.encode()]), np.array([0]))
+
+
+def compare_with_full_decode(listed, size, epochs=40, views=1):
+    """Returns the decoded sizes and reductions. The samples must be those of the whole image, nearly."""
+    transform = RecordingTransform(size, 0.08, True)
+    data = TrainImages(listed, transform, seed=0, views=views)
+    full = decode_image(listed.path(0))
+    found = []
+    for epoch in range(epochs):
+        transform.seen.clear()
+        sample = data[epoch, 0]
+        for made, (decoded, reduction, crop) in zip(sample.image.view(-1, 3, size, size), transform.seen, strict=True):
+            whole = TrainingTransform.apply(transform, full, crop)
+            # The crop's edges were rounded: this changes less than a shift by half a pixel in both directions does.
+            shifts = sum(whole.float().diff(dim=dim).abs().mean() for dim in (1, 2))
+            print("RATIO", float((made.float() - whole.float()).abs().mean()), float(shifts))
+            assert (made.float() - whole.float()).abs().mean() < 1 + shifts / 2
+            found.append((decoded, reduction, crop))
+    return full.size, found
+
+
+def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path):
+    full, found = compare_with_full_decode(photograph(tmp_path, "x.jpg"), size=60)
+    assert {reduction for _, reduction, _ in found} == {2, 4, 8}
+    for decoded, reduction, crop in found:
+        smaller = min(crop.width, crop.height)
+        assert decoded == tuple(-(-side // reduction) for side in full)
+        assert smaller >= 60 * reduction
+        assert reduction == 8 or smaller < 60 * 2 * reduction
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_photograph_stands_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    full, found = compare_with_full_decode(photograph(tmp_path, "x.jpg", exif=exif), size=60, epochs=10)
+    assert full == ((1000, 750) if orientation < 5 else (750, 1000))
+    assert max(reduction for _, reduction, _ in found) > 2
+    assert all(decoded[0] == -(-full[0] // reduction) for decoded, reduction, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gray.jpg", {"mode": "L"}),
+        ("cmyk.jpg", {"mode": "CMYK"}),
+        ("progressive.jpg", {"progressive": True}),
+        ("odd.jpg", {"size": (1003, 757)}),
+        ("two.mpo", {"save_all": True, "append_images": [Image.new("RGB", (40, 40))]}),
+        ("x.png", {"format": "JPEG"}),
+    ],
+)
+def test_jpegs_of_every_kind_are_reduced(tmp_path, name, options):
+    _, found = compare_with_full_decode(photograph(tmp_path, name, **options), size=60, epochs=10)
+    assert min(reduction for _, reduction, _ in found) > 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("x.jpg", (110, 90)), ("x.png", (1000, 750)), ("x.webp", (1000, 750))])
+def test_small_jpegs_and_other_formats_are_decoded_whole(tmp_path, name, size):
+    full, found = compare_with_full_decode(photograph(tmp_path, name, size), size=60, epochs=10)
+    assert all((decoded, reduction) == (full, 1) for decoded, reduction, _ in found)
+
+
+def test_views_share_a_decoded_image_that_is_large_enough_for_each(tmp_path):
+    listed = photograph(tmp_path, "x.jpg")
+    _, found = compare_with_full_decode(listed, size=60, views=3)
+    _, alone = compare_with_full_decode(listed, size=60)
+    assert [crop for _, _, crop in found[::3]] == [crop for _, _, crop in alone]
+    for k in range(0, len(found), 3):
+        assert len({reduction for _, reduction, _ in found[k : k + 3]}) == 1
+        assert all(min(crop.width, crop.height) >= 60 * reduction for _, reduction, crop in found[k : k + 3])
+
+
+def test_a_truncated_jpeg_is_broken_also_at_a_reduced_size(tmp_path):
+    listed = photograph(tmp_path, "x.jpg")
+    content = listed.path(0).read_bytes()
+    listed.path(0).write_bytes(content[: len(content) * 9 // 10])
+    sample = TrainImages(listed, TrainingTransform(60, 0.08, True), seed=0)[0, 0]
+    assert sample.target == -1
+    assert "runcated" in sample.broken[0][1]
+
+
+def test_evaluation_decodes_jpegs_whole(tmp_path):
+    listed = photograph(tmp_path, "x.jpg")
+    transform = image_folder.evaluation_transform(60, 68)
+    with Image.open(listed.path(0)) as image:
+        assert torch.equal(EvalImages(listed, transform, 60)[0].image, transform(image))
+
+
+def test_crops_are_those_of_torchvision_on_pillow_images(tmp_path):
+    """The pixels may differ by the rounding of two implementations, and the random numbers are equal."""
+    listed = photograph(tmp_path, "x.png", (300, 200))
+    reference = v2.Compose([v2.RandomResizedCrop(60, scale=(0.08, 1)), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    transform, image = TrainingTransform(60, 0.08, True), decode_image(listed.path(0))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = reference(image)
+        torch.manual_seed(seed)
+        assert (transform.apply(image, transform.draw(image.size)).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_batch_is_channels_last_with_one_view_and_with_several(tmp_path):
+    for views in (1, 2):
+        data = TrainImages(photograph(tmp_path, "x.jpg"), TrainingTransform(60, 0.08, True), seed=0, views=views)
+        samples = [data[epoch, 0] for epoch in range(3)]
+        batch = image_folder.collate(samples).image
+        assert batch.shape == ((3, 3, 60, 60) if views == 1 else (2, 3, 3, 60, 60))
+        for view, images in enumerate(batch.view(views, 3, 3, 60, 60)):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            expected = [sample.image.view(views, 3, 60, 60)[view] for sample in samples]
+            assert torch.equal(images, torch.stack(expected))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_a_virtual_file_is_read_although_its_size_is_0():
+    assert b"Name:" in read_regular("/proc/self/status", 1 << 20)
 
 
 def test_evaluation_takes_the_middle_at_the_standard_scale(tmp_path):
@@ -294,9 +430,8 @@ def test_grey_and_odd_sized_pictures_train(tmp_path):
     saved(tmp_path / "0.jpg", size=(33, 7), mode="L")
     saved(tmp_path / "1.jpg", size=(5, 300))
     listed = Files(str(tmp_path), np.array([b"0.jpg", b"1.jpg"]), np.array([0, 1]))
-    batch = image_folder.collate(
-        [TrainImages(listed, image_folder.training_transform(32, 0.08, True), 0, 32)[0, k] for k in (0, 1)]
-    )
+    data = TrainImages(listed, TrainingTransform(32, 0.08, True), seed=0)
+    batch = image_folder.collate([data[0, k] for k in (0, 1)])
     assert batch.image.shape == (2, 3, 32, 32)
     assert batch.image.dtype == torch.uint8
 
