@@ -107,12 +107,16 @@ class Normalization:
 
     def apply(self, images: Tensor) -> Tensor:
         """Returns normalized images, (N, C, H, W) float32, in channels-last memory format, for `images` in uint8."""
-        mean, std = scale_to_bytes(self.mean, images.device), scale_to_bytes(self.std, images.device)
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+        # Rows of pixels with the channels of each pixel side by side: the operations on such long rows are several
+        # times as fast as with the mean and the deviation broadcast over the last dimension of three channels.
+        n, channels, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)
+        mean, std = (scale_to_bytes(values, width, images.device) for values in (self.mean, self.std))
+        return (rows - mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache
-def scale_to_bytes(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns 255 times the values as a tensor (1, C, 1, 1) on the device."""
+def scale_to_bytes(values: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """Returns 255 times the values, repeated for each pixel of a row, as a tensor (W * C,) on the device."""
     # The result is cached, since a copy from the CPU in each batch would make the GPU wait.
-    return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
+    return (255 * torch.tensor(values, device=device)).repeat(width)

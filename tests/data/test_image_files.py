@@ -315,7 +315,6 @@ def compare_with_full_decode(listed, size, epochs=40, views=1):
             whole = TrainingTransform.apply(transform, full, crop)
             # The crop's edges were rounded: this changes less than a shift by half a pixel in both directions does.
             shifts = sum(whole.float().diff(dim=dim).abs().mean() for dim in (1, 2))
-            print("RATIO", float((made.float() - whole.float()).abs().mean()), float(shifts))
             assert (made.float() - whole.float()).abs().mean() < 1 + shifts / 2
             found.append((decoded, reduction, crop))
     return full.size, found
