@@ -303,7 +303,7 @@ def photograph(folder, name, size=(1000, 750), mode="RGB", **options):
 
 
 def compare_with_full_decode(listed, size, epochs=40, views=1):
-    """Returns the decoded sizes and reductions. The samples must be those of the whole image, nearly."""
+    """Returns each decoded size, reduction and crop. Crops must be those of the whole image, and samples nearly so."""
     transform = RecordingTransform(size, 0.08, True)
     data = TrainImages(listed, transform, seed=0, views=views)
     full = decode_image(listed.path(0))
@@ -311,6 +311,7 @@ def compare_with_full_decode(listed, size, epochs=40, views=1):
     for epoch in range(epochs):
         transform.seen.clear()
         sample = data[epoch, 0]
+        assert [crop for _, _, crop in transform.seen] == data.draw_crops(full.size, epoch, 0)
         for made, (decoded, reduction, crop) in zip(sample.image.view(-1, 3, size, size), transform.seen, strict=True):
             whole = TrainingTransform.apply(transform, full, crop)
             # The crop's edges were rounded: this changes less than a shift by half a pixel in both directions does.
