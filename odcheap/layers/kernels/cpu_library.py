@@ -68,7 +68,7 @@ def library_path() -> Path:
         CompileError: This system is not Linux, or there is no compiler.
     """
     if platform.system() != "Linux":
-        raise CompileError(f"they are built on Linux only, and this is {platform.system()}")
+        raise CompileError(f"fused operators are built on Linux only, and this is {platform.system()}")
     return cache_folder() / f"cpu-{fingerprint(find_compiler())}.so"
 
 
