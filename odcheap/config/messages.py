@@ -32,10 +32,12 @@ def explained_errors() -> tuple[type[Exception], ...]:
 
 
 def hide_library_warnings() -> None:
-    """Hides those warnings of Lightning about which a user can do nothing."""
+    """Hides those warnings of Lightning and PyTorch about which a user can or need do nothing."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=r"The `srun` command is available on your system but is not used")
+    # `data.workers` is the user's choice: more processes than cores are slower at worst.
+    warnings.filterwarnings("ignore", message=r"This DataLoader will create \d+ worker processes")
 
 
 def describe_error(error: BaseException) -> str:
