@@ -107,14 +107,15 @@ def test_the_folder_of_images_is_in_a_name_only_if_it_is_varied():
 @pytest.mark.filterwarnings("ignore")  # of MLflow and its database
 def test_a_continued_run_is_the_same_run_for_mlflow(command, tmp_path):
     pytest.importorskip("mlflow")
-    run = [*TINY[:-1], "logger=mlflow", f"job_dir={tmp_path}/run"]
-    assert command(*run, "trainer.max_epochs=1").status == 0
+    # MLflow keeps databases open by their names, so a relative name would be the database of an earlier test's folder.
+    mlflow = ["logger=mlflow", f"logger.mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    assert command(*TINY[:-1], *mlflow, f"job_dir={tmp_path}/run", "trainer.max_epochs=1").status == 0
     result = command(f"resume={tmp_path}/run", "trainer.max_epochs=2", "logger=csv")
     assert result.status == 0, result.err
-    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=3", "logger=mlflow")
+    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=3", *mlflow)
     assert result.status == 0, result.err
     assert count_mlflow_runs(tmp_path) == 1
-    other = "logger.mlflow.tracking_uri=sqlite:///other.db"
+    other = f"logger.mlflow.tracking_uri=sqlite:///{tmp_path}/other.db"
     result = command(f"resume={tmp_path}/run", "trainer.max_epochs=4", "logger=mlflow", other)
     assert "logger=mlflow: starts a new run, since the earlier one is not there" in result.out
     assert result.status == 0, result.err

@@ -17,8 +17,10 @@ LOSSES = {"train/loss_step", "train/loss", "val/loss", "lr"}
 @pytest.mark.filterwarnings("ignore")  # of MLflow and its database
 def test_tensorboard_and_mlflow_get_everything(command, tmp_path):
     mlflow = pytest.importorskip("mlflow")
+    # MLflow keeps databases open by their names, so a relative name would be the database of an earlier test's folder.
+    database = f"sqlite:///{tmp_path}/mlflow.db"
     loggers = ["logger=[tensorboard,mlflow]", "trainer.max_epochs=2", f"job_dir={tmp_path}/run"]
-    result = command(*TINY[:-1], *loggers)
+    result = command(*TINY[:-1], *loggers, f"logger.mlflow.tracking_uri={database}")
     assert result.status == 0, result.err
     assert "warning" not in result.out
 
@@ -31,14 +33,16 @@ def test_tensorboard_and_mlflow_get_everything(command, tmp_path):
     assert "config/text_summary" in tags["tensors"]
     assert b"max_epochs: 2" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    client = mlflow.MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("odcheap").experiment_id])
     assert run.data.metrics.keys() >= FINAL | LOSSES
     assert run.data.params["trainer.max_epochs"] == "2"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "confusion.png"}
 
     # A continued run has its hyperparameters already, and MLflow refuses to change them.
-    result = command(f"resume={tmp_path}/run", "trainer.max_epochs=3", "logger=mlflow")
+    result = command(
+        f"resume={tmp_path}/run", "trainer.max_epochs=3", "logger=mlflow", f"logger.mlflow.tracking_uri={database}"
+    )
     assert result.status == 0, result.err
     assert "warning" not in result.out
 
