@@ -159,6 +159,7 @@ def run_job(cfg: "DictConfig") -> Any:
                 options.check_added_options(config)
                 with resolvers.unread_precision():
                     options.check_options(config, resolvers.given_config_dirs(), BUILDERS, read_signature)
+                    options.check_files(config.cfg)
                     if config.cfg.resume is None:
                         options.check_complete(config.cfg)
             except OptionError as error:

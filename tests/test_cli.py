@@ -201,6 +201,8 @@ REFUSED = [
         "trainer.fast_dev_run: must be given with a plus sign, since conf/ does not list it: "
         "+trainer.fast_dev_run=VALUE",
     ),
+    (["resume=nowhere/run"], "resume=nowhere/run: no such file"),
+    (["weights=nowhere.ckpt"], "weights=nowhere.ckpt: no such file"),
     (["method=kd"], "method.teacher_weights=???: must be given"),
 ]
 

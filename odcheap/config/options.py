@@ -6,6 +6,7 @@ that no such signature has are annotated here. `utils.arguments.check_value` com
 A part is a component of a run that is chosen by the name of its file `conf/<group>/<name>.yaml`, such as a backbone.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -370,6 +371,18 @@ def check_complete(cfg: DictConfig) -> None:
     """Raises `OptionError` if an option has no value: it has no default, and the user has not given one."""
     for name in sorted(OmegaConf.missing_keys(cfg)):
         raise OptionError(name, "???", "must be given")
+
+
+def check_files(cfg: DictConfig) -> None:
+    """Raises `OptionError` if `resume` or `weights` names a file or a folder that does not exist."""
+    for name in ("resume", "weights"):
+        if cfg[name] not in (None, "auto"):
+            try:
+                os.stat(cfg[name])
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise OptionError(name, cfg[name], "no such file") from error
+            except (OSError, ValueError):
+                continue  # what reads it explains it
 
 
 def is_path_option(argument: str) -> bool:
