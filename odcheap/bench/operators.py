@@ -20,7 +20,7 @@ CALLS = 7  # of a measurement, after two that warm up
 
 
 def measure_operators(device: torch.device, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Times forward and backward passes of two kinds of layers, with fused operators and without them in turns.
+    """Times forward and backward passes of two kinds of layers; runs with and without fused operators alternate.
 
     The layers are batch norm with ReLU and the sum with a residual, and a depth-wise cheap convolution followed by
     those.

@@ -32,7 +32,7 @@ def explained_errors() -> tuple[type[Exception], ...]:
 
 
 def hide_library_warnings() -> None:
-    """Hides those warnings of Lightning and PyTorch about which a user can or need do nothing."""
+    """Hides those warnings of Lightning and PyTorch that a user cannot or need not act on."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=r"The `srun` command is available on your system but is not used")
