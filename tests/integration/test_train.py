@@ -354,7 +354,8 @@ def test_a_run_can_be_moved_and_resumed_and_resume_applies_its_overrides(finishe
 
 
 def test_resume_refuses_another_experiment_by_name_and_lets_the_trainer_change(finished, command):
-    changes = ("num_stu=3", "method.temperature=2", "block_type=Shift", "data.val_size=900", "seed=1", "weights=/none")
+    changes = ["num_stu=3", "method.temperature=2", "block_type=Shift", "data.val_size=900", "seed=1"]
+    changes.append(f"weights={next((finished / 'checkpoints').glob('*.ckpt'))}")
     for changed in changes:
         result = command(f"resume={finished}", changed)
         assert result.status == 1
