@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from odcheap.layers.cheap_conv import Standard
+from odcheap.layers.fuse import fold_branches, has_branches
 from odcheap.models.build import build_network, load_network, read_student_settings
 from odcheap.runs import folder
 from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, read_checkpoint
@@ -26,7 +27,7 @@ class RunStudent(NamedTuple):
     Attributes:
         job_dir: The run's folder; None if there is no run.
         title: A text that says which student of which epoch it is, or which network.
-        network: The network in eval mode, which takes normalized images.
+        network: The network in eval mode, which takes normalized images. It is in its folded form, see `fold_branches`.
         standard: The same architecture with standard convolutions and random weights, in eval mode.
         settings: The settings from which the student is built and its images are prepared; see `StudentSettings`. If
             there is no run, `backbone` and `block_type` only describe the network, which cannot be built from them.
@@ -91,6 +92,8 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
     except READ_ERRORS as error:
         raise OptionError(OPTION, job_dir, f"its files are not as odcheap writes them ({error!r})") from error
     network = load_network(settings, tensors, OPTION, job_dir, config_dirs).eval()
+    if has_branches(network):
+        network, settings = fold_branches(network), settings | {"folded": True}
     standard = build_network(settings, OPTION, job_dir, Standard(), config_dirs).eval()
     return RunStudent(job_dir, title, network, standard, settings, config, summary, test_top1, config_dirs, recall)
 

@@ -18,7 +18,7 @@ from odcheap.data.transforms import Normalization
 from odcheap.export.command import check_options, write_export
 from odcheap.export.load_run import RunStudent
 from odcheap.layers.cheap_conv import CheapConv
-from odcheap.layers.fuse import standard_form
+from odcheap.layers.fuse import fold_branches, standard_form
 from odcheap.models.convert import describe_layer
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
@@ -126,6 +126,7 @@ def export_student(
     check_images(image_size, shorter_side, samples, calibration, len(classes))
     network = copy.deepcopy(network).cpu().float().eval()
     check_network(network, image_size, len(classes))
+    network = fold_branches(network)
 
     # Describe the network as a run describes its student.
     own = network.network if hasattr(network, "network") else network  # a network that odcheap has wrapped

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from odcheap.layers import factorize
 from odcheap.layers.pairs import fused_pair
+from odcheap.layers.reparameterized import RepDepthwise
 from odcheap.layers.shift import Pair, Shift2d, to_pair
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -238,6 +239,24 @@ class DW(BlockType):
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return window.make_conv(channels, channels, groups=channels)
+
+
+@dataclass(frozen=True)
+class RepDW(BlockType):
+    """The cheap convolution of DW, whose depth-wise convolution is a sum of three branches in training.
+
+    In eval mode it computes one depth-wise convolution with a bias; see `RepDepthwise`. Parameters and
+    multiply-accumulates are counted for that form, which an export contains: those of DW and a bias for each channel.
+    """
+
+    def make_spatial(self, channels: int, window: Window) -> nn.Module:
+        return RepDepthwise(channels, window)
+
+    def factorize(self, kernel: Tensor, pair: CheapConv) -> tuple[Tensor | None, Tensor]:
+        """Returns weights with which the pair in eval mode, with new batch norms, approximates a given kernel."""
+        assert isinstance(pair.spatial, RepDepthwise)
+        spatial, pointwise = factorize.factorize_grouped(kernel, pair.in_channels)
+        return pair.spatial.unfold_kernel(spatial), pointwise
 
 
 @check_arguments("block_type")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from odcheap.layers.cheap_conv import CheapConv
 from odcheap.layers.factorize import spatial_kernel
+from odcheap.layers.reparameterized import RepDepthwise
 from odcheap.layers.shift import to_pair
 
 
@@ -38,13 +39,33 @@ def has_pairs(network: nn.Module) -> bool:
     return any(isinstance(module, CheapConv) for module in network.modules())
 
 
+def has_branches(network: nn.Module) -> bool:
+    """Returns whether the network has a `RepDepthwise`, which is a sum of branches in training."""
+    return any(isinstance(module, RepDepthwise) for module in network.modules())
+
+
+def fold_branches(network: nn.Module) -> nn.Module:
+    """Returns a copy of the network in which each `RepDepthwise` is replaced by the equal depth-wise convolution.
+
+    In eval mode the outputs are the same. The copy should not be trained: it lacks the batch norms of the branches.
+    """
+    folded = copy.deepcopy(network)
+    if isinstance(folded, RepDepthwise):
+        return folded.fold()
+    for parent in list(folded.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RepDepthwise):
+                setattr(parent, name, child.fold())
+    return folded
+
+
 def cheap_form(network: nn.Module) -> nn.Module:
     """Returns a copy of the network in which the spatial operator of each `CheapConv` has the stride.
 
-    The outputs are the same, but the spatial operator does not compute pixels that a 1 x 1 convolution with a stride
-    would skip.
+    The outputs in eval mode are the same, but the spatial operator does not compute pixels that a 1 x 1 convolution
+    with a stride would skip. Branches are folded, see `fold_branches`.
     """
-    return replace_pairs(network, _move_stride)
+    return replace_pairs(fold_branches(network), _move_stride)
 
 
 def _move_stride(pair: CheapConv) -> CheapConv:
@@ -78,20 +99,24 @@ def dense_form(network: nn.Module) -> nn.Module:
     """Returns a copy of the network in which each `CheapConv` is replaced by an equivalent K x K `nn.Conv2d`.
 
     A `CheapConv` is not replaced if its spatial operator breaks the rules of `BlockType`: if it is not linear, or if an
-    output channel depends on another input channel.
+    output channel depends on another input channel. The outputs are those of the network in eval mode.
     """
-    return replace_pairs(network, _fuse)
+    return replace_pairs(fold_branches(network), _fuse)
 
 
 @torch.no_grad()
 def _fuse(pair: CheapConv) -> nn.Module:
     spatial, pointwise = pair.spatial, pair.pointwise
-    kernel = dense_kernel(pair)
-    conv = pair.window.make_conv(kernel.shape[1], kernel.shape[0], bias=pointwise.bias is not None).to(kernel)
+    kernel, bias = dense_kernel(pair), pointwise.bias
+    if isinstance(spatial, nn.Conv2d) and spatial.bias is not None:
+        # The spatial operator's bias is the same at each pixel, so the 1 x 1 convolution makes one bias of it.
+        own = pointwise.weight.flatten(1) @ spatial.bias
+        bias = own if bias is None else bias + own
+    conv = pair.window.make_conv(kernel.shape[1], kernel.shape[0], bias=bias is not None).to(kernel)
     conv.stride = _total_stride(pair)
     conv.weight.copy_(kernel)
-    if conv.bias is not None and pointwise.bias is not None:
-        conv.bias.copy_(pointwise.bias)
+    if conv.bias is not None and bias is not None:
+        conv.bias.copy_(bias)
     conv.train(pair.training)
     return conv if isinstance(spatial, nn.Conv2d) or _computes_same(conv, pair) else pair
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import BlockType
+from odcheap.layers.fuse import fold_branches
 from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
@@ -33,6 +34,7 @@ class NetworkSettings(BaseModel):
         backbone: The name of the backbone in `conf/backbone` (key "part"), and its options.
         block_type: The name of the block type in `conf/block_type` (key "part"), and its options.
         classes: The names of the classes, in the order of the logits.
+        folded: Whether the weights are those of the network's folded form; see `fold_branches`.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -40,6 +42,7 @@ class NetworkSettings(BaseModel):
     backbone: dict[str, Any]
     block_type: dict[str, Any]
     classes: Annotated[list[str], Field(min_length=2)]
+    folded: bool = False
 
 
 class StudentSettings(NetworkSettings):
@@ -190,13 +193,15 @@ def build_network(
     # The file may come from a stranger: whatever is wrong with its settings becomes one line that names the file.
     folders = [Path(folder) for folder in config_dirs]
     try:
-        checked = NetworkSettings.model_validate({name: settings.get(name) for name in NetworkSettings.model_fields})
+        own = {name: settings[name] for name in NetworkSettings.model_fields if name in settings}
+        checked = NetworkSettings.model_validate(own)
         backbone = checked.backbone
         if "pretrained" in backbone:
             backbone = backbone | {"pretrained": None}  # the weights come from the file itself
         conv = block_type or build_part("block_type", checked.block_type, config_dirs=folders)
         build = build_part("backbone", backbone, config_dirs=folders)
-        return to_backbone(build(conv=conv, num_classes=len(checked.classes)))
+        network = to_backbone(build(conv=conv, num_classes=len(checked.classes)))
+        return fold_branches(network) if checked.folded else network
     except ImportError as error:
         raise OptionError(
             option, path, f"its network needs a package that is not installed ({error}){OWN_PACKAGE}"

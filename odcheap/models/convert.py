@@ -48,7 +48,8 @@ def cheapen(
 
     Args:
         model: The network; it is not changed.
-        block_type: The name of a block type ("Shift", "DW", "Group" or one from `config_dirs`), or a `BlockType`.
+        block_type: The name of a block type ("Shift", "DW", "RepDW", "Group" or one from
+            `config_dirs`), or a `BlockType`.
         groups: The number of groups of "Group". If it does not divide the number of channels of a layer, the largest
             divisor of that number below `groups` is used.
         keep: The convolutions that are not replaced: their names, names of modules that contain them, or patterns such

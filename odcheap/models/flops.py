@@ -6,10 +6,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from odcheap.layers.reparameterized import RepDepthwise
+
 
 def count_params(network: nn.Module) -> int:
-    """Returns the number of parameters, trainable or not; buffers are not counted."""
-    return sum(p.numel() for p in network.parameters())
+    """Returns the number of parameters, trainable or not; buffers are not counted.
+
+    For a `RepDepthwise` those of the folded convolution are counted, and not those of its branches.
+    """
+    branched = [module for module in network.modules() if isinstance(module, RepDepthwise)]
+    folded = sum(m.folded_params - sum(p.numel() for p in m.parameters()) for m in branched)
+    return sum(p.numel() for p in network.parameters()) + folded
 
 
 def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:

@@ -54,6 +54,9 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         tensors, metadata = read_safetensors(path, option)
         settings = parse_json(metadata.get("odcheap", "{}"), path, option)
         settings = validate(SavedWeights, settings, path, option).model_dump()
+        if settings["folded"]:
+            allowed = "holds a folded network, which cannot be trained; the run's own student.safetensors can"
+            raise OptionError(option, path, allowed)
         return Weights(str(path), [tensors], {}, settings.get("split"), settings.get("classes"))
 
     # A checkpoint, of the 2019 code or of a run.

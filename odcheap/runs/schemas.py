@@ -132,6 +132,7 @@ class SavedWeights(Schema):
 
     split: str | None = None
     classes: list[str] | None = None
+    folded: bool = False
 
 
 class SavedRun(Schema):

@@ -104,7 +104,7 @@ def group_parameters(
     pairs = [] if decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
     spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
     if not (spatial or decay_spatial):
-        allowed = "has no effect: the network has no spatial operators of block_type=DW or Group"
+        allowed = "has no effect: the network has no spatial operators of block_type=DW, RepDW or Group"
         raise OptionError("optimizer.decay_spatial", False, allowed)
     exempt = {id(p) for p in spatial} | {id(p) for norm in norms for p in norm.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]

@@ -22,6 +22,7 @@ from torch import nn
 
 from odcheap import __version__
 from odcheap.data.base import ImageData
+from odcheap.layers.reparameterized import keep_branches
 from odcheap.methods.base import Method
 from odcheap.methods.teacher import Teacher
 from odcheap.models.flops import count_macs, count_params
@@ -118,8 +119,9 @@ def summarize_costs(
     """
     # Frozen networks have a forward pass only: one third of what the others need.
     student = method.students.members[0]
-    frozen = [count_macs(network, image_size) for network in method.frozen_networks()]
-    training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
+    with keep_branches(nn.ModuleList(method.candidates())):  # a training computes the branches of RepDW
+        frozen = [count_macs(network, image_size) for network in method.frozen_networks()]
+        training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":
         frozen_teacher = cast(Teacher, method.teacher)

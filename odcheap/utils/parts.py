@@ -70,7 +70,7 @@ def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
 
     Example:
         >>> list_parts("block_type")
-        ['DW', 'Group', 'Shift', 'Standard']
+        ['DW', 'Group', 'RepDW', 'Shift', 'Standard']
     """
     folders = [folder / group for folder in find_folders(config_dirs)]
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})

@@ -6,8 +6,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from odcheap.export import load_run
-from odcheap.layers.cheap_conv import DW, Standard
+from odcheap.layers.cheap_conv import DW, RepDW, Standard
+from odcheap.layers.fuse import has_branches
+from odcheap.models.build import load_student
 from odcheap.models.cifar import CifarResNet
+from odcheap.runs.load import read_weights
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import OptionError
 
@@ -89,3 +92,25 @@ def test_weights_without_settings_are_no_student(tmp_path):
     with pytest.raises(OptionError, match="not a complete safetensors file"):
         load_run.load_run_student(path)
     assert OmegaConf.load(path / "config.yaml").data.name == "x"
+
+
+def test_a_student_with_branches_is_exported_in_its_folded_form(tmp_path):
+    """The file of the run can be trained further; that of the export holds one depth-wise convolution a layer."""
+    settings = SETTINGS | {"block_type": {"part": "RepDW"}}
+    network = CifarResNet(8, RepDW(), 3)
+    network(torch.randn(8, 3, 16, 16))  # in training: batch norms that are not the identity
+    images = torch.rand(4, 3, 16, 16)
+    expected = network.eval()(images)
+    found = load_run.load_run_student(write_run(tmp_path / "run", network, settings))
+    assert not has_branches(found.network)
+    torch.testing.assert_close(found.network(images), expected, atol=1e-5, rtol=1e-5)
+
+    exported = tmp_path / "student.safetensors"
+    write_student(exported, found.network, found.settings)
+    for path, folded in ((exported, True), (tmp_path / "run" / "student.safetensors", False)):
+        loaded = load_student(path)
+        assert has_branches(loaded.network) is not folded
+        torch.testing.assert_close(loaded.network(images), expected, atol=1e-5, rtol=1e-5)
+    assert len(read_weights(tmp_path / "run" / "student.safetensors").students) == 1
+    with pytest.raises(OptionError, match=r"weights=.*holds a folded network.*the run's own student.safetensors can"):
+        read_weights(exported)

@@ -93,7 +93,13 @@ def test_every_block_type_and_precision_resumes_exactly(command, taught, tmp_pat
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_resume_exactly(command, taught, tmp_path, capsys, name):
     k = METHODS.index(name)
-    options = [*TWO, *OFTEN, *taught(name), f"block_type={BLOCKS[k % 4]}", f"trainer.precision={PRECISIONS[k % 2]}"]
+    options = [
+        *TWO,
+        *OFTEN,
+        *taught(name),
+        f"block_type={BLOCKS[k % len(BLOCKS)]}",
+        f"trainer.precision={PRECISIONS[k % 2]}",
+    ]
     straight, again = tmp_path / "straight", tmp_path / "again"
     run = Begun(*options, f"job_dir={straight}", cwd=tmp_path)
     assert run.end() == 0, run.said

@@ -354,7 +354,7 @@ def test_convolutions_of_another_kind_are_kept_and_listed():
     ]
 
 
-@pytest.mark.parametrize("block_type", ["Shift", "DW", "Group"])
+@pytest.mark.parametrize("block_type", ["Shift", "DW", "Group", "RepDW"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "bias": False}, {"kernel_size": 5, "padding": 2, "dilation": 2}])
 def test_a_pair_offers_what_a_convolution_offers(block_type, options):
     conv = nn.Conv2d(32, 24, **{"kernel_size": 3, "padding": 1} | options)
