@@ -6,10 +6,11 @@ The students see the same batches and share nothing else, so each student gets t
 others. (The exception is dropout on a GPU: all students draw from one random generator there.)
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from odcheap.methods.base import IndependentMethod, LabelSmoothing, Outputs, add_total, cross_entropy_terms
-from odcheap.methods.ema import AverageDecay, AveragedStudents
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
@@ -21,17 +22,12 @@ class Alone(IndependentMethod):
     Args:
         students: The S students.
         label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1).
-        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1); None for no moving
-            averages. They cost S more forward passes in each step, and the best of them may be selected in place of a
-            student.
+        **options: See `Method`.
     """
 
-    def __init__(
-        self, students: Students, label_smoothing: LabelSmoothing = 0.0, average_decay: AverageDecay | None = None
-    ):
-        super().__init__(students)
+    def __init__(self, students: Students, label_smoothing: LabelSmoothing = 0.0, **options: Any):
+        super().__init__(students, **options)
         self.label_smoothing = label_smoothing
-        self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.ema import AveragedStudents, require_single_precision
+from odcheap.methods.ema import AverageDecay, AveragedStudents, require_single_precision
+from odcheap.methods.losses import DistillationLoss, KlReduction, LossName, LossWeights, Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -18,6 +19,7 @@ LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]  # Szegedy et al., 2016, se
 RampUpLength = Annotated[float, Field(ge=0, le=1)]  # a fraction of the run's epochs
 
 
+@check_arguments("method")
 class Method(nn.Module):
     """The base class of training methods: it holds the students, and computes their outputs and the loss.
 
@@ -25,7 +27,10 @@ class Method(nn.Module):
     under the names that they have in the paper, each with its factor: what is logged is what is summed.
 
     Args:
-        students: The students.
+        students: The S students.
+        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1); None for no moving
+            averages. They cost S more forward passes in each step, and the best of them may be selected in place of a
+            student.
 
     Attributes:
         teacher_kind: What the teacher is: "head", "gated", "mean", "frozen" or a word of your own; None if the method
@@ -40,13 +45,13 @@ class Method(nn.Module):
     has_own_views = False
     min_students = 1
 
-    def __init__(self, students: Students):
+    def __init__(self, students: Students, average_decay: AverageDecay | None = None):
         super().__init__()
         if len(students) < self.min_students:
             name = type(self).__module__.rpartition(".")[2]
             raise OptionError("num_stu", len(students), f"must be {self.min_students} or more with method={name}")
         self.students = students
-        self.averages: AveragedStudents | None = None
+        self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
         self.ramp: RampUp | None = None
 
     @property
@@ -133,6 +138,38 @@ class IndependentMethod(Method):
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         return [list(student.parameters()) for student in self.students.members]
+
+
+@check_arguments("method")
+class LogitDistillation(Method):
+    """The base class of methods that compare softened logits.
+
+    Args:
+        students: The S students.
+        temperature: T, by which logits are divided before the softmax.
+        loss: How they are compared: "kl", "dkd", "dist" or "standardized"; see `DistillationLoss`.
+        loss_weights: The weights of the two parts of "dkd" or "dist"; None for the usual ones.
+        kl_reduction: "batchmean" (the usual definition), or "mean" (smaller by a factor equal to the number of
+            classes); see `soft_kl`.
+        average_decay: See `Method`.
+
+    Attributes:
+        distance: The loss, which is called with students' logits, teacher's logits and labels. The name of its terms
+            contains `distance.name`.
+    """
+
+    def __init__(
+        self,
+        students: Students,
+        temperature: Temperature,
+        loss: LossName = "kl",
+        loss_weights: LossWeights | None = None,
+        kl_reduction: KlReduction = "batchmean",
+        average_decay: AverageDecay | None = None,
+    ):
+        super().__init__(students, average_decay)
+        self.temperature = temperature
+        self.distance = DistillationLoss(loss, temperature, loss_weights, kl_reduction)
 
 
 @check_arguments("method")

@@ -14,18 +14,28 @@ branches of one network; here they are whole networks that share nothing. The au
 decay of its own, 1e-5; here all parts have the run's weight decay.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, Outputs, RampUp, RampUpLength, add_total, cross_entropy_terms, student_terms
-from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.base import (
+    LogitDistillation,
+    Outputs,
+    RampUp,
+    RampUpLength,
+    add_total,
+    cross_entropy_terms,
+    student_terms,
+)
+from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class FeatureFusion(Method):
+class FeatureFusion(LogitDistillation):
     """Trains students together with a classifier on their fused feature maps, which is the teacher.
 
     Args:
@@ -33,14 +43,17 @@ class FeatureFusion(Method):
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
             to 1.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
     """
 
     teacher_kind = "head"
     min_students = 2
 
-    def __init__(self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300):
-        super().__init__(students)
-        self.temperature, self.ramp = temperature, RampUp(ramp_up)
+    def __init__(
+        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
+    ):
+        super().__init__(students, temperature, **options)
+        self.ramp = RampUp(ramp_up)
         # The fusion of the maps of all students to one map with as many channels as one student's: depth-wise 3 x 3,
         # then 1 x 1, each with batch norm and ReLU.
         fused = students.num_features
@@ -55,7 +68,8 @@ class FeatureFusion(Method):
     def forward(self, images: Tensor) -> Outputs:
         features, logits = self.students(images)
         fused = self.fusion(torch.cat(features, dim=1))
-        return {"student_logits": logits, "teacher_logits": self.fc(fused.mean((2, 3)))}
+        outputs = {"student_logits": logits, "teacher_logits": self.fc(fused.mean((2, 3)))}
+        return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
@@ -63,11 +77,13 @@ class FeatureFusion(Method):
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_f`: that of the fused classifier. `L_kl_e`: w T^2 times
             the KL from the students' mean to the fused classifier. `L_kl_f_k`: w T^2 times the KL from the fused
-            classifier to student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
+            classifier to student k. With another loss than the KL its name stands in place of `kl`. `loss`: the sum of
+            all terms. w is `ramp_weight`, in [0, 1].
         """
         logits, fused = outputs["student_logits"], outputs["teacher_logits"]
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_f": F.cross_entropy(fused, target)}
-        terms["L_kl_e"] = weight * soft_kl(fused, logits.mean(0).detach(), self.temperature)
+        name = f"L_{self.distance.name}"
+        terms[f"{name}_e"] = weight * self.distance(fused, logits.mean(0).detach(), target)
         # The KL in the other direction; each detached side is a fixed target.
-        return add_total(terms | student_terms(weight * soft_kl(logits, fused.detach(), self.temperature), "L_kl_f"))
+        return add_total(terms | student_terms(weight * self.distance(logits, fused.detach(), target), f"{name}_f"))

@@ -10,13 +10,21 @@ All students see the same augmented images and share nothing but the teacher.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.methods.base import IndependentMethod, Outputs, add_total, cross_entropy_terms, student_terms
-from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.base import (
+    IndependentMethod,
+    LogitDistillation,
+    Outputs,
+    add_total,
+    cross_entropy_terms,
+    student_terms,
+)
+from odcheap.methods.ema import AverageDecay
+from odcheap.methods.losses import LossName, LossWeights, Temperature
 from odcheap.methods.students import Students
 from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, load_teacher
 from odcheap.utils.arguments import check_arguments
@@ -25,7 +33,7 @@ Alpha = Annotated[float, Field(ge=0, le=1)]
 
 
 @check_arguments("method")
-class OfflineDistillation(IndependentMethod):
+class OfflineDistillation(LogitDistillation, IndependentMethod):
     """Trains students that learn from the labels and from a trained teacher.
 
     Args:
@@ -33,16 +41,19 @@ class OfflineDistillation(IndependentMethod):
         teacher: The trained network; it is not trained further.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         alpha: The weight of the teacher's term, in [0, 1]; the labels' term has the weight 1 - alpha.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
     """
 
     teacher_kind = "frozen"
 
-    def __init__(self, students: Students, teacher: Teacher, temperature: Temperature = 4.0, alpha: Alpha = 0.9):
-        super().__init__(students)
-        self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
+    def __init__(
+        self, students: Students, teacher: Teacher, temperature: Temperature = 4.0, alpha: Alpha = 0.9, **options: Any
+    ):
+        super().__init__(students, temperature, **options)
+        self.teacher, self.alpha = teacher, alpha
 
     def frozen_networks(self) -> list[nn.Module]:
-        return [self.teacher]
+        return [self.teacher, *super().frozen_networks()]
 
     def check_classes(self, classes: list[str]) -> None:
         self.teacher.check_classes(classes)
@@ -51,19 +62,22 @@ class OfflineDistillation(IndependentMethod):
         return self.teacher.split != split
 
     def forward(self, images: Tensor) -> Outputs:
-        return {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
+        outputs = {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
+        return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
 
         Returns:
             For each student k: `ce_k`, (1 - alpha) times its cross-entropy; `kl_k`, alpha T^2 times the KL from the
-            teacher to the student. `loss`: the sum of all terms.
+            teacher to the student; with another loss than the KL its name stands in place of `kl`. `loss`: the sum of
+            all terms.
         """
         logits = outputs["student_logits"]
-        soft = self.alpha * self.temperature**2 * soft_kl(logits, outputs["teacher_logits"], self.temperature)
+        distances = self.distance(logits, outputs["teacher_logits"], target)
+        soft = self.alpha * self.temperature**2 * distances
         hard = {name: (1 - self.alpha) * term for name, term in cross_entropy_terms(logits, target, "ce").items()}
-        return add_total(hard | student_terms(soft, "kl"))
+        return add_total(hard | student_terms(soft, self.distance.name))
 
 
 @check_arguments("method")
@@ -78,6 +92,9 @@ def build_offline_distillation(
     std: Sequence[float],
     temperature: Temperature = 4.0,
     alpha: Alpha = 0.9,
+    loss: LossName = "kl",
+    loss_weights: LossWeights | None = None,
+    average_decay: AverageDecay | None = None,
 ) -> OfflineDistillation:
     """Builds the method with a teacher whose weights are in a file.
 
@@ -95,10 +112,14 @@ def build_offline_distillation(
         std: The standard deviation, of each channel, with which the students' images are normalized.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         alpha: The weight of the teacher's term, in [0, 1].
+        loss: How predictions are compared; see `LogitDistillation`.
+        loss_weights: The weights of the two parts of the loss; see `LogitDistillation`.
+        average_decay: The largest decay of the moving averages of the students' weights; see `Method`.
 
     Raises:
         OptionError: See `load_teacher`.
     """
     expected = teacher_mean, teacher_std, teacher_size
     teacher = load_teacher(teacher_weights, teacher_network, students.num_classes, *expected, mean, std)
-    return OfflineDistillation(students, teacher, temperature, alpha)
+    options = {"loss": loss, "loss_weights": loss_weights, "average_decay": average_decay}
+    return OfflineDistillation(students, teacher, temperature, alpha, **options)

@@ -13,21 +13,21 @@ label, so there is no teacher at test time. Two of the paper's four targets are 
 optimization problem for each image, and General needs held-out images in training.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, Outputs, add_total, cross_entropy_terms, student_terms
-from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.base import LogitDistillation, Outputs, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class CollaborativeLearning(Method):
+class CollaborativeLearning(LogitDistillation):
     """Trains students that learn from a soft target, which is computed from the logits of all students.
 
     Args:
@@ -36,6 +36,7 @@ class CollaborativeLearning(Method):
         weight: The factor of the KL terms.
         soft_target: "minlogit" takes for each class the smallest difference, over the students, from the label's logit;
             "naive" takes for each image the logits of the student with the smallest cross-entropy.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
     """
 
     has_own_views = True
@@ -47,9 +48,10 @@ class CollaborativeLearning(Method):
         temperature: Temperature = 2.0,
         weight: Annotated[float, Field()] = 1.0,
         soft_target: Literal["minlogit", "naive"] = "minlogit",
+        **options: Any,
     ):
-        super().__init__(students)
-        self.temperature, self.weight = temperature, weight
+        super().__init__(students, temperature, **options)
+        self.weight = weight
         self.make_target = min_logit_target if soft_target == "minlogit" else naive_target
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
@@ -61,8 +63,8 @@ class CollaborativeLearning(Method):
         """
         logits = outputs["student_logits"]
         soft_target = self.make_target(logits.detach(), target)
-        kl = self.weight * self.temperature**2 * soft_kl(logits, soft_target, self.temperature)
-        return add_total(cross_entropy_terms(logits, target, "L_CE") | student_terms(kl, "L_KD"))
+        distances = self.weight * self.temperature**2 * self.distance(logits, soft_target, target)
+        return add_total(cross_entropy_terms(logits, target, "L_CE") | student_terms(distances, "L_KD"))
 
 
 def min_logit_target(logits: Tensor, target: Tensor) -> Tensor:

@@ -10,33 +10,31 @@ temperature, and CE the cross-entropy:
 The teacher's logits are not detached, so the gradient of the KL also trains the teacher: learning is mutual.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import LabelSmoothing, Method, Outputs, add_total
-from odcheap.methods.ema import AverageDecay, AveragedStudents
-from odcheap.methods.losses import KlReduction, Temperature, soft_kl
+from odcheap.methods.base import LabelSmoothing, LogitDistillation, Outputs, add_total
+from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class OnlineDistillation(Method):
+class OnlineDistillation(LogitDistillation):
     """Trains students together with a teacher, which is a classifier on their concatenated feature maps.
 
     Args:
         students: The S students.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        kl_reduction: "batchmean" (the usual definition), or "mean" (that of the 2019 reference code, which is smaller
-            by a factor equal to the number of classes); see `soft_kl`.
         detach_teacher: Whether the gradient of the KL reaches the students only, not the teacher.
         normalise: Whether there are batch norm and ReLU before the teacher's pooling and linear layer.
         label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1), for the
             students and the teacher.
-        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1); None for no moving
-            averages. They cost S more forward passes in each step, and the best of them may be selected in place of a
-            student.
+        **options: `loss`, `loss_weights`, `kl_reduction` and `average_decay`; see `LogitDistillation`. The 2019
+            reference code has kl_reduction="mean".
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -56,16 +54,13 @@ class OnlineDistillation(Method):
         self,
         students: Students,
         temperature: Temperature = 4.0,
-        kl_reduction: KlReduction = "batchmean",
         detach_teacher: bool = False,
         normalise: bool = True,
         label_smoothing: LabelSmoothing = 0.0,
-        average_decay: AverageDecay | None = None,
+        **options: Any,
     ):
-        super().__init__(students)
-        self.temperature, self.kl_reduction, self.detach_teacher = temperature, kl_reduction, detach_teacher
-        self.label_smoothing = label_smoothing
-        self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
+        super().__init__(students, temperature, **options)
+        self.detach_teacher, self.label_smoothing = detach_teacher, label_smoothing
         width = len(students) * students.num_features
         self.norm = nn.BatchNorm2d(width) if normalise else None
         self.fc = nn.Linear(width, students.num_classes)
@@ -83,13 +78,14 @@ class OnlineDistillation(Method):
 
         Returns:
             `ce_teacher`: the teacher's cross-entropy. For each student k: `ce_student_k`, its cross-entropy;
-            `kl_student_k`, T^2 times the KL from the teacher to the student. `loss`: the sum of all terms.
+            `kl_student_k`, T^2 times the KL from the teacher to the student; with another loss than the KL its name
+            stands in place of `kl`. `loss`: the sum of all terms.
         """
         teacher = outputs["teacher_logits"]
         soft_target = teacher.detach() if self.detach_teacher else teacher
         terms = {"ce_teacher": F.cross_entropy(teacher, target, label_smoothing=self.label_smoothing)}
         for k, student in enumerate(outputs["student_logits"]):
-            kl = soft_kl(student, soft_target, self.temperature, self.kl_reduction)
+            distance = self.distance(student, soft_target, target)
             terms[f"ce_student_{k}"] = F.cross_entropy(student, target, label_smoothing=self.label_smoothing)
-            terms[f"kl_student_{k}"] = self.temperature**2 * kl
+            terms[f"{self.distance.name}_student_{k}"] = self.temperature**2 * distance
         return add_total(terms)

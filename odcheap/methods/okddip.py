@@ -14,17 +14,27 @@ and E, whose outputs have an eighth of the number of features. With two students
 peer to learn from.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from odcheap.methods.base import Method, Outputs, RampUp, RampUpLength, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.base import (
+    LogitDistillation,
+    Outputs,
+    RampUp,
+    RampUpLength,
+    add_total,
+    cross_entropy_terms,
+    student_terms,
+)
 from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class DiversePeers(Method):
+class DiversePeers(LogitDistillation):
     """Trains peers that learn from each other with attention weights, and a leader that learns from all peers.
 
     Args:
@@ -32,14 +42,17 @@ class DiversePeers(Method):
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
             to 1.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
     """
 
     teacher_kind = "mean"
     min_students = 2
 
-    def __init__(self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300):
-        super().__init__(students)
-        self.temperature, self.ramp = temperature, RampUp(ramp_up)
+    def __init__(
+        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
+    ):
+        super().__init__(students, temperature, **options)
+        self.ramp = RampUp(ramp_up)
         features = students.num_features
         self.query, self.key = (nn.Linear(features, max(1, features // 8), bias=False) for _ in range(2))
 
@@ -56,7 +69,8 @@ class DiversePeers(Method):
         attention = (self.query(pooled) @ self.key(pooled).transpose(1, 2)).softmax(-1)
         # Logits that give the mean of the peers' softened predictions again when they are divided by T.
         mean = (logits[:-1] / self.temperature).softmax(-1).mean(0)
-        return {"student_logits": logits, "teacher_logits": mean.log() * self.temperature, "attention": attention}
+        outputs = {"student_logits": logits, "teacher_logits": mean.log() * self.temperature, "attention": attention}
+        return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
@@ -74,8 +88,27 @@ class DiversePeers(Method):
         # Both distillation terms have the ramp-up, and T^2, which keeps the gradient's size independent of T.
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_gt")
-        terms |= student_terms(weight * kl_divergence(targets, log_q[:-1]), "L_dis1")
-        return add_total(terms | {"L_dis2": weight * kl_divergence(peers.mean(0), log_q[-1])})
+        distances = self.compare(targets, logits[:-1], log_q[:-1], target)
+        terms |= student_terms(weight * distances, "L_dis1")
+        return add_total(terms | {"L_dis2": weight * self.compare(peers.mean(0), logits[-1], log_q[-1], target)})
+
+    def compare(self, prediction: Tensor, logits: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
+        """Returns the distance of students from predictions that they should imitate.
+
+        Args:
+            prediction: Softened probabilities (..., N, K).
+            logits: Students' logits (..., N, K).
+            log_q: The logarithms of their softened probabilities, (..., N, K).
+            target: Labels (N,).
+
+        Returns:
+            (...), the dimensions before N.
+        """
+        if self.distance.name == "kl":
+            return kl_divergence(prediction, log_q)
+        # Logits that give the prediction again when they are divided by T; a probability of 0 has no logarithm.
+        tiny = torch.finfo(prediction.dtype).tiny
+        return self.distance(logits, prediction.clamp_min(tiny).log() * self.temperature, target)
 
 
 def kl_divergence(target: Tensor, log_q: Tensor) -> Tensor:

@@ -13,18 +13,28 @@ network, and the gate reads the features that they share; here they are whole ne
 reads their pooled features.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, Outputs, RampUp, RampUpLength, add_total, cross_entropy_terms, student_terms
-from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.base import (
+    LogitDistillation,
+    Outputs,
+    RampUp,
+    RampUpLength,
+    add_total,
+    cross_entropy_terms,
+    student_terms,
+)
+from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class NativeEnsemble(Method):
+class NativeEnsemble(LogitDistillation):
     """Trains students that learn from a teacher, which is a weighted sum of their logits.
 
     Args:
@@ -32,14 +42,17 @@ class NativeEnsemble(Method):
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
             to 1.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
     """
 
     teacher_kind = "gated"
     min_students = 2
 
-    def __init__(self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300):
-        super().__init__(students)
-        self.temperature, self.ramp = temperature, RampUp(ramp_up)
+    def __init__(
+        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
+    ):
+        super().__init__(students, temperature, **options)
+        self.ramp = RampUp(ramp_up)
         count = len(students)
         gate = [nn.Linear(count * students.num_features, count), nn.BatchNorm1d(count), nn.ReLU(), nn.Softmax(-1)]
         self.gate = nn.Sequential(*gate)
@@ -47,16 +60,18 @@ class NativeEnsemble(Method):
     def forward(self, images: Tensor) -> Outputs:
         features, logits = self.students(images)
         gates = self.gate(torch.cat([f.mean((2, 3)) for f in features], dim=1))  # (N, S)
-        return {"student_logits": logits, "teacher_logits": (gates.T[..., None] * logits).sum(0)}
+        outputs = {"student_logits": logits, "teacher_logits": (gates.T[..., None] * logits).sum(0)}
+        return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
 
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_e`: that of the teacher. `L_kl_k`: w T^2 times the KL
-            from the teacher to student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
+            from the teacher to student k; with another loss than the KL its name stands in place of `kl`. `loss`: the
+            sum of all terms. w is `ramp_weight`, in [0, 1].
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_e": F.cross_entropy(teacher, target)}
-        kl = self.ramp_weight * self.temperature**2 * soft_kl(logits, teacher.detach(), self.temperature)
-        return add_total(terms | student_terms(kl, "L_kl"))
+        distances = self.ramp_weight * self.temperature**2 * self.distance(logits, teacher.detach(), target)
+        return add_total(terms | student_terms(distances, f"L_{self.distance.name}"))

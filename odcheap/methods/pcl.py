@@ -14,27 +14,38 @@ deploys a moving average, so one may be selected in place of a student. The pape
 here they are whole networks that share nothing but the teacher's linear layer.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import Method, Outputs, RampUp, RampUpLength, add_total, cross_entropy_terms, student_terms
-from odcheap.methods.ema import AverageDecay, AveragedStudents
-from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.base import (
+    LogitDistillation,
+    Outputs,
+    RampUp,
+    RampUpLength,
+    add_total,
+    cross_entropy_terms,
+    student_terms,
+)
+from odcheap.methods.ema import AverageDecay
+from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class PeerCollaborativeLearning(Method):
+class PeerCollaborativeLearning(LogitDistillation):
     """Trains students that learn from a classifier on all their features and from the others' moving averages.
 
     Args:
         students: Two or more students.
         temperature: T, by which logits are divided before the softmax in the KLs.
-        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
         ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
             to 1.
+        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
+        **options: `loss` and `loss_weights`; see `LogitDistillation`.
     """
 
     teacher_kind = "head"
@@ -45,13 +56,13 @@ class PeerCollaborativeLearning(Method):
         self,
         students: Students,
         temperature: Temperature = 3.0,
-        average_decay: AverageDecay = 0.999,
         ramp_up: RampUpLength = 80 / 300,
+        average_decay: AverageDecay = 0.999,
+        **options: Any,
     ):
-        super().__init__(students)
-        self.temperature, self.ramp = temperature, RampUp(ramp_up)
+        super().__init__(students, temperature, average_decay=average_decay, **options)
+        self.ramp = RampUp(ramp_up)
         self.fc = nn.Linear(len(students) * students.num_features, students.num_classes)
-        self.averages = AveragedStudents(students, average_decay)
 
     def forward(self, images: Tensor) -> Outputs:
         features, logits = self.students(images)
@@ -69,9 +80,9 @@ class PeerCollaborativeLearning(Method):
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         weight = self.ramp_weight * self.temperature**2
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
-        terms |= student_terms(weight * soft_kl(logits, teacher.detach(), self.temperature), "L_pe")
-        # (S, S): row l has the KLs from the moving average of peer l to each student. The diagonal, a student's KL from
-        # its own moving average, is left out.
-        pairs = soft_kl(logits[None], outputs["average_logits"][:, None], self.temperature)
+        terms |= student_terms(weight * self.distance(logits, teacher.detach(), target), "L_pe")
+        # (S, S): row l has the distances of the moving average of peer l from each student. The diagonal, a student's
+        # distance from its own moving average, is left out.
+        pairs = self.distance(logits[None], outputs["average_logits"][:, None], target)
         others = (pairs.sum(0) - pairs.diagonal()) / (len(logits) - 1)
         return add_total(terms | student_terms(weight * others, "L_pm"))

@@ -17,6 +17,7 @@ from odcheap.data.base import Batch
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import Students
+from odcheap.models.build import load_student
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrappers import TorchvisionBackbone
 from odcheap.training.optim import build_optimization
@@ -167,6 +168,51 @@ def test_a_run_beats_chance_and_resumes_exactly(command, options, name, tmp_path
     for key, tensor in one["state_dict"].items():
         assert torch.equal(tensor, two["state_dict"][key]), key
     assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
+
+
+# What is trained for few methods in the normal tests, and for each method that has it in the slow ones.
+COMBINED = {
+    "dml": ["method=dml", "method.loss=dist", "method.average_decay=0.9"],
+}
+LOSSES = {
+    f"{name}, {loss}": [f"method={name}", f"method.loss={loss}", "method.average_decay=0.9"]
+    for name in METHODS
+    if name != "alone"
+    for loss in ("dkd", "dist", "standardized")
+}
+
+
+@pytest.mark.parametrize("name", [*COMBINED, *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSES)])
+def test_a_run_with_other_terms_learns_resumes_exactly_and_exports(command, options, name, tmp_path):
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    given = [*TINY, "data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
+    own = (COMBINED | LOSSES)[name]
+    teacher = [] if own[0] != "method=kd" else taught(command, [*TINY, "trainer.max_epochs=3"], tmp_path)
+    result = command(*given, *teacher, *own, f"job_dir={straight}")
+    assert result.status == 0, result.err
+    found = json.loads((straight / "summary.json").read_text())
+    assert found["last"]["ensemble"]["test_top1"] > 0.4
+    place = straight / "checkpoints" / "epoch-0001-step-0000010.ckpt"
+    result = command(f"resume={place}", f"job_dir={again}")
+    assert result.status == 0, result.err
+    one, two = (torch.load(job / "checkpoints" / "epoch-0002.ckpt", weights_only=True) for job in (straight, again))
+    for key, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][key]), key
+    students = [load_student(job / "student.safetensors") for job in (straight, again)]
+    images = torch.rand(4, 3, 8, 8)
+    assert torch.equal(*(student(images) for student in students))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMBINED, *LOSSES])
+def test_a_run_of_two_processes_with_other_terms(command, options, name, tmp_path):
+    processes = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    given = [o for o in TINY if not o.startswith("trainer=")]
+    own = (COMBINED | LOSSES)[name]
+    more = options("kd")[1:] if own[0] == "method=kd" else []
+    result = command(*given, *processes, *own, *more, "trainer.max_epochs=1", f"job_dir={tmp_path}/run")
+    assert result.status == 0, result.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
 
 
 def taught(command, given, folder):

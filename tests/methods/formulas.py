@@ -31,6 +31,34 @@ def soft(z, t, temperature):
     return temperature**2 * kl(softmax(t, temperature), softmax(z, temperature))
 
 
+def dkd(z, t, temperature, alpha=1.0, beta=8.0):
+    """T^2 (alpha TCKD + beta NCKD), image by image."""
+    total = 0.0
+    for n, label in enumerate(TARGET):
+        p, q = softmax(t[n], temperature), softmax(z[n], temperature)
+        others = [j for j in range(CLASSES) if j != label]
+        pairs = np.array([[p[label], 1 - p[label]], [q[label], 1 - q[label]]])
+        rest_p, rest_q = p[others] / p[others].sum(), q[others] / q[others].sum()
+        total += alpha * kl(pairs[:1], pairs[1:]) + beta * kl(rest_p[None], rest_q[None])
+    return temperature**2 * total / IMAGES
+
+
+def dist(z, t, temperature, beta=1.0, gamma=1.0):
+    """T^2 (beta (1 - correlation over the classes) + gamma (1 - correlation over the images)), each averaged."""
+    p, q = softmax(t, temperature), softmax(z, temperature)
+    inter = np.mean([1 - np.corrcoef(p[n], q[n])[0, 1] for n in range(IMAGES)])
+    intra = np.mean([1 - np.corrcoef(p[:, j], q[:, j])[0, 1] for j in range(CLASSES)])
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def standardized(z, t, temperature):
+    z, t = ((x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True) + 1e-7) for x in (z, t))
+    return soft(z, t, temperature)
+
+
+DISTANCES = {"kl": soft, "dkd": dkd, "dist": dist, "standardized": standardized}
+
+
 def logits(*shape, seed=0):
     return 3 * np.random.default_rng(seed).normal(size=(*shape, IMAGES, CLASSES))
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from methods.formulas import CLASSES, ce, check, logits, reached, soft, students, terms
+from methods.formulas import CLASSES, DISTANCES, ce, check, logits, reached, students, terms
 
 from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.kd import OfflineDistillation
@@ -15,12 +15,12 @@ def teacher(**about):
     return Teacher(CifarResNet(8, Standard(), CLASSES), (HALF, HALF), HALF, HALF, 8, **about)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_the_loss_equals_the_paper_s_formula(alpha):
+@pytest.mark.parametrize(("alpha", "loss"), [(0.0, "kl"), (0.3, "kl"), (1.0, "kl"), (0.3, "dkd"), (0.3, "dist")])
+def test_the_loss_equals_the_paper_s_formula(alpha, loss):
     z, example = logits(3), logits(seed=1)
     expected = {f"ce_{k}": (1 - alpha) * ce(z[k]) for k in range(3)}
-    expected |= {f"kl_{k}": alpha * soft(z[k], example, 4) for k in range(3)}
-    method = OfflineDistillation(students(), teacher(), alpha=alpha)
+    expected |= {f"{loss}_{k}": alpha * DISTANCES[loss](z[k], example, 4) for k in range(3)}
+    method = OfflineDistillation(students(), teacher(), alpha=alpha, loss=loss)
     check(terms(method, student_logits=z, teacher_logits=example), expected)
 
 

@@ -4,8 +4,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from methods import formulas
+from methods.formulas import CLASSES, DISTANCES, IMAGES, TARGET, reached, students
 
-from odcheap.methods.losses import soft_kl
+from odcheap.methods.dml import DeepMutualLearning
+from odcheap.methods.ffl import FeatureFusion
+from odcheap.methods.kdcl import CollaborativeLearning
+from odcheap.methods.losses import DistillationLoss, soft_kl
+from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.okddip import DiversePeers
+from odcheap.methods.one import NativeEnsemble
+from odcheap.methods.pcl import PeerCollaborativeLearning
 from odcheap.utils.errors import OptionError
 
 
@@ -52,3 +61,107 @@ def test_temperature_must_be_positive(temperature):
 def test_unknown_reduction_is_refused():
     with pytest.raises(OptionError, match="reduction=sum: must be one of batchmean, mean"):
         soft_kl(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, "sum")
+
+
+WEIGHTED = [("kl", None), ("standardized", None), *[(name, w) for name in ("dkd", "dist") for w in (None, [0.5, 3.0])]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(("name", "weights"), WEIGHTED)
+def test_each_distance_equals_the_paper_s_formula(name, weights, temperature):
+    """For a single student, for several, and for each pair of them."""
+    z, t = formulas.logits(3), formulas.logits(2, seed=1)
+    distance, target = DistillationLoss(name, temperature, weights), torch.from_numpy(TARGET)
+    expected = [[DISTANCES[name](a, b, temperature, *(weights or ())) / temperature**2 for a in z] for b in t]
+    students, teachers = torch.from_numpy(z), torch.from_numpy(t)
+    np.testing.assert_allclose(distance(students[0], teachers[1], target), expected[1][0], rtol=1e-9)
+    np.testing.assert_allclose(distance(students, teachers[0], target), expected[0], rtol=1e-9)
+    np.testing.assert_allclose(distance(students[None], teachers[:, None], target), expected, rtol=1e-9)
+
+
+def test_the_usual_kl_is_that_of_the_decoupled_parts():
+    z, t, target = (torch.from_numpy(x) for x in (formulas.logits(), formulas.logits(seed=1), TARGET))
+    rest = 1 - t.softmax(-1)[range(IMAGES), target]
+    found = 0.0
+    for n in range(IMAGES):
+        weights = [1.0, rest[n].item()]
+        found += DistillationLoss("dkd", 1.0, weights)(z[n : n + 1], t[n : n + 1], target[n : n + 1]).item() / IMAGES
+    assert found == pytest.approx(soft_kl(z, t, 1.0).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize(("scale", "temperature"), [(1e4, 1.0), (1.0, 1e-6), (1.0, 1e6), (0.0, 4.0), (1e-30, 1.0)])
+def test_distances_and_their_gradients_are_finite_in_float32(name, scale, temperature):
+    """For predictions that are certain, equal or constant."""
+    students, teacher = (scale * torch.randn(*shape, generator=torch.manual_seed(0)) for shape in ((2, 4, 3), (4, 3)))
+    distance = DistillationLoss(name, temperature)
+    for pair in ((students, teacher), (students, students.flip(0)), (students[:, :1], teacher[:1])):
+        student, taught_by = (tensor.clone().requires_grad_() for tensor in pair)
+        found = distance(student, taught_by, torch.arange(student.shape[-2]) % 3)
+        found.sum().backward()
+        for tensor in (found, student.grad, taught_by.grad):
+            assert tensor.isfinite().all()
+
+
+def test_a_certain_teacher_still_teaches_the_other_classes():
+    """1 - p is 0 in float32, and its logarithm is computed all the same."""
+    teacher, target = torch.tensor([[40.0, 1.0, 0.0]]), torch.tensor([0])
+    student = torch.tensor([[2.0, 0.0, 1.0]], requires_grad=True)
+    found = DistillationLoss("dkd", 1.0, [0.0, 1.0])(student, teacher, target)
+    p = softmax(np.array([1.0, 0.0]))
+    assert found.item() == pytest.approx((p * np.log(p / p[::-1])).sum(), rel=1e-5)
+
+
+MAKERS = [
+    OnlineDistillation,
+    DeepMutualLearning,
+    CollaborativeLearning,
+    FeatureFusion,
+    DiversePeers,
+    NativeEnsemble,
+    PeerCollaborativeLearning,
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("name", ["dkd", "dist", "standardized"])
+def test_a_method_has_the_distance_in_place_of_the_kl(make, name):
+    """Terms that are not the labels' change, have its name where they had that of the KL, and reach the same."""
+    given = students(3)
+    kl, other = make(given), make(given, loss=name, loss_weights=None)
+    other.load_state_dict(kl.state_dict())
+    images, target = torch.randn(10, 3, 8, 8), torch.arange(10) % CLASSES
+    found, expected = (method.loss(method(images), target) for method in (other, kl))
+    for term, value in expected.items():
+        own = term.replace("kl", name).replace("KL", name.upper())
+        is_hard = "_ce" in term or term.startswith(("ce_", "L_CE", "L_C_", "L_gt"))
+        assert torch.equal(found.pop(own), value) == is_hard, own
+        if not is_hard and not term.endswith(("loss", "_1", "_2")):
+            assert reached(other, own) == reached(kl, term), own
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"loss": "js"}, "method.loss=js: must be one of kl, dkd, dist, standardized"),
+        ({"loss": "dkd", "loss_weights": [1.0]}, "method.loss_weights=.*: must be a list of entries"),
+        ({"loss": "dist", "loss_weights": [1.0, -1.0]}, "method.loss_weights=.*0 or more"),
+        ({"loss_weights": [1.0, 2.0]}, r"method.loss_weights=\[1.0, 2.0\]: must be null with method.loss=kl"),
+        (
+            {"loss": "dist", "kl_reduction": "mean"},
+            "method.kl_reduction=mean: must be batchmean with method.loss=dist; mean belongs to method.loss=kl",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, line):
+    with pytest.raises(OptionError, match=line):
+        OnlineDistillation(students(2), **options)
+
+
+def test_the_decoupled_loss_needs_labels():
+    mixed = torch.full((4, 3), 1 / 3)
+    with pytest.raises(OptionError, match="method.loss=dkd: needs one label for each image"):
+        DistillationLoss("dkd", 1.0)(torch.zeros(2, 4, 3), torch.zeros(4, 3), mixed)
+    for name in ("kl", "dist", "standardized"):
+        assert DistillationLoss(name, 1.0)(torch.eye(3), torch.eye(3), mixed).item() == pytest.approx(0, abs=1e-6)
