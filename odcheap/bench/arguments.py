@@ -21,6 +21,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = "odcheap
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="one block type, fewer rounds: about two minutes")
+    add("--peers", action="store_true", help="also the training loops of torchdistill and of a Lightning template")
     add("--out", type=Path, default=Path("bench"), help="folder of the results (default: %(default)s)")
     more = "folder with configuration files of your own, for parts that odcheap does not have; may be repeated"
     add("--config-dir", type=Path, action="append", default=[], metavar="DIR", help=more)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from odcheap.bench.arguments import parse_arguments
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.bench.operators import measure_operators
+from odcheap.bench.peers import PEER_LOOPS, PEERS, build_distillation, has_torchdistill
 from odcheap.config.compose import compose_config
 from odcheap.config.messages import describe_error, explained_errors, hide_library_warnings
 from odcheap.export import latency
@@ -27,11 +28,17 @@ from odcheap.models.backbone import Backbone
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import print_error
+from odcheap.utils.errors import Failure
 from odcheap.utils.files import write_json, write_text
 from odcheap.utils.parts import build_part
 
 BLOCK_TYPES = ("DW", "Shift", "Group")
 BATCHES = (1, 64)  # images of an inference call
+PEERS_TABLE = """
+One student that learns from a standard network (kd), batch {batch_size}, images a second:
+
+{peers}
+"""
 STARTED = time.perf_counter()
 # Ends the process at the first optimizer step, by a public hook of PyTorch.
 EXIT_AT_FIRST_STEP = """
@@ -48,7 +55,7 @@ TABLES = """{hardware}
 Training of {num_stu} students, batch {batch_size}; ratios are medians (min to max):
 
 {training}
-
+{peers}
 One layer, forward and backward, in milliseconds; a copy is that of one feature map:
 
 {operators}
@@ -75,7 +82,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     hide_library_warnings()
     keep_freed_memory()
     try:
-        for result in measure(options.overrides, options.quick, options.config_dir):
+        if options.peers and not has_torchdistill():
+            raise Failure("--peers needs torchdistill: pip install 'odcheap[bench]'")
+        for result in measure(options.overrides, options.quick, options.peers, options.config_dir):
             # Written after each part, so that the measurements stay if a later part fails.
             options.out.mkdir(parents=True, exist_ok=True)
             write_json(options.out / "bench.json", result)
@@ -89,12 +98,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     return 0
 
 
-def measure(overrides: list[str], quick: bool, config_dirs: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
+def measure(
+    overrides: list[str], quick: bool, peers: bool = False, config_dirs: Sequence[Path] = ()
+) -> Iterator[dict[str, Any]]:
     """Measures training, inference and start-up, and yields the result so far after each measurement.
 
     Args:
         overrides: Training options, such as `num_stu=2`.
         quick: Whether to measure one block type only, in fewer rounds.
+        peers: Whether to measure the training loops of other projects too.
         config_dirs: Further `conf` directories.
     """
 
@@ -120,6 +132,15 @@ def measure(overrides: list[str], quick: bool, config_dirs: Sequence[Path] = ())
         timings = compare_loops(own, device, steps, rounds, report_progress)
         result["training"].append(row | summarize(timings, own.data.batch_size))
         yield result
+    if peers:
+        result["peers"] = []
+        for block_type, precision in product(block_types, precisions):
+            own = compose(f"block_type={block_type}", f"trainer.precision={precision}")
+            report_progress(f"other projects, {block_type}, {precision}: {rounds} rounds")
+            timings = compare_loops(own, device, steps, rounds, report_progress, build_distillation, PEER_LOOPS)
+            row = {"block_type": block_type, "precision": precision, "batch_size": own.data.batch_size}
+            result["peers"].append(row | summarize_peers(timings, own.data.batch_size))
+            yield result
 
     report_progress("layers with and without fused operators")
     batch_size = min(row["batch_size"] for row in result["training"])
@@ -153,6 +174,22 @@ def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]
         "page_faults": {name: statistics.median(timing.page_faults) for name, timing in timings.items()},
         "speedup_over_2019": compare_times(timings["loop_2019"], timings["trainer"]),
         "time_over_bare": compare_times(timings["trainer"], timings["bare_loop"]),
+    }
+
+
+def summarize_peers(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:
+    """Returns the results of one comparison with other projects, as written to bench.json.
+
+    Args:
+        timings: The timing of each loop, by the names in `PEERS`.
+        batch_size: The number of images in a batch.
+    """
+    ours = timings["trainer"]
+    return {
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+        "images_per_second": {name: batch_size / statistics.median(t.seconds) for name, t in timings.items()},
+        "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
+        "speedup": {name: compare_times(t, ours) for name, t in timings.items() if t is not ours},
     }
 
 
@@ -223,12 +260,21 @@ def format_tables(result: dict[str, Any]) -> str:
         | {"speedup": format_ratio(row["speedup"])}
         for row in result["operators"]
     )
+    others = pd.DataFrame(
+        {"block_type": row["block_type"], "precision": row["precision"]}
+        | {PEERS[name]: f"{rate:.0f}" for name, rate in row["images_per_second"].items()}
+        | {f"odcheap / {PEERS[name]}": format_ratio(ratio) for name, ratio in row["speedup"].items()}
+        for row in result.get("peers", [])
+    )
     first, start, hardware = result["training"][0], result["start_seconds"], result["machine"]
     return TABLES.format(
         hardware=f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads",
         num_stu=first["num_stu"],
         batch_size=first["batch_size"],
         training=training.to_markdown(index=False),
+        peers=""
+        if others.empty
+        else PEERS_TABLE.format(batch_size=first["batch_size"], peers=others.to_markdown(index=False)),
         operators=operators.to_markdown(index=False) if result["operators"] else "(no fused operators here)",
         inference=inference.to_markdown(index=False),
         start="not measured" if start is None else f"{start:.1f} s",

@@ -37,6 +37,8 @@ LOADER_WORKERS = {"cuda": 4, "cpu": 0}  # processes that augment the baseline's 
 LR = 1e-3  # low, because the labels are random; the speed does not depend on it
 
 Step = Callable[[], object]
+BuildMethod = Callable[[DictConfig, RunStudents], Method]
+CreateLoop = Callable[[DictConfig, Method, Images, torch.device], Step]
 
 
 class LoopTiming(NamedTuple):
@@ -54,9 +56,15 @@ class LoopTiming(NamedTuple):
 
 
 def compare_loops(
-    cfg: DictConfig, device: torch.device, steps: int, rounds: int, report: Callable[[str], None]
+    cfg: DictConfig,
+    device: torch.device,
+    steps: int,
+    rounds: int,
+    report: Callable[[str], None],
+    build: BuildMethod | None = None,
+    others: dict[str, CreateLoop] | None = None,
 ) -> dict[str, LoopTiming]:
-    """Times the three training loops alternately.
+    """Times training loops alternately: that of odcheap, and others.
 
     Args:
         cfg: The config of a run, which says what is trained.
@@ -64,10 +72,14 @@ def compare_loops(
         steps: The number of steps of each loop that are timed in a round, after a warm-up.
         rounds: The number of rounds; in each round one loop after the other takes its steps.
         report: A function that is called with a line of text after each round.
+        build: A function that builds the method for each loop; None for the method of the config.
+        others: Functions that create the other loops, by name; None for those of `LOOPS`.
 
     Returns:
-        The timing of each loop, by the names in `LOOPS`.
+        The timing of each loop, by name; that of odcheap is called `trainer`.
     """
+    build = build or build_method
+    others = others or {"loop_2019": create_loop_2019, "bare_loop": create_bare_loop}
     autocast(cfg, device)  # refuses other precisions before anything is built
     kernels.use(cfg.kernels)
     first_steps = WARM_UP + 2 if device.type == "cuda" else 2  # a CUDA graph is recorded within them
@@ -76,11 +88,11 @@ def compare_loops(
     timings: dict[str, LoopTiming] = {}
 
     def run_other_loops() -> None:
-        for name, create in (("loop_2019", create_loop_2019), ("bare_loop", create_bare_loop)):
+        for name, create in others.items():
             if name not in running:
                 memory = PeakMemory(device)
                 memory.start()
-                running[name] = create(cfg, build_method(cfg), images, device)
+                running[name] = create(cfg, build(cfg, run_auto), images, device)
                 for _ in range(first_steps):
                     running[name]()
                 timings[name] = LoopTiming([], [], memory.stop())
@@ -89,11 +101,11 @@ def compare_loops(
             faults = count_page_faults()
             timings[name].seconds.append(timer.timeit(steps).median)  # warms up with two steps, synchronizes a GPU
             timings[name].page_faults.append((count_page_faults() - faults) / (steps + 2))
-        report(f"round {len(timings['bare_loop'].seconds)} of {rounds}")
+        report(f"round {max(len(timing.seconds) for timing in timings.values())} of {rounds}")
 
     # The training of odcheap cannot be interrupted from outside: its callback runs the other loops.
     timer = StepTimer(first_steps, steps, rounds, run_other_loops, device)
-    run_trainer(cfg, images, timer)
+    run_trainer(cfg, build(cfg, RUNS[cfg.together]), images, timer)
     return timings | {"trainer": LoopTiming(timer.seconds, timer.page_faults, timer.peak_bytes)}
 
 
@@ -233,12 +245,11 @@ class StepTimer(pl.Callback):
             trainer.should_stop = len(self.seconds) == self.rounds
 
 
-def run_trainer(cfg: DictConfig, images: Images, timer: StepTimer) -> None:
+def run_trainer(cfg: DictConfig, method: Method, images: Images, timer: StepTimer) -> None:
     """Trains as `odcheap train` does, with all callbacks, in a temporary folder, until the timer ends the training."""
     with tempfile.TemporaryDirectory() as folder:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()
-        method = build_method(cfg, RUNS[cfg.together])
         optimizer, scheduler = instantiate(cfg.optimizer, lr=LR), instantiate(cfg.scheduler)
         parts = dict.fromkeys(("block_type", "backbone"), "benchmark")  # the names that checkpoints would have
         experiment = Experiment(

@@ -69,6 +69,25 @@ def test_a_block_type_of_a_user_can_be_measured(quick, tmp_path):
     assert [row["block_type"] for row in found["training"] + found["inference"]] == ["Mine", "Mine", "Standard"]
 
 
+def test_the_loops_of_other_projects_are_measured_when_asked_for(quick, tmp_path, capsys):
+    given = [*SMALL, "block_type=DW", "trainer.precision=bf16-mixed"]
+    assert command.main(["--quick", "--peers", "--out", str(tmp_path), *given]) == 0
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["peers"]
+    assert list(row["seconds"]) == ["torchdistill", "lightning_template", "trainer"]
+    for name, ratio in row["speedup"].items():
+        ratios = sorted(a / b for a, b in zip(row["seconds"][name], row["seconds"]["trainer"], strict=True))
+        assert list(ratio.values()) == pytest.approx([ratios[1], ratios[0], ratios[2]])
+    assert (
+        "| block_type   | precision   |   torchdistill |   Lightning template |   odcheap |" in capsys.readouterr().out
+    )
+
+
+def test_without_torchdistill_it_says_how_to_install_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "has_torchdistill", lambda: False)
+    assert command.main(["--quick", "--peers", "--out", str(tmp_path)]) == 1
+    assert "error: --peers needs torchdistill: pip install 'odcheap[bench]'\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

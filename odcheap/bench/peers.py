@@ -1,0 +1,181 @@
+"""Training loops as other projects have them: torchdistill's, and one in the way of lightning-hydra-template.
+
+One student learns from a standard network, by the method `kd`, since torchdistill has that method too. The standard
+network has random weights: the speed does not depend on them.
+"""
+
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from odcheap.bench.baseline import PillowImages
+from odcheap.bench.loops import LOADER_WORKERS, LR, NUM_CLASSES, CreateLoop, Step
+from odcheap.data.in_memory import Images
+from odcheap.layers.cheap_conv import Standard
+from odcheap.methods.base import Method
+from odcheap.methods.kd import OfflineDistillation
+from odcheap.methods.students import RunStudents, Students, run_auto
+from odcheap.methods.teacher import Teacher
+
+PEERS = {"torchdistill": "torchdistill", "lightning_template": "Lightning template", "trainer": "odcheap"}
+TEMPERATURE, ALPHA = 4.0, 0.9  # alpha is the weight of the teacher's term
+
+
+def has_torchdistill() -> bool:
+    return find_spec("torchdistill") is not None
+
+
+def build_distillation(cfg: DictConfig, run: RunStudents = run_auto) -> OfflineDistillation:
+    """Builds one student of the config's block type, and a standard network of the same backbone as its teacher."""
+    backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
+    students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), 1, cfg.seed, run)
+    network = backbone(conv=Standard(), num_classes=NUM_CLASSES)
+    norm = list(cfg.data.mean), list(cfg.data.std)
+    return OfflineDistillation(students, Teacher(network, norm, *norm, network.native_size), TEMPERATURE, ALPHA)
+
+
+def create_torchdistill_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
+    """Returns a function that takes one training step of torchdistill's `DistillationBox`, in float32."""
+    from torchdistill.core.distillation import DistillationBox  # an extra
+
+    kd = cast(OfflineDistillation, method)
+    data = make_dataset(cfg, images)
+    # The settings of its own examples: SGD, `KDLoss` on the outputs of both networks, a loader with shuffled images.
+    logits = {"student_module_path": ".", "student_module_io": "output"}
+    logits |= {"teacher_module_path": ".", "teacher_module_io": "output"}
+    loss = {"key": "KDLoss", "kwargs": {**logits, "temperature": TEMPERATURE, "alpha": 1 - ALPHA}}
+    network = {"forward_proc": "forward_batch_only"}
+    loading = {"batch_size": cfg.data.batch_size, "num_workers": LOADER_WORKERS[device.type], "drop_last": True}
+    training = {
+        "num_epochs": 1,
+        "train_data_loader": {"dataset_id": "train", "sampler": {"class_or_func": RandomSampler}, "kwargs": loading},
+        "val_data_loader": {"dataset_id": None},
+        "teacher": {**network, "requires_grad": False},
+        "student": {**network, "requires_grad": True},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": LR, "momentum": 0.9, "weight_decay": 2e-4}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": loss, "weight": 1.0}}}},
+    }
+    student, teacher = kd.students.members[0].to(device), kd.teacher.network.to(device)
+    box: Any = DistillationBox(teacher, student, {"train": data}, training, device, None, False, 1)
+
+    def steps() -> Iterator[None]:
+        for epoch in count():
+            box.pre_epoch_process(epoch=epoch)
+            for batch, target, extra in box.train_data_loader:
+                batch, target = batch.to(device), target.to(device)
+                box.post_forward_process(box.forward_process(batch, target, extra))
+                yield
+
+    running = steps()
+    return lambda: next(running)
+
+
+def make_dataset(cfg: DictConfig, images: Images) -> PillowImages:
+    """Returns the training images as a data set that augments them one by one, as both peers do."""
+    return PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
+
+
+class TemplateModule(pl.LightningModule):
+    """A Lightning module in the way of lightning-hydra-template: metrics are modules, and are logged in each step."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+        self.train_loss, self.train_acc = MeanMetric(), MulticlassAccuracy(NUM_CLASSES)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, target = batch
+        outputs = self.method(images)
+        loss = self.method.loss(outputs, target)["loss"]
+        self.train_loss(loss)
+        self.train_acc(outputs["student_logits"][0].argmax(1), target)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.method.parameters(), LR, momentum=0.9, weight_decay=2e-4)
+
+
+class StepOnDemand(pl.Callback):
+    """A callback with which a training in another thread takes one step for each call of `step`."""
+
+    def __init__(self) -> None:
+        self.asked, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.asked.acquire()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.done.release()
+
+    def step(self) -> None:
+        """Takes one training step; an error of the training is raised here."""
+        self.asked.release()
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+def create_template_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
+    """Returns a function that takes one training step of a Lightning `Trainer` with the template's callbacks.
+
+    The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps. The progress
+    bar and the summary of the model are off: their output would be in the way.
+    """
+    folder = tempfile.TemporaryDirectory()
+    workers = LOADER_WORKERS[device.type]
+    loader = DataLoader(make_dataset(cfg, images), cfg.data.batch_size, True, num_workers=workers, drop_last=True)
+    on_demand = StepOnDemand()
+    checkpoints = ModelCheckpoint(Path(folder.name), save_last=True)
+    callbacks: list[pl.Callback] = [checkpoints, EarlyStopping("train/acc", mode="max"), on_demand]
+    trainer = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=-1,
+        precision=cfg.trainer.precision,
+        callbacks=callbacks,
+        logger=CSVLogger(folder.name),
+        default_root_dir=folder.name,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+    def train() -> None:
+        try:
+            with folder, warnings.catch_warnings():  # Python removes the folder at its end, since the fit has none
+                warnings.simplefilter("ignore")  # advice on the number of loader workers
+                trainer.fit(TemplateModule(method), loader)
+        except BaseException as error:  # `step` raises it in the thread that waits
+            on_demand.error = error
+            on_demand.done.release()
+
+    threading.Thread(target=train, daemon=True).start()
+    return on_demand.step
+
+
+PEER_LOOPS: dict[str, CreateLoop] = {
+    "torchdistill": create_torchdistill_loop,
+    "lightning_template": create_template_loop,
+}
