@@ -25,6 +25,7 @@ from odcheap.config.messages import describe_error, explained_errors, hide_libra
 from odcheap.export import latency
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
+from odcheap.models.build import build_comparable
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import print_error
@@ -213,7 +214,7 @@ def measure_inference(
         For each block type the milliseconds of a call with each of `BATCHES` images, and how many times as fast as the
         standard network it is.
     """
-    networks = {name: build(conv=conv, num_classes=NUM_CLASSES) for name, conv in convs.items()}
+    networks = {name: build_comparable(build, conv, NUM_CLASSES) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
     ms = latency.time_networks(networks, size, BATCHES, seconds)
     return [

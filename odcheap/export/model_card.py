@@ -27,6 +27,8 @@ from odcheap.utils.text import escape_markdown, format_accuracy, format_code, hi
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
+# Options in the name of a network, with the values at which they are left out.
+NAMING_OPTIONS = {"depth": None, "expansion": 1, "width": 16, "name": None, "groups": None}
 STUDENT_FILE = "student.safetensors"
 WITH_ODCHEAP = """```python
 from odcheap import load_student
@@ -154,7 +156,8 @@ def extract_opening(text: str) -> str:
 def name_network(run: RunStudent) -> str:
     """Returns the name of a network: its block type, its backbone, and options such as depth."""
     block_type, backbone = run.settings["block_type"], run.settings["backbone"]
-    options = [f"{key} {value}" for key, value in (backbone | block_type).items() if key in ("depth", "name", "groups")]
+    shown = {key: value for key, value in (backbone | block_type).items() if key in NAMING_OPTIONS}
+    options = [f"{key} {value}" for key, value in shown.items() if value != NAMING_OPTIONS[key]]
     parts = [str(part["part"]) for part in (block_type, backbone) if part]
     return ", ".join([*parts, *options])
 

@@ -4,7 +4,8 @@ Several functions have the arguments `path`, a file, and `option`, the name of t
 file: error messages contain both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.layers.fuse import fold_branches
+from odcheap.models.backbone import Backbone
+from odcheap.models.cifar import CifarResNet
 from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
@@ -200,7 +203,8 @@ def build_network(
             backbone = backbone | {"pretrained": None}  # the weights come from the file itself
         conv = block_type or build_part("block_type", checked.block_type, config_dirs=folders)
         build = build_part("backbone", backbone, config_dirs=folders)
-        network = to_backbone(build(conv=conv, num_classes=len(checked.classes)))
+        make = build_comparable if block_type is not None else build_directly
+        network = make(build, conv, len(checked.classes))
         return fold_branches(network) if checked.folded else network
     except ImportError as error:
         raise OptionError(
@@ -212,6 +216,24 @@ def build_network(
     except BUILD_ERRORS as error:
         reason = str(error) if isinstance(error, OptionError) else first_line(error)
         raise OptionError(option, path, f"its settings build no network ({reason})") from error
+
+
+def build_directly(build: Callable[..., nn.Module], conv: BlockType, num_classes: int) -> Backbone:
+    """Returns the network of a backbone with a block type."""
+    return to_backbone(build(conv=conv, num_classes=num_classes))
+
+
+def build_comparable(build: Callable[..., nn.Module], conv: BlockType, num_classes: int) -> Backbone:
+    """Returns the network of a backbone with a block type, also for comparison: the standard network has no expansion.
+
+    Args:
+        build: The backbone, a function that takes `conv` and `num_classes`.
+        conv: The block type.
+        num_classes: The number of classes, K.
+    """
+    own = getattr(build, "func", build)
+    is_wide = isinstance(own, type) and issubclass(own, CifarResNet) and not conv.is_cheap
+    return build_directly(partial(build, expansion=1) if is_wide else build, conv, num_classes)
 
 
 def check_state_dict(

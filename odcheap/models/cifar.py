@@ -1,13 +1,14 @@
 """Networks for images of about 32 x 32 pixels: ResNets with cheap convolutions, and standard networks to convert."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.layers.cheap_conv import BlockType, check_block_type, conv3x3
+from odcheap.layers.cheap_conv import BlockType, Window, check_block_type, conv3x3
 from odcheap.layers.norm_act import batch_norm_act
 from odcheap.layers.pairs import conv_norm_act
 from odcheap.models.backbone import Backbone
@@ -15,9 +16,13 @@ from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
 MAX_DEPTH = 1202  # the deepest network of He et al.; a mistyped number would fill the memory
+BASE_WIDTH = 16  # channels of the first stage in He et al.'s networks
+MAX_BASE_WIDTH = 1024
+MAX_EXPANSION = 16  # published ones are 9 at most
 MAX_WIDTH = 100  # of a wide ResNet's factor and a DenseNet's growth; published ones are 20 and 48 at most
 
 
+@check_arguments("backbone")
 class CifarResNet(Backbone):
     """ResNet of depth 6n + 2 for small images: a stem, and three stages of n blocks with 16, 32 and 64 channels.
 
@@ -30,9 +35,16 @@ class CifarResNet(Backbone):
         depth: The number of layers, 6n + 2: 8, 14, 20, ..., 1202.
         conv: The block type, which builds the 3 x 3 convolutions of the blocks.
         num_classes: The number of classes, K.
+        expansion: The factor by which the first 1 x 1 convolution of a cheap block widens its output, which the second
+            one narrows again; the option `--expansion` of the 2019 code. Source: Wu et al., "Shift: a zero FLOP, zero
+            parameter alternative to spatial convolutions", 2018. The standard block has none.
+        width: The number of channels of the stem and of the first stage; the others have 2 and 4 times as many.
 
     Shape:
         (N, 3, H, W) -> logits (N, K).
+
+    Raises:
+        OptionError: The depth is not 6n + 2, or an option does not suit the block type.
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -41,27 +53,39 @@ class CifarResNet(Backbone):
     """
 
     native_size = 32
-    num_features = 64
     classifier = "fc"
     standard_note = "the standard network has He et al.'s block: it differs in more than the convolution"
 
-    def __init__(self, depth: int, conv: BlockType, num_classes: int):
+    def __init__(
+        self,
+        depth: int,
+        conv: BlockType,
+        num_classes: int,
+        expansion: Annotated[int, Field(ge=1, le=MAX_EXPANSION)] = 1,
+        width: Annotated[int, Field(ge=1, le=MAX_BASE_WIDTH)] = BASE_WIDTH,
+    ):
         super().__init__()
         check_block_type(conv)
         if not 8 <= depth <= MAX_DEPTH or (depth - 2) % 6:
             raise OptionError("backbone.depth", depth, f"must be 6n + 2 with n >= 1: 8, 14, 20, 26, ..., {MAX_DEPTH}")
-        block = CheapBlock if conv.is_cheap else BasicBlock
-        self.conv1 = conv3x3(3, 16)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = make_stage(block, conv, 16, 16, (depth - 2) // 6, stride=1)
-        self.layer2 = make_stage(block, conv, 16, 32, (depth - 2) // 6, stride=2)
-        self.layer3 = make_stage(block, conv, 32, 64, (depth - 2) // 6, stride=2)
-        self.num_classes = num_classes
-        self.fc = nn.Linear(64, num_classes)
+        if expansion != 1 and not conv.is_cheap:
+            allowed = "must be 1 with the standard convolution: only the blocks of cheap convolutions are widened"
+            raise OptionError("backbone.expansion", expansion, allowed)
+        reason = conv.reason_to_keep(width, Window()) if width != BASE_WIDTH else None
+        if reason is not None:
+            raise OptionError("backbone.width", width, f"does not suit the block type: {reason}")
+        block = partial(CheapBlock, expansion=expansion) if conv.is_cheap else BasicBlock
+        self.conv1 = conv3x3(3, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = make_stage(block, conv, width, width, (depth - 2) // 6, stride=1)
+        self.layer2 = make_stage(block, conv, width, 2 * width, (depth - 2) // 6, stride=2)
+        self.layer3 = make_stage(block, conv, 2 * width, 4 * width, (depth - 2) // 6, stride=2)
+        self.num_features, self.num_classes = 4 * width, num_classes
+        self.fc = nn.Linear(self.num_features, num_classes)
         init_kaiming(self)
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns the last feature map (N, 64, H/4, W/4) of images (N, 3, H, W)."""
+        """Returns the last feature map (N, 4 * width, H/4, W/4) of images (N, 3, H, W)."""
         x = batch_norm_act(self.conv1(x), self.bn1)
         return self.layer3(self.layer2(self.layer1(x)))
 
@@ -89,14 +113,15 @@ class BasicBlock(nn.Module):
 class CheapBlock(nn.Module):
     """The block of the method's 2019 reference code: relu(norm(conv2(relu(norm(conv1(x)))))) + shortcut(x).
 
-    conv2 has the stride. Unlike in `BasicBlock` the second ReLU comes before the sum.
+    conv2 has the stride. Unlike in `BasicBlock` the second ReLU comes before the sum. With an expansion of e the map
+    between conv1 and conv2 has e times as many channels as the output.
     """
 
-    def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int, expansion: int = 1):
         super().__init__()
-        self.conv1 = conv(in_channels, out_channels, 1)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = conv(out_channels, out_channels, stride)
+        self.conv1 = conv(in_channels, expansion * out_channels, 1)
+        self.bn1 = nn.BatchNorm2d(expansion * out_channels)
+        self.conv2 = conv(expansion * out_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = make_shortcut(in_channels, out_channels, stride)
 

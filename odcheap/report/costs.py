@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from odcheap.config.compose import compose_config
 from odcheap.models import flops
-from odcheap.models.wrapped_network import to_backbone
+from odcheap.models.build import build_comparable
 from odcheap.models.wrappers import MAX_SMALL_SIZE
 from odcheap.report.console_tables import build_table
 from odcheap.utils.console import console, print_error, say, show_steps
@@ -116,9 +116,9 @@ def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
     # The number of classes is that of the usual data set for the size of images.
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
     try:
-        network = to_backbone(build(conv=conv, num_classes=FEW_CLASSES))
+        network = build_comparable(build, conv, FEW_CLASSES)
         if network.native_size > MAX_SMALL_SIZE:
-            network = to_backbone(build(conv=conv, num_classes=MANY_CLASSES))
+            network = build_comparable(build, conv, MANY_CLASSES)
     except Failure as error:
         return Cost(backbone, block_type, refused=str(error))
     pixels, params = network.native_size, flops.count_params(network)

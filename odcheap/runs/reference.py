@@ -33,6 +33,7 @@ class ReferenceWeights:
         block_type: "Shift", "DW" or "Group".
         depth: The depth of the ResNet.
         groups: The number of groups of "Group", otherwise 1.
+        expansion: The factor by which blocks are wider in their middle; see `CifarResNet`.
         num_classes: The number of classes, K.
     """
 
@@ -41,6 +42,7 @@ class ReferenceWeights:
     block_type: str
     depth: int
     groups: int
+    expansion: int
     num_classes: int
 
 
@@ -103,9 +105,10 @@ def translate_reference(tensors: Mapping[str, Tensor], path: str | Path, option:
             block_type="Group" if "group1" in spatial_names else "DW" if "dw1" in spatial_names else "Shift",
             depth=6 * blocks + 2,
             groups=groups,
+            expansion=len(first["layer1.0.conv1.pointwise.weight"]) // len(first["layer1.0.conv2.pointwise.weight"]),
             num_classes=first["fc.weight"].shape[0],
         )
-    except (KeyError, IndexError, AttributeError) as error:
+    except (KeyError, IndexError, AttributeError, ZeroDivisionError, TypeError) as error:
         raise OptionError(option, path, f"looks like a checkpoint of the 2019 code but lacks {error}") from error
 
 
@@ -142,7 +145,9 @@ class ReferenceModel(nn.Module):
         self.num_stu = len(weights.students)
         block_types: dict[str, BlockType] = {"Shift": Shift(), "DW": DW(), "Group": Group(self.groups)}
         conv = block_types[self.block_type]
-        students = Students(lambda: CifarResNet(self.depth, conv, weights.num_classes), self.num_stu, seed=0)
+        students = Students(
+            lambda: CifarResNet(self.depth, conv, weights.num_classes, weights.expansion), self.num_stu, seed=0
+        )
         self.method = OnlineDistillation(students, TEMPERATURE, kl_reduction="mean")
         for student, state in zip(students.members, weights.students, strict=True):
             student.load_state_dict(state)

@@ -274,6 +274,8 @@ def reapply_overrides(
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name.count("."), name)):
         may_change = any(name == option or name.startswith(f"{option}.") for option in CHANGEABLE_OPTIONS)
         may_change = may_change and name not in FIXED_OPTIONS
+        # An earlier version did not have the option: its default is what that version did.
+        may_change = may_change or (name not in before and find_override(overrides, name) is None)
         if not may_change and before.get(name) != now.get(name):
             own_name = name.removesuffix(".part")
             allowed = f"would change the experiment that is resumed; it has {own_name}={before.get(name)}"

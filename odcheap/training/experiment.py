@@ -34,7 +34,7 @@ from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students, check_run
 from odcheap.models.backbone import Backbone
-from odcheap.models.wrapped_network import to_backbone
+from odcheap.models.build import build_comparable
 from odcheap.models.wrappers import check_image_size
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import epoch_path, read_checkpoint
@@ -204,7 +204,7 @@ class Experiment:
         check_image_size(cast(Backbone, students.members[0]), data.image_size, start.config.parts["backbone"])
         load_start_weights(start, method, data)
         with temporary_seed(cfg.seed, "standard"):
-            standard = to_backbone(network(conv=Standard(), num_classes=classes))
+            standard = build_comparable(network, Standard(), classes)
         return cls(start, data, method, optimizer, scheduler, listener, standard)
 
     def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:

@@ -24,6 +24,7 @@ def settings(*overrides):
     [
         ["backbone=resnet20", "block_type=Group", "block_type.groups=2"],
         ["backbone=resnet20", "block_type=Standard"],
+        ["backbone=resnet20", "block_type=RepDW", "backbone.expansion=2", "backbone.width=12"],
         ["backbone=resnet56_converted", "block_type=Shift"],
         ["backbone=mobilenetv2"],
         ["backbone=resnet18", "backbone.pretrained=gone.pth"],
@@ -48,7 +49,7 @@ def test_a_network_comes_back_as_it_was(overrides):
         ({"backbone": {**NETWORK, "part": "../block_type/DW"}}, "its settings build no network"),
         ({"backbone": {**NETWORK, "part": "os.system"}}, "its settings build no network"),
         ({"backbone": {**NETWORK, "part": None}}, "its settings build no network"),
-        ({"backbone": {**NETWORK, "width": 3}}, "its settings build no network"),
+        ({"backbone": {**NETWORK, "growth": 3}}, "its settings build no network"),
         ({"backbone": {**NETWORK, "depth": 9}}, "its settings build no network"),
         ({"block_type": "DW"}, "its settings build no network"),
         ({"classes": None}, "its settings build no network"),

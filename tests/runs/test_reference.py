@@ -36,10 +36,10 @@ def theirs(name: str) -> str:
     return re.sub(r"conv([12])\.spatial", r"dw\1", name)
 
 
-def write_like_2019(path, conv, kind, depth, num_stu, prefix="", zipped=False):
+def write_like_2019(path, conv, kind, depth, num_stu, prefix="", zipped=False, expansion=1):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        method = OnlineDistillation(Students(lambda: CifarResNet(depth, conv, 10), num_stu, 0))
+        method = OnlineDistillation(Students(lambda: CifarResNet(depth, conv, 10, expansion), num_stu, 0))
     state = {prefix + theirs(name).replace("dw", kind): t for name, t in method.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
     return method.eval()
@@ -51,7 +51,8 @@ def write_like_2019(path, conv, kind, depth, num_stu, prefix="", zipped=False):
     [(Shift(), "dw", 1), (DW(), "dw", 1)] + [(Group(g), "group", g) for g in (1, 2, 8, 16)],
 )
 def test_block_type_depth_groups_and_students_are_read_from_the_file(tmp_path, conv, kind, groups, prefix):
-    method = write_like_2019(tmp_path / "old.pt", conv, kind, depth=14, num_stu=3, prefix=prefix)
+    expansion = 3 if groups == 2 else 1
+    method = write_like_2019(tmp_path / "old.pt", conv, kind, 14, 3, prefix, expansion=expansion)
     model = load_reference(tmp_path / "old.pt")
     assert (model.block_type, model.depth, model.groups, model.num_stu) == (type(conv).__name__, 14, groups, 3)
     x = torch.randn(2, 3, 16, 16)

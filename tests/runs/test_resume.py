@@ -3,10 +3,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from odcheap.runs.folder import check_unoccupied
 from odcheap.runs.overrides import name_run, override_key
-from odcheap.runs.settings import flatten
+from odcheap.runs.resume import reapply_overrides
+from odcheap.runs.settings import RunConfig, flatten
 from odcheap.utils.errors import OptionError
 
 
@@ -53,3 +55,16 @@ def test_an_occupied_folder_is_refused_with_the_three_ways_out(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(OptionError, match="its summary.json cannot be read"):
         check_unoccupied(tmp_path, overwrite=False)
+
+
+def test_a_run_of_an_earlier_version_continues_with_the_defaults_of_newer_options(tmp_path):
+    """Its checkpoint does not name an option that did not exist; given anew, the option would change the experiment."""
+
+    def compose(overrides):
+        width = 32 if "backbone.width=32" in overrides else 16
+        return RunConfig(OmegaConf.create({"seed": 0, "data": {}, "backbone": {"width": width}}), {}, overrides)
+
+    saved = {"overrides": ["seed=0"], "config": {"seed": 0, "data": {}, "backbone": {}}}
+    assert reapply_overrides(saved, [], tmp_path, compose).cfg.backbone.width == 16
+    with pytest.raises(OptionError, match=r"backbone\.width=32: would change the experiment that is resumed"):
+        reapply_overrides(saved, ["backbone.width=32"], tmp_path, compose)
