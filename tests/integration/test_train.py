@@ -573,7 +573,7 @@ CKPT = "{tmp}/broken.ckpt"
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["block_type=Foo"], "block_type=Foo: unknown; must be one of DW, Group, Shift, Standard"),
+        (["block_type=Foo"], "block_type=Foo: unknown; must be one of DW, Group, RepDW, Shift, Standard"),
         (
             ["backbone=resnet57"],
             "backbone=resnet57: unknown; must be one of densenet40, mobilenetv2, resnet110, resnet18",

@@ -56,7 +56,7 @@ def test_any_network_is_converted_by_its_name(avg_pool, config_dir):
         x = torch.randn(2, 3, 17, 18)
         assert after(x).shape == before(x).shape
         assert conversion_table(before, after, (3, 16, 16)).rows[1].after == "AvgPool2d + 1 x 1"
-    with pytest.raises(ValueError, match="block_type=AvgPool: unknown; must be one of DW, Group, Shift"):
+    with pytest.raises(ValueError, match="block_type=AvgPool: unknown; must be one of DW, Group, RepDW, Shift"):
         cheapen(before, "AvgPool")
 
 

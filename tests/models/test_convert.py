@@ -472,7 +472,7 @@ def test_a_layer_with_any_hook_is_kept(register):
 @pytest.mark.parametrize(
     ("block_type", "options", "message"),
     [
-        ("Dw", {}, "block_type=Dw: unknown; must be one of DW, Group, Shift"),
+        ("Dw", {}, "block_type=Dw: unknown; must be one of DW, Group, RepDW, Shift"),
         ("Group", {"groups": 0}, "block_type.groups=0: must be a whole number"),
         ("DW", {"keep": 5}, "keep=5: must be a list of names"),
         ("DW", {"init": "svd"}, "init=svd: must be one of auto, fit, kaiming"),
