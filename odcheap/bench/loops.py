@@ -170,7 +170,7 @@ def create_data(cfg: DictConfig, images: Images) -> InMemoryData:
     build = instantiate(cfg.data, _partial_=True)
     if build.func is not InMemoryData:
         raise OptionError("data", cfg.data.name, "the benchmark needs data that fit in memory, such as cifar10")
-    data = build(load=lambda: images)
+    data = build(load=lambda: images, policy=instantiate(cfg.augment))
     data.read()
     return data
 

@@ -25,7 +25,7 @@ method=kd method.temperature=2. --help with method=kd shows the options of kd.
   --cfg job         prints the options of the run, and does not train
   --hydra-help      the help of Hydra, which reads the command line
 """
-GROUPS = ("block_type", "backbone", "method", "data", "optimizer", "scheduler", "trainer", "logger")
+GROUPS = ("block_type", "backbone", "method", "data", "augment", "optimizer", "scheduler", "trainer", "logger")
 DEFAULTS = {"logger": "tensorboard"}
 PACKAGE = Path(__file__).parents[1]
 COLUMN, WIDTH = 38, 120  # where descriptions begin, and where lines end

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from odcheap.data.policies import Policy
 from odcheap.data.transforms import Normalization
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -26,7 +27,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (N, C, H, W), float32, augmented in training and normalized; or (S, N, C, H, W) with S independent
             augmentations of each image.
-        target: Labels (N,), int64.
+        target: Labels (N,), int64; in training with mixup or cutmix the probabilities of the classes (N, K), float32.
         share: The factor by which the process multiplies its mean loss: N times the number of processes, divided by the
             size of the global batch. With it the mean of the gradients of all processes is exactly the gradient of the
             global batch's mean loss, even if the images of the batch cannot be divided evenly among the processes.
@@ -205,6 +206,7 @@ class ImageData(ABC):
         mean: The mean of each channel of images in [0, 1], for normalization.
         std: The standard deviation of each channel, for the same images.
         limit: The number of training images of a short run, see `splits.limit_parts`; None for all.
+        policy: The operations that follow the crop and the flip of training images; None for none.
 
     Attributes:
         classes: The names of the classes; the position of a name is the label.
@@ -239,11 +241,13 @@ class ImageData(ABC):
         mean: Iterable[float],
         std: Iterable[float],
         limit: Annotated[int, Field(ge=MIN_IMAGES)] | None = None,
+        policy: Policy | None = None,
     ):
         self.name, self.seed, self.select, self.select_by = name, seed, select, select_by
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_size, self.split_seed, self.limit = val_size, split_seed, limit
         self.norm = Normalization(tuple(mean), tuple(std))
+        self.policy = policy or Policy()
 
     @abstractmethod
     def read(self) -> None:

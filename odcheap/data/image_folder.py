@@ -28,13 +28,14 @@ from odcheap.data.base import (
     join_digests,
 )
 from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, hash_files
+from odcheap.data.policies import Policy
 from odcheap.data.splits import hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
 from odcheap.predict import ImageError, decode_image, escape_control_chars, find_rotation, measure_16_bits
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError
-from odcheap.utils.seeds import temporary_seed
+from odcheap.utils.seeds import make_generator, temporary_seed
 from odcheap.utils.signals import STOP_SIGNALS
 
 MAX_TRIES = 20  # if so many successive images are unreadable, the batch fails
@@ -139,13 +140,23 @@ class TrainImages(Dataset):
         seed: The seed of the run.
         views: The number of independent augmentations of each image, S; if it is above 1, images are (S, C, H, W).
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
+        policy: The operations that follow the crop and the flip; None for none.
+        color: The color (C,), uint8, of rectangles that the policy erases; None for black.
     """
 
     def __init__(
-        self, files: Files, transform: TrainingTransform, seed: int, views: int = 1, bit_depth: int | None = None
+        self,
+        files: Files,
+        transform: TrainingTransform,
+        seed: int,
+        views: int = 1,
+        bit_depth: int | None = None,
+        policy: Policy | None = None,
+        color: Tensor | None = None,
     ):
         self.files, self.transform, self.seed, self.views = files, transform, seed, views
-        self.bit_depth = bit_depth
+        self.bit_depth, self.policy = bit_depth, policy or Policy()
+        self.color = torch.zeros((), dtype=torch.uint8) if color is None else color
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         # Try this image, then those that follow it. The random numbers are those of `number`, whichever image is read.
@@ -182,7 +193,16 @@ class TrainImages(Dataset):
 
         image = decode_image(path, self.bit_depth, reduce)
         crops = crops or self.draw_crops(image.size, epoch, number)
-        return [self.transform.apply(image, crop, reduction) for crop in crops]
+        views = [self.transform.apply(image, crop, reduction) for crop in crops]
+        if self.policy.is_empty:
+            return views
+        return [self.apply_policy(image, epoch, number, view) for view, image in enumerate(views)]
+
+    def apply_policy(self, image: Tensor, epoch: int, number: int, view: int) -> Tensor:
+        """Applies the operations that the policy draws for a view of an image, (C, size, size) uint8."""
+        random = make_generator(self.seed, *augmentation_stream(epoch, number, view, purpose="policy"))
+        drawn = self.policy.draw(1, (self.transform.size, self.transform.size), random)
+        return self.policy.apply(image[None], drawn.for_batches([torch.arange(1)], image.device)[0], self.color)[0]
 
     def draw_crops(self, image_size: tuple[int, int], epoch: int, number: int) -> list[Crop]:
         crops = []
@@ -512,7 +532,9 @@ class ImageFolderData(ImageData):
                 yield os.fsdecode(name), self.classes[label], part
 
     def train_loader(self, process: Process, views: int = 1) -> TrainStream:
-        images = TrainImages(self.parts["train"], self.train_transform, self.seed, views, self.bit_depth)
+        color = self.norm.mean_color(torch.device("cpu"))
+        files, transform = self.parts["train"], self.train_transform
+        images = TrainImages(files, transform, self.seed, views, self.bit_depth, self.policy, color)
         return TrainStream(self.stream(images, process), self.train_order(process))
 
     def eval_loader(self, part: str, process: Process) -> EvalStream:

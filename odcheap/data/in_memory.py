@@ -20,11 +20,13 @@ from odcheap.data.base import (
     ResumableBatches,
     join_digests,
 )
+from odcheap.data.policies import BatchDraws, Policy
 from odcheap.data.splits import Split, hash_pixels, limit_parts, split_stratified
-from odcheap.data.transforms import Augmentation, Normalization, stack_views
+from odcheap.data.transforms import Augmentation, Normalization, augmentation_stream, stack_views
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
+from odcheap.utils.seeds import make_generator
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class TrainBatches(ResumableBatches):
         augment: The augmentation.
         norm: The normalization.
         views: The number of independent augmentations of each image, S.
+        policy: The operations that follow the crop and the flip; None for none.
     """
 
     def __init__(
@@ -70,9 +73,11 @@ class TrainBatches(ResumableBatches):
         augment: Augmentation,
         norm: Normalization,
         views: int = 1,
+        policy: Policy | None = None,
     ):
         super().__init__(order)
         self.images, self.target, self.augment, self.norm, self.views = images, target, augment, norm, views
+        self.policy, self.color = policy or Policy(), norm.mean_color(images.device)
 
     def batches_from(self, start: int) -> Iterator[Batch]:
         # The random numbers of all images: they do not depend on how images are divided into batches and processes.
@@ -82,10 +87,23 @@ class TrainBatches(ResumableBatches):
         parts, shares = zip(*self.sampler.batches(), strict=True)
         # One copy to the device for all batches: a copy for each batch would make the GPU wait each time.
         order = torch.cat(parts).to(device).split([len(part) for part in parts])
+        operations = [self.draw_operations(list(parts), view) for view in range(self.views)]
         for k in range(start, len(order)):
             images = self.images[order[k]]
-            views = [self.norm.apply(self.augment.apply(images, view[order[k]])) for view in drawn]
+            views = []
+            for crops, policy in zip(drawn, operations, strict=True):
+                cropped = self.augment.apply(images, crops[order[k]])
+                views.append(self.norm.apply(self.policy.apply(cropped, policy[k], self.color) if policy else cropped))
             yield Batch(stack_views(views), self.target[order[k]], shares[k])
+
+    def draw_operations(self, batches: list[Tensor], view: int) -> list[BatchDraws]:
+        """Returns what the policy draws for each batch of the epoch; an empty list if it changes nothing."""
+        if self.policy.is_empty:
+            return []
+        stream = augmentation_stream(self.sampler.epoch, view, purpose="policy")
+        random, (height, width) = make_generator(self.sampler.seed, *stream), self.images.shape[-2:]
+        drawn = self.policy.draw(len(self.images), (height, width), random)
+        return drawn.for_batches(batches, self.images.device)
 
 
 class EvalBatches:
@@ -195,7 +213,8 @@ class InMemoryData(ImageData):
 
     def train_loader(self, process: Process, views: int = 1) -> TrainBatches:
         images, target = (tensor.to(process.device) for tensor in self.select_part("train"))
-        return TrainBatches(images, target, self.train_order(process), self.augment, self.norm, views)
+        order = self.train_order(process)
+        return TrainBatches(images, target, order, self.augment, self.norm, views, self.policy)
 
     def eval_loader(self, part: str, process: Process) -> EvalBatches:
         return EvalBatches(*self.select_part(part), self.eval_batch_size, self.norm, process)

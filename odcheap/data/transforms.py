@@ -64,14 +64,15 @@ class Augmentation:
         return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def augmentation_stream(*place: int) -> tuple[str | int, ...]:
+def augmentation_stream(*place: int, purpose: str = "augment") -> tuple[str | int, ...]:
     """Returns the name of the random stream from which an augmentation is drawn, for `make_generator`.
 
     Args:
         *place: Numbers that identify the augmentation, such as epoch and image; the last one is the number of the view.
+        purpose: "augment" for crop and flip, "policy" for the operations of `data.policies`.
     """
     # View 0 has no number in the name, so that it is the same for methods with one view and with several.
-    return ("augment", *(place if place[-1] else place[:-1]))
+    return (purpose, *(place if place[-1] else place[:-1]))
 
 
 def stack_views(views: list[Tensor]) -> Tensor:
@@ -104,6 +105,10 @@ class Normalization:
         for option, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or (option == "std" and min(values) <= 0):
                 raise OptionError(f"data.{option}", list(values), "must be three numbers, those of std above 0")
+
+    def mean_color(self, device: torch.device) -> Tensor:
+        """Returns the color (C,), uint8, that normalization makes nearly zero."""
+        return torch.tensor([round(255 * value) for value in self.mean], dtype=torch.uint8, device=device)
 
     def apply(self, images: Tensor) -> Tensor:
         """Returns normalized images, (N, C, H, W) float32, in channels-last memory format, for `images` in uint8."""

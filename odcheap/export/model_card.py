@@ -26,7 +26,7 @@ from odcheap.training.summary import list_versions
 from odcheap.utils.text import escape_markdown, format_accuracy, format_code, hide_folders
 
 STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense.onnx"
-OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "seed", "select")
+OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "augment", "seed", "select")
 # Options in the name of a network, with the values at which they are left out.
 NAMING_OPTIONS = {"depth": None, "expansion": 1, "width": 16, "name": None, "groups": None}
 STUDENT_FILE = "student.safetensors"

@@ -77,7 +77,8 @@ class Method(nn.Module):
 
         Args:
             outputs: The outputs that `forward` returned.
-            target: Labels (N,), integers from 0 to K - 1.
+            target: Labels (N,), integers from 0 to K - 1; in training with mixup or cutmix the probabilities of the
+                classes (N, K).
         """
         raise NotImplementedError
 
@@ -114,6 +115,9 @@ class Method(nn.Module):
 
     def check_classes(self, classes: list[str]) -> None:
         """Raises `OptionError` if a teacher from a file has other classes than the data; this default never does."""
+
+    def check_soft_labels(self) -> None:
+        """Raises `OptionError` if the loss cannot take probabilities as labels; this default never does."""
 
     def check_precision(self, precision: str) -> None:
         """Raises `OptionError` if the method keeps moving averages and the weights have fewer than 32 bits.
@@ -171,6 +175,9 @@ class LogitDistillation(Method):
         self.temperature = temperature
         self.distance = DistillationLoss(loss, temperature, loss_weights, kl_reduction)
 
+    def check_soft_labels(self) -> None:
+        self.distance.check_soft_labels()
+
 
 @check_arguments("method")
 class RampUp(nn.Module):
@@ -213,7 +220,7 @@ def cross_entropy_terms(logits: Tensor, target: Tensor, name: str, smoothing: fl
 
     Args:
         logits: The students' logits (S, N, K).
-        target: Labels (N,).
+        target: Labels (N,), or probabilities of the classes (N, K).
         name: The name of the terms, before the student's number.
         smoothing: The fraction of each label's probability that is divided among all classes.
     """

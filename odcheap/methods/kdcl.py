@@ -24,6 +24,7 @@ from odcheap.methods.base import LogitDistillation, Outputs, add_total, cross_en
 from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.errors import OptionError
 
 
 @check_arguments("method")
@@ -51,8 +52,14 @@ class CollaborativeLearning(LogitDistillation):
         **options: Any,
     ):
         super().__init__(students, temperature, **options)
-        self.weight = weight
+        self.weight, self.soft_target = weight, soft_target
         self.make_target = min_logit_target if soft_target == "minlogit" else naive_target
+
+    def check_soft_labels(self) -> None:
+        super().check_soft_labels()
+        if self.soft_target == "minlogit":
+            allowed = "needs one label for each image, which augment.mixup and augment.cutmix do not give"
+            raise OptionError("method.soft_target", self.soft_target, f"{allowed}; naive takes mixed labels")
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
@@ -87,7 +94,7 @@ def naive_target(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: The students' logits (S, N, K).
-        target: Labels (N,).
+        target: Labels (N,), or probabilities of the classes (N, K).
 
     Returns:
         (N, K).

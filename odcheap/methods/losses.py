@@ -179,6 +179,12 @@ class DistillationLoss:
         alpha, beta = weights or DEFAULT_WEIGHTS.get(name, (1.0, 1.0))
         self.weights = alpha, beta
 
+    def check_soft_labels(self) -> None:
+        """Raises `OptionError` if the loss needs one label for each image."""
+        if self.name == "dkd":
+            allowed = "needs one label for each image, and mixed images have two; kl, dist and standardized do not"
+            raise OptionError("method.loss", "dkd", allowed)
+
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         """Returns the loss, without the factor T^2; gradients flow to both tensors of logits.
 
@@ -193,10 +199,9 @@ class DistillationLoss:
         Raises:
             OptionError: The loss needs labels, and `target` has probabilities.
         """
+        if target.ndim != 1:
+            self.check_soft_labels()
         if self.name == "dkd":
-            if target.ndim != 1:
-                allowed = "needs one label for each image, and mixed images have two; kl, dist and standardized do not"
-                raise OptionError("method.loss", "dkd", allowed)
             return decoupled_kl(student_logits, teacher_logits, target, self.temperature, self.weights)
         if self.name == "dist":
             return correlation_distance(student_logits, teacher_logits, self.temperature, self.weights)

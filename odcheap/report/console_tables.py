@@ -31,7 +31,7 @@ IMPORTANCE += ("params", "MACs", "latency ms", "standard ms", "training time", "
 # The columns of a sweep's runs that may be left out.
 RUN_IMPORTANCE = ("test top-1 %", "val top-1 %", "teacher test %", "MACs", "parameters")
 # Groups whose choice says enough without the name of the group.
-PART_GROUPS = ("backbone", "block_type", "data", "experiment", "method", "optimizer", "scheduler")
+PART_GROUPS = ("augment", "backbone", "block_type", "data", "experiment", "method", "optimizer", "scheduler")
 BORDERS = 3  # characters that a column needs besides its cells
 MAX_TEXT = 24  # characters: longer text may be wrapped
 

@@ -21,7 +21,7 @@ from odcheap.utils.parts import PART_NAME
 EXPERIMENT_OPTIONS = ("num_stu", "seed", "select", "on_nonfinite", "max_skipped", "experiment")
 EXPERIMENT_OPTIONS += ("trainer.max_epochs", "trainer.precision", "trainer.accumulate_grad_batches")
 EXPERIMENT_OPTIONS += ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.limit_train_batches")
-EXPERIMENT_GROUPS = ("block_type", "backbone", "method", "data", "optimizer", "scheduler")
+EXPERIMENT_GROUPS = ("block_type", "backbone", "method", "data", "augment", "optimizer", "scheduler")
 # Options of these groups that say on which machine a run computes, or that let a loader write files.
 MACHINE_OPTIONS = ("data.workers", "data.load.download", "data.load.read_only")
 DATA_FOLDERS = ("data_dir", "data.load.data_dir")

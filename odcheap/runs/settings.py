@@ -7,7 +7,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env
 
-from odcheap.utils.parts import part_settings
+from odcheap.utils.parts import part_settings, read_part
 
 
 class RunConfig:
@@ -41,6 +41,16 @@ class RunConfig:
             settings[group] = part_settings(settings[group], name)
         loggers = settings.get("logger") or {}
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
+
+
+# Config groups that earlier versions did not have, and the part that does what these versions did.
+NEW_GROUPS = {"augment": "standard"}
+
+
+def add_new_groups(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns saved settings with those of the groups that did not exist when they were saved."""
+    missing = {group: name for group, name in NEW_GROUPS.items() if group not in settings}
+    return {**settings, **{group: part_settings(read_part(group, name), name) for group, name in missing.items()}}
 
 
 @contextmanager

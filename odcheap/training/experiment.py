@@ -26,6 +26,7 @@ from torch import nn
 
 from odcheap.config.messages import explained_errors
 from odcheap.data.base import SELECT_BY, ImageData, Process, limit_batches
+from odcheap.data.mixing import build_mixing
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
@@ -163,6 +164,7 @@ class Experiment:
             gradients,
             (refuse_eager if cfg.capture is True else report_eager) if uses_graphs(cfg) else None,
             teacher_saw_val=cfg.select != "test" and self.method.may_have_seen(self.data.fingerprint),
+            mixing=build_mixing(self.data.policy, len(self.data.classes), cfg.seed),
         )
         self.check_evaluations(steps)
         figure = SELECT_BY[self.data.select_by]
@@ -181,7 +183,7 @@ class Experiment:
         """
         # The data come first, since the network needs their number of classes.
         cfg = start.cfg
-        data = instantiate(cfg.data)
+        data = instantiate(cfg.data, policy=instantiate(cfg.augment))
         data.read()
         data.check(launch.count_processes(cfg))
         # A resumed run needs no pretrained weights: they are in its checkpoint, and their file may be gone.
@@ -201,6 +203,8 @@ class Experiment:
         optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.scheduler)
         build_optimization(method, optimizer, scheduler, steps=1000)  # so that errors appear before the folder is made
         method.check_precision(str(cfg.trainer.precision))
+        if cfg.augment.mixup or cfg.augment.cutmix:
+            method.check_soft_labels()
         check_image_size(cast(Backbone, students.members[0]), data.image_size, start.config.parts["backbone"])
         load_start_weights(start, method, data)
         with temporary_seed(cfg.seed, "standard"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from odcheap.data.base import Batch
+from odcheap.data.mixing import Mixing, to_labels
 from odcheap.methods.base import Method
 from odcheap.training.metrics import MemberScores, TermMeans
 from odcheap.training.optim import build_optimization, follow_schedule
@@ -68,6 +69,8 @@ class DistillationModule(pl.LightningModule):
         on_graph_refused: None to train in eager mode. If it is a function, training steps are recorded as CUDA graphs;
             if they cannot be recorded, the function is called with the reason, a text.
         teacher_saw_val: Whether the teacher may have been trained on the held-out images.
+        mixing: Mixup and cutmix of the training batches; None for none. The accuracies of the training are then those
+            for the more probable label of each image.
 
     Attributes:
         members: The names of the members, such as "student_0", "average_0", "teacher" and "ensemble".
@@ -86,13 +89,14 @@ class DistillationModule(pl.LightningModule):
         gradients: GradientOptions = GradientOptions(),  # noqa: B008 - immutable
         on_graph_refused: Callable[[str], None] | None = None,
         teacher_saw_val: bool = False,
+        mixing: Mixing | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.method = method.to(memory_format=torch.channels_last)
         self.optimizer, self.scheduler, self.steps, self.seed = optimizer, scheduler, steps, seed
         self.about, self.gradients, self.on_graph_refused = about or {}, gradients, on_graph_refused
-        self.teacher_saw_val = teacher_saw_val
+        self.teacher_saw_val, self.mixing = teacher_saw_val, mixing
         self.members = name_members(method)
         # With an underscore, since a `ModuleDict` cannot have a key "train".
         scores = {f"{stage}_": MemberScores(len(self.members), classes, stage == "test") for stage in STAGES}
@@ -143,6 +147,8 @@ class DistillationModule(pl.LightningModule):
         """Trains on a batch; callbacks get the `StepResult` as `outputs["result"]`."""
         # Random numbers of the networks (dropout) depend only on the step, so a resumed run draws the same ones.
         torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        if self.mixing is not None:
+            batch = self.mixing(batch, self.current_epoch, batch_idx)
         # The weights are updated after every accumulate_grad_batches batches, and after the last one of the epoch.
         done = batch_idx + 1
         update = done % self.gradients.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
@@ -156,7 +162,7 @@ class DistillationModule(pl.LightningModule):
             progress.increment_completed()
         if result.taken or not update:  # a skipped step does not count
             self.terms.update(result.terms, len(batch.target))
-            self.stage_scores("train").update(self.member_logits(result.outputs), batch.target)
+            self.stage_scores("train").update(self.member_logits(result.outputs), to_labels(batch.target))
         return {"loss": result.terms["loss"], "result": result}
 
     def on_validation_epoch_start(self) -> None:

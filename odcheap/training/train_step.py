@@ -95,7 +95,8 @@ class EagerStep:
         """Trains on a batch, under the current autocast.
 
         Args:
-            batch: Images (N, C, H, W), or (S, N, C, H, W) with a view for each student, and labels (N,).
+            batch: Images (N, C, H, W), or (S, N, C, H, W) with a view for each student, and labels (N,) or
+                probabilities of the classes (N, K).
             update: Whether the optimizer takes a step. False only accumulates gradients.
         """
         # The first batch of an optimizer step: no gradients are left from before.

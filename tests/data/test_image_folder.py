@@ -1,6 +1,7 @@
 """Pictures from files as batches, and whole runs on small trees of every layout."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,10 @@ from odcheap import cli
 from odcheap.data.base import Process
 from odcheap.data.folder_trees import list_class_folders
 from odcheap.data.image_folder import BrokenImages, ImageFolderData
+from odcheap.data.policies import TrivialAugment
+from odcheap.data.transforms import Normalization
 from odcheap.utils.errors import OptionError
+from odcheap.utils.seeds import make_generator
 
 SMALL = ["data=imagefolder", "data.image_size=16", "data.min_scale=0.5", "data.workers=0", "data.batch_size=16"]
 SMALL += ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu", "trainer.max_epochs=2", "logger=csv"]
@@ -113,6 +117,25 @@ def test_each_student_may_get_a_view_of_its_own(flat, workers):
         assert not torch.equal(several.images[1], one.images)
         assert all(view.is_contiguous(memory_format=torch.channels_last) for view in several.images)
     assert all(batch.images.ndim == 4 for batch in data.val_loader(ALONE))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_policy_s_operations_follow_crop_and_flip(flat, workers):
+    """Those of the image's own draws; the first view is that of a single one."""
+    policy = TrivialAugment(erasing=0.5)
+    plain = made(flat).train_loader(ALONE, views=2)
+    loader = made(flat, workers=workers, policy=policy, mean=(0.2, 0.4, 0.6)).train_loader(ALONE, views=2)
+    norm = Normalization((0.2, 0.4, 0.6), (1.0,) * 3)
+    order = [index.tolist() for index, _ in loader.sampler.batches()]
+    for one, other, numbers in zip(plain, loader, order, strict=True):
+        for view, k in itertools.product((0, 1), range(len(numbers))):
+            pixels = (255 * one.images[view, k]).round().to(torch.uint8)[None]
+            random = make_generator(0, "policy", 0, numbers[k], *[1] * view)
+            drawn = policy.draw(1, (8, 8), random).for_batches([torch.arange(1)], torch.device("cpu"))[0]
+            expected = norm.apply(policy.apply(pixels, drawn, torch.tensor([51, 102, 153], dtype=torch.uint8)))
+            torch.testing.assert_close(other.images[view, k], expected[0])
+    single = made(flat, policy=policy, mean=(0.2, 0.4, 0.6)).train_loader(ALONE)
+    assert all(torch.equal(a.images, b.images[0]) for a, b in zip(single, loader, strict=True))
 
 
 def test_a_resumed_loader_goes_on_where_it_was(flat):

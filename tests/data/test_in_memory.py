@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from odcheap.data.base import BatchOrder, Process
 from odcheap.data.digits import load_digits
 from odcheap.data.in_memory import EvalBatches, Images, InMemoryData, TrainBatches
+from odcheap.data.policies import RandAugment, TrivialAugment
 from odcheap.data.transforms import Augmentation, Normalization
 from odcheap.utils.errors import OptionError
+from odcheap.utils.seeds import make_generator
 
 ALONE = Process()
 PLAIN = Normalization((0.0,) * 3, (1.0,) * 3)
@@ -41,18 +43,19 @@ def test_order_depends_on_seed_and_epoch():
     assert first(0, 1) != first(1, 1)
 
 
-def batches(order=None):
+def batches(order=None, policy=None, views=1):
     images = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     order = order or BatchOrder(50, 8, seed=0)
-    return TrainBatches(images, torch.arange(50), order, Augmentation(True, 1), PLAIN)
+    return TrainBatches(images, torch.arange(50), order, Augmentation(True, 1), PLAIN, views, policy)
 
 
-def test_a_resumed_loader_goes_on_where_it_was():
-    whole = list(batches())
-    interrupted = iter(loader := batches())
+@pytest.mark.parametrize("policy", [None, TrivialAugment(erasing=0.3)])
+def test_a_resumed_loader_goes_on_where_it_was(policy):
+    whole = list(batches(policy=policy))
+    interrupted = iter(loader := batches(policy=policy))
     for _ in range(3):
         next(interrupted)
-    again = batches()
+    again = batches(policy=policy)
     again.load_state_dict(loader.state_dict())
     rest = list(again)
     assert len(rest) == len(whole) - 3
@@ -68,13 +71,30 @@ def test_a_loader_saved_at_the_epoch_s_end_starts_the_next_one_at_its_beginning(
     assert len(list(again)) == len(loader)
 
 
-def test_augmentation_belongs_to_the_sample_whatever_the_batch():
-    small, large = batches(BatchOrder(50, 5, seed=0)), batches(BatchOrder(50, 25, seed=0))
+@pytest.mark.parametrize("policy", [None, RandAugment(erasing=0.3)])
+def test_augmentation_belongs_to_the_sample_whatever_the_batch(policy):
+    small, large = (batches(BatchOrder(50, size, seed=0), policy) for size in (5, 25))
     by_sample = [
         {int(t): image for batch in loader for t, image in zip(batch.target, batch.images, strict=True)}
         for loader in (small, large)
     ]
     assert all(torch.equal(by_sample[0][k], by_sample[1][k]) for k in range(50))
+
+
+def test_operations_follow_crop_and_flip_and_are_drawn_for_each_view():
+    policy, orders = RandAugment(erasing=0.3), BatchOrder(50, 8, seed=0)
+    for epoch in (0, 1):
+        orders.set_epoch(epoch)
+        plain, several = list(batches(orders, views=2)), list(batches(orders, policy, views=2))
+        for view in (0, 1):
+            drawn = policy.draw(50, (4, 4), make_generator(0, "policy", epoch, *[1] * view))
+            index = [batch for batch, _ in orders.batches()]
+            for one, other, part in zip(plain, several, drawn.for_batches(index, torch.device("cpu")), strict=True):
+                pixels = (255 * one.images[view]).round().to(torch.uint8)
+                expected = PLAIN.apply(policy.apply(pixels, part, torch.zeros(3, dtype=torch.uint8)))
+                assert torch.equal(other.images[view], expected)
+        single = list(batches(orders, policy))
+        assert all(torch.equal(a.images, b.images[0]) for a, b in zip(single, several, strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -16,7 +16,8 @@ from odcheap.utils.parts import find_conf_dir
 METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
 BLOCKS = sorted(path.stem for path in (find_conf_dir() / "block_type").glob("*.yaml"))
 PRECISIONS = ["32-true", "bf16-mixed", "64-true", "bf16-true"]
-AUGMENTED = [["data.flip=true", "data.crop_padding=0"], ["data.flip=true"], ["data.crop_padding=2"]]
+AUGMENTED = [["data.flip=true", "data.crop_padding=0"], ["data.flip=true", "augment=trivial"], ["data.crop_padding=2"]]
+AUGMENTED += [["augment=randaugment", "augment.erasing=0.3"]]
 OFTEN = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100"]  # of 19 steps: saved after the tenth, last
 TIMED = {"seconds", "images_per_second"}
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -31,6 +32,8 @@ def combinations(name):
         augmented = next(others)
         if name == "pcl" and precision == "bf16-true":
             continue  # its averages need weights in 32 bits, and it says so
+        if name != "kdcl":  # its soft target needs one label for each image
+            augmented = [*augmented, "augment.mixup=0.2", "augment.cutmix=1.0"]
         averaged = ["method.average_decay=0.9"] * (name in ("alone", "od") and precision != "bf16-true")
         yield [f"block_type={block}", f"trainer.precision={precision}", *augmented, *averaged]
 

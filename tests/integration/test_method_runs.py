@@ -96,6 +96,22 @@ def test_losses_are_computed_in_float32_where_the_network_runs_in_bfloat16(made,
         torch.testing.assert_close(value, expected[term], rtol=1e-6, atol=1e-7, msg=term)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "kdcl"])
+def test_mixed_labels_count_in_the_cross_entropies_in_proportion(made, name):
+    """The terms that depend on the labels are linear in them; the others do not see them."""
+    method = made(name, 3).eval()
+    method.check_soft_labels()
+    images, one, _ = batch(method)
+    other = one.roll(1)
+    outputs = method(images)
+    labels = 0.7 * torch.eye(10)[one] + 0.3 * torch.eye(10)[other]
+    mixed, first, second = (method.loss(outputs, target) for target in (labels, one, other))
+    assert mixed.keys() == first.keys()
+    assert any(first[term] != second[term] for term in first)
+    for term, value in mixed.items():
+        torch.testing.assert_close(value, 0.7 * first[term] + 0.3 * second[term], rtol=1e-5, atol=1e-6, msg=term)
+
+
 @pytest.mark.parametrize("name", ["one", "okddip", "ffl", "pcl"])
 def test_imitation_grows_and_the_labels_do_not(made, name):
     method = made(name, 3).eval()

@@ -179,10 +179,16 @@ def equal(a, b):
     return a == b
 
 
+AUGMENTED = ("augment.erasing=0.25", "augment.mixup=0.2", "augment.cutmix=1.0")
+
+
 @pytest.mark.parametrize(
     ("options", "places"),
     [
-        (("block_type=DW", "data.flip=true", "trainer.precision=bf16-true"), ("epoch-0000-step-0000010", "epoch-0000")),
+        (
+            ("block_type=DW", "data.flip=true", "trainer.precision=bf16-true", "augment=trivial", *AUGMENTED),
+            ("epoch-0000-step-0000010", "epoch-0000"),
+        ),
         (("block_type=Shift", "trainer.precision=bf16-mixed"), ("epoch-0001-step-0000010",)),
         (
             ("block_type=Group", "select=last", "data.val_size=0.5", "trainer.precision=64-true"),
@@ -630,6 +636,14 @@ CKPT = "{tmp}/broken.ckpt"
         (["block_type=Shift", "optimizer.decay_spatial=false"], "optimizer.decay_spatial=false: has no effect"),
         (["method.average_decay=0.9", "trainer.precision=bf16-true"], "trainer.precision=bf16-true: averages, which"),
         (["data.crop_padding=8"], "data.crop_padding=8: must be 0 or more, below the images' 8 pixels a side"),
+        (
+            ["augment=randaugment", "augment.magnitude=31"],
+            "augment.magnitude=31: must be a whole number, 0 or more and",
+        ),
+        (["augment.mixup=-1"], "augment.mixup=-1: must be a number, 0 or more and at most 100"),
+        (["augment.magnitude=3"], "augment.magnitude"),
+        (["method.loss=dkd", "augment.cutmix=1"], "method.loss=dkd: needs one label for each image, and mixed images"),
+        (["method=kdcl", "augment.mixup=0.2"], "method.soft_target=minlogit: needs one label for each image, which"),
         (["checkpoint_every=-1"], "checkpoint_every=-1: must be a number, 0 or more, or null"),
         (["max_skipped=-1"], "max_skipped=-1: must be a whole number, 0 or more"),
     ],

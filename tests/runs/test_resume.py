@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from odcheap.runs.folder import check_unoccupied
 from odcheap.runs.overrides import name_run, override_key
 from odcheap.runs.resume import reapply_overrides
-from odcheap.runs.settings import RunConfig, flatten
+from odcheap.runs.settings import RunConfig, add_new_groups, flatten
 from odcheap.utils.errors import OptionError
 
 
@@ -33,6 +33,13 @@ def test_long_names_stay_different():
 @pytest.mark.parametrize("override", ["seed=1", "+seed=1", "++seed=a=b", "~seed"])
 def test_the_key_of_an_override(override):
     assert override_key(override) == "seed"
+
+
+def test_settings_of_an_earlier_version_get_the_groups_that_are_new():
+    old = {"method": {"part": "od"}}
+    now = {"part": "standard", "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    assert add_new_groups(old) == {"method": {"part": "od"}, "augment": now}
+    assert add_new_groups({"augment": {"part": "trivial"}}) == {"augment": {"part": "trivial"}}
 
 
 def test_flat():
