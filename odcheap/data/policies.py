@@ -267,7 +267,7 @@ def compute_values(operation: Tensor, strength: Tensor, size: tuple[int, int]) -
     }
     # All other functions take one value: factors around 1, bits, or a threshold.
     factors = ("Brightness", "Color", "Contrast", "Sharpness")
-    rows |= {name: (1 + strength, zero, zero, zero, zero, zero) for name in factors}
+    rows |= dict.fromkeys(factors, (1 + strength, zero, zero, zero, zero, zero))
     rows |= {name: (strength, zero, zero, zero, zero, zero) for name in NAMES if name not in rows}
     table = torch.stack([torch.stack(rows[name], dim=-1) for name in NAMES])  # (14, ..., 6)
     return table.gather(0, operation[None, ..., None].expand(1, *operation.shape, 6))[0].float()
