@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from process_server import ONE_THREAD, popen
 
 import train
 from odcheap import cli, predict
@@ -22,9 +23,6 @@ from odcheap.layers import kernels
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
 TINY += ["trainer.max_epochs=2", "logger=csv"]
-
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
 
 
 def pytest_collection_finish():
@@ -45,7 +43,7 @@ class Begun:
         self.cwd, self.said = cwd, []
         command = [sys.executable, *starter, train.__file__, *given, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen(command, cwd=cwd, env=ONE_THREAD, start_new_session=True, **pipes)
+        self.process = popen(command, cwd=cwd, env=ONE_THREAD, start_new_session=True, **pipes)
 
     def until(self, words):
         for line in self.process.stdout:

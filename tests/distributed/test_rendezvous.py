@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, free_port
+from conftest import ONE_THREAD, TINY, free_port
+from process_server import popen
 
 import train
 from odcheap.distributed import rendezvous
@@ -84,9 +85,8 @@ def agents(job_dir, port, restarts, epochs, cwd, count=2):
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--max-restarts={restarts}"]
     command += [train.__file__, *TINY, "trainer=multinode", "trainer.accelerator=cpu", f"trainer.max_epochs={epochs}"]
     command += [f"job_dir={job_dir}", "resume=auto", "checkpoint_every=0"]
-    own = {"cwd": cwd, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # two processes share two cores
     with open(f"{job_dir}.log", "a") as log:
-        return [subprocess.Popen(command, stdout=log, stderr=log, **own) for _ in range(count)]
+        return [popen(command, stdout=log, stderr=log, cwd=cwd, env=ONE_THREAD) for _ in range(count)]
 
 
 def worker(agent):

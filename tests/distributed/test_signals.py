@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -225,14 +226,13 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path, name, command):
 @pytest.mark.parametrize("how", ["pipe", "closed"])
 def test_an_output_that_nobody_reads_ends_no_training(tmp_path, how):
     """`train.py | head -1`, and `train.py >&-`."""
-    command = [train.__file__, *TINY, f"job_dir={tmp_path}/run"]
     if how == "pipe":
-        process = begin(*command, cwd=tmp_path)
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(120) == 0
+        run = Begun(f"job_dir={tmp_path}/run", cwd=tmp_path)
+        run.until("")
+        run.process.stdout.close()
+        assert run.process.wait(120) == 0
     else:
-        words = " ".join(map(shlex.quote, [sys.executable, *command]))
+        words = shlex.join([sys.executable, train.__file__, *TINY, f"job_dir={tmp_path}/run"])
         assert subprocess.run(["sh", "-c", f"exec {words} >&- 2>&-"], env=ONE_THREAD, check=False).returncode == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     assert (tmp_path / "run" / "student.safetensors").is_file()
@@ -254,12 +254,10 @@ def ranks(train_py):
     listed = subprocess.run(["pgrep", "-f", str(train_py)], capture_output=True, text=True).stdout.split()
     for pid in listed:
         try:
-            with open(f"/proc/{pid}/environ") as file:
-                environment = dict(entry.split("=", 1) for entry in file.read().split("\0") if "=" in entry)
+            words = Path(f"/proc/{pid}/environ").read_text() + Path(f"/proc/{pid}/cmdline").read_text()
         except OSError:
             continue
-        if "RANK" in environment:
-            found[int(environment["RANK"])] = int(pid)
+        found |= {int(word[5:]): int(pid) for word in words.split("\0") if re.fullmatch(r"RANK=\d+", word)}
     return found
 
 

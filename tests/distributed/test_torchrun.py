@@ -4,12 +4,13 @@ import textwrap
 import time
 
 import pytest
+from process_server import ONE_THREAD, popen
 
 
 def agent(tmp_path, worker):
     """Two processes of this worker under the agent; what stands before its first line is known to it."""
     command = command_of_agent(tmp_path, worker)
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return popen(command, env=ONE_THREAD, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def command_of_agent(tmp_path, worker):
