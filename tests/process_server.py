@@ -38,13 +38,15 @@ PACKAGES = (
     "safetensors.torch",
 )
 READ_AT_START = ("OMP_NUM_", "MKL_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")  # environment variables
-ROOM = 4096  # bytes of a process's command line, which `ps` and `pgrep` read
+ROOM = 2**14  # bytes of a process's command line, which `ps` and `pgrep` read
 SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
 start_python = subprocess._fork_exec
 
 
 def popen(command, **given):
     """`subprocess.Popen` for a command of Python."""
+    if sys.platform != "linux":
+        return subprocess.Popen(command, **given)
     with mock.patch.object(subprocess, "_fork_exec", Starter(start_server())):
         return subprocess.Popen(command, **given)
 
@@ -110,7 +112,7 @@ def serve(requests):
 
 
 def begin(request, *files):
-    """Gives this process what the request says."""
+    """Gives this process the parent, session, streams, environment and working directory of the request."""
     while os.getppid() != request["parent"]:
         time.sleep(0.001)
     if request["has_session"]:
@@ -124,7 +126,8 @@ def begin(request, *files):
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    set_command_line([sys.executable, *request["command"], f"RANK={os.environ.get('RANK')}"])
+    rank = [f"RANK={os.environ['RANK']}"] if "RANK" in os.environ else []  # for tests, which cannot read it elsewhere
+    set_command_line([*rank, sys.executable, *request["command"]])
 
 
 def set_command_line(words):
