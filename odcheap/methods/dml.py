@@ -10,40 +10,63 @@ ramp-up. All students see the same augmented images and share nothing else.
 
 The paper updates the students one after the other, and computes the predictions of updated students anew. Here, as in
 most later work, all students are updated at the same time, so that a batch costs S forward passes. The paper's second
-form, in which each student imitates the mean of the other students, is not implemented.
+form, in which each student imitates the mean of the other students, is not implemented. A feature term
+(`FeatureDistillation`), which the paper does not have, compares a student's maps at the ends of its stages with the
+mean of the other students' maps, which is detached.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 
-from odcheap.methods.base import LogitDistillation, Outputs, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.base import Outputs, add_total, cross_entropy_terms, student_terms
+from odcheap.methods.features import FeatureDistance, FeatureDistillation, pair_stages
 from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
+from odcheap.models.stages import StageRecorder
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.errors import OptionError
 
 
 @check_arguments("method")
-class DeepMutualLearning(LogitDistillation):
+class DeepMutualLearning(FeatureDistillation):
     """Trains students that imitate each other.
 
     Args:
         students: Two or more students.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+        **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`; see `FeatureDistillation`.
     """
 
     min_students = 2
 
     def __init__(self, students: Students, temperature: Temperature = 1.0, **options: Any):
         super().__init__(students, temperature, **options)
+        if self.feature is not None:
+            self.stages = [StageRecorder(student) for student in students.members]
+            pair_stages(self.stages, self.feature)
+            channels = [recorder.channels for recorder in self.stages]
+            if self.feature == "l2" and any(own != channels[0] for own in channels):
+                allowed = "needs students with equal numbers of channels; attention does not"
+                raise OptionError("method.feature", self.feature, allowed)
+            self.features = FeatureDistance(self.feature, channels, channels[0])
+
+    def forward(self, images: Tensor) -> Outputs:
+        if self.features is None:
+            return super().forward(images)
+        with ExitStack() as stack:
+            maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
+            outputs = super().forward(images)
+        return outputs | {"feature_distances": self.features.compare_mutually(maps)}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
 
         Returns:
             For each student k: `L_C_k`, its cross-entropy; `D_KL_k`, T^2 times the mean KL from the other students'
-            predictions to its own; with another loss than the KL, such as dkd, `D_DKD_k`. `loss`: the sum of all terms.
+            predictions to its own; with another loss than the KL, such as dkd, `D_DKD_k`. `attention_k` or `l2_k`
+            with feature terms. `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         # (S, S): row l has the distances of student l's predictions, the detached targets, from each student.
@@ -52,4 +75,5 @@ class DeepMutualLearning(LogitDistillation):
         others = pairs.sum(0) - pairs.diagonal().detach()
         peers = self.temperature**2 * others / (len(logits) - 1)
         name = f"D_{self.distance.name.upper()}"
-        return add_total(cross_entropy_terms(logits, target, "L_C") | student_terms(peers, name))
+        terms = cross_entropy_terms(logits, target, "L_C") | student_terms(peers, name)
+        return add_total(terms | self.feature_terms(outputs))

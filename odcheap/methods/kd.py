@@ -6,10 +6,12 @@ are the teacher's logits and z_k those of student k:
     loss = sum_k [ (1 - alpha) CE(student_k) + alpha T^2 KL(softmax(z_t / T) || softmax(z_k / T)) ]
 
 The paper gives the labels' term a considerably lower weight but names no number; T = 4 and alpha = 0.9 are usual.
-All students see the same augmented images and share nothing but the teacher.
+All students see the same augmented images and share nothing but the teacher. A feature term (`FeatureDistillation`)
+compares the maps at the ends of the last stages, as many as student and teacher both have.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -17,23 +19,30 @@ from torch import Tensor, nn
 
 from odcheap.methods.base import (
     IndependentMethod,
-    LogitDistillation,
     Outputs,
     add_total,
     cross_entropy_terms,
     student_terms,
 )
 from odcheap.methods.ema import AverageDecay
+from odcheap.methods.features import (
+    FeatureDistance,
+    FeatureDistillation,
+    FeatureName,
+    FeatureWeight,
+    pair_stages,
+)
 from odcheap.methods.losses import LossName, LossWeights, Temperature
 from odcheap.methods.students import Students
 from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, load_teacher
+from odcheap.models.stages import StageRecorder
 from odcheap.utils.arguments import check_arguments
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 
 
 @check_arguments("method")
-class OfflineDistillation(LogitDistillation, IndependentMethod):
+class OfflineDistillation(FeatureDistillation, IndependentMethod):
     """Trains students that learn from the labels and from a trained teacher.
 
     Args:
@@ -41,7 +50,7 @@ class OfflineDistillation(LogitDistillation, IndependentMethod):
         teacher: The trained network; it is not trained further.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         alpha: The weight of the teacher's term, in [0, 1]; the labels' term has the weight 1 - alpha.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+        **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`; see `FeatureDistillation`.
     """
 
     teacher_kind = "frozen"
@@ -51,9 +60,21 @@ class OfflineDistillation(LogitDistillation, IndependentMethod):
     ):
         super().__init__(students, temperature, **options)
         self.teacher, self.alpha = teacher, alpha
+        if self.feature is not None:
+            self.stages = [StageRecorder(student) for student in students.members]
+            pair_stages([*self.stages, teacher.stages], self.feature)
+            channels = [recorder.channels for recorder in self.stages]
+            self.features = FeatureDistance(self.feature, channels, teacher.stages.channels)
 
     def frozen_networks(self) -> list[nn.Module]:
         return [self.teacher, *super().frozen_networks()]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        groups = super().clip_groups()
+        if self.features is not None:  # each student has convolutions of its own there
+            for group, adapters in zip(groups, self.features.adapters, strict=True):
+                group += adapters.parameters()
+        return groups
 
     def check_classes(self, classes: list[str]) -> None:
         self.teacher.check_classes(classes)
@@ -62,22 +83,29 @@ class OfflineDistillation(LogitDistillation, IndependentMethod):
         return self.teacher.split != split
 
     def forward(self, images: Tensor) -> Outputs:
-        outputs = {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
-        return outputs | self.average_outputs(images)
+        if self.features is None:
+            outputs = {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
+            return outputs | self.average_outputs(images)
+        with ExitStack() as stack:
+            maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
+            logits = self.students(images)[1]
+        with self.teacher.stages.record() as targets:
+            outputs = {"student_logits": logits, "teacher_logits": self.teacher(images)}
+        return outputs | {"feature_distances": self.features(maps, targets)} | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
 
         Returns:
             For each student k: `ce_k`, (1 - alpha) times its cross-entropy; `kl_k`, alpha T^2 times the KL from the
-            teacher to the student; with another loss than the KL its name stands in place of `kl`. `loss`: the sum of
-            all terms.
+            teacher to the student; with another loss than the KL its name stands in place of `kl`. `attention_k` or
+            `l2_k` with feature terms. `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         distances = self.distance(logits, outputs["teacher_logits"], target)
         soft = self.alpha * self.temperature**2 * distances
         hard = {name: (1 - self.alpha) * term for name, term in cross_entropy_terms(logits, target, "ce").items()}
-        return add_total(hard | student_terms(soft, self.distance.name))
+        return add_total(hard | student_terms(soft, self.distance.name) | self.feature_terms(outputs))
 
 
 @check_arguments("method")
@@ -94,6 +122,8 @@ def build_offline_distillation(
     alpha: Alpha = 0.9,
     loss: LossName = "kl",
     loss_weights: LossWeights | None = None,
+    feature: FeatureName | None = None,
+    feature_weight: FeatureWeight = 1.0,
     average_decay: AverageDecay | None = None,
 ) -> OfflineDistillation:
     """Builds the method with a teacher whose weights are in a file.
@@ -114,6 +144,8 @@ def build_offline_distillation(
         alpha: The weight of the teacher's term, in [0, 1].
         loss: How predictions are compared; see `LogitDistillation`.
         loss_weights: The weights of the two parts of the loss; see `LogitDistillation`.
+        feature: How feature maps are compared; see `FeatureDistillation`.
+        feature_weight: The factor of the feature terms; see `FeatureDistillation`.
         average_decay: The largest decay of the moving averages of the students' weights; see `Method`.
 
     Raises:
@@ -121,5 +153,5 @@ def build_offline_distillation(
     """
     expected = teacher_mean, teacher_std, teacher_size
     teacher = load_teacher(teacher_weights, teacher_network, students.num_classes, *expected, mean, std)
-    options = {"loss": loss, "loss_weights": loss_weights, "average_decay": average_decay}
-    return OfflineDistillation(students, teacher, temperature, alpha, **options)
+    options = {"loss": loss, "loss_weights": loss_weights, "feature": feature, "feature_weight": feature_weight}
+    return OfflineDistillation(students, teacher, temperature, alpha, average_decay=average_decay, **options)

@@ -7,7 +7,9 @@ temperature, and CE the cross-entropy:
     teacher = linear(pool(ReLU(BN(concat(Z_1 .. Z_S)))))
     loss    = CE(teacher) + sum_k [ CE(student_k) + T^2 KL(softmax(teacher / T) || softmax(student_k / T)) ]
 
-The teacher's logits are not detached, so the gradient of the KL also trains the teacher: learning is mutual.
+The teacher's logits are not detached, so the gradient of the KL also trains the teacher: learning is mutual. A feature
+term (`FeatureDistillation`), which the paper does not have, compares each student's last feature map with the teacher's
+map before its pooling. That map is detached in this term: otherwise all maps could agree by becoming constant.
 """
 
 from typing import Any
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import LabelSmoothing, LogitDistillation, Outputs, add_total
+from odcheap.methods.base import LabelSmoothing, Outputs, add_total
+from odcheap.methods.features import FeatureDistance, FeatureDistillation
 from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class OnlineDistillation(LogitDistillation):
+class OnlineDistillation(FeatureDistillation):
     """Trains students together with a teacher, which is a classifier on their concatenated feature maps.
 
     Args:
@@ -33,8 +36,8 @@ class OnlineDistillation(LogitDistillation):
         normalise: Whether there are batch norm and ReLU before the teacher's pooling and linear layer.
         label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1), for the
             students and the teacher.
-        **options: `loss`, `loss_weights`, `kl_reduction` and `average_decay`; see `LogitDistillation`. The 2019
-            reference code has kl_reduction="mean".
+        **options: `loss`, `loss_weights`, `kl_reduction`, `feature`, `feature_weight` and `average_decay`; see
+            `FeatureDistillation`. The 2019 reference code has kl_reduction="mean".
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -64,6 +67,9 @@ class OnlineDistillation(LogitDistillation):
         width = len(students) * students.num_features
         self.norm = nn.BatchNorm2d(width) if normalise else None
         self.fc = nn.Linear(width, students.num_classes)
+        if self.feature is not None:
+            channels = [[student.num_features] for student in students.backbones()]
+            self.features = FeatureDistance(self.feature, channels, [width])
 
     def forward(self, images: Tensor) -> Outputs:
         features, student_logits = self.students(images)
@@ -71,6 +77,8 @@ class OnlineDistillation(LogitDistillation):
         if self.norm is not None:
             concat = F.relu(self.norm(concat), inplace=True)
         outputs = {"student_logits": student_logits, "teacher_logits": self.fc(concat.mean((2, 3)))}
+        if self.features is not None:
+            outputs["feature_distances"] = self.features([[own] for own in features], [concat])
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
@@ -79,7 +87,7 @@ class OnlineDistillation(LogitDistillation):
         Returns:
             `ce_teacher`: the teacher's cross-entropy. For each student k: `ce_student_k`, its cross-entropy;
             `kl_student_k`, T^2 times the KL from the teacher to the student; with another loss than the KL its name
-            stands in place of `kl`. `loss`: the sum of all terms.
+            stands in place of `kl`. `attention_k` or `l2_k` with feature terms. `loss`: the sum of all terms.
         """
         teacher = outputs["teacher_logits"]
         soft_target = teacher.detach() if self.detach_teacher else teacher
@@ -88,4 +96,4 @@ class OnlineDistillation(LogitDistillation):
             distance = self.distance(student, soft_target, target)
             terms[f"ce_student_{k}"] = F.cross_entropy(student, target, label_smoothing=self.label_smoothing)
             terms[f"{self.distance.name}_student_{k}"] = self.temperature**2 * distance
-        return add_total(terms)
+        return add_total(terms | self.feature_terms(outputs))

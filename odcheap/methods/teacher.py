@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
+from odcheap.models.stages import StageRecorder
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.documents import read_json
@@ -98,6 +100,11 @@ class Teacher(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         if not torch.equal(state.cpu(), digest_weights(self.network)):
             raise OptionError(OPTION, self.path, "is not the teacher that the run was started with")
+
+    @cached_property
+    def stages(self) -> StageRecorder:
+        """The recorder of the feature maps at the ends of the network's stages."""
+        return StageRecorder(self.network)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

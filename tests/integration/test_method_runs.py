@@ -27,6 +27,7 @@ from odcheap.utils.parts import find_conf_dir
 
 METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
 AVERAGED = {f"{name}, averaged": [f"method={name}", "method.average_decay=0.9"] for name in ("alone", "od")}
+AVERAGED["dml, averaged"] = ["method=dml", "method.average_decay=0.9", "method.loss=dist", "method.feature=attention"]
 DIGITS = {"classes": [str(k) for k in range(10)], "split": "", "image_size": [3, 8, 8], "shorter_side": 8}
 DIGITS |= {"mean": [0.305] * 3, "std": [0.376] * 3, "block_type": {"part": "Standard"}}
 DIGITS |= {"backbone": {"part": "resnet20", "depth": 8}}
@@ -188,9 +189,14 @@ def test_a_run_beats_chance_and_resumes_exactly(command, options, name, tmp_path
 
 # What is trained for few methods in the normal tests, and for each method that has it in the slow ones.
 COMBINED = {
-    "dml": ["method=dml", "method.loss=dist", "method.average_decay=0.9"],
+    "dml": AVERAGED["dml, averaged"],
 }
-LOSSES = {
+MORE = {
+    f"{name}, {feature}": [f"method={name}", f"method.feature={feature}"]
+    for name in ("kd", "od", "dml")
+    for feature in ("attention", "l2")
+}
+MORE |= {
     f"{name}, {loss}": [f"method={name}", f"method.loss={loss}", "method.average_decay=0.9"]
     for name in METHODS
     if name != "alone"
@@ -198,11 +204,11 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", [*COMBINED, *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSES)])
+@pytest.mark.parametrize("name", [*COMBINED, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_run_with_other_terms_learns_resumes_exactly_and_exports(command, options, name, tmp_path):
     straight, again = tmp_path / "straight", tmp_path / "again"
     given = [*TINY, "data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
-    own = (COMBINED | LOSSES)[name]
+    own = (COMBINED | MORE)[name]
     teacher = [] if own[0] != "method=kd" else taught(command, [*TINY, "trainer.max_epochs=3"], tmp_path)
     result = command(*given, *teacher, *own, f"job_dir={straight}")
     assert result.status == 0, result.err
@@ -220,11 +226,11 @@ def test_a_run_with_other_terms_learns_resumes_exactly_and_exports(command, opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*COMBINED, *LOSSES])
+@pytest.mark.parametrize("name", [*COMBINED, *MORE])
 def test_a_run_of_two_processes_with_other_terms(command, options, name, tmp_path):
     processes = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
     given = [o for o in TINY if not o.startswith("trainer=")]
-    own = (COMBINED | LOSSES)[name]
+    own = (COMBINED | MORE)[name]
     more = options("kd")[1:] if own[0] == "method=kd" else []
     result = command(*given, *processes, *own, *more, "trainer.max_epochs=1", f"job_dir={tmp_path}/run")
     assert result.status == 0, result.err

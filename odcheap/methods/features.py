@@ -1,0 +1,195 @@
+"""Loss terms that compare feature maps, and the base class of the methods that have them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odcheap.methods.base import LogitDistillation, Outputs, student_terms
+from odcheap.methods.losses import Temperature
+from odcheap.methods.students import Students
+from odcheap.models.stages import StageRecorder
+from odcheap.utils.arguments import check_arguments
+from odcheap.utils.errors import OptionError
+
+FeatureName = Literal["attention", "l2"]
+FeatureWeight = Annotated[float, Field(gt=0)]
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Returns the spatial attention of feature maps: the mean of their squares over the channels, with norm 1.
+
+    Source: Zagoruyko, Komodakis, "Paying more attention to attention", ICLR 2017, section 3.1, with p = 2. The authors'
+    code takes the mean in place of the sum, which the normalization makes equal.
+
+    Args:
+        features: (N, C, h, w).
+
+    Returns:
+        (N, h * w).
+
+    Example:
+        >>> attention_map(torch.tensor([[[[3.0, 0.0]], [[0.0, 2.0]]]]))  # two channels of 1 x 2 pixels
+        tensor([[0.9138, 0.4061]])
+    """
+    return F.normalize(features.square().mean(1).flatten(1))
+
+
+class FeatureDistance(nn.Module):
+    """The distance of students' feature maps from maps that they should imitate, summed over pairs of maps.
+
+    With "attention" the distance of two maps is P times the mean, over images and pixels, of the squared difference of
+    their attention maps. P is the number of pixels of the largest map that is compared. The paper's authors have 1000
+    in place of P, for images of 32 x 32 pixels, for which P is 1024; with P the distance does not depend on the size of
+    the images.
+
+    With "l2" it is the mean of the squared difference of the maps themselves (Romero et al., "FitNets", ICLR 2015,
+    equation 3, with a mean in place of the sum). If their numbers of channels differ, a 1 x 1 convolution of the
+    student's map, which is trained too, changes its number.
+
+    Of two maps of different sizes the larger one is average-pooled first. Gradients reach the students and the 1 x 1
+    convolutions only.
+
+    Args:
+        feature: "attention" or "l2".
+        channels: The numbers of channels of each student's maps, (S, M) for M maps.
+        target_channels: The numbers of channels of the M maps that they should imitate.
+    """
+
+    def __init__(self, feature: FeatureName, channels: Sequence[Sequence[int]], target_channels: Sequence[int]):
+        super().__init__()
+        self.feature = feature
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(
+                nn.Conv2d(own, wanted, 1) if feature == "l2" and own != wanted else nn.Identity()
+                for own, wanted in zip(student, target_channels, strict=True)
+            )
+            for student in channels
+        )
+
+    def forward(self, maps: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> Tensor:
+        """Returns the distances (S,) in float32 or float64.
+
+        Args:
+            maps: For each student its M maps (N, C, h, w).
+            targets: M maps (N, C', h', w').
+        """
+        with torch.autocast(targets[0].device.type, enabled=False):
+            targets = [to_single_precision(target.detach()) for target in targets]
+            distances = []
+            for student, adapters in zip(maps, self.adapters, strict=True):
+                assert isinstance(adapters, nn.ModuleList)
+                parts, pixels = [], []
+                for own, target, adapter in zip(student, targets, adapters, strict=True):
+                    own, target = pool_larger(to_single_precision(own), target)
+                    parts.append(F.mse_loss(self.represent(adapter(own)), self.represent(target)))
+                    pixels.append(own.shape[-2] * own.shape[-1])
+                distances.append(self.scale(pixels) * torch.stack(parts).sum())
+            return torch.stack(distances)
+
+    def compare_mutually(self, maps: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Returns for each student the distance (S,) of its maps from the mean of all other students' maps.
+
+        The mean is that of the attention maps, or with "l2" that of the maps themselves; it is detached.
+
+        Args:
+            maps: For each of S >= 2 students its M maps (N, C, h, w).
+        """
+        distances, pixels = [], []
+        with torch.autocast(maps[0][0].device.type, enabled=False):
+            for stage in zip(*maps, strict=True):
+                size = min((own.shape[-2:] for own in stage), key=lambda size: size[0] * size[1])
+                own = torch.stack([self.represent(pool(to_single_precision(m), size)) for m in stage])
+                others = (own.sum(0) - own).detach() / (len(stage) - 1)
+                distances.append((own - others).square().flatten(1).mean(1))
+                pixels.append(size[0] * size[1])
+            return self.scale(pixels) * torch.stack(distances).sum(0)
+
+    def scale(self, pixels: Sequence[int]) -> int:
+        """Returns the factor of the distances, given the numbers of pixels of the maps that are compared."""
+        return max(pixels) if self.feature == "attention" else 1
+
+    def represent(self, features: Tensor) -> Tensor:
+        """Returns what is compared: the attention maps, or the feature maps themselves."""
+        return attention_map(features) if self.feature == "attention" else features
+
+
+def to_single_precision(features: Tensor) -> Tensor:
+    """Returns a tensor of 16 bits in float32; others are returned as they are."""
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+
+
+def pool(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Returns feature maps (N, C, h, w) average-pooled to another size (h', w'), if they do not have it."""
+    height, width = size
+    return features if features.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(features, (height, width))
+
+
+def pool_larger(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns two feature maps (N, C, h, w) with one size: the larger one is average-pooled to that of the other."""
+    size = min(first.shape[-2:], second.shape[-2:], key=lambda size: size[0] * size[1])
+    return pool(first, size), pool(second, size)
+
+
+def pair_stages(recorders: Sequence[StageRecorder], option_value: str) -> None:
+    """Keeps the last stages of each recorder, as many as all of them have.
+
+    Args:
+        recorders: The recorders, changed in place.
+        option_value: The value of `method.feature`, for the message.
+
+    Raises:
+        OptionError: A network has no stages.
+    """
+    count = min(len(recorder.calls) for recorder in recorders)
+    if not count:
+        lacking = next(recorder.network for recorder in recorders if not recorder.calls)
+        name = type(getattr(lacking, "network", lacking)).__name__
+        allowed = f"needs feature maps (N, C, h, w) at the ends of stages, and {name} has none"
+        raise OptionError("method.feature", option_value, allowed)
+    for recorder in recorders:
+        recorder.calls = recorder.calls[-count:]
+
+
+@check_arguments("method")
+class FeatureDistillation(LogitDistillation):
+    """The base class of methods that compare softened logits and, on request, feature maps.
+
+    Args:
+        students: The S students.
+        temperature: T, by which logits are divided before the softmax.
+        feature: What is compared: "attention" or "l2", see `FeatureDistance`; None for no such term.
+        feature_weight: The factor of the term. With "attention" 1 is nearly that of the paper's authors.
+        **options: See `LogitDistillation`.
+
+    Attributes:
+        features: A `FeatureDistance`, which the subclass builds; None if there is no such term.
+    """
+
+    def __init__(
+        self,
+        students: Students,
+        temperature: Temperature,
+        feature: FeatureName | None = None,
+        feature_weight: FeatureWeight = 1.0,
+        **options: Any,
+    ):
+        super().__init__(students, temperature, **options)
+        if feature is None and feature_weight != 1:
+            allowed = "has no feature term to weight; method.feature=attention or l2 adds one"
+            raise OptionError("method.feature_weight", feature_weight, allowed)
+        self.feature, self.feature_weight = feature, feature_weight
+        self.features: FeatureDistance | None = None
+
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Returns the terms `attention_k` or `l2_k` of each student k, with their weight; none without `feature`.
+
+        Args:
+            outputs: The outputs of the method. `feature_distances` are the distances (S,).
+        """
+        if self.feature is None:
+            return {}
+        return student_terms(self.feature_weight * outputs["feature_distances"], self.feature)
