@@ -1,0 +1,94 @@
+"""The option `students`: the backbone and the block type of each student of a run, if they are not all the same.
+
+PyTorch is not imported here, so that a wrong option is refused within a second.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import list_parts, part_settings, read_part
+
+Shape = dict[str, dict[str, Any]]  # the settings of "backbone" and "block_type", each with the key "part"
+
+GROUPS = ("backbone", "block_type")
+EXAMPLES = "such as students=[DW,Shift], [resnet20,resnet32] or [{block_type:DW,backbone:resnet20},Shift]"
+MAX_STUDENTS = 100
+
+
+def read_shapes(students: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path] = ()) -> list[Shape]:
+    """Returns the complete settings of backbone and block type of each student.
+
+    Args:
+        students: The value of the option: a list whose entries are names of `conf/block_type` or `conf/backbone`, or
+            dicts with one or both of the keys "block_type" and "backbone". The value of such a key is a name, or the
+            options of a part with its name under "part".
+        own: The settings of the run's own `backbone` and `block_type`, each with the key "part". They apply to a
+            student if its entry does not name another part.
+        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+
+    Raises:
+        OptionError: An entry is wrong.
+
+    Example:
+        >>> own = {"backbone": {"part": "resnet18", "name": "x"}, "block_type": {"part": "DW"}}
+        >>> [shape["block_type"]["part"] for shape in read_shapes(["DW", {"block_type": "Shift"}], own)]
+        ['DW', 'Shift']
+    """
+    if not isinstance(students, list | tuple) or not 1 <= len(students) <= MAX_STUDENTS:
+        raise OptionError("students", students, f"must be a list of 1 to {MAX_STUDENTS} entries, {EXAMPLES}")
+    return [read_shape(entry, own, config_dirs) for entry in students]
+
+
+def read_shape(entry: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path]) -> Shape:
+    """Returns the settings of one student; see `read_shapes`."""
+    known = {group: list_parts(group, config_dirs) for group in GROUPS}
+    if isinstance(entry, str):
+        group = next((group for group in ("block_type", "backbone") if entry in known[group]), None)
+        if group is None:
+            names = f"the name of a block type ({', '.join(known['block_type'])}) or of a backbone"
+            raise OptionError("students", entry, f"must be {names} ({', '.join(known['backbone'])})")
+        entry = {group: entry}
+    if not isinstance(entry, Mapping) or not entry or not set(entry) <= set(GROUPS):
+        raise OptionError(
+            "students", entry, f"is no student: an entry has a block_type, a backbone or both, {EXAMPLES}"
+        )
+    shape: Shape = {group: dict(own[group]) for group in GROUPS}
+    for group, part in entry.items():
+        settings = {"part": part} if isinstance(part, str) else part
+        if not isinstance(settings, Mapping):
+            raise OptionError(f"students.{group}", part, "must be a name, or options by name")
+        name = settings.get("part", own[group]["part"])
+        if name != own[group]["part"]:
+            shape[group] = part_settings(read_part(group, name, config_dirs), name)
+        unknown = next((key for key in settings if key not in shape[group]), None)
+        if unknown is not None:
+            raise OptionError(f"students.{group}.{unknown}", settings[unknown], f"is not an option of {name}")
+        if settings.get("pretrained", shape[group].get("pretrained")) != shape[group].get("pretrained"):
+            option = f"students.{group}.pretrained"
+            raise OptionError(option, settings["pretrained"], "must be set by backbone.pretrained, for all students")
+        shape[group] |= settings
+    return shape
+
+
+def name_shape(shape: Mapping[str, Mapping[str, Any]], others: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> str:
+    """Returns a short name of a student, such as "DW resnet20", with the options in which it differs from others.
+
+    Args:
+        shape: The settings of the student.
+        others: The settings of all students of the run.
+
+    Example:
+        >>> wide = {"block_type": {"part": "DW"}, "backbone": {"part": "resnet20", "width": 24}}
+        >>> plain = {"block_type": {"part": "DW"}, "backbone": {"part": "resnet20", "width": 16}}
+        >>> name_shape(wide, [wide, plain])
+        'DW resnet20 width=24'
+    """
+    names = [str(shape["block_type"]["part"]), str(shape["backbone"].get("name", shape["backbone"]["part"]))]
+    for group in GROUPS:
+        own = shape[group]
+        same = [other[group] for other in others if other[group]["part"] == own["part"]]
+        keys = [key for key in own if key != "part" and any(other.get(key) != own[key] for other in same)]
+        names += [f"{key}={own[key]}" for key in keys if key != "name"]
+    return " ".join(names)
