@@ -150,6 +150,9 @@ class Experiment:
         # Lightning refuses these options of `trainer` with manual optimization, so the training step takes them.
         options = {name: cfg.trainer[name] for name in GradientOptions._fields if name in cfg.trainer}
         gradients = GradientOptions(**options, skip_nonfinite=cfg.on_nonfinite == "skip")
+        if gradients.gradient_clip_algorithm is not None and not gradients.gradient_clip_val:
+            allowed = "has no effect without trainer.gradient_clip_val"
+            raise OptionError("trainer.gradient_clip_algorithm", gradients.gradient_clip_algorithm, allowed)
         batches = self.data.steps_per_epoch(launch.count_processes(cfg))
         self.batches = limit_batches(batches, cfg.trainer.get(EPOCH_LIMIT))
         steps = -(-self.batches // gradients.accumulate_grad_batches)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -22,6 +23,9 @@ from torch.optim.lr_scheduler import (
 from odcheap.layers.cheap_conv import CheapConv
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError, first_line
+
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+BIASED_LAYERS = (_ConvNd, nn.Linear)
 
 
 def build_optimization(
@@ -51,6 +55,7 @@ def build_optimizer(
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None,
     decay_norm: bool = True,
+    decay_bias: bool = True,
     decay_spatial: bool = True,
     **options: Any,
 ) -> Optimizer:
@@ -62,7 +67,8 @@ def build_optimizer(
         lr: The learning rate at the start; a schedule may change it.
         weight_decay: The weight decay of all parameters except those that the next options exclude.
         momentum: The momentum, for classes that have one; None for the default of the class.
-        decay_norm: Whether the weights and biases of batch norm have weight decay.
+        decay_norm: Whether the weights and biases of normalization layers have weight decay.
+        decay_bias: Whether the biases of convolutions and linear layers have weight decay.
         decay_spatial: Whether the weights of the spatial operators of cheap convolutions (DW, Group) have weight decay.
         options: Further arguments of the optimizer's class, such as `betas`.
 
@@ -77,7 +83,7 @@ def build_optimizer(
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.0]
     """
-    groups = group_parameters(network, weight_decay, decay_norm, decay_spatial)
+    groups = group_parameters(network, weight_decay, decay_norm, decay_bias, decay_spatial)
     options |= {} if momentum is None else {"momentum": momentum}
     try:
         return optimizer(groups, lr=lr, **{name: to_plain(value) for name, value in options.items()})
@@ -86,27 +92,30 @@ def build_optimizer(
 
 
 def group_parameters(
-    network: nn.Module, weight_decay: float, decay_norm: bool, decay_spatial: bool
+    network: nn.Module, weight_decay: float, decay_norm: bool, decay_bias: bool, decay_spatial: bool
 ) -> list[dict[str, Any]]:
     """Returns the trainable parameters as one group with weight decay and one without; an empty group is left out.
 
     Args:
         network: The network to train.
         weight_decay: The weight decay of the first group.
-        decay_norm: Whether the weights and biases of batch norm are in the first group.
+        decay_norm: Whether the weights and biases of normalization layers are in the first group.
+        decay_bias: Whether the biases of convolutions and linear layers are in the first group.
         decay_spatial: Whether the weights of the spatial operators of cheap convolutions are in the first group.
 
     Raises:
         OptionError: `decay_spatial` is False but the network has no spatial operators with weights.
     """
     # The parameters without weight decay.
-    norms = [] if decay_norm else [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    norms = [] if decay_norm else [m for m in network.modules() if isinstance(m, NORMS)]
+    layers = [] if decay_bias else [m for m in network.modules() if isinstance(m, BIASED_LAYERS)]
+    biases = [m.bias for m in layers if m.bias is not None]
     pairs = [] if decay_spatial else [m for m in network.modules() if isinstance(m, CheapConv)]
     spatial = [p for pair in pairs for p in pair.spatial.parameters() if p.requires_grad]
     if not (spatial or decay_spatial):
         allowed = "has no effect: the network has no spatial operators of block_type=DW, RepDW or Group"
         raise OptionError("optimizer.decay_spatial", False, allowed)
-    exempt = {id(p) for p in spatial} | {id(p) for norm in norms for p in norm.parameters()}
+    exempt = {id(p) for p in [*spatial, *biases]} | {id(p) for norm in norms for p in norm.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},

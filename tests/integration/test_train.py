@@ -210,15 +210,25 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(command, tmp_path, op
         assert equal(summary(straight), summary(again))
 
 
-def test_another_optimizer_and_schedule_resume_exactly_too(command, tmp_path):
+CLIPPED = ("trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("optimizer=adamw", "optimizer.lr=0.01", "optimizer.decay_bias=false", "scheduler=warmup_cosine"),
+        ("optimizer.nesterov=true", "optimizer.decay_norm=false", "scheduler=one_cycle", *CLIPPED),
+    ],
+)
+def test_other_optimizers_and_schedules_learn_and_resume_exactly(command, tmp_path, options):
     straight, again = tmp_path / "straight", tmp_path / "again"
-    often = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100"]
-    given = [*TINY, *often, "optimizer=adamw", "scheduler=warmup_cosine"]
-    assert command(*given, f"job_dir={straight}").status == 0
+    often = ["data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
+    assert command(*TINY, *often, *options, f"job_dir={straight}").status == 0
     assert command(f"resume={straight}/checkpoints/epoch-0000-step-0000010.ckpt", f"job_dir={again}").status == 0
     assert (straight / "student.safetensors").read_bytes() == (again / "student.safetensors").read_bytes()
     rates = [float(row["lr"]) for row in metrics(straight)]
-    assert rates[0] > rates[1] > 0
+    assert rates[0] > rates[2] > 0
+    assert summary(straight)["selected"]["test_top1"] > 0.3
 
 
 def test_a_run_that_goes_on_elsewhere_takes_the_selected_epoch_along(command, tmp_path):
@@ -514,7 +524,7 @@ def test_a_run_of_recorded_steps_equals_the_plain_run(command, tmp_path, finishe
         (["trainer=cpu"], False),
         (["trainer=ddp"], False),
         (["on_nonfinite=skip"], False),
-        (["+trainer.gradient_clip_val=1.0"], False),
+        (["trainer.gradient_clip_val=1.0"], False),
         (["trainer.accumulate_grad_batches=2"], False),
         (["trainer.precision=16-mixed"], False),
     ],

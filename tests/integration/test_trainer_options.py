@@ -128,8 +128,12 @@ def test_a_profiler_of_lightning_reports_and_fewest_steps_are_made(command, tmp_
             "val_check_interval=1000: must be at most 7, the number of batches",
         ),
         (
-            "+trainer.gradient_clip_algorithm=x",
+            "trainer.gradient_clip_algorithm=x",
             "gradient_clip_algorithm=x: must be one of norm, value, or null",
+        ),
+        (
+            "trainer.gradient_clip_algorithm=value",
+            "trainer.gradient_clip_algorithm=value: has no effect without trainer",
         ),
         ("+trainer.max_time={minutes:0}", "trainer: its options ended the run before the first epoch"),
         (

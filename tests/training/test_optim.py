@@ -139,18 +139,22 @@ def test_what_the_optimizer_refuses_is_one_line():
 
 
 @pytest.mark.parametrize("decay_norm", [True, False])
+@pytest.mark.parametrize("decay_bias", [True, False])
 @pytest.mark.parametrize("decay_spatial", [True, False])
-def test_weight_decay_spares_what_it_is_told_to(decay_norm, decay_spatial):
+def test_weight_decay_spares_what_it_is_told_to(decay_norm, decay_bias, decay_spatial):
     network = CifarResNet(8, DW(), 10)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    recipe = partial(SGD, decay_norm=decay_norm, decay_spatial=decay_spatial)
+    recipe = partial(SGD, decay_norm=decay_norm, decay_bias=decay_bias, decay_spatial=decay_spatial)
     optimizer, _ = build_optimization(network, recipe, STEPS, 10)
+    torch.nn.init.ones_(network.fc.bias)
+    before["fc.bias"] = network.fc.bias.detach().clone()
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in network.named_parameters():
         of_norm = ".bn" in name or name.startswith("bn") or "shortcut.1" in name
         spared = (of_norm and not decay_norm) or (".spatial." in name and not decay_spatial)
+        spared = spared or (name == "fc.bias" and not decay_bias)
         torch.testing.assert_close(p, before[name] * (1.0 if spared else 1 - 0.1 * 2e-4), rtol=1e-6, atol=0)
 
 
