@@ -309,7 +309,9 @@ def check_option(option: str, value: Any, annotation: Any) -> None:
     check_plain(option, value, value)
     annotation = keep_plain(annotation)
     name = option.rpartition(".")[2]
-    if name in PATH_NAMES and not isinstance(value, str) and not (value is None and type(None) in get_args(annotation)):
+    has_paths = isinstance(value, list) and any(get_origin(choice) is not None for choice in get_args(annotation))
+    is_missing = value is None and type(None) in get_args(annotation)
+    if name in PATH_NAMES and not (isinstance(value, str) or is_missing or has_paths):
         raise OptionError(option, value, "must be a path (for a folder called 5, write ./5)")
     # Two frequent mistakes get a hint: text that YAML reads as a number, and `trainer.devices=[0,1]`.
     try:

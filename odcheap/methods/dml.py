@@ -43,6 +43,7 @@ class DeepMutualLearning(FeatureDistillation):
 
     def __init__(self, students: Students, temperature: Temperature = 1.0, **options: Any):
         super().__init__(students, temperature, **options)
+        self.features: FeatureDistance | None = None
         if self.feature is not None:
             self.stages = [StageRecorder(student) for student in students.members]
             pair_stages(self.stages, self.feature)

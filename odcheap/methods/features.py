@@ -164,9 +164,6 @@ class FeatureDistillation(LogitDistillation):
         feature: What is compared: "attention" or "l2", see `FeatureDistance`; None for no such term.
         feature_weight: The factor of the term. With "attention" 1 is nearly that of the paper's authors.
         **options: See `LogitDistillation`.
-
-    Attributes:
-        features: A `FeatureDistance`, which the subclass builds; None if there is no such term.
     """
 
     def __init__(
@@ -182,7 +179,6 @@ class FeatureDistillation(LogitDistillation):
             allowed = "has no feature term to weight; method.feature=attention or l2 adds one"
             raise OptionError("method.feature_weight", feature_weight, allowed)
         self.feature, self.feature_weight = feature, feature_weight
-        self.features: FeatureDistance | None = None
 
     def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """Returns the terms `attention_k` or `l2_k` of each student k, with their weight; none without `feature`.

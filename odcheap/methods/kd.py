@@ -5,15 +5,19 @@ are the teacher's logits and z_k those of student k:
 
     loss = sum_k [ (1 - alpha) CE(student_k) + alpha T^2 KL(softmax(z_t / T) || softmax(z_k / T)) ]
 
+With several teachers the mean of their softened predictions stands in place of softmax(z_t / T); see `TeacherEnsemble`.
+
 The paper gives the labels' term a considerably lower weight but names no number; T = 4 and alpha = 0.9 are usual.
 All students see the same augmented images and share nothing but the teacher. A feature term (`FeatureDistillation`)
-compares the maps at the ends of the last stages, as many as student and teacher both have.
+compares the maps at the ends of the last stages, as many as all networks have. With several teachers it is the mean of
+the terms of each.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -34,7 +38,7 @@ from odcheap.methods.features import (
 )
 from odcheap.methods.losses import LossName, LossWeights, Temperature
 from odcheap.methods.students import Students
-from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, load_teacher
+from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, TeacherEnsemble, TeacherWeights, load_teacher
 from odcheap.models.stages import StageRecorder
 from odcheap.utils.arguments import check_arguments
 
@@ -47,7 +51,7 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
 
     Args:
         students: The students.
-        teacher: The trained network; it is not trained further.
+        teacher: The trained network, or several; it is not trained further.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
         alpha: The weight of the teacher's term, in [0, 1]; the labels' term has the weight 1 - alpha.
         **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`; see `FeatureDistillation`.
@@ -56,15 +60,22 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
     teacher_kind = "frozen"
 
     def __init__(
-        self, students: Students, teacher: Teacher, temperature: Temperature = 4.0, alpha: Alpha = 0.9, **options: Any
+        self,
+        students: Students,
+        teacher: Teacher | TeacherEnsemble,
+        temperature: Temperature = 4.0,
+        alpha: Alpha = 0.9,
+        **options: Any,
     ):
         super().__init__(students, temperature, **options)
         self.teacher, self.alpha = teacher, alpha
+        self.features: nn.ModuleList | None = None  # a `FeatureDistance` for each teacher
         if self.feature is not None:
             self.stages = [StageRecorder(student) for student in students.members]
-            pair_stages([*self.stages, teacher.stages], self.feature)
+            given = [member.stages for member in teacher.teachers]
+            pair_stages([*self.stages, *given], self.feature)
             channels = [recorder.channels for recorder in self.stages]
-            self.features = FeatureDistance(self.feature, channels, teacher.stages.channels)
+            self.features = nn.ModuleList(FeatureDistance(self.feature, channels, stages.channels) for stages in given)
 
     def frozen_networks(self) -> list[nn.Module]:
         return [self.teacher, *super().frozen_networks()]
@@ -72,8 +83,9 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
     def clip_groups(self) -> list[list[nn.Parameter]]:
         groups = super().clip_groups()
         if self.features is not None:  # each student has convolutions of its own there
-            for group, adapters in zip(groups, self.features.adapters, strict=True):
-                group += adapters.parameters()
+            for distance in cast("list[FeatureDistance]", list(self.features)):
+                for group, adapters in zip(groups, distance.adapters, strict=True):
+                    group += adapters.parameters()
         return groups
 
     def check_classes(self, classes: list[str]) -> None:
@@ -89,9 +101,12 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         with ExitStack() as stack:
             maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
             logits = self.students(images)[1]
-        with self.teacher.stages.record() as targets:
+        with ExitStack() as stack:
+            targets = [stack.enter_context(teacher.stages.record()) for teacher in self.teacher.teachers]
             outputs = {"student_logits": logits, "teacher_logits": self.teacher(images)}
-        return outputs | {"feature_distances": self.features(maps, targets)} | self.average_outputs(images)
+        distances = [distance(maps, target) for distance, target in zip(self.features, targets, strict=True)]
+        outputs["feature_distances"] = torch.stack(distances).mean(0)
+        return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name.
@@ -111,7 +126,7 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
 @check_arguments("method")
 def build_offline_distillation(
     students: Students,
-    teacher_weights: str,
+    teacher_weights: TeacherWeights,
     teacher_network: str | None,
     teacher_mean: Means | None,
     teacher_std: Stds | None,
@@ -126,11 +141,12 @@ def build_offline_distillation(
     feature_weight: FeatureWeight = 1.0,
     average_decay: AverageDecay | None = None,
 ) -> OfflineDistillation:
-    """Builds the method with a teacher whose weights are in a file.
+    """Builds the method with a teacher whose weights are in a file, or with several teachers.
 
     Args:
         students: The students.
-        teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
+        teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights; or a list of these,
+            for several teachers, to which the other options apply alike.
         teacher_network: The network that published weights belong to, `torchvision/NAME` or `timm/NAME`; None for a
             run.
         teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
@@ -152,6 +168,8 @@ def build_offline_distillation(
         OptionError: See `load_teacher`.
     """
     expected = teacher_mean, teacher_std, teacher_size
-    teacher = load_teacher(teacher_weights, teacher_network, students.num_classes, *expected, mean, std)
+    paths = [teacher_weights] if isinstance(teacher_weights, str) else teacher_weights
+    teachers = [load_teacher(path, teacher_network, students.num_classes, *expected, mean, std) for path in paths]
+    teacher = teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers, temperature)
     options = {"loss": loss, "loss_weights": loss_weights, "feature": feature, "feature_weight": feature_weight}
     return OfflineDistillation(students, teacher, temperature, alpha, average_decay=average_decay, **options)

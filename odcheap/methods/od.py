@@ -67,6 +67,7 @@ class OnlineDistillation(FeatureDistillation):
         width = len(students) * students.num_features
         self.norm = nn.BatchNorm2d(width) if normalise else None
         self.fc = nn.Linear(width, students.num_classes)
+        self.features: FeatureDistance | None = None
         if self.feature is not None:
             channels = [[student.num_features] for student in students.backbones()]
             self.features = FeatureDistance(self.feature, channels, [width])

@@ -1,10 +1,11 @@
 """A trained network as a teacher that is not trained further, with its own normalization and image size."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -27,6 +28,7 @@ IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224  # pixels
 Means = Annotated[list[float], Field(min_length=3, max_length=3)]
 Stds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+TeacherWeights = str | Annotated[list[str], Field(min_length=1)]
 ImageSide = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
@@ -87,6 +89,11 @@ class Teacher(nn.Module):
         """The frozen network."""
         return self._networks[0]
 
+    @property
+    def teachers(self) -> list["Teacher"]:
+        """A list of this teacher alone, for code that takes a `TeacherEnsemble` too."""
+        return [self]
+
     def train(self, mode: bool = True) -> "Teacher":
         return self  # stays in eval mode
 
@@ -118,6 +125,56 @@ class Teacher(nn.Module):
         if self.classes is not None and self.classes != classes:
             own, given = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
             raise OptionError(OPTION, self.path, f"the teacher's classes are {own}; the data's {given}")
+
+
+class TeacherEnsemble(nn.Module):
+    """Several teachers as one, whose softened prediction is the mean of theirs.
+
+    Source: You, Xu, Xu, Tao, "Learning from multiple teacher networks", KDD 2017, equation 4. Predictions are averaged,
+    not logits, so that a teacher with large logits does not count more than the others.
+
+    Args:
+        members: The teachers.
+        temperature: T, by which logits are divided before the softmax.
+
+    Attributes:
+        network: The networks of all teachers, an `nn.ModuleList`.
+        split: The `split` of all teachers; None if they differ.
+        history: The sums of the costs of the teachers' trainings; None for a cost that is not known of each of them.
+
+    Shape:
+        Images (N, 3, H, W), normalized for the students -> logits (N, K), without gradients. Divided by T, they give
+        the mean of the softened predictions.
+    """
+
+    def __init__(self, members: Sequence[Teacher], temperature: float):
+        super().__init__()
+        self.members, self.temperature = nn.ModuleList(members), temperature
+        self.split = members[0].split if len({teacher.split for teacher in members}) == 1 else None
+        costs: dict[str, list[Any]] = {
+            name: [teacher.history[name] for teacher in members] for name in members[0].history
+        }
+        self.history = {name: None if None in values else sum(values) for name, values in costs.items()}
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teachers as a list."""
+        return cast("list[Teacher]", list(self.members))
+
+    @property
+    def network(self) -> nn.Module:
+        return nn.ModuleList(teacher.network for teacher in self.teachers)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        predictions = [(teacher(images) / self.temperature).log_softmax(-1) for teacher in self.teachers]
+        mean = torch.stack(predictions).logsumexp(0) - math.log(len(predictions))
+        return mean * self.temperature
+
+    def check_classes(self, classes: list[str]) -> None:
+        """Raises `OptionError` if the names of one teacher's classes are known and differ from `classes`."""
+        for teacher in self.teachers:
+            teacher.check_classes(classes)
 
 
 def digest_weights(network: nn.Module) -> Tensor:

@@ -68,7 +68,8 @@ def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[
             left_out.append(text)
             continue
         value = check_plain(key, override.value())
-        if key in PATH_OPTIONS and value is not None and not is_file_or_folder(value):
+        paths = value if isinstance(value, list) else [value]
+        if key in PATH_OPTIONS and value is not None and not all(map(is_file_or_folder, paths)):
             left_out.append(text)
         else:
             selected.append(f"{key}={to_grammar(value)}")

@@ -24,7 +24,7 @@ from odcheap import __version__
 from odcheap.data.base import ImageData
 from odcheap.layers.reparameterized import keep_branches
 from odcheap.methods.base import Method
-from odcheap.methods.teacher import Teacher
+from odcheap.methods.teacher import Teacher, TeacherEnsemble
 from odcheap.models.flops import count_macs, count_params
 from odcheap.predict import describe_guessing, summarize_counts
 from odcheap.runs.settings import RunConfig
@@ -124,7 +124,7 @@ def summarize_costs(
         training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
     teacher, before = None, 0
     if method.teacher_kind == "frozen":
-        frozen_teacher = cast(Teacher, method.teacher)
+        frozen_teacher = cast(Teacher | TeacherEnsemble, method.teacher)
         teacher = {"params": count_params(frozen_teacher.network), "macs": frozen[0], **frozen_teacher.history}
         before = teacher["training_macs"]
     return {

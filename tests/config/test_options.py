@@ -137,6 +137,10 @@ def test_what_must_be_given_is_named(check):
         check_complete(check("method=kd").cfg)
     with pytest.raises(OptionError, match="method.teacher_weights=5: must be a path"):
         check("method=kd", "method.teacher_weights=5")
+    check("method=kd", "method.teacher_weights=[a,runs/b]")
+    for value in ("[]", "[5]", "null"):
+        with pytest.raises(OptionError, match=r"method.teacher_weights=.*: must be a"):
+            check("method=kd", f"method.teacher_weights={value}")
 
 
 def test_a_part_of_the_user_s_own_is_checked_against_its_signature(tmp_path, monkeypatch, check):

@@ -196,6 +196,8 @@ MORE = {
     for name in ("kd", "od", "dml")
     for feature in ("attention", "l2")
 }
+SEVERAL = "method.teacher_weights=[FOLDER/teacher.safetensors,FOLDER/teacher]"  # of which the first knows nothing
+MORE["kd, several"] = ["method=kd", SEVERAL, "method.alpha=0.3", "method.feature=attention"]
 MORE |= {
     f"{name}, {loss}": [f"method={name}", f"method.loss={loss}", "method.average_decay=0.9"]
     for name in METHODS
@@ -210,7 +212,8 @@ def test_a_run_with_other_terms_learns_resumes_exactly_and_exports(command, opti
     given = [*TINY, "data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
     own = (COMBINED | MORE)[name]
     teacher = [] if own[0] != "method=kd" else taught(command, [*TINY, "trainer.max_epochs=3"], tmp_path)
-    result = command(*given, *teacher, *own, f"job_dir={straight}")
+    several = [o.replace("FOLDER", str(tmp_path)) for o in own]
+    result = command(*given, *teacher, *several, f"job_dir={straight}")
     assert result.status == 0, result.err
     found = json.loads((straight / "summary.json").read_text())
     assert found["last"]["ensemble"]["test_top1"] > 0.4
@@ -232,6 +235,7 @@ def test_a_run_of_two_processes_with_other_terms(command, options, name, tmp_pat
     given = [o for o in TINY if not o.startswith("trainer=")]
     own = (COMBINED | MORE)[name]
     more = options("kd")[1:] if own[0] == "method=kd" else []
+    own = [o for o in own if o != SEVERAL]
     result = command(*given, *processes, *own, *more, "trainer.max_epochs=1", f"job_dir={tmp_path}/run")
     assert result.status == 0, result.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]

@@ -170,7 +170,7 @@ def test_without_the_option_nothing_is_recorded(make, monkeypatch):
 
 def test_adapting_convolutions_are_trained_and_clipped_with_their_student():
     method = offline(students(2), feature="l2")
-    adapters = [set(group.parameters()) for group in method.features.adapters]
+    adapters = [set(group.parameters()) for group in method.features[0].adapters]
     assert all(adapters)
     assert all(own <= set(group) for own, group in zip(adapters, method.clip_groups(), strict=True))
     assert sum(map(len, method.clip_groups())) == len([p for p in method.parameters() if p.requires_grad])

@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
-from methods.formulas import CLASSES, DISTANCES, ce, check, logits, reached, students, terms
+from methods.formulas import CLASSES, DISTANCES, ce, check, logits, reached, softmax, students, terms
 
 from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.kd import OfflineDistillation
-from odcheap.methods.teacher import Teacher
+from odcheap.methods.teacher import Teacher, TeacherEnsemble
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
 
@@ -42,6 +43,68 @@ def test_the_teacher_never_changes():
 
 def test_the_kl_teaches_the_students():
     assert reached(OfflineDistillation(students(2), teacher()), "kl_1") == {"student_1"}
+
+
+def several(temperature=4.0, **about):
+    torch.manual_seed(0)
+    return TeacherEnsemble(
+        [teacher(**(about | {"history": {"train_seconds": 2.0 + k}})) for k in range(3)], temperature
+    )
+
+
+def test_several_teachers_give_the_mean_of_their_softened_predictions():
+    given = several()
+    images = torch.randn(4, 3, 8, 8)
+    each = [softmax(member(images).double().numpy(), 4.0) for member in given.teachers]
+    found = given(images)
+    np.testing.assert_allclose(softmax(found.double().numpy(), 4.0), sum(each) / 3, rtol=1e-5)
+    assert not found.requires_grad
+    method = OfflineDistillation(students(2), given)
+    assert reached(method, "kl_1") == {"student_1"}
+    assert method.frozen_networks() == [given]
+    state = method.state_dict()
+    assert [name for name in state if name.startswith("teacher")] == [
+        f"teacher.members.{k}._extra_state" for k in range(3)
+    ]
+    with pytest.raises(OptionError, match="is not the teacher that the run was started with"):
+        OfflineDistillation(students(2), TeacherEnsemble(given.teachers[::-1], 4.0)).load_state_dict(state)
+
+
+def test_certain_teachers_of_different_classes_stay_finite():
+    class Certain(torch.nn.Module):
+        def __init__(self, label):
+            super().__init__()
+            self.logits = 1e4 * torch.eye(CLASSES)[label]
+
+        def forward(self, images):
+            return self.logits.expand(len(images), -1)
+
+    given = TeacherEnsemble([Teacher(Certain(k), (HALF, HALF), HALF, HALF, 8) for k in (0, 1)], 4.0)
+    found = given(torch.zeros(2, 3, 8, 8))
+    assert found.isfinite().all()
+    torch.testing.assert_close((found[0] / 4).softmax(-1)[:2], torch.tensor([0.5, 0.5]))
+
+
+def test_what_is_known_of_several_teachers():
+    """Their costs are added up, and only a split that all of them had counts."""
+    assert several().history == {"train_seconds": 9.0, "training_macs": None}
+    method = OfflineDistillation(students(1), several(split="abc", classes=["a", "b"]))
+    assert not method.may_have_seen("abc")
+    with pytest.raises(OptionError, match="the teacher's classes are a, b"):
+        method.check_classes(["b", "a"])
+    mixed = TeacherEnsemble([teacher(split="abc"), teacher(split="def")], 4.0)
+    assert OfflineDistillation(students(1), mixed).may_have_seen("abc")
+    assert sum(p.numel() for p in mixed.network.parameters()) == 2 * sum(
+        p.numel() for p in teacher().network.parameters()
+    )
+
+
+def test_the_feature_term_of_several_teachers_is_the_mean():
+    given, images = several(), torch.randn(4, 3, 8, 8)
+    own = students(2).eval()
+    found = OfflineDistillation(own, given, feature="attention")(images)["feature_distances"]
+    each = [OfflineDistillation(own, member, feature="attention")(images) for member in given.teachers]
+    torch.testing.assert_close(found, sum(outputs["feature_distances"] for outputs in each) / 3)
 
 
 def test_a_teacher_of_the_same_split_has_not_seen_the_held_out_images():

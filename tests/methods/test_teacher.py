@@ -6,6 +6,8 @@ import torchvision
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import Standard
+from odcheap.methods.kd import build_offline_distillation
+from odcheap.methods.students import Students
 from odcheap.methods.teacher import Teacher, load_teacher, read_training_costs
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.summary import write_student
@@ -127,6 +129,20 @@ def test_a_checkpoint_knows_its_teacher_again(run, tmp_path):
     write_student(other / "student.safetensors", CifarResNet(8, Standard(), 3), SETTINGS)
     with pytest.raises(OptionError, match="other: is not the teacher that the run was started with"):
         read(other).load_state_dict(state)
+
+
+def test_a_list_of_files_is_several_teachers(run):
+    common = [None, None, None, None, MEAN, STD]
+    given = Students(lambda: CifarResNet(8, Standard(), 3), 1, seed=0)
+    one = build_offline_distillation(given, [str(run[0])], *common).teacher
+    several = build_offline_distillation(given, [str(run[0]), f"{run[0]}/student.safetensors"], *common).teacher
+    assert isinstance(one, Teacher)
+    assert several.history == {"train_seconds": 25.0, "training_macs": 2000}
+    images = torch.randn(2, 3, 16, 16)
+    expected = 4 * (one(images) / 4).log_softmax(-1)  # the logits of the mean of two equal predictions
+    torch.testing.assert_close(several(images), expected)
+    with pytest.raises(OptionError, match=r"method.teacher_weights=\[\]: must be a"):
+        build_offline_distillation(given, [], *common)
 
 
 def test_made_directly():
