@@ -85,7 +85,7 @@ class FeatureDistance(nn.Module):
                 parts, pixels = [], []
                 for own, target, adapter in zip(student, targets, adapters, strict=True):
                     own, target = pool_larger(to_single_precision(own), target)
-                    parts.append(F.mse_loss(self.represent(adapter(own)), self.represent(target)))
+                    parts.append(F.mse_loss(self.represent(adapt(own, adapter)), self.represent(target)))
                     pixels.append(own.shape[-2] * own.shape[-1])
                 distances.append(self.scale(pixels) * torch.stack(parts).sum())
             return torch.stack(distances)
@@ -120,6 +120,14 @@ class FeatureDistance(nn.Module):
 def to_single_precision(features: Tensor) -> Tensor:
     """Returns a tensor of 16 bits in float32; others are returned as they are."""
     return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+
+
+def adapt(features: Tensor, adapter: nn.Module) -> Tensor:
+    """Returns feature maps after a 1 x 1 convolution, computed in the dtype of the maps, or after the identity."""
+    if not isinstance(adapter, nn.Conv2d):
+        return features
+    assert adapter.bias is not None
+    return F.conv2d(features, adapter.weight.to(features.dtype), adapter.bias.to(features.dtype))
 
 
 def pool(features: Tensor, size: Sequence[int]) -> Tensor:

@@ -211,7 +211,7 @@ def test_a_run_with_other_terms_learns_resumes_exactly_and_exports(command, opti
     straight, again = tmp_path / "straight", tmp_path / "again"
     given = [*TINY, "data.val_size=237", "checkpoint_every=0", "checkpoint_keep=100", "trainer.max_epochs=3"]
     own = (COMBINED | MORE)[name]
-    teacher = [] if own[0] != "method=kd" else taught(command, [*TINY, "trainer.max_epochs=3"], tmp_path)
+    teacher = [] if own[0] != "method=kd" else taught(command, given, tmp_path)
     several = [o.replace("FOLDER", str(tmp_path)) for o in own]
     result = command(*given, *teacher, *several, f"job_dir={straight}")
     assert result.status == 0, result.err

@@ -100,6 +100,7 @@ def test_maps_of_16_bits_are_compared_in_float32():
         assert found.dtype == distance.compare_mutually([own, own]).dtype == torch.float32
     exact = distance([[m.float() for m in own]], [m.float() for m in target])
     assert torch.equal(found, exact)
+    assert distance.bfloat16()([own], target).dtype == torch.float32  # trainer.precision=bf16-true
 
 
 def test_maps_of_zeros_have_a_finite_gradient():
