@@ -323,6 +323,8 @@ def describe_origin(run: RunStudent) -> list[str]:
 
 def format_options(node: object) -> str:
     """Returns a node of a config as one line: the name of the part, then its options, without the images' folder."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(format_options, node))}]"
     if not isinstance(node, dict):
         return hide_folders(node)
     shown = {key: value for key, value in node.items() if key not in ("part", "data_dir") and not is_folder_only(value)}

@@ -242,6 +242,8 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
 
 def test_other_options_of_the_images_folder_stay_in_the_card():
     load = {"part": "list_class_folders", "data_dir": "my_photos", "test_size": 0.1}
+    several = ["~/zq me/a", "../zq/b", 5]
+    assert model_card.format_options({"part": "kd", "teacher_weights": several}) == "kd teacher_weights=[a, b, 5]"
     line = model_card.format_options({"part": "imagefolder", "load": load, "flip": True})
     assert line == "imagefolder load=list_class_folders test_size=0.1 flip=True"
 
