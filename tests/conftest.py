@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from process_server import ONE_THREAD, popen
 
 import train
@@ -95,10 +96,20 @@ def kernels_off():
     kernels.use(before)
 
 
+read_mode = Hydra.get_mode
+
+
+def read_mode_if_given(hydra, config_name, overrides):
+    """Hydra composes a config twice, first for `hydra.mode` alone, which a recipe or a user's directory can set."""
+    can_be_given = any(word in argument for argument in sys.argv for word in ("hydra", "experiment", "--config-dir"))
+    return read_mode(hydra, config_name, overrides) if can_be_given else None
+
+
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """`command("num_stu=2", ...)` is `python train.py num_stu=2 ...` in an empty folder, without a new process."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Hydra, "get_mode", read_mode_if_given)
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["train.py"])

@@ -17,7 +17,7 @@ from odcheap.models.backbone import Backbone
 from odcheap.models.wrapped_network import WrappedNetwork, to_backbone
 from odcheap.utils.arguments import StudentCount, check_arguments
 from odcheap.utils.errors import OptionError
-from odcheap.utils.seeds import derive_seed, temporary_seed
+from odcheap.utils.seeds import derive_seed, seed_generators, temporary_seed
 
 MAX_EQUAL_SHARE = 0.1  # of the parameters of two students; a warning names a larger share
 
@@ -39,7 +39,7 @@ def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
     with torch.random.fork_rng(devices=[], enabled=has_own_stream):
         for k, (student, view) in enumerate(zip(members, views, strict=True)):
             if has_own_stream:
-                torch.manual_seed(derive_seed(base, "student", k))
+                seed_generators(derive_seed(base, "student", k), views[0].device)
             feature_map, output = student.features_and_logits(view)
             features.append(feature_map)
             logits.append(output)

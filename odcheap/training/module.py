@@ -21,7 +21,7 @@ from odcheap.training.train_step import (
     GraphStep,
     to_single_precision,
 )
-from odcheap.utils.seeds import derive_seed
+from odcheap.utils.seeds import derive_seed, seed_generators
 
 STAGES = ("train", "val", "test")
 
@@ -146,7 +146,8 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Trains on a batch; callbacks get the `StepResult` as `outputs["result"]`."""
         # Random numbers of the networks (dropout) depend only on the step, so a resumed run draws the same ones.
-        torch.manual_seed(derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+        seed = derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank)
+        seed_generators(seed, self.device)
         if self.mixing is not None:
             batch = self.mixing(batch, self.current_epoch, batch_idx)
         # The weights are updated after every accumulate_grad_batches batches, and after the last one of the epoch.

@@ -1,6 +1,9 @@
+import traceback
+
+import pytest
 import torch
 
-from odcheap.utils.seeds import derive_seed, make_generator, temporary_seed
+from odcheap.utils.seeds import derive_seed, make_generator, seed_generators, temporary_seed
 
 
 def test_streams_differ_in_every_part():
@@ -22,3 +25,19 @@ def test_the_same_stream_gives_the_same_numbers_and_leaves_the_outside_alone():
         inside = torch.rand(4)
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(inside, torch.rand(4, generator=make_generator(0, "method")))
+
+
+def test_a_cpu_is_seeded_without_the_text_of_the_call_stack(monkeypatch):
+    """PyTorch makes it for each kind of device that is not in use, and a run does this several times in each step."""
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    monkeypatch.setattr(traceback, "format_stack", pytest.fail)
+    seed_generators(3, torch.device("cpu"))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_another_device_is_seeded_with_all_generators(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    seed_generators(3, torch.device("cuda"))
+    assert seeds == [3]
