@@ -1,7 +1,9 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
+from conftest import Begun
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -131,3 +133,14 @@ def test_processes_that_torchrun_or_srun_has_started_are_counted(alone, monkeypa
     assert (launch.count_nodes(), launch.processes_per_node()) == (4, 8)
     with pytest.raises(OptionError, match="trainer=ddp: a sweep starts its processes itself"):
         launch.check_trainer(trainer(8, 4), "ddp", in_sweep=True)
+
+
+def test_each_run_of_a_sweep_has_two_processes_and_a_folder_of_its_own(tmp_path):
+    several = ["num_stu=1,2", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_epochs=1"]
+    run = Begun("-m", *several, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    assert run.end() == 0, run.said
+    said = "".join(run.said)
+    assert (said.count("; 2 x cpu, "), said.count("<- chosen")) == (2, 2)
+    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    found = [len(json.loads((folder / "summary.json").read_text())["students"]) for folder in folders]
+    assert found == [1, 2]

@@ -115,7 +115,7 @@ def test_parts_are_known_by_their_option_names_on_disk(finished):
         assert not re.search(rb"odcheap\.[a-z_]+\.|_target_", path.read_bytes()), path
     saved = checkpoint(finished / "checkpoints" / "epoch-0001.ckpt")["odcheap"]
     assert saved["config"]["block_type"] == saved["student"]["block_type"] == {"part": "DW"}
-    assert saved["student"]["backbone"] == {"part": "resnet20", "depth": 8}
+    assert saved["student"]["backbone"] == {"part": "resnet20", "depth": 8, "width": 16, "expansion": 1}
 
 
 def test_selection_is_on_held_out_images(finished):

@@ -77,7 +77,7 @@ def checkpoint(trained):
 
 @pytest.fixture
 def hostile(checkpoint, tmp_path, monkeypatch):
-    """`hostile(override)` writes a checkpoint with this override; a connection ends the test, and CANARY is set."""
+    """`hostile(*overrides)` writes a checkpoint with these; a connection ends the test, and CANARY is set."""
 
     def connect(_, address):
         pytest.fail(f"connects to {address}")
@@ -87,9 +87,11 @@ def hostile(checkpoint, tmp_path, monkeypatch):
     content = read_torch(checkpoint)
     own = [o for o in content["odcheap"]["overrides"] if not o.startswith("trainer.max_epochs")]
 
-    def write(override):
-        override = override.replace("OUT", str(tmp_path / "outside")).replace("URL", "http://127.0.0.1:9")
-        content["odcheap"]["overrides"] = [*own, "trainer.max_epochs=2", override]
+    def write(*overrides):
+        overrides = [
+            o.replace("OUT", str(tmp_path / "outside")).replace("URL", "http://127.0.0.1:9") for o in overrides
+        ]
+        content["odcheap"]["overrides"] = [*own, "trainer.max_epochs=2", *overrides]
         content["odcheap"]["config"]["trainer"]["max_epochs"] = 2
         write_checkpoint(checkpoint, content)
         return checkpoint
@@ -102,11 +104,13 @@ def contents(folder):
     return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
+@pytest.mark.parametrize("in_each_way", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("override", REFUSED)
-def test_what_is_no_plain_value_in_a_checkpoint_is_refused(hostile, command, tmp_path, override):
+def test_what_is_no_plain_value_in_a_checkpoint_is_refused(hostile, command, tmp_path, override, in_each_way):
     checkpoint = hostile(override)
     before = contents(tmp_path)
-    for arguments in ([f"resume={checkpoint}"], [f"resume={tmp_path}/run"], ["test_only=true", f"resume={checkpoint}"]):
+    ways = ([f"resume={checkpoint}"], [f"resume={tmp_path}/run"], ["test_only=true", f"resume={checkpoint}"])
+    for arguments in ways if in_each_way else [ways[REFUSED.index(override) % 3]]:
         result = command(*arguments)
         assert (result.status, result.err[:7], result.err.count("\n")) == (1, "error: ", 1), (arguments, result)
         refusals = REFUSALS[2:] if "._target_=" in override and "$" not in override else REFUSALS[:2]
@@ -115,15 +119,21 @@ def test_what_is_no_plain_value_in_a_checkpoint_is_refused(hostile, command, tmp
         assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("override", LEFT_OUT)
-def test_what_is_outside_the_closed_list_is_left_out(hostile, command, tmp_path, override):
-    hostile(override)
+SEVERAL = [LEFT_OUT[k::6] for k in range(6)]
+EACH = [pytest.param([override], marks=pytest.mark.slow) for override in LEFT_OUT]
+
+
+@pytest.mark.parametrize("overrides", SEVERAL + EACH, ids=" ".join)
+def test_what_is_outside_the_closed_list_is_left_out(hostile, command, tmp_path, overrides):
+    hostile(*overrides)
     before = contents(tmp_path)
     # An option that is given replaces the one in the checkpoint, so the one that is tested is not given.
-    given = [option for option in ("trainer=cpu", "logger=csv") if override.partition("=")[0] not in option]
+    names = {override.partition("=")[0] for override in overrides}
+    given = [option for option in ("trainer=cpu", "logger=csv") if option.partition("=")[0] not in names]
     result = command(f"resume={tmp_path}/run", *given)
     left_out = result.out.partition("not taken from the checkpoint: ")[2].partition(" (give them again")[0]
-    assert override.partition("OUT")[0].partition("URL")[0] in left_out
+    for override in overrides:
+        assert override.partition("OUT")[0].partition("URL")[0] in left_out
     assert result.status == 0, result.err
     after = contents(tmp_path)
     outside = {path for path in after.keys() - before.keys() if tmp_path / "run" not in path.parents}
