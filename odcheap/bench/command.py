@@ -29,7 +29,7 @@ from odcheap.models.build import build_comparable
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import print_error
-from odcheap.utils.errors import Failure
+from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import write_json, write_text
 from odcheap.utils.parts import build_part
 
@@ -116,6 +116,8 @@ def measure(
         return compose_config([*overrides, *more, "select=last", "data.val_size=0"], config_dirs)
 
     cfg = compose()
+    if cfg.students is not None:
+        raise OptionError("students", cfg.students, "must be null: the benchmark trains students of one shape")
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     steps, rounds = (20, 5) if on_gpu else (1, 3) if quick else (2, 5)

@@ -42,7 +42,7 @@ def format_help(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> s
     for name, value, comment in read_options(root):
         if name in hints:
             allowed = describe_allowed(hints[name])
-            is_said = allowed.startswith("a string") or comment.startswith(allowed)
+            is_said = hints[name] is Any or allowed.startswith("a string") or comment.startswith(allowed)
             lines.append(format_option(name, value, comment if is_said else f"{comment}; {allowed}".removeprefix("; ")))
     lines += ["", "recipes (experiment=NAME, or several: experiment=[cifar10_od,short]):"]
     lines += [format_option(name, None, describe_part("experiment", name)) for name in list_parts("experiment")]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
 from odcheap.config.signatures import NO_PARAMETERS, Signature, import_signature
+from odcheap.models.student_shapes import GROUPS, read_shapes
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import StudentCount, check_value
@@ -46,6 +47,7 @@ class RootOptions:
     """The types and ranges of the options that belong to no config group."""
 
     num_stu: StudentCount
+    students: Any  # `check_students` checks it
     seed: int
     together: Literal["auto", "sequential", "streams"]
     select: Literal["val", "last", "test"]
@@ -161,7 +163,39 @@ def check_options(
         common[group] = {name: signature.annotations.get(name, Any) for name in signature.keyword_only}
     for group, name in config.parts.items():
         check_part(group, group, values, read_part(group, name, config_dirs), common.get(group, {}), find_signature)
+    check_students(config, config_dirs, find_signature)
     check_loggers(values, config_dirs, find_signature)
+
+
+def check_students(config: RunConfig, config_dirs: Sequence[Path], find_signature: FindSignature) -> None:
+    """Checks the option `students`: its entries, their options, and that other options agree with it."""
+    students = to_plain(config.cfg.get("students"))
+    if students is None:
+        return
+    shapes = read_shapes(students, config.own_shape(), config_dirs)
+    if config.cfg.num_stu != len(shapes):
+        raise OptionError("num_stu", config.cfg.num_stu, f"must be {len(shapes)}, the number of entries of students")
+    for k, shape in enumerate(shapes):
+        for group, settings in shape.items():
+            default = read_part(group, settings["part"], config_dirs)
+            calls = {key: value for key, value in default.items() if key in CALL_KEYS}
+            node = merge(default, {key: value for key, value in settings.items() if key != "part"}) | calls
+            check_part(
+                group, f"students.{k}.{group}", {"students": {str(k): {group: node}}}, default, {}, find_signature
+            )
+    # A part that the user has named and no student has is a mistake.
+    for group in GROUPS:
+        part = config.parts.get(group)
+        given = next((o for o in config.overrides if override_key(o) == group), None)
+        if given is not None and all(shape[group]["part"] != part for shape in shapes):
+            raise OptionError(group, part, "is not used: each entry of students names another one")
+
+
+def merge(below: Any, above: Any) -> Any:
+    """Returns nested dicts with the values of `above` in place of those of `below`."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{key: merge(below.get(key), value) for key, value in above.items()}}
 
 
 def check_added_options(config: RunConfig) -> None:

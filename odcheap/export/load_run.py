@@ -13,6 +13,7 @@ from odcheap.models.build import build_network, load_network, read_student_setti
 from odcheap.runs import folder
 from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, read_checkpoint
 from odcheap.runs.load import STUDENT, strip_prefix
+from odcheap.runs.settings import select_student_settings
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
 
@@ -125,14 +126,15 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
         raise OptionError(OPTION, job_dir, "no epoch of this run has finished, or its checkpoints are gone")
     selected = newest[1]["callbacks"]["Record"]["selected"]
     content = read_checkpoint(epoch_path(job_dir, selected["epoch"]), OPTION)
-    state, settings = content["state_dict"], content["odcheap"]["student"]
-    read_student_settings({"odcheap": json.dumps(settings)}, OPTION, job_dir)
+    state = content["state_dict"]
     count = len({name.split(".")[3] for name in state if name.startswith(STUDENT)})
     if number is not None and not 0 <= number < count:
         raise OptionError("--student", number, f"must be 0 to {count - 1}")
     # The candidates are the students, then the moving averages of their weights.
     candidate = selected["candidate"] if number is None else number
     is_averaged = candidate >= count
+    settings = select_student_settings(content["odcheap"], candidate % count)
+    read_student_settings({"odcheap": json.dumps(settings)}, OPTION, job_dir)
     tensors = strip_prefix(state, f"{AVERAGED if is_averaged else STUDENT}{candidate % count}.")
     return tensors, settings, describe_student(candidate % count, selected["epoch"], is_averaged)
 

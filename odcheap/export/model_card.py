@@ -21,6 +21,7 @@ from odcheap.export.load_run import RunStudent
 from odcheap.export.speedup import Speedup, compute_speedups, describe_disturbance, find_opposites, format_speedup
 from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
+from odcheap.models.student_shapes import name_shape
 from odcheap.predict import Timing
 from odcheap.training.summary import list_versions
 from odcheap.utils.text import escape_markdown, format_accuracy, format_code, hide_folders
@@ -310,7 +311,11 @@ def describe_origin(run: RunStudent) -> list[str]:
         "classes": len(run.settings["classes"]),
         "exported": datetime.datetime.now(datetime.UTC).date(),
     }
-    facts |= {name: format_options(run.config[name]) for name in OPTIONS if name in run.config}
+    options, shapes = run.config, run.config.get("students")
+    if shapes:  # the exported student's own shape, and the names of all
+        options = run.config | {group: run.settings[group] for group in ("block_type", "backbone")}
+        facts["students"] = ", ".join(name_shape(shape, shapes) for shape in shapes)
+    facts |= {name: format_options(options[name]) for name in OPTIONS if name in options}
     tools = list_versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     facts |= {"exported with": format_options(tools), "trained with": format_options(summary.get("versions") or "")}
     if run.job_dir is None:

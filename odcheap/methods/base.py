@@ -37,6 +37,8 @@ class Method(nn.Module):
             has no teacher.
         has_own_views: Whether each student is trained on its own augmentation of the images.
         min_students: The smallest number of students; `OptionError` is raised if there are fewer.
+        joins_maps: Whether the students' last feature maps are joined along the channels, so that their heights and
+            widths must be equal.
         averages: The moving averages of the students' weights; None if the method keeps none.
         ramp: The weight of the loss terms that grow over the first epochs; None if no term does.
     """
@@ -44,6 +46,7 @@ class Method(nn.Module):
     teacher_kind: str | None = None
     has_own_views = False
     min_students = 1
+    joins_maps = False
 
     def __init__(self, students: Students, average_decay: AverageDecay | None = None):
         super().__init__()

@@ -48,16 +48,17 @@ class FeatureFusion(LogitDistillation):
 
     teacher_kind = "head"
     min_students = 2
+    joins_maps = True
 
     def __init__(
         self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
     ):
         super().__init__(students, temperature, **options)
         self.ramp = RampUp(ramp_up)
-        # The fusion of the maps of all students to one map with as many channels as one student's: depth-wise 3 x 3,
-        # then 1 x 1, each with batch norm and ReLU.
+        # The fusion of the maps of all students to one map with as many channels as student 0's: depth-wise 3 x 3, then
+        # 1 x 1, each with batch norm and ReLU.
         fused = students.num_features
-        concat = fused * len(students)
+        concat = students.total_features
         depthwise = nn.Conv2d(concat, concat, 3, padding=1, groups=concat, bias=False)
         pointwise = nn.Conv2d(concat, fused, 1, bias=False)
         self.fusion = nn.Sequential(

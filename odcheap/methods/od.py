@@ -52,6 +52,7 @@ class OnlineDistillation(FeatureDistillation):
     """
 
     teacher_kind = "head"
+    joins_maps = True
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class OnlineDistillation(FeatureDistillation):
     ):
         super().__init__(students, temperature, **options)
         self.detach_teacher, self.label_smoothing = detach_teacher, label_smoothing
-        width = len(students) * students.num_features
+        width = students.total_features
         self.norm = nn.BatchNorm2d(width) if normalise else None
         self.fc = nn.Linear(width, students.num_classes)
         self.features: FeatureDistance | None = None

@@ -31,6 +31,7 @@ from odcheap.methods.base import (
 from odcheap.methods.losses import Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.errors import OptionError
 
 
 @check_arguments("method")
@@ -54,6 +55,10 @@ class DiversePeers(LogitDistillation):
         super().__init__(students, temperature, **options)
         self.ramp = RampUp(ramp_up)
         features = students.num_features
+        lengths = [student.num_features for student in students.backbones()]
+        if len(set(lengths[:-1])) > 1:
+            allowed = f"compares features of equal length, and the last maps of the peers have {lengths[:-1]} channels"
+            raise OptionError("method", "okddip", allowed)
         self.query, self.key = (nn.Linear(features, max(1, features // 8), bias=False) for _ in range(2))
 
     def forward(self, images: Tensor) -> Outputs:

@@ -54,7 +54,7 @@ class NativeEnsemble(LogitDistillation):
         super().__init__(students, temperature, **options)
         self.ramp = RampUp(ramp_up)
         count = len(students)
-        gate = [nn.Linear(count * students.num_features, count), nn.BatchNorm1d(count), nn.ReLU(), nn.Softmax(-1)]
+        gate = [nn.Linear(students.total_features, count), nn.BatchNorm1d(count), nn.ReLU(), nn.Softmax(-1)]
         self.gate = nn.Sequential(*gate)
 
     def forward(self, images: Tensor) -> Outputs:

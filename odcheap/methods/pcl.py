@@ -62,7 +62,7 @@ class PeerCollaborativeLearning(LogitDistillation):
     ):
         super().__init__(students, temperature, average_decay=average_decay, **options)
         self.ramp = RampUp(ramp_up)
-        self.fc = nn.Linear(len(students) * students.num_features, students.num_classes)
+        self.fc = nn.Linear(students.total_features, students.num_classes)
 
     def forward(self, images: Tensor) -> Outputs:
         features, logits = self.students(images)

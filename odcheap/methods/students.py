@@ -1,4 +1,4 @@
-"""Students of one architecture, and functions that run all of them on a batch.
+"""Students, and functions that run all of them on a batch.
 
 Each function `run_...` takes the S students and, for each of them, its images (N, C, H, W). It returns the last feature
 map of each student, a list of S tensors, and the logits (S, N, K). All these functions give the same numbers, except
@@ -8,6 +8,7 @@ for rounding and for the random numbers of dropout.
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import combinations
 from typing import cast
 
 import torch
@@ -145,14 +146,23 @@ def check_run(run: RunStudents, device: torch.device) -> None:
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
 
 
+def find_equal_shapes(members: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] | None:
+    """Returns the first two students whose parameters have the same names and shapes; None if there are none."""
+    shapes = [{name: own.shape for name, own in student.named_parameters()} for student in members]
+    pairs = combinations(range(len(members)), 2)
+    return next(((members[i], members[k]) for i, k in pairs if shapes[i] == shapes[k]), None)
+
+
 @check_arguments("")
 class Students(nn.Module):
-    """Networks of one architecture that are trained together.
+    """Networks that are trained together, of one architecture or of several.
 
     Args:
         build: A function that makes a new student in each call: a `Backbone` or any classification network
             (N, C, H, W) -> (N, K), such as the result of `cheapen`. A network that is no `Backbone` is wrapped, see
-            `to_backbone`. Start students from one trained network with `add_weight_noise`, so that they differ.
+            `to_backbone`. Start students from one trained network with `add_weight_noise`, so that they differ. If the
+            students have different architectures: a list with one such function for each student. Their logits must
+            have the same number of classes; whether their feature maps may differ depends on the method.
         num_stu: The number of students, S.
         seed: The initial weights of student k depend on (seed, k) only.
         run: The function that runs all students on a batch; see the module's description.
@@ -173,27 +183,34 @@ class Students(nn.Module):
         (torch.Size([4, 64, 8, 8]), torch.Size([2, 4, 10]))
 
     Raises:
-        OptionError: `build` is no function, its networks share parameters, or a network cannot be a student. The
-            message says what is wrong.
+        OptionError: `build` is no function, its networks share parameters, a network cannot be a student, or the
+            networks have different numbers of classes. The message says what is wrong.
     """
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
+        build: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         num_stu: StudentCount,
         seed: int,
         run: RunStudents = run_auto,
     ):
         super().__init__()
         # Student k is the same for every number of students: its seed is temporary and depends on k only.
-        check_builder(build)
+        builders = list(build) if isinstance(build, Sequence) else [build] * num_stu
+        if len(builders) != num_stu:
+            raise OptionError("num_stu", num_stu, f"must be {len(builders)}, the number of functions in `build`")
         members = []
-        for k in range(num_stu):
+        for k, build_one in enumerate(builders):
+            check_builder(build_one)
             with temporary_seed(seed, "student", k):
-                members.append(to_backbone(build()))
+                members.append(to_backbone(build_one()))
         check_separate(members)
+        counts = [student.num_classes for student in members]
+        if len(set(counts)) > 1:
+            raise OptionError("build", "functions", f"must make networks with equal numbers of classes, not {counts}")
         self.members, self.run = nn.ModuleList(members), run
-        line = describe_equal_weights(members[0], members[1]) if num_stu > 1 else ""
+        equal = find_equal_shapes(members)
+        line = "" if equal is None else describe_equal_weights(*equal)
         if line:
             warnings.warn(line, stacklevel=3)  # the caller, above `check_arguments`
 
@@ -206,8 +223,13 @@ class Students(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """The number of channels of one student's last feature map."""
+        """The number of channels of the last feature map of student 0."""
         return self.backbones()[0].num_features
+
+    @property
+    def total_features(self) -> int:
+        """The number of channels of the last feature maps of all students together."""
+        return sum(student.num_features for student in self.backbones())
 
     @property
     def num_classes(self) -> int:

@@ -409,6 +409,12 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
         raise OptionError("backbone", name, f"pictures of {height} x {width} are too small: its stride is {stride}")
 
 
+def find_map_size(backbone: Backbone, image_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Returns the height and the width of a network's last feature map for images (C, H, W)."""
+    height, width = _features_on_meta(backbone, *image_size[1:]).shape[2:]
+    return height, width
+
+
 def find_stride(backbone: Backbone) -> int:
     """Returns the total stride of a network: the side of an image divided by the side of the last feature map."""
     return 1024 // _features_on_meta(backbone, 1024, 1024).shape[-1]

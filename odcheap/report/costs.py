@@ -98,6 +98,9 @@ def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> I
         OptionError: The backbone that the overrides name needs an option that is not given.
     """
     chosen = dict(override.partition("=")[::2] for override in overrides)
+    if "students" in chosen:
+        allowed = "must not be given: the table has a row for each network, by backbone and block_type"
+        raise OptionError("students", chosen["students"], allowed)
     backbones, block_types = (
         [chosen[group]] if group in chosen else list_parts(group, config_dirs) for group in ("backbone", "block_type")
     )

@@ -41,7 +41,8 @@ def measure_latencies(
     firsts = runs[has_student].drop_duplicates("name")
     rows_of_networks: dict[str, list[tuple[str, FinishedRun]]] = {}
     for name, run in zip(firsts["name"], firsts["run"], strict=True):
-        network = repr(sorted((k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type"))))
+        shape = [(k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type", "students"))]
+        network = repr((sorted(shape), find_network(run)))
         rows_of_networks.setdefault(network, []).append((name, run))
     latencies = {}
     for number, rows in enumerate(rows_of_networks.values(), 1):
@@ -54,6 +55,13 @@ def measure_latencies(
         else:
             latencies |= {name: found for name, _ in rows}
     return latencies
+
+
+def find_network(run: FinishedRun) -> str | None:
+    """Returns the name of the selected student's network if the students have different shapes, otherwise None."""
+    students, selected = run.summary.get("students") or [], run.summary.get("selected") or {}
+    number = selected.get("student") or 0
+    return students[number].get("network") if number < len(students) else None
 
 
 def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies:

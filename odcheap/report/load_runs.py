@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from odcheap.models.student_shapes import GROUPS, name_shape
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
 from odcheap.runs.folder import read_options, read_summary
@@ -95,12 +96,37 @@ def load_run(folder: Path) -> RunFolder:
         summary = read_summary(folder)
         if summary is None:
             return describe_unfinished(folder, status.read_status(folder))
-        run = FinishedRun(read_options(folder / "config.yaml", "DIR"), summary, read_history(folder), folder)
+        options = name_students(read_options(folder / "config.yaml", "DIR"), folder / "config.yaml")
+        run = FinishedRun(options, summary, read_history(folder), folder)
         return RunFolder(folder, "finished", "", run)
     except OptionError as error:  # one line of our own, which is not cut, however long the folder's path is
         return RunFolder(folder, "unreadable", str(error))
     except (OSError, ValueError) as error:
         return RunFolder(folder, "unreadable", first_line(error))
+
+
+def name_students(options: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the options of a run, in which students of different shapes are named by the parts of all of them.
+
+    With `students=[DW,Shift]` the block type is "DW+Shift". If students differ in an option of a part too, their names
+    are the option `students`.
+
+    Args:
+        options: The options of the run by dotted names.
+        path: The file of the options, for messages.
+    """
+    shapes = options.pop("students", None)
+    if shapes is None:
+        return options
+    try:
+        kept = {key: value for key, value in options.items() if key.partition(".")[0] not in GROUPS}
+        for group in GROUPS:
+            parts = [str(shape[group]["part"]) for shape in shapes]
+            kept[f"{group}.part"] = parts[0] if len(set(parts)) == 1 else "+".join(parts)
+        names = [name_shape(shape, shapes) for shape in shapes]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OptionError("DIR", path, f"its students are not as odcheap writes them ({error!r})") from error
+    return kept | ({"students": ", ".join(names)} if any("=" in name for name in names) else {})
 
 
 def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:

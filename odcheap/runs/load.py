@@ -97,7 +97,8 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
     """
     matched = not new_head and classes is not None and weights.classes not in (None, list(classes))
     if matched:
-        weights = select_classes(weights, list(classes or ()), str(method.students.members[0].classifier))
+        classifiers = [str(student.classifier) for student in method.students.backbones()]
+        weights = select_classes(weights, list(classes or ()), classifiers)
     # Everything is checked first, so that an error leaves the method unchanged.
     members = method.students.members
     if len(weights.students) not in (1, len(members)):
@@ -123,13 +124,13 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
     return f"{len(weights.students)} of {len(members)} students from {weights.path} ({heads}, {own_text})"
 
 
-def select_classes(weights: Weights, classes: list[str], classifier: str) -> Weights:
+def select_classes(weights: Weights, classes: list[str], classifiers: list[str]) -> Weights:
     """Returns the students' weights with the outputs of the classifiers selected and sorted by class names.
 
     Args:
         weights: Weights whose classes are known.
         classes: The names of the classes that the result has, in their order.
-        classifier: The name of the students' last layer.
+        classifiers: The name of each student's last layer.
 
     Raises:
         OptionError: The weights do not have one of the classes.
@@ -145,7 +146,7 @@ def select_classes(weights: Weights, classes: list[str], classifier: str) -> Wei
     rows = [outputs[name] for name in classes]
     # Select the rows of the classifier's weight and bias.
     students = []
-    for state in weights.students:
+    for classifier, state in zip(classifiers, weights.students, strict=False):
         heads = {name: tensor for name, tensor in state.items() if name.startswith(f"{classifier}.")}
         if any(tensor.ndim < 1 or len(tensor) != len(known) for tensor in heads.values()):
             raise OptionError("weights", weights.path, f"has {len(known)} classes and a classifier of another size")

@@ -18,7 +18,7 @@ from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import PART_NAME
 
 # Options and groups that define the experiment. Everything else in a checkpoint's overrides is left out.
-EXPERIMENT_OPTIONS = ("num_stu", "seed", "select", "on_nonfinite", "max_skipped", "experiment")
+EXPERIMENT_OPTIONS = ("num_stu", "students", "seed", "select", "on_nonfinite", "max_skipped", "experiment")
 EXPERIMENT_OPTIONS += ("trainer.max_epochs", "trainer.precision", "trainer.accumulate_grad_batches")
 EXPERIMENT_OPTIONS += ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.limit_train_batches")
 EXPERIMENT_GROUPS = ("block_type", "backbone", "method", "data", "augment", "optimizer", "scheduler")

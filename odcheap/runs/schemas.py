@@ -45,6 +45,9 @@ class Member(Schema):
     test_top5: Accuracy | None = None
     test_balanced_accuracy: Accuracy | None = None
     kind: str | None = None
+    network: str | None = None
+    params: Count | None = None
+    macs: Count | None = None
 
 
 class Members(Schema):
@@ -143,6 +146,7 @@ class SavedRun(Schema):
     split: str
     classes: list[str]
     student: dict[str, Any]
+    students: list[dict[str, Any]] | None = None
 
 
 class Selection(Schema):

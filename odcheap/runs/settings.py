@@ -7,6 +7,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env
 
+from odcheap.models.student_shapes import GROUPS, Shape, read_shapes
+from odcheap.runs.overrides import override_key
 from odcheap.utils.parts import part_settings, read_part
 
 
@@ -27,6 +29,14 @@ class RunConfig:
 
     def __init__(self, cfg: DictConfig, parts: Mapping[str, Any], overrides: Sequence[str]):
         self.cfg, self.overrides = cfg, list(overrides)
+        # A recipe may set another number than that of the students whose shapes are given.
+        students = cfg.get("students")
+        if (
+            students
+            and OmegaConf.is_list(students)
+            and not any(override_key(override) == "num_stu" for override in overrides)
+        ):
+            cfg.num_stu = len(students)
         self.parts = {group: name for group, name in parts.items() if isinstance(name, str) and is_part(cfg.get(group))}
 
     def to_settings(self) -> dict[str, Any]:
@@ -39,8 +49,22 @@ class RunConfig:
             settings = to_dict(self.cfg)
         for group, name in self.parts.items():
             settings[group] = part_settings(settings[group], name)
+        if settings.get("students") is not None:
+            settings["students"] = read_shapes(settings["students"], settings)
         loggers = settings.get("logger") or {}
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
+
+    def student_shapes(self) -> list[Shape] | None:
+        """Returns the shape of each student by the option `students`; None if it is not given."""
+        students = self.cfg.get("students")
+        if students is None:
+            return None
+        return read_shapes(OmegaConf.to_container(students, resolve=True), self.own_shape())
+
+    def own_shape(self) -> Shape:
+        """Returns the settings of the run's `backbone` and `block_type`, by these names."""
+        nodes = {group: OmegaConf.to_container(self.cfg[group], resolve=True) for group in GROUPS}
+        return {group: part_settings(cast(dict[str, Any], node), self.parts[group]) for group, node in nodes.items()}
 
 
 # Config groups that earlier versions did not have, and the part that does what these versions did.
@@ -51,6 +75,17 @@ def add_new_groups(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns saved settings with those of the groups that did not exist when they were saved."""
     missing = {group: name for group, name in NEW_GROUPS.items() if group not in settings}
     return {**settings, **{group: part_settings(read_part(group, name), name) for group, name in missing.items()}}
+
+
+def select_student_settings(about: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Returns the settings from which a student can be built.
+
+    Args:
+        about: The description of a run in its checkpoints; see `training.summary.describe_run`.
+        number: The number of the student, from 0.
+    """
+    students = about.get("students")
+    return about["student"] if students is None else students[number]
 
 
 @contextmanager

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from multiprocessing import current_process
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from odcheap.config import options, resolvers
 from odcheap.config.messages import (
@@ -22,7 +25,7 @@ from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_summary
 from odcheap.runs.overrides import override_key
 from odcheap.runs.resume import Start, claim_folder, plan_start
-from odcheap.runs.settings import RunConfig
+from odcheap.runs.settings import RunConfig, select_student_settings
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
 from odcheap.training.builders import BUILDERS
 from odcheap.training.experiment import Experiment, check_finished
@@ -195,11 +198,21 @@ def report_own_parts(experiment: Experiment) -> None:
         for group, name in parts.items():
             if (folder / group / f"{name}.yaml").is_file() and not is_own_part(group, name):
                 say(f"warning: {folder / group / name}.yaml is not used: odcheap has a {group} of this name")
+    chosen: dict[str, tuple[nn.Module, dict[str, Any]]] = {}  # a student of each shape
+    for number, student in enumerate(experiment.method.students.members):
+        settings = select_student_settings(experiment.module.about, number)
+        chosen.setdefault(repr([settings[group] for group in PARTS]), (student, settings))
+    for student, settings in chosen.values():
+        report_export_problem(experiment, student, settings)
+
+
+def report_export_problem(experiment: Experiment, student: nn.Module, settings: dict[str, Any]) -> None:
+    """Says if a student cannot be exported; only students with parts of the user are tried."""
+    parts = {group: settings[group]["part"] for group in PARTS}
     own = [group for group in PARTS if is_own_part(group, parts[group])]
     if not own:
         return
     names = ", ".join(f"{group}={parts[group]}" for group in own)
-    student, settings = experiment.method.students.members[0], experiment.module.about["student"]
     try:
         same = build_network(settings, own[0], parts[own[0]])
         check_state_dict(student.state_dict(), same.state_dict(), parts[own[0]], "built again, it differs", own[0])

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -30,18 +30,15 @@ from odcheap.data.mixing import build_mixing
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
-from odcheap.layers.cheap_conv import Standard
 from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
-from odcheap.methods.students import RUNS, Students, check_run
-from odcheap.models.backbone import Backbone
-from odcheap.models.build import build_comparable
-from odcheap.models.wrappers import check_image_size
+from odcheap.methods.students import check_run
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import epoch_path, read_checkpoint
 from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, make_folder
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
+from odcheap.runs.settings import select_student_settings
 from odcheap.runs.training_images import write_digests
 from odcheap.training import summary, trackers
 from odcheap.training.atomic_checkpoint import AtomicCheckpointIO
@@ -49,6 +46,13 @@ from odcheap.training.callbacks import Interruption, LoggerRuns, ProgressReporte
 from odcheap.training.module import DistillationModule
 from odcheap.training.nonfinite import NonfiniteGuard
 from odcheap.training.optim import build_optimization
+from odcheap.training.student_networks import (
+    build_standards,
+    build_students,
+    check_networks,
+    list_builders,
+    name_students,
+)
 from odcheap.training.trackers import StepLosses
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console as build_console
@@ -122,7 +126,8 @@ class Experiment:
         optimizer: See `build_optimization`.
         scheduler: See `build_optimization`.
         listener: The listener that receives signals; a signal ends the training after the current step.
-        standard: The network with standard convolutions, with which costs are compared; `run` needs it.
+        standards: For each student the network with standard convolutions, with which costs are compared; `run` needs
+            them.
         callbacks: Further callbacks of Lightning's `Trainer`.
         console: The console on which progress and results are printed.
 
@@ -139,7 +144,7 @@ class Experiment:
     optimizer: partial
     scheduler: partial
     listener: SignalListener
-    standard: nn.Module | None = None
+    standards: Sequence[nn.Module] = ()
     callbacks: Sequence[pl.Callback] = ()
     console: Console = field(default_factory=build_console)
 
@@ -189,16 +194,8 @@ class Experiment:
         data = instantiate(cfg.data, policy=instantiate(cfg.augment))
         data.read()
         data.check(launch.count_processes(cfg))
-        # A resumed run needs no pretrained weights: they are in its checkpoint, and their file may be gone.
-        loaded = {"pretrained": None} if start.content is not None and "pretrained" in cfg.backbone else {}
-        network = instantiate(cfg.backbone, **loaded)
-        classes = len(data.classes)
-        students = Students(
-            lambda: network(conv=instantiate(cfg.block_type), num_classes=classes),
-            cfg.num_stu,
-            cfg.seed,
-            RUNS[cfg.together],
-        )
+        classes, builders = len(data.classes), list_builders(start)
+        students = build_students(start, builders, classes)
         with temporary_seed(cfg.seed, "method"):
             method = instantiate(cfg.method)(students=students)
 
@@ -208,11 +205,9 @@ class Experiment:
         method.check_precision(str(cfg.trainer.precision))
         if cfg.augment.mixup or cfg.augment.cutmix:
             method.check_soft_labels()
-        check_image_size(cast(Backbone, students.members[0]), data.image_size, start.config.parts["backbone"])
+        check_networks(method, builders, data.image_size)
         load_start_weights(start, method, data)
-        with temporary_seed(cfg.seed, "standard"):
-            standard = build_comparable(network, Standard(), classes)
-        return cls(start, data, method, optimizer, scheduler, listener, standard)
+        return cls(start, data, method, optimizer, scheduler, listener, build_standards(start, builders, classes))
 
     def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:
         """Builds Lightning's `Trainer`; if torchrun has started several processes, they form their process group here.
@@ -416,6 +411,7 @@ class Experiment:
         content = {
             "selected": self.summarize_selected(fit, tested),
             **tested.members,
+            "students": self.name_networks(tested.members["students"]),
             "split": self.data.fingerprint,
             "versions": summary.list_versions(),
         }
@@ -428,10 +424,12 @@ class Experiment:
     def print_introduction(self, trainer: pl.Trainer) -> None:
         cfg, data = self.cfg, self.data
         train, val, test = (len(data.labels[part]) for part in ("train", "val", "test"))
+        names = name_students(self.start)
+        students = f"{cfg.num_stu} students" + ("" if names is None else f" ({', '.join(names)})")
         counts = f"{train:,} training, {val:,} held-out, {test:,} test"
         limited = "" if data.limit is None else f" (data.limit={data.limit})"
         device = f"{trainer.world_size} x {trainer.strategy.root_device.type}, {cfg.trainer.precision}"
-        say(f"{data.name}: {counts} images{limited}; {cfg.num_stu} students; {device}; {self.start.job_dir}")
+        say(f"{data.name}: {counts} images{limited}; {students}; {device}; {self.start.job_dir}")
         if trainer.strategy.root_device.type == "cpu":
             if line := describe_load(torch.get_num_threads()):
                 say(line)
@@ -457,13 +455,15 @@ class Experiment:
             last: The test of the weights of the last epoch.
         """
         data, history = self.data, fit.history
-        assert self.standard is not None, "costs are compared with those of the standard network"
+        assert self.standards, "costs are compared with those of the standard network"
+        chosen = fit.candidate % len(self.method.students)
         images = min(len(data.labels["train"]), self.batches * data.batch_size) * len(history)
         return {
             "selected": self.summarize_selected(fit, selected),
             **selected.members,
+            "students": self.name_networks(selected.members["students"]),
             "last": last.members,
-            "cost": summary.summarize_costs(self.method, self.standard, data.image_size, images),
+            "cost": summary.summarize_costs(self.method, self.standards[chosen], data.image_size, images, chosen),
             "images_per_second": sum(row["images_per_second"] for row in history) / len(history),
             "train_seconds": history[-1]["seconds"],
             "epochs": len(history),
@@ -476,6 +476,16 @@ class Experiment:
             "versions": summary.list_versions(),
             "finished": True,
         }
+
+    def name_networks(self, students: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the figures of the students, with name and costs of each network if the networks differ."""
+        names = name_students(self.start)
+        if names is None:
+            return students
+        return [
+            figures | {"network": name, **summary.count_costs(student, self.data.image_size)}
+            for figures, name, student in zip(students, names, self.method.students.members, strict=True)
+        ]
 
     def summarize_selected(self, fit: FitResult, tested: TestResult) -> dict[str, Any]:
         """Returns the entry `selected` of `summary.json`: the selected candidate and its metrics on the test images.
@@ -516,7 +526,8 @@ class Experiment:
         if self.data.digests is not None:
             write_digests(job_dir, self.data.digests)
         student = self.method.candidates()[fit.candidate]
-        summary.write_student(job_dir / STUDENT, student, self.module.about["student"])
+        settings = select_student_settings(self.module.about, fit.candidate % len(self.method.students))
+        summary.write_student(job_dir / STUDENT, student, settings)
         write_json(job_dir / SUMMARY, content)
 
 

@@ -101,7 +101,7 @@ def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str,
 
 
 def summarize_costs(
-    method: Method, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int
+    method: Method, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int, number: int = 0
 ) -> dict[str, Any]:
     """Returns the costs of a student, of the standard network, of a frozen teacher, and of the training.
 
@@ -110,6 +110,7 @@ def summarize_costs(
         standard: The network with standard convolutions.
         image_size: (C, H, W) of the images.
         images_trained: The number of images in all epochs together.
+        number: The number of the student, from 0; its architecture may differ from that of other students.
 
     Returns:
         For the student: `params` and, for one image, `macs` (multiply-accumulates). `standard` and `teacher` have the
@@ -118,7 +119,7 @@ def summarize_costs(
         of the frozen teacher; None if that is not known.
     """
     # Frozen networks have a forward pass only: one third of what the others need.
-    student = method.students.members[0]
+    student = method.students.members[number]
     with keep_branches(nn.ModuleList(method.candidates())):  # a training computes the branches of RepDW
         frozen = [count_macs(network, image_size) for network in method.frozen_networks()]
         training = (3 * count_macs(method, image_size) - 2 * sum(frozen)) * images_trained
@@ -128,17 +129,17 @@ def summarize_costs(
         teacher = {"params": count_params(frozen_teacher.network), "macs": frozen[0], **frozen_teacher.history}
         before = teacher["training_macs"]
     return {
-        "params": count_params(student),
-        "macs": count_macs(student, image_size),
-        "standard": {
-            "params": count_params(standard),
-            "macs": count_macs(standard, image_size),
-            "note": getattr(standard, "standard_note", None),
-        },
+        **count_costs(student, image_size),
+        "standard": count_costs(standard, image_size) | {"note": getattr(standard, "standard_note", None)},
         "teacher": teacher,
         "training_macs": training,
         "training_macs_with_teacher": training + before if before is not None else None,
     }
+
+
+def count_costs(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
+    """Returns `params`, the number of parameters, and `macs`, that of multiply-accumulates for an image (C, H, W)."""
+    return {"params": count_params(network), "macs": count_macs(network, image_size)}
 
 
 def list_versions() -> dict[str, str]:
@@ -172,7 +173,8 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
     Returns:
         The overrides, the resolved config, the fingerprint of the split, the classes, and under `student` the settings
-        from which a student can be built (see `StudentSettings`).
+        from which a student can be built (see `StudentSettings`). If the students have different shapes, there are
+        `students`, too, with the settings of each; see `select_student_settings`.
     """
     settings = config.to_settings()
     about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
@@ -181,7 +183,9 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
     student |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
     student["bit_depth"] = data.bit_depth
     student |= {"mean": list(data.norm.mean), "std": list(data.norm.std)}
-    return about | {"student": student}
+    about |= {"student": student}
+    shapes = settings.get("students")
+    return about if shapes is None else about | {"students": [student | shape for shape in shapes]}
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
@@ -229,6 +233,7 @@ def build_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     # A row for each student, each moving average, the teacher and the ensemble.
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
+    networks = {f"student {k}": value.get("network") for k, value in enumerate(summary["students"])}
     members += [(f"average of student {k}", value) for k, value in enumerate(summary["averages"] or [])]
     if summary["teacher"]:
         members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
@@ -238,7 +243,8 @@ def build_table(summary: dict[str, Any]) -> Table:
             format_accuracy(value[figure])
             for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
         ]
-        table.add_row(f"{name} <- chosen" if chosen else name, *figures, style="bold" if chosen else None)
+        shown = f"{name} ({networks[name]})" if networks.get(name) else name
+        table.add_row(f"{shown} <- chosen" if chosen else shown, *figures, style="bold" if chosen else None)
     return table
 
 

@@ -1,8 +1,14 @@
+import copy
+
 import pytest
 import torch
 
-from odcheap.layers.cheap_conv import DW
+from odcheap.layers.cheap_conv import DW, Shift
+from odcheap.methods.ffl import FeatureFusion
 from odcheap.methods.od import OnlineDistillation
+from odcheap.methods.okddip import DiversePeers
+from odcheap.methods.one import NativeEnsemble
+from odcheap.methods.pcl import PeerCollaborativeLearning
 from odcheap.methods.students import Students, check_run, run_on_streams, run_sequential
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
@@ -73,3 +79,35 @@ def test_streams_train_as_one_after_another_does():
         gradients.append([p.grad.clone() for p in method.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_students_of_different_shapes():
+    """Student k has the weights that it has among students of its own shape; od joins maps of different channels."""
+    builders = [lambda: CifarResNet(8, DW(), 10), lambda: CifarResNet(14, Shift(), 10, width=12)]
+    students = Students(builders, 2, seed=0)
+    assert torch.equal(students.members[0].fc.weight, made(2).members[0].fc.weight)
+    assert (students.num_features, students.total_features, students.num_classes) == (64, 64 + 48, 10)
+    for method in (OnlineDistillation, NativeEnsemble, FeatureFusion, PeerCollaborativeLearning, DiversePeers):
+        outputs = method(students)(torch.randn(3, 3, 16, 16))
+        assert outputs["student_logits"].shape == (2, 3, 10)
+        assert outputs["teacher_logits"].shape == (3, 10)
+
+
+def test_builders_that_do_not_fit_are_refused():
+    one, other = (lambda: CifarResNet(8, DW(), 10)), (lambda: CifarResNet(8, DW(), 7))
+    with pytest.raises(OptionError, match="num_stu=3: must be 2, the number of functions in `build`"):
+        Students([one, one], 3, seed=0)
+    with pytest.raises(OptionError, match=r"must make networks with equal numbers of classes, not \[10, 7\]"):
+        Students([one, other], 2, seed=0)
+    with pytest.raises(OptionError, match="build=.*must be a function"):
+        Students([one, one()], 2, seed=0)
+    network = CifarResNet(8, DW(), 10)
+    with pytest.warns(UserWarning, match="the students start with equal weights"):
+        Students([lambda: CifarResNet(8, Shift(), 10), *2 * [lambda: copy.deepcopy(network)]], 3, seed=0)
+
+
+def test_peers_of_okddip_need_features_of_equal_length():
+    wide, narrow = (lambda: CifarResNet(8, DW(), 10)), (lambda: CifarResNet(8, DW(), 10, width=12))
+    DiversePeers(Students([wide, wide, narrow], 3, seed=0))  # the leader may differ
+    with pytest.raises(OptionError, match=r"method=okddip: compares features of equal length, .* \[48, 64\] channels"):
+        DiversePeers(Students([narrow, wide, wide], 3, seed=0))

@@ -1,0 +1,103 @@
+"""Builds the students of a run, which may have different shapes, and the standard networks for comparison."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from hydra.utils import instantiate
+from torch import nn
+
+from odcheap.layers.cheap_conv import BlockType, Standard
+from odcheap.methods.base import Method
+from odcheap.methods.students import RUNS, Students
+from odcheap.models.backbone import Backbone
+from odcheap.models.build import build_comparable
+from odcheap.models.student_shapes import Shape, name_shape
+from odcheap.models.wrappers import check_image_size, find_map_size
+from odcheap.runs.resume import Start
+from odcheap.utils.errors import OptionError
+from odcheap.utils.parts import build_part
+from odcheap.utils.seeds import temporary_seed
+
+
+class StudentBuilder(NamedTuple):
+    """The functions that build a student.
+
+    Attributes:
+        backbone: The name of the backbone.
+        build: A function that takes `conv` and `num_classes`, and returns the network.
+        make_conv: A function that returns the block type.
+    """
+
+    backbone: str
+    build: Callable[..., nn.Module]
+    make_conv: Callable[[], BlockType]
+
+    def build_student(self, num_classes: int) -> nn.Module:
+        return self.build(conv=self.make_conv(), num_classes=num_classes)
+
+
+def list_builders(start: Start) -> list[StudentBuilder]:
+    """Returns for each student of a run what builds it."""
+    # A resumed run needs no pretrained weights: they are in its checkpoint, and their file may be gone.
+    cfg, forgotten = start.cfg, {"pretrained": None} if start.content is not None else {}
+    shapes = start.config.student_shapes()
+    if shapes is None:
+        loaded = forgotten if "pretrained" in cfg.backbone else {}
+        own = instantiate(cfg.backbone, **loaded)
+        builder = StudentBuilder(start.config.parts["backbone"], own, lambda: instantiate(cfg.block_type))
+        return [builder] * cfg.num_stu
+
+    def list_one(shape: Shape) -> StudentBuilder:
+        loaded = forgotten if "pretrained" in shape["backbone"] else {}
+        build = build_part("backbone", shape["backbone"] | loaded)
+        return StudentBuilder(shape["backbone"]["part"], build, partial(build_part, "block_type", shape["block_type"]))
+
+    return [list_one(shape) for shape in shapes]
+
+
+def build_students(start: Start, builders: Sequence[StudentBuilder], num_classes: int) -> Students:
+    """Returns the students of a run."""
+    cfg = start.cfg
+    functions = [partial(builder.build_student, num_classes) for builder in builders]
+    return Students(functions, len(functions), cfg.seed, RUNS[cfg.together])
+
+
+def build_standards(start: Start, builders: Sequence[StudentBuilder], num_classes: int) -> list[Backbone]:
+    """Returns for each student its network with standard convolutions; students with one backbone share it."""
+    built: dict[Any, Backbone] = {}
+    for builder in builders:
+        if builder.build not in built:
+            with temporary_seed(start.cfg.seed, "standard"):
+                built[builder.build] = build_comparable(builder.build, Standard(), num_classes)
+    return [built[builder.build] for builder in builders]
+
+
+def check_networks(method: Method, builders: Sequence[StudentBuilder], image_size: tuple[int, int, int]) -> None:
+    """Checks that the students take the images, and that their feature maps suit the method.
+
+    Args:
+        method: The method with the students.
+        builders: What has built the students.
+        image_size: (C, H, W) of the images.
+
+    Raises:
+        OptionError: Images are too large or too small, or the method joins maps of different sizes.
+    """
+    members = method.students.backbones()
+    firsts = dict(zip(builders, members, strict=True))  # one student of each shape
+    for builder, student in firsts.items():
+        check_image_size(student, image_size, builder.backbone)
+    if method.joins_maps and len(firsts) > 1:
+        sizes = [find_map_size(student, image_size) for student in members]
+        if len(set(sizes)) > 1:
+            shown = ", ".join(f"{rows} x {columns}" for rows, columns in sizes)
+            name = type(method).__module__.rpartition(".")[2]
+            allowed = f"joins the students' last feature maps, which must have equal sizes, and these have {shown}"
+            raise OptionError("method", name, f"{allowed}; alone, dml, kdcl, kd and one take such students")
+
+
+def name_students(start: Start) -> list[str] | None:
+    """Returns a short name of each student of a run, such as "DW resnet20"; None if all have the same shape."""
+    shapes = start.config.student_shapes()
+    return None if shapes is None else [name_shape(shape, shapes) for shape in shapes]
