@@ -137,7 +137,7 @@ def test_processes_that_torchrun_or_srun_has_started_are_counted(alone, monkeypa
 
 def test_each_run_of_a_sweep_has_two_processes_and_a_folder_of_its_own(tmp_path):
     several = ["num_stu=1,2", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_epochs=1"]
-    run = Begun("-m", *several, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    run = Begun("hydra.mode=MULTIRUN", *several, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
     assert run.end() == 0, run.said
     said = "".join(run.said)
     assert (said.count("; 2 x cpu, "), said.count("<- chosen")) == (2, 2)
