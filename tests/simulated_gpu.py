@@ -14,6 +14,7 @@ def called(monkeypatch):
     names = []
     plain = SimpleNamespace(
         MAX_CHANNELS=64,
+        MAX_GROUP=1,
         PAIR_TYPES=(torch.bfloat16, torch.float32),
         batch_norm_act=lambda x, *_: names.append("batch_norm_act") or x,
         depthwise3x3=lambda x, _: names.append("depthwise3x3") or x,

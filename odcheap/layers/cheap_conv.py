@@ -81,7 +81,7 @@ class CheapConv(nn.Sequential):
 
     @property
     def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
-        """The two operators for which fused GPU kernels may be used, or None.
+        """The two operators for which fused kernels may be used, or None.
 
         It is the spatial operator, the 1 x 1 convolution, and whether the spatial operator is a `Shift2d` that the
         kernels can compute. It is None if the forward pass may do more than these two operators: in a subclass of

@@ -25,61 +25,92 @@ def conv_norm_act(
         The result (N, O, H', W'), with the size of the output of `conv`, and `x`. Other layers that read `x`, such as a
         shortcut, should read this returned tensor: a fused backward pass then adds up the gradients of both itself.
     """
-    parts = getattr(conv, "fusible_parts", None)
-    fused = None if parts is None else fused_pair_norm_act(x, conv, *parts, norm, residual)
-    return (batch_norm_act(conv(x), norm, residual), x) if fused is None else fused
+    if (found := find_pair(x, x.shape, conv, norm, residual)) is None:
+        return batch_norm_act(conv(x), norm, residual), x
+    pair, cast_x = found
+    y, again = kernels.load_operators(x.device.type).pair_norm_act(cast_x, pair, residual)
+    return y, again if cast_x is x else x  # other layers read the input in its own dtype
 
 
-def fused_pair_norm_act(
+def block_norm_act(
     x: Tensor,
-    pair: nn.Module,
-    spatial: nn.Module,
-    pointwise: nn.Module,
-    is_shift: bool,
-    norm: nn.BatchNorm2d,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """Runs a `CheapConv` with batch norm, ReLU and residual as one fused operator, in training.
+    convs: tuple[nn.Module, nn.Module],
+    norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
+    shortcut: nn.Module,
+) -> Tensor:
+    """Returns relu(norm2(conv2(relu(norm1(conv1(x)))))) + shortcut(x).
+
+    If both convolutions are `CheapConv`s that one fused operator can compute, the map between them is normalized while
+    the second one reads it, and is never written. There is such an operator on CPUs.
 
     Args:
         x: (N, C, H, W).
-        pair: The `CheapConv`, whose forward pass would call `spatial` and `pointwise`.
-        spatial: Its spatial operator, C -> C channels.
-        pointwise: Its 1 x 1 convolution, C -> O channels.
-        is_shift: Whether `spatial` is a `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros at the border.
-        norm: The batch norm over O channels.
-        residual: (N, O, H', W') with the size of the output of `pair`, or None to add nothing.
+        convs: Two modules, conv1 and conv2.
+        norms: The batch norms over the channels of their outputs, norm1 and norm2.
+        shortcut: A module whose output has the shape of the output of conv2.
 
     Returns:
-        The result and the input, see `conv_norm_act`; or None if the kernels cannot replace these modules.
+        (N, O, H', W'), with the size of the output of conv2.
     """
-    # The modules: the kernels know two spatial operators, and 1 x 1 convolutions of few channels.
-    if not kernels.can_apply(x, pair, spatial, pointwise, norm):
+    first = find_pair(x, x.shape, convs[0], norms[0], None)
+    operators = None if first is None else kernels.load_operators(x.device.type)
+    if first is None or not hasattr(operators, "pairs_norm_act"):
+        # The shortcut reads the returned x, so that a fused backward pass can add up both gradients.
+        main, x = conv_norm_act(x, convs[0], norms[0])
+        return conv_norm_act(main, convs[1], norms[1], shortcut(x))[0]
+    (pair, cast_x), added = first, shortcut(x)
+    second = find_pair(cast_x, pair.output_shape(x.shape), convs[1], norms[1], added)
+    if second is None:
+        main, _ = conv_norm_act(x, convs[0], norms[0])
+        return conv_norm_act(main, convs[1], norms[1], added)[0]
+    is_input = added is cast_x
+    return operators.pairs_norm_act(cast_x, [pair, second[0]], None if is_input else added, is_input)[0]
+
+
+def find_pair(
+    x: Tensor, shape: torch.Size, conv: nn.Module, norm: nn.BatchNorm2d, residual: Tensor | None
+) -> tuple[kernels.Pair, Tensor] | None:
+    """Returns the layers of a `CheapConv` and its batch norm for a fused operator, and x as autocast casts it.
+
+    Args:
+        x: A feature map with the dtype and the device of the convolution's input, in training.
+        shape: (N, C, H, W) of the convolution's input.
+        conv: Any module.
+        norm: The batch norm over the O channels of the output of `conv`.
+        residual: The feature map that is added after the batch norm and ReLU, or None.
+
+    Returns:
+        The layers and the map; None if no fused operator can replace these modules.
+    """
+    # The modules: the kernels know three spatial operators, and 1 x 1 convolutions of few channels.
+    parts = getattr(conv, "fusible_parts", None)
+    if parts is None or not kernels.can_apply(x, conv, *parts[:2], norm):
         return None
-    if not (is_pointwise(pointwise) and (is_shift or is_depthwise3x3(spatial))):
+    spatial, pointwise, is_shift = parts
+    if not (is_pointwise(pointwise) and (is_shift or is_grouped3x3(spatial))):
         return None
     kernel = None if is_shift else cast(nn.Conv2d, spatial).weight
-    cast_x, weight_type = cast_input(x)
-    (images, channels, height, width), (features, inputs, *_) = x.shape, pointwise.weight.shape
+    pair = kernels.Pair(kernel, pointwise.weight, norm, pointwise.stride[0])
     operators = kernels.load_operators(x.device.type)
-    if inputs != channels or max(channels, features) > operators.MAX_CHANNELS:
+    (features, channels, *_), output_shape = pair.weight.shape, pair.output_shape(shape)
+    if channels != shape[1] or max(channels, features) > operators.MAX_CHANNELS:
         return None
     if kernel is not None and len(kernel) != channels:
         return None
+    # A vector instruction multiplies two bfloat16 numbers of a group at once.
+    per_group = 1 if kernel is None else kernel.shape[1]
+    if per_group > operators.MAX_GROUP or (per_group > 1 and per_group % 2):
+        return None
 
     # The tensors: their dtypes, and an output whose elements can be counted in 32 bits.
-    if weight_type is None or cast_x.dtype not in operators.PAIR_TYPES:
+    x, weight_type = cast_input(x)
+    if weight_type is None or x.dtype not in operators.PAIR_TYPES:
         return None
-    weights = [pointwise.weight, *([] if kernel is None else [kernel])]
-    if not all(kernels.is_plain(weight, weight_type, x.device) for weight in weights):
+    if not all(w is None or kernels.is_plain(w, weight_type, x.device, is_kernel=True) for w in (pair.weight, kernel)):
         return None
-    stride = pointwise.stride[0]
-    shape = torch.Size((images, features, -(-height // stride), -(-width // stride)))
-    if shape.numel() >= kernels.MAX_ELEMENTS or not is_fusible(cast_x, shape, norm, residual):
+    if output_shape.numel() >= kernels.MAX_ELEMENTS or not is_fusible(x, output_shape, norm, residual):
         return None
-
-    y, again = operators.pair_norm_act(cast_x, kernel, pointwise.weight, norm, residual, stride)
-    return y, again if cast_x is x else x  # other layers read the input in its own dtype
+    return pair, x
 
 
 def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bool) -> Tensor | None:
@@ -117,12 +148,20 @@ def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
     return x, x.dtype
 
 
-def is_depthwise3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Returns whether a module is a depth-wise 3 x 3 `nn.Conv2d` without bias, with stride 1 and zero padding of 1."""
+def is_grouped3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Returns whether a module is a 3 x 3 `nn.Conv2d` that keeps the number of channels and the size of the image.
+
+    It has stride 1, zero padding of 1, no bias, and any number of groups.
+    """
     if type(module) is not nn.Conv2d or module.bias is not None or module.padding_mode != "zeros":
         return False
     window = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and module.in_channels == module.out_channels == module.groups
+    return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and module.in_channels == module.out_channels
+
+
+def is_depthwise3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Returns whether a module is a depth-wise convolution, with the other properties of `is_grouped3x3`."""
+    return is_grouped3x3(module) and module.in_channels == module.groups
 
 
 def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from odcheap.layers.cheap_conv import BlockType, Window, check_block_type, conv3x3
 from odcheap.layers.norm_act import batch_norm_act
-from odcheap.layers.pairs import conv_norm_act
+from odcheap.layers.pairs import block_norm_act
 from odcheap.models.backbone import Backbone
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
@@ -126,9 +126,7 @@ class CheapBlock(nn.Module):
         self.shortcut = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The shortcut reads the returned x, so that a fused backward pass can add up both gradients.
-        main, x = conv_norm_act(x, self.conv1, self.bn1)
-        return conv_norm_act(main, self.conv2, self.bn2, self.shortcut(x))[0]
+        return block_norm_act(x, (self.conv1, self.conv2), (self.bn1, self.bn2), self.shortcut)
 
 
 def make_stage(

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from odcheap.layers import kernels
-from odcheap.layers.cheap_conv import DW, CheapConv, Shift, Shift2d
+from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Shift2d
 from odcheap.layers.kernels import cpu_library
 from odcheap.layers.norm_act import batch_norm_act
 from odcheap.layers.pairs import conv_norm_act
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
-from odcheap.models.cifar import CifarResNet
+from odcheap.models.cifar import CheapBlock, CifarResNet
 
 # Where there is a compiler, a library that cannot be compiled is a failure.
 pytestmark = pytest.mark.skipif(
@@ -41,6 +41,16 @@ PAIRS = [
     (33, 64, 64, 8, 8, 1),
     (2, 20, 16, 1, 2, 1),  # one line
     (4, 32, 17, 7, 1, 2),  # one column
+]
+# The same for grouped convolutions, with the number of groups: fewer channels a group than a vector has, as many, more,
+# and numbers that are no power of two.
+GROUPED = [
+    (3, 16, 16, 5, 7, 1, 4),
+    (40, 32, 16, 4, 9, 2, 4),
+    (2, 64, 64, 4, 11, 1, 4),
+    (2, 18, 20, 3, 4, 1, 3),
+    (2, 40, 8, 3, 2, 2, 4),
+    (2, 32, 8, 3, 3, 2, 1),
 ]
 
 
@@ -91,10 +101,10 @@ def test_batch_norm_act(shape, has_residual, order, dtype):
 
 def run_pair(make, sizes, dtype, mode, has_residual=True, bias=None):
     """Returns output, gradients and statistics of a pair with batch norm; the input has a second reader."""
-    images, channels, out, height, width, stride = sizes
+    images, channels, out, height, width, stride, *groups = sizes
     own = dtype if mode == "auto" else F64
     torch.manual_seed(0)
-    pair, norm = make()(channels, out, stride), norm_of(out, own)
+    pair, norm = make(*groups)(channels, out, stride), norm_of(out, own)
     if bias is not None:
         norm.bias.data.copy_(bias)
     rounded = pair.to(BF16).float() if dtype == BF16 else pair
@@ -106,7 +116,7 @@ def run_pair(make, sizes, dtype, mode, has_residual=True, bias=None):
     with torch.autocast("cpu", BF16, enabled=own == BF16):
         y, again = conv_norm_act(x, pair, norm, residual)
     kernels.use(before)
-    assert ("PairNormAct" in type(y.grad_fn).__name__) == (mode == "auto")
+    assert ("PairsNormAct" in type(y.grad_fn).__name__) == (mode == "auto")
     gradients = [random_map(t.shape, dtype, seed).to(own) for seed, t in ((3, y), (4, again))]
     torch.autograd.backward([y, again], gradients)
     return [
@@ -116,24 +126,92 @@ def run_pair(make, sizes, dtype, mode, has_residual=True, bias=None):
     ]
 
 
-@pytest.mark.parametrize("make", [DW, Shift])
+CASES = [(make, sizes) for make in (DW, Shift) for sizes in PAIRS] + [(Group, sizes) for sizes in GROUPED]
+
+
 @pytest.mark.parametrize("dtype", [F64, F32])
-@pytest.mark.parametrize("sizes", PAIRS)
-def test_pair_norm_act(sizes, dtype, make):
+@pytest.mark.parametrize(("make", "sizes"), CASES)
+def test_pair_norm_act(make, sizes, dtype):
     for has_residual in (True, False):
         found, expected = (run_pair(make, sizes, dtype, mode, has_residual) for mode in ("auto", "off"))
         for a, b in zip(found, expected, strict=True):
             assert_close(a, b, dtype)
 
 
-@pytest.mark.parametrize("make", [DW, Shift])
-@pytest.mark.parametrize("sizes", PAIRS)
-def test_pair_norm_act_in_bfloat16(sizes, make):
+@pytest.mark.parametrize(("make", "sizes"), CASES)
+def test_pair_norm_act_in_bfloat16(make, sizes):
     """The norm's input is rounded: every channel is far from zero, so that each ReLU decides as in float64."""
     bias = torch.where(torch.arange(sizes[2]) % 3 == 0, -12.0, 12.0)
     found, expected = (run_pair(make, sizes, BF16, mode, bias=bias) for mode in ("auto", "off"))
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, BF16)
+
+
+# Images, channels, channels out, height, width, stride.
+BLOCKS = [(3, 16, 16, 5, 7, 1), (35, 24, 32, 4, 5, 2), (2, 24, 24, 3, 1, 1)]
+
+
+def is_one_operator(y):
+    """Returns whether a map was computed with the weights of two pairs: a pair alone has six inputs at most."""
+    return len(y.grad_fn.next_functions) > 6
+
+
+def run_block(make, sizes, dtype, mode, bias=None):
+    """Returns output, gradients and statistics of a block whose two pairs are one operator."""
+    images, channels, out, height, width, stride = sizes
+    own = dtype if mode == "auto" else F64
+    torch.manual_seed(0)
+    block = CheapBlock(make(), channels, out, stride)
+    block.bn1, block.bn2 = norm_of(out, own), norm_of(out, own)
+    if bias is not None:
+        for norm in (block.bn1, block.bn2):
+            norm.bias.data.copy_(bias)
+    rounded = block.to(BF16).float() if dtype == BF16 else block
+    # As in training, where channels-last memory format changes the order of a grouped kernel's numbers too.
+    block = rounded.to(norm_of(1, own).weight.dtype).to(memory_format=torch.channels_last)
+    x = random_map((images, channels, height, width), dtype, 1).to(own).requires_grad_()
+    before = kernels.use(mode)
+    with torch.autocast("cpu", BF16, enabled=own == BF16):
+        y = block(x)
+    kernels.use(before)
+    assert ("PairsNormAct" in type(y.grad_fn).__name__) == (mode == "auto")
+    assert is_one_operator(y) == (mode == "auto")
+    y.backward(random_map(y.shape, dtype, 3).to(own))
+    return [y.detach(), x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("sizes", BLOCKS)
+@pytest.mark.parametrize("make", [DW, Shift, Group])
+def test_block(make, sizes, dtype):
+    """The map between the pairs is normalized while it is read."""
+    for a, b in zip(*(run_block(make, sizes, dtype, mode) for mode in ("auto", "off")), strict=True):
+        assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize("make", [DW, Shift, Group])
+def test_block_in_bfloat16(make):
+    bias = torch.where(torch.arange(16) % 3 == 0, -12.0, 12.0)  # each ReLU decides as in float64
+    results = (run_block(make, (3, 16, 16, 5, 7, 1), BF16, mode, bias) for mode in ("auto", "off"))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, BF16)
+
+
+def test_a_block_with_other_readers_is_not_one_operator():
+    """A hook on a layer, or a layer in evaluation mode, needs the map between the pairs."""
+    x = random_map((2, 16, 4, 4), F32, 1).requires_grad_()
+    seen = []
+    block = CheapBlock(DW(), 16, 16, 1)
+    block.bn1.register_forward_hook(lambda *_: seen.append(1))
+    assert not is_one_operator(block(x))
+    assert seen
+    block = CheapBlock(DW(), 16, 16, 1)
+    block.bn2.eval()
+    assert "PairsNormAct" not in type(block(x).grad_fn).__name__
+    block = CheapBlock(DW(), 16, 16, 1)
+    block.shortcut.register_forward_hook(lambda *_: seen.append(2))
+    block(x).sum().backward()
+    assert seen[-1] == 2
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -150,14 +228,24 @@ def test_gradients_are_those_of_finite_differences():
     for order in (1, 2):
         assert torch.autograd.gradcheck(lambda *t, order=order: norm_act(*t, order), inputs, atol=1e-6)
 
-    pair = DW()(5, 7, 2).double()
-    gamma, beta, own = norm_of(7, F64).weight, norm_of(7, F64).bias, norm_of(7, F64)
+    # Two pairs in one operator, with the sum with its input.
+    x = random_map((2, 4, 4, 3), F64, 1).requires_grad_()
+    for make in (DW(), Group(2), Shift()):
+        pairs = [make(4, 4, 1).double() for _ in range(2)]
+        norms = [norm_of(4, F64) for _ in pairs]
+        kernel = [getattr(pair.spatial, "weight", None) for pair in pairs]
 
-    def pair_act(x, kernel, weight, gamma, beta):
-        function = kernels.load_operators("cpu").PairNormAct
-        return function.apply(x, kernel, weight, gamma, beta, None, copy.deepcopy(own), 2)
+        def run(x, *parameters, norms=norms):
+            own = [
+                kernels.Pair(*parameters[k : k + 2], copy.deepcopy(norm), 1)
+                for k, norm in zip((0, 4), norms, strict=True)
+            ]
+            return kernels.load_operators("cpu").PairsNormAct.apply(x, None, True, own, *parameters)
 
-    assert torch.autograd.gradcheck(pair_act, (x, pair.spatial.weight, pair.pointwise.weight, gamma, beta), atol=1e-6)
+        parameters = [
+            t for k, p, n in zip(kernel, pairs, norms, strict=True) for t in (k, p.pointwise.weight, n.weight, n.bias)
+        ]
+        assert torch.autograd.gradcheck(run, (x, *parameters), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -166,6 +254,8 @@ def test_results_are_the_same_bits_with_each_number_of_threads(dtype):
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         results.append(run_pair(DW, (40, 16, 24, 9, 8, 1), dtype, "auto"))
+        for make in (DW, Shift, Group):
+            results[-1] += run_block(make, (35, 16, 16, 3, 4, 1), dtype, "auto")
         x, norm = random_map((9, 24, 9, 8), dtype, 1).requires_grad_(), norm_of(24, dtype)
         y = batch_norm_act(x, norm, random_map((9, 24, 9, 8), dtype, 2), "add_act")
         y.backward(random_map(y.shape, dtype, 3))
@@ -205,11 +295,12 @@ def test_processors_with_other_vectors_compute_the_same(processor, monkeypatch, 
         for shape in MAPS:
             test_batch_norm_act(shape, True, "add_act", dtype)
             test_batch_norm_act(shape, True, "act_add", dtype)
-    for make in (DW, Shift):
-        for sizes in PAIRS:
-            test_pair_norm_act(sizes, F64, make)
-            test_pair_norm_act(sizes, F32, make)
-            test_pair_norm_act_in_bfloat16(sizes, make)
+    for make, sizes in CASES:
+        test_pair_norm_act(make, sizes, F64)
+        test_pair_norm_act(make, sizes, F32)
+        test_pair_norm_act_in_bfloat16(make, sizes)
+    for sizes in BLOCKS:
+        test_block(DW, sizes, F64)
 
 
 def test_second_derivatives_are_refused():
@@ -229,10 +320,13 @@ def test_what_stays_with_the_plain_modules():
         DW()(16, 16, 3),
         CheapConv(Shift2d(5), 16, 16),
         CheapConv(nn.Conv2d(16, 16, 3, padding=1, groups=16), 16, 16),  # a bias
-        CheapConv(nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False), 16, 16),
+        CheapConv(nn.Conv2d(16, 16, 3, padding=1, groups=4), 16, 16),
         DW()(16, 16, 1).register_forward_hook(lambda *_: None) and nn.Conv2d(16, 16, 1),
     ):
         assert "BatchNormAct" in type(conv_norm_act(x, pair, norm)[0].grad_fn).__name__  # the norm alone is fused
+    odd = Group(2)(6, 16, 1)  # three channels a group
+    narrow = random_map((2, 6, 6, 6), F32, 1).requires_grad_()
+    assert "BatchNormAct" in type(conv_norm_act(narrow, odd, norm)[0].grad_fn).__name__
     wide = DW()(16, 200, 1)
     assert "BatchNormAct" in type(conv_norm_act(x, wide, nn.BatchNorm2d(200))[0].grad_fn).__name__
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly(check_nan=True):
@@ -240,7 +334,7 @@ def test_what_stays_with_the_plain_modules():
 
 
 @pytest.mark.parametrize("precision", [F32, BF16])
-@pytest.mark.parametrize("make", [DW, Shift])
+@pytest.mark.parametrize("make", [DW, Shift, Group])
 def test_ten_training_steps_stay_within_rounding(make, precision):
     def train(mode):
         torch.manual_seed(0)  # of the teacher

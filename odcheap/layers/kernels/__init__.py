@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,28 @@ MAX_ELEMENTS = 2**31  # the kernels count in 32 bits
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _mode: Mode = "auto"
+
+
+class Pair(NamedTuple):
+    """The layers of a fused cheap convolution: a 3 x 3 operator C -> C, a 1 x 1 convolution C -> O, and a batch norm.
+
+    Attributes:
+        kernel: The weights (C, C / groups, 3, 3) of a grouped or depth-wise convolution with stride 1 and padding 1;
+            None if the operator is a 3 x 3 `Shift2d`.
+        weight: The weights (O, C, 1, 1) of the 1 x 1 convolution.
+        norm: The batch norm over O channels.
+        stride: The stride of the 1 x 1 convolution, 1 or 2.
+    """
+
+    kernel: Tensor | None
+    weight: Tensor
+    norm: nn.BatchNorm2d
+    stride: int
+
+    def output_shape(self, shape: torch.Size) -> torch.Size:
+        """Returns the shape (N, O, H', W') of the output for an input of a shape (N, C, H, W)."""
+        images, _, height, width = shape
+        return torch.Size((images, len(self.weight), -(-height // self.stride), -(-width // self.stride)))
 
 
 def use(mode: Mode) -> Mode:
@@ -83,17 +105,20 @@ def is_on_current_device(x: Tensor) -> bool:
     return x.is_cuda and x.device.index == torch.cuda.current_device()
 
 
-def is_plain(parameter: object, dtype: torch.dtype, device: torch.device) -> bool:
+def is_plain(parameter: object, dtype: torch.dtype, device: torch.device, is_kernel: bool = False) -> bool:
     """Returns whether a kernel may read a parameter or buffer through its address.
 
     Args:
         parameter: It must be a contiguous `Tensor` or `nn.Parameter`, and not of another subclass of `Tensor`.
         dtype: The dtype that it must have.
         device: The device on which it must be.
+        is_kernel: Whether it may also be contiguous in channels-last memory format; the operator then copies it.
     """
     if not (isinstance(parameter, Tensor) and type(parameter) in (Tensor, nn.Parameter)):
         return False
-    return parameter.is_contiguous() and (parameter.dtype, parameter.device) == (dtype, device)
+    if not (parameter.is_contiguous() or (is_kernel and parameter.is_contiguous(memory_format=torch.channels_last))):
+        return False
+    return (parameter.dtype, parameter.device) == (dtype, device)
 
 
 def is_observed() -> bool:

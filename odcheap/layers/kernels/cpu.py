@@ -1,14 +1,16 @@
-"""The fused operators of training steps on channels-last feature maps, for CPUs; `cpu_kernels.cpp` has the loops.
+"""The fused operators of training steps on channels-last feature maps, for CPUs; `cpp/` has the loops.
 
 They have the same arguments and results as the GPU kernels. Their results do not depend on the number of threads.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from odcheap.layers.kernels import Pair
 from odcheap.layers.kernels.cpu_library import load_library
 
 Order = Literal["act_add", "add_act"]
@@ -16,6 +18,7 @@ Order = Literal["act_add", "add_act"]
 PAIR_TYPES = (torch.bfloat16, torch.float32, torch.float64)  # the dtypes that `pair_norm_act` supports
 NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2  # relu(bn(x)); relu(bn(x)) + residual; relu(bn(x) + residual)
 MAX_CHANNELS = 128  # of a pair: with more, the gradient of the 1 x 1 convolution does not stay in a core's cache
+MAX_GROUP = 32  # channels of a group, for the same reason
 
 load_library()  # the import fails if this machine cannot compile it
 
@@ -90,79 +93,122 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = No
     return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, code)
 
 
-class PairNormAct(torch.autograd.Function):
-    """The autograd function of `pair_norm_act`.
+class PairsNormAct(torch.autograd.Function):
+    """The autograd function of `pairs_norm_act`. Its last arguments are kernel, weight, gamma and beta of each pair.
 
-    It saves its inputs, the output of the 1 x 1 convolution, and the statistics of the batch norm.
+    It saves its inputs, and for each pair the output of the 1 x 1 convolution, the statistics of the batch norm, and
+    the output of a grouped convolution. The normalized maps between two pairs are never written.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        kernel: Tensor | None,
-        weight: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
         residual: Tensor | None,
-        norm: nn.BatchNorm2d,
-        stride: int,
+        adds_input: bool,
+        pairs: Sequence[Pair],
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         images, channels, height, width = x.shape
-        shape = (images, len(weight), -(-height // stride), -(-width // stride))
-        z = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        y, saved = torch.empty_like(z), torch.empty(2, len(weight), dtype=gamma.dtype)
-        buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-        tensors = (x, kernel, weight, residual, gamma, beta, *buffers, z, y, saved)
-        sizes = (images, height, width, channels, len(weight), stride)
-        call("pair_norm_forward", x.dtype, *tensors, *sizes, norm.eps, norm.momentum)
-        torch.autograd.graph.increment_version(buffers)
+        source, before = x, (None, None, None)  # of a pair: its input, and the batch norm that it applies to it
+        saved: list[Tensor | None] = []
+        ctx.sizes = []
+        for k, pair in enumerate(pairs):
+            kernel, weight, gamma, beta = (None if t is None else t.contiguous() for t in parameters[4 * k : 4 * k + 4])
+            features, norm = len(weight), pair.norm
+            per_group = 0 if kernel is None else kernel.shape[1]
+            sizes = (images, height, width, channels, features, pair.stride, per_group and channels // per_group)
+            height, width = -(-height // pair.stride), -(-width // pair.stride)
+            # A grouped convolution takes longer to compute again than to read.
+            s = empty_map(images, channels, height, width, x.dtype) if per_group > 1 else None
+            z = empty_map(images, features, height, width, x.dtype)
+            statistics = torch.empty(2, features, dtype=norm.weight.dtype)
+            buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            tensors = (source, *before, kernel, weight, *buffers, s, z, statistics)
+            call("pair_forward", x.dtype, *tensors, *sizes, norm.eps, norm.momentum)
+            # Autograd does not see that the buffers have changed.
+            torch.autograd.graph.increment_version(buffers)
+            ctx.sizes.append(sizes)
+            saved += [kernel, weight, gamma, beta, s, z, statistics]
+            source, before, channels = z, (statistics, gamma, beta), features
+        y, added = torch.empty_like(source), x if adds_input else residual
+        order = NO_RESIDUAL if added is None else ACT_ADD
+        call("normalize", x.dtype, source, added, y, gamma, beta, statistics, y.numel() // channels, channels, order)
         # The second output is the input again, so that its gradient arrives here and can be added to dx. It is None,
         # not zeros, if nothing reads that output.
         ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.has_residual = sizes, residual is not None
-        ctx.save_for_backward(x, kernel, weight, gamma, beta, z, saved)
+        ctx.adds_input, ctx.has_residual = adds_input, residual is not None
+        ctx.save_for_backward(x, *saved)
         return y, x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dinput: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
         if dy is None:
-            return dinput, *(None,) * 7
-        x, kernel, weight, gamma, beta, z, saved = ctx.saved_tensors
+            return dinput, *(None,) * (3 + 4 * len(ctx.sizes))
         dy = make_channels_last(dy)
-        added = None if dinput is None else make_channels_last(dinput)
-        dx, dweight, dgamma, dbeta = (torch.empty_like(t) for t in (x, weight, gamma, beta))
-        dkernel = None if kernel is None else torch.empty_like(kernel)
-        tensors = (dy, z, x, kernel, weight, gamma, beta, saved, added, dx, dkernel, dweight, dgamma, dbeta)
-        call("pair_norm_backward", x.dtype, *tensors, *ctx.sizes)
-        return dx, dkernel, dweight, dgamma, dbeta, dy if ctx.has_residual else None, None, None
+        dresidual = dy if ctx.has_residual else None
+        dinput = None if dinput is None else make_channels_last(dinput)
+        if ctx.adds_input:
+            dinput = dy if dinput is None else dinput + dy
+        gradients: list[Tensor | None] = []
+        for k in reversed(range(len(ctx.sizes))):
+            kernel, weight, gamma, beta, s, z, statistics = saved[7 * k : 7 * k + 7]
+            if k == len(ctx.sizes) - 1:
+                dgamma, dbeta = torch.empty_like(gamma), torch.empty_like(beta)
+                rows = z.numel() // len(gamma)
+                call("gradient_sums", x.dtype, dy, z, gamma, beta, statistics, dgamma, dbeta, rows, len(gamma))
+            # The input of the first pair is x; that of the others is normalized, and they sum up the gradients of that
+            # batch norm.
+            source, before, dbefore = x, (None, None, None), (None, None)
+            if k > 0:
+                *_, in_gamma, in_beta, _, source, in_statistics = saved[: 7 * k]
+                before = (in_statistics, in_gamma, in_beta)
+                dbefore = (torch.empty_like(in_gamma), torch.empty_like(in_beta))
+            dx, dweight = torch.empty_like(source), torch.empty_like(weight)
+            dkernel = None if kernel is None else torch.empty_like(kernel)
+            tensors = (dy, z, gamma, beta, statistics, dgamma, dbeta, source, *before, kernel, weight, s)
+            results = (dx, dkernel, dweight, *dbefore)
+            call("pair_backward", x.dtype, *tensors, dinput if k == 0 else None, *results, *ctx.sizes[k])
+            gradients = [dkernel, dweight, dgamma, dbeta, *gradients]
+            dy, (dgamma, dbeta) = dx, dbefore
+        return dy, dresidual, None, None, *gradients
 
 
-def pair_norm_act(
-    x: Tensor, kernel: Tensor | None, weight: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None, stride: int
+def empty_map(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Returns a new feature map in channels-last memory format; its values are not set."""
+    return torch.empty((images, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
+
+
+def pairs_norm_act(
+    x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None, adds_input: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
+    """Returns relu(norm(conv1x1(spatial(x)))) of one pair after another, plus the residual, in training mode; and x.
 
     Sums are computed in float32, or in float64 if `x` is float64. The weights are rounded as autocast rounds them;
     their gradients are not rounded. On a processor with products of bfloat16 numbers (AVX512-BF16), the factors of the
-    1 x 1 convolution and of its gradients are rounded to bfloat16 if `x` is bfloat16.
+    1 x 1 and grouped convolutions and of their gradients are rounded to bfloat16 if `x` is bfloat16. The gradient of a
+    grouped kernel is computed from numbers that are not rounded.
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format; bfloat16, float32 or float64.
-        kernel: The weights (C, 1, 3, 3) of the depth-wise convolution, which has stride 1 and padding 1; None if the
-            spatial operator is a 3 x 3 `Shift2d`.
-        weight: The weights (O, C, 1, 1) of the 1 x 1 convolution.
-        norm: The batch norm over O channels; see `batch_norm_act`.
-        residual: (N, O, ceil(H / stride), ceil(W / stride)) with the dtype and memory format of `x`; None to add
+        pairs: The pairs; each of them has the number of channels of the result before it.
+        residual: (N, O, H', W') with the size of the result, and the dtype and memory format of `x`; None to add
             nothing.
-        stride: The stride of the 1 x 1 convolution, 1 or 2.
+        adds_input: Whether to add `x`, which must then have the size of the result; `residual` must be None.
 
     Returns:
-        The result (N, O, ceil(H / stride), ceil(W / stride)), and `x`. Other layers that read `x` should read this
-        returned tensor: its gradient is then added without another pass over memory.
+        The result (N, O, H', W'), and `x`. Other layers that read `x` should read this returned tensor: its gradient is
+        then added without another pass over memory.
 
     Raises:
         RuntimeError: In the backward pass, if a second derivative is computed.
     """
-    return PairNormAct.apply(x, kernel, weight, norm.weight, norm.bias, residual, norm, stride)
+    parameters = [t for p in pairs for t in (p.kernel, p.weight, p.norm.weight, p.norm.bias)]
+    return PairsNormAct.apply(x, residual, adds_input, pairs, *parameters)
+
+
+def pair_norm_act(x: Tensor, pair: Pair, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x; see `pairs_norm_act`."""
+    return pairs_norm_act(x, [pair], residual)

@@ -1,4 +1,4 @@
-"""Compiles the C++ file of the fused CPU operators at its first use, and keeps the result for the next processes."""
+"""Compiles the fused CPU operators, in C++, at their first use, and keeps the result for the next processes."""
 
 import ctypes
 import hashlib
@@ -10,7 +10,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = Path(__file__).with_name("cpp")  # kernels.cpp, and the headers that it includes
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-c")
 SECONDS = 300  # a compilation takes 6 seconds on a free core
 
@@ -19,8 +19,10 @@ TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "d": ctypes.c_double, "i": ct
 SIGNATURES = {
     "norm_forward": "p" * 9 + "ll" + "dd" + "ii",
     "norm_backward": "p" * 10 + "ll" + "ii",
-    "pair_norm_forward": "p" * 12 + "llllll" + "dd" + "i",
-    "pair_norm_backward": "p" * 14 + "llllll" + "i",
+    "normalize": "p" * 6 + "ll" + "ii",
+    "gradient_sums": "p" * 7 + "ll" + "i",
+    "pair_forward": "p" * 12 + "l" * 7 + "dd" + "i",
+    "pair_backward": "p" * 20 + "l" * 7 + "i",
 }
 
 
@@ -104,7 +106,8 @@ def fingerprint(compiler: str) -> str:
     """
     version = run([compiler, "-dumpfullversion", "-dumpmachine"])
     flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
-    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, *COMPILE, platform.machine(), *flags[:1])
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    parts = (*sources, compiler, version, *COMPILE, platform.machine(), *flags[:1])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
@@ -123,7 +126,7 @@ def compile_library(compiler: str, path: Path, options: tuple[str, ...] = ()) ->
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled, linked = f"{folder}/cpu.o", f"{folder}/cpu.so"
-            run([compiler, *COMPILE, *options, str(SOURCE), "-o", compiled])
+            run([compiler, *COMPILE, *options, str(SOURCES / "kernels.cpp"), "-o", compiled])
             # Linked without an OpenMP library: PyTorch has loaded one, and a second one would start threads of its own.
             run([compiler, "-shared", compiled, "-o", linked])
             os.replace(linked, path)

@@ -6,7 +6,7 @@ results do not depend on the order in which programs run.
 """
 
 from odcheap.layers.kernels.norm import batch_norm_act
-from odcheap.layers.kernels.pair import MAX_CHANNELS, PAIR_TYPES, pair_norm_act
+from odcheap.layers.kernels.pair import MAX_CHANNELS, MAX_GROUP, PAIR_TYPES, pair_norm_act
 from odcheap.layers.kernels.spatial import depthwise3x3, shift3x3
 
-__all__ = ["MAX_CHANNELS", "PAIR_TYPES", "batch_norm_act", "depthwise3x3", "pair_norm_act", "shift3x3"]
+__all__ = ["MAX_CHANNELS", "MAX_GROUP", "PAIR_TYPES", "batch_norm_act", "depthwise3x3", "pair_norm_act", "shift3x3"]

@@ -8,11 +8,12 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from odcheap.layers.kernels import is_interpreted
+from odcheap.layers.kernels import Pair, is_interpreted
 from odcheap.layers.kernels.norm import ACT_ADD, NO_RESIDUAL, chunk_gradients, normalize, plan_norm, sum_types
 from odcheap.layers.kernels.pair_kernels import pair_backward, pair_forward, spatial_backward
 from odcheap.layers.kernels.spatial import LAUNCH, map_sizes, plan_elements
 
+MAX_GROUP = 1  # channels of a group of the 3 x 3 convolution, which is depth-wise
 MAX_CHANNELS = 64  # of the input and of the output: matrix products of more take too many registers
 # The dtypes that `pair_norm_act` supports; float64 is for the tests, in Triton's interpreter.
 PAIR_TYPES = (torch.bfloat16, torch.float32, *([torch.float64] if is_interpreted() else []))
@@ -181,9 +182,7 @@ class PairNormAct(torch.autograd.Function):
         return dx, dkernel, dweight, dgamma, dbeta, dy if ctx.has_residual else None, None, None
 
 
-def pair_norm_act(
-    x: Tensor, kernel: Tensor | None, weight: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None, stride: int
-) -> tuple[Tensor, Tensor]:
+def pair_norm_act(x: Tensor, pair: Pair, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
 
     Sums are computed in float32, or in float64 if `x` is float64. The outputs of the spatial operator and of the 1 x 1
@@ -193,19 +192,16 @@ def pair_norm_act(
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format; bfloat16 or float32 (float64 only if Triton's
             interpreter runs the kernels).
-        kernel: The weights (C, 1, 3, 3) of the depth-wise convolution, which has stride 1 and padding 1; None if the
-            spatial operator is a 3 x 3 `Shift2d`.
-        weight: The weights (O, C, 1, 1) of the 1 x 1 convolution; C and O are 64 or less.
-        norm: The batch norm over O channels; see `batch_norm_act`.
-        residual: (N, O, ceil(H / stride), ceil(W / stride)) with the dtype and memory format of `x`; None to add
+        pair: The layers, with a depth-wise convolution or a shift; C and O are 64 or less.
+        residual: (N, O, H', W') with the size of the result, and the dtype and memory format of `x`; None to add
             nothing.
-        stride: The stride of the 1 x 1 convolution, 1 or 2.
 
     Returns:
-        The result (N, O, ceil(H / stride), ceil(W / stride)), and `x`. Other layers that read `x` should read this
-        returned tensor: its gradient is then added without another kernel.
+        The result (N, O, H', W'), and `x`. Other layers that read `x` should read this returned tensor: its gradient is
+        then added without another kernel.
 
     Raises:
         RuntimeError: In the backward pass, if a second derivative is computed.
     """
-    return PairNormAct.apply(x, kernel, weight, norm.weight, norm.bias, residual, norm, stride)
+    norm = pair.norm
+    return PairNormAct.apply(x, pair.kernel, pair.weight, norm.weight, norm.bias, residual, norm, pair.stride)
