@@ -163,6 +163,9 @@ class LogitDistillation(Method):
     Attributes:
         distance: The loss, which is called with students' logits, teacher's logits and labels. The name of its terms
             contains `distance.name`.
+
+    Raises:
+        OptionError: The loss is "standardized" and there are two classes, or see `DistillationLoss`.
     """
 
     def __init__(
@@ -177,6 +180,9 @@ class LogitDistillation(Method):
         super().__init__(students, average_decay)
         self.temperature = temperature
         self.distance = DistillationLoss(loss, temperature, loss_weights, kl_reduction)
+        if loss == "standardized" and students.num_classes == 2:
+            allowed = "has no effect with two classes: two standardized logits are always 1 and -1"
+            raise OptionError("method.loss", loss, f"{allowed}; use kl, dkd or dist")
 
     def check_soft_labels(self) -> None:
         self.distance.check_soft_labels()

@@ -7,6 +7,7 @@ from hypothesis.extra.numpy import arrays
 from methods import formulas
 from methods.formulas import CLASSES, DISTANCES, IMAGES, TARGET, reached, students
 
+from odcheap.layers.cheap_conv import DW
 from odcheap.methods.dml import DeepMutualLearning
 from odcheap.methods.ffl import FeatureFusion
 from odcheap.methods.kdcl import CollaborativeLearning
@@ -15,6 +16,8 @@ from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.okddip import DiversePeers
 from odcheap.methods.one import NativeEnsemble
 from odcheap.methods.pcl import PeerCollaborativeLearning
+from odcheap.methods.students import Students
+from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
 
 
@@ -165,3 +168,14 @@ def test_the_decoupled_loss_needs_labels():
         DistillationLoss("dkd", 1.0)(torch.zeros(2, 4, 3), torch.zeros(4, 3), mixed)
     for name in ("kl", "dist", "standardized"):
         assert DistillationLoss(name, 1.0)(torch.eye(3), torch.eye(3), mixed).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_standardized_logits_of_two_classes_are_refused_since_they_have_no_gradient(make):
+    student = torch.tensor([[2.0, -1.0], [0.5, 3.0]], requires_grad=True)
+    DistillationLoss("standardized", 4.0)(student, torch.tensor([[1.0, 3.0], [0.0, 7.0]]), torch.zeros(2)).backward()
+    torch.testing.assert_close(student.grad, torch.zeros(2, 2), rtol=0, atol=1e-6)
+    two = Students(lambda: CifarResNet(8, DW(), 2), 2, seed=0)
+    make(two, loss="dist")
+    with pytest.raises(OptionError, match="method.loss=standardized: has no effect with two classes"):
+        make(two, loss="standardized")
