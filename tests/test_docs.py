@@ -76,7 +76,7 @@ def write_photos(folder: Path) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
 )
-def test_python_blocks_run(page, tmp_path, monkeypatch, command):
+def test_python_blocks_run(page, tmp_path, monkeypatch, command, request):
     code = [block.text for block in code_blocks(page) if block.language == "python"]
     if any("load_student(" in text for text in code):
         tiny = ["experiment=quickstart", "backbone.depth=8", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
@@ -88,6 +88,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, command):
     write_files(page, tmp_path)
     write_reference(tmp_path / "reference.pt")
     write_photos(tmp_path)
+    if any("export_student(" in text for text in code):
+        request.getfixturevalue("light")
     monkeypatch.setattr(predict, "TIMING_ROUNDS", 1)  # a page says how to measure, and the tests do not need the times
     namespace: dict = {"__name__": page.stem}
     for text in code:

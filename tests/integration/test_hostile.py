@@ -248,7 +248,7 @@ def test_a_hostile_picture_is_refused_in_one_line(tmp_path, monkeypatch, name, c
 EVIL = "a\x1b[31m|`$x^$<b>[m](j)\n# b"
 
 
-def test_names_of_strangers_print_harmlessly(command, tmp_path, capsys):
+def test_names_of_strangers_print_harmlessly(command, light, tmp_path, capsys):
     """As labels, file names, a folder and an option, in run, table, report, card and prediction."""
     for k in range(24):
         folder = tmp_path / "data" / (EVIL, "other\x07")[k % 2]
