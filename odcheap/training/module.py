@@ -127,13 +127,14 @@ class DistillationModule(pl.LightningModule):
         if self.restored.get("steps", self.steps) != self.steps:  # the run is resumed with another number of epochs
             fresh = build_optimization(self.method, self.optimizer, self.scheduler, self.steps)
             follow_schedule(optimizer, schedule, fresh, schedule.last_epoch)
-        self.restored = {}
 
         if self.on_graph_refused is not None:
             self.step = GraphStep(EagerStep(self.method, optimizer), CudaGraphs(), self.on_graph_refused)
         else:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             self.step = EagerStep(self.method, optimizer, self.gradients, scaler, self.manual_backward)
+            self.step.load_state_dict(self.restored.get("accumulated", {}))
+        self.restored = {}
 
     def on_train_end(self) -> None:
         self.step = None  # frees the memory of CUDA graphs
@@ -237,18 +238,21 @@ class DistillationModule(pl.LightningModule):
         return torch.cat([part for part in parts if part is not None]).detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds to a checkpoint: the run's description, its number of steps, and the metrics of the epoch so far.
+        """Adds to a checkpoint what the run needs beside weights and optimizer to continue.
 
-        The metrics are summed over all processes, so every process must call this.
+        This is the run's description, its number of steps, the metrics of the epoch so far, and the gradients that were
+        accumulated since the last step of the optimizer. The metrics are summed over all processes, so every process
+        must call this.
         """
         # Only the method's weights are kept in the state dict, not the counts of the metrics.
         checkpoint["odcheap"], checkpoint["steps"] = self.about, self.steps
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("method.")}
+        checkpoint["accumulated"] = self.step.state_dict() if isinstance(self.step, EagerStep) else {}
         scores, terms = self.stage_scores("train").summed_state(), self.terms.summed_state()
         checkpoint["metrics"] = {"scores": scores, "terms": terms, "names": self.terms.names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.restored = {name: checkpoint[name] for name in ("metrics", "steps") if name in checkpoint}
+        self.restored = {name: checkpoint[name] for name in ("metrics", "steps", "accumulated") if name in checkpoint}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the state dict of a checkpoint, which contains the method's weights and buffers only."""

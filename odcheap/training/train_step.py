@@ -6,7 +6,7 @@ kernels from Python than to run them; a CUDA graph launches all of them at once.
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -114,6 +114,29 @@ class EagerStep:
             finite, taken = self.update() if update else (None, False)
         kept = {name: t if t is None else t.detach() for name, t in outputs.items()}
         return StepResult({name: term.detach() for name, term in terms.items()}, kept, finite, taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was accumulated since the optimizer's last step; an empty dict just after such a step.
+
+        Returns:
+            `gradients`: the gradients by the parameters' names. `buffers`: batch norm's statistics before the first of
+            the batches, in the order of the method's buffers, if steps may be skipped.
+        """
+        if not self.accumulating:
+            return {}
+        gradients = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
+        return {"gradients": gradients, "buffers": self.buffers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the accumulation from what `state_dict` returned."""
+        self.accumulating = bool(state)
+        if not state:
+            return
+        for name, p in self.method.named_parameters():
+            gradient = state["gradients"].get(name)
+            p.grad = None if gradient is None else gradient.to(p.device)
+        buffers = zip(self.method.buffers(), state["buffers"], strict=False)  # none are saved if no step is skipped
+        self.buffers = [before.to(buffer.device) for buffer, before in buffers]
 
     def update(self) -> tuple[Tensor, bool]:
         """Updates the weights, unless a gradient is not finite and such steps are skipped.
