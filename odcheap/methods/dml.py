@@ -74,7 +74,7 @@ class DeepMutualLearning(FeatureDistillation):
         pairs = self.distance(logits[None], logits.detach()[:, None], target)
         # A student's distance from itself is zero. (That of "dist" is not, for predictions that are constant.)
         others = pairs.sum(0) - pairs.diagonal().detach()
-        peers = self.temperature**2 * others / (len(logits) - 1)
+        peers = self.distance.factor * others / (len(logits) - 1)
         name = f"D_{self.distance.name.upper()}"
         terms = cross_entropy_terms(logits, target, "L_C") | student_terms(peers, name)
         return add_total(terms | self.feature_terms(outputs))

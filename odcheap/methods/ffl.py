@@ -82,7 +82,7 @@ class FeatureFusion(LogitDistillation):
             all terms. w is `ramp_weight`, in [0, 1].
         """
         logits, fused = outputs["student_logits"], outputs["teacher_logits"]
-        weight = self.ramp_weight * self.temperature**2
+        weight = self.ramp_weight * self.distance.factor
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_f": F.cross_entropy(fused, target)}
         name = f"L_{self.distance.name}"
         terms[f"{name}_e"] = weight * self.distance(fused, logits.mean(0).detach(), target)

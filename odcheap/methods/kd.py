@@ -118,7 +118,7 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         """
         logits = outputs["student_logits"]
         distances = self.distance(logits, outputs["teacher_logits"], target)
-        soft = self.alpha * self.temperature**2 * distances
+        soft = self.alpha * self.distance.factor * distances
         hard = {name: (1 - self.alpha) * term for name, term in cross_entropy_terms(logits, target, "ce").items()}
         return add_total(hard | student_terms(soft, self.distance.name) | self.feature_terms(outputs))
 

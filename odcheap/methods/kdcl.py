@@ -70,7 +70,7 @@ class CollaborativeLearning(LogitDistillation):
         """
         logits = outputs["student_logits"]
         soft_target = self.make_target(logits.detach(), target)
-        distances = self.weight * self.temperature**2 * self.distance(logits, soft_target, target)
+        distances = self.weight * self.distance.factor * self.distance(logits, soft_target, target)
         return add_total(cross_entropy_terms(logits, target, "L_CE") | student_terms(distances, "L_KD"))
 
 

@@ -97,5 +97,5 @@ class OnlineDistillation(FeatureDistillation):
         for k, student in enumerate(outputs["student_logits"]):
             distance = self.distance(student, soft_target, target)
             terms[f"ce_student_{k}"] = F.cross_entropy(student, target, label_smoothing=self.label_smoothing)
-            terms[f"{self.distance.name}_student_{k}"] = self.temperature**2 * distance
+            terms[f"{self.distance.name}_student_{k}"] = self.distance.factor * distance
         return add_total(terms | self.feature_terms(outputs))

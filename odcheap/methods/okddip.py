@@ -91,7 +91,7 @@ class DiversePeers(LogitDistillation):
         # For peer k the sum over the peers b of attention[n, k, b] times the predictions of peer b for image n.
         targets = torch.einsum("nkb,bnc->knc", outputs["attention"], peers)
         # Both distillation terms have the ramp-up, and T^2, which keeps the gradient's size independent of T.
-        weight = self.ramp_weight * self.temperature**2
+        weight = self.ramp_weight * self.distance.factor
         terms = cross_entropy_terms(logits, target, "L_gt")
         distances = self.compare(targets, logits[:-1], log_q[:-1], target)
         terms |= student_terms(weight * distances, "L_dis1")

@@ -73,5 +73,5 @@ class NativeEnsemble(LogitDistillation):
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_e": F.cross_entropy(teacher, target)}
-        distances = self.ramp_weight * self.temperature**2 * self.distance(logits, teacher.detach(), target)
+        distances = self.ramp_weight * self.distance.factor * self.distance(logits, teacher.detach(), target)
         return add_total(terms | student_terms(distances, f"L_{self.distance.name}"))

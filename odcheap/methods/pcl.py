@@ -78,7 +78,7 @@ class PeerCollaborativeLearning(LogitDistillation):
             student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
-        weight = self.ramp_weight * self.temperature**2
+        weight = self.ramp_weight * self.distance.factor
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
         terms |= student_terms(weight * self.distance(logits, teacher.detach(), target), "L_pe")
         # (S, S): row l has the distances of the moving average of peer l from each student. The diagonal, a student's

@@ -204,6 +204,7 @@ MORE |= {
     if name != "alone"
     for loss in ("dkd", "dist", "standardized")
 }
+MORE["od, dkd"] += ["method.detach_teacher=true", "method.loss_weights=[1,2]"]  # these learn in few epochs
 
 
 @pytest.mark.parametrize("name", [*COMBINED, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])

@@ -44,11 +44,11 @@ def dkd(z, t, temperature, alpha=1.0, beta=8.0):
 
 
 def dist(z, t, temperature, beta=1.0, gamma=1.0):
-    """T^2 (beta (1 - correlation over the classes) + gamma (1 - correlation over the images)), each averaged."""
+    """beta (1 - correlation over the classes) + gamma (1 - correlation over the images), each averaged; without T^2."""
     p, q = softmax(t, temperature), softmax(z, temperature)
     inter = np.mean([1 - np.corrcoef(p[n], q[n])[0, 1] for n in range(IMAGES)])
     intra = np.mean([1 - np.corrcoef(p[:, j], q[:, j])[0, 1] for j in range(CLASSES)])
-    return temperature**2 * (beta * inter + gamma * intra)
+    return beta * inter + gamma * intra
 
 
 def standardized(z, t, temperature):
