@@ -57,7 +57,8 @@ Training of {num_stu} students, batch {batch_size}; ratios are medians (min to m
 
 {training}
 {peers}
-One layer, forward and backward, in milliseconds; a copy is that of one feature map:
+One layer, forward and backward, in milliseconds. A copy is that of one feature map, which is in the cache or in memory;
+a pass is the fused operator's time, divided by the number of times that it reads or writes a map:
 
 {operators}
 
@@ -258,9 +259,10 @@ def format_tables(result: dict[str, Any]) -> str:
         for row in result["inference"]
     )
     operators = pd.DataFrame(
-        {"layer": row["layer"], "map": row["map"], "dtype": row["dtype"], "copy": f"{row['copy_ms']:.2f}"}
+        {"layer": row["layer"], "map": row["map"], "dtype": row["dtype"]}
+        | {"copy": f"{row['copy_ms']:.2f}", "copy in memory": f"{row['memory_copy_ms']:.2f}"}
         | {"PyTorch": f"{row['plain_ms']:.2f}", "fused": f"{row['fused_ms']:.2f}"}
-        | {"speedup": format_ratio(row["speedup"])}
+        | {"a pass / copy in memory": f"{row['pass_over_copy']:.2f}", "speedup": format_ratio(row["speedup"])}
         for row in result["operators"]
     )
     others = pd.DataFrame(

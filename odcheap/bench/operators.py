@@ -9,21 +9,28 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from odcheap.layers import kernels
-from odcheap.layers.cheap_conv import DW
+from odcheap.layers.cheap_conv import DW, Group
 from odcheap.layers.norm_act import batch_norm_act
-from odcheap.layers.pairs import conv_norm_act
+from odcheap.layers.pairs import block_norm_act, conv_norm_act
 
 STAGES = ((16, 32), (32, 16), (64, 8))  # channels, and height and width in pixels
-LAYERS = ("batch norm, ReLU, sum", "depth-wise, 1 x 1, batch norm, ReLU, sum")
+# The layers, with the passes of the fused CPU operators: how often a map is read or written, forward and backward.
+LAYERS = {
+    "batch norm, ReLU, sum": 9,
+    "depth-wise, 1 x 1, batch norm, ReLU, sum": 11,
+    "grouped (4), 1 x 1, batch norm, ReLU, sum": 13,
+    "block of two depth-wise pairs": 18,
+}
 DTYPES = (torch.float32, torch.bfloat16)
 CALLS = 7  # of a measurement, after two that warm up
+MEMORY_BYTES = 2**28  # of a copy that comes from memory: no cache is as large
 
 
 def measure_operators(device: torch.device, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Times forward and backward passes of two kinds of layers; runs with and without fused operators alternate.
+    """Times forward and backward passes of some layers; runs with and without fused operators alternate.
 
-    The layers are batch norm with ReLU and the sum with a residual, and a depth-wise cheap convolution followed by
-    those.
+    The layers are batch norm with ReLU and the sum with a residual, a depth-wise and a grouped cheap convolution
+    followed by those, and a block of two depth-wise ones.
 
     Args:
         device: The device.
@@ -31,12 +38,15 @@ def measure_operators(device: torch.device, batch_size: int, rounds: int) -> lis
         rounds: The number of rounds; in each of them every form is timed once.
 
     Returns:
-        For each layer, map and dtype the milliseconds in medians, and the speedup in median, minimum and maximum over
-        the rounds; empty if there are no fused operators for this device.
+        For each layer, map and dtype the milliseconds in medians, those of a copy of one map in the cache and in
+        memory, the time of a pass over a map divided by the time of a copy in memory, and the speedup in median,
+        minimum and maximum over the rounds; empty if there are no fused operators for this device.
     """
     if kernels.load_operators(device.type) is None:
         return []
     rows = []
+    large = torch.ones(2, MEMORY_BYTES, dtype=torch.uint8, device=device)
+    memory_ms_per_byte = time_call(lambda: large[0].copy_(large[1])) / MEMORY_BYTES
     for dtype in DTYPES:
         for channels, side in STAGES:
             shape = (batch_size, channels, side, side)
@@ -46,13 +56,15 @@ def measure_operators(device: torch.device, batch_size: int, rounds: int) -> lis
             )
             target = torch.empty_like(x)
             copy_ms = time_call(lambda target=target, x=x: target.copy_(x))
+            memory_ms = memory_ms_per_byte * x.numel() * x.element_size()
             for layer, run in make_layers(x.requires_grad_(), residual.requires_grad_(), gradient).items():
                 times = [[time_form(run, mode) for mode in ("off", "auto")] for _ in range(rounds)]
                 plain, fused = (statistics.median(t) for t in zip(*times, strict=True))
                 ratios = [a / b for a, b in times]
                 rows.append(
-                    {"layer": layer, "map": list(shape), "dtype": str(dtype).removeprefix("torch."), "copy_ms": copy_ms}
-                    | {"plain_ms": plain, "fused_ms": fused}
+                    {"layer": layer, "map": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+                    | {"copy_ms": copy_ms, "memory_copy_ms": memory_ms, "plain_ms": plain, "fused_ms": fused}
+                    | {"pass_over_copy": fused / LAYERS[layer] / memory_ms}
                     | {"speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}}
                 )
     return rows
@@ -67,19 +79,27 @@ def make_layers(x: Tensor, residual: Tensor, gradient: Tensor) -> dict[str, Call
         gradient: The gradient of the layer's output, of the same shape.
     """
     channels, device = x.shape[1], x.device
-    norm, pair = nn.BatchNorm2d(channels).to(device), DW()(channels, channels, 1).to(device)
-    parameters = [*norm.parameters(), *pair.parameters()]
+    norms = nn.BatchNorm2d(channels).to(device), nn.BatchNorm2d(channels).to(device)
+    pairs = DW()(channels, channels, 1).to(device), DW()(channels, channels, 1).to(device)
+    grouped = Group()(channels, channels, 1).to(device)
 
-    def run_norm() -> object:
-        y = batch_norm_act(x, norm, residual)
-        return torch.autograd.grad(y, [x, residual, *norm.parameters()], gradient)
+    def make_run(forward: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], object]:
+        parameters = [p for module in modules for p in module.parameters()]
 
-    def run_pair() -> object:
-        with torch.autocast(device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-            y = conv_norm_act(x, pair, norm, residual)[0]
-        return torch.autograd.grad(y, [x, residual, *parameters], gradient)
+        def run() -> object:
+            with torch.autocast(device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+                y = forward()
+            return torch.autograd.grad(y, [x, residual, *parameters], gradient, allow_unused=True)
 
-    return dict(zip(LAYERS, (run_norm, run_pair), strict=True))
+        return run
+
+    runs = (
+        make_run(lambda: batch_norm_act(x, norms[0], residual), norms[0]),
+        make_run(lambda: conv_norm_act(x, pairs[0], norms[0], residual)[0], pairs[0], norms[0]),
+        make_run(lambda: conv_norm_act(x, grouped, norms[0], residual)[0], grouped, norms[0]),
+        make_run(lambda: block_norm_act(x, pairs, norms, nn.Identity()), *pairs, *norms),
+    )
+    return dict(zip(LAYERS, runs, strict=True))
 
 
 def time_form(run: Callable[[], object], mode: kernels.Mode) -> float:

@@ -14,6 +14,7 @@ def quick(monkeypatch):
     """Without the start-up, and with inference times of a machine on which cheap networks are twice as fast."""
     monkeypatch.setattr(command, "measure_start", lambda: 7.5)
     monkeypatch.setattr(operators, "CALLS", 1)
+    monkeypatch.setattr(operators, "MEMORY_BYTES", 2**20)
 
     def times(networks, size, batches, seconds):
         return {(name, batch): batch * (2.0 if name == "Standard" else 1.0) for name in networks for batch in batches}
@@ -43,6 +44,11 @@ def test_it_measures_prints_and_writes(quick, tmp_path, capsys):
     assert {row["layer"] for row in found["operators"]} == set(operators.LAYERS)
     assert {row["dtype"] for row in found["operators"]} == {"float32", "bfloat16"}
     assert all(row["speedup"]["min"] <= row["speedup"]["median"] for row in found["operators"])
+    for row in found["operators"]:
+        passes = operators.LAYERS[row["layer"]]
+        assert row["pass_over_copy"] * row["memory_copy_ms"] * passes == pytest.approx(row["fused_ms"])
+    first, last = found["operators"][0], found["operators"][-1]  # float32, and bfloat16 with a quarter of the numbers
+    assert first["memory_copy_ms"] == pytest.approx(8 * last["memory_copy_ms"])
     assert found["training"][0]["page_faults"]["trainer"] >= 0
     dw, standard = found["inference"]
     assert (dw["block_type"], dw["ms_64"], dw["speedup_1"], standard["speedup_64"]) == ("DW", 64, 2, 1)
