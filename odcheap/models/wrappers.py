@@ -213,8 +213,8 @@ class MobileNetV2(TorchvisionBackbone):
         stages += [[6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
         network: Any = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
         network.features[0][0].stride = (1, 1)
-        for block in network.modules():
-            for name, layer in block.named_children():
+        for block in list(network.modules()):  # before any are replaced: a spatial operator may hold convolutions, too
+            for name, layer in list(block.named_children()):
                 if isinstance(layer, nn.Conv2d) and layer.groups > 1:
                     spatial = conv.make_spatial(layer.in_channels, Window.from_conv(layer))
                     for parameter in spatial.parameters():

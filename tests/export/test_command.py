@@ -27,6 +27,7 @@ from odcheap.export import command, verify
 from odcheap.export import command as export_command
 from odcheap.export import onnx as onnx_export
 from odcheap.export.load_run import describe_preprocessing, load_run_student
+from odcheap.layers.fuse import fold_branches
 from odcheap.models.build import build_network, load_student
 from odcheap.utils.errors import OptionError
 from odcheap.utils.signals import STOP_SIGNALS
@@ -43,7 +44,7 @@ def accuracy(ask):
 
 @pytest.mark.parametrize(
     "block_type",
-    ["DW", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Shift", "Group", "Standard"))],
+    ["DW", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Shift", "Group", "RepDW", "Standard"))],
 )
 def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, capsys):
     job_dir = trained(f"block_type={block_type}", "trainer.max_epochs=1")
@@ -68,6 +69,8 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, ca
     dense = {"student-dense.onnx"} if (folder / "student-dense.onnx").exists() else set()
     assert set(re.findall(r"- `(.*?)`: \d", listed)) == dense | {f"student.{s}" for s in ("onnx", "pt2", "safetensors")}
     weights = [load_file(path / "student.safetensors") for path in (job_dir, folder)]
+    if block_type == "RepDW":  # the export has the weights of the folded form
+        weights[0] = fold_branches(load_student(job_dir / "student.safetensors").network).state_dict()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
     check = re.search(r"^`(.*sha256sum -c)`", (folder / "README.md").read_text(), re.MULTILINE)
     done = subprocess.run(check[1], shell=True, cwd=folder, capture_output=True, text=True)

@@ -11,6 +11,7 @@ from odcheap.layers.reparameterized import RepDepthwise, keep_branches
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.convert import cheapen, conversion_table
+from odcheap.models.wrappers import MobileNetV2
 
 WINDOWS = {
     "usual": Window(),
@@ -97,6 +98,16 @@ def test_the_forms_of_a_network_are_folded_and_compute_the_same():
     assert has_branches(network)
     pairs = [module for module in forms[1].modules() if isinstance(module, CheapConv)]
     assert {(type(pair.spatial), pair.pointwise.stride) for pair in pairs} == {(nn.Conv2d, (1, 1))}
+
+
+def test_depth_wise_layers_of_a_published_network_are_folded():
+    """MobileNetV2 has the spatial operators alone, without pairs, and some of them have a stride."""
+    network = settle(MobileNetV2(RepDW(), 3))
+    operators = [module for module in network.modules() if isinstance(module, RepDepthwise)]
+    assert (len(operators), len({operator.stride for operator in operators})) == (17, 2)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.double)
+    with keep_branches(network):
+        torch.testing.assert_close(cheap_form(network)(images), network(images), atol=1e-9, rtol=1e-9)
 
 
 def test_costs_are_those_of_depth_wise_and_a_bias_for_each_channel():
