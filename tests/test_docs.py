@@ -79,7 +79,15 @@ def write_photos(folder: Path) -> None:
 def test_python_blocks_run(page, tmp_path, monkeypatch, command, request):
     code = [block.text for block in code_blocks(page) if block.language == "python"]
     if any("load_student(" in text for text in code):
-        tiny = ["experiment=quickstart", "backbone.depth=8", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
+        tiny = [
+            "data=digits",
+            "backbone=resnet20",
+            "num_stu=2",
+            "backbone.depth=8",
+            "trainer=cpu",
+            "trainer.max_epochs=1",
+            "logger=csv",
+        ]
         assert command(*tiny, f"job_dir={STUDENT.parent}").status == 0
         (STUDENT.parent / "export").mkdir()
         (STUDENT.parent / "export" / STUDENT.name).write_bytes(STUDENT.read_bytes())

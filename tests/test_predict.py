@@ -62,6 +62,14 @@ def test_a_picture_is_prepared_as_in_training(tmp_path_factory, width, height, s
     assert np.array_equal(ours, theirs.numpy().astype(np.float32) / np.float32(255))
 
 
+def test_a_picture_becomes_gray_before_it_is_resized(tmp_path):
+    path = noise(tmp_path / "x.png", (20, 17))
+    ours = predict.preprocess_image(path, PREPROCESS | {"channels": 1})
+    theirs = evaluation_transform(16, 18)(Image.open(path).convert("L"))
+    assert ours.shape == (1, 16, 16)
+    assert np.array_equal(ours, theirs.numpy().astype(np.float32) / np.float32(255))
+
+
 def test_a_folder_and_pictures_of_all_kinds_are_answered(export, tmp_path, capsys):
     paths = [noise(tmp_path / "in" / name, mode=mode) for name, mode in (("a.png", "LA"), ("b.jpg", "CMYK"))]
     paths.append(noise(tmp_path / "c.webp", (64, 200)))
@@ -167,6 +175,7 @@ def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp
                 ("shorter_side", 20_000),
                 ("shorter_side", 0),
                 ("interpolation", "none"),
+                ("channels", 2),
                 ("bit_depth", 64),
             )
         ),

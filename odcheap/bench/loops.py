@@ -23,6 +23,7 @@ from odcheap.layers import kernels
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
 from odcheap.models.backbone import Backbone
+from odcheap.models.input_channels import RGB
 from odcheap.runs.resume import Start
 from odcheap.runs.settings import RunConfig
 from odcheap.training.experiment import Experiment
@@ -126,6 +127,8 @@ def random_images(cfg: DictConfig, count: int) -> Images:
 
 def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
     """Builds the method that a config describes, with its students; `run` is the function that runs them."""
+    if (channels := cfg.data.get("channels")) not in (None, RGB):
+        raise OptionError("data.channels", channels, "must be 3: the benchmark's images are RGB")
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), cfg.num_stu, cfg.seed, run)
     return instantiate(cfg.method)(students=students)

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,14 @@ from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, h
 from odcheap.data.policies import Policy
 from odcheap.data.splits import hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
-from odcheap.predict import ImageError, decode_image, escape_control_chars, find_rotation, measure_16_bits
+from odcheap.predict import (
+    ImageError,
+    convert_channels,
+    decode_image,
+    escape_control_chars,
+    find_rotation,
+    measure_16_bits,
+)
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError
@@ -100,12 +107,12 @@ class TrainingTransform:
         """Crops, resizes and flips an image.
 
         Args:
-            image: The image, upright and RGB.
+            image: The image, upright, RGB or gray.
             crop: The crop.
             reduction: The factor by which the sides of `image` are smaller than those of the image in the file.
 
         Returns:
-            (3, size, size), uint8.
+            (C, size, size), uint8.
         """
         # A crop has whole pixels of the reduced image, so its edges move by at most one of them.
         width, height = (round(side / reduction) for side in (crop.width, crop.height))
@@ -118,7 +125,7 @@ class TrainingTransform:
 
 
 def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
-    """Returns the transform of evaluated images, which takes a PIL image and returns (3, size, size) uint8.
+    """Returns the transform of evaluated images, which takes a PIL image and returns (C, size, size) uint8.
 
     Args:
         size: The side of the result in pixels, cropped from the center.
@@ -142,6 +149,7 @@ class TrainImages(Dataset):
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
         policy: The operations that follow the crop and the flip; None for none.
         color: The color (C,), uint8, of rectangles that the policy erases; None for black.
+        channels: The number of channels of the images: 3 for RGB, 1 for gray.
     """
 
     def __init__(
@@ -153,9 +161,10 @@ class TrainImages(Dataset):
         bit_depth: int | None = None,
         policy: Policy | None = None,
         color: Tensor | None = None,
+        channels: int = 3,
     ):
         self.files, self.transform, self.seed, self.views = files, transform, seed, views
-        self.bit_depth, self.policy = bit_depth, policy or Policy()
+        self.bit_depth, self.policy, self.channels = bit_depth, policy or Policy(), channels
         self.color = torch.zeros((), dtype=torch.uint8) if color is None else color
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
@@ -172,10 +181,10 @@ class TrainImages(Dataset):
             return Sample(
                 torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken
             )
-        return empty_sample(self.transform.size, broken, self.views)
+        return empty_sample((self.channels, self.transform.size, self.transform.size), broken, self.views)
 
     def load_views(self, path: Path, epoch: int, number: int) -> list[Tensor]:
-        """Decodes an image file, and returns its augmentations, (3, size, size) each."""
+        """Decodes an image file, and returns its augmentations, (C, size, size) each."""
         crops: list[Crop] = []
         reduction = 1
 
@@ -191,7 +200,7 @@ class TrainImages(Dataset):
             if reduction > 1:
                 opened.draft(None, (width // reduction, height // reduction))
 
-        image = decode_image(path, self.bit_depth, reduce)
+        image = convert_channels(decode_image(path, self.bit_depth, reduce), self.channels)
         crops = crops or self.draw_crops(image.size, epoch, number)
         views = [self.transform.apply(image, crop, reduction) for crop in crops]
         if self.policy.is_empty:
@@ -218,23 +227,26 @@ class EvalImages(Dataset):
     Args:
         files: The files.
         transform: The transform, see `evaluation_transform`.
-        size: The side of the images in pixels.
+        image_size: (C, H, W) of the images, with three channels for RGB and one for gray.
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
     """
 
-    def __init__(self, files: Files, transform: v2.Transform, size: int, bit_depth: int | None = None):
-        self.files, self.transform, self.size, self.bit_depth = files, transform, size, bit_depth
+    def __init__(
+        self, files: Files, transform: v2.Transform, image_size: tuple[int, int, int], bit_depth: int | None = None
+    ):
+        self.files, self.transform, self.image_size, self.bit_depth = files, transform, image_size, bit_depth
 
     def __getitem__(self, index: int) -> Sample:
         try:
             image = decode_image(self.files.path(index), self.bit_depth)
         except ImageError as error:
-            return empty_sample(self.size, [(str(self.files.path(index)), str(error))])
+            return empty_sample(self.image_size, [(str(self.files.path(index)), str(error))])
+        image = convert_channels(image, self.image_size[0])
         return Sample(self.transform(image), torch.tensor(self.files.target[index]), [])
 
 
-def empty_sample(size: int, broken: list[tuple[str, str]], views: int = 1) -> Sample:
-    shape = (views, 3, size, size) if views > 1 else (3, size, size)
+def empty_sample(image_size: tuple[int, int, int], broken: list[tuple[str, str]], views: int = 1) -> Sample:
+    shape = (views, *image_size) if views > 1 else image_size
     return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
 
 
@@ -442,6 +454,7 @@ class ImageFolderData(ImageData):
         max_broken: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
         bit_depth: The number of bits that are used in images with 16 bits a channel. With None such images raise
             `OptionError`, since a file does not say whether its largest value is 4,095 or 65,535.
+        channels: The number of channels of the images for the network: 3 for RGB, 1 for gray.
         **options: The arguments of `ImageData`.
 
     Raises:
@@ -458,11 +471,13 @@ class ImageFolderData(ImageData):
         workers: Annotated[int, Field(ge=0, le=1024)] | None,
         max_broken: Annotated[int, Field(ge=0)],
         bit_depth: Annotated[int, Field(ge=8, le=16)] | None = None,
+        channels: Literal[1, 3] = 3,
         **options: Any,
     ):
         super().__init__(**options)
         self.load, self.workers = load, workers
-        self.image_size, self.shorter_side = (3, image_size, image_size), round(image_size / crop_ratio)
+        self.image_size, self.shorter_side = (channels, image_size, image_size), round(image_size / crop_ratio)
+        self.norm.check_channels(channels)
         self.train_transform = TrainingTransform(image_size, min_scale, flip)
         self.eval_transform = evaluation_transform(image_size, self.shorter_side)
         self.broken, self.bit_depth = BrokenImages(max_broken), bit_depth
@@ -534,7 +549,8 @@ class ImageFolderData(ImageData):
     def train_loader(self, process: Process, views: int = 1) -> TrainStream:
         color = self.norm.mean_color(torch.device("cpu"))
         files, transform = self.parts["train"], self.train_transform
-        images = TrainImages(files, transform, self.seed, views, self.bit_depth, self.policy, color)
+        channels = self.image_size[0]
+        images = TrainImages(files, transform, self.seed, views, self.bit_depth, self.policy, color, channels)
         return TrainStream(self.stream(images, process), self.train_order(process))
 
     def eval_loader(self, part: str, process: Process) -> EvalStream:
@@ -542,7 +558,7 @@ class ImageFolderData(ImageData):
         return EvalStream(stream, len(self.parts[part].names), self.eval_batch_size, process)
 
     def eval_images(self, part: str) -> EvalImages:
-        return EvalImages(self.parts[part], self.eval_transform, self.image_size[-1], self.bit_depth)
+        return EvalImages(self.parts[part], self.eval_transform, self.image_size, self.bit_depth)
 
     def stream(self, images: Dataset, process: Process) -> Stream:
         # The cores that this process may use, divided among the training processes on this machine.

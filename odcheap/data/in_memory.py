@@ -1,5 +1,6 @@
 """Data sets that fit in memory: all images are on the training device, and are augmented and normalized there."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,9 @@ class Images:
     """The images of a data set in memory.
 
     Attributes:
-        train: The training images, (N, 3, H, W) uint8; some of them will be held out for validation.
+        train: The training images, (N, C, H, W) uint8; some of them will be held out for validation.
         train_target: Their labels (N,), int64.
-        test: The test images, (N, 3, H, W) uint8.
+        test: The test images, (N, C, H, W) uint8.
         test_target: Their labels (N,), int64.
         classes: The names of the classes; the position of a name is the label.
         test_files: The files of the test images; None if they do not come from image files.
@@ -133,6 +134,32 @@ class EvalBatches:
             yield Batch(self.norm.apply(images), target)
 
 
+def convert_channels(images: Tensor, channels: int | None) -> Tensor:
+    """Returns images with so many channels: RGB images as gray ones, or gray images as RGB ones, as Pillow does.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        channels: The number of channels; None to return the images unchanged.
+
+    Raises:
+        OptionError: The images have other channels than one or three, and another number is wanted.
+    """
+    own = images.shape[1]
+    if channels is None or channels == own:
+        return images
+    if (own, channels) == (1, 3):
+        return images.expand(-1, 3, -1, -1).contiguous()
+    if (own, channels) != (3, 1):
+        raise OptionError("data.channels", channels, f"must be {own}, the channels of the images")
+    return torch.cat([convert_to_gray(part) for part in images.split(1000)])  # whole numbers need four times the memory
+
+
+def convert_to_gray(images: Tensor) -> Tensor:
+    """Returns RGB images as gray ones, (N, 1, H, W) uint8, with the weights and the rounding of Pillow."""
+    red, green, blue = images.int().split(1, dim=1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)
+
+
 @check_arguments("data")
 class InMemoryData(ImageData):
     """A data set that fits in memory.
@@ -142,6 +169,8 @@ class InMemoryData(ImageData):
         flip: Whether training images are flipped horizontally with probability 1/2.
         crop_padding: The number of pixels of zeros that are added on each side of a training image before it is cropped
             to its old size at a random position.
+        channels: The number of channels of the images for the network. RGB images are converted to gray for 1, and
+            gray images to RGB for 3. None for the channels that the images have.
         **options: The arguments of `ImageData`.
 
     Raises:
@@ -153,10 +182,11 @@ class InMemoryData(ImageData):
         load: Callable[[], Images],
         flip: bool,
         crop_padding: Annotated[int, Field(ge=0)],
+        channels: Annotated[int, Field(ge=1)] | None = None,
         **options: Any,
     ):
         super().__init__(**options)
-        self.load, self.augment = load, Augmentation(flip, crop_padding)
+        self.load, self.augment, self.channels = load, Augmentation(flip, crop_padding), channels
         self.images: Images
         self.split: Split
         self.index: dict[str, np.ndarray]  # the images of each part: "train" and "val" are training images
@@ -165,16 +195,18 @@ class InMemoryData(ImageData):
         if hasattr(self, "images"):
             return
         images = self.load()
-        self.images, self.classes = images, images.classes
-        channels, height, width = images.train.shape[1:]
+        train, test = (convert_channels(part, self.channels) for part in (images.train, images.test))
+        self.images, self.classes = dataclasses.replace(images, train=train, test=test), images.classes
+        channels, height, width = train.shape[1:]
         self.image_size = (channels, height, width)
+        self.norm.check_channels(channels)
         # The images are not resized: what other images must be resized to is the size of these.
         self.shorter_side = side = min(self.image_size[1:])
         if self.augment.crop_padding >= side:
             allowed = f"must be 0 or more, below the images' {side} pixels a side"
             raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
 
-        # Hold out images by the hashes of their pixels.
+        # Hold out images by the hashes of their pixels, before their channels are converted: the split stays the same.
         digests = hash_pixels(images.train, self.split_seed)
         self.split = split_stratified(digests, images.train_target, self.val_size)
         self.fingerprint = self.split.fingerprint
@@ -188,7 +220,8 @@ class InMemoryData(ImageData):
 
         kept = limit_parts(self.labels, hash_part, self.limit)
         self.index = {part: index[kept[part]] for part, index in self.index.items()}
-        used = (join_digests(digests[k] for k in self.index[part]) for part in ("train", "val"))
+        own = digests if train is images.train else hash_pixels(train, self.split_seed)
+        used = (join_digests(own[k] for k in self.index[part]) for part in ("train", "val"))
         self.digests = ImageDigests("pixels", self.split_seed, *used)
 
         # Test images that were trained on would make the test accuracy too high.

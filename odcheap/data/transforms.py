@@ -91,20 +91,30 @@ class Normalization:
     """The normalization of images: (x / 255 - mean) / std in each channel.
 
     Args:
-        mean: The means of the three channels, in [0, 1].
-        std: The standard deviations of the three channels, above 0.
+        mean: The mean of each channel, in [0, 1].
+        std: The standard deviation of each channel, above 0.
 
     Raises:
-        OptionError: There are not three numbers, or a standard deviation is not above 0.
+        OptionError: There are not as many means as standard deviations, or a standard deviation is not above 0.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if min(self.std, default=0) <= 0:
+            raise OptionError("data.std", list(self.std), "must be one number above 0 for each channel")
+        if len(self.mean) != len(self.std):
+            allowed = f"must be one number for each channel; data.std has {len(self.std)}"
+            raise OptionError("data.mean", list(self.mean), allowed)
+
+    def check_channels(self, channels: int) -> None:
+        """Raises `OptionError` if there is not one mean and one standard deviation for each channel of the images."""
         for option, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or (option == "std" and min(values) <= 0):
-                raise OptionError(f"data.{option}", list(values), "must be three numbers, those of std above 0")
+            if len(values) != channels:
+                numbers = "one number" if channels == 1 else f"{channels} numbers"
+                allowed = f"must be {numbers}: the images have {channels} channel{'s' * (channels > 1)} (data.channels)"
+                raise OptionError(f"data.{option}", list(values), allowed)
 
     def mean_color(self, device: torch.device) -> Tensor:
         """Returns the color (C,), uint8, that normalization makes nearly zero."""

@@ -37,7 +37,7 @@ class EvaluatedImages(NamedTuple):
     data: InMemoryData | None = None
 
     def iterate_prepared(self, preprocess: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | predict.ImageError]]:
-        """Yields the name of each image, and the prepared image (3, H, W) in [0, 1], or the error if it cannot be read.
+        """Yields the name of each image, and the prepared image (C, H, W) in [0, 1], or the error if it cannot be read.
 
         Args:
             preprocess: The content of `preprocess.json`, which says how an image is prepared.
@@ -49,7 +49,7 @@ class EvaluatedImages(NamedTuple):
         for name, sample in zip(
             self.names, self.data.iterate_images("test", [int(name) for name in self.names]), strict=True
         ):
-            image = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
+            image = Image.fromarray(sample.image.permute(1, 2, 0).squeeze(-1).numpy())
             yield name, predict.resize_image(image, preprocess, f"test image {name}")
 
 

@@ -26,7 +26,7 @@ class Model(NamedTuple):
         title: A text that says which model it is.
         classes: The names of its classes, in the order of the logits.
         preprocess: The content of `preprocess.json`, which says how images are prepared.
-        predictor: A function that maps prepared images (n, 3, H, W) in [0, 1] to logits (n, K).
+        predictor: A function that maps prepared images (n, C, H, W) in [0, 1] to logits (n, K).
         digests: The hashes of the run's training images; None if they are not known.
         reason: Why they are not known.
         test_top1: The accuracy on the run's own test images; None if it is not known.
@@ -86,7 +86,7 @@ def load_run(job_dir: Path, number: int | None, config_dirs: Sequence[Path]) -> 
 
 
 def create_predictor(network: nn.Module, norm: Normalization) -> predict.Predictor:
-    """Returns a function that normalizes images and runs the network: (n, 3, H, W) in [0, 1] -> logits (n, K)."""
+    """Returns a function that normalizes images and runs the network: (n, C, H, W) in [0, 1] -> logits (n, K)."""
 
     # The images are converted to uint8 and normalized as in the training, so that all bits are the same.
     def run(images: np.ndarray) -> np.ndarray:

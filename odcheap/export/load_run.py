@@ -145,9 +145,19 @@ def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
 
 
 def describe_preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of `preprocess.json` from the settings of a student."""
+    """Returns the content of `preprocess.json` from the settings of a student.
+
+    Raises:
+        OptionError: The images have other channels than image files have.
+    """
+    channels = settings["image_size"][0]
+    if channels not in (1, 3):
+        allowed = "an export reads image files, which are RGB or gray: data.channels must be 3 or 1"
+        raise OptionError("data.channels", channels, allowed)
+    kind = "gray" if channels == 1 else "RGB"
     return {
-        "input": "images: RGB, float32 in [0, 1], channels first; mean and std are applied inside the graph",
+        "input": f"images: {kind}, float32 in [0, 1], channels first; mean and std are applied inside the graph",
+        "channels": channels,
         "shorter_side": settings["shorter_side"],
         "size": settings["image_size"][1:],
         "interpolation": "bilinear",

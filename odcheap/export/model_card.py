@@ -54,7 +54,7 @@ python predict.py IMAGE_OR_FOLDER...   # needs onnxruntime, numpy, pillow
 python predict.py --evaluate FOLDER    # accuracy on your own images, in FOLDER/<class>/
 ```
 
-The input of `student.onnx` is RGB in [0, 1], {graph}; the
+The input of `student.onnx` is {kind} in [0, 1], {graph}; the
 normalization is part of the graph. `preprocess.json` says how an image file becomes this input, and `labels.json` names
 the classes.
 
@@ -143,6 +143,7 @@ def write_card(
         python=python,
         network=format_code(name_network(run)),
         graph=graph,
+        kind="gray" if run.image_size[0] == 1 else "RGB",
         cpu=escape_markdown(cpu),
         timings=table,
         **text,

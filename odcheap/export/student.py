@@ -49,7 +49,7 @@ class ImageFiles:
         for k in index:
             path, label = self.parts[part][k]
             try:
-                image = predict.decode_image(path)
+                image = predict.convert_channels(predict.decode_image(path), len(self.norm.mean))
             except predict.ImageError as error:
                 raise OptionError("samples", path, first_line(error)) from error
             yield LabeledImage(self.transform(image), label, Path(path))
@@ -78,13 +78,16 @@ def export_student(
     `README.md` with checksums. It is made only if every file computes the same as the network.
 
     Args:
-        network: A network that maps normalized images (N, 3, H, W) to logits (N, K); it is not changed.
+        network: A network that maps normalized images (N, 3, H, W), or gray ones (N, 1, H, W), to logits (N, K); it is
+            not changed.
         classes: The names of the K classes, in the order of the logits.
         out: The folder to write.
         image_size: The side, in pixels, of the square images that the network takes.
-        mean: The mean of each of the three channels of images in [0, 1], with which the network's input is normalized;
-            (0, 0, 0) if it is not normalized. It has no default, since a wrong one would lower the accuracy silently.
-        std: The standard deviation of each channel, for the same images; (1, 1, 1) if the input is not normalized.
+        mean: The mean of each channel of images in [0, 1], with which the network's input is normalized: three numbers
+            for RGB images, one for gray images; (0, 0, 0) or (0,) if it is not normalized. It has no default, since a
+            wrong one would lower the accuracy silently.
+        std: The standard deviation of each channel, for the same images; (1, 1, 1) or (1,) if the input is not
+            normalized.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped; None for `image_size`.
         samples: Test images as pairs of a file and its label, such as `torchvision.datasets.ImageFolder(...).samples`.
@@ -125,7 +128,8 @@ def export_student(
     classes, samples, calibration = list(map(str, classes)), list(samples), list(calibration)
     check_images(image_size, shorter_side, samples, calibration, len(classes))
     network = copy.deepcopy(network).cpu().float().eval()
-    check_network(network, image_size, len(classes))
+    channels = len(norm.mean)
+    check_network(network, (channels, image_size, image_size), len(classes))
     network = fold_branches(network)
 
     # Describe the network as a run describes its student.
@@ -136,7 +140,7 @@ def export_student(
         "block_type": describe_pairs(network),
         "classes": classes,
         "split": None,
-        "image_size": [3, image_size, image_size],
+        "image_size": [channels, image_size, image_size],
         "shorter_side": shorter_side,
         "mean": list(norm.mean),
         "std": list(norm.std),
@@ -156,14 +160,14 @@ def export_student(
 
 
 def read_channels(option: str, values: Any) -> tuple[float, ...]:
-    """Returns the mean or the standard deviation of the three channels; raises `OptionError` for anything else."""
+    """Returns the mean or standard deviation of three channels or one; raises `OptionError` for anything else."""
     try:
         channels = () if isinstance(values, str) else tuple(map(float, values))
     except (TypeError, ValueError):
         channels = ()
-    if len(channels) != 3 or not all(map(math.isfinite, channels)):
+    if len(channels) not in (1, 3) or not all(map(math.isfinite, channels)):
         none = {"mean": "(0, 0, 0)", "std": "(1, 1, 1)"}[option]
-        allowed = f"must be three numbers, one for each channel; {none} if the input is not normalized"
+        allowed = f"must be three numbers, or one for gray images; {none} if the input is not normalized"
         raise OptionError(option, values, allowed)
     return channels
 
@@ -189,12 +193,12 @@ def check_images(
 
 
 @torch.inference_mode()
-def check_network(network: nn.Module, image_size: int, classes: int) -> None:
-    """Raises `OptionError` if a network does not map images (N, 3, image_size, image_size) to logits (N, classes)."""
+def check_network(network: nn.Module, image_size: tuple[int, int, int], classes: int) -> None:
+    """Raises `OptionError` if a network does not map images (N, *image_size) to logits (N, classes)."""
     try:
-        logits = network(torch.zeros(2, 3, image_size, image_size))
+        logits = network(torch.zeros(2, *image_size))
     except Exception as error:  # the network's own code may raise anything
-        allowed = f"cannot be run on images of 3 x {image_size} x {image_size} ({first_line(error)})"
+        allowed = f"cannot be run on images of {' x '.join(map(str, image_size))} ({first_line(error)})"
         raise OptionError("network", type(network).__name__, allowed) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

@@ -191,13 +191,14 @@ def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder
     images = (127.5 + 127.5 * contrast * noise).round().byte()
     files = [save_image(image, folder / f"{k:06d}.png") for k, image in enumerate(images)]
     transform = evaluation_transform(size[-1], settings["shorter_side"])
-    inputs = torch.stack([transform(predict.decode_image(file)) for file in files])
+    decoded = (predict.convert_channels(predict.decode_image(file), size[0]) for file in files)
+    inputs = torch.stack([transform(image) for image in decoded])
     norm = Normalization(tuple(settings["mean"]), tuple(settings["std"]))
     return Reference(files, None, network(norm.apply(inputs)).numpy())
 
 
 def save_image(image: Tensor, path: Path) -> Path:
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(path)
     return path
 
 

@@ -196,6 +196,8 @@ class Students(nn.Module):
     ):
         super().__init__()
         # Student k is the same for every number of students: its seed is temporary and depends on k only.
+        if isinstance(build, str):  # a name is a sequence too
+            check_builder(build)
         builders = list(build) if isinstance(build, Sequence) else [build] * num_stu
         if len(builders) != num_stu:
             raise OptionError("num_stu", num_stu, f"must be {len(builders)}, the number of functions in `build`")

@@ -15,19 +15,21 @@ from torch.nn import functional as F
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
+from odcheap.models.input_channels import RGB
 from odcheap.models.stages import StageRecorder
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
+from odcheap.utils.text import count_things
 
 OPTION = "method.teacher_weights"
 LIBRARIES = {"torchvision": TorchvisionBackbone, "timm": TimmBackbone}
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224  # pixels
-Means = Annotated[list[float], Field(min_length=3, max_length=3)]
-Stds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Means = Annotated[list[float], Field(min_length=1)]
+Stds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
 TeacherWeights = str | Annotated[list[str], Field(min_length=1)]
 ImageSide = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
@@ -39,7 +41,7 @@ class Teacher(nn.Module):
     the state dict of another teacher raises `OptionError`.
 
     Args:
-        network: A network that maps normalized images (N, 3, size, size) to logits (N, K).
+        network: A network that maps normalized images (N, C, size, size) to logits (N, K).
         images_norm: The mean and the standard deviation, of each channel, with which the students' images are
             normalized.
         mean: The mean of each channel that the network expects.
@@ -51,8 +53,11 @@ class Teacher(nn.Module):
         history: The costs of the network's training: `train_seconds` and `training_macs`; None if they are not known.
         path: The file of the weights, for messages.
 
+    Raises:
+        OptionError: The network takes images with another number of channels than the students.
+
     Shape:
-        Images (N, 3, H, W), normalized for the students -> logits (N, K), without gradients.
+        Images (N, C, H, W), normalized for the students -> logits (N, K), without gradients.
     """
 
     scale: Tensor
@@ -75,6 +80,9 @@ class Teacher(nn.Module):
         self._networks = (network.requires_grad_(False).eval(),)
         self.size, self.classes, self.split, self.path = size, classes, split, path
         self.history = {"train_seconds": None, "training_macs": None} | (history or {})
+        if len({len(values) for values in (*images_norm, mean, std)}) > 1:
+            allowed = f"the teacher takes images with {count_things(len(mean), 'channel')}"
+            raise OptionError(OPTION, path, f"{allowed}; the data have {len(images_norm[0])}")
         # One multiplication and one addition change the students' normalization into the teacher's:
         # (x * from_std + from_mean - to_mean) / to_std = x * scale + offset.
         from_mean, from_std, to_mean, to_std = (
@@ -221,6 +229,7 @@ def load_teacher(
     # Published weights: no file says what images the network expects, so ImageNet's values are the default.
     if teacher_network is not None:
         network = load_published_network(teacher_network, path, num_classes)
+        check_channels(RGB, teacher_mean, teacher_std)
         expected = teacher_mean or IMAGENET_NORM[0], teacher_std or IMAGENET_NORM[1], teacher_size or IMAGENET_SIZE
         return Teacher(network, (mean, std), *expected)
 
@@ -233,10 +242,19 @@ def load_teacher(
     if len(settings["classes"]) != num_classes:
         allowed = f"the teacher has {len(settings['classes'])} classes, the data {num_classes}"
         raise OptionError(OPTION, path, allowed)
+    check_channels(settings["image_size"][0], teacher_mean, teacher_std)
     own_norm = teacher_mean or settings["mean"], teacher_std or settings["std"]
     size = teacher_size or settings["image_size"][-1]
     about = settings["classes"], settings["split"], read_training_costs(file), path
     return Teacher(network, (mean, std), *own_norm, size, *about)
+
+
+def check_channels(channels: int, teacher_mean: Sequence[float] | None, teacher_std: Sequence[float] | None) -> None:
+    """Raises `OptionError` if a given mean or standard deviation has not one number for each of these channels."""
+    for option, values in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
+        if values is not None and len(values) != channels:
+            allowed = f"must have {count_things(channels, 'number')}, one for each channel of the teacher's images"
+            raise OptionError(f"method.{option}", list(values), allowed)
 
 
 def read_training_costs(student: Path) -> dict[str, Any]:

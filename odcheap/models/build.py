@@ -18,6 +18,7 @@ from odcheap.layers.cheap_conv import BlockType
 from odcheap.layers.fuse import fold_branches
 from odcheap.models.backbone import Backbone
 from odcheap.models.cifar import CifarResNet
+from odcheap.models.input_channels import RGB, adapt_input
 from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
@@ -26,7 +27,8 @@ from odcheap.utils.parts import OWN_PACKAGE, build_part
 
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 BitDepth = Annotated[int, Field(ge=8, le=16)] | None
-ThreeNumbers = Annotated[list[float], Field(min_length=3, max_length=3)]
+ImageSize = Annotated[list[Side], Field(min_length=3, max_length=3)]
+Numbers = Annotated[list[float], Field(min_length=1)]
 BUILD_ERRORS = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, Failure)
 
 
@@ -38,6 +40,7 @@ class NetworkSettings(BaseModel):
         block_type: The name of the block type in `conf/block_type` (key "part"), and its options.
         classes: The names of the classes, in the order of the logits.
         folded: Whether the weights are those of the network's folded form; see `fold_branches`.
+        image_size: [C, H, W] of the images that the network takes; None for RGB images of any size.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -46,6 +49,7 @@ class NetworkSettings(BaseModel):
     block_type: dict[str, Any]
     classes: Annotated[list[str], Field(min_length=2)]
     folded: bool = False
+    image_size: ImageSize | None = None
 
 
 class StudentSettings(NetworkSettings):
@@ -63,23 +67,23 @@ class StudentSettings(NetworkSettings):
     """
 
     split: str
-    image_size: Annotated[list[Side], Field(min_length=3, max_length=3)]
+    image_size: ImageSize  # ty: ignore[incompatible-mutable-override] - required here
     shorter_side: Side
-    mean: ThreeNumbers
-    std: ThreeNumbers
+    mean: Numbers
+    std: Numbers
     bit_depth: BitDepth = None
 
 
 class NormalizedNetwork(nn.Module):
-    """A network that takes RGB images in [0, 1]: it normalizes them, then calls another network.
+    """A network that takes RGB or other images in [0, 1]: it normalizes them, then calls another network.
 
     Args:
-        network: A network that maps normalized images (N, 3, H, W) to logits (N, K).
+        network: A network that maps normalized images (N, C, H, W) to logits (N, K).
         mean: The mean of each channel, in [0, 1].
         std: The standard deviation of each channel.
 
     Shape:
-        Images (N, 3, H, W) in [0, 1] -> logits (N, K).
+        Images (N, C, H, W) in [0, 1] -> logits (N, K).
     """
 
     mean: Tensor
@@ -103,7 +107,8 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
         config_dirs: Further `conf` directories, for a student with a backbone or block type of your own.
 
     Returns:
-        A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K). Its attribute `network` is
+        A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K), or gray images
+        (N, 1, H, W) if it was trained with `data.channels=1`. Its attribute `network` is
         the network without the normalization.
 
     Raises:
@@ -204,7 +209,8 @@ def build_network(
         conv = block_type or build_part("block_type", checked.block_type, config_dirs=folders)
         build = build_part("backbone", backbone, config_dirs=folders)
         make = build_comparable if block_type is not None else build_directly
-        network = make(build, conv, len(checked.classes))
+        channels = checked.image_size[0] if checked.image_size else RGB
+        network = make(build, conv, len(checked.classes), channels)
         return fold_branches(network) if checked.folded else network
     except ImportError as error:
         raise OptionError(
@@ -218,22 +224,25 @@ def build_network(
         raise OptionError(option, path, f"its settings build no network ({reason})") from error
 
 
-def build_directly(build: Callable[..., nn.Module], conv: BlockType, num_classes: int) -> Backbone:
-    """Returns the network of a backbone with a block type."""
-    return to_backbone(build(conv=conv, num_classes=num_classes))
+def build_directly(build: Callable[..., nn.Module], conv: BlockType, num_classes: int, channels: int = RGB) -> Backbone:
+    """Returns the network of a backbone with a block type; see `build_comparable`."""
+    return adapt_input(to_backbone(build(conv=conv, num_classes=num_classes)), channels)
 
 
-def build_comparable(build: Callable[..., nn.Module], conv: BlockType, num_classes: int) -> Backbone:
+def build_comparable(
+    build: Callable[..., nn.Module], conv: BlockType, num_classes: int, channels: int = RGB
+) -> Backbone:
     """Returns the network of a backbone with a block type, also for comparison: the standard network has no expansion.
 
     Args:
         build: The backbone, a function that takes `conv` and `num_classes`.
         conv: The block type.
         num_classes: The number of classes, K.
+        channels: The number of channels of the images; see `adapt_input`.
     """
     own = getattr(build, "func", build)
     is_wide = isinstance(own, type) and issubclass(own, CifarResNet) and not conv.is_cheap
-    return build_directly(partial(build, expansion=1) if is_wide else build, conv, num_classes)
+    return build_directly(partial(build, expansion=1) if is_wide else build, conv, num_classes, channels)
 
 
 def check_state_dict(

@@ -18,7 +18,7 @@ from odcheap.layers.cheap_conv import BlockType, CheapConv, Window, check_block_
 from odcheap.models.backbone import Backbone
 from odcheap.models.build import check_state_dict
 from odcheap.models.convert import Init, cheapen, check_conversion_options, find_spatial_convs
-from odcheap.models.wrapped_network import WrappedNetwork
+from odcheap.models.wrapped_network import WrappedNetwork, find_stem_channels
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors, read_torch
@@ -425,9 +425,9 @@ def _features_on_meta(backbone: Backbone, height: int, width: int) -> Tensor:
 
     A network whose code reads values, which no tensor on that device has, runs on the CPU.
     """
-    network = copy.deepcopy(backbone).eval()
+    network, channels = copy.deepcopy(backbone).eval(), find_stem_channels(backbone)
     try:
-        return copy.deepcopy(network).to("meta").features(torch.empty(1, 3, height, width, device="meta"))
+        return copy.deepcopy(network).to("meta").features(torch.empty(1, channels, height, width, device="meta"))
     except RuntimeError:  # also raised if the images are too small, and then again on the CPU
         with torch.no_grad():
-            return network.cpu().features(torch.zeros(1, 3, height, width))
+            return network.cpu().features(torch.zeros(1, channels, height, width))

@@ -194,7 +194,7 @@ class Experiment:
         data = instantiate(cfg.data, policy=instantiate(cfg.augment))
         data.read()
         data.check(launch.count_processes(cfg))
-        classes, builders = len(data.classes), list_builders(start)
+        classes, builders = len(data.classes), list_builders(start, data.image_size[0])
         students = build_students(start, builders, classes)
         with temporary_seed(cfg.seed, "method"):
             method = instantiate(cfg.method)(students=students)

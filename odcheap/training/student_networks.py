@@ -11,7 +11,8 @@ from odcheap.layers.cheap_conv import BlockType, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students
 from odcheap.models.backbone import Backbone
-from odcheap.models.build import build_comparable
+from odcheap.models.build import build_comparable, build_directly
+from odcheap.models.input_channels import RGB
 from odcheap.models.student_shapes import Shape, name_shape
 from odcheap.models.wrappers import check_image_size, find_map_size
 from odcheap.runs.resume import Start
@@ -27,31 +28,34 @@ class StudentBuilder(NamedTuple):
         backbone: The name of the backbone.
         build: A function that takes `conv` and `num_classes`, and returns the network.
         make_conv: A function that returns the block type.
+        channels: The number of channels of the images.
     """
 
     backbone: str
     build: Callable[..., nn.Module]
     make_conv: Callable[[], BlockType]
+    channels: int = RGB
 
     def build_student(self, num_classes: int) -> nn.Module:
-        return self.build(conv=self.make_conv(), num_classes=num_classes)
+        return build_directly(self.build, self.make_conv(), num_classes, self.channels)
 
 
-def list_builders(start: Start) -> list[StudentBuilder]:
-    """Returns for each student of a run what builds it."""
+def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
+    """Returns for each student of a run what builds it; `channels` is the number of channels of the images."""
     # A resumed run needs no pretrained weights: they are in its checkpoint, and their file may be gone.
     cfg, forgotten = start.cfg, {"pretrained": None} if start.content is not None else {}
     shapes = start.config.student_shapes()
     if shapes is None:
         loaded = forgotten if "pretrained" in cfg.backbone else {}
         own = instantiate(cfg.backbone, **loaded)
-        builder = StudentBuilder(start.config.parts["backbone"], own, lambda: instantiate(cfg.block_type))
+        builder = StudentBuilder(start.config.parts["backbone"], own, lambda: instantiate(cfg.block_type), channels)
         return [builder] * cfg.num_stu
 
     def list_one(shape: Shape) -> StudentBuilder:
         loaded = forgotten if "pretrained" in shape["backbone"] else {}
         build = build_part("backbone", shape["backbone"] | loaded)
-        return StudentBuilder(shape["backbone"]["part"], build, partial(build_part, "block_type", shape["block_type"]))
+        make_conv = partial(build_part, "block_type", shape["block_type"])
+        return StudentBuilder(shape["backbone"]["part"], build, make_conv, channels)
 
     return [list_one(shape) for shape in shapes]
 
@@ -69,7 +73,7 @@ def build_standards(start: Start, builders: Sequence[StudentBuilder], num_classe
     for builder in builders:
         if builder.build not in built:
             with temporary_seed(start.cfg.seed, "standard"):
-                built[builder.build] = build_comparable(builder.build, Standard(), num_classes)
+                built[builder.build] = build_comparable(builder.build, Standard(), num_classes, builder.channels)
     return [built[builder.build] for builder in builders]
 
 

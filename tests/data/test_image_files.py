@@ -250,7 +250,7 @@ def test_nothing_but_broken_pictures_gives_no_label(tmp_path):
 
 
 def test_evaluation_leaves_a_broken_picture_out(tmp_path):
-    data = EvalImages(files(tmp_path, 3, broken=(1,)), image_folder.evaluation_transform(8, 9), 8)
+    data = EvalImages(files(tmp_path, 3, broken=(1,)), image_folder.evaluation_transform(8, 9), (3, 8, 8))
     batch = image_folder.collate([data[k] for k in range(3)])
     assert batch.target.tolist() == [0, -1, 2]
     assert batch.image.shape == (3, 3, 8, 8)
@@ -386,7 +386,7 @@ def test_evaluation_decodes_jpegs_whole(tmp_path):
     listed = photograph(tmp_path, "x.jpg")
     transform = image_folder.evaluation_transform(60, 68)
     with Image.open(listed.path(0)) as image:
-        assert torch.equal(EvalImages(listed, transform, 60)[0].image, transform(image))
+        assert torch.equal(EvalImages(listed, transform, (3, 60, 60))[0].image, transform(image))
 
 
 def test_crops_are_those_of_torchvision_on_pillow_images(tmp_path):

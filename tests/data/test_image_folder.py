@@ -138,6 +138,19 @@ def test_a_policy_s_operations_follow_crop_and_flip(flat, workers):
     assert all(torch.equal(a.images, b.images[0]) for a, b in zip(single, loader, strict=True))
 
 
+def test_gray_images_are_those_that_pillow_makes(flat):
+    (flat / "red" / "0.png").write_bytes(b"?")
+    gray, rgb = made(flat, channels=1, mean=(0.0,), std=(1.0,), policy=TrivialAugment(erasing=0.5)), made(flat)
+    assert gray.image_size == (1, 8, 8)
+    for one, other in zip(gray.iterate_images("test", range(5)), rgb.iterate_images("test", range(5)), strict=True):
+        expected = rgb.eval_transform(Image.open(other.path).convert("RGB").convert("L"))
+        assert torch.equal(one.image, expected)
+    assert all(batch.images.shape[1:] == (1, 8, 8) for batch in gray.train_loader(ALONE))
+    assert all(batch.images.shape[2:] == (1, 8, 8) for batch in gray.train_loader(ALONE, views=2))
+    with pytest.raises(OptionError, match=r"data.mean=\[0.0\]: must be 3 numbers: the images have 3 channels"):
+        made(flat, mean=(0.0,), std=(1.0,))
+
+
 def test_a_resumed_loader_goes_on_where_it_was(flat):
     whole = list(made(flat).train_loader(ALONE))
     loader = made(flat).train_loader(ALONE)
@@ -493,8 +506,8 @@ def test_a_run_from_pretrained_weights_goes_on_without_their_file(command, tmp_p
     [
         ("data.workers=-1", "data.workers=-1: must be a whole number, 0 or more and at most 1024"),
         ("data.load.test_size=null", "data.load.test_size=null: must be a number"),
-        ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be three numbers"),
-        ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be three numbers, those of std above 0"),
+        ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]: must be one number for each channel; data.std has 3"),
+        ("data.std=[1,1,0]", "data.std=[1, 1, 0]: must be one number above 0 for each channel"),
         ("data.max_broken=many", "data.max_broken=many: must be a whole number"),
     ],
 )

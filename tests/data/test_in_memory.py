@@ -1,11 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from odcheap.data.base import BatchOrder, Process
 from odcheap.data.digits import load_digits
-from odcheap.data.in_memory import EvalBatches, Images, InMemoryData, TrainBatches
+from odcheap.data.in_memory import EvalBatches, Images, InMemoryData, TrainBatches, convert_channels
 from odcheap.data.policies import RandAugment, TrivialAugment
 from odcheap.data.transforms import Augmentation, Normalization
 from odcheap.utils.errors import OptionError
@@ -127,6 +129,27 @@ def digits_data(**changed):
     data = InMemoryData(**{"load": load_digits, "name": "digits"} | options)
     data.read()
     return data
+
+
+def test_channels_are_converted_as_pillow_does_and_the_split_stays():
+    images = torch.randint(256, (1001, 3, 7, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    gray = convert_channels(images, 1)
+    for rgb, found in zip(images[::50], gray[::50], strict=True):
+        assert np.array_equal(found[0], Image.fromarray(rgb.permute(1, 2, 0).numpy()).convert("L"))
+    assert torch.equal(convert_channels(gray, 3), gray.expand(-1, 3, -1, -1))
+    assert convert_channels(images, None) is images
+    with pytest.raises(OptionError, match=r"data.channels=1: must be 2, the channels of the images"):
+        convert_channels(images[:, :2], 1)
+    rgb, one = digits_data(), digits_data(channels=1, mean=(0.3,), std=(0.4,))
+    assert one.image_size == (1, 8, 8)
+    assert one.fingerprint == rgb.fingerprint
+    assert torch.equal(one.select_part("test")[0], rgb.select_part("test")[0][:, :1])  # digits are gray as they are
+    batch = next(iter(one.train_loader(ALONE)))
+    torch.testing.assert_close(batch.images, next(iter(rgb.train_loader(ALONE))).images[:, :1])
+    with pytest.raises(
+        OptionError, match=r"data.mean=\[0.3, 0.3, 0.3\]: must be one number: the images have 1 channel "
+    ):
+        digits_data(channels=1)
 
 
 def test_the_split_ignores_the_seed_and_the_batch_size_is_global():

@@ -120,10 +120,12 @@ class TwoOutputs(Net):
         ),
         (TwoOutputs(), {}, "network=TwoOutputs: must return logits .*returns a tuple"),
         (nn.Conv2d(1, 2, 3), {}, "network=Conv2d: cannot be run on images of 3 x 16 x 16"),
-        (Net(), {"std": (0.1, 0.0, 0.1)}, "std=.*must be three numbers"),
-        (Net(), {"mean": 0.5}, r"mean=0.5: must be three numbers, one for each channel; \(0, 0, 0\) if"),
-        (Net(), {"std": "0.1"}, r"std=0.1: must be three numbers, one for each channel; \(1, 1, 1\) if"),
+        (Net(), {"std": (0.1, 0.0, 0.1)}, "std=.*must be one number above 0 for each channel"),
+        (Net(), {"mean": 0.5}, r"mean=0.5: must be three numbers, or one for gray images; \(0, 0, 0\) if"),
+        (Net(), {"std": "0.1"}, r"std=0.1: must be three numbers, or one for gray images; \(1, 1, 1\) if"),
         (Net(), {"mean": (0.5, 0.5)}, r"mean=\(0.5, 0.5\): must be three numbers"),
+        (Net(), {"mean": (0.5,)}, r"mean=\[0.5\]: must be one number for each channel; data.std has 3"),
+        (Net(), {"mean": (0.5,), "std": (0.2,)}, "network=Net: cannot be run on images of 1 x 16 x 16"),
         (Net(), {"image_size": 0}, "image_size=0: must be a whole number of pixels"),
         (Net(), {"shorter_side": 8}, "shorter_side=8: must be image_size=16 or more"),
         (Net(), {"samples": [("nowhere.png", 0)]}, "samples=nowhere.png: no such file"),
@@ -138,6 +140,16 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, network, changes, line):
         export_student(network, CLASSES, tmp_path / "out", **IMAGES | changes)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_of_gray_images_is_checked_on_gray_images(tmp_path, samples, light):
+    gray = IMAGES | {"mean": (0.5,), "std": (0.2,)}
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for given in ({"samples": samples}, {}):  # without images it is checked on noise
+        folder = export_student(network, CLASSES, tmp_path / "out", overwrite=True, **given, **gray)
+    settings = json.loads((folder / "preprocess.json").read_text())
+    assert (settings["channels"], settings["mean"]) == (1, [0.5])
+    assert "The input of `student.onnx` is gray in [0, 1], (n, 1, height, width)" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("classes", ["ab", 2])

@@ -182,6 +182,9 @@ def equal(a, b):
 AUGMENTED = ("augment.erasing=0.25", "augment.mixup=0.2", "augment.cutmix=1.0")
 
 
+GRAY = ("data.channels=1", "data.mean=[0.305]", "data.std=[0.376]")
+
+
 @pytest.mark.parametrize(
     ("options", "places"),
     [
@@ -189,7 +192,7 @@ AUGMENTED = ("augment.erasing=0.25", "augment.mixup=0.2", "augment.cutmix=1.0")
             ("block_type=DW", "data.flip=true", "trainer.precision=bf16-true", "augment=trivial", *AUGMENTED),
             ("epoch-0000-step-0000010", "epoch-0000"),
         ),
-        (("block_type=Shift", "trainer.precision=bf16-mixed"), ("epoch-0001-step-0000010",)),
+        (("block_type=Shift", "trainer.precision=bf16-mixed", *GRAY), ("epoch-0001-step-0000010",)),
         (
             ("block_type=Group", "select=last", "data.val_size=0.5", "trainer.precision=64-true"),
             ("epoch-0000", "epoch-0001-step-0000010"),
@@ -653,6 +656,8 @@ CKPT = "{tmp}/broken.ckpt"
             ["augment=randaugment", "augment.magnitude=31"],
             "augment.magnitude=31: must be a whole number, 0 or more and",
         ),
+        (["data.channels=1"], "data.mean=[0.305, 0.305, 0.305]: must be one number: the images have 1 channel (data."),
+        (["data.channels=2", "data.mean=[0,0]", "data.std=[1,1]"], "data.channels=2: must be 3, the channels of the"),
         (["augment.mixup=-1"], "augment.mixup=-1: must be a number, 0 or more and at most 100"),
         (["augment.magnitude=3"], "augment.magnitude"),
         (["method.loss=dkd", "augment.cutmix=1"], "method.loss=dkd: needs one label for each image, and mixed images"),

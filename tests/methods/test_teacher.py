@@ -10,6 +10,7 @@ from odcheap.methods.kd import build_offline_distillation
 from odcheap.methods.students import Students
 from odcheap.methods.teacher import Teacher, load_teacher, read_training_costs
 from odcheap.models.cifar import CifarResNet
+from odcheap.models.input_channels import adapt_input
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import OptionError
 
@@ -80,6 +81,23 @@ def test_other_classes_are_refused(run):
         teacher.check_classes(["cat", "bird", "dog"])
     with pytest.raises(OptionError, match=r"method.teacher_weights=.*: the teacher has 3 classes, the data 5"):
         read(run[0], num_classes=5)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_with_other_channels_than_the_students_have_are_refused(run, channels):
+    with pytest.raises(OptionError, match=f"takes images with 3 channels; the data have {channels}"):
+        load_teacher(str(run[0]), None, 3, None, None, None, [0.5] * channels, [0.2] * channels)
+
+
+def test_a_teacher_of_gray_images(tmp_path):
+    network = adapt_input(CifarResNet(8, Standard(), 3), 1)
+    own = {"image_size": [1, 16, 16], "mean": [0.1], "std": [0.5]}
+    write_student(tmp_path / "student.safetensors", network, SETTINGS | own)
+    pixels = torch.rand(4, 1, 16, 16)
+    teacher = load_teacher(str(tmp_path), None, 3, None, None, None, [0.4], [0.2])
+    with torch.no_grad():
+        expected = network.eval()((pixels - 0.1) / 0.5)
+    torch.testing.assert_close(teacher((pixels - 0.4) / 0.2), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_published_weights(tmp_path):
