@@ -2,11 +2,13 @@
 
 import pytest
 
-from odcheap.layers.cheap_conv import DW
+from odcheap.layers.cheap_conv import DW, RepDW, Standard
+from odcheap.methods.alone import Alone
+from odcheap.methods.students import Students
 from odcheap.models.build import read_student_settings
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.command import describe_next_steps
-from odcheap.training.summary import build_caption, write_student
+from odcheap.training.summary import build_caption, summarize_costs, write_student
 from odcheap.utils.files import read_safetensors
 
 
@@ -53,3 +55,11 @@ def test_an_export_from_before_the_end_is_not_recommended(tmp_path):
     assert f"{tmp_path}/export is of an earlier epoch\nnext:\n" in lines
     assert f"export {tmp_path} --overwrite" in lines
     assert "IMAGE" not in lines
+
+
+def test_a_training_computes_the_branches_and_its_student_does_not():
+    students = Students(lambda: CifarResNet(8, RepDW(), 10), 2, seed=0)
+    costs = summarize_costs(Alone(students, average_decay=0.9), CifarResNet(8, Standard(), 10), (3, 32, 32), 5)
+    branches = (16 + 16 + 16 + 32) * 1024 + (32 + 64) * 256  # 1 x 1, at the channels and pixels of each operator
+    # Two students, of which the backward pass counts twice, and their two averages, which have none.
+    assert costs["training_macs"] == (3 * 2 + 2) * (costs["macs"] + branches) * 5
