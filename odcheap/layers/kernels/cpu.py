@@ -188,8 +188,7 @@ def pairs_norm_act(
 
     Sums are computed in float32, or in float64 if `x` is float64. The weights are rounded as autocast rounds them;
     their gradients are not rounded. On a processor with products of bfloat16 numbers (AVX512-BF16), the factors of the
-    1 x 1 and grouped convolutions and of their gradients are rounded to bfloat16 if `x` is bfloat16. The gradient of a
-    grouped kernel is computed from numbers that are not rounded.
+    1 x 1 and grouped convolutions and of their gradients are rounded to bfloat16 if `x` is bfloat16.
 
     Args:
         x: (N, C, H, W), contiguous in channels-last memory format; bfloat16, float32 or float64.

@@ -106,12 +106,32 @@ template <class A> inline void write_factors(const A *, long, long, A *, A *) {}
 inline float *line_of(BfloatPair *, float *line) { return line; }
 inline BfloatPair *channel_factors(BfloatPair *, BfloatPair *along_channels) { return along_channels; }
 
+// The order in which the numbers of two vectors of bfloat16 numbers alternate.
+inline __m512i interleaved_order() {
+    uint16_t order[32];
+    for (int i = 0; i < 32; i++) order[i] = uint16_t(i / 2 + i % 2 * 16);
+    return _mm512_loadu_si512(order);
+}
+
+// Copies a line of pixels (pixels x C) to pairs of each pixel and the next one, (pixels + 1) x C. The first pair has
+// zero and the first pixel, the last one the last pixel and zero.
+inline void write_neighbor_factors(const float *line, long pixels, long C, BfloatPair *to) {
+    const __m512i interleave = interleaved_order();
+    for (long c = 0; c < C; c += 16) {
+        __m512 before = _mm512_setzero_ps();
+        for (long p = 0; p <= pixels; p++) {
+            const __m512 own = p < pixels ? _mm512_loadu_ps(line + p * C + c) : _mm512_setzero_ps();
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(own, before);
+            _mm512_storeu_si512(to + p * C + c, _mm512_permutexvar_epi16(interleave, both));
+            before = own;
+        }
+    }
+}
+
 // Copies a line of pixels to pairs of factors. `along_channels` gets those of a product over channels (pixels x C / 2),
 // `along_pixels` those of a product over pixels (pixels / 2 x C); either may be null.
 inline void write_factors(const float *line, long pixels, long C, BfloatPair *along_channels, BfloatPair *along_pixels) {
-    uint16_t order[32];
-    for (int i = 0; i < 32; i++) order[i] = uint16_t(i / 2 + i % 2 * 16);
-    const __m512i interleave = _mm512_loadu_si512(order);
+    const __m512i interleave = interleaved_order();
     for (long p = 0; p < pixels; p += 2)
         for (long c = 0; c < C; c += 16) {
             const float *at = line + p * C + c;
@@ -119,9 +139,9 @@ inline void write_factors(const float *line, long pixels, long C, BfloatPair *al
             const __m512 second = p + 1 < pixels ? _mm512_loadu_ps(at + C) : _mm512_setzero_ps();
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
             if (along_channels != nullptr) {
-                BfloatPair *to = along_channels + (p * C + c) / 2;
-                memcpy(to, &both, 32);
-                if (p + 1 < pixels) memcpy(to + C / 2, (const char *)&both + 32, 32);
+                __m256i *to = reinterpret_cast<__m256i *>(along_channels + (p * C + c) / 2);
+                _mm256_storeu_si256(to, _mm512_castsi512_si256(both));
+                if (p + 1 < pixels) _mm256_storeu_si256(to + C / 16, _mm512_extracti64x4_epi64(both, 1));
             }
             if (along_pixels != nullptr)
                 _mm512_storeu_si512(along_pixels + p / 2 * C + c, _mm512_permutexvar_epi16(interleave, both));

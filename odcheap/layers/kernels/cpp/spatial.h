@@ -289,25 +289,25 @@ template <class F, class A> struct GroupReader {
 
     // Copies a line of factors (width, line_size) to a line that can be read, (width, size). `from` can be read LANES
     // factors beyond its end.
-    void copy(const F *from, long width, F *to) const {
+    template <class E> void copy(const E *from, long width, E *to) const {
         if (!spread) {
-            memcpy(static_cast<void *>(to), from, width * size * sizeof(F));
+            memcpy(static_cast<void *>(to), from, width * size * sizeof(E));
             return;
         }
         for (long v = 0; v < vectors; v++)
             for (long k = 0; k < K; k++) {
                 const int32_t *own = index.data() + (v * K + k) * LANES<A>;
-                const F *read_at = from + base[v];
-                F *write_at = to + (v * K + k) * LANES<A>;
+                const E *read_at = from + base[v];
+                E *write_at = to + (v * K + k) * LANES<A>;
 #if defined(__AVX512F__)
-                if (sizeof(F) == 4 && index[(v * K + K) * LANES<A> - 1] < LANES<A>) {
+                if (sizeof(E) == 4 && index[(v * K + K) * LANES<A> - 1] < LANES<A>) {
                     const __m512i lanes = _mm512_loadu_si512(own);
                     for (long w = 0; w < width; w++)
                         _mm512_storeu_si512(write_at + w * size, _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(read_at + w * line_size)));
                     continue;
                 }
 #elif defined(__AVX2__)
-                if (sizeof(F) == 4 && index[(v * K + K) * LANES<A> - 1] < LANES<A>) {
+                if (sizeof(E) == 4 && index[(v * K + K) * LANES<A> - 1] < LANES<A>) {
                     const __m256i lanes = _mm256_loadu_si256((const __m256i *)own);
                     for (long w = 0; w < width; w++)
                         _mm256_storeu_si256((__m256i *)(write_at + w * size), _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)(read_at + w * line_size)), lanes));
@@ -390,10 +390,11 @@ inline void convolve_groups(const F *const lines[3], const GroupReader<F, A> &re
 }
 
 // Adds the gradient of DEEP of the K entries of a group's kernel, of one row of the window: `dkernel` (3, K) are
-// vectors, `tap_step` apart for two taps.
-template <class A, bool SPREAD, int DEEP>
-inline void add_group_gradient_tile(const A *line, long size, long k_step, const A *ds, long ds_step, long count,
-                                    long stride, A *dkernel, long tap_step) {
+// vectors, `tap_step` apart for two taps. `ds` has `count` vectors of factors, `ds_step` apart, and the line is read in
+// steps of `pixel_step` pixels.
+template <class F, class A, bool SPREAD, int DEEP>
+inline void add_group_gradient_tile(const F *line, long size, long k_step, const F *ds, long ds_step, long count,
+                                    long pixel_step, A *dkernel, long tap_step) {
     Vector<A> sums[3][DEEP];
 #pragma GCC unroll 3
     for (int t = 0; t < 3; t++)
@@ -405,7 +406,7 @@ inline void add_group_gradient_tile(const A *line, long size, long k_step, const
         for (int t = 0; t < 3; t++)
 #pragma GCC unroll 8
             for (int k = 0; k < DEEP; k++)
-                sums[t][k] += gradient * fetch<SPREAD, A, A>(line + (w * stride + t) * size + k * k_step);
+                sums[t][k] = multiply_add<F, A>(gradient, fetch<SPREAD, F, A>(line + (w * pixel_step + t) * size + k * k_step), sums[t][k]);
     }
 #pragma GCC unroll 3
     for (int t = 0; t < 3; t++)
@@ -414,19 +415,19 @@ inline void add_group_gradient_tile(const A *line, long size, long k_step, const
 }
 
 // Adds the gradient of the kernel, (9, vectors, K) vectors, given the gradient `ds` of the output.
-template <class A, bool SPREAD>
-inline void add_group_gradient(const A *const lines[3], const GroupReader<A, A> &reader, const A *ds, long padded,
-                               long count, long stride, A *dkernel) {
+template <class F, class A, bool SPREAD>
+inline void add_group_gradient(const F *const lines[3], const GroupReader<A, A> &reader, const F *ds, long ds_step,
+                               long count, long pixel_step, A *dkernel) {
     constexpr int WIDE = VECTOR_BYTES == 64 ? 8 : 4;
-    const long tap_step = reader.vectors * reader.K * LANES<A>, ds_step = stride * padded;
+    const long tap_step = reader.vectors * reader.K * LANES<A>;
     for (long v = 0; v < reader.vectors; v++)
         for (int row = 0; row < 3; row++) {
             long k = 0;
             auto run = [&](auto deep) {
                 constexpr int DEEP = decltype(deep)::value;
-                add_group_gradient_tile<A, SPREAD, DEEP>(
+                add_group_gradient_tile<F, A, SPREAD, DEEP>(
                     lines[row] + reader.offset(v) + k * reader.k_step(), reader.size, reader.k_step(),
-                    ds + v * LANES<A>, ds_step, count, stride,
+                    ds + v * LANES<A>, ds_step, count, pixel_step,
                     dkernel + row * 3 * tap_step + (v * reader.K + k) * LANES<A>, tap_step);
                 k += DEEP;
             };
@@ -486,30 +487,45 @@ template <class T, class A> struct Grouped {
         }
     };
 
+    // The gradient of the kernel is a sum over pixels. If a factor is two numbers, they are those of two pixels that are
+    // side by side: `lines` has such a pair for each pixel and the one after it.
     struct Backward {
         Kernel &kernel;
         const PairSizes<A> &n;
-        GroupReader<A, A> reader; // of the input: the gradient of the kernel is computed in the type A
-        Lines<A> lines;
-        Lines<F> gradients;
+        GroupReader<A, A> reader; // of the input
+        Lines<F> lines, gradients;
         Buffer<A> line, ds;
-        Buffer<F> factors;
+        Buffer<F> factors, pixel_pairs;
         Backward(Kernel &kernel, const PairSizes<A> &n)
             : kernel(kernel), n(n), reader(n), lines(n.height, n.width, reader.size),
               gradients(n.height, n.width, kernel.reader.size), line(n.width * n.padded_in + LANES<A>),
-              ds(n.width * n.padded_in + LANES<A>), factors(n.width * n.padded_in / DEPTH<F> + LANES<A>) {}
+              ds(n.width * n.padded_in + LANES<A>), factors(n.width * n.padded_in / DEPTH<F> + LANES<A>),
+              pixel_pairs((n.width + 1) * n.padded_in + LANES<A>) {}
         A *input(long) { return line; }
-        void take_input(long h) { reader.copy(line, n.width, lines.at(h)); }
+        void take_input(long h) {
+            if constexpr (DEPTH<F> == 1) {
+                reader.copy((const F *)line, n.width, lines.at(h));
+            } else {
+                write_neighbor_factors(line, n.width, n.padded_in, (F *)pixel_pairs);
+                reader.copy((const F *)pixel_pairs, n.width + 1, lines.at(h) - reader.size);
+            }
+        }
         A *gradient(long) { return ds; }
         void take_gradient(long h) {
             kernel.reader.copy(channel_factors_of<F, A>(ds, n.width, n.padded_in, factors), n.width, gradients.at(h));
         }
         void convolve_again(long row, const T *saved, A *to, A *dkernel) {
             read_line(saved, n.out_width, n.in, n.padded_in, to);
-            const A *around[3];
+            const F *around[3];
             lines.around(row * n.stride, 1, around);
-            auto run = reader.spread ? add_group_gradient<A, true> : add_group_gradient<A, false>;
-            run(around, reader, ds, n.padded_in, n.out_width, n.stride, dkernel);
+            auto run = reader.spread ? add_group_gradient<F, A, true> : add_group_gradient<F, A, false>;
+            if constexpr (DEPTH<F> == 1) {
+                run(around, reader, ds, n.stride * n.padded_in, n.out_width, n.stride, dkernel);
+            } else {
+                // With a stride of 2 every second pixel of the gradient is zero.
+                write_factors((A *)ds, n.width, n.padded_in, (F *)nullptr, (F *)pixel_pairs);
+                run(around, reader, pixel_pairs, n.padded_in, (n.width + 1) / 2, 2, dkernel);
+            }
         }
         void convolve_back(long h, A *to) {
             const F *around[3];
