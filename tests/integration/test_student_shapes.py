@@ -15,8 +15,8 @@ from odcheap.report.load_runs import load_run, name_students
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import list_parts
 
-MIXED = "students=[DW,{block_type:RepDW,backbone:{expansion:2,width:12}}]"
-NAMES = ["DW resnet20 expansion=1 width=16", "RepDW resnet20 expansion=2 width=12"]
+MIXED = "students=[{block_type:RepDW,backbone:{expansion:2,width:12}},DW]"
+NAMES = ["RepDW resnet20 expansion=2 width=12", "DW resnet20 expansion=1 width=16"]
 GIVEN = [option for option in TINY if not option.startswith("num_stu")]
 MIDDLE = Path("checkpoints", "epoch-0001-step-0000010.ckpt")
 
@@ -50,22 +50,23 @@ def test_a_run_of_different_students_from_start_to_export(command, tmp_path):
     assert result.status == 0, result.err
     ends_equal(straight, again)
 
-    # Each student has its own costs; those of the run are the chosen student's.
+    # Each student has its own costs; those of the run are the chosen student's, which is not the first here.
     summary = json.loads((straight / "summary.json").read_text())
     chosen, students = summary["selected"]["student"], summary["students"]
     assert [student["network"] for student in students] == NAMES
-    assert (summary["num_stu"], len(students)) == (2, 2)
+    assert (summary["num_stu"], len(students), chosen) == (2, 2, 1)
     assert summary["cost"]["params"] == students[chosen]["params"] != students[1 - chosen]["params"]
+    assert summary["cost"]["standard"]["params"] == 78_042  # that of width 16
     # A new run reads the saved config, in which the shapes are complete.
     saved = OmegaConf.load(straight / "config.yaml").students
-    assert [shape.block_type.part for shape in saved] == ["DW", "RepDW"]
-    assert saved[1].backbone == {"part": "resnet20", "depth": 8, "expansion": 2, "width": 12}
+    assert [shape.block_type.part for shape in saved] == ["RepDW", "DW"]
+    assert saved[0].backbone == {"part": "resnet20", "depth": 8, "expansion": 2, "width": 12}
 
     # Every student can be exported and loaded, with the shape that it has.
     images = torch.rand(2, 3, 8, 8)
     for number, k in ((None, chosen), (0, 0), (1, 1)):
         run = load_run_student(straight, number)
-        assert run.settings["block_type"]["part"] == ["DW", "RepDW"][k]
+        assert run.settings["block_type"]["part"] == ["RepDW", "DW"][k]
         assert not has_branches(run.network)
         assert sum(p.numel() for p in run.network.parameters()) == students[k]["params"]
     loaded = load_student(straight / "student.safetensors")
@@ -74,7 +75,7 @@ def test_a_run_of_different_students_from_start_to_export(command, tmp_path):
 
     # The report names the parts of all students; test_only reproduces the run; weights= needs the same shapes.
     options = load_run(straight).run.options
-    assert (options["block_type.part"], options["backbone.part"]) == ("DW+RepDW", "resnet20")
+    assert (options["block_type.part"], options["backbone.part"]) == ("RepDW+DW", "resnet20")
     assert options["students"] == ", ".join(NAMES)
     assert command("test_only=true", f"resume={straight}", "trainer=cpu", "logger=csv").status == 0
     tested = json.loads((straight / "test.json").read_text())
