@@ -150,7 +150,8 @@ def convert_channels(images: Tensor, channels: int | None) -> Tensor:
     if (own, channels) == (1, 3):
         return images.expand(-1, 3, -1, -1).contiguous()
     if (own, channels) != (3, 1):
-        raise OptionError("data.channels", channels, f"must be {own}, the channels of the images")
+        allowed = "must be 1 (gray) or 3 (RGB)" if own in (1, 3) else f"must be {own}, the channels of the images"
+        raise OptionError("data.channels", channels, allowed)
     return torch.cat([convert_to_gray(part) for part in images.split(1000)])  # whole numbers need four times the memory
 
 

@@ -657,7 +657,7 @@ CKPT = "{tmp}/broken.ckpt"
             "augment.magnitude=31: must be a whole number, 0 or more and",
         ),
         (["data.channels=1"], "data.mean=[0.305, 0.305, 0.305]: must be one number: the images have 1 channel (data."),
-        (["data.channels=2", "data.mean=[0,0]", "data.std=[1,1]"], "data.channels=2: must be 3, the channels of the"),
+        (["data.channels=2", "data.mean=[0,0]", "data.std=[1,1]"], "data.channels=2: must be 1 (gray) or 3 (RGB)"),
         (["augment.mixup=-1"], "augment.mixup=-1: must be a number, 0 or more and at most 100"),
         (["augment.magnitude=3"], "augment.magnitude"),
         (["method.loss=dkd", "augment.cutmix=1"], "method.loss=dkd: needs one label for each image, and mixed images"),

@@ -199,7 +199,8 @@ def test_gradients_are_clipped(algorithm, together):
     step = EagerStep(method, torch.optim.SGD(method.parameters(), lr=0.1), options)
     step(Batch(*next(batches(torch.float))))
     if algorithm == "value":
-        assert max(p.grad.abs().max() for p in method.parameters()) <= 1e-3
+        # The largest values are at the limit; with a limit of the norm all of them would be below.
+        assert max(p.grad.abs().max().item() for p in method.parameters()) == pytest.approx(1e-3, rel=1e-6)
         return
     norms = [torch.nn.utils.get_total_norm([p.grad for p in s.parameters()]) for s in students.members]
     assert [norm.item() == pytest.approx(1e-3, rel=1e-3) for norm in norms] == [not together] * 2
