@@ -9,7 +9,7 @@ from odcheap.runs import status
 from odcheap.runs.checkpoint_io import CHECKPOINT_NAME, checkpoint_order, list_checkpoints
 from odcheap.runs.overrides import STORAGE_OPTIONS
 from odcheap.runs.schemas import Config, Summary, Test, validate
-from odcheap.runs.settings import add_new_groups, flatten
+from odcheap.runs.settings import complete_settings, flatten
 from odcheap.utils.documents import read_json, read_yaml
 from odcheap.utils.errors import OptionError
 
@@ -188,7 +188,7 @@ def read_options(config: Path, option: str = "job_dir") -> dict[str, Any]:
         option: The name of the option that gave the file, for messages.
     """
     # Options whose values contain the run's folder say where something is stored, too.
-    options = flatten(add_new_groups(read_config(config, option)))
+    options = flatten(complete_settings(read_config(config, option)))
     job_dir = options.get("job_dir")
     own = {key: value for key, value in options.items() if key not in STORAGE_OPTIONS}
     own = {key: value for key, value in own.items() if job_dir is None or job_dir not in str(value)}

@@ -1,7 +1,7 @@
 """The config of a run, with the names of the files in `conf/` that were chosen for it."""
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,6 +9,7 @@ from omegaconf.resolvers.oc import env
 
 from odcheap.models.student_shapes import GROUPS, Shape, read_shapes
 from odcheap.runs.overrides import override_key
+from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import part_settings, read_part
 
 
@@ -71,10 +72,24 @@ class RunConfig:
 NEW_GROUPS = {"augment": "standard"}
 
 
-def add_new_groups(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns saved settings with those of the groups that did not exist when they were saved."""
-    missing = {group: name for group, name in NEW_GROUPS.items() if group not in settings}
-    return {**settings, **{group: part_settings(read_part(group, name), name) for group, name in missing.items()}}
+def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns saved settings with the defaults of groups and options that did not exist when they were saved.
+
+    So runs of an earlier version have the same settings as later runs that do not use what is new.
+    """
+    completed = {**{group: {"part": name} for group, name in NEW_GROUPS.items()}, **settings}
+    for group, node in completed.items():
+        if isinstance(node, Mapping) and isinstance(node.get("part"), str):
+            with suppress(OptionError):  # a part of the user, whose directory is not known here
+                default = part_settings(read_part(group, node["part"]), node["part"])
+                new = {name: value for name, value in default.items() if name not in node and is_plain_default(value)}
+                completed[group] = {**node, **new}
+    return completed
+
+
+def is_plain_default(value: Any) -> bool:
+    """Returns whether a default is a value of its own, and no part or reference such as `${seed}`."""
+    return not isinstance(value, Mapping) and "${" not in str(value) and value != "???"
 
 
 def select_student_settings(about: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from odcheap.runs.folder import check_unoccupied
 from odcheap.runs.overrides import name_run, override_key
 from odcheap.runs.resume import reapply_overrides
-from odcheap.runs.settings import RunConfig, add_new_groups, flatten
+from odcheap.runs.settings import RunConfig, complete_settings, flatten
 from odcheap.utils.errors import OptionError
 
 
@@ -35,11 +35,17 @@ def test_the_key_of_an_override(override):
     assert override_key(override) == "seed"
 
 
-def test_settings_of_an_earlier_version_get_the_groups_that_are_new():
-    old = {"method": {"part": "od"}}
-    now = {"part": "standard", "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    assert add_new_groups(old) == {"method": {"part": "od"}, "augment": now}
-    assert add_new_groups({"augment": {"part": "trivial"}}) == {"augment": {"part": "trivial"}}
+def test_settings_of_an_earlier_version_get_the_defaults_of_what_is_new():
+    old = {"block_type": {"part": "Group", "groups": 2}, "data": {"part": "digits", "name": "own"}, "seed": 0}
+    found = complete_settings(old)
+    assert found["augment"] == {"part": "standard", "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    assert found["block_type"] == old["block_type"]
+    assert (found["data"]["name"], found["data"]["channels"], found["seed"]) == ("own", 3, 0)
+    assert "load" not in found["data"]
+    assert not any("${" in str(value) for value in found["data"].values())
+    own = {"augment": {"part": "mine", "strength": 2}}
+    assert complete_settings(own) == own
+    assert complete_settings({"augment": {"part": "trivial"}})["augment"]["mixup"] == 0.0
 
 
 def test_flat():
