@@ -57,13 +57,25 @@ def format_help(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> s
 
 
 def list_part(group: str, part: str, config_dirs: Sequence[Path]) -> Iterator[tuple[str, Any, str]]:
-    """Yields name, default and description of each option of a part."""
+    """Yields the name, the default value and the description of each option in a YAML file such as `method/od.yaml`.
+
+    Args:
+        group: The config group, a folder in `conf`, such as "method".
+        part: The name of the file in that folder without its ending, such as "od".
+        config_dirs: The user's own `conf` directories.
+    """
     node = read_part(group, part, config_dirs)
     yield from list_node(f"{group}", node, read_comments(group, part))
 
 
 def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iterator[tuple[str, Any, str]]:
-    """Yields the options of a part, or of a part within it; see `list_part`."""
+    """Yields the options in a node of a YAML file, and in the nodes within it.
+
+    Args:
+        path: The name of the node on the command line, such as "method" or "data.load".
+        node: The content of the node.
+        comments: The comments in the file, by the names of the options.
+    """
     target = node.get("_target_")
     known = describe_target(target) if isinstance(target, str) else {}
     for name, value in node.items():
@@ -89,7 +101,7 @@ def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, st
 
 
 def read_comments(group: str, part: str) -> dict[str, str]:
-    """Returns the comments in a part's file, and in the files on which it is based, by the names of the options."""
+    """Returns the comments in a file such as `method/od.yaml`, and in those on which it is based, by option names."""
     path = find_conf_dir() / group / f"{part}.yaml"
     if not path.is_file():
         return {}
@@ -105,7 +117,7 @@ def read_comments(group: str, part: str) -> dict[str, str]:
 
 
 def describe_part(group: str, part: str) -> str:
-    """Returns the first sentence of the comment at the head of a part's file."""
+    """Returns the first sentence of the comment at the head of a file such as `method/od.yaml`."""
     text = (find_conf_dir() / group / f"{part}.yaml").read_text(encoding="utf-8")
     head = [line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
     return re.split(r"(?<=\.)\s", " ".join(head) + " ")[0] if head else ""

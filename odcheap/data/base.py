@@ -152,13 +152,15 @@ class BatchOrder:
 
 
 class ResumableBatches(ABC):
-    """The training batches of an epoch; the state dict has the position, so that a resumed run continues there.
+    """A loader of training batches. A resumed run continues at the position that its state dict has.
+
+    Iterating yields the `Batch` objects of one epoch, with images and labels.
 
     Args:
-        order: The order of the images.
+        order: The sampler that chooses the images of each batch.
 
     Attributes:
-        sampler: The order of the images. Lightning calls `set_epoch` of an attribute with this name.
+        sampler: The same sampler. Lightning calls `set_epoch` of an attribute with this name.
         done: The number of batches of this epoch that have been yielded.
         start: The number of batches that the next iteration skips.
     """
