@@ -278,7 +278,8 @@ def reapply_overrides(
         may_change = may_change or (name not in before and find_override(overrides, name) is None)
         if not may_change and before.get(name) != now.get(name):
             own_name = name.removesuffix(".part")
-            allowed = f"would change the experiment that is resumed; it has {own_name}={before.get(name)}"
+            had = f"it has {own_name}={before[name]}" if name in before else f"its version did not have {own_name}"
+            allowed = f"would change the experiment that is resumed; {had}"
             option, value = find_override(overrides, name) or (own_name, now.get(name))
             raise OptionError(option, value, allowed)
     return merged

@@ -97,6 +97,11 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
     for entry in metadata:
         for constraint in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
             limits |= {name: getattr(constraint, name) for name in LIMITS if hasattr(constraint, name)}
+    least, most = limits.get("min_length"), limits.get("max_length")
+    if least is not None and least == most:
+        return f"exactly {least} entries"
+    if least == 1 and most is None:
+        return "not empty"
     return " and ".join(text.format(limits[name]) for name, text in LIMITS.items() if name in limits)
 
 

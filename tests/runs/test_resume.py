@@ -79,5 +79,8 @@ def test_a_run_of_an_earlier_version_continues_with_the_defaults_of_newer_option
 
     saved = {"overrides": ["seed=0"], "config": {"seed": 0, "data": {}, "backbone": {}}}
     assert reapply_overrides(saved, [], tmp_path, compose).cfg.backbone.width == 16
-    with pytest.raises(OptionError, match=r"backbone\.width=32: would change the experiment that is resumed"):
+    message = (
+        r"backbone\.width=32: would change the experiment that is resumed; its version did not have backbone\.width"
+    )
+    with pytest.raises(OptionError, match=message):
         reapply_overrides(saved, ["backbone.width=32"], tmp_path, compose)

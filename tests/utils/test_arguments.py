@@ -26,6 +26,9 @@ Count = Annotated[int, Field(ge=1)]
         ("x", Literal["a", "b"], "one of a, b"),
         (1, bool, "true or false"),
         ([1, "2"], list[float], "a list of entries, each a number"),
+        ([], Annotated[list[str], Field(min_length=1)], "a list of entries, each a string, not empty"),
+        ([1], Annotated[list[int], Field(min_length=2)], "a list of entries, each a whole number, 2 entries or more"),
+        ([1], Annotated[list[int], Field(min_length=2, max_length=2)], "a list of .* number, exactly 2 entries"),
     ],
 )
 def test_refuses(value, annotation, allowed):
