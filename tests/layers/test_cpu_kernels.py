@@ -138,6 +138,16 @@ def test_pair_norm_act(make, sizes, dtype):
             assert_close(a, b, dtype)
 
 
+def test_statistics_of_a_pair_far_from_zero():
+    """Variances by differences of squares would lose all digits; a shift of fewer than nine channels copies them."""
+    x, pair = random_map((40, 8, 4, 4), F32, 1) * 0.01 + 100, Shift()(8, 4, 1)
+    norm = nn.BatchNorm2d(4, momentum=1.0)
+    y = conv_norm_act(x.requires_grad_(), pair, norm)[0]
+    assert "PairsNormAct" in type(y.grad_fn).__name__
+    expected = nn.functional.conv2d(x.double(), pair.pointwise.weight.double()).var((0, 2, 3))
+    torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize(("make", "sizes"), CASES)
 def test_pair_norm_act_in_bfloat16(make, sizes):
     """The norm's input is rounded: every channel is far from zero, so that each ReLU decides as in float64."""
