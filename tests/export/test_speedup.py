@@ -57,15 +57,20 @@ def test_a_busy_machine_and_rounds_that_disagree_are_named():
     assert describe_disturbance([steady, shaky], list_timings(0.74)) == both + "measurement disagree"
 
 
-def test_calls_that_wait_are_known_by_the_time_in_which_they_ran():
-    def spin(seconds):
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
-            pass
+def test_calls_that_wait_are_known_by_the_time_in_which_they_ran(monkeypatch):
+    clock = {"wall": 0.0, "running": 0.0}
 
-    calls = {"waiting": lambda: (spin(0.001), time.sleep(0.004)), "running": lambda: spin(0.005)}
+    def advance(wall, running):
+        clock["wall"] += wall
+        clock["running"] += running
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(time, "thread_time", lambda: clock["running"])
+    monkeypatch.setattr(time, "sleep", lambda seconds: advance(seconds, 0.0))
+    calls = {"waiting": lambda: advance(0.005, 0.001), "running": lambda: advance(0.005, 0.005)}
     timings = time_alternately(calls, 0.2)
-    assert 0 < timings["waiting"].running < min(0.3, timings["running"].running)
+    assert timings["waiting"].running == pytest.approx(0.2)
+    assert timings["running"].running == pytest.approx(1.0)
     assert len(timings["running"].rounds) == len(timings["waiting"].rounds) >= 5
 
 
