@@ -91,10 +91,16 @@ class LabeledImages(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: median, 95th percentile, quartiles if they are known, and the median of each round.
+    """How long a call of a function takes, from many timed calls in several rounds; see `time_alternately`.
 
-    `running` is the fraction of the time in which the calling thread ran. It is below 1 if the thread waited for
-    threads of its own, or for a core that other programs used.
+    Attributes:
+        p50: The median time of a call, in seconds.
+        p95: The 95th percentile of the times, in seconds.
+        p25: The first quartile, in seconds; NaN if it is not known.
+        p75: The third quartile, in seconds; NaN if it is not known.
+        rounds: The median time of a call in each round, in seconds.
+        running: The fraction of the time in which the calling thread ran; NaN if it is not known. It is below 1 if the
+            thread waited for threads of its own, or for a core that other programs used.
     """
 
     p50: float
@@ -106,7 +112,11 @@ class Timing(NamedTuple):
 
 
 def open_regular(path: str | Path, max_bytes: int) -> io.BufferedReader:
-    """Opens a regular file for reading.
+    """Opens a regular file for reading bytes.
+
+    Args:
+        path: The file.
+        max_bytes: The largest size that the file may have, in bytes.
 
     Raises:
         OSError: There is no such file, it is a folder, pipe, device or socket, or it has more than `max_bytes`.
@@ -130,7 +140,15 @@ def open_regular(path: str | Path, max_bytes: int) -> io.BufferedReader:
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """Returns the content of a regular file; see `open_regular`."""
+    """Returns the content of a regular file.
+
+    Args:
+        path: The file.
+        max_bytes: The largest size that the file may have, in bytes.
+
+    Raises:
+        OSError: There is no such file, it is a folder, pipe, device or socket, or it has more than `max_bytes`.
+    """
     with open_regular(path, max_bytes) as file:
         # Python reserves memory for all bytes that are asked for, which takes long if these are `max_bytes`. Virtual
         # files have the size 0, whatever they contain.
@@ -203,7 +221,10 @@ def find_rotation(image: Image.Image) -> Any:
 
 
 def describe_unknown(content: bytes) -> str:
-    """Returns a text that says why a file cannot be read as an image, and what to do if its format is known."""
+    """Returns a text that says why a file with this content is no image that can be read.
+
+    If its format is known, such as HEIC, the text also says what to do.
+    """
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC: convert it to JPEG or PNG"
     if content[:2] == b"%!" or content[:4] == b"\xc5\xd0\xd3\xc6":
@@ -317,7 +338,12 @@ def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -
 
 
 def count_channels(preprocess: dict[str, Any]) -> int:
-    """Returns the number of channels of a network's images, 3 or 1; exports of earlier versions do not say it."""
+    """Returns the number of channels of the images that an exported network takes, 3 (RGB) or 1 (gray).
+
+    Args:
+        preprocess: The content of the export's `preprocess.json`. Exports of earlier versions do not say the number
+            there; it is 3 then.
+    """
     return preprocess.get("channels", 3)
 
 
@@ -346,7 +372,13 @@ def create_session(model: bytes, threads: int = 0) -> Any:
 
 
 def require_version(package: str, version: str, minimum: tuple[int, int]) -> None:
-    """Raises `PredictError` if the version of a package is older than `minimum`."""
+    """Raises `PredictError` if the installed version of a package is too old.
+
+    Args:
+        package: The name of the package, for the message.
+        version: The installed version, such as "1.14.1".
+        minimum: The oldest version that is accepted, as (major, minor).
+    """
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < minimum:
         raise PredictError(f"{package} {version} is too old: {minimum[0]}.{minimum[1]} or newer is needed")
 
@@ -357,9 +389,12 @@ def first_line(error: BaseException) -> str:
 
 
 def create_predictor(session: Any) -> Predictor:
-    """Returns a function that runs an ONNX Runtime session: images (n, 3, H, W) -> logits (n, K).
+    """Returns a function that runs an ONNX Runtime session: images (n, C, H, W) -> logits (n, K).
 
     The function raises `PredictError` if the model cannot be run, or does not return numbers (n, K).
+
+    Args:
+        session: The session, see `create_session`.
 
     Raises:
         PredictError: The model does not take one float32 tensor of images.
@@ -383,6 +418,9 @@ def create_predictor(session: Any) -> Predictor:
 def get_input_shape(session: Any) -> list[int | None]:
     """Returns the shape (n, C, H, W) of the images that a model takes, with None for a dimension that may vary.
 
+    Args:
+        session: The model's session of ONNX Runtime, see `create_session`.
+
     Raises:
         PredictError: The model does not take one float32 tensor of images, or takes too many images at a time.
     """
@@ -398,7 +436,12 @@ def get_input_shape(session: Any) -> list[int | None]:
 
 
 def check_input_size(session: Any, preprocess: dict[str, Any]) -> None:
-    """Raises `PredictError` if a model takes images of another size than `preprocess.json` says."""
+    """Raises `PredictError` if a model takes images of another size than `preprocess.json` says.
+
+    Args:
+        session: The model's session of ONNX Runtime, see `create_session`.
+        preprocess: The content of the `preprocess.json` of the same export.
+    """
     expected = [count_channels(preprocess), *preprocess["size"]]
     given = get_input_shape(session)[1:]
     if any(size not in (None, wanted) for size, wanted in zip(given, expected)):
@@ -427,15 +470,23 @@ def predict_files(
     """Yields each file with its logits (K,), or with the `ImageError` if the file cannot be read.
 
     Args:
-        predictor: The model.
+        predictor: A function that computes the logits of a batch of images, such as `create_predictor` returns.
         paths: The image files.
-        preprocess: The content of `preprocess.json`.
+        preprocess: The content of the export's `preprocess.json`, which says how images are resized and cropped.
     """
     return predict_images(predictor, ((path, try_preprocess(path, preprocess)) for path in paths), preprocess)
 
 
 def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | ImageError:
-    """Calls `preprocess_image`, and returns its result or the `ImageError` that it raises."""
+    """Decodes an image file and prepares the image for the network, as `preprocess_image` does.
+
+    Args:
+        path: The image file.
+        preprocess: The content of the export's `preprocess.json`.
+
+    Returns:
+        The image (C, height, width), or the `ImageError` that `preprocess_image` raises.
+    """
     try:
         return preprocess_image(path, preprocess)
     except ImageError as error:
@@ -448,9 +499,10 @@ def predict_images(
     """Yields the name and the logits (K,) of each image.
 
     Args:
-        predictor: The model.
-        images: The name of each image, and the prepared image; an `ImageError` in its place is yielded unchanged.
-        preprocess: The content of `preprocess.json`.
+        predictor: A function that computes the logits of a batch of images, such as `create_predictor` returns.
+        images: The name of each image, and the prepared image (C, height, width), see `preprocess_image`. An
+            `ImageError` in the place of an image is yielded in the place of its logits.
+        preprocess: The content of the export's `preprocess.json`. Its `size` limits how many images are in a batch.
     """
     # Large images are classified in smaller batches, so that they fit into memory.
     height, width = preprocess["size"]
@@ -491,7 +543,14 @@ def read_verified(folder: Path, name: str) -> bytes:
 
 
 def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Returns the content of `preprocess.json` and `labels.json` in the folder of an export.
+    """Returns the content of two files of an export.
+
+    Args:
+        folder: The folder that `odcheap export` has written.
+
+    Returns:
+        The content of `preprocess.json`, which says how images are resized and cropped (see `preprocess_image`), and
+        that of `labels.json`, the names of the classes in the order of the logits.
 
     Raises:
         PredictError: A file was changed after the export, or a field of it is missing or wrong.
@@ -670,7 +729,10 @@ def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: boo
 
 
 def list_class_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted, without hidden ones and those in `JUNK_FOLDERS`."""
+    """Returns the names of the folders in a folder, sorted.
+
+    Hidden folders are left out, and those in `JUNK_FOLDERS`, which file servers and archives create.
+    """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return [name for name in names if not name.startswith(".") and name not in JUNK_FOLDERS]
 
@@ -729,7 +791,10 @@ def collect_predictions(
 def count_confusion(target: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
     """Returns the confusion matrix (K, K): the number of images by true class (rows) and predicted class (columns).
 
-    Images whose predicted label is -1 are not counted.
+    Args:
+        target: The label of each image, from 0 to K - 1.
+        predicted: The predicted label of each image; images with -1 are not counted.
+        classes: The number of classes, K.
 
     Example:
         >>> count_confusion([0, 0, 1, 1], [0, 1, 1, -1], classes=2).tolist()
@@ -782,12 +847,16 @@ def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str,
 
 
 def summarize_counts(of_class: Sequence[int], correct: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
-    """Returns what `summarize_confusion` returns, without `predicted`.
+    """Returns the metrics that follow from the number of images and of correct predictions in each class.
 
     Args:
-        of_class: The number of images of each class.
+        of_class: The number of images of each class; 1 or more in all.
         correct: How many of them are classified correctly.
-        classes: Names of the classes.
+        classes: The names of the classes.
+
+    Returns:
+        The dict of `summarize_confusion`, with `images`, `correct`, `top1`, `top1_interval`, `balanced_accuracy`,
+        `largest_class` and `classes`; only `predicted` is missing in the entries of `classes`.
     """
     images, right = sum(of_class), sum(correct)
     largest = max(range(len(classes)), key=of_class.__getitem__)
@@ -824,7 +893,7 @@ def describe_guessing(figures: dict[str, Any]) -> str:
     """Returns a line of text that compares the accuracy with that of always predicting the largest class.
 
     Args:
-        figures: The metrics; see `summarize_counts`.
+        figures: The metrics, as `summarize_counts` returns them.
     """
     low, name, share = figures["top1_interval"][0], figures["largest_class"]["name"], figures["largest_class"]["share"]
     verdict = ""
@@ -836,10 +905,13 @@ def describe_guessing(figures: dict[str, Any]) -> str:
 
 
 def describe_accuracy(figures: dict[str, Any]) -> list[str]:
-    """Returns lines of text about the metrics of `summarize_confusion`.
+    """Returns lines of text that describe how accurate a network is.
 
     They state the accuracies, the accuracy of always predicting the largest class, and the classes that are never
     classified correctly.
+
+    Args:
+        figures: The metrics, as `summarize_confusion` returns them.
     """
     low, high = figures["top1_interval"]
     lines = [
@@ -864,8 +936,11 @@ def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[
     """Returns a table of the classes: recall with its interval, and the other class that is predicted most often.
 
     Args:
-        counts: The confusion matrix, (K, K).
-        figures: The metrics of `summarize_confusion`.
+        counts: The confusion matrix, (K, K); see `count_confusion`.
+        figures: The metrics of this matrix, as `summarize_confusion` returns them.
+
+    Returns:
+        A row of texts for each class, after a row with the names of the columns.
     """
     rows: list[tuple[str, ...]] = [
         ("class", "images", "correct", "recall, %", "95 % interval", "predicted", "most often taken for")
@@ -885,13 +960,26 @@ def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[
 
 
 def tabulate_confusion(counts: np.ndarray, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns a confusion matrix as a table of texts with the names of the classes, for CSV files."""
+    """Returns a confusion matrix as a table of texts for a CSV file.
+
+    Args:
+        counts: The confusion matrix, (K, K); see `count_confusion`.
+        classes: The names of the K classes.
+
+    Returns:
+        A row for each true class, which begins with its name, after a row with the names of the predicted classes.
+    """
     rows = [(name, *map(str, row)) for name, row in zip(classes, np.asarray(counts).tolist())]
     return [("true \\ predicted", *classes), *rows]
 
 
 def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
-    """Prints the accuracy, a table of the classes and, if there are 20 classes or fewer, the confusion matrix."""
+    """Prints the accuracy, a table of the classes and, if there are 20 classes or fewer, the confusion matrix.
+
+    Args:
+        counts: The confusion matrix, (K, K); see `count_confusion`.
+        figures: The metrics of this matrix, as `summarize_confusion` returns them.
+    """
     for line in describe_accuracy(figures):
         print(escape_control_chars(line))
     tables = [tabulate_classes(counts, figures)]
@@ -903,7 +991,11 @@ def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
 
 
 def describe_read(images: int, failures: int) -> str:
-    """Returns how many images could be read, as text.
+    """Returns a text that says how many images could be read.
+
+    Args:
+        images: The number of all images.
+        failures: How many of them could not be read.
 
     Example:
         >>> describe_read(97, 2)
@@ -975,7 +1067,15 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
-    """Returns random images, (batch, *size), float32 in [0, 1), which are the same in each call."""
+    """Returns random images, float32 in [0, 1), which are the same in each call.
+
+    Args:
+        batch: The number of images.
+        size: (C, H, W) of an image.
+
+    Returns:
+        (batch, C, H, W).
+    """
     return np.random.default_rng(0).random((batch, *size), dtype=np.float32)
 
 
@@ -983,11 +1083,11 @@ def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float)
     """Times functions alternately, in many short rounds, so that a slow phase of the machine affects all functions.
 
     Args:
-        functions: The functions by name.
+        functions: The functions to time, which are called without arguments, by name.
         seconds: The time for each function, in all rounds together. If the calls take long, there are fewer rounds.
 
     Returns:
-        The times of one call in seconds, by name. Each round begins with an untimed call.
+        The timing of each function, by name. Each round begins with a call that is not timed.
     """
     rounds: dict[Any, list[list[float]]] = {name: [] for name in functions}
     whole, running = dict.fromkeys(functions, 0.0), dict.fromkeys(functions, 0.0)
@@ -1011,7 +1111,11 @@ def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float)
 
 
 def summarize_rounds(rounds: Sequence[Sequence[float]], running: float = float("nan")) -> Timing:
-    """Returns the timing of calls whose seconds are given by round, and the fraction of the time in which they ran.
+    """Summarizes the times of many calls of one function.
+
+    Args:
+        rounds: For each round of calls the time of each call, in seconds.
+        running: The fraction of the time in which the calling thread ran; NaN if it is not known.
 
     Example:
         >>> timing = summarize_rounds([[1.0, 3.0, 2.0], [4.0]])
@@ -1023,11 +1127,14 @@ def summarize_rounds(rounds: Sequence[Sequence[float]], running: float = float("
 
 
 def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
-    """Times every ONNX file of an export, with one thread and with all threads, and returns the exit status 0.
+    """Times every ONNX file of an export, with one thread and with all threads, and prints a table of the times.
 
     Args:
         folder: The folder of the export.
-        seconds: The time for each measurement.
+        seconds: How long each measurement takes.
+
+    Returns:
+        The exit status 0.
     """
     preprocess, _ = read_export(folder)
     height, width = preprocess["size"]

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class Process(NamedTuple):
-    """The process that loads data.
+    """One of the processes that train together: a process loads its own part of each batch, to its own device.
 
     Attributes:
         device: The device on which the process trains.
@@ -108,7 +108,7 @@ def join_digests(digests: Iterable[bytes]) -> bytes:
 
 
 class BatchOrder:
-    """The order in which one process trains on the images; it depends on (seed, epoch) only.
+    """Chooses the images of each training batch of one process, in an order that depends on (seed, epoch) only.
 
     The last batch of an epoch is left out if it has fewer than two images for each process.
 
@@ -143,7 +143,12 @@ class BatchOrder:
         return limit_batches(whole + (rest >= MIN_IMAGES * self.world_size), self.limit)
 
     def batches(self) -> list[tuple[Tensor, float]]:
-        """Returns, for each batch of the epoch, the positions (N,) of this process's images, and `Batch.share`."""
+        """Returns the batches of the epoch, as lists of images.
+
+        Returns:
+            For each batch the positions (N,) of this process's images among all training images, and the factor of its
+            mean loss; see `Batch.share`.
+        """
         # All processes draw the same order, and each takes every world_size-th image of a batch.
         order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
         whole = order.split(self.batch_size)[: len(self)]
@@ -152,9 +157,10 @@ class BatchOrder:
 
 
 class ResumableBatches(ABC):
-    """A loader of training batches. A resumed run continues at the position that its state dict has.
+    """The base class of loaders of training batches, which can continue in the middle of an epoch.
 
-    Iterating yields the `Batch` objects of one epoch, with images and labels.
+    Iterating yields the `Batch` objects of one epoch, with images and labels. The state dict contains the number of
+    batches that were yielded in this epoch. After it is loaded, the next iteration begins with the batch that follows.
 
     Args:
         order: The sampler that chooses the images of each batch.
@@ -258,32 +264,42 @@ class ImageData(ABC):
     @property
     @abstractmethod
     def labels(self) -> dict[str, np.ndarray]:
-        """The labels (N,) of the images in each part, by the part's name."""
+        """The labels (N,) of the images in each part of the data: a dict with the keys "train", "val" and "test"."""
 
     @abstractmethod
     def train_loader(self, process: Process, views: int = 1) -> ResumableBatches:
-        """Returns the training batches of one process.
+        """Returns the loader of the training batches of one process; iterating over it yields `Batch` objects.
 
         Args:
-            process: The process.
-            views: The number of independent augmentations of each image.
+            process: The process that trains on the batches.
+            views: The number of independent augmentations of each image, S. If it is above 1, images are
+                (S, N, C, H, W).
         """
 
     @abstractmethod
     def eval_loader(self, part: str, process: Process) -> Iterable[Batch]:
-        """Returns the evaluation batches of one process, without augmentation.
+        """Returns an iterable of the `Batch` objects that one process evaluates, without augmentation.
 
         Args:
             part: "train", "val" or "test". Each image of this part is in a batch of exactly one process.
-            process: The process.
+            process: The process that evaluates the batches.
         """
 
     @abstractmethod
     def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
-        """Yields the images of a part at the positions `index` (from 0); images that cannot be read are skipped."""
+        """Yields single images as `LabeledImage` objects; images that cannot be read are skipped.
+
+        Args:
+            part: "train", "val" or "test".
+            index: The positions (from 0) of the images in this part.
+        """
 
     def val_loader(self, process: Process) -> Iterable[Batch]:
-        """Returns the batches of the images that are evaluated after each epoch; see `eval_loader`."""
+        """Returns the batches of "val", or of "test" with select="test", which are evaluated after each epoch.
+
+        Args:
+            process: The process that evaluates the batches; see `eval_loader`.
+        """
         return self.eval_loader(self.watched_part, process)
 
     def test_loader(self, process: Process) -> Iterable[Batch]:
@@ -291,7 +307,7 @@ class ImageData(ABC):
 
     @property
     def watched_part(self) -> str:
-        """The part that is evaluated after each epoch: "test" with select=test, otherwise "val"."""
+        """The part of the data that is evaluated after each epoch: "test" with select=test, otherwise "val"."""
         return "test" if self.select == "test" else "val"
 
     def train_order(self, process: Process) -> BatchOrder:
@@ -303,11 +319,17 @@ class ImageData(ABC):
         return len(self.train_order(Process(world_size=world_size)))
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yields (file, class, part) of each image, as text; nothing if the data set has no image files."""
+        """Yields a tuple of texts for each image file: its path, the name of its class, and "train", "val" or "test".
+
+        It yields nothing if the data set has no image files.
+        """
         yield from ()
 
     def unreadable(self) -> list[str]:
-        """Returns the image files that some process could not read so far; every process must call this."""
+        """Returns the image files that could not be read so far on any of the processes; all processes must call this.
+
+        The list is empty if the data set has no image files.
+        """
         return []
 
     def check(self, world_size: int = 1) -> None:

@@ -156,6 +156,9 @@ def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool =
 def decode_images(files: Files) -> tuple[Tensor, Tensor]:
     """Decodes image files, which must all have the same size.
 
+    Args:
+        files: The files and their labels.
+
     Returns:
         Images (N, 3, H, W) uint8, and labels (N,).
 
@@ -192,7 +195,7 @@ def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> boo
 
     Args:
         tensors: The tensors in the cache, by name.
-        target: The expected labels (N,) of each part.
+        target: The expected labels (N,) of the images in "train" and in "test".
     """
     if tensors.keys() != {"train", "train_target", "test", "test_target"}:
         return False

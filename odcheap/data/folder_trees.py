@@ -66,7 +66,7 @@ class Files(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """The image files of a data set in each part.
+    """The image files of a data set, for training, validation and testing.
 
     Attributes:
         classes: The names of the classes; the position of a name is the label.
@@ -146,11 +146,11 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
 
 
 def check_folder_names(root: Path, there: list[str]) -> None:
-    """Raises `OptionError` if a folder is named almost like a part ("Train", "valid"): it would be read as a class.
+    """Raises `OptionError` if a folder is named almost like "train", "val" or "test": it would be read as a class.
 
     Args:
         root: The folder of the data set.
-        there: The folders in it that are named exactly like a part.
+        there: The folders in it that are named exactly "train", "val" or "test".
     """
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
@@ -170,16 +170,16 @@ def check_folder_names(root: Path, there: list[str]) -> None:
 
 
 def is_part_name(name: str) -> bool:
-    """Returns whether a word in the name of a folder stands for a part of a data set, as in "seg_train"."""
+    """Returns whether the name of a folder contains a word such as "train", "valid" or "test", as in "seg_train"."""
     return bool(PART_WORDS.intersection(re.split(r"[^a-z]+", name.lower())))
 
 
 def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list[str], list[str]]:
-    """Lists the image files in each part of a data set.
+    """Lists the image files in each part of a data set, such as "train", "val" and "test".
 
     Args:
         root: The folder of the data set.
-        parts: The folders in `root` that contain the class folders; empty if `root` itself contains them.
+        parts: The names of the folders in `root` that contain the class folders; empty if `root` itself contains them.
 
     Returns:
         The files of each part, by its name ("." if `parts` is empty); the names of the classes, whose positions are the
@@ -219,7 +219,7 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
 
 
 def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[str]]:
-    """Lists the image files of each class in a part, with classes and files in alphabetical order.
+    """Lists the image files of each class in one folder of class folders, such as "train", in alphabetical order.
 
     Args:
         root: The folder of the data set.
@@ -262,7 +262,10 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted, without hidden ones and those in `JUNK_FOLDERS`."""
+    """Returns the names of the folders in a folder, sorted.
+
+    Hidden folders are left out, and those in `JUNK_FOLDERS`, which file servers and archives create.
+    """
     names = (entry.name for entry in folder.iterdir() if entry.is_dir())
     return sorted(name for name in names if name[0] != "." and name not in JUNK_FOLDERS)
 
@@ -303,7 +306,15 @@ def group_by_label(root: Path, part: str, names: list[str], skipped: list[str]) 
 
 
 def read_labels(root: Path, part: str) -> dict[str, str] | None:
-    """Returns the class of each image of a part, by the image's file name without suffix; None if no file lists them.
+    """Reads the class of each image from a file of labels, as ImageNet and tiny-imagenet-200 have it.
+
+    Args:
+        root: The folder of the data set.
+        part: The folder of the images, relative to `root`, such as "val".
+
+    Returns:
+        The name of the class of each image, by the image's file name without suffix; None if there is no file of
+        labels.
 
     Raises:
         OptionError: The file with the labels cannot be read.

@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     """An image, or a batch of images, from a loader process.
 
     Attributes:
-        image: (C, H, W) or (N, C, H, W), uint8; with S views (S, C, H, W) or (S, N, C, H, W).
+        image: (C, H, W) or (N, C, H, W), uint8; with S augmentations of each image (S, C, H, W) or (S, N, C, H, W).
         target: The label, or labels (N,); -1 for an image that cannot be read.
         broken: The file and the reason for each image that could not be read.
     """
@@ -69,7 +69,10 @@ class Sample(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """A random crop of an upright image that is not reduced, in pixels, and whether the crop is flipped."""
+    """A random crop: its left and top edge and its size, in pixels of the image, and whether the crop is flipped.
+
+    The image is upright and has its full size, even if it is decoded at a reduced size later.
+    """
 
     left: int
     top: int
@@ -99,7 +102,13 @@ class TrainingTransform:
         return Crop(**box, flipped=self.flip and torch.rand(1).item() < 0.5)
 
     def choose_reduction(self, crops: list[Crop]) -> int:
-        """Returns the factor by which an image can be reduced, so that every crop has at least `size` pixels a side."""
+        """Returns the largest factor by which an image can be reduced when it is decoded: 1, 2, 4 or 8.
+
+        After the reduction every crop still has at least `size` pixels a side, unless the factor is 1.
+
+        Args:
+            crops: The crops of this image.
+        """
         smallest = min(min(crop.width, crop.height) for crop in crops)
         return max(factor for factor in REDUCTIONS if factor == 1 or smallest >= factor * self.size)
 
@@ -184,7 +193,16 @@ class TrainImages(Dataset):
         return empty_sample((self.channels, self.transform.size, self.transform.size), broken, self.views)
 
     def load_views(self, path: Path, epoch: int, number: int) -> list[Tensor]:
-        """Decodes an image file, and returns its augmentations, (C, size, size) each."""
+        """Decodes an image file, and returns S random augmentations of the image, (C, size, size) uint8 each.
+
+        S is the argument `views` of the class.
+
+        Args:
+            path: The image file.
+            epoch: The number of the epoch, from 0.
+            number: The number of the image in the data set, from 0. The random crops, flips and operations depend on
+                it, on the epoch and on the seed, and not on the file.
+        """
         crops: list[Crop] = []
         reduction = 1
 
@@ -208,7 +226,14 @@ class TrainImages(Dataset):
         return [self.apply_policy(image, epoch, number, view) for view, image in enumerate(views)]
 
     def apply_policy(self, image: Tensor, epoch: int, number: int, view: int) -> Tensor:
-        """Applies the operations that the policy draws for a view of an image, (C, size, size) uint8."""
+        """Applies the random operations of the policy to an image, (C, size, size) uint8, and returns the result.
+
+        Args:
+            image: The image, after crop and flip.
+            epoch: The number of the epoch, from 0.
+            number: The number of the image in the data set, from 0.
+            view: The number of the augmentation (from 0), if each image is augmented several times.
+        """
         random = make_generator(self.seed, *augmentation_stream(epoch, number, view, purpose="policy"))
         drawn = self.policy.draw(1, (self.transform.size, self.transform.size), random)
         return self.policy.apply(image[None], drawn.for_batches([torch.arange(1)], image.device)[0], self.color)[0]
@@ -251,7 +276,14 @@ def empty_sample(image_size: tuple[int, int, int], broken: list[tuple[str, str]]
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Returns a batch of samples, with images (N, C, H, W) or (S, N, C, H, W) in channels-last memory format."""
+    """Joins samples of one image each to one sample with a batch of images; it is the `collate_fn` of the loader.
+
+    Args:
+        samples: N samples with images (C, H, W), or (S, C, H, W) with S augmentations of each image.
+
+    Returns:
+        A sample with images (N, C, H, W) or (S, N, C, H, W), in channels-last memory format.
+    """
     # The images become the fourth dimension from the end, so that the views S stay first. The channels are moved to
     # the end before, so that the result is channels-last after one copy.
     images = torch.stack([sample.image.movedim(-3, -1) for sample in samples], dim=-4).movedim(-1, -3)
@@ -274,7 +306,7 @@ def refuse_16_bits(files: Files) -> None:
 
 
 def prepare_loader_process(_: int) -> None:
-    """Prepares a loader process, so that signals and full shared memory do not disturb the run.
+    """Prepares a loader process, so that signals and full shared memory do not disturb the run (`worker_init_fn`).
 
     The loader process ignores signals that the whole process group gets, from Slurm or by Ctrl-C: the run saves a
     checkpoint then, for which it needs its loader processes. Only a signal from the run itself, which multiprocessing
@@ -299,7 +331,7 @@ def prepare_loader_process(_: int) -> None:
 
 
 class BrokenImages:
-    """The image files that could not be read so far on this process.
+    """Collects the image files that could not be read so far on this process, and ends the run if there are too many.
 
     Args:
         limit: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
@@ -368,7 +400,8 @@ class Stream:
         """Yields normalized batches.
 
         Args:
-            plan: For each batch the indices of its images in the data set.
+            plan: For each batch the indices of its images in the data set: (epoch, number of the image) for
+                `TrainImages`, the number of the image for `EvalImages`.
         """
         self.plan[:] = plan
         for sample in self.loader:
@@ -385,12 +418,12 @@ class Stream:
 class TrainStream(ResumableBatches):
     """The training batches of an epoch, which are loaded from image files.
 
-    Iterating yields `Batch` objects with normalized images (N, C, H, W), or (S, N, C, H, W) with S views. It raises
-    `Failure` if 20 images in a row cannot be read.
+    Iterating yields `Batch` objects with normalized images (N, C, H, W), or (S, N, C, H, W) with S augmentations of
+    each image. It raises `Failure` if 20 images in a row cannot be read.
 
     Args:
         stream: The stream that loads the batches.
-        order: The order of the images.
+        order: The sampler that chooses the images of each batch.
     """
 
     def __init__(self, stream: Stream, order: BatchOrder):
@@ -410,13 +443,14 @@ class TrainStream(ResumableBatches):
 class EvalStream:
     """The evaluation batches of one process, which are loaded from image files.
 
-    All processes together yield each readable image once. Iterating raises `Failure` if this process could read none.
+    Iterating yields `Batch` objects with normalized images (N, C, H, W). All processes together yield each readable
+    image once. Iterating raises `Failure` if this process could read none.
 
     Args:
         stream: The stream that loads the batches.
         count: The number of images of all processes.
         batch_size: The number of images in a batch.
-        process: The process.
+        process: The process that evaluates the batches.
     """
 
     def __init__(self, stream: Stream, count: int, batch_size: int, process: Process):

@@ -33,21 +33,38 @@ def resample(images: Tensor, values: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, others: Tensor | int, values: Tensor) -> Tensor:
-    """Returns `values * images + (1 - values) * others`, limited to 0 to 255 and rounded down; values are (N, 1)."""
+    """Returns `values * images + (1 - values) * others`, limited to 0 to 255 and rounded down.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        others: Images of the same shape or one that can be broadcast to it, or one number for all pixels.
+        values: (N, 1), the factor for each image.
+    """
     # In this form pixels that are equal in both images stay as they are.
     share = (1 - values).view(-1, 1, 1, 1)
     return ((others - images.int()) * share + images).clamp_(0, 255).to(torch.uint8)
 
 
 def adjust_brightness(images: Tensor, values: Tensor) -> Tensor:
-    """Multiplies the brightness of each image by its value."""
+    """Changes the brightness of each image.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor by which its pixels are multiplied.
+    """
     return blend(images, 0, values[:, :1])
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """Returns the brightness of each pixel, (N, H, W, 1), int32; of images without three channels the channels' mean.
+    """Returns the brightness of each pixel: a weighted mean of red, green and blue.
 
-    One channel is returned unchanged.
+    For images with another number of channels than three, it is the plain mean of the channels.
+
+    Args:
+        images: (N, H, W, C), uint8.
+
+    Returns:
+        (N, H, W, 1), int32.
     """
     if images.shape[-1] == 1:
         return images.int()
@@ -58,19 +75,35 @@ def to_gray(images: Tensor) -> Tensor:
 
 
 def adjust_color(images: Tensor, values: Tensor) -> Tensor:
-    """Changes the saturation of each image: 0 is gray, 1 changes nothing; images without three channels stay."""
+    """Changes the saturation of each image; images without three channels are returned unchanged.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor: 0 for gray, 1 for no change.
+    """
     return blend(images, to_gray(images), values[:, :1]) if images.shape[-1] == 3 else images
 
 
 def adjust_contrast(images: Tensor, values: Tensor) -> Tensor:
-    """Changes the contrast of each image: 0 is one gray, its mean brightness, and 1 changes nothing."""
+    """Changes the contrast of each image.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor: 0 for the mean brightness at all pixels, 1 for no
+            change.
+    """
     gray = to_gray(images)
     mean = gray.sum((1, 2, 3), keepdim=True) / gray[0].numel()
     return blend(images, mean, values[:, :1])
 
 
 def adjust_sharpness(images: Tensor, values: Tensor) -> Tensor:
-    """Changes the sharpness of each image: 0 is blurred, 1 changes nothing; the pixels at the edges stay."""
+    """Changes the sharpness of each image; the pixels at its edges do not change.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor: 0 for a blurred image, 1 for no change.
+    """
     if min(images.shape[1:3]) <= 2:
         return images
     # The blurred pixel is the mean of its 3 x 3 neighbors, in which it counts five times: a sum over 13, rounded.
@@ -84,25 +117,45 @@ def adjust_sharpness(images: Tensor, values: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, values: Tensor) -> Tensor:
-    """Keeps so many of the upper bits of each image's pixels as its value says, 1 to 8."""
+    """Keeps the upper bits of the pixels of each image, and sets the others to 0.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the number of bits to keep, 1 to 8.
+    """
     mask = 256 - 2 ** (8 - values[:, 0])
     return images & mask.to(torch.uint8).view(-1, 1, 1, 1)
 
 
 def solarize(images: Tensor, values: Tensor) -> Tensor:
-    """Inverts the pixels of each image that are not below its value."""
+    """Inverts the pixels of each image that are not below a threshold.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the threshold, 0 to 255.
+    """
     return torch.where(images >= values[:, :1, None, None], 255 - images, images)
 
 
 def auto_contrast(images: Tensor, values: Tensor) -> Tensor:
-    """Stretches each channel of each image to the range 0 to 255; a channel of one value stays."""
+    """Stretches each channel of each image to the range 0 to 255; a channel with a single value does not change.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: Not used; all operations have this argument.
+    """
     least, most = images.amin((1, 2), keepdim=True).int(), images.amax((1, 2), keepdim=True).int()
     stretched = (images.int() - least) * 255 // (most - least).clamp_(min=1)
     return torch.where(most > least, stretched, images).to(torch.uint8)
 
 
 def equalize(images: Tensor, values: Tensor) -> Tensor:
-    """Makes the histogram of each channel of each image nearly uniform."""
+    """Makes the histogram of each channel of each image nearly uniform.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: Not used; all operations have this argument.
+    """
     return v2.functional.equalize(images.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
 
 

@@ -54,12 +54,13 @@ class Images:
 class TrainBatches(ResumableBatches):
     """The training batches of an epoch, which are augmented and normalized on the device of the images.
 
-    Iterating yields `Batch` objects with images (B, C, H, W), float32 and normalized, or (S, B, C, H, W) with S views.
+    Iterating yields `Batch` objects with images (B, C, H, W), float32 and normalized, or (S, B, C, H, W) with S
+    augmentations of each image.
 
     Args:
         images: All training images, (N, C, H, W) uint8, on the training device.
         target: Their labels (N,), on the same device.
-        order: The order of the images.
+        order: The sampler that chooses the images of each batch.
         augment: The augmentation.
         norm: The normalization.
         views: The number of independent augmentations of each image, S.
@@ -98,7 +99,15 @@ class TrainBatches(ResumableBatches):
             yield Batch(stack_views(views), self.target[order[k]], shares[k])
 
     def draw_operations(self, batches: list[Tensor], view: int) -> list[BatchDraws]:
-        """Returns what the policy draws for each batch of the epoch; an empty list if it changes nothing."""
+        """Draws the policy's random operations for each batch of the epoch.
+
+        Args:
+            batches: For each batch the positions of its images among all training images.
+            view: The number of the augmentation (from 0), if each image is augmented several times.
+
+        Returns:
+            What is drawn for each batch; an empty list if the policy changes no image.
+        """
         if self.policy.is_empty:
             return []
         stream = augmentation_stream(self.sampler.epoch, view, purpose="policy")
@@ -117,7 +126,7 @@ class EvalBatches:
         target: Their labels (N,).
         batch_size: The number of images in a batch, B.
         norm: The normalization.
-        process: The process.
+        process: The process that evaluates the batches.
     """
 
     def __init__(self, images: Tensor, target: Tensor, batch_size: int, norm: Normalization, process: Process):
@@ -135,11 +144,11 @@ class EvalBatches:
 
 
 def convert_channels(images: Tensor, channels: int | None) -> Tensor:
-    """Returns images with so many channels: RGB images as gray ones, or gray images as RGB ones, as Pillow does.
+    """Converts RGB images to gray ones, or gray images to RGB ones, as Pillow does.
 
     Args:
         images: (N, C, H, W), uint8.
-        channels: The number of channels; None to return the images unchanged.
+        channels: The number of channels of the result; None to return the images unchanged.
 
     Raises:
         OptionError: The images have other channels than one or three, and another number is wanted.
@@ -239,7 +248,7 @@ class InMemoryData(ImageData):
         return {part: (test if part == "test" else train)[index] for part, index in self.index.items()}
 
     def select_part(self, part: str) -> tuple[Tensor, Tensor]:
-        """Returns the images (N, C, H, W) uint8 and the labels (N,) of a part ("train", "val" or "test")."""
+        """Returns the images (N, C, H, W) uint8 and the labels (N,) of "train", "val" or "test"."""
         index = torch.from_numpy(self.index[part])
         if part == "test":
             return self.images.test[index], self.images.test_target[index]

@@ -21,7 +21,7 @@ class Mixing:
 
     All images of a batch are mixed with the same weight or the same rectangle, which depends on (seed, epoch, position
     of the batch in the epoch) only, so that all processes draw the same. Image n is mixed with image n - 1 of the same
-    process. If each student has a view of its own, the views are mixed in the same way.
+    process. If each student has its own augmentation of the images, all of these are mixed in the same way.
 
     Args:
         mixup: The parameter alpha of the Beta distribution of mixup's weights; 0 for no mixup.
@@ -40,7 +40,7 @@ class Mixing:
         """Returns the mixed batch, whose labels are probabilities (N, K), float32.
 
         Args:
-            batch: Images (N, C, H, W), or (S, N, C, H, W) with S views, and labels (N,).
+            batch: Images (N, C, H, W), or (S, N, C, H, W) with S augmentations of each image, and labels (N,).
             epoch: The number of the epoch, from 0.
             position: The number of the batch in the epoch, from 0.
         """
@@ -63,7 +63,13 @@ class Mixing:
 
 
 def build_mixing(policy: Policy, classes: int, seed: int) -> Mixing | None:
-    """Returns the mixing that the options `mixup` and `cutmix` of a policy describe; None if both are 0."""
+    """Returns the `Mixing` that the options `mixup` and `cutmix` of a policy describe; None if both are 0.
+
+    Args:
+        policy: The augmentation policy, which has these options.
+        classes: The number of classes, K.
+        seed: The seed of the run.
+    """
     return Mixing(policy.mixup, policy.cutmix, classes, seed) if policy.mixup or policy.cutmix else None
 
 
@@ -88,5 +94,8 @@ def draw_rectangle(random: np.random.Generator, alpha: float, height: int, width
 
 
 def to_labels(target: Tensor) -> Tensor:
-    """Returns labels (N,): those given, or the most probable class of each image for probabilities (N, K)."""
+    """Returns labels (N,), given labels (N,) or probabilities of the classes (N, K).
+
+    Labels are returned unchanged. For probabilities the label of an image is its most probable class.
+    """
     return target if target.ndim == 1 else target.argmax(-1)

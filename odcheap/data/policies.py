@@ -45,7 +45,7 @@ TRIES = 10  # draws of a rectangle that fits into the image
 
 
 class Draws(NamedTuple):
-    """What a policy has drawn for N images, on the CPU.
+    """The operations, their strengths and the erased rectangles that a policy has drawn for N images, on the CPU.
 
     Attributes:
         kernels: (N, R), the position in `KERNELS` of the function of each of R successive operations.
@@ -79,7 +79,7 @@ class Draws(NamedTuple):
 
 
 class BatchDraws(NamedTuple):
-    """What a policy has drawn for the B images of a batch.
+    """The operations, their strengths and the erased rectangles that a policy has drawn for the B images of a batch.
 
     Attributes:
         orders: (B, R): for each operation the positions of the images, sorted by the function.
@@ -135,11 +135,20 @@ class Policy:
         return Draws(KERNEL_NUMBERS[operation], values, boxes)
 
     def draw_levels(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Returns the levels, 0 to 30, of the operations' strengths."""
+        """Returns how strong each operation is, as a level from 0 (weakest) to 30; this default returns zeros.
+
+        Args:
+            shape: (N, R) for R operations of each of N images, the shape of the result.
+            generator: The generator of random numbers.
+        """
         return torch.zeros(shape, dtype=torch.long)
 
     def list_strengths(self, size: tuple[int, int]) -> Tensor:
-        """Returns the strength of each operation at each level, (14, 31), for images of (height, width) pixels."""
+        """Returns the strength of each of the 14 operations at each of the 31 levels, (14, 31).
+
+        Args:
+            size: The height and the width of the images in pixels.
+        """
         return torch.zeros(len(OPERATIONS), LEVELS)
 
     def apply(self, images: Tensor, drawn: BatchDraws, color: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ class Policy:
 
         Args:
             images: (N, C, H, W), uint8.
-            drawn: The draws for these images.
+            drawn: What was drawn for these images; see `draw` and `Draws.for_batches`.
             color: (C,), uint8: the color of erased rectangles.
         """
         # The images are sorted by the function of their operation, so that each function is called once.

@@ -65,15 +65,18 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
 def limit_parts(
     labels: dict[str, np.ndarray], hash_part: Callable[[str], list[bytes]], limit: int | None
 ) -> dict[str, np.ndarray]:
-    """Returns, for each part, the positions of the images that a run with at most `limit` training images uses.
+    """Chooses the images of a short run, which uses at most `limit` training images.
 
     All parts are reduced by the same factor, to at least one image, and all classes of a part by the same factor, to at
     least one image if that is possible. Which images are used depends on the images and on the key of their hashes.
 
     Args:
-        labels: The labels (N,) of the images in each part; one of the parts is "train".
+        labels: The labels (N,) of the images in each part, such as "train", "val" and "test"; "train" must be there.
         hash_part: A function that returns a hash of each image in a part. It is called only if images are left out.
         limit: The number of training images; None for all.
+
+    Returns:
+        For each part the positions of the images that are used.
 
     Example:
         >>> labels = {"train": np.array([0, 0, 0, 1, 1, 1]), "test": np.array([1, 0])}
@@ -93,15 +96,20 @@ def limit_parts(
 
 
 def sort_by_digest(digests: list[bytes], labels: np.ndarray) -> np.ndarray:
-    """Returns the positions of the images in the order of their digests; equal images are ordered by their labels."""
+    """Returns the positions of the images in the order of their hashes; equal hashes are ordered by the labels.
+
+    Args:
+        digests: A hash of each image, such as `hash_pixels` returns.
+        labels: The label of each image, (N,).
+    """
     return np.array(sorted(range(len(digests)), key=lambda i: (digests[i], labels[i])), dtype=np.int64)
 
 
 def mark_smallest(order: np.ndarray, labels: np.ndarray, total: int) -> np.ndarray:
-    """Returns a mask of the `total` images that come first, of each class in proportion to its size.
+    """Returns a mask (N,) of the `total` images that come first, of each class in proportion to its size.
 
     Args:
-        order: The positions of the images in the order of their digests.
+        order: The positions of the images in the order of their hashes.
         labels: The label of each image.
         total: The number of images to mark.
     """
@@ -119,12 +127,12 @@ def count_held_out(val_size: float, available: int, name: str) -> int:
     """Returns the number of images to hold out.
 
     Args:
-        val_size: The option's value: this number, or a fraction below 1.
+        val_size: The option's value: the number of images to hold out, or a fraction of all images below 1.
         available: The number of all images.
         name: The name of the option, for messages.
 
     Raises:
-        OptionError: The value is neither, or no images would be left to train on.
+        OptionError: The value is not such a number, or no images would be left to train on.
     """
     if not isinstance(val_size, int | float) or not math.isfinite(val_size):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")

@@ -65,10 +65,11 @@ class Augmentation:
 
 
 def augmentation_stream(*place: int, purpose: str = "augment") -> tuple[str | int, ...]:
-    """Returns the name of the random stream from which an augmentation is drawn, for `make_generator`.
+    """Returns the arguments after the seed with which `make_generator` makes the random numbers of an augmentation.
 
     Args:
-        *place: Numbers that identify the augmentation, such as epoch and image; the last one is the number of the view.
+        *place: Numbers that identify the augmentation, such as those of the epoch and the image. The last one is the
+            number of the view (from 0), which counts the augmentations of the same image.
         purpose: "augment" for crop and flip, "policy" for the operations of `data.policies`.
     """
     # View 0 has no number in the name, so that it is the same for methods with one view and with several.
@@ -76,9 +77,14 @@ def augmentation_stream(*place: int, purpose: str = "augment") -> tuple[str | in
 
 
 def stack_views(views: list[Tensor]) -> Tensor:
-    """Returns a single view unchanged, (N, C, H, W), and several as one tensor (S, N, C, H, W).
+    """Joins several augmentations of the images of a batch (called views) to one tensor.
 
-    A view is an augmentation of all images of a batch. Each one has channels-last memory format in the result.
+    Args:
+        views: S tensors (N, C, H, W).
+
+    Returns:
+        (S, N, C, H, W), in which each view has channels-last memory format. A single view is returned unchanged,
+        (N, C, H, W).
     """
     # The channels are moved to the end before: stacking the views as they are would change the memory format.
     if len(views) == 1:
@@ -117,7 +123,7 @@ class Normalization:
                 raise OptionError(f"data.{option}", list(values), allowed)
 
     def mean_color(self, device: torch.device) -> Tensor:
-        """Returns the color (C,), uint8, that normalization makes nearly zero."""
+        """Returns the mean color of the images, (C,) uint8, on a device; normalization makes it nearly zero."""
         return torch.tensor([round(255 * value) for value in self.mean], dtype=torch.uint8, device=device)
 
     def apply(self, images: Tensor) -> Tensor:
@@ -132,6 +138,15 @@ class Normalization:
 
 @functools.lru_cache
 def scale_to_bytes(values: tuple[float, ...], width: int, device: torch.device) -> Tensor:
-    """Returns 255 times the values, repeated for each pixel of a row, as a tensor (W * C,) on the device."""
+    """Returns 255 times the given values, repeated for each pixel of a row of an image.
+
+    Args:
+        values: C numbers, such as the mean of each channel of images in [0, 1].
+        width: The number of pixels of a row, W.
+        device: The device of the result.
+
+    Returns:
+        (W * C,).
+    """
     # The result is cached, since a copy from the CPU in each batch would make the GPU wait.
     return (255 * torch.tensor(values, device=device)).repeat(width)

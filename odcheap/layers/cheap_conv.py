@@ -20,7 +20,10 @@ from odcheap.utils.errors import OptionError
 
 @dataclass(frozen=True)
 class Window:
-    """The options of an `nn.Conv2d` except channels, groups and bias; pairs of numbers are (rows, columns)."""
+    """How a convolution moves over an image: the options of `nn.Conv2d` except channels, groups and bias.
+
+    Pairs of numbers are (rows, columns).
+    """
 
     kernel_size: Pair = (3, 3)
     stride: Pair = (1, 1)
@@ -41,7 +44,7 @@ class Window:
         return self.kernel_size[0] * self.kernel_size[1]
 
     def make_conv(self, in_channels: int, out_channels: int, groups: int = 1, bias: bool = False) -> nn.Conv2d:
-        """Returns a new convolution with this window."""
+        """Returns a new convolution with this kernel size, stride, padding, dilation and padding mode."""
         size, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
         shape = (in_channels, out_channels, size, stride, padding, dilation, groups, bias)
         return nn.Conv2d(*shape, padding_mode=self.padding_mode)
@@ -81,10 +84,10 @@ class CheapConv(nn.Sequential):
 
     @property
     def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
-        """The two operators for which fused kernels may be used, or None.
+        """The two operators, if fused kernels (one operator in place of several) may compute them; otherwise None.
 
-        It is the spatial operator, the 1 x 1 convolution, and whether the spatial operator is a `Shift2d` that the
-        kernels can compute. It is None if the forward pass may do more than these two operators: in a subclass of
+        It is a tuple: the spatial operator, the 1 x 1 convolution, and whether the spatial operator is a `Shift2d` that
+        the kernels can compute. It is None if the forward pass may do more than these two operators: in a subclass of
         `CheapConv`, or if another module was appended.
         """
         is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
@@ -170,7 +173,7 @@ class BlockType:
         raise NotImplementedError
 
     def reason_to_keep(self, channels: int, window: Window) -> str | None:
-        """Returns why `cheapen` should not replace such a convolution, as text for the user; None if it should.
+        """Returns why `cheapen` should not replace a standard convolution, as text for the user; None if it should.
 
         Args:
             channels: The number of input channels of the convolution.
@@ -253,7 +256,16 @@ class RepDW(BlockType):
         return RepDepthwise(channels, window)
 
     def factorize(self, kernel: Tensor, pair: CheapConv) -> tuple[Tensor | None, Tensor]:
-        """Returns weights with which the pair in eval mode, with new batch norms, approximates a given kernel."""
+        """Returns weights with which a cheap convolution, in eval mode and with new batch norms, approximates a kernel.
+
+        Args:
+            kernel: The kernel (O, C, kh, kw) of the convolution that is replaced.
+            pair: The cheap convolution that replaces it, with its initial weights.
+
+        Returns:
+            The weights of the K x K branch, (C, 1, kh, kw), in which NaN means that a weight keeps its initial value,
+            and those of the 1 x 1 convolution, (O, C, 1, 1).
+        """
         assert isinstance(pair.spatial, RepDepthwise)
         spatial, pointwise = factorize.factorize_grouped(kernel, pair.in_channels)
         return pair.spatial.unfold_kernel(spatial), pointwise

@@ -17,12 +17,12 @@ from odcheap.layers.shift import to_pair
 
 
 def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:
-    """Returns a copy of the network in which each `CheapConv` is replaced.
+    """Returns a copy of a network in which each `CheapConv` (spatial operator, then 1 x 1 convolution) is replaced.
 
     Args:
         network: The network; it is not changed.
-        change: A function that returns the module to put in place of a `CheapConv` (a spatial operator and a 1 x 1
-            convolution). It gets a copy, which it may change.
+        change: A function that takes a `CheapConv` and returns the module to put in its place. It gets a copy, which it
+            may change.
     """
     changed = copy.deepcopy(network)
     if isinstance(changed, CheapConv):
@@ -35,12 +35,12 @@ def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) 
 
 
 def has_pairs(network: nn.Module) -> bool:
-    """Returns whether the network has a `CheapConv`."""
+    """Returns whether the network has a cheap convolution (`CheapConv`: spatial operator, then 1 x 1 convolution)."""
     return any(isinstance(module, CheapConv) for module in network.modules())
 
 
 def has_branches(network: nn.Module) -> bool:
-    """Returns whether the network has a `RepDepthwise`, which is a sum of branches in training."""
+    """Returns whether the network has a `RepDepthwise`, a depth-wise convolution that sums branches in training."""
     return any(isinstance(module, RepDepthwise) for module in network.modules())
 
 
@@ -60,10 +60,11 @@ def fold_branches(network: nn.Module) -> nn.Module:
 
 
 def cheap_form(network: nn.Module) -> nn.Module:
-    """Returns a copy of the network in which the spatial operator of each `CheapConv` has the stride.
+    """Returns a copy of the network in which strides are moved from 1 x 1 convolutions to the spatial operators.
 
-    The outputs in eval mode are the same, but the spatial operator does not compute pixels that a 1 x 1 convolution
-    with a stride would skip. Branches are folded, see `fold_branches`.
+    This is done in each `CheapConv` (a spatial operator, then a 1 x 1 convolution). The outputs in eval mode are the
+    same, but the spatial operator does not compute pixels that a 1 x 1 convolution with a stride would skip. Branches
+    are folded, see `fold_branches`.
     """
     return replace_pairs(fold_branches(network), _move_stride)
 
@@ -138,6 +139,9 @@ def dense_kernel(pair: CheapConv) -> Tensor:
 
     It is W[o, c] = sum_m P[o, m] S[m, c], where P are the weights of the 1 x 1 convolution, S those of the spatial
     operator, and m the channels in the group of channel c.
+
+    Args:
+        pair: The `CheapConv`: a spatial operator, then a 1 x 1 convolution.
     """
     mix = pair.pointwise.weight
     kernels = spatial_kernel(pair.spatial, mix, pair.window)

@@ -70,7 +70,7 @@ def block_norm_act(
 def find_pair(
     x: Tensor, shape: torch.Size, conv: nn.Module, norm: nn.BatchNorm2d, residual: Tensor | None
 ) -> tuple[kernels.Pair, Tensor] | None:
-    """Returns the layers of a `CheapConv` and its batch norm for a fused operator, and x as autocast casts it.
+    """Returns the layers that one fused operator can compute: those of a `CheapConv`, and its batch norm and ReLU.
 
     Args:
         x: A feature map with the dtype and the device of the convolution's input, in training.
@@ -80,7 +80,7 @@ def find_pair(
         residual: The feature map that is added after the batch norm and ReLU, or None.
 
     Returns:
-        The layers and the map; None if no fused operator can replace these modules.
+        The layers, and `x` as autocast casts it; None if no fused operator can replace these modules.
     """
     # The modules: the kernels know three spatial operators, and 1 x 1 convolutions of few channels.
     parts = getattr(conv, "fusible_parts", None)
@@ -140,7 +140,10 @@ def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bo
 def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
     """Returns the input of a convolution, cast as autocast would cast it, and the dtype that the weights must have.
 
-    The dtype is None if the kernels do not support the dtype to which autocast casts the input.
+    The dtype is None if the fused kernels do not support the dtype to which autocast casts the input.
+
+    Args:
+        x: The input, of any shape.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -94,7 +94,16 @@ class RepDepthwise(nn.Module):
         return y + self.scale_norm(self.scale(center)) + self.identity_norm(center)
 
     def select_centers(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """Returns the input pixels (N, C, rows, columns) under the center of the kernel, one for each output pixel."""
+        """Returns the input pixels under the center of the kernel, one for each output pixel.
+
+        Args:
+            x: The input, (N, C, H, W).
+            rows: The height of the output in pixels.
+            columns: The width of the output in pixels.
+
+        Returns:
+            (N, C, rows, columns).
+        """
         # The usual window: an odd kernel whose padding keeps the size.
         (down, right), (size, dilation) = self.stride, (self.window.kernel_size, self.window.dilation)
         padding = self.window.padding
@@ -147,9 +156,10 @@ class RepDepthwise(nn.Module):
 
 
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Returns the factor and the summand (C,) of each channel with which a batch norm is equal in eval mode.
+    """Returns what a batch norm does in eval mode, as a * x + b in each channel.
 
-    They are computed in 32 bits or more.
+    Returns:
+        a and b, (C,) each, computed in 32 bits or more.
     """
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
@@ -162,7 +172,10 @@ def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def keep_branches(network: nn.Module) -> Generator[None]:
-    """A context in which each `RepDepthwise` of a network computes its branches in eval mode too."""
+    """A context manager in which each `RepDepthwise` of a network sums its branches in eval mode too.
+
+    Otherwise it computes one folded convolution in eval mode.
+    """
     operators = [module for module in network.modules() if isinstance(module, RepDepthwise)]
     before = [operator.keeps_branches for operator in operators]
     for operator in operators:

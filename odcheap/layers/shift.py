@@ -106,7 +106,7 @@ class Shift2d(nn.Module):
 
 
 def to_pair(value: int | tuple[int, ...]) -> Pair:
-    """Returns (rows, columns) for an option that is one number or (rows, columns), as in `nn.Conv2d`."""
+    """Returns (rows, columns) for an option of a convolution, such as its stride, which may be one number for both."""
     if isinstance(value, int):
         return value, value
     rows, columns = value

@@ -45,6 +45,9 @@ def request_huge_pages(libc: ctypes.CDLL) -> None:
 
     Pages of 2 MiB in place of 4 KiB need fewer entries in the processor's table of addresses. Without them nothing is
     lost but speed, so failures are ignored.
+
+    Args:
+        libc: The C library of this process, `ctypes.CDLL(None)`.
     """
     # In this mode Linux counts addresses as memory, whether they are used or not.
     mode = Path("/proc/sys/vm/overcommit_memory")

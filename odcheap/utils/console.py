@@ -42,7 +42,10 @@ def console() -> Console:
 
 @contextmanager
 def show_steps() -> Generator[Callable[[str], None]]:
-    """Yields a function that says what a command does now: on a terminal in one changing line, otherwise in lines."""
+    """A context manager that returns a function, which takes a text and shows it as what the command does now.
+
+    On a terminal each text replaces the one before in the same line; otherwise each is printed in a line of its own.
+    """
     if not sys.stdout.isatty():
         yield say
         return
@@ -51,7 +54,7 @@ def show_steps() -> Generator[Callable[[str], None]]:
 
 
 def say(text: object) -> None:
-    """Prints one line on stdout, in the process with rank 0 only."""
+    """Prints a text in one line on stdout; in a distributed run only the process with rank 0 prints it."""
     if process_rank() == 0:
         print(escape_control_chars(text), flush=True)
 
@@ -121,7 +124,7 @@ class PrefixedStream:
 
 @contextmanager
 def prefix_lines(prefix: str) -> Generator[None]:
-    """Writes a prefix before each line of the output and of the errors of this process."""
+    """A context manager in which each line that this process writes to stdout or stderr begins with a prefix."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, PrefixedStream(stream, prefix)) for stream in streams)
     try:

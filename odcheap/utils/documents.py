@@ -63,13 +63,31 @@ def read_json(path: str | Path, option: str, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_yaml(path: str | Path, option: str) -> Any:
-    """Reads a YAML file, in which aliases are not allowed; see `read_json`."""
+    """Reads a YAML file, in which aliases are not allowed.
+
+    Args:
+        path: The file.
+        option: The name of the option that gave the file, for messages.
+
+    Raises:
+        OptionError: The file is missing, larger than 1 MiB, not YAML, or has values that are not plain; see
+            `check_plain_tree`.
+    """
     text = read_text(path, option, MAX_YAML_BYTES)
     return parse(lambda text: yaml.load(text, BoundedLoader), text, path, option)
 
 
 def parse_json(text: str, path: str | Path, option: str) -> Any:
-    """Reads JSON from a text that was read from the file `path`, such as its metadata; see `read_json`."""
+    """Returns the values in a text in JSON, such as the metadata of a file.
+
+    Args:
+        text: The text.
+        path: The file from which the text comes, for messages.
+        option: The name of the option that gave the file, for messages.
+
+    Raises:
+        OptionError: The text is too long or not JSON, or the values are not plain; see `check_plain_tree`.
+    """
     if len(text) > MAX_BYTES:
         raise OptionError(option, path, f"has more than {MAX_BYTES:,} characters of metadata")
     return parse(json.loads, text, path, option)
@@ -99,6 +117,11 @@ def parse(load: Callable[[str], Any], text: str, path: str | Path, option: str) 
 
 def read_text(path: str | Path, option: str, max_bytes: int) -> str:
     """Reads a text file in UTF-8.
+
+    Args:
+        path: The file.
+        option: The name of the option that gave the file, for messages.
+        max_bytes: The largest size that the file may have, in bytes.
 
     Raises:
         OptionError: The file is missing, larger than `max_bytes`, not a regular file, or not in UTF-8.

@@ -60,7 +60,12 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes a dict atomically as `torch.save` does, with a checksum (SHA-256) as the comment of the zip archive."""
+    """Writes a dict atomically as `torch.save` does, with a checksum (SHA-256) as the comment of the zip archive.
+
+    Args:
+        path: The file to write.
+        content: A dict of tensors and plain values.
+    """
     import torch  # see `read_torch`
 
     # The archive is made in memory first, since PyTorch's writer can end the process if the disk is full.
@@ -77,13 +82,22 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def checksum_comment(sha256: "hashlib._Hash") -> bytes:
-    """Builds the last bytes of a zip archive whose comment is this checksum: the comment's length, the comment."""
+    """Returns the last bytes of a zip archive whose comment is a checksum: the comment's length, then the comment.
+
+    Args:
+        sha256: The hash object, updated with the content of the archive.
+    """
     comment = CHECKSUM_PREFIX + sha256.hexdigest().encode()
     return struct.pack("<H", len(comment)) + comment
 
 
 def verify_checksum(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if a file is not exactly as `write_checkpoint` wrote it."""
+    """Raises `OptionError` if a file is not exactly as `write_checkpoint` wrote it.
+
+    Args:
+        path: The file.
+        option: The name of the option that gave the file, for messages.
+    """
     # PyTorch's own reader does not notice most changed bits. The checksum is that of the archive without a comment.
     require_file(path, option, MAX_TENSOR_BYTES)
     sha256 = hashlib.sha256()
@@ -100,7 +114,11 @@ def verify_checksum(path: str | Path, option: str) -> None:
 
 
 def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
-    """Returns the tensors of a safetensors file by name, and its metadata.
+    """Returns the tensors of a safetensors file by name, and its metadata (texts by name).
+
+    Args:
+        path: The file.
+        option: The name of the option that gave the file, for messages.
 
     Raises:
         OptionError: The file is missing, damaged or of another format.
@@ -115,7 +133,12 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
 
 
 def check_archive(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if a zip archive would need more bytes in memory than the file has."""
+    """Raises `OptionError` if a file is a zip archive that is damaged, or whose content is larger than the file itself.
+
+    Args:
+        path: The file; files of other formats are accepted.
+        option: The name of the option that gave the file, for messages.
+    """
     # `torch.save` does not compress; a compressed file of a few bytes could fill the memory.
     with open(path, "rb") as file:
         if file.read(len(ARCHIVE_START)) != ARCHIVE_START:

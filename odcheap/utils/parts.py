@@ -45,7 +45,14 @@ _own_dirs: list[Path] = []
 
 @contextlib.contextmanager
 def use_config_dirs(config_dirs: Sequence[Path]) -> Generator[None]:
-    """A context in which parts are also looked up in these `conf` directories, so that calls need not pass them."""
+    """A context in which YAML files of parts are also looked up in these `conf` directories.
+
+    A part is what a YAML file `conf/<group>/<name>.yaml` describes, such as a block type or a backbone. In the context
+    the functions of this module find those in the directories without the argument `config_dirs`.
+
+    Args:
+        config_dirs: The directories, which contain `<group>/<name>.yaml` as odcheap's own `conf` does.
+    """
     before = list(_own_dirs)
     _own_dirs[:] = config_dirs
     try:
@@ -55,18 +62,38 @@ def use_config_dirs(config_dirs: Sequence[Path]) -> Generator[None]:
 
 
 def find_folders(config_dirs: Sequence[Path] = ()) -> list[Path]:
-    """Returns all `conf` directories in the order of the search: odcheap's, the given ones, those of the process."""
+    """Returns all `conf` directories in the order in which they are searched.
+
+    Args:
+        config_dirs: Directories of your own.
+
+    Returns:
+        odcheap's own directory, then `config_dirs`, then those of `use_config_dirs`.
+    """
     return list(dict.fromkeys([find_conf_dir(), *map(Path, config_dirs), *_own_dirs]))
 
 
 def is_own_part(group: str, name: str, config_dirs: Sequence[Path] = ()) -> bool:
-    """Returns whether a part is one of the user's: odcheap has none of this name, and a directory of the user does."""
+    """Returns whether a YAML file `<group>/<name>.yaml` is in a directory of the user, and not in odcheap's `conf`.
+
+    Args:
+        group: The config group, such as `block_type`.
+        name: The name of a part of this group, such as `DW`.
+        config_dirs: The user's `conf` directories; those of `use_config_dirs` are searched too.
+    """
     first = next((path for path in find_folders(config_dirs) if (path / group / f"{name}.yaml").is_file()), None)
     return first is not None and first != find_conf_dir()
 
 
 def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
-    """Returns the names of all parts of a config group, sorted, from odcheap's `conf` and from `config_dirs`.
+    """Returns the names that can be chosen in a config group: those of its YAML files `conf/<group>/<name>.yaml`.
+
+    Args:
+        group: The config group, such as `block_type`.
+        config_dirs: Further `conf` directories, which are searched too.
+
+    Returns:
+        The names without `.yaml`, sorted.
 
     Example:
         >>> list_parts("block_type")
@@ -77,7 +104,9 @@ def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
 
 
 def part_settings(node: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns the settings of a part, in the form in which files store them.
+    """Returns the name and the options of a part, as a dict that checkpoints and exports store.
+
+    A part is what a YAML file `conf/<group>/<name>.yaml` describes, such as a block type or a backbone.
 
     Args:
         node: The part in a resolved config (a dict or an OmegaConf `DictConfig`), with its `_target_` and its options.
@@ -108,14 +137,14 @@ def _plain_options(value: Any) -> Any:
 
 
 def build_part(group: str, settings: Mapping[str, Any], *, config_dirs: Sequence[Path] = (), **overrides: Any) -> Any:
-    """Builds a part from its settings, without Hydra.
+    """Builds the object that a YAML file `conf/<group>/<name>.yaml` describes, such as a block type, without Hydra.
 
     The settings choose the YAML file, and give values to options in it. Only the `_target_` in the YAML file is called.
 
     Args:
         group: The config group, such as `block_type`.
-        settings: The settings, as `part_settings` returns them; the options in them replace the values in the YAML
-            file.
+        settings: A dict with the name of the YAML file under the key "part", and with options, which replace the values
+            in the YAML file; `part_settings` returns such a dict.
         config_dirs: Further `conf` directories, which are searched after odcheap's own.
         **overrides: Further arguments of the class or function, such as modules; they replace options.
 
@@ -139,15 +168,15 @@ def build_part(group: str, settings: Mapping[str, Any], *, config_dirs: Sequence
 
 
 def read_part(group: str, name: Any, config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
-    """Returns the content of a part's YAML file, merged with the files that its `defaults:` list names.
+    """Returns the content of a YAML file `conf/<group>/<name>.yaml`, merged with the files in its `defaults:` list.
 
     Args:
         group: The config group, such as `block_type`.
-        name: The name of the part.
+        name: The name of the file without `.yaml`, such as `DW`.
         config_dirs: Further `conf` directories, which are searched after odcheap's own.
 
     Raises:
-        OptionError: There is no such part.
+        OptionError: There is no such file, or it is not valid.
     """
     return _read(group, name, find_folders(config_dirs), MAX_DEPTH)
 

@@ -11,11 +11,13 @@ import torch
 
 
 def derive_seed(seed: int, *stream: str | int) -> int:
-    """Returns the seed of a random stream, a 63-bit number that depends on all arguments.
+    """Returns a seed for one purpose, a 63-bit number that depends on all arguments.
+
+    With a seed for each purpose, random numbers do not depend on what else draws random numbers in the run.
 
     Args:
         seed: The seed of the run.
-        *stream: The name of the stream.
+        *stream: The purpose, as strings and numbers, such as "student", 3 for the initial weights of student 3.
 
     Example:
         >>> derive_seed(0, "student", 0) == derive_seed(0, "student", 0)
@@ -28,15 +30,22 @@ def derive_seed(seed: int, *stream: str | int) -> int:
 
 
 def make_generator(seed: int, *stream: str | int) -> torch.Generator:
-    """Returns a CPU generator of the random numbers of a stream; see `derive_seed` for the arguments."""
+    """Returns a new CPU generator, whose seed depends on all arguments.
+
+    Args:
+        seed: The seed of the run.
+        *stream: The purpose of the random numbers, as strings and numbers; see `derive_seed`.
+    """
     return torch.Generator().manual_seed(derive_seed(seed, *stream))
 
 
 @contextmanager
 def temporary_seed(seed: int, *stream: str | int) -> Generator[None]:
-    """A context manager in which PyTorch's CPU generator draws the random numbers of a stream.
+    """A context manager that seeds PyTorch's CPU generator, and restores the state of the generator afterwards.
 
-    The state of the generator is restored afterwards. See `derive_seed` for the arguments.
+    Args:
+        seed: The seed of the run.
+        *stream: The purpose of the random numbers, as strings and numbers; see `derive_seed`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *stream))

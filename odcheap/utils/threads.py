@@ -10,7 +10,10 @@ POLICY = "OMP_WAIT_POLICY"
 
 
 def shorten_waiting() -> None:
-    """Lets waiting threads sleep soon, unless the user has set one of OpenMP's variables for this."""
+    """Sets environment variables with which OpenMP's threads sleep soon when they wait for each other.
+
+    Nothing is set if the user has set one of these variables, or `OMP_WAIT_POLICY`. Call it before PyTorch is imported.
+    """
     if not any(name in os.environ for name in (POLICY, *SHORT_WAIT)):
         os.environ.update(SHORT_WAIT)
 

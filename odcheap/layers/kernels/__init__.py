@@ -25,7 +25,7 @@ _mode: Mode = "auto"
 
 
 class Pair(NamedTuple):
-    """The layers of a fused cheap convolution: a 3 x 3 operator C -> C, a 1 x 1 convolution C -> O, and a batch norm.
+    """The layers that one fused operator computes: a 3 x 3 operator C -> C, a 1 x 1 convolution C -> O, a batch norm.
 
     Attributes:
         kernel: The weights (C, C / groups, 3, 3) of a grouped or depth-wise convolution with stride 1 and padding 1;
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
     stride: int
 
     def output_shape(self, shape: torch.Size) -> torch.Size:
-        """Returns the shape (N, O, H', W') of the output for an input of a shape (N, C, H, W)."""
+        """Returns the shape (N, O, H', W') of the output for an input of the given shape (N, C, H, W)."""
         images, _, height, width = shape
         return torch.Size((images, len(self.weight), -(-height // self.stride), -(-width // self.stride)))
 
@@ -138,19 +138,31 @@ def is_observed() -> bool:
 def load_operators(device_type: str) -> Any:
     """Returns the module with the fused operators for a kind of device, or None if it cannot be loaded here.
 
-    It is `gpu` for "cuda", and for "cpu" if Triton's interpreter runs its kernels; otherwise `cpu`.
+    It is `odcheap.layers.kernels.gpu` for "cuda", and for "cpu" if Triton's interpreter runs its kernels; otherwise
+    `odcheap.layers.kernels.cpu`.
+
+    Args:
+        device_type: "cuda" or "cpu", the `type` of a `torch.device`.
     """
     return try_to_load("gpu" if device_type == "cuda" or is_interpreted() else "cpu")[0]
 
 
 def reason_for_plain_layers(device_type: str) -> str | None:
-    """Returns why no fused kernels can run on a kind of device, as a part of a sentence; None if they can."""
+    """Returns why no fused kernels can run on a kind of device, as a part of a sentence; None if they can.
+
+    Args:
+        device_type: "cuda" or "cpu", the `type` of a `torch.device`.
+    """
     return try_to_load("gpu" if device_type == "cuda" or is_interpreted() else "cpu")[1]
 
 
 @lru_cache
 def try_to_load(name: Literal["gpu", "cpu"]) -> tuple[Any, str | None]:
-    """Returns a module of this package or None, and None or the reason why it cannot be imported."""
+    """Imports the module with the fused operators for GPUs or for CPUs.
+
+    Returns:
+        The module and None; or, if it cannot be imported, None and the reason in one line.
+    """
     if name == "gpu" and importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed"
     try:

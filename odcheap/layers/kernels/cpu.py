@@ -24,7 +24,14 @@ load_library()  # the import fails if this machine cannot compile it
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
-    """Calls a function of the library for feature maps of a dtype, with the addresses of tensors and with numbers."""
+    """Calls a C++ function of the compiled library, which writes its results to some of the given tensors.
+
+    Args:
+        name: The name of the function in `cpu_library.SIGNATURES`, such as "norm_forward".
+        dtype: The dtype of the feature maps: there is one version of the function for each.
+        *arguments: The function's arguments, except the number of threads: tensors, whose addresses are passed, None
+            for no tensor, and numbers.
+    """
     function = getattr(load_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
 
@@ -94,10 +101,12 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = No
 
 
 class PairsNormAct(torch.autograd.Function):
-    """The autograd function of `pairs_norm_act`. Its last arguments are kernel, weight, gamma and beta of each pair.
+    """The autograd function of `pairs_norm_act`.
 
-    It saves its inputs, and for each pair the output of the 1 x 1 convolution, the statistics of the batch norm, and
-    the output of a grouped convolution. The normalized maps between two pairs are never written.
+    Its last arguments are, for each pair, the weights of the spatial operator (or None) and of the 1 x 1 convolution,
+    and gamma and beta, the weight and bias of the batch norm. It saves its inputs, and for each pair the output of the
+    1 x 1 convolution, the statistics of the batch norm, and the output of a grouped convolution. The normalized maps
+    between two pairs are never written.
     """
 
     @staticmethod
@@ -184,7 +193,9 @@ def empty_map(images: int, channels: int, height: int, width: int, dtype: torch.
 def pairs_norm_act(
     x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None, adds_input: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns relu(norm(conv1x1(spatial(x)))) of one pair after another, plus the residual, in training mode; and x.
+    """Returns the result of successive pairs, relu(norm(conv1x1(spatial(x)))) each, plus the residual; and x.
+
+    A pair is a cheap convolution with its batch norm, in training mode, and a ReLU; see `Pair`.
 
     Sums are computed in float32, or in float64 if `x` is float64. The weights are rounded as autocast rounds them;
     their gradients are not rounded. On a processor with products of bfloat16 numbers (AVX512-BF16), the factors of the
@@ -209,5 +220,15 @@ def pairs_norm_act(
 
 
 def pair_norm_act(x: Tensor, pair: Pair, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x; see `pairs_norm_act`."""
+    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
+
+    Args:
+        x: (N, C, H, W), contiguous in channels-last memory format; bfloat16, float32 or float64.
+        pair: The weights of the spatial operator and of the 1 x 1 convolution, and the batch norm.
+        residual: (N, O, H', W') with the size of the result, and the dtype and memory format of `x`; None to add
+            nothing.
+
+    Returns:
+        The result (N, O, H', W'), and `x`; see `pairs_norm_act`.
+    """
     return pairs_norm_act(x, [pair], residual)

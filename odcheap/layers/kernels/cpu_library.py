@@ -32,7 +32,7 @@ class CompileError(Exception):
 
 @lru_cache
 def load_library() -> ctypes.CDLL:
-    """Returns the compiled library.
+    """Returns the library of the fused CPU operators, which is compiled from C++.
 
     It is compiled if no process has done so before with this source, compiler and processor. PyTorch must have been
     imported: the library uses the threads of PyTorch's OpenMP library.
@@ -47,7 +47,10 @@ def load_library() -> ctypes.CDLL:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Loads a compiled library, and declares the types of its functions' arguments.
+    """Loads the compiled library of the fused CPU operators, and declares the types of its functions' arguments.
+
+    Args:
+        path: The file, a shared library.
 
     Raises:
         CompileError: The file cannot be loaded.
@@ -64,7 +67,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def library_path() -> Path:
-    """Returns where the compiled library of this machine is, or will be.
+    """Returns the path at which the compiled library of the fused CPU operators is on this machine, or will be.
 
     Raises:
         CompileError: This system is not Linux, or there is no compiler.
@@ -100,9 +103,13 @@ def cache_folder() -> Path:
 
 
 def fingerprint(compiler: str) -> str:
-    """Returns a text that is equal only for the same source, compiler, options and kind of processor.
+    """Returns a hash (20 hexadecimal digits) of all that the compiled library depends on.
 
-    Several machines may share a home directory, so the processor belongs to it.
+    This is the source, the compiler, its options and the kind of processor. The processor is in it because several
+    machines may share a home directory.
+
+    Args:
+        compiler: The path of the C++ compiler.
     """
     version = run([compiler, "-dumpfullversion", "-dumpmachine"])
     flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
@@ -112,7 +119,7 @@ def fingerprint(compiler: str) -> str:
 
 
 def compile_library(compiler: str, path: Path, options: tuple[str, ...] = ()) -> None:
-    """Compiles the source to a shared library at `path`, which then appears at once and whole.
+    """Compiles the fused CPU operators to a shared library; it appears at `path` only when it is complete.
 
     Args:
         compiler: The path of the C++ compiler.
@@ -135,10 +142,13 @@ def compile_library(compiler: str, path: Path, options: tuple[str, ...] = ()) ->
 
 
 def run(command: list[str]) -> str:
-    """Returns the output of a command.
+    """Runs a command, and returns its output on stdout.
+
+    Args:
+        command: The program and its arguments.
 
     Raises:
-        CompileError: It fails, or does not end within `SECONDS`.
+        CompileError: The command fails, or does not end within 300 seconds.
     """
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout

@@ -338,7 +338,10 @@ class NormPlan(NamedTuple):
 
 
 def plan_norm(x: Tensor) -> NormPlan:
-    """Divides a feature map (N, C, H, W) into chunks of rows and blocks of channels, for about PROGRAMS programs."""
+    """Divides a feature map (N, C, H, W) among about 128 programs, the thread blocks of a GPU kernel.
+
+    Each program works on a chunk of rows (a row is one pixel of one image) and on a block of channels.
+    """
     # The more blocks of channels there are, the fewer are the chunks of rows.
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
@@ -350,7 +353,11 @@ def plan_norm(x: Tensor) -> NormPlan:
 
 
 def sum_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Returns the dtype in which sums are computed, for PyTorch and for Triton: float64 for float64, else float32."""
+    """Returns the dtype in which sums over a feature map of a dtype are computed: float64 for float64, else float32.
+
+    Returns:
+        The dtype as PyTorch's and as Triton's.
+    """
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 

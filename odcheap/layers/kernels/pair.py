@@ -63,7 +63,14 @@ class PairPlan(NamedTuple):
 
 
 def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> PairPlan:
-    """Returns how the output of a `CheapConv` with the input x (N, C, H, W) is divided among programs."""
+    """Returns how the output of a `CheapConv` is divided among programs, the thread blocks of a GPU kernel.
+
+    Args:
+        x: The input, (N, C, H, W).
+        is_shift: Whether the spatial operator is a shift; otherwise it is a depth-wise convolution.
+        out_channels: The number of channels of the output.
+        stride: The stride of the 1 x 1 convolution.
+    """
     # Padded sizes are at least MIN_SIDE, the smallest side of a matrix product.
     images, channels, height, width = x.shape
     rows = images * triton.cdiv(height, stride) * triton.cdiv(width, stride)
@@ -77,13 +84,22 @@ def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> Pair
 
 
 def empty_output(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Returns an uninitialized channels-last tensor (N, channels, ceil(H / stride), ceil(W / stride)) for an input."""
+    """Returns a new channels-last tensor for the output of a convolution; its values are not set.
+
+    Args:
+        x: The input (N, C, H, W), whose dtype and device the output has.
+        channels: The number of channels of the output.
+        stride: The stride of the convolution.
+
+    Returns:
+        (N, channels, ceil(H / stride), ceil(W / stride)).
+    """
     shape = (len(x), channels, triton.cdiv(x.shape[2], stride), triton.cdiv(x.shape[3], stride))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def factor_type(dtype: torch.dtype) -> tl.dtype:
-    """Returns the Triton dtype to which the factors of matrix products are cast."""
+    """Returns the Triton dtype to which the factors of matrix products are cast, for feature maps of a dtype."""
     # Triton's interpreter has no matrix products of bfloat16.
     return tl.bfloat16 if dtype == torch.bfloat16 and not is_interpreted() else sum_types(dtype)[1]
 

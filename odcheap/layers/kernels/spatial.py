@@ -251,7 +251,7 @@ def plan_sums(x: Tensor) -> tuple[tuple[int, int], int, int]:
 
 
 def map_sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """Returns the number of rows (pixels of all images), height, width and number of channels, as the kernels need."""
+    """Returns the sizes of a feature map (N, C, H, W) in the order of the kernels' arguments: N * H * W, H, W and C."""
     images, channels, height, width = x.shape
     return images * height * width, height, width, channels
 
@@ -298,7 +298,15 @@ class ShiftFunction(torch.autograd.Function):
 
 
 def run_shift(x: Tensor, sign: int) -> Tensor:
-    """Returns a channels-last tensor with each channel shifted by its offset (sign 1) or the opposite one (sign -1)."""
+    """Returns a feature map in which each channel is shifted as in a 3 x 3 `Shift2d`, or in the opposite direction.
+
+    Args:
+        x: (N, C, H, W), contiguous in channels-last memory format.
+        sign: 1 for the offsets of `Shift2d`, -1 for the opposite ones, which are those of the gradient.
+
+    Returns:
+        (N, C, H, W).
+    """
     (rows, *sizes), y = map_sizes(x), torch.empty_like(x)
     grid, block, program_rows = plan_elements(x, SHIFT_PROGRAMS)
     shift_channels[grid](x, y, rows, sign, *sizes, block, program_rows, **LAUNCH)
