@@ -200,8 +200,8 @@ class TrainImages(Dataset):
         Args:
             path: The image file.
             epoch: The number of the epoch, from 0.
-            number: The number of the image in the data set, from 0. The random crops, flips and operations depend on
-                it, on the epoch and on the seed, and not on the file.
+            number: The number of the image in the data set, from 0. With the seed and the epoch it determines the
+                random numbers, whichever file is read.
         """
         crops: list[Crop] = []
         reduction = 1

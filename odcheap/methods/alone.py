@@ -22,7 +22,7 @@ class Alone(IndependentMethod):
     Args:
         students: The S students.
         label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1).
-        **options: See `Method`.
+        **options: `average_decay`; see `Method`.
     """
 
     def __init__(self, students: Students, label_smoothing: LabelSmoothing = 0.0, **options: Any):
@@ -30,7 +30,7 @@ class Alone(IndependentMethod):
         self.label_smoothing = label_smoothing
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             `ce_0`, `ce_1`, ...: each student's cross-entropy. `loss`: their sum.

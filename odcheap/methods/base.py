@@ -21,7 +21,7 @@ RampUpLength = Annotated[float, Field(ge=0, le=1)]  # a fraction of the run's ep
 
 @check_arguments("method")
 class Method(nn.Module):
-    """The base class of training methods: it holds the students, and computes their outputs and the loss.
+    """The base class of training methods: it holds the students (networks), and computes their outputs and the loss.
 
     A new method is a subclass with `loss`, in most cases also with `forward`, and a YAML file. `loss` returns its terms
     under the names that they have in the paper, each with its factor: what is logged is what is summed.
@@ -86,23 +86,38 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def candidates(self) -> list[nn.Module]:
-        """Returns the networks of which the best one is kept: the students, then their moving averages, if any."""
+        """Returns the networks of which training selects the best: the students, then their moving averages, if any."""
         return [*self.students.members, *(self.averages.members if self.averages is not None else ())]
 
     def frozen_networks(self) -> list[nn.Module]:
-        """Returns the networks that each training step runs in the forward pass only; this default: the averages."""
+        """Returns the networks that each training step runs in the forward pass only, without gradients.
+
+        This default returns the moving averages of the students, if there are any.
+        """
         return [] if self.averages is None else list(self.averages.members)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters in groups; gradient clipping limits the gradient's norm in each group separately."""
+        """Returns groups of parameters; gradient clipping limits the norm of the gradient in each group separately.
+
+        This default returns all parameters as one group.
+        """
         return [list(self.parameters())]
 
     def average_outputs(self, images: Tensor) -> Outputs:
-        """Returns `average_logits` (S, N, K) of the moving averages by name; an empty dict if there are none."""
+        """Returns {"average_logits": logits (S, N, K) of the moving averages}; an empty dict if there are none.
+
+        Args:
+            images: (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation.
+        """
         return {} if self.averages is None else {"average_logits": self.averages.logits(images)}
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Prepares epoch number `epoch` (from 0) of `epochs`; it must be called before each epoch."""
+        """Sets the weight of the loss terms that grow over the first epochs; it must be called before each epoch.
+
+        Args:
+            epoch: The number of the epoch that begins, from 0.
+            epochs: The number of epochs of the run.
+        """
         if self.ramp is not None:
             self.ramp.start_epoch(epoch, epochs)
 
@@ -117,10 +132,17 @@ class Method(nn.Module):
             self.averages.copy_weights(self.students)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if a teacher from a file has other classes than the data; this default never does."""
+        """Raises `OptionError` if a teacher from a file has other classes than the data; this default never does.
+
+        Args:
+            classes: The names of the classes of the data, in the order of the labels.
+        """
 
     def check_soft_labels(self) -> None:
-        """Raises `OptionError` if the loss cannot take probabilities as labels; this default never does."""
+        """Raises `OptionError` if the loss cannot take probabilities (N, K) as labels, which mixup and cutmix give.
+
+        This default never raises it.
+        """
 
     def check_precision(self, precision: str) -> None:
         """Raises `OptionError` if the method keeps moving averages and the weights have fewer than 32 bits.
@@ -132,10 +154,10 @@ class Method(nn.Module):
             require_single_precision(precision)
 
     def may_have_seen(self, split: str) -> bool:
-        """Returns whether a teacher from a file may have been trained on images that this split holds out.
+        """Returns whether a teacher from a file may have been trained on images that this run holds out.
 
         Args:
-            split: The fingerprint of the split of the training images.
+            split: The fingerprint of the run's data, a hash of the training images and of which of them are held out.
         """
         return False
 
@@ -149,16 +171,17 @@ class IndependentMethod(Method):
 
 @check_arguments("method")
 class LogitDistillation(Method):
-    """The base class of methods that compare softened logits.
+    """The base class of methods that compare softened predictions: the softmax of logits that are divided by T.
 
     Args:
         students: The S students.
         temperature: T, by which logits are divided before the softmax.
-        loss: How they are compared: "kl", "dkd", "dist" or "standardized"; see `DistillationLoss`.
+        loss: How predictions are compared: "kl", "dkd", "dist" or "standardized"; see `DistillationLoss`.
         loss_weights: The weights of the two parts of "dkd" or "dist"; None for the usual ones.
         kl_reduction: "batchmean" (the usual definition), or "mean" (smaller by a factor equal to the number of
             classes); see `soft_kl`.
-        average_decay: See `Method`.
+        average_decay: The largest decay of the moving averages of the students' weights, in [0, 1); None for no moving
+            averages.
 
     Attributes:
         distance: The loss, which is called with students' logits, teacher's logits and labels. The name of its terms
@@ -213,14 +236,19 @@ class RampUp(nn.Module):
         self.register_buffer("weight", torch.ones(()))
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the weight for epoch number `epoch` (from 0) of `epochs`."""
+        """Sets the weight for an epoch.
+
+        Args:
+            epoch: The number of the epoch, from 0.
+            epochs: The number of epochs of the run.
+        """
         # What is left of the ramp-up, 1 - t; the buffer is filled in place, since a CUDA graph reads its address.
         remaining = max(0.0, 1 - epoch / (self.length * epochs)) if self.length else 0.0
         self.weight.fill_(math.exp(-5 * remaining**2))
 
 
 def add_total(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the given terms, and their sum under the name `loss`."""
+    """Returns a dict with the given loss terms (scalars by name), and with their sum under the key `loss`."""
     return terms | {"loss": torch.stack(list(terms.values())).sum()}
 
 

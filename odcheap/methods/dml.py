@@ -62,7 +62,7 @@ class DeepMutualLearning(FeatureDistillation):
         return outputs | {"feature_distances": self.features.compare_mutually(maps)}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             For each student k: `L_C_k`, its cross-entropy; `D_KL_k`, T^2 times the mean KL from the other students'

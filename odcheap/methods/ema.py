@@ -45,7 +45,7 @@ class AveragedStudents(Students):
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Returns logits (S, N, K), without gradients.
+        """Returns the logits (S, N, K) of the S averaged networks, without gradients.
 
         Args:
             images: (N, C, H, W); or (S, N, C, H, W), in which each of the S copies has its own augmentation.
@@ -55,6 +55,9 @@ class AveragedStudents(Students):
     @torch.no_grad()
     def update(self, students: Students) -> None:
         """Updates the averages with the students' weights; call it after each step of the optimizer.
+
+        Args:
+            students: The students of which these are the averages.
 
         Raises:
             OptionError: The students' weights have fewer than 32 bits.

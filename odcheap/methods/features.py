@@ -71,11 +71,13 @@ class FeatureDistance(nn.Module):
         )
 
     def forward(self, maps: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> Tensor:
-        """Returns the distances (S,) in float32 or float64.
+        """Returns the distance of each student's feature maps from those that it should imitate, (S,).
+
+        It is computed in float32 or float64.
 
         Args:
             maps: For each student its M maps (N, C, h, w).
-            targets: M maps (N, C', h', w').
+            targets: The M maps (N, C', h', w') that all students should imitate; they are detached.
         """
         with torch.autocast(targets[0].device.type, enabled=False):
             targets = [to_single_precision(target.detach()) for target in targets]
@@ -109,11 +111,15 @@ class FeatureDistance(nn.Module):
             return self.scale(pixels) * torch.stack(distances).sum(0)
 
     def scale(self, pixels: Sequence[int]) -> int:
-        """Returns the factor of the distances, given the numbers of pixels of the maps that are compared."""
+        """Returns the factor of the distances: with "attention" the number of pixels of the largest map, otherwise 1.
+
+        Args:
+            pixels: The number of pixels of each map that is compared.
+        """
         return max(pixels) if self.feature == "attention" else 1
 
     def represent(self, features: Tensor) -> Tensor:
-        """Returns what is compared: the attention maps, or the feature maps themselves."""
+        """Returns what is compared: attention maps (N, h * w), or with "l2" the given feature maps (N, C, h, w)."""
         return attention_map(features) if self.feature == "attention" else features
 
 
@@ -123,7 +129,12 @@ def to_single_precision(features: Tensor) -> Tensor:
 
 
 def adapt(features: Tensor, adapter: nn.Module) -> Tensor:
-    """Returns feature maps after a 1 x 1 convolution, computed in the dtype of the maps, or after the identity."""
+    """Applies a 1 x 1 convolution to feature maps, computed in the dtype of the maps.
+
+    Args:
+        features: (N, C, h, w).
+        adapter: The convolution, an `nn.Conv2d`; the maps are returned unchanged if it is another module.
+    """
     if not isinstance(adapter, nn.Conv2d):
         return features
     assert adapter.bias is not None
@@ -131,7 +142,12 @@ def adapt(features: Tensor, adapter: nn.Module) -> Tensor:
 
 
 def pool(features: Tensor, size: Sequence[int]) -> Tensor:
-    """Returns feature maps (N, C, h, w) average-pooled to another size (h', w'), if they do not have it."""
+    """Returns feature maps average-pooled to another size, or unchanged if they have this size.
+
+    Args:
+        features: (N, C, h, w).
+        size: The height and the width of the result, (h', w').
+    """
     height, width = size
     return features if features.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(features, (height, width))
 
@@ -143,10 +159,11 @@ def pool_larger(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_stages(recorders: Sequence[StageRecorder], option_value: str) -> None:
-    """Keeps the last stages of each recorder, as many as all of them have.
+    """Makes all recorders record the same number of feature maps: those at the ends of the last stages.
 
     Args:
-        recorders: The recorders, changed in place.
+        recorders: A `StageRecorder` for each network, changed in place. All keep as many stages as the network with the
+            fewest stages has.
         option_value: The value of `method.feature`, for the message.
 
     Raises:
@@ -164,13 +181,13 @@ def pair_stages(recorders: Sequence[StageRecorder], option_value: str) -> None:
 
 @check_arguments("method")
 class FeatureDistillation(LogitDistillation):
-    """The base class of methods that compare softened logits and, on request, feature maps.
+    """The base class of methods that compare softened predictions and, on request, feature maps.
 
     Args:
         students: The S students.
         temperature: T, by which logits are divided before the softmax.
-        feature: What is compared: "attention" or "l2", see `FeatureDistance`; None for no such term.
-        feature_weight: The factor of the term. With "attention" 1 is nearly that of the paper's authors.
+        feature: How feature maps are compared: "attention" or "l2", see `FeatureDistance`; None to compare none.
+        feature_weight: The factor of this loss term. With "attention" 1 is nearly that of the paper's authors.
         **options: See `LogitDistillation`.
     """
 
@@ -192,7 +209,7 @@ class FeatureDistillation(LogitDistillation):
         """Returns the terms `attention_k` or `l2_k` of each student k, with their weight; none without `feature`.
 
         Args:
-            outputs: The outputs of the method. `feature_distances` are the distances (S,).
+            outputs: The outputs of `forward`. Its key `feature_distances` has the distance of each student, (S,).
         """
         if self.feature is None:
             return {}

@@ -73,7 +73,7 @@ class FeatureFusion(LogitDistillation):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_f`: that of the fused classifier. `L_kl_e`: w T^2 times

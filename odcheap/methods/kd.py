@@ -109,7 +109,7 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             For each student k: `ce_k`, (1 - alpha) times its cross-entropy; `kl_k`, alpha T^2 times the KL from the

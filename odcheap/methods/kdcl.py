@@ -62,7 +62,7 @@ class CollaborativeLearning(LogitDistillation):
             raise OptionError("method.soft_target", self.soft_target, f"{allowed}; naive takes mixed labels")
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             For each student k: `L_CE_k`, its cross-entropy; `L_KD_k`, weight * T^2 times the KL from the soft target to

@@ -77,7 +77,7 @@ def decoupled_kl(
         student_logits: (..., N, K) for N images and K classes.
         teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
         target: Labels (N,), integers from 0 to K - 1.
-        temperature: T.
+        temperature: T, by which logits are divided before the softmax.
         weights: alpha and beta. The paper has alpha = 1, and beta from 1 to 10, 8 for most pairs on CIFAR-100.
 
     Returns:
@@ -113,7 +113,7 @@ def correlation_distance(
     Args:
         student_logits: (..., N, K) for N images and K classes.
         teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
-        temperature: T.
+        temperature: T, by which logits are divided before the softmax.
         weights: beta and gamma. The authors' code multiplies them by T^2, which the paper's equations do not have: its
             2 and 2 with T = 4, for CIFAR-100, are 32 and 32 here. A correlation does not shrink as T grows, so that
             this factor makes the loss stronger than all others.
@@ -161,7 +161,7 @@ class DistillationLoss:
         kl_reduction: See `soft_kl`; "mean" is possible with "kl" only.
 
     Attributes:
-        factor: The factor of the loss in a method: T^2, which keeps the size of the gradient of a KL independent of T;
+        factor: By what methods multiply the loss: T^2, which keeps the size of the gradient of a KL independent of T;
             1 for "dist", whose gradient does not shrink as T grows.
 
     Raises:
@@ -187,7 +187,7 @@ class DistillationLoss:
         self.factor = 1.0 if name == "dist" else temperature**2
 
     def check_soft_labels(self) -> None:
-        """Raises `OptionError` if the loss needs one label for each image."""
+        """Raises `OptionError` if the loss needs one label for each image, and cannot take probabilities (N, K)."""
         if self.name == "dkd":
             allowed = "needs one label for each image, and mixed images have two; kl, dist and standardized do not"
             raise OptionError("method.loss", "dkd", allowed)

@@ -84,7 +84,7 @@ class OnlineDistillation(FeatureDistillation):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             `ce_teacher`: the teacher's cross-entropy. For each student k: `ce_student_k`, its cross-entropy;

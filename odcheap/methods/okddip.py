@@ -62,7 +62,7 @@ class DiversePeers(LogitDistillation):
         self.query, self.key = (nn.Linear(features, max(1, features // 8), bias=False) for _ in range(2))
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns the outputs by name.
+        """Returns the outputs by name, for images (N, C, H, W).
 
         Returns:
             `student_logits` (S, N, K); `teacher_logits` (N, K), T times the logarithm of the mean of the m peers'
@@ -78,7 +78,7 @@ class DiversePeers(LogitDistillation):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             `L_gt_k`: the cross-entropy of each student k. `L_dis1_k`: w T^2 times the KL from the attention-weighted
@@ -98,7 +98,7 @@ class DiversePeers(LogitDistillation):
         return add_total(terms | {"L_dis2": weight * self.compare(peers.mean(0), logits[-1], log_q[-1], target)})
 
     def compare(self, prediction: Tensor, logits: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
-        """Returns the distance of students from predictions that they should imitate.
+        """Returns the loss of students with respect to predictions that they should imitate, one value for each.
 
         Args:
             prediction: Softened probabilities (..., N, K).

@@ -64,7 +64,7 @@ class NativeEnsemble(LogitDistillation):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_e`: that of the teacher. `L_kl_k`: w T^2 times the KL

@@ -70,7 +70,7 @@ class PeerCollaborativeLearning(LogitDistillation):
         return {"student_logits": logits, "teacher_logits": teacher} | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name.
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
 
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_t`: that of the teacher. `L_pe_k`: w T^2 times the KL

@@ -27,10 +27,17 @@ RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
 
 
 def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
-    """Runs one student after the other.
+    """Runs one student after the other on a batch.
 
     In training on a CPU each student draws its random numbers (dropout) from its own random stream, so that these
     numbers do not depend on the other students.
+
+    Args:
+        members: The S students.
+        views: For each student its images (N, C, H, W).
+
+    Returns:
+        A list with the last feature map (N, C', h, w) of each student, and the logits (S, N, K).
     """
     # The seeds of the students' random streams are derived from one number of PyTorch's own stream, so that each step
     # has new ones. PyTorch's stream then goes on as if no student had drawn a number.
@@ -52,6 +59,13 @@ def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
 
     The backward pass uses the same streams, since autograd runs each operation on the stream of its forward pass. If
     the images are on a CPU, the students run one after the other.
+
+    Args:
+        members: The S students.
+        views: For each student its images (N, C, H, W).
+
+    Returns:
+        A list with the last feature map (N, C', h, w) of each student, and the logits (S, N, K).
     """
     if not views[0].is_cuda:
         return run_sequential(members, views)
@@ -76,13 +90,25 @@ def _student_streams(device: torch.device, count: int) -> tuple[torch.cuda.Strea
 
 
 def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
-    """Runs the students on streams while a CUDA graph is recorded, and one after the other everywhere else."""
+    """Runs the students on CUDA streams while a CUDA graph is recorded, and one after the other everywhere else.
+
+    Args:
+        members: The S students.
+        views: For each student its images (N, C, H, W).
+
+    Returns:
+        A list with the last feature map (N, C', h, w) of each student, and the logits (S, N, K).
+    """
     is_recorded = views[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return run_on_streams(members, views) if is_recorded else run_sequential(members, views)
 
 
 def check_builder(build: object) -> None:
-    """Raises `OptionError` if `build` is a network, or no function."""
+    """Raises `OptionError` if the argument `build` of `Students` is not a function that can make new networks.
+
+    Args:
+        build: The argument; a network (`nn.Module`) is refused although it can be called.
+    """
     if isinstance(build, nn.Module) or not callable(build):
         what = "a network" if isinstance(build, nn.Module) else "no function"
         advice = "must be a function that makes a new network in each call, such as `lambda: copy.deepcopy(network)`"
@@ -90,7 +116,7 @@ def check_builder(build: object) -> None:
 
 
 def check_separate(members: Sequence[nn.Module]) -> None:
-    """Raises `OptionError` if two students share a parameter."""
+    """Raises `OptionError` if two of the given students share a parameter, such as the same network twice."""
     owners: dict[int, int] = {}
     for k, student in enumerate(members):
         own = student.network if isinstance(student, WrappedNetwork) else student
@@ -105,7 +131,7 @@ def check_separate(members: Sequence[nn.Module]) -> None:
 
 
 def find_equal_weights(first: nn.Module, second: nn.Module) -> tuple[float, list[str]]:
-    """Compares the parameters of two networks with the same architecture.
+    """Returns how many of the parameters of two networks with the same architecture have equal values.
 
     Tensors with a single value, such as the biases of a new network, are not compared, since they are equal in all
     networks. Parameters that are not trained are not compared either.
@@ -122,7 +148,12 @@ def find_equal_weights(first: nn.Module, second: nn.Module) -> tuple[float, list
 
 
 def describe_equal_weights(first: nn.Module, second: nn.Module) -> str:
-    """Returns a warning if two students start with the same weights, or with a large share of equal ones; else ""."""
+    """Returns a warning as text if two students start with equal weights, all or many of them; otherwise "".
+
+    Args:
+        first: A student.
+        second: Another student, whose parameters have the same names and shapes.
+    """
     share, names = find_equal_weights(first, second)
     if share == 1:
         return "the students start with equal weights, and may never differ; add_weight_noise changes them"
@@ -141,7 +172,12 @@ RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, 
 
 
 def check_run(run: RunStudents, device: torch.device) -> None:
-    """Raises `OptionError` if `run` is `run_on_streams` and the device is not a CUDA device."""
+    """Raises `OptionError` if the students cannot be run in the chosen way on a device.
+
+    Args:
+        run: The function that runs the students; `run_on_streams` needs a CUDA device.
+        device: The device of the run.
+    """
     if run is run_on_streams and device.type != "cuda":
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
 
@@ -165,7 +201,7 @@ class Students(nn.Module):
             have the same number of classes; whether their feature maps may differ depends on the method.
         num_stu: The number of students, S.
         seed: The initial weights of student k depend on (seed, k) only.
-        run: The function that runs all students on a batch; see the module's description.
+        run: The function that runs all students on a batch: `run_auto`, `run_sequential` or `run_on_streams`.
 
     Attributes:
         members: The students, an `nn.ModuleList` of backbones. A wrapped network is `members[k].network`.

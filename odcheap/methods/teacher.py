@@ -118,7 +118,7 @@ class Teacher(nn.Module):
 
     @cached_property
     def stages(self) -> StageRecorder:
-        """The recorder of the feature maps at the ends of the network's stages."""
+        """An object that records the network's feature maps at the end of each resolution; see `StageRecorder`."""
         return StageRecorder(self.network)
 
     @torch.no_grad()
@@ -129,7 +129,11 @@ class Teacher(nn.Module):
         return self.network(images)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if the names of the teacher's classes are known and differ from `classes`."""
+        """Raises `OptionError` if the names of the teacher's classes are known and differ from those of the data.
+
+        Args:
+            classes: The names of the classes of the data, in the order of the labels.
+        """
         if self.classes is not None and self.classes != classes:
             own, given = (f"{', '.join(names[:3])} ..." for names in (self.classes, classes))
             raise OptionError(OPTION, self.path, f"the teacher's classes are {own}; the data's {given}")
@@ -142,7 +146,7 @@ class TeacherEnsemble(nn.Module):
     not logits, so that a teacher with large logits does not count more than the others.
 
     Args:
-        members: The teachers.
+        members: The teachers, a list of `Teacher` objects.
         temperature: T, by which logits are divided before the softmax.
 
     Attributes:
@@ -180,7 +184,11 @@ class TeacherEnsemble(nn.Module):
         return mean * self.temperature
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if the names of one teacher's classes are known and differ from `classes`."""
+        """Raises `OptionError` if the names of one teacher's classes are known and differ from those of the data.
+
+        Args:
+            classes: The names of the classes of the data, in the order of the labels.
+        """
         for teacher in self.teachers:
             teacher.check_classes(classes)
 
@@ -250,7 +258,13 @@ def load_teacher(
 
 
 def check_channels(channels: int, teacher_mean: Sequence[float] | None, teacher_std: Sequence[float] | None) -> None:
-    """Raises `OptionError` if a given mean or standard deviation has not one number for each of these channels."""
+    """Raises `OptionError` if a mean or a standard deviation does not have one number for each channel.
+
+    Args:
+        channels: The number of channels of the teacher's images.
+        teacher_mean: The mean of each channel; None if it is not given.
+        teacher_std: The standard deviation of each channel; None if it is not given.
+    """
     for option, values in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
         if values is not None and len(values) != channels:
             allowed = f"must have {count_things(channels, 'number')}, one for each channel of the teacher's images"

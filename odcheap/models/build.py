@@ -33,11 +33,11 @@ BUILD_ERRORS = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, F
 
 
 class NetworkSettings(BaseModel):
-    """The settings from which a network is built, as files store them.
+    """The settings from which a network is built, as files store them together with the weights.
 
     Attributes:
-        backbone: The name of the backbone in `conf/backbone` (key "part"), and its options.
-        block_type: The name of the block type in `conf/block_type` (key "part"), and its options.
+        backbone: A dict with the name of the backbone in `conf/backbone` under the key "part", and with its options.
+        block_type: A dict with the name of the block type in `conf/block_type` under "part", and with its options.
         classes: The names of the classes, in the order of the logits.
         folded: Whether the weights are those of the network's folded form; see `fold_branches`.
         image_size: [C, H, W] of the images that the network takes; None for RGB images of any size.
@@ -135,10 +135,10 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
 
 
 def read_student_settings(metadata: Mapping[str, str], option: str, path: str | Path) -> dict[str, Any]:
-    """Returns the settings that the metadata of a `student.safetensors` contain; see `StudentSettings`.
+    """Returns the settings in the metadata of a `student.safetensors`, a dict with the keys of `StudentSettings`.
 
     Args:
-        metadata: The metadata of the file.
+        metadata: The metadata of the file, as `read_safetensors` returns them.
         option: The name of the option that gave the file, for messages.
         path: The file, for messages.
 
@@ -164,7 +164,7 @@ def load_network(
     """Builds a network and loads its weights.
 
     Args:
-        settings: At least `backbone`, `block_type` and `classes`; see `NetworkSettings`.
+        settings: A dict with at least the keys `backbone`, `block_type` and `classes`; see `NetworkSettings`.
         tensors: The state dict with the weights.
         option: The name of the option that gave the file, for messages.
         path: The file, for messages.
@@ -189,7 +189,7 @@ def build_network(
     """Builds a network with new random weights.
 
     Args:
-        settings: At least `backbone`, `block_type` and `classes`; see `NetworkSettings`.
+        settings: A dict with at least the keys `backbone`, `block_type` and `classes`; see `NetworkSettings`.
         option: The name of the option that gave the file with the settings, for messages.
         path: That file, for messages.
         block_type: The block type to use; None for the one in the settings.
@@ -225,17 +225,26 @@ def build_network(
 
 
 def build_directly(build: Callable[..., nn.Module], conv: BlockType, num_classes: int, channels: int = RGB) -> Backbone:
-    """Returns the network of a backbone with a block type; see `build_comparable`."""
+    """Builds the network of a backbone with a block type.
+
+    Args:
+        build: The backbone, a function that takes `conv` and `num_classes` and returns a network.
+        conv: The block type, which builds the convolutions.
+        num_classes: The number of classes, K.
+        channels: The number of channels of the images; see `adapt_input`.
+    """
     return adapt_input(to_backbone(build(conv=conv, num_classes=num_classes)), channels)
 
 
 def build_comparable(
     build: Callable[..., nn.Module], conv: BlockType, num_classes: int, channels: int = RGB
 ) -> Backbone:
-    """Returns the network of a backbone with a block type, also for comparison: the standard network has no expansion.
+    """Builds the network of a backbone with a block type, or the standard network with which it is compared.
+
+    It differs from `build_directly` for a `CifarResNet` with the block type Standard, which gets expansion=1.
 
     Args:
-        build: The backbone, a function that takes `conv` and `num_classes`.
+        build: The backbone, a function that takes `conv` and `num_classes` and returns a network.
         conv: The block type.
         num_classes: The number of classes, K.
         channels: The number of channels of the images; see `adapt_input`.
@@ -254,7 +263,8 @@ def check_state_dict(
         own: The state dict of the network.
         given: The state dict in the file.
         path: The file, for the message.
-        reason: What such a difference means, in words, for the message; the first difference is added to it.
+        reason: A text for the message that says what such a difference means, such as "weights of another network".
+            The first difference is added to it.
         option: The name of the option that gave the file, for the message.
     """
     for name in sorted(own.keys() | given.keys()):

@@ -95,7 +95,14 @@ class CifarResNet(Backbone):
 
 
 class BasicBlock(nn.Module):
-    """The block of He et al.: relu(norm(conv2(relu(norm(conv1(x))))) + shortcut(x)); conv1 has the stride."""
+    """The block of He et al.: relu(norm(conv2(relu(norm(conv1(x))))) + shortcut(x)); conv1 has the stride.
+
+    Args:
+        conv: The block type, which builds conv1 and conv2.
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        stride: The stride of conv1 and of the shortcut.
+    """
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -113,8 +120,14 @@ class BasicBlock(nn.Module):
 class CheapBlock(nn.Module):
     """The block of the method's 2019 reference code: relu(norm(conv2(relu(norm(conv1(x)))))) + shortcut(x).
 
-    conv2 has the stride. Unlike in `BasicBlock` the second ReLU comes before the sum. With an expansion of e the map
-    between conv1 and conv2 has e times as many channels as the output.
+    conv2 has the stride. Unlike in `BasicBlock` the second ReLU comes before the sum.
+
+    Args:
+        conv: The block type, which builds conv1 and conv2.
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        stride: The stride of conv2 and of the shortcut.
+        expansion: How many times as many channels as the output the map between conv1 and conv2 has.
     """
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int, expansion: int = 1):
@@ -132,7 +145,16 @@ class CheapBlock(nn.Module):
 def make_stage(
     block: Callable[..., nn.Module], conv: BlockType, in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Returns a sequence of `blocks` blocks; the first one has the stride and changes the number of channels."""
+    """Returns a sequence of blocks; the first one has the stride and changes the number of channels.
+
+    Args:
+        block: The class of the blocks, such as `CheapBlock`; it is called as block(conv, in, out, stride).
+        conv: The block type, which builds the convolutions of the blocks.
+        in_channels: The number of input channels of the first block.
+        out_channels: The number of output channels of all blocks.
+        blocks: The number of blocks.
+        stride: The stride of the first block.
+    """
     first = block(conv, in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(conv, out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
@@ -217,7 +239,12 @@ def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_
 
 
 class DenseLayer(nn.Module):
-    """A layer of a DenseNet: appends conv(relu(norm(x))) to x, (N, C, H, W) -> (N, C + growth, H, W)."""
+    """A layer of a DenseNet: appends conv(relu(norm(x))) to x, (N, C, H, W) -> (N, C + growth, H, W).
+
+    Args:
+        channels: The number of input channels, C.
+        growth: The number of channels that are appended.
+    """
 
     def __init__(self, channels: int, growth: int):
         super().__init__()
@@ -254,6 +281,11 @@ class WideBlock(nn.Module):
     """The block of a wide ResNet: conv2(relu(norm2(conv1(relu(norm1(x)))))) + shortcut.
 
     The shortcut is x, or a 1 x 1 convolution of relu(norm1(x)) if the shape changes.
+
+    Args:
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        stride: The stride of conv1 and of the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):

@@ -169,7 +169,7 @@ def is_weight_hook(hook: Any) -> bool:
 
 
 def find_input_shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """Tries usual image sizes, and returns the first (C, H, W) that a network takes; None if it takes none of them."""
+    """Returns the first of some usual image sizes (C, H, W) that a network takes; None if it takes none of them."""
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     shapes = ((stem.in_channels, side, side) for side in PROBE_SIDES)
     return next((shape for shape in shapes if find_error(model, shape) is None), None)
@@ -207,7 +207,14 @@ def find_uncalled_convs(model: nn.Module, shape: tuple[int, int, int]) -> set[st
 
 
 def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
-    """Raises `OptionError` if `init` is unknown, or if a name in `keep` is that of no convolution."""
+    """Raises `OptionError` if the arguments `keep` and `init` of `cheapen` are not valid.
+
+    Args:
+        model: The network that is to be converted.
+        keep: Names of layers, or patterns such as `layer1.*`, each of which must select a K x K convolution; None for
+            the default of `cheapen`.
+        init: Must be "auto", "fit" or "kaiming".
+    """
     if init not in get_args(Init):
         raise OptionError("init", init, f"must be one of {', '.join(get_args(Init))}")
     if keep is not None:
@@ -336,7 +343,7 @@ def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """A row of a `ConversionTable`: a K x K convolution before and after the conversion.
+    """A row of a `ConversionTable`: a K x K convolution before and after `cheapen` replaced it or kept it.
 
     Attributes:
         name: The name of the convolution in the network.
@@ -404,7 +411,7 @@ def conversion_table(
 
 
 def describe_layer(layer: nn.Module) -> str:
-    """Returns a short description of a layer, such as "3 x 3" or "depth-wise + 1 x 1", or why `cheapen` kept it."""
+    """Returns a short description of a layer, such as "3 x 3", "depth-wise + 1 x 1" or "kept: the stem"."""
     if isinstance(layer, CheapConv):
         return f"{describe_layer(layer.spatial)} + 1 x 1"
     if not isinstance(layer, nn.Conv2d):

@@ -16,15 +16,15 @@ from odcheap.utils.errors import first_line
 
 
 def find_export_problem(network: nn.Module, image_size: tuple[int, int, int], whole: bool) -> str | None:
-    """Traces a network as the export does, and writes it as ONNX.
+    """Finds out whether a network can be exported: traces it, and writes it or a part of it as ONNX (in memory).
 
-    Writing a whole network takes many seconds. If only the block type is new, its first pair is enough, since the rest
-    of the network is known to work.
+    Writing a whole network takes many seconds. If only the block type is new, the first cheap convolution is enough,
+    since the rest of the network is known to work.
 
     Args:
         network: The network; it is not changed.
         image_size: Shape (C, H, W) of an image.
-        whole: Whether the whole network is written as ONNX, not only its first cheap pair.
+        whole: Whether the whole network is written as ONNX, not only its first cheap convolution (`CheapConv`).
 
     Returns:
         One line that says what is wrong; None if the export will work.
@@ -45,7 +45,7 @@ def find_export_problem(network: nn.Module, image_size: tuple[int, int, int], wh
 
 @contextlib.contextmanager
 def quiet_exporters() -> Generator[None]:
-    """A context in which PyTorch's exporters print nothing if they fail. Their error, with the cause, is raised."""
+    """A context manager in which PyTorch's exporters print nothing; if they fail, their error is raised as usual."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -56,7 +56,7 @@ def quiet_exporters() -> Generator[None]:
 
 
 def describe_exporter_error(error: BaseException) -> str:
-    """Returns the first line of the error in which a failed export began, with the error's type."""
+    """Returns the type and the first line of the first error in a chain of causes, in which a failed export began."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__  # the exporters' own messages only say that a step has failed
@@ -69,7 +69,13 @@ def trace(network: nn.Module, images: Tensor) -> Any:
 
 @torch.no_grad()
 def find_input(network: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
-    """Returns the tensor that a module gets when the network runs on images."""
+    """Returns the input that a module inside a network gets when the network runs on images.
+
+    Args:
+        network: The network.
+        module: One of its modules.
+        images: (N, C, H, W).
+    """
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     network(images)

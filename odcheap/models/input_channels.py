@@ -19,8 +19,8 @@ def adapt_input(network: Network, channels: int) -> Network:
     weights are repeated, and multiplied by 3 / n. timm does the same.
 
     Args:
-        network: The network.
-        channels: The number of channels of the images, n.
+        network: The network, for RGB images.
+        channels: The number of channels of the images that it should take, n.
 
     Raises:
         OptionError: The first convolution is none of RGB images.

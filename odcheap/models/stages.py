@@ -13,7 +13,7 @@ MIN_STAGE_CONVS = 2  # a lone convolution at a resolution is a stem
 
 
 class StageRecorder:
-    """Records the feature maps at the ends of a network's stages.
+    """Records the feature maps at the ends of a network's stages, with hooks, during forward passes.
 
     A stage is what a network computes at one resolution. Its end is the last feature map (N, C, h, w) of this size that
     a module returns; a forward pass of a trial image shows which one that is. Modules inside of others do not count
@@ -56,12 +56,15 @@ class StageRecorder:
 
     @property
     def channels(self) -> list[int]:
-        """The numbers of channels of the maps."""
+        """The number of channels of each recorded feature map, from the first stage to the last."""
         return [call.shape[1] for call in self.calls]
 
     @contextmanager
     def record(self) -> Generator[list[Tensor]]:
-        """A context manager that returns a list; when it ends, the list has the maps of the forward pass in it."""
+        """A context manager for one forward pass of the network; it returns a list, which is empty at first.
+
+        When the context ends, the list contains the feature maps (N, C, h, w) of that forward pass, one for each stage.
+        """
         outputs: defaultdict[str, list[Any]] = defaultdict(list)
         maps: list[Tensor] = []
 

@@ -18,15 +18,18 @@ MAX_STUDENTS = 100
 
 
 def read_shapes(students: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path] = ()) -> list[Shape]:
-    """Returns the complete settings of backbone and block type of each student.
+    """Returns the backbone and the block type of each student, given the option `students` of a run.
 
     Args:
         students: The value of the option: a list whose entries are names of `conf/block_type` or `conf/backbone`, or
-            dicts with one or both of the keys "block_type" and "backbone". The value of such a key is a name, or the
-            options of a part with its name under "part".
-        own: The settings of the run's own `backbone` and `block_type`, each with the key "part". They apply to a
-            student if its entry does not name another part.
-        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+            dicts with one or both of the keys "block_type" and "backbone". The value of such a key is a name, or a dict
+            of options with the name under "part".
+        own: The run's own backbone and block type: a dict with the keys "backbone" and "block_type", whose values are
+            dicts of options with the name under "part". They apply to a student if its entry names no others.
+        config_dirs: Further `conf` directories, with backbones and block types of your own.
+
+    Returns:
+        A dict for each student, with the same keys as `own` and with all options.
 
     Raises:
         OptionError: An entry is wrong.
@@ -42,7 +45,13 @@ def read_shapes(students: Any, own: Mapping[str, Mapping[str, Any]], config_dirs
 
 
 def read_shape(entry: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path]) -> Shape:
-    """Returns the settings of one student; see `read_shapes`."""
+    """Returns the backbone and the block type of one student, with all options, in a dict such as `own`.
+
+    Args:
+        entry: The student's entry in the option `students`, such as "DW" or {"block_type": "Shift"}.
+        own: The run's own backbone and block type, which apply if the entry names no others; see `read_shapes`.
+        config_dirs: Further `conf` directories, with backbones and block types of your own.
+    """
     known = {group: list_parts(group, config_dirs) for group in GROUPS}
     if isinstance(entry, str):
         group = next((group for group in ("block_type", "backbone") if entry in known[group]), None)
@@ -76,8 +85,8 @@ def name_shape(shape: Mapping[str, Mapping[str, Any]], others: Sequence[Mapping[
     """Returns a short name of a student, such as "DW resnet20", with the options in which it differs from others.
 
     Args:
-        shape: The settings of the student.
-        others: The settings of all students of the run.
+        shape: The backbone and the block type of the student, as `read_shapes` returns them.
+        others: Those of all students of the run.
 
     Example:
         >>> wide = {"block_type": {"part": "DW"}, "backbone": {"part": "resnet20", "width": 24}}

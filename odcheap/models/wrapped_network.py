@@ -101,9 +101,12 @@ def to_backbone(network: nn.Module) -> Backbone:
 
 
 def has_interface(network: Any) -> bool:
-    """Returns whether a network has the methods and attributes of a `Backbone` that `INTERFACE` lists.
+    """Returns whether a network has `features`, `head`, `num_features` and `num_classes`, as in `Backbone`.
 
-    Its own forward pass must be equal to `head(features(images))`.
+    Its own forward pass must also be equal to `head(features(images))`.
+
+    Args:
+        network: A network of any class.
     """
     # The names alone are not enough: networks of libraries have attributes of these names that mean other things.
     if not callable(getattr(network, "features", None)) or not callable(getattr(network, "head", None)):
@@ -170,7 +173,15 @@ def find_stem_channels(network: nn.Module) -> int:
 
 
 def record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
-    """Runs a network, and returns those calls of its modules that returned a tensor, and the output of the network."""
+    """Runs a network once, and records which of its modules are called.
+
+    Args:
+        network: The network.
+        images: (N, C, H, W).
+
+    Returns:
+        The calls that returned a tensor, in the order in which they ended, and the output of the network.
+    """
     calls: list[Call] = []
     counts: Counter[str] = Counter()
 
@@ -195,7 +206,7 @@ def find_classifier(network: nn.Module, calls: list[Call], classes: int) -> Call
 
     Args:
         network: The network.
-        calls: The calls of its modules; see `try_network`.
+        calls: The calls of its modules in a forward pass; see `try_network`.
         classes: The number of classes.
 
     Raises:
@@ -236,7 +247,12 @@ def find_last_map(network: nn.Module, calls: list[Call]) -> Call:
 
 
 def refuse(network: nn.Module, reason: str) -> OptionError:
-    """Returns an error that says why a network cannot be trained as a student, and what it lacks."""
+    """Returns an error, to be raised, that says why a network cannot be trained as a student, and what it lacks.
+
+    Args:
+        network: The network.
+        reason: Why it cannot be a student, such as "it has no convolution".
+    """
     needed, lacking = (
         ", ".join(f"`{name}`" for name in names)
         for names in (INTERFACE, [name for name in INTERFACE if not hasattr(network, name)])

@@ -49,9 +49,15 @@ def converted_backbone(
 
 
 def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> Any:
-    """Calls `cheapen`, but returns the network itself if the block type is standard.
+    """Returns a copy of a network with cheap convolutions, or the network itself if the block type is Standard.
 
-    Errors name the options as users set them: `backbone.keep`, not `keep`.
+    It calls `cheapen`. Errors name the options as users set them: `backbone.keep`, not `keep`.
+
+    Args:
+        network: The standard network.
+        conv: The block type, which builds the cheap convolutions.
+        keep: The convolutions that are not replaced; None for the first one. See `cheapen`.
+        init: How the weights of the cheap convolutions are initialized: "auto", "fit" or "kaiming". See `cheapen`.
     """
     check_block_type(conv)
     try:
@@ -112,7 +118,13 @@ class LibraryBackbone(Backbone):
             add_weight_noise(self.network, noise)
 
     def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
-        """Returns the standard network; `is_pretrained` says whether published weights will be loaded into it."""
+        """Returns the standard network of the library, with random weights.
+
+        Args:
+            name: The name of the network in the library, such as `resnet18`.
+            num_classes: The number of classes, K.
+            is_pretrained: Whether published weights will be loaded into it afterwards.
+        """
         raise NotImplementedError
 
     def set_network(self, network: nn.Module, num_classes: int, name: str) -> None:
@@ -304,7 +316,12 @@ def load_pretrained(
 
 
 def read_published(path: str, option: str) -> Any:
-    """Returns the content of a file of published weights; see `load_pretrained` for the arguments."""
+    """Returns the content of a file of published weights, such as a state dict.
+
+    Args:
+        path: The file, written by `torch.save`, or as safetensors with the suffix `.safetensors`.
+        option: The name of the option that gave the file, for messages.
+    """
     if str(path).endswith(".safetensors"):
         return read_safetensors(path, option)[0]
     # The scripts of timm and torchvision store their arguments too. A namespace holds values and runs no code.
@@ -313,7 +330,10 @@ def read_published(path: str, option: str) -> Any:
 
 
 def update_name(name: str) -> str:
-    """Returns a tensor's current name, without the prefix of `torch.compile` and the extra dots of old DenseNets."""
+    """Returns the name that a tensor of an old or compiled network has today.
+
+    The prefix `_orig_mod.` of `torch.compile` is removed, and so are the extra dots in the names of old DenseNets.
+    """
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.replace("_orig_mod.", ""))
 
 
@@ -324,7 +344,7 @@ def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tenso
 
     Args:
         tensors: The tensors of the file by name.
-        own: The names of the network's tensors.
+        own: The names that the tensors of the network have, without prefixes.
     """
     # One prefix after the other is removed, until a name is one of the network's, or no prefix is that of most names.
     while not own & tensors.keys():
@@ -337,7 +357,11 @@ def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tenso
 
 
 def find_last_layer(network: nn.Module, num_classes: int) -> str:
-    """Returns the name of the layer that computes the logits: the last one with `num_classes` outputs.
+    """Returns the name of the layer that computes the logits: the last linear or convolutional one with K outputs.
+
+    Args:
+        network: The network.
+        num_classes: The number of classes, K.
 
     Raises:
         OptionError: There is no such layer.
@@ -410,7 +434,12 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
 
 
 def find_map_size(backbone: Backbone, image_size: tuple[int, int, int]) -> tuple[int, int]:
-    """Returns the height and the width of a network's last feature map for images (C, H, W)."""
+    """Returns the height and the width of a network's last feature map.
+
+    Args:
+        backbone: The network.
+        image_size: (C, H, W) of the images.
+    """
     height, width = _features_on_meta(backbone, *image_size[1:]).shape[2:]
     return height, width
 
