@@ -272,7 +272,7 @@ def convert_to_rgb(image: Image.Image, bit_depth: int | None = None) -> Image.Im
 
 
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Returns a decoded image with three channels (RGB), or one (gray: 29.9 % red, 58.7 % green, 11.4 % blue)."""
+    """Converts a decoded image to gray (29.9 % red, 58.7 % green, 11.4 % blue) if `channels` is 1, otherwise to RGB."""
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
 

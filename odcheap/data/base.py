@@ -186,7 +186,7 @@ class ResumableBatches(ABC):
 
     @abstractmethod
     def batches_from(self, start: int) -> Iterator[Batch]:
-        """Yields the batches of the epoch from number `start` (from 0) on."""
+        """Yields the `Batch` objects of the epoch from batch number `start` (from 0) on."""
 
     def state_dict(self) -> dict[str, int]:
         return {"done": self.done}

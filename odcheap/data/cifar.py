@@ -179,8 +179,8 @@ def decode_images(files: Files) -> tuple[Tensor, Tensor]:
 def hash_file_stats(paths: list[Path]) -> str:
     """Returns a hash of the names, sizes and modification times of files.
 
-    It changes if a file is added, removed or written, but not if the whole folder is moved: of each path only the names
-    of part, class and file are used.
+    It changes if a file is added, removed or written, but not if the whole folder is moved: of each path only the last
+    three names are used, such as `train/cat/1.png`.
     """
     whole = hashlib.blake2b(CACHE_FORMAT.encode(), digest_size=16)
     for path in paths:

@@ -85,7 +85,7 @@ def _total_stride(pair: CheapConv) -> tuple[int, int]:
 def standard_form(network: nn.Module) -> nn.Module:
     """Returns a copy of the network in which each `CheapConv` is replaced by a standard convolution of the same shape.
 
-    The weights of these convolutions are random.
+    A `CheapConv` is a spatial operator, then a 1 x 1 convolution. The weights of the new convolutions are random.
     """
     return replace_pairs(network, _make_standard)
 

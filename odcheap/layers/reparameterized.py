@@ -88,7 +88,7 @@ class RepDepthwise(nn.Module):
         return self.conv._conv_forward(x, *self.fold_weights())
 
     def sum_branches(self, x: Tensor) -> Tensor:
-        """Returns the sum of the three branches, each with its batch norm."""
+        """Returns the sum (N, C, H', W') of the three branches for an input (N, C, H, W), each with its batch norm."""
         y = self.conv_norm(self.conv(x))
         center = self.select_centers(x, y.shape[-2], y.shape[-1])
         return y + self.scale_norm(self.scale(center)) + self.identity_norm(center)

@@ -70,7 +70,7 @@ class AveragedStudents(Students):
             average.lerp_(weight, (1 - decay).to(weight.dtype))
 
     def copy_weights(self, students: Students) -> None:
-        """Sets the averages, and the batch norm statistics of the copies, to those of the students."""
+        """Sets the averages to the weights of the given students, and copies their batch norm statistics too."""
         self.members.load_state_dict(students.members.state_dict())
 
 

@@ -150,6 +150,8 @@ def find_equal_weights(first: nn.Module, second: nn.Module) -> tuple[float, list
 def describe_equal_weights(first: nn.Module, second: nn.Module) -> str:
     """Returns a warning as text if two students start with equal weights, all or many of them; otherwise "".
 
+    If only a part of the weights is equal, this is reported for networks in a `WrappedNetwork` only.
+
     Args:
         first: A student.
         second: Another student, whose parameters have the same names and shapes.

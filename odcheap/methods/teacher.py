@@ -194,7 +194,7 @@ class TeacherEnsemble(nn.Module):
 
 
 def digest_weights(network: nn.Module) -> Tensor:
-    """Returns a digest of a network's weights, (16,) uint8; weights that were rounded to bfloat16 have the same one."""
+    """Returns a hash of a network's weights, (16,) uint8, which rounding the weights to bfloat16 does not change."""
     # The rounding makes the digest the same for a teacher in float32 and in bfloat16 (trainer.precision).
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():

@@ -77,7 +77,12 @@ def chunk_statistics(
     TILES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the mean and the sum of squared deviations of each channel in a chunk to partial (2, chunks, C)."""
+    """Triton kernel that computes the mean and the sum of squared deviations of each channel, in each chunk of rows.
+
+    It reads x, a matrix (rows, C) with one pixel of one image in each row, and writes partial (2, chunks, C): the
+    means, then the sums. A program computes them for one chunk, which has TILES * ROWS rows, and for BLOCK channels.
+    ACC is the dtype of the sums.
+    """
     # One program for each chunk of rows and block of channels.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -98,8 +103,9 @@ def chunk_statistics(
 def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
     """Returns mean and sum of squared deviations of each channel over all rows (Chan, Golub, LeVeque, 1979).
 
-    They are computed from partial (2, chunks, C), which has those of chunks of CHUNK rows; PARTS is the number of
-    chunks, rounded up to a power of two.
+    They are computed from partial (2, chunks, C), in which `chunk_statistics` has written those of chunks of CHUNK
+    rows. PARTS is the number of chunks, rounded up to a power of two, and `channel` has the numbers of the program's
+    channels, of C in all.
     """
     # The last chunk may have fewer rows, so each chunk's mean counts with its number of rows.
     part = tl.arange(0, PARTS)
@@ -115,7 +121,10 @@ def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PART
 
 @triton.jit
 def update_running(running_ptr, value, channel, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """Updates a running statistic in place with its value in this batch, as `nn.BatchNorm2d` does."""
+    """Updates a running mean or variance (C,) in place with its value in this batch, as `nn.BatchNorm2d` does.
+
+    `value` has the values of the channels whose numbers are in `channel`.
+    """
     old = tl.load(running_ptr + channel, mask=channel < C, other=0.0)
     tl.store(running_ptr + channel, old * (1.0 - MOMENTUM) + value * MOMENTUM, mask=channel < C)
 
@@ -145,10 +154,12 @@ def normalize(
     ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes y: batch norm, ReLU, and the sum with the residual, in the order that ORDER gives.
+    """Triton kernel that writes y: batch norm, ReLU, and the sum with the residual.
 
-    The statistics come from partial (2, chunks, C), which has those of chunks of CHUNK rows. The programs of the first
-    chunk also write saved (2, C), the mean and 1 / standard deviation of each channel, and update the running
+    x, residual and y are matrices (rows, C) with one pixel of one image in each row. ORDER is `NO_RESIDUAL`, `ACT_ADD`
+    or `ADD_ACT`. A program writes one chunk, which has TILES * ROWS rows, and BLOCK channels. The statistics come from
+    partial (2, chunks, C), in which `chunk_statistics` has written those of chunks of CHUNK rows. The programs of the
+    first chunk also write saved (2, C), the mean and 1 / standard deviation of each channel, and update the running
     statistics.
     """
     # Each program combines the statistics of its channels itself, which needs no kernel in between.
@@ -183,7 +194,10 @@ def normalize(
 
 @triton.jit
 def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl.constexpr):
-    """Returns mean, 1 / standard deviation, weight and bias of each channel, (BLOCK,) each."""
+    """Returns mean, 1 / standard deviation, weight and bias of a batch norm, (BLOCK,) each, in the dtype ACC.
+
+    The first two come from saved (2, C), which `normalize` has written. `channel` has the numbers of the channels.
+    """
     known = channel < C
     mean = tl.load(saved_ptr + channel, mask=known, other=0.0)
     rstd = tl.load(saved_ptr + C + channel, mask=known, other=0.0)
@@ -194,7 +208,12 @@ def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl
 
 @triton.jit
 def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER: tl.constexpr, ACC: tl.constexpr):
-    """Returns the gradient of the ReLU's input: dy where that input is positive, otherwise zero."""
+    """Returns a tile of the gradient of the ReLU's input: dy where that input is positive, otherwise zero.
+
+    `at` has the positions of the tile's elements in dy and y, and `ok` is the tile's mask. Whether the input is
+    positive is read from the output y if ORDER is `ADD_ACT`, otherwise computed from the normalized input x_hat, the
+    weight and the bias.
+    """
     # relu(bn(x) + residual) has the sign of the output y; otherwise the ReLU's input is computed again from x_hat.
     dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(ACC)
     if ORDER == 2:  # noqa: SIM108 - Triton prunes an untaken branch, not an untaken operand
@@ -222,7 +241,12 @@ def chunk_gradients(
     ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the sums of g and of g * x_hat over a chunk to partial (2, chunks, C); g is the ReLU's input gradient."""
+    """Triton kernel that sums g and g * x_hat over each chunk of rows: g is the gradient of the ReLU's input.
+
+    x_hat is the normalized input. The sums are written to partial (2, chunks, C). dy, x and y are matrices (rows, C)
+    with one pixel of one image in each row. A program sums over one chunk, which has TILES * ROWS rows, in BLOCK
+    channels. ORDER is `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`; y is read only with the last one.
+    """
     # The gradient of the batch norm's input needs both sums over all rows, so they take a kernel of their own.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -282,7 +306,12 @@ def input_gradient(
     ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes dx, and dresidual if ORDER is ADD_ACT; the programs of the first chunk also write dweight and dbias."""
+    """Triton kernel that writes dx, the gradient of the input, from the sums that `chunk_gradients` wrote to partial.
+
+    If ORDER is `ADD_ACT`, it also writes dresidual, the gradient of the residual. The programs of the first chunk of
+    rows also write dweight and dbias (C,), the gradients of the batch norm's weight and bias. The other arguments are
+    those of `chunk_gradients`; PARTS is the number of chunks, rounded up to a power of two.
+    """
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total, total_hat = combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C, PARTS)

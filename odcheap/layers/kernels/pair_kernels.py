@@ -17,7 +17,10 @@ from odcheap.layers.kernels.spatial import load_tap, shift_offsets
 
 @triton.jit
 def locate_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
-    """Returns, for rows of the output, the pixel's row and column in the input's image, and its row number in x."""
+    """Returns where the output pixels with the numbers `row` lie in the input of a convolution with a stride.
+
+    These are the row and the column in the image of H x W pixels, and the number of the pixel among all input pixels.
+    """
     out_h: tl.constexpr = (H + STRIDE - 1) // STRIDE
     out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
     h = row // out_w % out_h * STRIDE
@@ -39,9 +42,10 @@ def load_strided_neighbor(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the tile of x that entry TAP (0 to 8) of the 3 x 3 window reads for rows of the output.
+    """Returns the input pixels, as a tile, that entry TAP (0 to 8) of a 3 x 3 window reads for some output pixels.
 
-    Outside of the image it is zero.
+    `row` has the numbers of the output pixels, of `rows` in all, and `channel` those of the channels, of C in all.
+    Pixels outside of the image of H x W pixels are zero.
     """
     down: tl.constexpr = TAP // 3 - 1
     right: tl.constexpr = TAP % 3 - 1
@@ -69,7 +73,11 @@ def load_spatial(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns a tile of s, the spatial operator's output, rounded to the dtype of x."""
+    """Returns a tile of s, the output of a 3 x 3 shift or depth-wise convolution of x, rounded to the dtype of x.
+
+    It has the output pixels with the numbers `row` (of `rows` in all) and the channels with the numbers `channel`. If
+    IS_SHIFT, the kernel is not read.
+    """
     # A shift reads one pixel in each channel; a depth-wise convolution sums over nine pixels.
     if IS_SHIFT:
         down, right = shift_offsets(channel, 1, C)
@@ -125,9 +133,11 @@ def pair_forward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes z, and the statistics of each of its channels in a chunk.
+    """Triton kernel that writes z, the output of a `CheapConv`: of its spatial operator, then its 1 x 1 convolution.
 
-    partial (2, chunks, C_OUT) gets the mean and the sum of squared deviations.
+    It also writes partial (2, chunks, C_OUT): the mean and the sum of squared deviations of each channel of z, in each
+    chunk of rows. A row is one pixel of one image in z. A program works on one chunk, which has TILES * ROWS rows, and
+    on all channels.
     """
     # The weights (IN, OUT), which all tiles use.
     chunk = tl.program_id(0)
@@ -197,7 +207,11 @@ def kernel_gradient(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the sum over a tile of the gradient of the depth-wise weights, as the first nine rows of (16, BLOCK)."""
+    """Returns the gradient of the depth-wise weights, summed over the pixels of a tile.
+
+    It is in the first nine rows of the result (16, BLOCK), one row for each entry of the 3 x 3 kernel. ds is the tile
+    of the gradient of the depth-wise convolution's output, and `row` has the numbers of its pixels.
+    """
     # Nine vectors would need more registers: a vector has copies in many threads, but each element of a tile is in one.
     taps = tl.arange(0, 16)
     total = tl.zeros([16, BLOCK], ACC)
@@ -247,7 +261,10 @@ def pair_backward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the gradient ds, and the sums of the weights' gradients over a chunk to partial (chunks, COLUMNS).
+    """Triton kernel of the backward pass of a `CheapConv` with batch norm and ReLU, up to its spatial operator.
+
+    It writes ds, the gradient of the output s of the spatial operator, and the gradients of the weights, summed over
+    each chunk of rows, to partial (chunks, COLUMNS). A row is one pixel of one image in the output.
 
     A row of partial has first the gradient of the 1 x 1 weights (C_OUT, C_IN), then that of the depth-wise weights
     (9, C_IN) if there are any. The program of the first chunk also writes dgamma and dbeta, the gradients of the batch
@@ -297,7 +314,11 @@ def load_input_gradient(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns a tile of dx, the gradient of the input: the sum over all output pixels that read an input pixel."""
+    """Returns a tile of dx, the gradient of the input of a 3 x 3 shift or depth-wise convolution.
+
+    For each input pixel it is the sum over all output pixels that read this pixel. `row` has the numbers of the input
+    pixels, and ds is the gradient of the output.
+    """
     # Output pixels exist only at multiples of STRIDE.
     out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
     image = row // (H * W) * ((H + STRIDE - 1) // STRIDE * out_w)
@@ -336,8 +357,9 @@ def sum_weights(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Adds up partial (chunks, COLUMNS) over the chunks, and writes the sums of the columns `column`.
+    """Sums the gradients of the weights, which `pair_backward` wrote to partial (chunks, COLUMNS), over the chunks.
 
+    The sums of the columns with the numbers `column` are written.
     The first WEIGHTS columns go to dweight (C_OUT, C_IN), the others, (9, C), to dkernel (C, 9).
     """
     part = tl.arange(0, PARTS)
@@ -375,7 +397,7 @@ def spatial_backward(
     GROUP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the gradients dx, dweight and dkernel.
+    """Triton kernel that writes the gradients of a `CheapConv`'s input (dx), 1 x 1 weights and depth-wise weights.
 
     The first `programs` programs write dx; if EXTRA, they add another gradient of the input to it. Each of the other
     programs adds up GROUP columns of partial (chunks, COLUMNS), see `sum_weights`.

@@ -59,7 +59,10 @@ def load_neighbor(
 
 @triton.jit
 def load_tap(weight_ptr, x_ptr, channel, TAP: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Returns entry TAP (0 to 8) of the 3 x 3 kernel of each channel, (1, BLOCK), rounded to the dtype of x."""
+    """Returns entry TAP (0 to 8) of the 3 x 3 kernel of each channel, (1, BLOCK), rounded to the dtype of x.
+
+    weight has the kernels (C, 9), and `channel` the numbers of the channels.
+    """
     weight = tl.load(weight_ptr + channel * 9 + TAP, mask=channel < C, other=0.0)
     return weight.to(x_ptr.dtype.element_ty).to(ACC)[None, :]
 
@@ -77,7 +80,11 @@ def depthwise_forward(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes y, the depth-wise 3 x 3 convolution of x."""
+    """Triton kernel that writes y, the depth-wise 3 x 3 convolution of x with padding 1.
+
+    x and y are matrices (rows, C) with one pixel of one image in each row; the images have H x W pixels. weight has the
+    kernels (C, 9). A program writes ROWS rows and BLOCK channels. ACC is the dtype of sums.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros([ROWS, BLOCK], ACC)
@@ -131,7 +138,12 @@ def depthwise_backward(
     TILES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes dx, and the sums of the weights' gradient over a chunk of TILES tiles to partial (chunks, 9, C)."""
+    """Triton kernel of the backward pass of a depth-wise 3 x 3 convolution.
+
+    It writes dx, the gradient of the input x, and partial (chunks, 9, C), the gradient of the weights summed over each
+    chunk of rows. dy, x and dx are matrices (rows, C) with one pixel of one image in each row; the images have H x W
+    pixels. A program works on one chunk, which has TILES * ROWS rows, and on BLOCK channels.
+    """
     # The nine entries of the kernel are nine variables, since Triton has no lists.
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -176,7 +188,10 @@ def depthwise_backward(
 
 @triton.jit
 def sum_chunks(partial_ptr, dweight_ptr, chunks, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Writes dweight (C, 9), the sum of partial (chunks, 9, C) over the chunks."""
+    """Triton kernel that writes dweight (C, 9), the sum over the chunks of partial, which has the shape (chunks, 9, C).
+
+    A program sums BLOCK of the 9 * C columns. PARTS is the number of chunks, rounded up to a power of two.
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)
     ok = (part < chunks)[:, None] & (column < 9 * C)[None, :]
@@ -187,7 +202,10 @@ def sum_chunks(partial_ptr, dweight_ptr, chunks, C: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def shift_offsets(channel, SIGN: tl.constexpr, C: tl.constexpr):
-    """Returns the offset at which each channel of a shift reads, in lines and columns, times SIGN."""
+    """Returns how many pixels below and to the right each channel of a 3 x 3 `Shift2d` reads, -1 to 1, times SIGN.
+
+    `channel` has the numbers of the channels, of C in all.
+    """
     entry = tl.where(channel < C // 9 * 9, channel % 9, 4)  # the remaining channels are copied
     return SIGN * (entry // 3 - 1), SIGN * (entry % 3 - 1)
 
@@ -204,9 +222,10 @@ def shift_channels(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes y: each channel of x shifted by its offset (SIGN 1) or by the opposite offset (SIGN -1).
+    """Triton kernel that writes y: each channel of x shifted as in a 3 x 3 `Shift2d`, or if SIGN is -1 the other way.
 
-    Pixels from outside of the image are zero.
+    x and y are matrices (rows, C) with one pixel of one image in each row; the images have H x W pixels. Pixels from
+    outside of the image are zero. A program writes ROWS rows and BLOCK channels.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -223,6 +242,9 @@ def shift_channels(
 def plan_elements(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
     """Returns how to divide a feature map among programs that compute each output element separately.
 
+    A program is a thread block of a GPU kernel. It works on a chunk of rows (a row is one pixel of one image) and on a
+    block of channels.
+
     Args:
         x: The feature map, (N, C, H, W).
         programs: The approximate number of programs.
@@ -238,7 +260,10 @@ def plan_elements(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
 
 
 def plan_sums(x: Tensor) -> tuple[tuple[int, int], int, int]:
-    """Returns how to divide a feature map (N, C, H, W) among about SUM_PROGRAMS programs that also sum over pixels.
+    """Returns how to divide a feature map (N, C, H, W) among about 256 programs, each of which sums over some pixels.
+
+    A program is a thread block of a GPU kernel. It works on a chunk of rows (a row is one pixel of one image), which it
+    reads in tiles of 64 rows, and on a block of channels.
 
     Returns:
         The grid (chunks of rows, blocks of channels), the number of channels and the number of tiles of a program.
