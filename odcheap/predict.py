@@ -522,7 +522,7 @@ def read_verified(folder: Path, name: str) -> bytes:
     """Returns the content of a file of an export, whose checksum (SHA-256) is compared with the one in the model card.
 
     Args:
-        folder: The folder of the export.
+        folder: The folder of an export, which `odcheap export` has written.
         name: The name of the file.
 
     Raises:
@@ -638,7 +638,7 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
     """Prints the three most likely classes of each image.
 
     Args:
-        folder: The folder of the export.
+        folder: The folder of an export, which `odcheap export` has written.
         model: The name of an ONNX file in it.
         paths: Image files, and folders with images.
         as_json: Whether to print JSON; otherwise a table is printed.
@@ -1018,7 +1018,7 @@ def evaluate_folder(
     """Prints the accuracy on images of known classes.
 
     Args:
-        folder: The folder of the export.
+        folder: The folder of an export, which `odcheap export` has written.
         model: The name of an ONNX file in it.
         paths: A list with the folder of the images; see `list_labeled_images`.
         as_json: Whether to print JSON; otherwise text is printed.
@@ -1130,7 +1130,7 @@ def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
     """Times every ONNX file of an export, with one thread and with all threads, and prints a table of the times.
 
     Args:
-        folder: The folder of the export.
+        folder: The folder of an export, which `odcheap export` has written.
         seconds: How long each measurement takes.
 
     Returns:

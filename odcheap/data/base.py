@@ -91,7 +91,7 @@ class ImageDigests(NamedTuple):
     Attributes:
         kind: "files" for hashes of the contents of files (`folder_trees.hash_files`), "pixels" for hashes of pixels
             (`splits.hash_pixels`).
-        key: The key of the hash function, which is the `split_seed` of the run.
+        key: The key of the hash function, which is the option `data.split_seed` of the run.
         train: The first 8 bytes of the hash of each training image, joined.
         val: The same for the held-out images.
     """
@@ -143,7 +143,7 @@ class BatchOrder:
         return limit_batches(whole + (rest >= MIN_IMAGES * self.world_size), self.limit)
 
     def batches(self) -> list[tuple[Tensor, float]]:
-        """Returns the batches of the epoch, as lists of images.
+        """Returns which images this process trains on in each batch of the epoch.
 
         Returns:
             For each batch the positions (N,) of this process's images among all training images, and the factor of its

@@ -144,9 +144,9 @@ def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
 
 
 class TrainImages(Dataset):
-    """A map-style data set of augmented training images; its index is (epoch, number of the image).
+    """A map-style data set of augmented training images: indexing it with (epoch, image_index) returns a `Sample`.
 
-    The augmentation depends on (seed, epoch, number) only. A JPEG is decoded with 1/2, 1/4 or 1/8 of its width and
+    The augmentation depends on (seed, epoch, image_index) only. A JPEG is decoded with 1/2, 1/4 or 1/8 of its width and
     height if the crops are still large enough then. An image that cannot be read is replaced by the next readable one.
     If 20 images in a row cannot be read, the sample is black and has the label -1.
 
@@ -177,13 +177,13 @@ class TrainImages(Dataset):
         self.color = torch.zeros((), dtype=torch.uint8) if color is None else color
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
-        # Try this image, then those that follow it. The random numbers are those of `number`, whichever image is read.
-        epoch, number = index
+        # Try this image, then those that follow it. The random numbers are those of `image_index` in each case.
+        epoch, image_index = index
         broken = []
         for k in range(min(MAX_TRIES, len(self.files.names))):
-            i = (number + k) % len(self.files.names)
+            i = (image_index + k) % len(self.files.names)
             try:
-                views = self.load_views(self.files.path(i), epoch, number)
+                views = self.load_views(self.files.path(i), epoch, image_index)
             except ImageError as error:
                 broken.append((str(self.files.path(i)), str(error)))
                 continue
@@ -192,7 +192,7 @@ class TrainImages(Dataset):
             )
         return empty_sample((self.channels, self.transform.size, self.transform.size), broken, self.views)
 
-    def load_views(self, path: Path, epoch: int, number: int) -> list[Tensor]:
+    def load_views(self, path: Path, epoch: int, image_index: int) -> list[Tensor]:
         """Decodes an image file, and returns S random augmentations of the image, (C, size, size) uint8 each.
 
         S is the argument `views` of the class.
@@ -200,7 +200,7 @@ class TrainImages(Dataset):
         Args:
             path: The image file.
             epoch: The number of the epoch, from 0.
-            number: The number of the image in the data set, from 0. With the seed and the epoch it determines the
+            image_index: The number of the image in the data set, from 0. With the seed and the epoch it determines the
                 random numbers, whichever file is read.
         """
         crops: list[Crop] = []
@@ -213,41 +213,43 @@ class TrainImages(Dataset):
                 return
             width, height = opened.size
             upright = (height, width) if find_rotation(opened) in QUARTER_TURNS else (width, height)
-            crops = self.draw_crops(upright, epoch, number)
+            crops = self.draw_crops(upright, epoch, image_index)
             reduction = self.transform.choose_reduction(crops)
             if reduction > 1:
                 opened.draft(None, (width // reduction, height // reduction))
 
         image = convert_channels(decode_image(path, self.bit_depth, reduce), self.channels)
-        crops = crops or self.draw_crops(image.size, epoch, number)
+        crops = crops or self.draw_crops(image.size, epoch, image_index)
         views = [self.transform.apply(image, crop, reduction) for crop in crops]
         if self.policy.is_empty:
             return views
-        return [self.apply_policy(image, epoch, number, view) for view, image in enumerate(views)]
+        return [self.apply_policy(image, epoch, image_index, view) for view, image in enumerate(views)]
 
-    def apply_policy(self, image: Tensor, epoch: int, number: int, view: int) -> Tensor:
+    def apply_policy(self, image: Tensor, epoch: int, image_index: int, view: int) -> Tensor:
         """Applies the random operations of the policy to an image, (C, size, size) uint8, and returns the result.
 
         Args:
             image: The image, after crop and flip.
             epoch: The number of the epoch, from 0.
-            number: The number of the image in the data set, from 0.
+            image_index: The number of the image in the data set, from 0.
             view: The number of the augmentation (from 0), if each image is augmented several times.
         """
-        random = make_generator(self.seed, *augmentation_stream(epoch, number, view, purpose="policy"))
+        random = make_generator(self.seed, *augmentation_stream(epoch, image_index, view, purpose="policy"))
         drawn = self.policy.draw(1, (self.transform.size, self.transform.size), random)
         return self.policy.apply(image[None], drawn.for_batches([torch.arange(1)], image.device)[0], self.color)[0]
 
-    def draw_crops(self, image_size: tuple[int, int], epoch: int, number: int) -> list[Crop]:
+    def draw_crops(self, image_size: tuple[int, int], epoch: int, image_index: int) -> list[Crop]:
         crops = []
         for view in range(self.views):
-            with temporary_seed(self.seed, *augmentation_stream(epoch, number, view)):
+            with temporary_seed(self.seed, *augmentation_stream(epoch, image_index, view)):
                 crops.append(self.transform.draw(image_size))
         return crops
 
 
 class EvalImages(Dataset):
-    """A map-style data set of images for evaluation; one that cannot be read is black and has the label -1.
+    """A map-style data set of images for evaluation: indexing it with the number of an image returns a `Sample`.
+
+    An image that cannot be read is black and has the label -1.
 
     Args:
         files: The files.
@@ -400,8 +402,8 @@ class Stream:
         """Yields normalized batches.
 
         Args:
-            plan: For each batch the indices of its images in the data set: (epoch, number of the image) for
-                `TrainImages`, the number of the image for `EvalImages`.
+            plan: For each batch the indices of its images in the data set: (epoch, image_index) for `TrainImages`, the
+                number of the image for `EvalImages`.
         """
         self.plan[:] = plan
         for sample in self.loader:
@@ -422,7 +424,7 @@ class TrainStream(ResumableBatches):
     each image. It raises `Failure` if 20 images in a row cannot be read.
 
     Args:
-        stream: The stream that loads the batches.
+        stream: The `Stream` that loads the batches.
         order: The sampler that chooses the images of each batch.
     """
 
@@ -447,9 +449,9 @@ class EvalStream:
     image once. Iterating raises `Failure` if this process could read none.
 
     Args:
-        stream: The stream that loads the batches.
-        count: The number of images of all processes.
-        batch_size: The number of images in a batch.
+        stream: The `Stream` that loads the batches.
+        count: The number of images that all processes evaluate together.
+        batch_size: The number of images in a batch of this process.
         process: The process that evaluates the batches.
     """
 

@@ -115,7 +115,7 @@ class Policy:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the policy leaves every image as it is."""
+        """Whether the policy neither has operations nor erases rectangles, so that `apply` changes no image."""
         return not (self.operations or self.erasing)
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Draws:

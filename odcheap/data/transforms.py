@@ -68,7 +68,7 @@ def augmentation_stream(*place: int, purpose: str = "augment") -> tuple[str | in
     """Returns the arguments after the seed with which `make_generator` makes the random numbers of an augmentation.
 
     Args:
-        *place: Numbers that identify the augmentation, such as those of the epoch and the image. The last one is the
+        *place: Numbers that identify the augmentation, such as the epoch and the position of the image. The last is the
             number of the view (from 0), which counts the augmentations of the same image.
         purpose: "augment" for crop and flip, "policy" for the operations of `data.policies`.
     """

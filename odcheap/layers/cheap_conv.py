@@ -216,7 +216,7 @@ class BlockType:
 
 
 def check_block_type(block_type: Any) -> None:
-    """Raises `OptionError` unless the object is a `BlockType`; a plain function or module of the user is none."""
+    """Raises `OptionError` unless the object is a `BlockType`, and not a function or another module of the user."""
     if not isinstance(block_type, BlockType):
         own = getattr(block_type, "func", block_type)  # of a `functools.partial`
         name = getattr(own, "__name__", type(own).__name__)

@@ -48,8 +48,8 @@ class Teacher(nn.Module):
         std: The standard deviation of each channel that the network expects.
         size: The side, in pixels, of the images that the network expects.
         classes: The names of the network's classes; None if they are not known.
-        split: The fingerprint of the split of the training images when the network was trained; None if it is not
-            known.
+        split: The fingerprint of the data on which the network was trained: a hash of the images, their labels, and
+            which of them were held out; None if it is not known.
         history: The costs of the network's training: `train_seconds` and `training_macs`; None if they are not known.
         path: The file of the weights, for messages.
 

@@ -39,7 +39,8 @@ class NetworkSettings(BaseModel):
         backbone: A dict with the name of the backbone in `conf/backbone` under the key "part", and with its options.
         block_type: A dict with the name of the block type in `conf/block_type` under "part", and with its options.
         classes: The names of the classes, in the order of the logits.
-        folded: Whether the weights are those of the network's folded form; see `fold_branches`.
+        folded: Whether the weights belong to a network in which `fold_branches` has replaced each `RepDepthwise` by one
+            convolution.
         image_size: [C, H, W] of the images that the network takes; None for RGB images of any size.
     """
 

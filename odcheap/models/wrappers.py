@@ -159,7 +159,10 @@ class LibraryBackbone(Backbone):
 
 
 class TorchvisionBackbone(LibraryBackbone):
-    """A torchvision network, split into features and head before its global pool."""
+    """A torchvision network, split into features and head before its global pool.
+
+    The arguments are those of `LibraryBackbone`; `name` is one of `torchvision.models.list_models`.
+    """
 
     def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
         check_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision")
@@ -238,6 +241,8 @@ class MobileNetV2(TorchvisionBackbone):
 
 class TimmBackbone(LibraryBackbone):
     """A timm network, split into features and head by its own methods `forward_features` and `forward_head`.
+
+    The arguments are those of `LibraryBackbone`; `name` is one of `timm.list_models`.
 
     Raises:
         Failure: timm is not installed.

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def exit_on_signals() -> Generator[None]:
-    """A context manager in which a stop signal ends the process with one line of output.
+    """A context manager in which SIGTERM, SIGINT, SIGUSR1 or SIGHUP ends the process with one line of output.
 
     It is for the imports of a command, in which a signal would end in a traceback or without any output. Signals that
     have another handler than the default one are not changed.

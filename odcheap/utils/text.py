@@ -97,6 +97,11 @@ def format_accuracy(value: float | None, sign: str = "") -> str:
 def format_mean_deviation(mean: float | None, deviation: float | None, sign: str = "") -> str:
     """Returns a mean accuracy and its standard deviation, if there is one, in percent as text.
 
+    Args:
+        mean: The mean accuracy or difference of accuracies, a fraction; the text is `-` for None.
+        deviation: The standard deviation, a fraction; None for none.
+        sign: "+" to write a plus sign before a mean that is not negative.
+
     Example:
         >>> format_mean_deviation(0.91, 0.002)
         '91.00 ± 0.20'

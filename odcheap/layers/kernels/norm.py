@@ -330,7 +330,10 @@ def input_gradient(
 
 
 class NormPlan(NamedTuple):
-    """How a feature map is divided among programs: chunks of rows, and blocks of channels.
+    """How a feature map is divided among programs, the thread blocks of a GPU kernel.
+
+    A row is one pixel of one image. Each program works on a chunk of rows, which it reads in tiles, and on a block of
+    channels.
 
     The fields are arguments of all kernels of this module, in the kernels' order.
 

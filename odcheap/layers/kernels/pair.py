@@ -29,7 +29,9 @@ SUMMED_ELEMENTS = 8192  # chunks x columns, of a program that adds up the weight
 
 
 class PairPlan(NamedTuple):
-    """How the output of the 1 x 1 convolution is divided among programs, as chunks of rows.
+    """How the output of the 1 x 1 convolution is divided among programs, the thread blocks of a GPU kernel.
+
+    A row is one pixel of one image. Each program works on a chunk of rows, which it reads in tiles.
 
     The fields after `chunks` are arguments of both the forward and the backward kernel, in the kernels' order.
 
