@@ -685,7 +685,7 @@ def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: boo
     If the folder contains no class folder but a folder `test`, the class folders are looked for in `test`.
 
     Args:
-        top: The folder.
+        top: The folder that contains the class folders, or `test` with the class folders.
         classes: The names of all classes, in the order of the labels.
         known_only: Whether folders that do not have the name of a class are left out; otherwise they are an error.
 
@@ -1160,10 +1160,10 @@ def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
 
 
 def main(arguments: list[str], prog: str | None = None) -> int:
-    """Runs the command.
+    """Runs the command `python predict.py`: classifies image files, or evaluates or times an exported network.
 
     Args:
-        arguments: The command-line arguments.
+        arguments: The command-line arguments, such as `sys.argv[1:]`.
         prog: The name of the command in its help; None for the name of this file.
 
     Returns:

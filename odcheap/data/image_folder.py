@@ -151,8 +151,8 @@ class TrainImages(Dataset):
     If 20 images in a row cannot be read, the sample is black and has the label -1.
 
     Args:
-        files: The training files.
-        transform: The augmentation.
+        files: The training files and their labels.
+        transform: The random crop and flip.
         seed: The seed of the run.
         views: The number of independent augmentations of each image, S; if it is above 1, images are (S, C, H, W).
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
@@ -252,7 +252,7 @@ class EvalImages(Dataset):
     An image that cannot be read is black and has the label -1.
 
     Args:
-        files: The files.
+        files: The image files and their labels.
         transform: The transform, see `evaluation_transform`.
         image_size: (C, H, W) of the images, with three channels for RGB and one for gray.
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.

@@ -58,7 +58,7 @@ class Draws(NamedTuple):
     boxes: Tensor
 
     def for_batches(self, batches: list[Tensor], device: torch.device) -> list["BatchDraws"]:
-        """Returns the draws of each batch, sorted for `Policy.apply`, on a device.
+        """Returns, for each batch, what was drawn for its images, in the form that `Policy.apply` takes, on a device.
 
         Args:
             batches: For each batch the positions (B,) of its images among the N.
@@ -236,7 +236,7 @@ def strength_table(shear: float, shift: tuple[float, float], angle: float, blend
     """Returns the strength of each operation at each level, (14, 31).
 
     Args:
-        shear: The largest shear, pixels a pixel.
+        shear: The largest shear: how many pixels a row or column is moved further than the one before.
         shift: The largest shifts in x and y, in pixels.
         angle: The largest angle of a rotation, in degrees.
         blend: The largest difference of the factors of brightness, color, contrast and sharpness from 1.
@@ -256,12 +256,15 @@ def strength_table(shear: float, shift: tuple[float, float], angle: float, blend
 
 
 def compute_values(operation: Tensor, strength: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns the values that the functions of `image_operations` take, (..., 6) float32.
+    """Returns the argument `values` of the functions of `image_operations`, six numbers for each operation.
 
     Args:
-        operation: The numbers of the operations, (...).
+        operation: The positions of the operations in the list `OPERATIONS`, (...).
         strength: Their strengths, with signs, (...).
         size: The height and the width of the images in pixels.
+
+    Returns:
+        (..., 6), float32.
     """
     # Affine maps, from a pixel of the result to that of the image; shears keep the upper left corner where it is.
     height, width = size

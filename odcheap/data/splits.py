@@ -72,7 +72,8 @@ def limit_parts(
 
     Args:
         labels: The labels (N,) of the images in each part, such as "train", "val" and "test"; "train" must be there.
-        hash_part: A function that returns a hash of each image in a part. It is called only if images are left out.
+        hash_part: A function that takes the name of a part, and returns a hash of each of its images. It is called only
+            if images of the part are left out.
         limit: The number of training images; None for all.
 
     Returns:

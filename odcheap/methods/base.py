@@ -33,8 +33,9 @@ class Method(nn.Module):
             student.
 
     Attributes:
-        teacher_kind: What the teacher is: "head", "gated", "mean", "frozen" or a word of your own; None if the method
-            has no teacher.
+        teacher_kind: What the teacher is: "head" (a classifier on the students' features), "gated" (a weighted sum of
+            their logits), "mean" (the mean of their predictions), "frozen" (a network that is not trained) or a word of
+            your own; None if the method has no teacher.
         has_own_views: Whether each student is trained on its own augmentation of the images.
         min_students: The smallest number of students; `OptionError` is raised if there are fewer.
         joins_maps: Whether the students' last feature maps are joined along the channels, so that their heights and

@@ -67,7 +67,7 @@ class DeepMutualLearning(FeatureDistillation):
         Returns:
             For each student k: `L_C_k`, its cross-entropy; `D_KL_k`, T^2 times the mean KL from the other students'
             predictions to its own; with another loss than the KL, such as dkd, `D_DKD_k`. `attention_k` or `l2_k`
-            with feature terms. `loss`: the sum of all terms.
+            if feature maps are compared too. `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         # (S, S): row l has the distances of student l's predictions, the detached targets, from each student.

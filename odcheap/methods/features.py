@@ -55,8 +55,8 @@ class FeatureDistance(nn.Module):
 
     Args:
         feature: "attention" or "l2".
-        channels: The numbers of channels of each student's maps, (S, M) for M maps.
-        target_channels: The numbers of channels of the M maps that they should imitate.
+        channels: For each student the number of channels of each of its M maps.
+        target_channels: The number of channels of each of the M maps that the students should imitate.
     """
 
     def __init__(self, feature: FeatureName, channels: Sequence[Sequence[int]], target_channels: Sequence[int]):

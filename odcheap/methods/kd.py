@@ -114,7 +114,7 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         Returns:
             For each student k: `ce_k`, (1 - alpha) times its cross-entropy; `kl_k`, alpha T^2 times the KL from the
             teacher to the student; with another loss than the KL its name stands in place of `kl`. `attention_k` or
-            `l2_k` with feature terms. `loss`: the sum of all terms.
+            `l2_k` if feature maps are compared too. `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         distances = self.distance(logits, outputs["teacher_logits"], target)

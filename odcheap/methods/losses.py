@@ -161,8 +161,8 @@ class DistillationLoss:
         kl_reduction: See `soft_kl`; "mean" is possible with "kl" only.
 
     Attributes:
-        factor: By what methods multiply the loss: T^2, which keeps the size of the gradient of a KL independent of T;
-            1 for "dist", whose gradient does not shrink as T grows.
+        factor: The number by which methods multiply the loss. It is T^2, with which the size of the gradient of a KL
+            does not depend on T, or 1 for "dist", whose gradient does not shrink as T grows.
 
     Raises:
         OptionError: The loss has no weights or no reduction.

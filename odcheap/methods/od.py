@@ -89,7 +89,8 @@ class OnlineDistillation(FeatureDistillation):
         Returns:
             `ce_teacher`: the teacher's cross-entropy. For each student k: `ce_student_k`, its cross-entropy;
             `kl_student_k`, T^2 times the KL from the teacher to the student; with another loss than the KL its name
-            stands in place of `kl`. `attention_k` or `l2_k` with feature terms. `loss`: the sum of all terms.
+            stands in place of `kl`. `attention_k` or `l2_k` if feature maps are compared too. `loss`: the sum of all
+            terms.
         """
         teacher = outputs["teacher_logits"]
         soft_target = teacher.detach() if self.detach_teacher else teacher

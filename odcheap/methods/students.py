@@ -193,7 +193,7 @@ def find_equal_shapes(members: Sequence[nn.Module]) -> tuple[nn.Module, nn.Modul
 
 @check_arguments("")
 class Students(nn.Module):
-    """Networks that are trained together, of one architecture or of several.
+    """The students of a method: networks that are trained together, of one architecture or of several.
 
     Args:
         build: A function that makes a new student in each call: a `Backbone` or any classification network

@@ -54,7 +54,7 @@ class NetworkSettings(BaseModel):
 
 
 class StudentSettings(NetworkSettings):
-    """The settings of a student: those of its network, and how its images are prepared.
+    """The settings of a trained network: those of `NetworkSettings`, and how its images are prepared.
 
     Attributes:
         split: The fingerprint of the training data: a hash (hexadecimal) of the images, their labels, and which of them
@@ -109,8 +109,8 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
 
     Returns:
         A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K), or gray images
-        (N, 1, H, W) if it was trained with `data.channels=1`. Its attribute `network` is
-        the network without the normalization.
+        (N, 1, H, W) if it was trained with `data.channels=1`. Its attribute `network` is the network without the
+        normalization.
 
     Raises:
         OptionError: The file is damaged or of another kind, or its weights do not fit its network.
@@ -140,8 +140,8 @@ def read_student_settings(metadata: Mapping[str, str], option: str, path: str | 
 
     Args:
         metadata: The metadata of the file, as `read_safetensors` returns them.
-        option: The name of the option that gave the file, for messages.
-        path: The file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
+        path: The file, for error messages.
 
     Raises:
         OptionError: The settings are missing or not valid.
@@ -167,8 +167,8 @@ def load_network(
     Args:
         settings: A dict with at least the keys `backbone`, `block_type` and `classes`; see `NetworkSettings`.
         tensors: The state dict with the weights.
-        option: The name of the option that gave the file, for messages.
-        path: The file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
+        path: The file, for error messages.
         config_dirs: Further `conf` directories, for backbones and block types of your own.
 
     Raises:
@@ -191,8 +191,8 @@ def build_network(
 
     Args:
         settings: A dict with at least the keys `backbone`, `block_type` and `classes`; see `NetworkSettings`.
-        option: The name of the option that gave the file with the settings, for messages.
-        path: That file, for messages.
+        option: The name of the option with which the user gave the file of the settings, for error messages.
+        path: That file, for error messages.
         block_type: The block type to use; None for the one in the settings.
         config_dirs: Further `conf` directories, for backbones and block types of your own.
 
@@ -266,7 +266,7 @@ def check_state_dict(
         path: The file, for the message.
         reason: A text for the message that says what such a difference means, such as "weights of another network".
             The first difference is added to it.
-        option: The name of the option that gave the file, for the message.
+        option: The name of the option with which the user gave the file, for the error message.
     """
     for name in sorted(own.keys() | given.keys()):
         mine, theirs = (tuple(state[name].shape) if name in state else "none" for state in (own, given))

@@ -40,7 +40,7 @@ def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -
     """Returns the number of multiply-accumulates of each module, by its name; that of the whole network has the key "".
 
     Args:
-        network: Any network; see `count_macs`.
+        network: Any network; it runs in eval mode, and its mode is restored afterwards.
         image_size: (C, H, W) of the image.
     """
     # One forward pass in eval mode; the modes of all modules are restored.

@@ -25,8 +25,8 @@ class StageRecorder:
         network: Any network (N, C, H, W) -> logits (N, K). Nothing is changed in it until it is recorded.
 
     Attributes:
-        calls: The calls of modules whose outputs are recorded, from the first stage to the last; empty if the network
-            has no stages, as a transformer.
+        calls: The calls of modules whose outputs are recorded (see `wrapped_network.Call`), from the first stage to the
+            last; empty if the network has no stages, as a transformer.
 
     Example:
         >>> import torch

@@ -39,7 +39,7 @@ def converted_backbone(
 
     Args:
         network: A function that takes `num_classes` and returns the standard network.
-        conv: The block type; Standard replaces nothing.
+        conv: The block type, which builds the cheap convolutions; Standard replaces nothing.
         num_classes: The number of classes, K.
         keep: The convolutions that are not replaced; None for the first one. See `cheapen`.
     """
@@ -77,7 +77,7 @@ class LibraryBackbone(Backbone):
 
     Args:
         name: The name of the network in the library.
-        conv: The block type; Standard replaces nothing.
+        conv: The block type, which builds the cheap convolutions; Standard replaces nothing.
         num_classes: The number of classes, K.
         pretrained: A local file of weights of the standard network, which are loaded before the conversion; None for
             random weights. If its classifier has another number of classes, the classifier is not loaded.
@@ -214,7 +214,7 @@ class MobileNetV2(TorchvisionBackbone):
     "MobileNetV2: Inverted residuals and linear bottlenecks", 2018.
 
     Args:
-        conv: The block type.
+        conv: The block type, whose spatial operators replace the depth-wise convolutions.
         num_classes: The number of classes, K.
     """
 
@@ -290,7 +290,7 @@ def load_pretrained(
             one of the usual keys. The names may have the prefixes that `torch.compile`, `DataParallel` and modules
             around the network add.
         num_classes: The number of classes, K.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
         new_head: Whether the network keeps its own classifier if that of the file has another number of classes;
             otherwise this is an error.
 
@@ -325,7 +325,7 @@ def read_published(path: str, option: str) -> Any:
 
     Args:
         path: The file, written by `torch.save`, or as safetensors with the suffix `.safetensors`.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
     """
     if str(path).endswith(".safetensors"):
         return read_safetensors(path, option)[0]

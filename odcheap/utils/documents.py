@@ -53,7 +53,7 @@ def read_json(path: str | Path, option: str, max_bytes: int = MAX_BYTES) -> Any:
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
         max_bytes: The largest size that is read; a larger file raises `OptionError`.
 
     Raises:
@@ -67,7 +67,7 @@ def read_yaml(path: str | Path, option: str) -> Any:
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
         OptionError: The file is missing, larger than 1 MiB, not YAML, or has values that are not plain; see
@@ -83,7 +83,7 @@ def parse_json(text: str, path: str | Path, option: str) -> Any:
     Args:
         text: The text.
         path: The file from which the text comes, for messages.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
         OptionError: The text is too long or not JSON, or the values are not plain; see `check_plain_tree`.
@@ -100,7 +100,7 @@ def parse(load: Callable[[str], Any], text: str, path: str | Path, option: str) 
         load: The function, such as `json.loads`.
         text: The text.
         path: The file from which the text comes, for messages.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
         OptionError: The text cannot be read, or the values are not plain; see `check_plain_tree`.
@@ -120,7 +120,7 @@ def read_text(path: str | Path, option: str, max_bytes: int) -> str:
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
         max_bytes: The largest size that the file may have, in bytes.
 
     Raises:

@@ -39,7 +39,7 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
         OptionError: The file is missing or damaged, or contains something else than such a dict.
@@ -96,7 +96,7 @@ def verify_checksum(path: str | Path, option: str) -> None:
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
     """
     # PyTorch's own reader does not notice most changed bits. The checksum is that of the archive without a comment.
     require_file(path, option, MAX_TENSOR_BYTES)
@@ -118,7 +118,7 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
         OptionError: The file is missing, damaged or of another format.
@@ -137,7 +137,7 @@ def check_archive(path: str | Path, option: str) -> None:
 
     Args:
         path: The file; files of other formats are accepted.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
     """
     # `torch.save` does not compress; a compressed file of a few bytes could fill the memory.
     with open(path, "rb") as file:
@@ -158,7 +158,7 @@ def require_file(path: str | Path, option: str, max_bytes: int | None = None) ->
 
     Args:
         path: The file.
-        option: The name of the option that gave the file, for messages.
+        option: The name of the option with which the user gave the file, for error messages.
         max_bytes: The largest size that is allowed, in bytes; None for any size.
     """
     try:
