@@ -1005,7 +1005,7 @@ def describe_read(images: int, failures: int) -> str:
 
 
 def describe_left_out(images: LabeledImages) -> list[str]:
-    """Returns lines of text about files and folders that were left out of a list of labeled images."""
+    """Returns lines of text about the files and folders in `images.left_out`, which were not evaluated."""
     folders = [name for name in images.left_out if name.endswith("/")]
     files = [name for name in images.left_out if not name.endswith("/")]
     kinds = ((folders, "folders that are no class"), (files, "files that are no image or are in no class's folder"))

@@ -42,7 +42,7 @@ def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
 
 
 def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name: str = "data.val_size") -> Split:
-    """Holds out images of each class in proportion to its size: those with the smallest hashes.
+    """Chooses the images that are held out: those with the smallest hashes, of each class in proportion to its size.
 
     Args:
         digests: A hash of each image, such as `hash_pixels` returns.

@@ -1,4 +1,4 @@
-"""Students, and functions that run all of them on a batch.
+"""Students, which are networks that are trained together, and functions that run all of them on a batch.
 
 Each function `run_...` takes the S students and, for each of them, its images (N, C, H, W). It returns the last feature
 map of each student, a list of S tensors, and the logits (S, N, K). All these functions give the same numbers, except

@@ -1,4 +1,4 @@
-"""Whether a network with parts of the user can be exported, tried before the training."""
+"""Finds out before the training whether a network with a block type or backbone of the user can be exported."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""How the threads of OpenMP wait for each other. This must be set before PyTorch is imported."""
+"""Sets how the threads of OpenMP wait for each other, which must be done before PyTorch is imported."""
 
 import os
 
