@@ -71,7 +71,7 @@ def build_table(
 
 
 def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: Sequence[str]) -> int:
-    """Returns the width, in characters, that a table of these columns needs.
+    """Returns the width, in characters, that a table of these columns needs; see `build_table` for the arguments.
 
     A column of `left` needs at most 24 characters, or the width of its heading, since its text can be wrapped.
     """
@@ -137,6 +137,12 @@ def shorten_names(folders: Sequence[Path]) -> tuple[list[str], str]:
 
     A short name has only the overrides that differ between the runs, without their groups: `DW` for `block_type=DW`,
     `max_epochs=5` for `trainer.max_epochs=5`. If the runs are in different folders, it also has the folder.
+
+    Args:
+        folders: The folders of the runs. Their names consist of overrides, such as `block_type=DW,seed=0`.
+
+    Returns:
+        The short names, in the order of `folders`, and the overrides that all names contain, joined by commas.
     """
     if not folders:
         return [], ""

@@ -115,7 +115,13 @@ def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> I
 
 
 def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
-    """Returns the costs of the network that a config describes; `backbone` and `block_type` are its names."""
+    """Returns the costs of the network that a config describes.
+
+    Args:
+        cfg: The config; see `compose_config`.
+        backbone: The name of its backbone, for the result.
+        block_type: The name of its block type, for the result.
+    """
     # The number of classes is that of the usual data set for the size of images.
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
     try:

@@ -65,7 +65,12 @@ def find_network(run: FinishedRun) -> str | None:
 
 
 def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies:
-    """Returns the latencies of a run's student and of the standard network.
+    """Measures the latencies of a run's student and of the standard network.
+
+    Args:
+        run: The run, whose folder contains a `student.safetensors`.
+        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+        seconds: The time for each measurement.
 
     Raises:
         Failure: The student cannot be read or built.

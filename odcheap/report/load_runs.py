@@ -63,6 +63,9 @@ class RunFolder(NamedTuple):
 def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
     """Reads all runs in some folders and in the folders below them, sorted by name; a run is read only once.
 
+    Args:
+        folders: Folders of runs, or folders that contain such folders, as that of a sweep does.
+
     Raises:
         OptionError: A folder does not exist, or holds no run and no sweep.
     """
@@ -81,8 +84,8 @@ def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder])
     """Returns the runs that sweeps in some folders, or in folders below them, have planned and not begun.
 
     Args:
-        folders: The folders.
-        known: The runs that have begun.
+        folders: Folders of sweeps, or folders that contain such folders.
+        known: The runs that have begun, as `load_runs` returns them; they are left out.
     """
     begun = {entry.folder.resolve() for entry in known}
     plans = sorted({path.parent for folder in folders for path in Path(folder).rglob(PLAN)})
@@ -106,14 +109,18 @@ def load_run(folder: Path) -> RunFolder:
 
 
 def name_students(options: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the options of a run, in which students of different shapes are named by the parts of all of them.
+    """Returns the options of a run, with names for its students if they have different shapes.
 
-    With `students=[DW,Shift]` the block type is "DW+Shift". If students differ in an option of a part too, their names
-    are the option `students`.
+    A run with `students=[DW,Shift]` gets the option `block_type.part` "DW+Shift". The other options of its backbone and
+    block type are left out. If students differ in such an option too, the option `students` becomes a text with the
+    names of all students; otherwise it is left out. A run without `students` keeps its options.
 
     Args:
-        options: The options of the run by dotted names.
+        options: The options of the run by dotted names; the entry `students` is removed from this dict.
         path: The file of the options, for messages.
+
+    Raises:
+        OptionError: The option `students` does not have the form in which odcheap writes it.
     """
     shapes = options.pop("students", None)
     if shapes is None:

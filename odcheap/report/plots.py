@@ -75,7 +75,7 @@ def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
 
     Args:
         name: The name of a method or a block type; the first entry of `known` is returned if it is empty.
-        known: The colors or markers of known names.
+        known: The color or marker of each known name, such as `METHOD_COLORS`.
         others: The colors or markers for other names; a name always gets the same of them.
     """
     if not name:
@@ -84,7 +84,14 @@ def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
 
 
 def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
-    """Returns a color for each method in a table; variants of a method get lighter shades of its color."""
+    """Returns a color for each method in a table; variants of a method get lighter shades of its color.
+
+    Args:
+        rows: The table of `tabulate_runs` or of `summarize_runs`; its columns `method` and `method part` are used.
+
+    Returns:
+        A dict from each entry of the column `method`, such as "od temperature=2", to a color such as "#0072b2".
+    """
     parts = dict(zip(rows["method"], rows["method part"], strict=True))
     colors = {}
     for part in dict.fromkeys(parts.values()):
@@ -101,6 +108,12 @@ def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the marker and the fill style of each setting in a table, as arguments of matplotlib.
 
     The marker is that of the block type; settings with the same block type have different fill styles.
+
+    Args:
+        rows: The table of `tabulate_runs` or of `summarize_runs`; its columns `setting` and `block type` are used.
+
+    Returns:
+        A dict from each entry of the column `setting` to a dict with the keys `marker` and `fillstyle`.
     """
     types = dict(zip(rows["setting"], rows["block type"], strict=True))
     markers = {}
@@ -116,7 +129,16 @@ def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def name_settings(rows: pd.DataFrame) -> dict[str, str]:
-    """Returns the label of each setting in a table: its name, or its block type if it has no name."""
+    """Returns the text that a legend shows for each setting in a table.
+
+    Args:
+        rows: The table of `tabulate_runs` or of `summarize_runs`. Its column `setting` has the options outside of the
+            method that differ between the runs, such as "Shift num_stu=2", or an empty text if no such option differs.
+
+    Returns:
+        A dict from each entry of the column `setting` to this text itself, or to the block type if it is empty. A
+        setting without both is left out.
+    """
     return {s: s or b for s, b in zip(rows["setting"], rows["block type"], strict=True) if s or b}
 
 
@@ -152,14 +174,15 @@ def plot_tradeoff(
     Points of about equal cost that would cover each other are drawn side by side, and the label of the axis says so.
 
     Args:
-        rows: The table of `summarize_runs`, with a row for each setting and method.
+        rows: The table of `summarize_runs`, with a row for each combination of setting and method.
         costs: The cost of each row, with the index of `rows` and the columns `median`, `low` and `high` (quartiles, NaN
             if there are none). Rows without a cost or an accuracy are left out.
         label: The name of the cost and its unit.
         data: The data set, for the title; see `describe_data`.
         images: The images on which the accuracy was measured: `test` or `val`.
-        standard: The costs of standard networks that are in no row. They have no accuracy, and are drawn on the
-            horizontal axis. A cost that is much larger than those of the rows is only in the label of the axis.
+        standard: The costs of standard networks (the same backbones with standard convolutions) that are in no row.
+            They have no accuracy, and are drawn on the horizontal axis. A cost that is much larger than those of the
+            rows is only in the label of the axis.
     """
     # The points with their error bars.
     colors, markers = assign_colors(rows), assign_markers(rows)
@@ -206,7 +229,12 @@ def plot_tradeoff(
 
 
 def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
-    """Makes the axis of costs begin at zero, or be logarithmic if the costs differ by more than a factor of 4."""
+    """Makes the horizontal axis begin at zero, or be logarithmic if the costs differ by more than a factor of 4.
+
+    Args:
+        axes: The axes, whose horizontal axis shows the costs.
+        costs: All costs that are drawn.
+    """
     low, high = min(costs), max(costs)
     if low > 0 and high / low > LOG_FROM:
         axes.set_xscale("log")
@@ -265,7 +293,13 @@ def spread_sideways(
 
 
 def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
-    """Draws the costs of standard networks on the horizontal axis, with their quartiles if there are any."""
+    """Draws the costs of standard networks as stars on the horizontal axis, with their quartiles if there are any.
+
+    Args:
+        axes: The axes, with limits.
+        networks: The cost of each network, which may be a time or a number of multiply-accumulates: the median, and the
+            quartiles, which are NaN if there are none.
+    """
     bottom = axes.get_ylim()[0]
     for network in networks:
         sides = None if math.isnan(network.low) else [[network.median - network.low], [network.high - network.median]]
@@ -299,11 +333,12 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
     """Draws the gain of each setting and method over the baseline, with its 95 % confidence interval.
 
-    The marker is hollow if the gain is not resolved: its interval contains zero, or there is only one seed.
+    The gain is the difference between the mean accuracies of all students, in runs with the same seed. The marker
+    is hollow if the gain is not resolved: its interval contains zero, or there is only one seed.
 
     Args:
-        rows: The table of `summarize_runs`, with a row for each setting and method.
-        baseline: The name of the method, or of the row, over which the gains are.
+        rows: The table of `summarize_runs`, with a row for each combination of setting and method.
+        baseline: The name of the method, or of the row, over which the gains are, for the title.
         data: The data set, for the title; see `describe_data`.
     """
     shown = rows[rows["gain"].notna()][::-1]
@@ -416,7 +451,7 @@ def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.DataFrame:
 
     Args:
         histories: The content of `metrics.csv` of each run.
-        pattern: A regular expression.
+        pattern: A regular expression for names of columns, such as `^val/teacher/top1$`.
 
     Returns:
         The columns `mean` and `deviation` (the sample standard deviation over runs, NaN for one run), by epoch, for the
@@ -467,7 +502,13 @@ def set_title(figure: Figure, text: str) -> None:
 def legend_of_methods(
     rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, dict[str, Any]]
 ) -> list[Line2D]:
-    """Returns the entries of a legend: a colored line for each method, a gray marker for each setting."""
+    """Returns the entries of a legend: a colored line for each method, a gray marker for each setting.
+
+    Args:
+        rows: The rows that are drawn, of the table of `summarize_runs`.
+        colors: The color of each method; see `assign_colors`.
+        markers: The marker of each setting; see `assign_markers`.
+    """
     methods = dict.fromkeys(rows["method"])
     handles = [Line2D([], [], color=colors[name], lw=3, label=shorten_label(name)) for name in methods]
     for setting, label in name_settings(rows).items():
@@ -487,7 +528,10 @@ def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def legend_width(labels: Sequence[str], columns: int) -> float:
-    """Returns the approximate width of a legend in inches; matplotlib fills one column after the other."""
+    """Returns the approximate width, in inches, of a legend with these labels in this number of columns.
+
+    Matplotlib fills one column after the other.
+    """
     rows, longer = divmod(len(labels), columns)
     sizes = [rows + (k < longer) for k in range(columns)]
     starts = [sum(sizes[:k]) for k in range(columns)]
@@ -496,6 +540,6 @@ def legend_width(labels: Sequence[str], columns: int) -> float:
 
 
 def limit_to_hundred(axes: Axes) -> None:
-    """Limits the vertical axis to 100 % and the height of a marker."""
+    """Lets the vertical axis, which is in percent, end at most slightly above 100, so that a marker at 100 fits."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, 100 + (100 - low) / 40))

@@ -186,7 +186,15 @@ def collect_macs(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Latency]]:
 
 
 def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> tuple[pd.DataFrame, list[Latency]]:
-    """Returns the latencies of all rows, and of standard networks that are in no row; see `collect_macs`."""
+    """Returns the latencies, in milliseconds, of all rows, and of standard networks that are in no row.
+
+    Args:
+        rows: The table of `summarize_runs`.
+        latencies: The latencies of the student and of the standard network, by the `name` of a row.
+
+    Returns:
+        A table as `to_costs` returns it, and the latencies of the standard networks.
+    """
     own = [latencies[name].student if name in latencies else (None, None, None) for name in rows["name"]]
     is_trained = (rows["block type"] == "Standard").any()
     # The standard network is timed beside each student; one of these timings stands for all of them.

@@ -78,11 +78,17 @@ def compute_spread(values: pd.Series) -> Spread | None:
 
 
 def read_figures(summary: dict[str, Any], images: str = "test") -> dict[str, float | None]:
-    """Returns the accuracies and costs of a run by the names in `ACCURACIES` and `COSTS`; None if one is not known.
+    """Returns the accuracies and costs of a run by the names in `ACCURACIES` and `COSTS`.
 
     Args:
         summary: The content of `summary.json`; that of an earlier version may have fewer entries.
         images: The images on which the accuracies were measured: `test` or `val` (held out).
+
+    Returns:
+        The top-1 accuracies, fractions in [0, 1]: `mean student` (the mean of all students after the last epoch),
+        `selected` (the selected student), `ensemble`, and an entry for each kind of teacher, such as `teacher (head)`.
+        The costs: `params` and `macs` of one student, `epochs`, `training macs` and `training seconds`. A value that is
+        not known is None or NaN.
     """
     top1 = f"{images}_top1"
     selected, last, cost = (summary.get(key) or {} for key in ("selected", "last", "cost"))
@@ -146,7 +152,15 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
 
 
 def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
-    """Returns a table with the columns `baseline` and `GAINS` added; see `tabulate_runs`."""
+    """Adds the column `baseline` and those of `GAINS` to a table, in place, and returns it.
+
+    Args:
+        table: The table of `tabulate_runs` without these columns.
+        against: The baseline; see `tabulate_runs`.
+
+    Raises:
+        Failure: See `tabulate_runs`.
+    """
     # A method is compared in the same setting, a row with the rows of all settings; always with the same seed.
     if against is None or against in set(table["method"]):
         table["baseline"], keys = table["method"] == (against or BASELINE), ["setting", "seed"]
@@ -221,11 +235,14 @@ def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
     """Returns, for each option of each run, whether its value is a part of the run's name.
 
     It is if the option differs between the runs and at most two thirds of the runs have this value. A name in `conf/`
-    (such as `block_type.part`) is named whenever it differs. An option of a part is named only if it differs between
-    runs with the same part: `scheduler.fractions` says nothing that the schedule's name does not say.
+    (such as `block_type.part`) is named whenever it differs. An option of what has such a name is named only if it
+    differs between runs with the same name: `scheduler.fractions` says nothing that the schedule's name does not say.
 
     Args:
         options: A table with a row for each run and a column for each option.
+
+    Returns:
+        A table of booleans with the same rows and columns.
     """
 
     def varies(key: str) -> bool:

@@ -46,7 +46,9 @@ def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.Da
         latencies: The latencies of the student and of the standard network, by the `name` of a row.
 
     Returns:
-        Accuracies and gains are `Spread` objects, latencies `Latency` objects, and costs are means over seeds.
+        The columns `setting`, `method`, `n` (the number of seeds), those in `COLUMNS` (accuracies, gains and costs),
+        `latency ms` and `standard ms`. Accuracies and gains are `Spread` objects, latencies `Latency` objects, and
+        costs are means over seeds.
     """
     table = rows[["setting", "method", "n", *COLUMNS]].copy()
     for name in COSTS:
@@ -187,7 +189,11 @@ def describe_runs(folders: list[RunFolder]) -> list[str]:
 
 
 def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
-    """Yields lines of Markdown with a table of the gains of each seed, which a mean over seeds may hide."""
+    """Yields lines of Markdown with a table of the gains of each seed, which a mean over seeds may hide.
+
+    Args:
+        runs: The table of `tabulate_runs`, with a row for each run.
+    """
     paired = runs[runs["gain"].notna()]
     if paired.empty:
         return
@@ -200,7 +206,11 @@ def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
-    """Yields lines of Markdown that name the rows without a gain, if other rows have one."""
+    """Yields lines of Markdown that name the settings and methods without a gain, if others have one.
+
+    Args:
+        runs: The table of `tabulate_runs`, with a row for each run.
+    """
     if runs["gain"].isna().all():
         return
     compared = {*runs.loc[runs["gain"].notna(), "name"], *runs.loc[runs["baseline"], "name"]}
@@ -214,7 +224,12 @@ def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[str]:
-    """Yields lines of Markdown that name the runs that are not in the table, and say why."""
+    """Yields lines of Markdown that name the runs that are not in the table, and say why.
+
+    Args:
+        folders: All folders, of finished and other runs.
+        runs: The table of `tabulate_runs`, with a row for each run.
+    """
     duplicates = sum(entry.run is not None for entry in folders) - len(runs)
     if duplicates:
         have, are = ("has", "is") if duplicates == 1 else ("have", "are")
