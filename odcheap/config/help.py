@@ -34,7 +34,13 @@ CHOICES = re.compile(r"Literal\[([^\]]*)\]")
 
 
 def format_help(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> str:
-    """Returns the help; the options of those parts are shown that the arguments choose, or of the default ones."""
+    """Returns the text that `odcheap train --help` prints.
+
+    Args:
+        arguments: The command-line arguments. If they choose a part, as `method=kd` does, its options are shown;
+            otherwise those of the default part.
+        config_dirs: The user's own `conf` directories.
+    """
     chosen = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
     root = find_conf_dir() / "config.yaml"
     hints = get_type_hints(RootOptions, include_extras=True)
@@ -69,7 +75,7 @@ def list_part(group: str, part: str, config_dirs: Sequence[Path]) -> Iterator[tu
 
 
 def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iterator[tuple[str, Any, str]]:
-    """Yields the options in a node of a YAML file, and in the nodes within it.
+    """Yields name, default value and description of each option in a node of a YAML file, and in the nodes within it.
 
     Args:
         path: The name of the node on the command line, such as "method" or "data.load".
@@ -93,7 +99,13 @@ def is_root_reference(value: Any) -> bool:
 
 
 def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, str, str]]:
-    """Yields name, value and comment of each option at the top of a YAML file, or of a group in its defaults list."""
+    """Yields name, value and comment of each option at the top level of a YAML file.
+
+    Args:
+        path: The file.
+        group: None for the top level only. The name of a config group, to yield the entries of the defaults list (such
+            as `- method: od`) and of other levels too; the caller selects the entry of this group.
+    """
     for line in path.read_text(encoding="utf-8").splitlines():
         match = LINE.fullmatch(line.replace("- ", "", 1) if group else line)
         if match and match["value"] and (group is not None or not match["indent"]):
@@ -172,7 +184,13 @@ def parse_arguments(docstring: str) -> dict[str, str]:
 
 
 def format_option(name: str, value: Any, text: str) -> str:
-    """Returns the lines of an option in the help."""
+    """Returns the lines of an option in the help.
+
+    Args:
+        name: The name of the option on the command line, such as "method.temperature".
+        value: Its default value; None is shown as `null`, or not at all for an option without a group.
+        text: What the option does.
+    """
     as_written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     is_bare = (value is None and "." not in name) or as_written.startswith("${")
     start = f"  {name}" if is_bare else f"  {name}={as_written}".replace("'", "")

@@ -168,7 +168,10 @@ def check_options(
 
 
 def check_students(config: RunConfig, config_dirs: Sequence[Path], find_signature: FindSignature) -> None:
-    """Checks the option `students`: its entries, their options, and that other options agree with it."""
+    """Checks the option `students`: its entries, their options, and that other options agree with it.
+
+    See `check_options` for the arguments.
+    """
     students = to_plain(config.cfg.get("students"))
     if students is None:
         return

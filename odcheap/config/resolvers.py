@@ -76,7 +76,11 @@ def default_job_dir() -> str:
 
 
 def default_precision(accelerator: str) -> str:
-    """Returns the default precision: `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`."""
+    """Returns the default precision: `bf16-mixed` on a GPU that supports bfloat16, otherwise `32-true`.
+
+    Args:
+        accelerator: The value of the option `trainer.accelerator`, such as "auto" or "cpu".
+    """
     import torch  # imported here, since it takes seconds; see `unread_precision`
 
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

@@ -152,7 +152,7 @@ class SourceModule(dict[str, Any]):
         return eval(ast.unparse(expression), {"__builtins__": {}}, self)
 
     def evaluate_known(self, annotations: Mapping[str, ast.expr | None]) -> dict[str, Any]:
-        """Returns the values of those annotations that can be evaluated."""
+        """Returns the values of those annotations that can be evaluated, by the names of the parameters."""
         known: dict[str, Any] = {}
         for name, annotation in annotations.items():
             if annotation is not None:
@@ -214,7 +214,12 @@ def find_definition(
 
 
 def find_import(node: ast.ImportFrom, name: str) -> str | None:
-    """Returns how a module calls what an import from it calls `name`; None if the import has no such name."""
+    """Returns the original name of what a statement imports as `name`; None if it imports nothing as `name`.
+
+    Args:
+        node: The statement, such as `from package import original as name`.
+        name: The name in the module that contains the statement.
+    """
     return next((alias.name for alias in node.names if name == (alias.asname or alias.name)), None)
 
 

@@ -90,7 +90,16 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, seconds: floa
 
 
 def wait_for_key(store: dist.Store, key: str, end: float) -> str:
-    """Waits until a key of the store is set, and returns its value; raises `Failure` after the time `end`."""
+    """Waits until a key of the store is set, and returns its value.
+
+    Args:
+        store: The key-value store of all processes.
+        key: The key, which ends with the number of the process that sets it.
+        end: The value of `time.monotonic()` until which to wait.
+
+    Raises:
+        Failure: The key is not set in time.
+    """
     while not store.check([key]):
         if time.monotonic() > end:
             raise Failure(f"trainer: process 0 got no answer from process {key.rpartition('/')[2]}")

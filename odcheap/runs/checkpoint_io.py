@@ -19,6 +19,9 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
         path: The file.
         option: The name of the option that gave the file, for messages.
 
+    Returns:
+        The content of the checkpoint, with the entries of `schemas.Checkpoint` and others.
+
     Raises:
         OptionError: The file is damaged, or it is not a checkpoint of an odcheap run.
     """
@@ -65,7 +68,13 @@ def list_checkpoints(job_dir: Path) -> list[Path]:
 
 
 def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
-    """Removes all checkpoints of a run except the `keep` newest ones and `selected`."""
+    """Removes the oldest checkpoints of a run.
+
+    Args:
+        job_dir: The run's folder.
+        keep: The number of checkpoints that are kept, the newest ones.
+        selected: A checkpoint that is kept in addition; None for none.
+    """
     for path in list_checkpoints(job_dir)[:-keep]:
         if path != selected:
             path.unlink(missing_ok=True)

@@ -289,7 +289,7 @@ def list_image_folders(data: Any) -> list[Any]:
     """Returns the folders from which a data set reads its images.
 
     Args:
-        data: The settings of the data set.
+        data: The settings of the data set: the entry `data` of a run's config.
     """
     return [value for name, value in flatten(data).items() if name.split(".")[-1] == "data_dir"]
 

@@ -37,7 +37,11 @@ class Status(Schema):
 
 
 class Member(Schema):
-    """The metrics of one network: a student, a moving average of a student's weights, the teacher, or the ensemble."""
+    """The metrics of one network: a student, a moving average of a student's weights, the teacher, or the ensemble.
+
+    The accuracies with the prefix `val` are those on held-out images. A teacher has a `kind`, such as "head" or
+    "frozen". Students have `network` (a name), `params` and `macs` if their networks differ.
+    """
 
     val_top1: Accuracy | None = None
     val_balanced_accuracy: Accuracy | None = None
@@ -51,7 +55,10 @@ class Member(Schema):
 
 
 class Members(Schema):
-    """The metrics of all networks of a method, measured with the weights of the same epoch."""
+    """The metrics of all networks of a method, measured with the weights of the same epoch.
+
+    `averages` are those of the moving averages of the students' weights.
+    """
 
     students: list[Member] | None = None
     averages: list[Member] | None = None
@@ -60,7 +67,16 @@ class Members(Schema):
 
 
 class Selected(Member):
-    """The selected student, or moving average of a student's weights: its number, its epoch and its metrics."""
+    """The selected student, or moving average of a student's weights: its number, its epoch and its metrics.
+
+    Attributes:
+        student: The number of the student, from 0.
+        averaged: Whether the moving average of its weights is selected, and not the student itself.
+        epoch: The number of the selected epoch, from 0.
+        selected_on: The images on which it was selected; "last" for student 0 of the last epoch, without any selection.
+        balanced_accuracy: The mean recall of the classes on the test images.
+        recall: The recall of each class on the test images, by the name of the class; None for a class without images.
+    """
 
     student: Index | None = None
     averaged: bool | None = None
@@ -81,7 +97,10 @@ class NetworkCost(Schema):
 
 
 class Cost(Schema):
-    """The costs of a student, of the standard network, of a trained teacher, and of the training."""
+    """The costs of a student, of the standard network, of a trained teacher, and of the training.
+
+    See `training.summary.summarize_costs`.
+    """
 
     params: Count | None = None
     macs: Count | None = None
@@ -102,7 +121,7 @@ class Test(Members):
 
 
 class Summary(Members):
-    """The content of `summary.json`."""
+    """The content of `summary.json`: the results of a run; see `training.experiment.Experiment.summarize`."""
 
     finished: bool = False
     selected: Selected | None = None
@@ -121,7 +140,7 @@ class Summary(Members):
 
 
 class Config(Schema):
-    """The content of `config.yaml`: options by name."""
+    """The content of `config.yaml`: the options of a run by name, nested as in `conf/`."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
@@ -131,7 +150,14 @@ class Config(Schema):
 
 
 class SavedWeights(Schema):
-    """The description of weights in a file; it is empty in files of other programs."""
+    """The description of weights in a file; it is empty in files of other programs.
+
+    Attributes:
+        split: A hash of the images with which the weights were trained, and of which of them were held out.
+        classes: The names of the classes, in the order of the logits.
+        folded: Whether branches were folded into one convolution (see `fold_branches`), so that the network cannot be
+            trained further.
+    """
 
     split: str | None = None
     classes: list[str] | None = None
@@ -150,7 +176,14 @@ class SavedRun(Schema):
 
 
 class Selection(Schema):
-    """The entry `selected` of the callback `Record` in a checkpoint: what is selected so far."""
+    """The entry `selected` of the callback `Record` in a checkpoint: what is selected so far.
+
+    Attributes:
+        candidate: The number of the selected network, from 0: the students come first, then the moving averages of
+            their weights.
+        epoch: The number of the selected epoch, from 0.
+        score: The metric by which it was selected.
+    """
 
     candidate: Index
     epoch: Index
@@ -158,7 +191,10 @@ class Selection(Schema):
 
 
 class SavedRecord(Schema):
-    """The state of the callback `Record` in a checkpoint."""
+    """The state of the callback `Record` in a checkpoint: the metrics of each epoch, and what is selected so far.
+
+    `seconds` is the training time until then.
+    """
 
     # Metrics of a run that diverges may be NaN.
     history: list[dict[str, Annotated[float, Field(allow_inf_nan=True)] | None]]
@@ -167,7 +203,7 @@ class SavedRecord(Schema):
 
 
 class Callbacks(Schema):
-    """The states of the callbacks in a checkpoint."""
+    """The states of the callbacks in a checkpoint, by the names of their classes."""
 
     Record: SavedRecord
     LoggerRuns: dict[str, str] | None = None

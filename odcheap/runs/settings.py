@@ -14,7 +14,7 @@ from odcheap.utils.parts import part_settings, read_part
 
 
 class RunConfig:
-    """The config of a run, as Hydra composes it.
+    """The config of a run, as Hydra composes it, with the overrides (options such as `num_stu=4`) of the user.
 
     Args:
         cfg: The config.
@@ -56,14 +56,22 @@ class RunConfig:
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
 
     def student_shapes(self) -> list[Shape] | None:
-        """Returns the shape of each student by the option `students`; None if it is not given."""
+        """Returns the backbone and the block type of each student by the option `students`; None if it is not given.
+
+        Each entry is a dict like that of `own_shape`.
+        """
         students = self.cfg.get("students")
         if students is None:
             return None
         return read_shapes(OmegaConf.to_container(students, resolve=True), self.own_shape())
 
     def own_shape(self) -> Shape:
-        """Returns the settings of the run's `backbone` and `block_type`, by these names."""
+        """Returns the settings of the run's backbone and block type.
+
+        Returns:
+            A dict with the keys `backbone` and `block_type`. Each value is a dict of options, in which `part` is the
+            name of the file in `conf/`.
+        """
         nodes = {group: OmegaConf.to_container(self.cfg[group], resolve=True) for group in GROUPS}
         return {group: part_settings(cast(dict[str, Any], node), self.parts[group]) for group, node in nodes.items()}
 
@@ -76,6 +84,9 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns saved settings with the defaults of groups and options that did not exist when they were saved.
 
     So runs of an earlier version have the same settings as later runs that do not use what is new.
+
+    Args:
+        settings: The config of a run, as `RunConfig.to_settings` of this or an earlier version has returned it.
     """
     completed = {**{group: {"part": name} for group, name in NEW_GROUPS.items()}, **settings}
     for group, node in completed.items():
@@ -88,7 +99,7 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_plain_default(value: Any) -> bool:
-    """Returns whether a default is a value of its own, and no part or reference such as `${seed}`."""
+    """Returns whether a default is a plain value: no dict, no reference such as `${seed}`, and not missing ("???")."""
     return not isinstance(value, Mapping) and "${" not in str(value) and value != "???"
 
 

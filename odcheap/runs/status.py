@@ -40,7 +40,11 @@ def read_status(job_dir: Path) -> dict[str, Any]:
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
-    """Returns whether the process that wrote a status still runs; true if it is on another host, as nobody can tell."""
+    """Returns whether the process that wrote a status still runs; true if it is on another host, as nobody can tell.
+
+    Args:
+        status: The content of `status.json`; see `read_status`.
+    """
     if status.get("host") != socket.gethostname():
         return True
     if status.get("pid") is None:

@@ -19,13 +19,21 @@ STORAGE = "odcheap.runs.study_storage.StudyStorage"
 
 
 def is_kept(config: DictConfig) -> bool:
-    """Returns whether a sweep is a search whose trials are saved in `study.json`, not in the user's own storage."""
+    """Returns whether a sweep is a search whose trials are saved in `study.json`, not in the user's own storage.
+
+    Args:
+        config: The config of the sweep, with the options of Hydra under `hydra`.
+    """
     storage = config.hydra.sweeper.get("storage")
     return OmegaConf.is_dict(storage) and storage.get("_target_") == STORAGE
 
 
 def list_overrides(config: DictConfig) -> list[str]:
-    """Returns the overrides that identify a search; with other overrides in the same folder, a new search begins."""
+    """Returns the overrides that identify a search; with other overrides in the same folder, a new search begins.
+
+    Args:
+        config: The config of the search, with the options of Hydra under `hydra`.
+    """
     storage = config.hydra.sweeper.storage
     return describe_search(storage.overrides, storage.params)
 
@@ -51,7 +59,15 @@ def read_study(folder: Path) -> Study:
 
 
 def read_search(folder: Path, overrides: Sequence[str]) -> Search:
-    """Returns the search in a folder that these overrides identify; it has no trials if it is new. See `read_study`."""
+    """Returns the search in a folder that these overrides identify; it has no trials if it is new.
+
+    Args:
+        folder: The folder of the sweep.
+        overrides: The overrides as `describe_search` returns them.
+
+    Raises:
+        OptionError: See `read_study`.
+    """
     known = (search for search in read_study(folder).searches if search.overrides == list(overrides))
     return next(known, Search(overrides=list(overrides), trials=[]))
 
@@ -67,7 +83,7 @@ def describe_best(folder: Path, overrides: Sequence[str]) -> str | None:
 
     Args:
         folder: The folder of the sweep.
-        overrides: The overrides of the search.
+        overrides: The overrides that identify the search, as `describe_search` returns them.
     """
     trials = read_search(folder, overrides).trials
     complete = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]

@@ -103,7 +103,12 @@ def name_status_command(folder: Path) -> str:
 
 
 def check_runs(config: DictConfig) -> None:
-    """Composes the configs of as many runs of a sweep as are needed to try each name in a config group.
+    """Checks, before a sweep begins, that Hydra can compose the configs of its runs.
+
+    Only as many configs are composed as are needed to try each name in a config group, such as `block_type=DW,Shift`.
+
+    Args:
+        config: The config of the sweep, with the options of Hydra under `hydra`.
 
     Raises:
         HydraException: An override cannot be read, or names an option or a part that does not exist.
@@ -118,7 +123,13 @@ def check_runs(config: DictConfig) -> None:
 
 
 def list_values(override: Override, is_group: bool) -> list[str]:
-    """Returns one override for each value of an override that sets a group; for other overrides, for one value only."""
+    """Returns an override with several values as overrides with one value each.
+
+    Args:
+        override: The override; it may have one value only.
+        is_group: Whether it chooses names in a config group, as `block_type=DW,Shift` does. All values are returned
+            then, and otherwise the first one at most.
+    """
     if not override.is_sweep_override():
         return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
     sweep = override.value()
@@ -130,6 +141,9 @@ def list_values(override: Override, is_group: bool) -> list[str]:
 
 def read_overrides(config: DictConfig) -> list[Override]:
     """Returns the parsed overrides of a sweep: those of the sweeper's config, and those of the command line.
+
+    Args:
+        config: The config of the sweep, with the options of Hydra under `hydra`.
 
     Raises:
         HydraException: They cannot be read.
@@ -143,6 +157,9 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
     """Returns what is known about the runs of a sweep before they start, for `sweep.json`.
 
     If the sweep is a search that is continued, the config is changed to the number of trials that are left.
+
+    Args:
+        config: The config of the sweep, with the options of Hydra under `hydra`.
 
     Raises:
         HydraException: The overrides cannot be read.
@@ -229,7 +246,7 @@ def check_sweep_folder(folder: Path) -> None:
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
-    """Returns the outcome of the run in a folder; None if the folder contains no result and nothing of this sweep.
+    """Returns how the run in a folder ended; None if the folder contains no result and nothing of this sweep.
 
     Args:
         folder: The run's folder.

@@ -331,13 +331,19 @@ class ProgressReporter(pl.Callback):
         self.end_evaluation()
 
     def start_evaluation(self, trainer: pl.Trainer, name: str, batches: Sequence[float]) -> None:
-        """Starts the bar of an evaluation; `batches` has the number of batches of the one data loader."""
+        """Starts the bar of an evaluation.
+
+        Args:
+            trainer: The trainer.
+            name: The text before the bar: "validation" or "test".
+            batches: The number of batches of each data loader; there is one loader.
+        """
         self.reported = time.perf_counter()
         if self.console.is_terminal and trainer.is_global_zero:
             self.evaluation = self.start_bar(transient=True).add_task(name, total=batches[0])
 
     def advance_evaluation(self, trainer: pl.Trainer, name: str, done: int, batches: Sequence[float]) -> None:
-        """Shows that `done` batches are evaluated."""
+        """Shows that `done` batches are evaluated; see `start_evaluation` for the other arguments."""
         now = time.perf_counter()
         if self.bar is not None and self.evaluation is not None:
             self.bar.update(self.evaluation, completed=done)

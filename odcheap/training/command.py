@@ -191,7 +191,10 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
 
 
 def report_own_parts(experiment: Experiment) -> None:
-    """Says before the training if a network with parts of the user cannot be exported, or if a part is not used."""
+    """Prints before the training if a network with parts of the user cannot be exported, or if a part is not used.
+
+    A part of the user is a file such as `block_type/mine.yaml` in a `conf` directory of his own.
+    """
     start, config_dirs = experiment.start, resolvers.given_config_dirs()
     parts = start.config.parts
     for folder in config_dirs:
@@ -207,7 +210,15 @@ def report_own_parts(experiment: Experiment) -> None:
 
 
 def report_export_problem(experiment: Experiment, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Says if a student cannot be exported; only students with parts of the user are tried."""
+    """Prints a warning if a student cannot be exported; only students with parts of the user are tried.
+
+    A part of the user is a backbone or block type from a `conf` directory of his own.
+
+    Args:
+        experiment: The run.
+        student: The student.
+        settings: The settings from which the student is built; see `StudentSettings`.
+    """
     parts = {group: settings[group]["part"] for group in PARTS}
     own = [group for group in PARTS if is_own_part(group, parts[group])]
     if not own:

@@ -478,7 +478,15 @@ class Experiment:
         }
 
     def name_networks(self, students: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns the figures of the students, with name and costs of each network if the networks differ."""
+        """Adds name and costs of each student's network to its figures, if the networks of the students differ.
+
+        Args:
+            students: The figures of each student: the entry `students` of what `summarize_members` returns.
+
+        Returns:
+            The same dicts. If the networks differ, each has three more entries: `network`, a name such as "DW resnet20",
+            `params` and `macs`.
+        """
         names = name_students(self.start)
         if names is None:
             return students
@@ -491,6 +499,10 @@ class Experiment:
         """Returns the entry `selected` of `summary.json`: the selected candidate and its metrics on the test images.
 
         Its `recall` has the recall of each class by the class's name; None for a class without test images.
+
+        Args:
+            fit: The result of the training, which says what is selected.
+            tested: The test of the weights of the selected epoch.
         """
         students, averages = tested.members["students"], tested.members["averages"] or []
         figures = [*students, *averages][fit.candidate]
@@ -621,6 +633,9 @@ def describe_few_images(data: ImageData) -> str:
 def check_finished(start: Start) -> None:
     """Reads the data set, and checks that a finished run was trained on these images.
 
+    Args:
+        start: The run's config, and its last checkpoint.
+
     Raises:
         OptionError: The run was trained on other images, or the images cannot be read.
     """
@@ -631,6 +646,10 @@ def check_finished(start: Start) -> None:
 
 def check_same_images(start: Start, data: ImageData) -> None:
     """Checks that a checkpoint was trained with these data: the same classes, images and split.
+
+    Args:
+        start: The run's config, and the checkpoint; nothing is checked if there is none.
+        data: The data set; its method `read` has been called.
 
     Raises:
         OptionError: The data are other ones.

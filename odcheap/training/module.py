@@ -27,7 +27,7 @@ STAGES = ("train", "val", "test")
 
 
 class Figures(NamedTuple):
-    """Metrics of all members on one part of the data.
+    """Metrics of all members (the networks that are evaluated, such as students and teacher) on one part of the data.
 
     Each list has one entry for each member, in the order of `DistillationModule.members`.
 
@@ -261,7 +261,10 @@ class DistillationModule(pl.LightningModule):
 
 
 def name_members(method: Method) -> list[str]:
-    """Returns the names of a method's members, such as "student_0", in the order of their logits."""
+    """Returns the names of the networks of a method that are evaluated, in the order of `member_logits`.
+
+    These are "student_0", "student_1", ..., then "average_0", ... and "teacher" if the method has them, and "ensemble".
+    """
     students = len(method.students)
     averages = len(method.candidates()) - students
     names = [f"student_{k}" for k in range(students)] + [f"average_{k}" for k in range(averages)]

@@ -41,7 +41,12 @@ class StudentBuilder(NamedTuple):
 
 
 def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
-    """Returns for each student of a run what builds it; `channels` is the number of channels of the images."""
+    """Returns for each student of a run what builds it.
+
+    Args:
+        start: The run's config, and the checkpoint from which it continues, if there is one.
+        channels: The number of channels of the images, such as 3.
+    """
     # A resumed run needs no pretrained weights: they are in its checkpoint, and their file may be gone.
     cfg, forgotten = start.cfg, {"pretrained": None} if start.content is not None else {}
     shapes = start.config.student_shapes()
@@ -61,14 +66,26 @@ def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
 
 
 def build_students(start: Start, builders: Sequence[StudentBuilder], num_classes: int) -> Students:
-    """Returns the students of a run."""
+    """Builds the students of a run.
+
+    Args:
+        start: The run, whose config has the seed of the initial weights.
+        builders: What builds each student; see `list_builders`.
+        num_classes: The number of classes, K.
+    """
     cfg = start.cfg
     functions = [partial(builder.build_student, num_classes) for builder in builders]
     return Students(functions, len(functions), cfg.seed, RUNS[cfg.together])
 
 
 def build_standards(start: Start, builders: Sequence[StudentBuilder], num_classes: int) -> list[Backbone]:
-    """Returns for each student its network with standard convolutions; students with one backbone share it."""
+    """Returns for each student the same backbone with standard convolutions; students with one backbone share it.
+
+    Args:
+        start: The run, whose config has the seed of the initial weights.
+        builders: What builds each student; see `list_builders`.
+        num_classes: The number of classes, K.
+    """
     built: dict[Any, Backbone] = {}
     for builder in builders:
         if builder.build not in built:
@@ -82,7 +99,7 @@ def check_networks(method: Method, builders: Sequence[StudentBuilder], image_siz
 
     Args:
         method: The method with the students.
-        builders: What has built the students.
+        builders: What has built each student; see `list_builders`.
         image_size: (C, H, W) of the images.
 
     Raises:

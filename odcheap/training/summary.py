@@ -60,7 +60,8 @@ def summarize_members(
 
     Returns:
         `students` and `averages`, with a dict for each; `teacher` and `ensemble`, a dict each. `averages` and `teacher`
-        are None if the method has none.
+        are None if the method has none. The keys of each dict are `val_top1`, `val_balanced_accuracy` (on the held-out
+        images), `test_top1`, `test_top5` and `test_balanced_accuracy`; that of the teacher also has its `kind`.
     """
 
     def summarize(k: int, name: str) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str,
         classes: The names of the classes.
 
     Returns:
-        `images`: the number of images by part. `classes`: the numbers by class and part.
+        `images`: a dict from the part to its number of images. `classes`: for each class, by its name, such a dict.
     """
     by_class = {part: np.bincount(target, minlength=len(classes)).tolist() for part, target in labels.items()}
     return {
@@ -155,7 +156,15 @@ def list_versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Returns the properties of the machine on which speed depends."""
+    """Returns the properties of this machine on which speed depends.
+
+    Args:
+        device: The device of the training.
+
+    Returns:
+        `cpu` (the name of its model), `threads` (the number that PyTorch uses), `bf16_on_cpu` (whether the CPU computes
+        in bfloat16), `gpu` (its name; None if `device` is not a CUDA device) and `device` (such as "cuda").
+    """
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
@@ -171,10 +180,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
     """Returns the description of a run that each checkpoint contains.
 
+    Args:
+        config: The config of the run.
+        data: The data set; its method `read` has been called.
+
     Returns:
-        The overrides, the resolved config, the fingerprint of the split, the classes, and under `student` the settings
-        from which a student can be built (see `StudentSettings`). If the students have different shapes, there are
-        `students`, too, with the settings of each; see `select_student_settings`.
+        `overrides` (the options that the user has given), `config` (the resolved config), `split` (the fingerprint of
+        the data), `classes` (their names), and `student`, the settings from which a student can be built (see
+        `StudentSettings`). If the students have different shapes, there is also `students`, a list with the settings of
+        each; see `select_student_settings`.
     """
     settings = config.to_settings()
     about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
@@ -226,7 +240,11 @@ def print_summary(console: Console, summary: dict[str, Any], title: str) -> None
 
 
 def build_table(summary: dict[str, Any]) -> Table:
-    """Returns a table of the accuracies of all members at the selected epoch; the selected member is marked."""
+    """Returns a table of the accuracies of all members at the selected epoch; the selected member is marked.
+
+    Args:
+        summary: The content of `summary.json` or `test.json`.
+    """
     choice = summary["selected"]
     table = Table()
     for column in ("", "val\ntop-1 %", "test\ntop-1 %", "test\ntop-5 %", "test\nbalanced %"):

@@ -98,7 +98,12 @@ def log_result(
 
 
 def attempt(name: str, log: Callable[[], object]) -> None:
-    """Calls a function that logs; a tracker that cannot be reached must not end a training."""
+    """Calls a function that logs; an error becomes a printed warning, so that it does not end the training.
+
+    Args:
+        name: The name of the logger in `conf/logger`, for the warning.
+        log: The function.
+    """
     try:
         log()
     except Exception as error:  # the libraries of the trackers raise errors of any kind
