@@ -110,6 +110,12 @@ def measure(
         quick: Whether to measure one block type only, in fewer rounds.
         peers: Whether to measure the training loops of other projects too.
         config_dirs: Further `conf` directories.
+
+    Yields:
+        The same dict each time, with more entries. In the end they are `machine`, `versions`, `overrides`, `training`
+        (a dict for each block type and precision; see `summarize`), `peers` if they are measured (see
+        `summarize_peers`), `operators` (see `measure_operators`), `inference` (see `measure_inference`) and
+        `start_seconds` (see `measure_start`).
     """
 
     def compose(*more: str) -> DictConfig:
@@ -168,6 +174,11 @@ def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]
     Args:
         timings: The timing of each loop, by the names in `LOOPS`.
         batch_size: The number of images in a batch.
+
+    Returns:
+        `batch_size`; by the names of the loops, `seconds` (of a step in each round), `images_per_second` and
+        `page_faults` (medians), and `peak_bytes`; and two ratios as `compare_times` returns them: `speedup_over_2019`
+        (how many times as fast odcheap is as the loop of 2019) and `time_over_bare` (its time over the bare loop's).
     """
     # Rates are medians. Ratios of times are taken within each round, since the speed of a machine changes over time.
     return {
@@ -187,6 +198,10 @@ def summarize_peers(timings: dict[str, LoopTiming], batch_size: int) -> dict[str
     Args:
         timings: The timing of each loop, by the names in `PEERS`.
         batch_size: The number of images in a batch.
+
+    Returns:
+        By the names of the loops, `seconds` (of a step in each round), `images_per_second` (medians), `peak_bytes`, and
+        `speedup` (how many times as fast odcheap is, as `compare_times` returns it).
     """
     ours = timings["trainer"]
     return {
@@ -198,7 +213,7 @@ def summarize_peers(timings: dict[str, LoopTiming], batch_size: int) -> dict[str
 
 
 def compare_times(numerator: LoopTiming, denominator: LoopTiming) -> dict[str, float]:
-    """Returns the ratio of the times of two loops in each round, as median, minimum and maximum over the rounds."""
+    """Returns the `median`, `min` and `max`, over all rounds, of the ratio of the times of two loops in a round."""
     ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
@@ -214,8 +229,9 @@ def measure_inference(
         seconds: The time for the measurement of each network; see `latency.time_networks`.
 
     Returns:
-        For each block type the milliseconds of a call with each of `BATCHES` images, and how many times as fast as the
-        standard network it is.
+        For each block type a dict with `block_type`, its name, and for calls with 1 and with 64 images `ms_1` and
+        `ms_64`, the milliseconds of a call, and `speedup_1` and `speedup_64`, how many times as fast as the standard
+        network it is.
     """
     networks = {name: build_comparable(build, conv, NUM_CLASSES) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
@@ -229,7 +245,11 @@ def measure_inference(
 
 
 def measure_start(script: str = TRAIN) -> float | None:
-    """Starts a small run, and returns the seconds until its first training step; None if it ended before."""
+    """Starts a small run in a new process, and returns the seconds until its first step; None if it ended before.
+
+    Args:
+        script: Python code that starts a training with the options in `sys.argv[1:]`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-c", EXIT_AT_FIRST_STEP + script, "experiment=quickstart", "trainer=cpu"]
@@ -238,7 +258,11 @@ def measure_start(script: str = TRAIN) -> float | None:
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Returns the result in Markdown: a table of the training, a table of the inference, and the start-up time."""
+    """Returns the result in Markdown: tables of the training, of layers and of the inference, and the start-up time.
+
+    Args:
+        result: The last result of `measure`.
+    """
     # A row for each block type and precision, then a row for each block type.
     training = pd.DataFrame(
         {"block_type": row["block_type"], "precision": row["precision"]}
@@ -295,7 +319,11 @@ def format_gib(count: int | None) -> str:
 
 
 def plot_training(result: dict[str, Any]) -> Figure:
-    """Draws the training images per second of the three loops as bars."""
+    """Draws the training images per second of the three loops as bars.
+
+    Args:
+        result: The last result of `measure`.
+    """
     rows = result["training"]
     rates = pd.DataFrame([row["images_per_second"] for row in rows]).rename(columns=LOOPS)
     rates.index = pd.Index([f"{row['block_type']}\n{row['precision']}" for row in rows])

@@ -126,7 +126,12 @@ def random_images(cfg: DictConfig, count: int) -> Images:
 
 
 def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
-    """Builds the method that a config describes, with its students; `run` is the function that runs them."""
+    """Builds the method that a config describes, with its students.
+
+    Args:
+        cfg: The config of a run.
+        run: The function that runs all students on a batch; see `methods.students`.
+    """
     if (channels := cfg.data.get("channels")) not in (None, RGB):
         raise OptionError("data.channels", channels, "must be 3: the benchmark's images are RGB")
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)

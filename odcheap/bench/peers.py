@@ -42,7 +42,12 @@ def has_torchdistill() -> bool:
 
 
 def build_distillation(cfg: DictConfig, run: RunStudents = run_auto) -> OfflineDistillation:
-    """Builds one student of the config's block type, and a standard network of the same backbone as its teacher."""
+    """Builds one student of the config's block type, and a standard network of the same backbone as its teacher.
+
+    Args:
+        cfg: The config of a run.
+        run: The function that runs all students on a batch; see `methods.students`.
+    """
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), 1, cfg.seed, run)
     network = backbone(conv=Standard(), num_classes=NUM_CLASSES)

@@ -135,6 +135,12 @@ def summarize(
         images: The images.
         predicted: The predicted label of each image.
         hashes: The hashes of each image; None if they cannot be compared with the run's images.
+
+    Returns:
+        The entries of `predict.summarize_confusion`; `trained_on` and `selected_on`, the names of the images that were
+        training images or held-out images of the run; and `unused`, with the metrics `images`, `correct`, `top1` and
+        `top1_interval` of all other images. All three are None if this is not known. `unused` is also None if the run
+        has used none of the images, or all of them.
     """
     count = len(model.classes)
     content = predict.summarize_confusion(predict.count_confusion(images.target, predicted, count), model.classes)

@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
 
 def is_export(folder: Path) -> bool:
-    """Returns whether a folder is an export."""
+    """Returns whether `odcheap export` has written a folder: it has a `preprocess.json` and a model card."""
     return all((folder / name).is_file() for name in (predict.PREPROCESS_FILE, predict.CARD_FILE))
 
 

@@ -30,6 +30,10 @@ def compute_figures(run: RunStudent, verification: Verification) -> dict[str, An
 
     They are those of the checks, and without test images those in the run's summary, which do not say how often a class
     was `predicted`. None if neither has them.
+
+    Args:
+        run: The exported student.
+        verification: The results of the checks.
     """
     classes = run.settings["classes"]
     if verification.confusion is not None:
@@ -47,7 +51,7 @@ def compute_figures(run: RunStudent, verification: Verification) -> dict[str, An
 
 
 def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
-    """States the test accuracy, where it was measured, its interval, and what guessing would give."""
+    """Returns lines of Markdown: the test accuracy, where it was measured, its interval, and what guessing would give."""
     figures = compute_figures(run, verification)
     lines, top1 = [], verification.top1.get("student.onnx")
     if run.job_dir is not None and run.summary is None:
@@ -108,14 +112,22 @@ def compute_sign_test(gained: int, lost: int) -> float:
 
 
 def format_interval(figures: dict[str, Any] | None) -> str:
-    """Returns the 95 % interval of the accuracy in parentheses; empty without figures."""
+    """Returns the 95 % interval of the accuracy in parentheses; empty without figures.
+
+    Args:
+        figures: What `compute_figures` returned.
+    """
     return (
         "" if figures is None else " (95 % interval {} to {})".format(*map(format_accuracy, figures["top1_interval"]))
     )
 
 
 def describe_guessing(figures: dict[str, Any]) -> str:
-    """Compares the accuracy with that of always answering the largest class."""
+    """Returns a sentence that compares the accuracy with that of always answering the largest class.
+
+    Args:
+        figures: What `compute_figures` returned.
+    """
     largest, low = figures["largest_class"], figures["top1_interval"][0]
     line = f"Always answering {format_code(largest['name'])}, the largest class of the test images, would give "
     line += f"{format_accuracy(largest['share'])} %"
@@ -128,7 +140,11 @@ def describe_guessing(figures: dict[str, Any]) -> str:
 
 
 def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
-    """States if all images get one answer, and which classes are never recognized."""
+    """Returns sentences that say if all images get one answer, and which classes are never recognized or not tested.
+
+    Args:
+        figures: What `compute_figures` returned.
+    """
     tested = {name: entry for name, entry in figures["classes"].items() if entry["images"]}
     answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]
     never = [name for name, entry in tested.items() if not entry["correct"]]
@@ -144,12 +160,12 @@ def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
 
 
 def list_classes(names: list[str]) -> str:
-    """Returns the first names of classes as code."""
+    """Returns the names of classes as code in Markdown, joined by commas; after ten names come three dots."""
     return ", ".join([format_code(name) for name in names[:MAX_NAMES]] + ["..."] * (len(names) > MAX_NAMES))
 
 
 def tabulate_classes(run: RunStudent, verification: Verification) -> list[str]:
-    """Returns a table of the classes: their numbers of images, recall, and what they are taken for."""
+    """Returns lines of Markdown with a table of the classes: numbers of images, recall, and what they are taken for."""
     figures, by_class = compute_figures(run, verification), (run.summary or {}).get("classes") or {}
     confusion, names, rows = verification.confusion, run.settings["classes"], []
     order, lines = list(range(len(names))), []
@@ -181,7 +197,7 @@ def tabulate_classes(run: RunStudent, verification: Verification) -> list[str]:
 
 
 def describe_training_data(run: RunStudent) -> list[str]:
-    """States on which images the student was trained and selected."""
+    """Returns lines of Markdown that say on which images the student was trained and selected."""
     summary = run.summary or {}
     images = summary.get("images") or {}
     if run.job_dir is None:
@@ -203,7 +219,7 @@ PARTS = {"train": "images for the training", "val": "held out", "test": "test im
 
 
 def describe_limits(run: RunStudent, verification: Verification) -> list[str]:
-    """States for what the student is not suited, as far as that follows from how it was made."""
+    """Returns lines of Markdown: for what the student is not suited, as far as that follows from how it was made."""
     classes, figures = run.settings["classes"], compute_figures(run, verification)
     size, shorter = run.settings["image_size"][1:], run.settings["shorter_side"]
     lines = [

@@ -89,6 +89,10 @@ def resolve_out(job_dir: Path, out: Path | None) -> Path:
 def check_options(options: argparse.Namespace) -> Versions | None:
     """Checks the values of the options, and that the folder may be written.
 
+    Args:
+        options: The options of the command, of which `batch`, `opset`, `int8`, `seconds`, `out` and `overwrite` are
+            read.
+
     Returns:
         The files of the older export that will be replaced; None if there is none.
 
@@ -293,7 +297,15 @@ def write_files(
     preprocess: dict[str, Any],
     folder: Path,
 ) -> dict[str, nn.Module]:
-    """Writes all files except the model card, and returns the names of the ONNX files with the networks in them."""
+    """Writes all files except the model card, and returns the networks in the ONNX files, by the names of the files.
+
+    Args:
+        run: The student.
+        options: The options of the command.
+        data: The data set with training images for 8-bit integers; None if it is not available.
+        preprocess: The content of `preprocess.json`.
+        folder: The folder to write.
+    """
     if run.has_settings:
         summary.write_student(folder / STUDENT_FILE, run.network, run.settings)
     write_json(folder / predict.PREPROCESS_FILE, preprocess)
@@ -332,7 +344,14 @@ def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -
 
 
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
-    """Times alternately: the ONNX files, the standard network as an ONNX file, and both networks in PyTorch."""
+    """Times alternately: the ONNX files, the standard network as an ONNX file, and both networks in PyTorch.
+
+    Args:
+        run: The student, with its standard network.
+        options: The options of the command.
+        files: The names of the ONNX files.
+        folder: The folder of these files.
+    """
     size, standard = run.image_size, add_normalization(run.standard, run)
     batches = predict.TIMED_BATCH_SIZES if options.batch is None else (options.batch,)
     models = {name: (folder / name).read_bytes() for name in files}
@@ -344,7 +363,12 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
 
 
 def is_faster(timings: latency.Timings, name: str) -> bool:
-    """Whether a file is faster than `student.onnx` for one of the numbers of images."""
+    """Returns whether an ONNX file is faster than `student.onnx` for at least one number of images in a call.
+
+    Args:
+        timings: The times of the files and of the standard network.
+        name: The name of the file.
+    """
     own, cheap = (
         speedup.compute_speedups(timings, file, STANDARD, latency.ONNX_RUNTIME) for file in (name, "student.onnx")
     )

@@ -36,7 +36,7 @@ Timings = dict[Key, predict.Timing]
 
 
 def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run ONNX files on the CPU, with one thread and with all threads.
+    """Returns functions that run ONNX files on the CPU, with one thread and with all threads, by what they measure.
 
     Args:
         models: The contents of ONNX files by name.
@@ -95,9 +95,9 @@ def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Ti
     """Returns the timing with the number of threads that was fastest.
 
     Args:
-        timings: The timings.
+        timings: The timings of all calls.
         name: The name of the network.
-        runtime: The runtime.
+        runtime: The runtime, such as "ONNX Runtime".
         batch: The number of images in a call.
     """
     # For one small image a single thread is often faster than several.

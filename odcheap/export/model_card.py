@@ -117,11 +117,11 @@ def write_card(
     Args:
         run: The exported student.
         folder: The exported files; their checksums are computed.
-        files: The ONNX files' names, with the networks that they hold.
-        timings: Times of the files, of the student and of the standard network.
-        verification: What the checks have shown.
-        cpu: Name of the CPU of the timings.
-        graph: The ONNX file's input and operators.
+        files: The networks in the ONNX files, by the names of the files.
+        timings: The times of the files, of the student and of the standard network.
+        verification: The results of the checks.
+        cpu: The name of the CPU on which the times were measured.
+        graph: A text about the ONNX file's input and operators; see `export.command.describe_graph`.
     """
     sections = {
         "accuracy": card_accuracy.describe_accuracy(run, verification),
@@ -165,10 +165,10 @@ def name_network(run: RunStudent) -> str:
 
 
 def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
-    """Compares the student with the standard network in ONNX Runtime; a slower student is stated in bold.
+    """Returns lines of Markdown that compare the student with the standard network in ONNX Runtime.
 
-    If PyTorch says the opposite, that is stated too. If the measurement is uncertain, the lines say why, and they have
-    the multiply-accumulates in place of ratios of times.
+    A slower student is stated in bold. If it is the opposite in PyTorch, that is stated too. If the measurement is
+    uncertain, the lines say why, and they have the multiply-accumulates in place of ratios of times.
     """
     if str(run.network) == str(run.standard):
         return ["This is the standard network itself."]
@@ -194,7 +194,12 @@ def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
 
 
 def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
-    """Returns the speedups that a card states, by file, and by runtime if it says the opposite of ONNX Runtime."""
+    """Returns how many times as fast as the standard network the student is, for all figures that a card states.
+
+    Returns:
+        For "student.onnx" and "student-dense.onnx", if they were timed, the speedups by the number of images in a call.
+        The same for each other runtime, such as "PyTorch", in which another network is faster than in ONNX Runtime.
+    """
     own = compute_speedups(timings, "student.onnx", STANDARD, ONNX_RUNTIME)
     compared = {"student.onnx": own}
     for runtime in sorted({key.runtime for key in timings} - {ONNX_RUNTIME}):
@@ -245,7 +250,7 @@ def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], ti
     Args:
         run: The exported student.
         folder: The folder of the exported files.
-        files: The names of the ONNX files, with the networks in them.
+        files: The networks in the ONNX files, by the names of the files.
         timings: The times of the files, of the student and of the standard network.
     """
     both = {STANDARD: run.standard, STUDENT: run.network}
@@ -286,7 +291,11 @@ def describe_checks(verification: Verification) -> list[str]:
 
 
 def describe_int8(verification: Verification) -> list[str]:
-    """States what 8-bit integers lose; their logits differ by design, so they have no largest difference."""
+    """Returns a line of Markdown that says how much accuracy 8-bit integers lose.
+
+    There is none if no file has 8-bit integers, or if there are no labels. The logits of 8-bit integers differ by
+    design, so no largest difference is stated.
+    """
     int8, top1 = verification.top1.get(INT8), verification.top1.get("student.onnx")
     if int8 is None or top1 is None:
         return []

@@ -40,7 +40,11 @@ class Program(NamedTuple):
 
 @contextlib.contextmanager
 def one_line(what: str) -> Generator[None]:
-    """Raises errors of PyTorch's exporters, which have many lines, as a `Failure` of one line."""
+    """A context manager that raises errors of PyTorch's exporters, which have many lines, as a `Failure` of one line.
+
+    Args:
+        what: What could not be done with the network, as a past participle for the message, such as "traced".
+    """
     try:
         with quiet_exporters():
             yield
@@ -163,7 +167,12 @@ def remove_traces(model: onnx.ModelProto) -> None:
 
 
 def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
-    """Replaces, in place, the tracer's symbols for the dimensions that may vary by their names, such as "height"."""
+    """Replaces, in place, the tracer's symbols for the dimensions that may vary by their names, such as "height".
+
+    Args:
+        model: The model, with images (n, C, H, W) as its only input.
+        free: The names of the dimensions that may vary; see `Program`.
+    """
     graph = model.graph
     (images,) = graph.input
     dims = images.type.tensor_type.shape.dim

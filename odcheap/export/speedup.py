@@ -33,7 +33,12 @@ class Speedup(NamedTuple):
 
 
 def compare_timings(standard: Timing, student: Timing) -> Speedup:
-    """Compares two networks that were timed alternately, round by round."""
+    """Returns how many times as fast a student is as the standard network, from ratios of each round of a measurement.
+
+    Args:
+        standard: The times of the standard network.
+        student: The times of the student, in the same rounds.
+    """
     pairs = list(zip(standard.rounds, student.rounds, strict=True)) or [(standard.p50, student.p50)]
     ratios = [ours / theirs for ours, theirs in pairs]
     # Quartiles and not extremes: in one of many rounds another program may have used the cores.
@@ -48,7 +53,7 @@ def compute_speedups(timings: Timings, name: str, standard: str, runtime: str) -
         timings: The times of both networks.
         name: The name of the network or file.
         standard: The name of the standard network.
-        runtime: Where they ran.
+        runtime: The runtime, such as "ONNX Runtime".
     """
     batches = sorted({key.batch for key in timings if (key.name, key.runtime) == (name, runtime)})
     return {
@@ -85,6 +90,11 @@ def round_to_known(low: float, high: float, values: Iterable[float]) -> list[str
     """Returns values as text with the digits that a range leaves known: one more than those that change in it.
 
     The smallest value keeps one digit at least, and no value has more than two decimals.
+
+    Args:
+        low: The lower end of the range.
+        high: The upper end.
+        values: The values to write.
     """
     width = max(high - low, 0.01 * low)
     step = min(math.floor(math.log10(width)), math.floor(math.log10(low)))
@@ -110,7 +120,12 @@ def describe_disturbance(speedups: Iterable[Speedup], timings: Timings) -> str:
 
 
 def find_opposites(first: Mapping[int, Speedup], second: Mapping[int, Speedup]) -> dict[int, Speedup]:
-    """Returns the entries of `second` in which another network is faster than in `first`."""
+    """Returns the entries of `second` in which another network is faster than in `first`.
+
+    Args:
+        first: Speedups by the number of images in a call; see `compute_speedups`.
+        second: The same in another runtime.
+    """
     return {
         batch: speedup
         for batch, speedup in second.items()

@@ -193,7 +193,7 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
 def report_own_parts(experiment: Experiment) -> None:
     """Prints before the training if a network with parts of the user cannot be exported, or if a part is not used.
 
-    A part of the user is a file such as `block_type/mine.yaml` in a `conf` directory of his own.
+    A part of the user is a file such as `block_type/mine.yaml` in a `conf` directory that the user has given.
     """
     start, config_dirs = experiment.start, resolvers.given_config_dirs()
     parts = start.config.parts
@@ -212,7 +212,7 @@ def report_own_parts(experiment: Experiment) -> None:
 def report_export_problem(experiment: Experiment, student: nn.Module, settings: dict[str, Any]) -> None:
     """Prints a warning if a student cannot be exported; only students with parts of the user are tried.
 
-    A part of the user is a backbone or block type from a `conf` directory of his own.
+    A part of the user is a backbone or block type that odcheap does not have.
 
     Args:
         experiment: The run.

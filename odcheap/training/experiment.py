@@ -484,8 +484,8 @@ class Experiment:
             students: The figures of each student: the entry `students` of what `summarize_members` returns.
 
         Returns:
-            The same dicts. If the networks differ, each has three more entries: `network`, a name such as "DW resnet20",
-            `params` and `macs`.
+            The figures of each student. If the networks differ, there are three more: `network` (a name such as
+            "DW resnet20"), `params` and `macs`.
         """
         names = name_students(self.start)
         if names is None:
@@ -634,7 +634,7 @@ def check_finished(start: Start) -> None:
     """Reads the data set, and checks that a finished run was trained on these images.
 
     Args:
-        start: The run's config, and its last checkpoint.
+        start: The run's config, and its newest checkpoint.
 
     Raises:
         OptionError: The run was trained on other images, or the images cannot be read.
