@@ -140,7 +140,14 @@ def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
 
 
 def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a function that takes one training step of the loop in the style of 2019."""
+    """Returns a function that takes one training step of the loop in the style of 2019.
+
+    Args:
+        cfg: The config of a run, of which the options of `data` are used.
+        method: The method to train, with its students.
+        images: The images; only the training images are used.
+        device: The device on which it is trained.
+    """
     dataset = PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
     steps = train_steps(method.to(device), dataset, cfg.data.batch_size, LR, device, LOADER_WORKERS[device.type])
     return lambda: next(steps)
@@ -150,6 +157,12 @@ def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: to
     """Returns a function that takes one training step of a hand-written loop with odcheap's settings.
 
     These are channels-last tensors, autocast, and CUDA graphs on a GPU.
+
+    Args:
+        cfg: The config of a run.
+        method: The method to train, with its students.
+        images: The images; only the training images are used.
+        device: The device on which it is trained.
     """
     method = method.to(device).to(memory_format=torch.channels_last)
     optimizer, schedule = build_optimization(

@@ -56,7 +56,10 @@ def build_distillation(cfg: DictConfig, run: RunStudents = run_auto) -> OfflineD
 
 
 def create_torchdistill_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a function that takes one training step of torchdistill's `DistillationBox`, in float32."""
+    """Returns a function that takes one training step of torchdistill's `DistillationBox`, in float32.
+
+    See `create_loop_2019` for the arguments; the method is that of `build_distillation`.
+    """
     from torchdistill.core.distillation import DistillationBox  # an extra
 
     kd = cast(OfflineDistillation, method)
@@ -148,6 +151,8 @@ def create_template_loop(cfg: DictConfig, method: Method, images: Images, device
 
     The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps. The progress
     bar and the summary of the model are off: their output would be in the way.
+
+    See `create_loop_2019` for the arguments; the method is that of `build_distillation`.
     """
     folder = tempfile.TemporaryDirectory()
     workers = LOADER_WORKERS[device.type]

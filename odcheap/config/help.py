@@ -136,7 +136,14 @@ def describe_part(group: str, part: str) -> str:
 
 
 def describe_target(target: str) -> dict[str, str]:
-    """Returns what the docstring of one of odcheap's classes or functions says of each argument, and its choices."""
+    """Returns what the docstring of one of odcheap's classes or functions says of each argument, and its choices.
+
+    Args:
+        target: The Python path of the class or function, such as `odcheap.methods.od.OnlineDistillation`.
+
+    Returns:
+        A dict from the name of an argument to its description; empty for classes of other packages.
+    """
     module, _, name = target.rpartition(".")
     if not module.startswith("odcheap."):
         return {}

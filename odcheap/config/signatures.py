@@ -182,7 +182,15 @@ def read_module(name: str) -> SourceModule | None:
 
 
 def look_up(module: str, name: str) -> Any:
-    """Returns what a module calls `name`, for annotations; raises `KeyError` if this is not known."""
+    """Returns the class or constant that has a name in a module, to evaluate annotations that contain it.
+
+    Args:
+        module: The dotted name of the module.
+        name: The name in this module.
+
+    Raises:
+        KeyError: It is not known.
+    """
     # Modules of the standard library and pydantic are imported quickly, or are imported already.
     top = module.partition(".")[0]
     if top in sys.stdlib_module_names or top == "pydantic":

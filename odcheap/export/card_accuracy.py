@@ -51,7 +51,7 @@ def compute_figures(run: RunStudent, verification: Verification) -> dict[str, An
 
 
 def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
-    """Returns lines of Markdown: the test accuracy, where it was measured, its interval, and what guessing would give."""
+    """Returns lines of Markdown with the test accuracy, its origin, its interval, and what guessing would give."""
     figures = compute_figures(run, verification)
     lines, top1 = [], verification.top1.get("student.onnx")
     if run.job_dir is not None and run.summary is None:

@@ -79,6 +79,13 @@ def resolve_out(job_dir: Path, out: Path | None) -> Path:
     """Returns the folder to write. A link that the user names is followed; one in the run's folder is refused.
 
     Links are resolved here, because the folder is renamed at the end and a link would be replaced by it.
+
+    Args:
+        job_dir: The run's folder.
+        out: The folder that the user has given; None for `export` in the run's folder.
+
+    Raises:
+        OptionError: `export` in the run's folder is a link.
     """
     default = job_dir / "export"
     if out is None and default.is_symlink():

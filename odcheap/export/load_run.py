@@ -140,7 +140,13 @@ def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str
 
 
 def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
-    """Returns a text that names a student and its epoch. Users count epochs from 1, files from 0."""
+    """Returns a text that names a student and its epoch, such as "student 0 of epoch 15".
+
+    Args:
+        student: The number of the student, from 0.
+        epoch: The number of the epoch, from 0; the text counts epochs from 1.
+        is_averaged: Whether it is the moving average of the student's weights.
+    """
     return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch + 1}"
 
 

@@ -175,7 +175,15 @@ def read_channels(option: str, values: Any) -> tuple[float, ...]:
 def check_images(
     image_size: int, shorter_side: int, samples: list[Sample], calibration: list[str | Path], classes: int
 ) -> None:
-    """Raises `OptionError` if an argument of `export_student` is wrong: a size or a label, or a file does not exist."""
+    """Raises `OptionError` if an argument of `export_student` is wrong: a size or a label, or a file does not exist.
+
+    Args:
+        image_size: See `export_student`.
+        shorter_side: See `export_student`.
+        samples: See `export_student`.
+        calibration: See `export_student`.
+        classes: The number of classes.
+    """
     for option, side in (("image_size", image_size), ("shorter_side", shorter_side)):
         if not isinstance(side, int) or side < 1:
             raise OptionError(option, side, "must be a whole number of pixels, 1 or more")
@@ -194,7 +202,13 @@ def check_images(
 
 @torch.inference_mode()
 def check_network(network: nn.Module, image_size: tuple[int, int, int], classes: int) -> None:
-    """Raises `OptionError` if a network does not map images (N, *image_size) to logits (N, classes)."""
+    """Raises `OptionError` if a network does not map images to logits with one entry for each class.
+
+    Args:
+        network: The network in eval mode, on the CPU.
+        image_size: (C, H, W) of the images.
+        classes: The number of classes.
+    """
     try:
         logits = network(torch.zeros(2, *image_size))
     except Exception as error:  # the network's own code may raise anything
@@ -207,6 +221,10 @@ def check_network(network: nn.Module, image_size: tuple[int, int, int], classes:
 
 
 def describe_pairs(network: nn.Module) -> dict[str, str]:
-    """Returns the kinds of `CheapConv` in a network, in the form of a block type's settings; an empty dict if none."""
+    """Returns which kinds of `CheapConv` a network has, in the form of a block type's settings.
+
+    Returns:
+        A dict with the key `part`, such as `{"part": "depth-wise + 1 x 1"}`; empty if there is no `CheapConv`.
+    """
     kinds = {describe_layer(module): None for module in network.modules() if isinstance(module, CheapConv)}
     return {"part": " and ".join(kinds)} if kinds else {}

@@ -203,7 +203,13 @@ def save_image(image: Tensor, path: Path) -> Path:
 
 
 def show_progress(items: Iterator, count: int, description: str) -> Iterable:
-    """Yields the items, and shows a progress bar if the output is a terminal."""
+    """Yields the items, and shows a progress bar if the output is a terminal.
+
+    Args:
+        items: The items.
+        count: The number of items.
+        description: The text before the bar.
+    """
     out = console()
     return track(items, description, total=count, console=out, transient=True, disable=not out.is_terminal)
 

@@ -184,7 +184,15 @@ def shorten_override(override: str) -> str:
 
 
 def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
-    """Returns the row of a run in the table of a sweep: its name, its outcome, its accuracies and its costs."""
+    """Returns the row of a run in the table of a sweep: its name, its outcome, its accuracies and its costs.
+
+    Args:
+        name: The short name of the run; see `shorten_names`.
+        outcome: How the run ended.
+
+    Returns:
+        The texts of the cells, by the headings of the columns.
+    """
     summary = outcome.summary or {}
     # A run that did not finish has no figures, and one with test_only=true has no costs.
     selected, teacher, cost = (summary.get(key) or {} for key in ("selected", "teacher", "cost"))

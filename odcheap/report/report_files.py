@@ -207,5 +207,10 @@ def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) ->
 
 
 def to_costs(values: Sequence[tuple[float | None, ...]], rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns costs, each given as (median, lower quartile, upper quartile), as a table with the index of `rows`."""
+    """Returns costs as a table with the index of `rows` and the columns `median`, `low` and `high`.
+
+    Args:
+        values: For each row the cost as (median, lower quartile, upper quartile); None for what is not known.
+        rows: The table of `summarize_runs`.
+    """
     return pd.DataFrame(values, index=rows.index, columns=["median", "low", "high"], dtype=float)

@@ -24,7 +24,15 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+(-[0-9a-f]{8})?\.part", re.ASCII)  #
 
 
 def make_folder(folder: Path, option: str = "job_dir") -> None:
-    """Makes the folder. Raises `OptionError`, with the option that names the folder, if it cannot be written."""
+    """Makes a folder, and the folders above it, if they do not exist.
+
+    Args:
+        folder: The folder.
+        option: The name of the option that gave the folder, for messages.
+
+    Raises:
+        OptionError: The folder cannot be made or written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -161,7 +161,10 @@ def describe_classes(classes: Sequence[str]) -> str:
 
 
 def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a method's tensors that are not the students', without the digest of a frozen teacher."""
+    """Returns those tensors of a method's state dict that belong to no student, such as a teacher's classifier.
+
+    The entries of `get_extra_state` are left out: the digest of a frozen teacher.
+    """
     return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
 
@@ -188,7 +191,12 @@ def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_h
 
 
 def select_body(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a student except those of its classifier."""
+    """Returns the tensors of a student's state dict except those of its classifier.
+
+    Args:
+        student: The student, which has the name of its classifier.
+        state: Its state dict, or another one with the same names.
+    """
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{student.classifier}.")}
 
 

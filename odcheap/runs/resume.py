@@ -224,7 +224,7 @@ def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | Non
 
 
 def check_newest(checkpoint: Path, overwrite: bool) -> None:
-    """Raises `OptionError` if the run has newer checkpoints, which would be lost, and `overwrite` is false."""
+    """Raises `OptionError` if the run of a checkpoint has newer ones, which would be lost, and `overwrite` is false."""
     if not overwrite and checkpoint.name != list_checkpoints(checkpoint.parent.parent)[-1].name:
         ways = "overwrite=true removes the newer ones, another job_dir keeps them"
         raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")

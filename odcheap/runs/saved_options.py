@@ -92,7 +92,7 @@ def parse_override(text: str) -> Override:
 
 
 def find_values(overrides: Sequence[str], keys: Sequence[str]) -> list[Any]:
-    """Returns the values that overrides of a checkpoint give to some options.
+    """Returns the values that overrides of a checkpoint give to the options with the names `keys`.
 
     Example:
         >>> find_values(["seed=1", "data_dir='my photos'"], ["data_dir"])
@@ -102,7 +102,7 @@ def find_values(overrides: Sequence[str], keys: Sequence[str]) -> list[Any]:
 
 
 def is_experiment_option(key: str) -> bool:
-    """Returns whether an option may be taken from a checkpoint."""
+    """Returns whether an option, by its dotted name such as `optimizer.lr`, may be taken from a checkpoint."""
     if key in MACHINE_OPTIONS:
         return False
     return key in (*EXPERIMENT_OPTIONS, *PATH_OPTIONS) or key.split(".")[0] in EXPERIMENT_GROUPS
@@ -130,7 +130,12 @@ def check_plain(key: str, value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def is_plain_text(key: str, value: str) -> bool:
-    """Returns whether an option may have this text: a name in `conf/`, a path, or a text without special characters."""
+    """Returns whether an option may have this text: a name in `conf/`, a path, or a text without special characters.
+
+    Args:
+        key: The dotted name of the option, which decides what is allowed.
+        value: The text.
+    """
     if key in PATH_OPTIONS:
         return "$" not in value and "\0" not in value
     if key == "method.teacher_network":

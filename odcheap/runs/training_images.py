@@ -82,7 +82,12 @@ def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
 
 
 def hash_image(image: np.ndarray, key: int) -> set[bytes]:
-    """Returns a set with the hash of an image (C, H, W) uint8, for `ImageDigests` of the kind "pixels"."""
+    """Returns a set with the hash of an image, for `ImageDigests` of the kind "pixels".
+
+    Args:
+        image: The image, (C, H, W), uint8.
+        key: The key of the hash, see `ImageDigests`.
+    """
     return {hash_pixels(torch.from_numpy(image[None]), key)[0][:DIGEST_BYTES]}
 
 

@@ -107,7 +107,7 @@ def describe_next_steps(job_dir: str, config_dirs: Sequence[Path] = ()) -> list[
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:
-    """Runs a job and returns its outcome.
+    """Calls a function that carries out one run, and returns the outcome of the run.
 
     An error that can be explained in one line (see `explained_errors` and `describe_external_failure`) ends the process
     with this line and exit status 1; any other error is raised.
@@ -124,7 +124,7 @@ def run_alone(job: Callable[[], Outcome]) -> Outcome:
 
 
 def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
-    """Runs a job of a sweep and returns its outcome.
+    """Calls a function that carries out one run of a sweep, and returns the outcome of the run.
 
     An error is printed and written to the run's `status.json`. The outcome then says that the run failed, and the sweep
     continues with the next run.

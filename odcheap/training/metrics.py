@@ -83,7 +83,7 @@ class MemberScores(RunningSums):
             self.confusion.view(len(logits), -1).scatter_add_(1, cell, torch.ones_like(cell))
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the metrics by name.
+        """Returns the metrics of all networks over the images so far, by name.
 
         Returns:
             `top1` and `top5`: the accuracy of each network, (M,); `top5` has no meaning with 5 classes or fewer.

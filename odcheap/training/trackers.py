@@ -111,7 +111,12 @@ def attempt(name: str, log: Callable[[], object]) -> None:
 
 
 def log_text(logger: Any, text: str) -> None:
-    """Logs the config as text."""
+    """Logs the config as text, if the logger is that of TensorBoard, W&B or MLflow.
+
+    Args:
+        logger: The logger.
+        text: The config as YAML.
+    """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text(CONFIG, f"```yaml\n{text}\n```")
     elif isinstance(logger, WandbLogger):
@@ -121,7 +126,13 @@ def log_text(logger: Any, text: str) -> None:
 
 
 def log_picture(logger: Any, picture: Image.Image, step: int) -> None:
-    """Logs the confusion matrix as a picture."""
+    """Logs the confusion matrix as a picture, if the logger is that of TensorBoard, W&B or MLflow.
+
+    Args:
+        logger: The logger.
+        picture: The picture, RGB.
+        step: The number of optimizer steps of the run, which only TensorBoard gets.
+    """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(CONFUSION, np.asarray(picture), step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):
