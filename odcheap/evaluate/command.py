@@ -140,7 +140,7 @@ def summarize(
         The entries of `predict.summarize_confusion`; `trained_on` and `selected_on`, the names of the images that were
         training images or held-out images of the run; and `unused`, with the metrics `images`, `correct`, `top1` and
         `top1_interval` of all other images. All three are None if this is not known. `unused` is also None if the run
-        has used none of the images, or all of them.
+        has used none of the images, or if no other image was classified.
     """
     count = len(model.classes)
     content = predict.summarize_confusion(predict.count_confusion(images.target, predicted, count), model.classes)

@@ -24,7 +24,7 @@ class EvaluatedImages(NamedTuple):
         title: A text that says which images they are.
         names: A name for each image: the path of its file relative to the folder, or its number in the data set.
         files: The image files; None for a data set that is not read from files.
-        target: The label of each image, with the classes of the model.
+        target: The label of each image: the position of its class among the classes of the model.
         remarks: Lines of text about images that were left out.
         data: The data set; None for a folder.
     """

@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
 
 def is_export(folder: Path) -> bool:
-    """Returns whether `odcheap export` has written a folder: it has a `preprocess.json` and a model card."""
+    """Returns whether a folder has the files by which an export is known: `preprocess.json` and the model card."""
     return all((folder / name).is_file() for name in (predict.PREPROCESS_FILE, predict.CARD_FILE))
 
 

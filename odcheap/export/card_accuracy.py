@@ -160,7 +160,7 @@ def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
 
 
 def list_classes(names: list[str]) -> str:
-    """Returns the names of classes as code in Markdown, joined by commas; after ten names come three dots."""
+    """Returns the names of classes as code in Markdown, joined by commas; of more than ten, the first ten and "..."."""
     return ", ".join([format_code(name) for name in names[:MAX_NAMES]] + ["..."] * (len(names) > MAX_NAMES))
 
 

@@ -36,12 +36,15 @@ Timings = dict[Key, predict.Timing]
 
 
 def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run ONNX files on the CPU, with one thread and with all threads, by what they measure.
+    """Returns functions that run ONNX files on the CPU, with one thread and with all threads.
 
     Args:
         models: The contents of ONNX files by name.
         size: The shape (C, H, W) of an image.
         batches: The numbers of images in a call; there is a function for each.
+
+    Returns:
+        A dict from each `Key` to a function without arguments.
     """
     calls: Calls = {}
     for name, model in models.items():

@@ -30,7 +30,8 @@ class ImageFiles:
     """Image files with labels, with which an export is checked.
 
     Args:
-        parts: The files and labels of each part: "test", and "train" for the calibration of 8-bit integers.
+        parts: The pairs of a file and its label, by the name of the part: "test", and "train" for the calibration of
+            8-bit integers.
         image_size: The side, in pixels, of the images that the network takes.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped.

@@ -89,7 +89,7 @@ def show_comparison(console: Console, table: pd.DataFrame, baseline: str, images
     Args:
         console: The console to print on.
         table: The table of `tables.build_table`.
-        baseline: The name of the method, or of the row, with which the others are compared.
+        baseline: The method with which the others are compared, or the `name` of a row (method and setting).
         images: The images on which the accuracies were measured: `test` or `val`.
     """
     rows = format_table(table, is_console=True).to_dict("records")

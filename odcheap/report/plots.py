@@ -338,7 +338,7 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
 
     Args:
         rows: The table of `summarize_runs`, with a row for each combination of setting and method.
-        baseline: The name of the method, or of the row, over which the gains are, for the title.
+        baseline: The method over which the gains are, or the `name` of a row (method and setting), for the title.
         data: The data set, for the title; see `describe_data`.
     """
     shown = rows[rows["gain"].notna()][::-1]

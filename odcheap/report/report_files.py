@@ -133,7 +133,7 @@ def draw_figures(
         runs: The table of `tabulate_runs`, with a row for each run.
         rows: The table of `summarize_runs`, with a row for each setting and method.
         latencies: The latencies of the student and of the standard network, by the `name` of a row.
-        baseline: The name of the method, or of the row, with which the others are compared.
+        baseline: The method with which the others are compared, or the `name` of a row (method and setting).
         images: The images on which the accuracies were measured: `test` or `val`.
         out: The folder of the report.
         show_step: A function that is called with a line of text before each figure is drawn.

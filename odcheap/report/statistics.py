@@ -235,8 +235,8 @@ def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
     """Returns, for each option of each run, whether its value is a part of the run's name.
 
     It is if the option differs between the runs and at most two thirds of the runs have this value. A name in `conf/`
-    (such as `block_type.part`) is named whenever it differs. An option of what has such a name is named only if it
-    differs between runs with the same name: `scheduler.fractions` says nothing that the schedule's name does not say.
+    (such as `block_type.part`) is named whenever it differs. An option that belongs to such a name, as
+    `scheduler.fractions` belongs to `scheduler.part`, is named only if it differs between runs with the same name.
 
     Args:
         options: A table with a row for each run and a column for each option.

@@ -165,7 +165,7 @@ def format_report(
         table: The table of `build_table`.
         figures: The captions of the figures in the report's folder, by the names of the figures.
         images: The images on which the accuracies were measured, as text, such as "Test images".
-        baseline: The name of the method, or of the row, over which the gains are.
+        baseline: The method over which the gains are, or the `name` of a row (method and setting).
     """
     lines = ["# Report", "", *describe_runs(folders), "", to_markdown(format_table(table))]
     reading = READING + (LATENCY_READING if LATENCIES[0] in table else "")

@@ -29,7 +29,8 @@ class Weights:
         students: A state dict for each student.
         method: The state dict of what else the method has, such as the teacher's classifier; empty if the file contains
             one student only.
-        split: The fingerprint of the split with which the weights were selected; None if it is not known.
+        split: A hash of the images with which the weights were trained, and of which of them were held out; None if it
+            is not known.
         classes: The names of the classes, in the order of the logits; None if they are not known.
     """
 

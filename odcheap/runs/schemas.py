@@ -87,7 +87,10 @@ class Selected(Member):
 
 
 class NetworkCost(Schema):
-    """The costs of a network: parameters, multiply-accumulates, and for a trained teacher those of its training."""
+    """The costs of a network: parameters, multiply-accumulates, and for a trained teacher those of its training.
+
+    `note` says how the standard network differs from the student in more than its convolutions.
+    """
 
     params: Count | None = None
     macs: Count | None = None

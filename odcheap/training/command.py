@@ -191,7 +191,7 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
 
 
 def report_own_parts(experiment: Experiment) -> None:
-    """Prints before the training if a network with parts of the user cannot be exported, or if a part is not used.
+    """Prints a warning if a network with parts of the user cannot be exported, or if such a part is not used.
 
     A part of the user is a file such as `block_type/mine.yaml` in a `conf` directory that the user has given.
     """

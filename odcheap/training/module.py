@@ -64,7 +64,7 @@ class DistillationModule(pl.LightningModule):
         steps: The number of optimizer steps in the whole run.
         classes: The number of classes.
         seed: The seed of the run.
-        about: A description of the run, which every checkpoint contains as `odcheap`.
+        about: A description of the run, which every checkpoint contains as `odcheap`; see `summary.describe_run`.
         gradients: How gradients are accumulated, clipped and checked.
         on_graph_refused: None to train in eager mode. If it is a function, training steps are recorded as CUDA graphs;
             if they cannot be recorded, the function is called with the reason, a text.
