@@ -98,6 +98,7 @@ def read_signature(_: str, target: str) -> Signature:
     computes. If the class or function itself is not found, the result allows everything.
 
     Args:
+        _: Not used; the function can thus be called in place of `import_signature`.
         target: The Python path of the class or function, such as `odcheap.methods.od.OnlineDistillation`.
     """
     module, _, name = target.rpartition(".")

@@ -52,7 +52,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate")
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluates the images, prints the result and writes its files; returns the exit status."""
+    """Evaluates the images, prints the result and writes its files; returns the exit status.
+
+    Args:
+        options: The arguments of the command, as `parse_arguments` returns them.
+
+    Raises:
+        OptionError: An argument is wrong.
+        Failure: No image can be classified.
+    """
     # The model, the images and the folder are checked before anything is computed.
     if not options.model.is_dir():
         raise OptionError("RUN_OR_EXPORT", options.model, "no such folder")
@@ -190,7 +198,15 @@ def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]
 
 
 def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the inputs of an evaluation: model, file and images; an evaluation with equal inputs may be repeated."""
+    """Returns the inputs of an evaluation; a result of the same inputs may be replaced.
+
+    Args:
+        options: The arguments of the command, as `parse_arguments` returns them.
+
+    Returns:
+        `model`, the folder of the run or export; `file`, the name of the ONNX file, or None for a run; and `images`,
+        the folder of the images or the name of the data set.
+    """
     is_folder = os.path.isdir(options.images)
     return {
         "model": os.path.realpath(options.model),
@@ -200,7 +216,12 @@ def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
 
 
 def default_folder(model: Path, images: str) -> Path:
-    """Returns the default folder for the result: in the folder of a run, or beside that of an export."""
+    """Returns the default folder for the result: in the folder of a run, or beside that of an export.
+
+    Args:
+        model: The folder of the run or export.
+        images: The folder of the images, or the name of the data set.
+    """
     # Nothing is written into an export, whose model card lists all its files.
     *_, above, name = ["", "root", *Path(os.path.realpath(images)).parts[1:]]
     name = f"{above}-{name}" if name in predict.PART_FOLDERS else name  # `photos-test` for photos/test

@@ -199,7 +199,7 @@ def write_plan(folder: Path, plan: SweepPlan) -> None:
 
 
 def has_runs_left(folder: Path, plan: SweepPlan) -> bool:
-    """Returns whether one of the runs that a plan names is not finished."""
+    """Returns whether one of the runs that the plan of a sweep names is not finished; `folder` is that of the sweep."""
     return any(not (folder / name / SUMMARY).is_file() and not (folder / name / TEST).is_file() for name in plan.runs)
 
 
