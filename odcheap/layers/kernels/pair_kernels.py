@@ -133,11 +133,12 @@ def pair_forward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Triton kernel that writes z, the output of a `CheapConv`: of its spatial operator, then its 1 x 1 convolution.
+    """Triton kernel that writes z, the output of a `CheapConv`, which is a 1 x 1 convolution of a spatial operator.
 
     It also writes partial (2, chunks, C_OUT): the mean and the sum of squared deviations of each channel of z, in each
     chunk of rows. A row is one pixel of one image in z. A program works on one chunk, which has TILES * ROWS rows, and
-    on all channels.
+    on all channels. IN and OUT are powers of two that are at least C_IN and C_OUT, since Triton needs such sizes. DOT
+    is the dtype of the factors in the matrix product, ACC that of the sums.
     """
     # The weights (IN, OUT), which all tiles use.
     chunk = tl.program_id(0)
