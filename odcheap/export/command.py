@@ -24,7 +24,8 @@ from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.export import latency, model_card, onnx, speedup, verify
 from odcheap.export.arguments import parse_arguments
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
-from odcheap.export.model_card import DENSE, STANDARD, STUDENT, STUDENT_FILE
+from odcheap.export.model_card import DENSE, STANDARD, STUDENT
+from odcheap.export.snippets import PROGRAM, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
 from odcheap.runs.folder import TEMPORARY
@@ -39,7 +40,7 @@ MAX_CARD = 1 << 20  # characters of a model card that are read
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
 TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
 
-FILES = ("student.onnx", DENSE, verify.INT8, "student.pt2", "student.safetensors", "predict.py")
+FILES = ("student.onnx", DENSE, verify.INT8, PROGRAM, STUDENT_FILE, "predict.py")
 FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, predict.CARD_FILE)
 
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
@@ -320,7 +321,9 @@ def write_files(
     shutil.copyfile(predict.__file__, folder / "predict.py")
     cheap = add_normalization(cheap_form(run.network), run)
     program = onnx.export_program(cheap, run.image_size, options.batch)
-    contents = {"student.pt2": onnx.to_pt2(program), "student.onnx": onnx.to_onnx(program, options.opset)}
+    contents = {"student.onnx": onnx.to_onnx(program, options.opset)}
+    if options.pt2:
+        contents[PROGRAM] = onnx.to_pt2(program)
     forms = {"student.onnx": cheap}
     if has_pairs(run.network):
         forms[DENSE] = dense = add_normalization(dense_form(run.network), run)

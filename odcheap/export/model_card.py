@@ -18,6 +18,7 @@ from odcheap.export import card_accuracy
 from odcheap.export.card_accuracy import to_markdown
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings, fastest
 from odcheap.export.load_run import RunStudent
+from odcheap.export.snippets import list_snippets
 from odcheap.export.speedup import Speedup, compute_speedups, describe_disturbance, find_opposites, format_speedup
 from odcheap.export.verify import INT8, Verification
 from odcheap.models import flops
@@ -30,19 +31,6 @@ STANDARD, STUDENT, DENSE = "the standard network", "the student", "student-dense
 OPTIONS = ("block_type", "backbone", "method", "num_stu", "optimizer", "scheduler", "data", "augment", "seed", "select")
 # Options in the name of a network, with the values at which they are left out.
 NAMING_OPTIONS = {"depth": None, "expansion": 1, "width": 16, "name": None, "groups": None}
-STUDENT_FILE = "student.safetensors"
-WITH_ODCHEAP = """```python
-from odcheap import load_student
-student = load_student("student.safetensors")
-logits = student(images)
-```
-
-`torch.export.load("student.pt2").module()` gives the same with PyTorch alone."""
-WITH_PYTORCH = """```python
-import torch
-student = torch.export.load("student.pt2").module()
-logits = student(images)
-```"""
 CARD = """# {network}
 
 {accuracy}
@@ -58,7 +46,7 @@ The input of `student.onnx` is {kind} in [0, 1], {graph}; the
 normalization is part of the graph. `preprocess.json` says how an image file becomes this input, and `labels.json` names
 the classes.
 
-{python}
+{snippets}
 
 ## Accuracy by class
 
@@ -137,10 +125,10 @@ def write_card(
     rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
     table = to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))
     text = {name: "\n".join(lines) for name, lines in sections.items()}
-    python = WITH_ODCHEAP if run.has_settings else WITH_PYTORCH
+    snippets = list_snippets({path.name for path in folder.iterdir()})
     return CARD.format(
         mark=mark_times(run, timings),
-        python=python,
+        snippets="\n\n".join(snippets),
         network=format_code(name_network(run)),
         graph=graph,
         kind="gray" if run.image_size[0] == 1 else "RGB",

@@ -70,13 +70,14 @@ def export_student(
     name: str | None = None,
     batch: int | None = None,
     opset: int | None = None,
+    pt2: bool = False,
     seconds: float = 1.0,
     overwrite: bool = False,
 ) -> Path:
     """Writes a network as files for a device, as `odcheap export` does for the student of a run.
 
-    The folder contains `student.onnx`, `student.pt2`, `preprocess.json`, `labels.json`, `predict.py` and the model card
-    `README.md` with checksums. It is made only if every file computes the same as the network.
+    The folder contains `student.onnx`, `preprocess.json`, `labels.json`, `predict.py` and the model card `README.md`
+    with checksums. It is made only if every file computes the same as the network.
 
     Args:
         network: A network that maps normalized images (N, 3, H, W), or gray ones (N, 1, H, W), to logits (N, K); it is
@@ -99,6 +100,8 @@ def export_student(
         name: The name of the network in the model card; None for the name of its class.
         batch: The number of images of a static graph, for a device's compiler; None if any number can be given.
         opset: The version of ONNX's operators; None for 18, if possible.
+        pt2: Whether `student.pt2` is written, too, for `torch.export.load`. This format can contain pickled Python
+            objects, so the people to whom you give the file have to trust you.
         seconds: The time for each measurement of speed, in seconds.
         overwrite: Whether an older export in `out` is replaced.
 
@@ -148,7 +151,13 @@ def export_student(
     }
     student = RunStudent(None, name, network, standard_form(network).eval(), settings, {}, None, None)
     options = argparse.Namespace(
-        out=Path(out).resolve(), batch=batch, opset=opset, seconds=seconds, int8=bool(calibration), overwrite=overwrite
+        out=Path(out).resolve(),
+        batch=batch,
+        opset=opset,
+        pt2=pt2,
+        seconds=seconds,
+        int8=bool(calibration),
+        overwrite=overwrite,
     )
     parts = {"test": samples, "train": [(path, 0) for path in calibration]}
     data = ImageFiles(parts, image_size, shorter_side, norm) if samples else None

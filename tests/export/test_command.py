@@ -49,7 +49,7 @@ def accuracy(ask):
 def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, capsys):
     job_dir = trained(f"block_type={block_type}", "trainer.max_epochs=1")
     capsys.readouterr()
-    assert command.main([str(job_dir), *QUICK]) == 0
+    assert command.main([str(job_dir), *QUICK, "--pt2"]) == 0
     out, folder = capsys.readouterr().out, job_dir / "export"
     expected = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
     low, high = (100 * limit for limit in binomtest(round(360 * expected), 360).proportion_ci(method="wilson"))
@@ -125,7 +125,7 @@ def test_every_kind_of_file_is_held_against_the_trained_network(trained, light, 
         return logits + 0.01 * (path.suffix == f".{suffix}")
 
     monkeypatch.setattr(verify, "compute_logits", wrong)
-    assert command.main([str(job_dir), *QUICK]) == 1
+    assert command.main([str(job_dir), *QUICK, "--pt2"]) == 1
     assert f"error: student.{suffix}: a logit differs" in capsys.readouterr().err
     assert not (job_dir / "export").exists()
 
@@ -223,6 +223,8 @@ def test_an_older_export_is_replaced_only_when_asked(trained, light, tmp_path, c
     job_dir = trained("trainer.max_epochs=1")
     assert command.main([str(job_dir), *QUICK]) == 0
     before = (job_dir / "export" / "README.md").read_text()
+    assert ".pt2" not in before
+    assert not (job_dir / "export" / "student.pt2").exists()  # a format that can hold pickled objects
     assert command.main([str(job_dir), *QUICK]) == 1
     assert "holds an export; --overwrite replaces it" in capsys.readouterr().err
     assert (job_dir / "export" / "README.md").read_text() == before
@@ -415,7 +417,7 @@ def test_no_exported_file_names_a_folder_a_user_or_the_machine(command, light, t
     monkeypatch.setattr(socket, "gethostname", lambda: "zqhost")
     job_dir = tmp_path / "zqhome" / "zqfolder" / "run"
     assert command(*TINY, "trainer.max_epochs=1", f"job_dir={job_dir}").status == 0
-    assert export_command.main([str(job_dir), *QUICK, "--int8"]) == 0
+    assert export_command.main([str(job_dir), *QUICK, "--int8", "--pt2"]) == 0
     names = {"README.md", "labels.json", "predict.py", "preprocess.json", "student.pt2", "student.safetensors"}
     files = {path.name: path.read_bytes() for path in (job_dir / "export").iterdir()}
     assert files.keys() == names | {"student.onnx", "student-int8.onnx"}

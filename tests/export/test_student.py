@@ -65,7 +65,7 @@ def test_a_network_becomes_a_checked_folder_that_classifies(tmp_path, samples):
 
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # is kept if it is faster
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
-        f"student{end}" for end in (".onnx", ".pt2", "-int8.onnx")
+        f"student{end}" for end in (".onnx", "-int8.onnx")
     }
     assert json.loads((folder / "labels.json").read_text()) == CLASSES
     settings = json.loads((folder / "preprocess.json").read_text())
@@ -92,8 +92,12 @@ def test_an_older_export_is_replaced_only_when_asked(light, tmp_path):
     with pytest.raises(OptionError, match=r"out=.*holds an export; overwrite replaces it, another out leaves it"):
         export_student(network, CLASSES, folder, **IMAGES)
     assert (folder / "README.md").read_text() == first
-    export_student(network, CLASSES, folder, overwrite=True, batch=2, **IMAGES)
-    assert "(2, 3, 16, 16)" in (folder / "README.md").read_text()
+    assert "torch.export.load" not in first
+    export_student(network, CLASSES, folder, overwrite=True, batch=2, pt2=True, **IMAGES)
+    card = (folder / "README.md").read_text()
+    assert "(2, 3, 16, 16)" in card
+    assert (folder / "student.pt2").exists()
+    assert "**Do not load a `.pt2` file of a stranger**" in card
 
 
 def test_a_file_that_computes_something_else_leaves_nothing(tmp_path, samples, monkeypatch):

@@ -173,7 +173,7 @@ def test_train_resume_export_and_report_with_parts_of_a_user(run, tmp_path):
     assert "--config-dir DIR (config_dirs=[DIR] in Python) adds parts of your own" in refused.err
     done = run("export", "run", "--seconds", "0.01", "--config-dir", "conf")
     assert done.status == 0, done.err
-    assert {"student.onnx", "student.pt2"} <= {path.name for path in (tmp_path / "run" / "export").iterdir()}
+    assert {"student.onnx", "student.safetensors"} <= {path.name for path in (tmp_path / "run" / "export").iterdir()}
     # A network of the user that is no `Backbone`, and a teacher with a part of the user.
     plain = ["--config-dir", "conf", "data=stripes", "backbone=plain_net", "method=kd", "method.teacher_weights=run"]
     done = run("train", *plain, "num_stu=1", "trainer=cpu", "logger=csv", "trainer.max_epochs=1", "job_dir=plain")
