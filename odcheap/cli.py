@@ -1,4 +1,4 @@
-"""The command line: `odcheap train | evaluate | export | predict | report | bench`."""
+"""The command line: `odcheap train | evaluate | export | predict | demo | report | bench`."""
 
 import importlib
 import os
@@ -19,6 +19,7 @@ commands (odcheap COMMAND --help shows the arguments):
   evaluate accuracy of a run's student, or of an export, on other images: odcheap evaluate JOB_DIR FOLDER
   export   write a run's student as files for a device: odcheap export JOB_DIR
   predict  classify images with an export: odcheap predict EXPORT IMAGE...
+  demo     show a local web page that classifies images with an export: odcheap demo EXPORT
   report   compare runs, in a table and figures: odcheap report DIR...
   bench    measure the speed of training and inference on this machine
 """
@@ -26,6 +27,7 @@ COMMANDS = {
     "evaluate": "odcheap.evaluate.command",
     "export": "odcheap.export.command",
     "predict": "odcheap.predict",
+    "demo": "odcheap.demo.command",
     "report": "odcheap.report.command",
     "bench": "odcheap.bench.command",
 }

@@ -173,6 +173,29 @@ def decode_image(
     """
     try:
         content = read_regular(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path
+        raise ImageError(f"{path} cannot be read as an image ({first_line(error)})") from error
+    return decode_content(content, path, bit_depth, prepare)
+
+
+def decode_content(
+    content: bytes,
+    name: object,
+    bit_depth: int | None = None,
+    prepare: Callable[[Image.Image], None] | None = None,
+) -> Image.Image:
+    """Decodes the content of an image file, see `decode_image`.
+
+    Args:
+        content: The content of the file.
+        name: What the image is called in an error message.
+        bit_depth: See `decode_image`.
+        prepare: See `decode_image`.
+
+    Raises:
+        ImageError: See `decode_image`.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and of very many pixels; only errors matter
             with Image.open(io.BytesIO(drop_metadata(content)), formats=IMAGE_FORMATS) as image:
@@ -182,12 +205,11 @@ def decode_image(
                 rotation = find_rotation(image)
                 rgb = rgb if rotation is None else rgb.transpose(rotation)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} cannot be read as an image ({describe_unknown(content)})") from error
+        raise ImageError(f"{name} cannot be read as an image ({describe_unknown(content)})") from error
     except (Exception, MemoryError) as error:  # Pillow's many readers raise errors of every kind on damaged files
-        reason = str(error).partition("\n")[0][:160] or type(error).__name__
-        raise ImageError(f"{path} cannot be read as an image ({reason})") from error
+        raise ImageError(f"{name} cannot be read as an image ({first_line(error)})") from error
     if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
-        raise ImageError(f"{path} has {rgb.width} x {rgb.height} pixels: too narrow to be resized to a square")
+        raise ImageError(f"{name} has {rgb.width} x {rgb.height} pixels: too narrow to be resized to a square")
     return rgb
 
 
@@ -666,10 +688,7 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
         if not np.isfinite(logits).all():
             print(f"error: {escape_control_chars(path)}: the model's outputs are not finite numbers", file=sys.stderr)
             continue
-        probabilities = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities /= probabilities.sum()
-        top3 = np.argsort(-probabilities, kind="stable")[:3]
-        rows.append((path, [(labels[k], float(probabilities[k])) for k in top3]))
+        rows.append((path, rank_classes(logits, labels, 3)))
     if as_json:
         results = [{"path": str(path), "label": top[0][0], "probability": top[0][1]} for path, top in rows]
         print(json.dumps(results, indent=1))
@@ -677,6 +696,24 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
         cells = [(str(path), *(f"{label} {probability:.3f}" for label, probability in top)) for path, top in rows]
         print_table([tuple(map(escape_control_chars, row)) for row in cells])
     return int(len(rows) < len(files))
+
+
+def rank_classes(logits: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """Returns the most likely classes with their probabilities (softmax of the logits), the most likely one first.
+
+    Args:
+        logits: The logits of an image, (K,); they must be finite.
+        classes: The names of the K classes.
+        count: The largest number of classes to return.
+
+    Example:
+        >>> rank_classes(np.log(np.array([0.25, 0.75])), ["cat", "dog"], 1)
+        [('dog', 0.75)]
+    """
+    probabilities = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(classes[k], float(probabilities[k])) for k in order]
 
 
 def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: bool = False) -> LabeledImages:

@@ -1,0 +1,1 @@
+"""A local web page that classifies images with an export."""
