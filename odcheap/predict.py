@@ -707,8 +707,8 @@ def rank_classes(logits: np.ndarray, classes: Sequence[str], count: int) -> list
         count: The largest number of classes to return.
 
     Example:
-        >>> rank_classes(np.log(np.array([0.25, 0.75])), ["cat", "dog"], 1)
-        [('dog', 0.75)]
+        >>> rank_classes(np.array([-90.0, 90.0]), ["cat", "dog"], 1)
+        [('dog', 1.0)]
     """
     probabilities = np.exp(logits.astype(np.float64) - logits.max())
     probabilities /= probabilities.sum()
