@@ -12,10 +12,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
-from torch.utils.benchmark import Timer
 
 from odcheap.bench.baseline import PillowImages, train_steps
 from odcheap.bench.memory import PeakMemory, count_page_faults
+from odcheap.bench.timing import WARM_UP_CALLS, time_calls
 from odcheap.data.base import Batch, Process
 from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import SignalListener
@@ -84,7 +84,7 @@ def compare_loops(
     autocast(cfg, device)  # refuses other precisions before anything is built
     kernels.use(cfg.kernels)
     first_steps = WARM_UP + 2 if device.type == "cuda" else 2  # a CUDA graph is recorded within them
-    images = random_images(cfg, (first_steps + rounds * (steps + 2) + 3) * cfg.data.batch_size)
+    images = random_images(cfg, (first_steps + rounds * (steps + WARM_UP_CALLS) + 3) * cfg.data.batch_size)
     running: dict[str, Step] = {}
     timings: dict[str, LoopTiming] = {}
 
@@ -98,10 +98,9 @@ def compare_loops(
                     running[name]()
                 timings[name] = LoopTiming([], [], memory.stop())
         for name, step in running.items():
-            timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
             faults = count_page_faults()
-            timings[name].seconds.append(timer.timeit(steps).median)  # warms up with two steps, synchronizes a GPU
-            timings[name].page_faults.append((count_page_faults() - faults) / (steps + 2))
+            timings[name].seconds.append(time_calls(step, steps))
+            timings[name].page_faults.append((count_page_faults() - faults) / (steps + WARM_UP_CALLS))
         report(f"round {max(len(timing.seconds) for timing in timings.values())} of {rounds}")
 
     # The training of odcheap cannot be interrupted from outside: its callback runs the other loops.

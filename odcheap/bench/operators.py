@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
+from odcheap.bench.timing import time_calls
 from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import DW, Group
 from odcheap.layers.norm_act import batch_norm_act
@@ -120,5 +120,4 @@ def time_form(run: Callable[[], object], mode: kernels.Mode) -> float:
 
 def time_call(run: Callable[[], object]) -> float:
     """Returns the milliseconds of a call, as a mean over `CALLS`; on a GPU it waits for the end."""
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.timeit(CALLS).median * 1000
+    return 1000 * time_calls(run, CALLS)

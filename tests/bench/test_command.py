@@ -1,7 +1,11 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from process_server import popen
 
 from odcheap.bench import command, operators
 from odcheap.export import latency
@@ -110,6 +114,16 @@ def test_bad_options_are_one_line(override, line, tmp_path, capsys):
     error = capsys.readouterr().err.partition("error: ")
     assert (error[1] + error[2]).startswith(line)
     assert error[2].count("\n") == 1
+
+
+def test_nothing_but_the_error_is_printed_on_a_machine_with_nvcc(tmp_path):
+    """PyTorch prints a line about it if `torch.utils.cpp_extension` is imported and there is no GPU."""
+    (tmp_path / "nvcc").touch(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_HOME": str(tmp_path)}
+    begun = [sys.executable, "-m", "odcheap", "bench", "students=[DW,Shift]"]
+    process = popen(begun, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.communicate()[1].startswith("error: students=['DW', 'Shift']: must be null: the benchmark trains")
+    assert process.returncode == 1
 
 
 @pytest.mark.parametrize(("step", "measured"), [("torch.optim.SGD([p], lr=1.0).step()", True), ("", False)])
