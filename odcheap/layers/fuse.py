@@ -52,11 +52,16 @@ def fold_branches(network: nn.Module) -> nn.Module:
     folded = copy.deepcopy(network)
     if isinstance(folded, RepDepthwise):
         return folded.fold()
-    for parent in list(folded.modules()):
+    fold_branches_inside(folded)
+    return folded
+
+
+def fold_branches_inside(network: nn.Module) -> None:
+    """Does what `fold_branches` does, in the network itself, which must not be a `RepDepthwise`."""
+    for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RepDepthwise):
                 setattr(parent, name, child.fold())
-    return folded
 
 
 def cheap_form(network: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ class Weights:
         split: A hash of the images with which the weights were trained, and of which of them were held out; None if it
             is not known.
         classes: The names of the classes, in the order of the logits; None if they are not known.
+        folded: Whether they are those of a folded network (see `layers.fuse.fold_branches`), which cannot be trained.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Weights:
     method: dict[str, Tensor]
     split: str | None
     classes: list[str] | None = None
+    folded: bool = False
 
 
 def read_weights(path: str | Path, option: str = "weights") -> Weights:
@@ -55,10 +57,7 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
         tensors, metadata = read_safetensors(path, option)
         settings = parse_json(metadata.get("odcheap", "{}"), path, option)
         settings = validate(SavedWeights, settings, path, option).model_dump()
-        if settings["folded"]:
-            allowed = "holds a folded network, which cannot be trained; the run's own student.safetensors can"
-            raise OptionError(option, path, allowed)
-        return Weights(str(path), [tensors], {}, settings.get("split"), settings.get("classes"))
+        return Weights(str(path), [tensors], {}, settings["split"], settings["classes"], settings["folded"])
 
     # A checkpoint, of the 2019 code or of a run.
     content = read_torch(path, option)

@@ -30,6 +30,7 @@ from odcheap.data.mixing import build_mixing
 from odcheap.distributed import launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
+from odcheap.layers.fuse import fold_branches_inside
 from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
 from odcheap.methods.students import check_run
@@ -605,6 +606,12 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
     if cfg.weights is None or start.checkpoint is not None:
         return
     weights = read_weights(cfg.weights)
+    if weights.folded:
+        if not cfg.test_only:
+            allowed = "holds a folded network, which cannot be trained; the run's own student.safetensors can"
+            raise OptionError("weights", cfg.weights, allowed)
+        for network in method.candidates():  # in place, since the method may have hooks on parts of them
+            fold_branches_inside(network)
     say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
     if weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")

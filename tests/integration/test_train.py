@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from odcheap.data.digits import load_digits
 from odcheap.data.splits import hash_pixels, split_stratified
 from odcheap.layers import kernels
-from odcheap.layers.cheap_conv import DW
+from odcheap.layers.cheap_conv import DW, RepDW
+from odcheap.layers.fuse import fold_branches
 from odcheap.models.cifar import CifarResNet
 from odcheap.training.experiment import uses_graphs
+from odcheap.training.summary import write_student
 from odcheap.training.train_step import WARM_UP, GraphStep
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_checkpoint
@@ -414,6 +416,27 @@ def test_fine_tuning_from_an_exported_student_and_from_a_checkpoint(finished, co
     result = command(*TINY, f"weights={last}", "weights_head=new", "trainer.max_epochs=1", f"job_dir={tmp_path}/c")
     assert result.status == 0
     assert "classifiers are new" in result.out
+
+
+def test_an_exported_student_with_folded_branches_is_tested_but_not_trained(command, tmp_path):
+    settings = {"classes": [str(k) for k in range(10)], "block_type": {"part": "RepDW"}, "split": ""}
+    settings |= {"backbone": {"part": "resnet20", "depth": 8}, "image_size": [3, 8, 8], "shorter_side": 8}
+    settings |= {"mean": [0.305] * 3, "std": [0.376] * 3}
+    network = CifarResNet(8, RepDW(), 10)
+    network(torch.randn(50, 3, 8, 8))  # in training: batch norms that are not the identity
+    write_student(tmp_path / "own.safetensors", network.eval(), settings)
+    write_student(tmp_path / "folded.safetensors", fold_branches(network), settings | {"folded": True})
+    given, found = [*TINY, "block_type=RepDW", "method.average_decay=0.9"], []
+    for name in ("own", "folded"):
+        own = [f"weights={tmp_path}/{name}.safetensors", f"job_dir={tmp_path}/{name}"]
+        result = command(*given, *own, "test_only=true")
+        assert result.status == 0, result.err
+        tested = json.loads((tmp_path / name / "test.json").read_text())
+        found.append([tested["students"], tested["averages"]])
+    assert found[0] == found[1]
+    refused = command(*given, own[0], f"job_dir={tmp_path}/none")
+    assert (refused.status, refused.err.count("\n")) == (1, 1)
+    assert "folded.safetensors: holds a folded network, which cannot be trained; the run's own" in refused.err
 
 
 def test_weights_of_the_2019_code(golden, command, tmp_path):
