@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
@@ -390,12 +390,15 @@ PLAIN_TYPES = (int, float, bool, str, type(None), Any)
 
 
 def keep_plain(annotation: Any) -> Any:
-    """Returns an annotation without those members of a union that a config cannot contain, such as `Tensor`."""
+    """Returns an annotation without those members of unions that a config cannot contain, such as `Tensor`."""
     origin = get_origin(annotation)
+    if origin is tuple:
+        entries = get_args(annotation)
+        return GenericAlias(tuple, tuple(entry if entry is Ellipsis else keep_plain(entry) for entry in entries))
     if origin not in (Union, UnionType):
         return annotation
     kept = [choice for choice in get_args(annotation) if choice in PLAIN_TYPES or get_origin(choice) is not None]
-    return Union[tuple(kept)] if kept else annotation  # noqa: UP007 - built from a list
+    return Union[tuple(map(keep_plain, kept))] if kept else annotation  # noqa: UP007 - built from a list
 
 
 def to_annotated(value: Any, annotation: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -90,6 +90,7 @@ class Teacher(nn.Module):
         )
         self.register_buffer("scale", from_std / to_std, persistent=False)
         self.register_buffer("offset", (from_mean - to_mean) / to_std, persistent=False)
+        self.register_load_state_dict_pre_hook(check_teacher_count)
         super().train(False)
 
     @property
@@ -167,6 +168,7 @@ class TeacherEnsemble(nn.Module):
             name: [teacher.history[name] for teacher in members] for name in members[0].history
         }
         self.history = {name: None if None in values else sum(values) for name, values in costs.items()}
+        self.register_load_state_dict_pre_hook(check_teacher_count)
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -191,6 +193,26 @@ class TeacherEnsemble(nn.Module):
         """
         for teacher in self.teachers:
             teacher.check_classes(classes)
+
+
+def check_teacher_count(
+    teacher: Teacher | TeacherEnsemble, state_dict: Mapping[str, Any], prefix: str, *_: object
+) -> None:
+    """A hook that raises `OptionError` if a state dict that will be loaded is that of another number of teachers.
+
+    Args:
+        teacher: The teacher, or several.
+        state_dict: The state dict, which has a digest for each teacher with which it was saved, or none at all.
+        prefix: The prefix of the teachers' entries in it.
+        *_: Further arguments, which PyTorch passes to such hooks.
+    """
+    saved = sum(name.startswith(prefix) and name.endswith("_extra_state") for name in state_dict)
+    if saved not in (0, len(teacher.teachers)):
+        paths = [member.path for member in teacher.teachers]
+        value = paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
+        were = "was" if saved == 1 else "were"
+        own = count_things(len(paths), "teacher")
+        raise OptionError(OPTION, value, f"names {own}; there {were} {saved} when the run was started")
 
 
 def digest_weights(network: nn.Module) -> Tensor:

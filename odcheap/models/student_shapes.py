@@ -41,13 +41,14 @@ def read_shapes(students: Any, own: Mapping[str, Mapping[str, Any]], config_dirs
     """
     if not isinstance(students, list | tuple) or not 1 <= len(students) <= MAX_STUDENTS:
         raise OptionError("students", students, f"must be a list of 1 to {MAX_STUDENTS} entries, {EXAMPLES}")
-    return [read_shape(entry, own, config_dirs) for entry in students]
+    return [read_shape(f"students.{k}", entry, own, config_dirs) for k, entry in enumerate(students)]
 
 
-def read_shape(entry: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path]) -> Shape:
+def read_shape(option: str, entry: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path]) -> Shape:
     """Returns the backbone and the block type of one student, with all options, in a dict such as `own`.
 
     Args:
+        option: The name of the entry for messages, such as "students.0".
         entry: The student's entry in the option `students`, such as "DW" or {"block_type": "Shift"}.
         own: The run's own backbone and block type, which apply if the entry names no others; see `read_shapes`.
         config_dirs: Further `conf` directories, with backbones and block types of your own.
@@ -57,26 +58,24 @@ def read_shape(entry: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Se
         group = next((group for group in ("block_type", "backbone") if entry in known[group]), None)
         if group is None:
             names = f"the name of a block type ({', '.join(known['block_type'])}) or of a backbone"
-            raise OptionError("students", entry, f"must be {names} ({', '.join(known['backbone'])})")
+            raise OptionError(option, entry, f"must be {names} ({', '.join(known['backbone'])})")
         entry = {group: entry}
     if not isinstance(entry, Mapping) or not entry or not set(entry) <= set(GROUPS):
-        raise OptionError(
-            "students", entry, f"is no student: an entry has a block_type, a backbone or both, {EXAMPLES}"
-        )
+        raise OptionError(option, entry, f"is no student: an entry has a block_type, a backbone or both, {EXAMPLES}")
     shape: Shape = {group: dict(own[group]) for group in GROUPS}
     for group, part in entry.items():
         settings = {"part": part} if isinstance(part, str) else part
         if not isinstance(settings, Mapping):
-            raise OptionError(f"students.{group}", part, "must be a name, or options by name")
+            raise OptionError(f"{option}.{group}", part, "must be a name, or options by name")
         name = settings.get("part", own[group]["part"])
         if name != own[group]["part"]:
             shape[group] = part_settings(read_part(group, name, config_dirs), name)
         unknown = next((key for key in settings if key not in shape[group]), None)
         if unknown is not None:
-            raise OptionError(f"students.{group}.{unknown}", settings[unknown], f"is not an option of {name}")
+            raise OptionError(f"{option}.{group}.{unknown}", settings[unknown], f"is not an option of {name}")
         if settings.get("pretrained", shape[group].get("pretrained")) != shape[group].get("pretrained"):
-            option = f"students.{group}.pretrained"
-            raise OptionError(option, settings["pretrained"], "must be set by backbone.pretrained, for all students")
+            allowed = "must be set by backbone.pretrained, for all students"
+            raise OptionError(f"{option}.{group}.pretrained", settings["pretrained"], allowed)
         shape[group] |= settings
     return shape
 

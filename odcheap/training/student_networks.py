@@ -13,7 +13,7 @@ from odcheap.methods.students import RUNS, Students
 from odcheap.models.backbone import Backbone
 from odcheap.models.build import build_comparable, build_directly
 from odcheap.models.input_channels import RGB
-from odcheap.models.student_shapes import Shape, name_shape
+from odcheap.models.student_shapes import GROUPS, Shape, name_shape
 from odcheap.models.wrappers import check_image_size, find_map_size
 from odcheap.runs.resume import Start
 from odcheap.utils.errors import OptionError
@@ -29,15 +29,21 @@ class StudentBuilder(NamedTuple):
         build: A function that takes `conv` and `num_classes`, and returns the network.
         make_conv: A function that returns the block type.
         channels: The number of channels of the images.
+        explain: A function that takes an error about an option of the student, and returns it with the option's name
+            as the user can give it.
     """
 
     backbone: str
     build: Callable[..., nn.Module]
     make_conv: Callable[[], BlockType]
     channels: int = RGB
+    explain: Callable[[OptionError], OptionError] = lambda error: error
 
     def build_student(self, num_classes: int) -> nn.Module:
-        return build_directly(self.build, self.make_conv(), num_classes, self.channels)
+        try:
+            return build_directly(self.build, self.make_conv(), num_classes, self.channels)
+        except OptionError as error:
+            raise self.explain(error) from error
 
 
 def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
@@ -56,13 +62,30 @@ def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
         builder = StudentBuilder(start.config.parts["backbone"], own, lambda: instantiate(cfg.block_type), channels)
         return [builder] * cfg.num_stu
 
-    def list_one(shape: Shape) -> StudentBuilder:
+    def list_one(number: int, shape: Shape) -> StudentBuilder:
         loaded = forgotten if "pretrained" in shape["backbone"] else {}
         build = build_part("backbone", shape["backbone"] | loaded)
         make_conv = partial(build_part, "block_type", shape["block_type"])
-        return StudentBuilder(shape["backbone"]["part"], build, make_conv, channels)
+        explain = partial(name_entry, number, shape, start.config.own_shape())
+        return StudentBuilder(shape["backbone"]["part"], build, make_conv, channels, explain)
 
-    return [list_one(shape) for shape in shapes]
+    return [list_one(number, shape) for number, shape in enumerate(shapes)]
+
+
+def name_entry(number: int, shape: Shape, own: Shape, error: OptionError) -> OptionError:
+    """Returns an error with `students.NUMBER.` before its option, if the entry of `students` sets this option.
+
+    Args:
+        number: The number of the student.
+        shape: Its backbone and its block type.
+        own: The backbone and the block type of the run, which apply if the entry names no others.
+        error: The error, about an option such as `block_type.groups`.
+    """
+    group, _, option = str(error).partition("=")[0].partition(".")
+    if group not in GROUPS:
+        return error
+    is_own = all(shape[group].get(key) == own[group].get(key) for key in ("part", option))
+    return error if is_own else error.with_group(f"students.{number}")
 
 
 def build_students(start: Start, builders: Sequence[StudentBuilder], num_classes: int) -> Students:

@@ -77,6 +77,10 @@ def describe_allowed(annotation: Any) -> str:
         return (", or " if any("," in text for text in texts) else " or ").join(texts) + end
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
+    if origin is tuple and Ellipsis not in arguments:
+        texts = list(map(describe_allowed, arguments))
+        entries = f", each {texts[0]}" if len(set(texts)) == 1 else f": {', '.join(texts)}"
+        return f"a list of exactly {len(texts)} entries{entries}"
     if origin in (list, tuple, Sequence) and arguments:
         return f"a list of entries, each {describe_allowed(arguments[0])}"
     return TYPE_NAMES.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")

@@ -101,6 +101,12 @@ def test_what_does_not_fit_the_signature_is_refused(check, given, line):
         check(given)
 
 
+def test_a_list_of_a_fixed_length_is_refused_with_its_length(check):
+    line = r"optimizer.betas=\[0.9\]: must be a list of exactly 2 entries, each a number$"
+    with pytest.raises(OptionError, match=line):
+        check("optimizer=adamw", "optimizer.betas=[0.9]")
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -97,6 +97,16 @@ def test_a_run_of_different_students_from_start_to_export(command, tmp_path):
             ["students=[DW,{block_type:{part:Group,groups:0}}]"],
             "students.1.block_type.groups=0: must be a whole number",
         ),
+        (
+            ["students=[DW,{block_type:{part:Group,groups:3}}]"],
+            "students.1.block_type.groups=3: must divide the layer's 16 channels",
+        ),
+        (
+            ["students=[Group,Shift]", "block_type=Group", "block_type.groups=3"],
+            "block_type.groups=3: must divide the layer's 16 channels",
+        ),
+        (["students=[DW,{backbone:{depth:9}}]"], "students.1.backbone.depth=9: must be 6n + 2"),
+        (["students=[{backbone:{depth:20}},DW]", "backbone.depth=9"], "backbone.depth=9: must be 6n + 2"),
         (["students=DW"], "students=DW: must be a list of 1 to 100 entries"),
         (["students=[DW,vgg16]", "method=dml"], "backbone=vgg16: pictures of 8 x 8 are too small"),
     ],

@@ -70,6 +70,15 @@ def test_several_teachers_give_the_mean_of_their_softened_predictions():
         OfflineDistillation(students(2), TeacherEnsemble(given.teachers[::-1], 4.0)).load_state_dict(state)
 
 
+def test_another_number_of_teachers_is_refused_by_name():
+    one, three = (OfflineDistillation(students(1), given) for given in (teacher(path="a"), several(path="b")))
+    with pytest.raises(OptionError, match="^method.teacher_weights=a: names 1 teacher; there were 3 when the run was"):
+        one.load_state_dict(three.state_dict())
+    line = r"^method.teacher_weights=\[b,b,b\]: names 3 teachers; there was 1 when the run was started$"
+    with pytest.raises(OptionError, match=line):
+        three.load_state_dict(one.state_dict())
+
+
 def test_certain_teachers_of_different_classes_stay_finite():
     class Certain(torch.nn.Module):
         def __init__(self, label):

@@ -29,6 +29,9 @@ Count = Annotated[int, Field(ge=1)]
         ([], Annotated[list[str], Field(min_length=1)], "a list of entries, each a string, not empty"),
         ([1], Annotated[list[int], Field(min_length=2)], "a list of entries, each a whole number, 2 entries or more"),
         ([1], Annotated[list[int], Field(min_length=2, max_length=2)], "a list of .* number, exactly 2 entries"),
+        ((1.0,), tuple[float, float], "a list of exactly 2 entries, each a number"),
+        ((1.0, 2), tuple[float, str], "a list of exactly 2 entries: a number, a string"),
+        ((1.0, "a"), tuple[float, ...], "a list of entries, each a number"),
     ],
 )
 def test_refuses(value, annotation, allowed):
