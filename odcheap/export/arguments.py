@@ -10,6 +10,7 @@ The folder JOB_DIR/export (or --out) has these files:
   predict.py           classifies image files: python predict.py IMAGE_OR_FOLDER...
   preprocess.json      how an image file becomes the network's input
   labels.json          the names of the classes
+  results.json         accuracy and size, for programs
   README.md            the model card: accuracy, speed, checks and checksums
 
 Every file is run on the run's test images and compared with the trained network before the folder appears.

@@ -25,6 +25,7 @@ from odcheap.export import latency, model_card, onnx, speedup, verify
 from odcheap.export.arguments import parse_arguments
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT
+from odcheap.export.results import RESULTS_FILE, describe_results
 from odcheap.export.snippets import PROGRAM, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
@@ -41,7 +42,7 @@ CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit f
 TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
 
 FILES = ("student.onnx", DENSE, verify.INT8, PROGRAM, STUDENT_FILE, "predict.py")
-FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, predict.CARD_FILE)
+FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, RESULTS_FILE, predict.CARD_FILE)
 
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
@@ -192,6 +193,7 @@ def write_export(
         verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch)
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
         graph = describe_graph(folder / "student.onnx")
+        write_json(folder / RESULTS_FILE, describe_results(run, verification))
         text = model_card.write_card(run, folder, files, timings, verification, cpu, graph)
         write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:

@@ -56,7 +56,7 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, ca
     line = f"Test accuracy {100 * expected:.2f} % (95 % interval {low:.2f} to {high:.2f}) on 360 images; "
     assert f"{line}{100 * expected:.2f} % by the run's summary, in 32-true." in out
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # there where it was faster
-    assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
+    assert names == {"README.md", "labels.json", "predict.py", "preprocess.json", "results.json"} | {
         f"student.{suffix}" for suffix in ("onnx", "pt2", "safetensors")
     }
     assert (
@@ -72,6 +72,11 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, ca
     if block_type == "RepDW":  # the export has the weights of the folded form
         weights[0] = fold_branches(load_student(job_dir / "student.safetensors").network).state_dict()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["data"], results["verified_on_data"]) == ("digits", True)
+    assert results["test"] | {"images": 360, "top1": expected} == results["test"]
+    assert results["test"]["top1_interval"] == pytest.approx([low / 100, high / 100])
+    assert set(results["top1"].values()) == {expected}
     check = re.search(r"^`(.*sha256sum -c)`", (folder / "README.md").read_text(), re.MULTILINE)
     done = subprocess.run(check[1], shell=True, cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -418,7 +423,8 @@ def test_no_exported_file_names_a_folder_a_user_or_the_machine(command, light, t
     job_dir = tmp_path / "zqhome" / "zqfolder" / "run"
     assert command(*TINY, "trainer.max_epochs=1", f"job_dir={job_dir}").status == 0
     assert export_command.main([str(job_dir), *QUICK, "--int8", "--pt2"]) == 0
-    names = {"README.md", "labels.json", "predict.py", "preprocess.json", "student.pt2", "student.safetensors"}
+    names = {"README.md", "labels.json", "predict.py", "preprocess.json", "results.json"}
+    names |= {"student.pt2", "student.safetensors"}
     files = {path.name: path.read_bytes() for path in (job_dir / "export").iterdir()}
     assert files.keys() == names | {"student.onnx", "student-int8.onnx"}
     files |= {name: (job_dir / name).read_bytes() for name in ("summary.json", "confusion.csv")}

@@ -64,10 +64,12 @@ def test_a_network_becomes_a_checked_folder_that_classifies(tmp_path, samples):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
     names = {path.name for path in folder.iterdir()} - {"student-dense.onnx"}  # is kept if it is faster
-    assert names == {"README.md", "labels.json", "predict.py", "preprocess.json"} | {
+    assert names == {"README.md", "labels.json", "predict.py", "preprocess.json", "results.json"} | {
         f"student{end}" for end in (".onnx", "-int8.onnx")
     }
     assert json.loads((folder / "labels.json").read_text()) == CLASSES
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["network"], results["data"], results["test"]["top1"]) == ("depth-wise + 1 x 1, Net", None, 0.875)
     settings = json.loads((folder / "preprocess.json").read_text())
     assert (settings["size"], settings["shorter_side"], settings["std"]) == ([16, 16], 20, [0.2, 0.3, 0.4])
     card = (folder / "README.md").read_text()
