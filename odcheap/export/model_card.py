@@ -14,7 +14,7 @@ import onnxruntime
 import pandas as pd
 from torch import nn
 
-from odcheap.export import card_accuracy
+from odcheap.export import card_accuracy, quantize
 from odcheap.export.card_accuracy import to_markdown
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings, fastest
 from odcheap.export.load_run import RunStudent
@@ -113,12 +113,12 @@ def write_card(
     """
     sections = {
         "accuracy": card_accuracy.describe_accuracy(run, verification),
-        "speed": describe_speed(run, timings),
+        "speed": [*describe_speed(run, timings), *describe_int8_speed(timings)],
         "classes": card_accuracy.tabulate_classes(run, verification),
         "training": card_accuracy.describe_training_data(run),
         "limits": card_accuracy.describe_limits(run, verification),
         "sizes": size_table(run, folder, files, timings),
-        "checks": describe_checks(verification),
+        "checks": describe_checks(verification, read_int8_form(folder)),
         "origin": describe_origin(run),
         "checksums": checksum_lines(folder),
     }
@@ -178,6 +178,25 @@ def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
     lines = [f"{text}."]
     if DENSE in compared:
         lines.append(f"{format_code(DENSE)}, which computes the same, {format_speedups(compared[DENSE])}.")
+    return lines
+
+
+def describe_int8_speed(timings: Timings) -> list[str]:
+    """Returns lines of Markdown that compare the file with 8-bit integers with `student.onnx`, for each runtime.
+
+    If 8-bit integers are slower, the line says so in bold. There is no line if the file was not timed.
+    """
+    lines = []
+    for runtime in dict.fromkeys(key.runtime for key in timings if key.name == INT8):
+        speedups = compute_speedups(timings, INT8, "student.onnx", runtime)
+        reason = describe_disturbance(speedups.values(), timings)
+        if reason:
+            lines.append(f"**The speed of 8-bit integers in {runtime} could not be measured**: {reason}.")
+            continue
+        is_slower = any(speedup.is_resolved and speedup.value < 1 for speedup in speedups.values())
+        opening = f"**8-bit integers are slower than floats in {runtime} here**: compared" if is_slower else "Compared"
+        text = f"with `student.onnx`, in {runtime} on this CPU `{INT8}` {format_speedups(speedups)}"
+        lines.append(f"{opening} {text}.")
     return lines
 
 
@@ -266,28 +285,43 @@ def format_timing(timing: Timing) -> str:
     return f"{1000 * timing.p50:.3g} ({1000 * timing.p95:.3g})"
 
 
-def describe_checks(verification: Verification) -> list[str]:
-    """Returns lines of Markdown: on which images each file was checked, and the largest differences."""
+def describe_checks(verification: Verification, int8_form: str = "") -> list[str]:
+    """Returns lines of Markdown: on which images each file was checked, and the largest differences.
+
+    Args:
+        verification: The results of the checks.
+        int8_form: The form of the file with 8-bit integers; see `read_int8_form`.
+    """
     what = "test images, from their files" if verification.on_data else "images of noise"
     lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
     lines += [f"- {format_code(name)}: {difference:.1e}" for name, difference in verification.differences.items()]
-    lines += describe_int8(verification)
+    lines += describe_int8(verification, int8_form)
     if not verification.on_data:
         lines += ["", f"**Not verified on data**: {format_code(verification.reason)}."]
     return lines
 
 
-def describe_int8(verification: Verification) -> list[str]:
+def read_int8_form(folder: Path) -> str:
+    """Returns the form of the file with 8-bit integers, "QOperator" or "QDQ"; empty if there is no such file."""
+    path = folder / INT8
+    return quantize.read_form(path.read_bytes()) if path.is_file() else ""
+
+
+def describe_int8(verification: Verification, form: str = "") -> list[str]:
     """Returns a line of Markdown that says how much accuracy 8-bit integers lose.
 
     There is none if no file has 8-bit integers, or if there are no labels. The logits of 8-bit integers differ by
     design, so no largest difference is stated.
+
+    Args:
+        verification: The results of the checks.
+        form: The form of the file with 8-bit integers; see `read_int8_form`.
     """
     int8, top1 = verification.top1.get(INT8), verification.top1.get("student.onnx")
     if int8 is None or top1 is None:
         return []
-    line = f"- {format_code(INT8)}: accuracy {format_accuracy(int8)} %, "
+    line = f"- {format_code(INT8)}{f' ({form} form)' if form else ''}: accuracy {format_accuracy(int8)} %, "
     line += f"{format_accuracy(int8 - top1, '+')} percentage points against `student.onnx`"
     if verification.changes is not None:
         line += f" ({card_accuracy.describe_change(*verification.changes, verification.images)})"

@@ -1,18 +1,14 @@
-"""Converts networks to PyTorch programs and ONNX files, also with 8-bit integers."""
+"""Converts networks to PyTorch programs and ONNX files."""
 
 import contextlib
 import io
-import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -250,41 +246,3 @@ def read_opset(path: Path) -> int:
     """Returns the version of ONNX's operators in a file."""
     model = onnx.load(path)
     return next(entry.version for entry in model.opset_import if entry.domain == "")
-
-
-class BatchReader(CalibrationDataReader):
-    """Passes batches of images (n, C, H, W) to the calibration of ONNX Runtime, one after the other."""
-
-    def __init__(self, batches: Iterator[np.ndarray]):
-        self.batches = batches
-
-    def get_next(self) -> dict[str, np.ndarray]:
-        images = next(self.batches, None)
-        return {} if images is None else {INPUT: images}
-
-
-def quantize_onnx(model: bytes, batches: Iterator[np.ndarray]) -> bytes:
-    """Returns an ONNX file with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
-
-    Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
-    inference", 2018, in the implementation of ONNX Runtime.
-
-    Args:
-        model: The content of the ONNX file to quantize.
-        batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
-            measured.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        original, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("original", "prepared", "int8"))
-        original.write_bytes(model)
-        quant_pre_process(original, prepared)
-        quantize_static(
-            prepared,
-            quantized,
-            BatchReader(batches),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return quantized.read_bytes()

@@ -96,7 +96,8 @@ def test_another_student_static_and_in_integers(trained, tmp_path, capsys):
     assert re.search(rf"Test accuracy {100 * expected:.2f} % \(.*\) on 360 images; {100 * expected:.2f} % by", out)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "(4, 3, 8, 8), a static graph for exactly 4 images; ONNX opset 13;" in card
-    assert re.search(r"- `student-int8.onnx`: accuracy [\d.]+ %, [+-][\d.]+ percentage points", card)
+    line = r"- `student-int8.onnx` \((QOperator|QDQ) form\): accuracy [\d.]+ %, [+-][\d.]+ percentage points"
+    assert re.search(line, card)
     assert accuracy(
         predict.create_predictor(predict.create_session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
     ) == pytest.approx(expected, abs=0.05)

@@ -13,7 +13,7 @@ from odcheap.export import card_accuracy, model_card
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.load_run import load_run_student
 from odcheap.export.model_card import DENSE, STANDARD
-from odcheap.export.verify import Verification
+from odcheap.export.verify import INT8, Verification
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
@@ -137,6 +137,42 @@ def test_a_slower_one_says_so_first_and_names_what_is_faster(slow):
     assert (
         "is 1.50 (1.50 to 1.50) times as fast with one image and is 1.25 (1.25 to 1.25) times as fast with 64" in second
     )
+
+
+def add_int8(timings, times, runtime=ONNX_RUNTIME):
+    """The timings with those of 8-bit integers: milliseconds of one image and of 64."""
+    made = {
+        key._replace(name=INT8, runtime=runtime): t._replace(rounds=tuple(ms * part / 1e3 for part in (0.98, 1, 1.01)))
+        for key, t in timings.items()
+        for batch, ms in zip((1, 64), times, strict=True)
+        if key.name == "student.onnx" and key.batch == batch
+    }
+    return timings | made
+
+
+@pytest.mark.parametrize(
+    ("times", "line"),
+    [
+        (
+            (1.3, 16),
+            "**8-bit integers are slower than floats in ONNX Runtime here**: compared with `student.onnx`, in ONNX "
+            "Runtime on this CPU `student-int8.onnx` takes 1.3",
+        ),
+        ((0.5, 16), "Compared with `student.onnx`, in ONNX Runtime on this CPU `student-int8.onnx` is 2.0"),
+    ],
+)
+def test_the_card_says_if_8_bit_integers_are_slower_than_floats(times, line):
+    (text,) = model_card.describe_int8_speed(add_int8(found((1, 20), (3, 50)), times))
+    assert text.startswith(line)
+    assert "times as fast with 64 images." in text
+    assert model_card.describe_int8_speed(found((1, 20), (3, 50))) == []
+
+
+def test_an_uncertain_speed_of_8_bit_integers_is_not_stated():
+    timings = slow_down(add_int8(found((1, 20), (3, 50)), (1, 20)), INT8, (1, 2, 3))
+    (text,) = model_card.describe_int8_speed(timings)
+    assert text.startswith("**The speed of 8-bit integers in ONNX Runtime could not be measured**: the rounds of")
+    assert not RATIO.search(text)
 
 
 def test_the_standard_network_is_not_held_against_itself():

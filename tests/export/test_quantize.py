@@ -1,21 +1,74 @@
 import numpy as np
 import onnx
+import pytest
 import torch
 from layers.test_fuse import settled
 
 from odcheap import predict
 from odcheap.export import onnx as onnx_export
+from odcheap.export import quantize
+from odcheap.export.latency import ONNX_RUNTIME, Key
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
+from odcheap.predict import Timing
+
+IMAGES = predict.random_images(64, (3, 16, 16))
 
 
-def test_integers_answer_nearly_as_floats_do():
+def run(content, images=IMAGES):
+    return predict.create_predictor(predict.create_session(content))(images)
+
+
+@pytest.fixture(scope="module")
+def float_model():
     torch.manual_seed(0)
-    content = onnx_export.to_onnx(onnx_export.export_program(settled(CifarResNet(8, DW(), 10)).float(), (3, 16, 16)))
-    images = predict.random_images(64, (3, 16, 16))
-    made = onnx_export.quantize_onnx(content, iter(np.split(images, 4)))
-    whole, rounded = (predict.create_predictor(predict.create_session(c))(images) for c in (content, made))
-    spread = np.abs(whole - whole.mean(0)).mean()
-    assert 0 < np.abs(whole - rounded).mean() < 0.3 * spread
-    weights = [t for t in onnx.load_from_string(made).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    program = onnx_export.export_program(settled(CifarResNet(8, DW(), 10)).float(), (3, 16, 16))
+    return onnx_export.to_onnx(program)
+
+
+@pytest.fixture(scope="module")
+def quantized(float_model):
+    prepared, batches = quantize.prepare_model(float_model), np.split(IMAGES, 4)
+    return {form: quantize.quantize_model(prepared, batches, form) for form in quantize.FORMATS}
+
+
+@pytest.mark.parametrize("form", quantize.FORMATS)
+def test_integers_answer_nearly_as_floats_do(float_model, quantized, form):
+    expected, found = run(float_model), run(quantized[form])
+    spread = np.abs(expected - expected.mean(0)).mean()
+    assert 0 < np.abs(expected - found).mean() < 0.3 * spread
+    weights = [
+        t for t in onnx.load_from_string(quantized[form]).graph.initializer if t.data_type == onnx.TensorProto.INT8
+    ]
     assert sum(np.prod(tensor.dims) for tensor in weights) > 5_000
+    assert quantize.read_form(quantized[form]) == form
+
+
+@pytest.mark.parametrize("form", quantize.FORMATS)
+def test_a_depthwise_layer_has_a_scale_for_each_channel(quantized, form):
+    tensors = {t.name: t for t in onnx.load_from_string(quantized[form]).graph.initializer}
+    weights = [name for name in tensors if name.endswith("spatial.weight_quantized")]
+    assert len(weights) == 6
+    for name in weights:
+        assert tensors[name.replace("_quantized", "_scale")].dims == tensors[name].dims[:1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "form"), [({"QDQ": 2, "QOperator": 1}, "QOperator"), ({"QDQ": 1, "QOperator": 2}, "QDQ")]
+)
+def test_the_faster_form_is_kept(quantized, monkeypatch, capsys, seconds, form):
+    def times(calls, _):
+        for call in calls.values():
+            call()
+        # With one image QDQ always takes as long, and the slowest number of threads is left out.
+        return {key: Timing(seconds[key.name] ** (key.batch > 1) * 2**key.threads, 9.0) for key in calls}
+
+    monkeypatch.setattr(predict, "time_alternately", times)
+    assert quantize.choose_form(quantized, (3, 16, 16), (1, 4), 0.01) == form
+    assert f"the {form} form of the 8-bit integers is kept, 1.41 times as fast as" in capsys.readouterr().out
+
+
+def test_a_number_of_images_counts_with_its_ratio_and_not_with_its_time():
+    ms = {("QDQ", 1): 3, ("QOperator", 1): 1, ("QDQ", 64): 100, ("QOperator", 64): 200}
+    timings = {Key(form, ONNX_RUNTIME, batch, 1): Timing(time, time) for (form, batch), time in ms.items()}
+    assert quantize.compare_forms(timings) == pytest.approx(1.5**0.5)

@@ -1,0 +1,104 @@
+"""Converts ONNX files to 8-bit integers, in the form that ONNX Runtime runs faster here."""
+
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from odcheap import predict
+from odcheap.export.latency import ONNX_RUNTIME, Timings, fastest, onnx_calls
+from odcheap.export.onnx import INPUT
+from odcheap.utils.console import say
+
+# The two forms of an ONNX file with 8-bit integers. In the first, each layer is one operator of integers, as ONNX
+# Runtime runs it; the second has the operators of the float network, between pairs of QuantizeLinear and
+# DequantizeLinear, which other runtimes and compilers can read too.
+QOPERATOR, QDQ = "QOperator", "QDQ"
+FORMATS = {QOPERATOR: QuantFormat.QOperator, QDQ: QuantFormat.QDQ}
+
+
+class BatchReader(CalibrationDataReader):
+    """Passes batches of images (n, C, H, W) to the calibration of ONNX Runtime, one after the other."""
+
+    def __init__(self, batches: Iterator[np.ndarray]):
+        self.batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray]:
+        images = next(self.batches, None)
+        return {} if images is None else {INPUT: images}
+
+
+def prepare_model(model: bytes) -> bytes:
+    """Returns an ONNX file in which constants are computed, batch norms are folded, and shapes are known."""
+    with tempfile.TemporaryDirectory() as folder:
+        original, prepared = Path(folder) / "original.onnx", Path(folder) / "prepared.onnx"
+        original.write_bytes(model)
+        quant_pre_process(original, prepared)
+        return prepared.read_bytes()
+
+
+def quantize_model(model: bytes, batches: Sequence[np.ndarray], form: str) -> bytes:
+    """Returns an ONNX file with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
+
+    Depth-wise convolutions have a scale for each channel, too.
+
+    Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", 2018, in the implementation of ONNX Runtime.
+
+    Args:
+        model: The content of the ONNX file to quantize, from `prepare_model`.
+        batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
+            measured.
+        form: "QOperator" or "QDQ".
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        original, quantized = Path(folder) / "original.onnx", Path(folder) / "int8.onnx"
+        original.write_bytes(model)
+        quantize_static(
+            original,
+            quantized,
+            BatchReader(iter(batches)),
+            quant_format=FORMATS[form],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return quantized.read_bytes()
+
+
+def choose_form(
+    contents: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
+) -> str:
+    """Returns the form, "QOperator" or "QDQ", in which ONNX Runtime runs a quantized network faster here.
+
+    Args:
+        contents: The contents of the files by their forms.
+        size: The shape (C, H, W) of an image.
+        batches: The numbers of images in a call that are timed. The geometric mean of their ratios decides.
+        seconds: The time for each measurement.
+    """
+    ratio = compare_forms(predict.time_alternately(onnx_calls(contents, size, batches), seconds))
+    form, other = (QOPERATOR, QDQ) if ratio > 1 else (QDQ, QOPERATOR)
+    say(f"the {form} form of the 8-bit integers is kept, {max(ratio, 1 / ratio):.2f} times as fast as {other}")
+    return form
+
+
+def compare_forms(timings: Timings) -> float:
+    """Returns how many times as fast the QOperator form is as the QDQ form; see `choose_form`."""
+    batches = sorted({key.batch for key in timings})
+    times = {form: [fastest(timings, form, ONNX_RUNTIME, batch).p50 for batch in batches] for form in (QDQ, QOPERATOR)}
+    return math.exp(
+        statistics.mean(math.log(slow / fast) for slow, fast in zip(times[QDQ], times[QOPERATOR], strict=True))
+    )
+
+
+def read_form(content: bytes) -> str:
+    """Returns "QOperator" or "QDQ", the form of an ONNX file with 8-bit integers."""
+    nodes = onnx.load_from_string(content).graph.node
+    return QOPERATOR if any(node.op_type.startswith("QLinear") for node in nodes) else QDQ
