@@ -140,7 +140,7 @@ def test_the_help_of_train_has_the_choices_of_an_option(capsys):
     assert "selects nothing; test selects on the test images, as the 2019 code; one of val, last, test" in said
     assert "data.select_by=top1 balanced: the mean of the classes' recalls; one of top1, balanced" in said
     assert "data.batch_size=128 of all processes together" in said
-    assert "method=od; the choices are alone, dml, ffl, kd, kdcl, od, okddip, one, pcl:" in said
+    assert "method=od; the choices are alone, dml, ffl, kd, kdcl, lmcl, od, okddip, one, pcl:" in said
 
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "predict", "demo", "report", "bench"])

@@ -269,3 +269,16 @@ def cross_entropy_terms(logits: Tensor, target: Tensor, name: str, smoothing: fl
 def student_terms(values: Tensor, name: str) -> dict[str, Tensor]:
     """Splits a tensor (S,), one value for each student, into a dict with the keys `<name>_0`, `<name>_1`, ..."""
     return {f"{name}_{k}": value for k, value in enumerate(values)}
+
+
+def mean_of_others(pairs: Tensor) -> Tensor:
+    """Returns for each student the mean of its values with all other students, (S,).
+
+    Args:
+        pairs: (S, S) for S >= 2 students. Column k has the values of student k; that on the diagonal does not count.
+
+    Example:
+        >>> mean_of_others(torch.tensor([[9.0, 1.0, 2.0], [3.0, 9.0, 4.0], [5.0, 6.0, 9.0]]))
+        tensor([4.0000, 3.5000, 3.0000])
+    """
+    return (pairs.sum(0) - pairs.diagonal()) / (len(pairs) - 1)

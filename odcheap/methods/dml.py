@@ -46,7 +46,7 @@ class DeepMutualLearning(FeatureDistillation):
         self.features: FeatureDistance | None = None
         if self.feature is not None:
             self.stages = [StageRecorder(student) for student in students.members]
-            pair_stages(self.stages, self.feature)
+            pair_stages(self.stages, "method.feature", self.feature)
             channels = [recorder.channels for recorder in self.stages]
             if self.feature == "l2" and any(own != channels[0] for own in channels):
                 allowed = "needs students with equal numbers of channels; attention does not"

@@ -158,13 +158,14 @@ def pool_larger(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return pool(first, size), pool(second, size)
 
 
-def pair_stages(recorders: Sequence[StageRecorder], option_value: str) -> None:
+def pair_stages(recorders: Sequence[StageRecorder], option: str, value: str) -> None:
     """Makes all recorders record the same number of feature maps: those at the ends of the last stages.
 
     Args:
         recorders: A `StageRecorder` for each network, changed in place. All keep as many stages as the network with the
             fewest stages has.
-        option_value: The value of `method.feature`, for the message.
+        option: The option that asks for feature maps, such as `method.feature`, for the message.
+        value: Its value.
 
     Raises:
         OptionError: A network has no stages.
@@ -174,7 +175,7 @@ def pair_stages(recorders: Sequence[StageRecorder], option_value: str) -> None:
         lacking = next(recorder.network for recorder in recorders if not recorder.calls)
         name = type(getattr(lacking, "network", lacking)).__name__
         allowed = f"needs feature maps (N, C, h, w) at the ends of stages, and {name} has none"
-        raise OptionError("method.feature", option_value, allowed)
+        raise OptionError(option, value, allowed)
     for recorder in recorders:
         recorder.calls = recorder.calls[-count:]
 

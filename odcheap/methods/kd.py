@@ -73,7 +73,7 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         if self.feature is not None:
             self.stages = [StageRecorder(student) for student in students.members]
             given = [member.stages for member in teacher.teachers]
-            pair_stages([*self.stages, *given], self.feature)
+            pair_stages([*self.stages, *given], "method.feature", self.feature)
             channels = [recorder.channels for recorder in self.stages]
             self.features = nn.ModuleList(FeatureDistance(self.feature, channels, stages.channels) for stages in given)
 

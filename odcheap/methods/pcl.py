@@ -27,6 +27,7 @@ from odcheap.methods.base import (
     RampUpLength,
     add_total,
     cross_entropy_terms,
+    mean_of_others,
     student_terms,
 )
 from odcheap.methods.ema import AverageDecay
@@ -84,5 +85,4 @@ class PeerCollaborativeLearning(LogitDistillation):
         # (S, S): row l has the distances of the moving average of peer l from each student. The diagonal, a student's
         # distance from its own moving average, is left out.
         pairs = self.distance(logits[None], outputs["average_logits"][:, None], target)
-        others = (pairs.sum(0) - pairs.diagonal()) / (len(logits) - 1)
-        return add_total(terms | student_terms(weight * others, "L_pm"))
+        return add_total(terms | student_terms(weight * mean_of_others(pairs), "L_pm"))

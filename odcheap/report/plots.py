@@ -54,8 +54,9 @@ METHOD_COLORS = {
     "kdcl": "#E69F00",
     "ffl": "#999933",
     "pcl": "#882255",
+    "lmcl": "#332288",
 }
-OTHER_COLORS = ("#332288", "#44AA99", "#AA4499", "#661100")  # for methods of the user's own
+OTHER_COLORS = ("#44AA99", "#AA4499", "#661100", "#DDCC77")  # for methods of the user's own
 BLOCK_MARKERS = {"DW": "o", "Shift": "s", "Group": "D", "Standard": "^"}
 OTHER_MARKERS = ("v", "P", "X", "<", ">", "p", "h")  # for block types of the user's own
 FILLS = ("full", "none", "left", "right", "top", "bottom")

@@ -138,7 +138,7 @@ def check_networks(method: Method, builders: Sequence[StudentBuilder], image_siz
             shown = ", ".join(f"{rows} x {columns}" for rows, columns in sizes)
             name = type(method).__module__.rpartition(".")[2]
             allowed = f"joins the students' last feature maps, which must have equal sizes, and these have {shown}"
-            raise OptionError("method", name, f"{allowed}; alone, dml, kdcl, kd and one take such students")
+            raise OptionError("method", name, f"{allowed}; alone, dml, kd, kdcl, lmcl, one and pcl take such students")
 
 
 def name_students(start: Start) -> list[str] | None:

@@ -32,7 +32,7 @@ def combinations(name):
         augmented = next(others)
         if name == "pcl" and precision == "bf16-true":
             continue  # its averages need weights in 32 bits, and it says so
-        if name != "kdcl":  # its soft target needs one label for each image
+        if name not in ("kdcl", "lmcl"):  # these need one label for each image
             augmented = [*augmented, "augment.mixup=0.2", "augment.cutmix=1.0"]
         averaged = ["method.average_decay=0.9"] * (name in ("alone", "od") and precision != "bf16-true")
         yield [f"block_type={block}", f"trainer.precision={precision}", *augmented, *averaged]

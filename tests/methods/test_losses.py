@@ -11,6 +11,7 @@ from odcheap.layers.cheap_conv import DW
 from odcheap.methods.dml import DeepMutualLearning
 from odcheap.methods.ffl import FeatureFusion
 from odcheap.methods.kdcl import CollaborativeLearning
+from odcheap.methods.lmcl import LayerwiseMutualContrastiveLearning
 from odcheap.methods.losses import DistillationLoss, soft_kl
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.okddip import DiversePeers
@@ -121,6 +122,7 @@ MAKERS = [
     DeepMutualLearning,
     CollaborativeLearning,
     FeatureFusion,
+    LayerwiseMutualContrastiveLearning,
     DiversePeers,
     NativeEnsemble,
     PeerCollaborativeLearning,
@@ -130,7 +132,7 @@ MAKERS = [
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("name", ["dkd", "dist", "standardized"])
 def test_a_method_has_the_distance_in_place_of_the_kl(make, name):
-    """Terms that are not the labels' change, have its name where they had that of the KL, and reach the same."""
+    """Terms that compare predictions change, have its name where they had that of the KL, and reach the same."""
     given = students(3)
     kl, other = make(given), make(given, loss=name, loss_weights=None)
     other.load_state_dict(kl.state_dict())
@@ -138,9 +140,9 @@ def test_a_method_has_the_distance_in_place_of_the_kl(make, name):
     found, expected = (method.loss(method(images), target) for method in (other, kl))
     for term, value in expected.items():
         own = term.replace("kl", name).replace("KL", name.upper())
-        is_hard = "_ce" in term or term.startswith(("ce_", "L_CE", "L_C_", "L_gt"))
-        assert torch.equal(found.pop(own), value) == is_hard, own
-        if not is_hard and not term.endswith(("loss", "_1", "_2")):
+        is_other = "_ce" in term or "cl_" in term or term.startswith(("ce_", "L_CE", "L_C_", "L_gt"))
+        assert torch.equal(found.pop(own), value) == is_other, own
+        if not is_other and not term.endswith(("loss", "_1", "_2")):
             assert reached(other, own) == reached(kl, term), own
     assert not found
 

@@ -1,0 +1,236 @@
+"""LMCL: the students exchange contrastive distributions of their features at the ends of all stages.
+
+C. Yang, Z. An, H. Zhou, F. Zhuang, Y. Xu, Q. Zhang, "Online knowledge distillation via mutual contrastive learning for
+visual recognition", TPAMI 2023. The last feature map of each stage is averaged over its pixels, and a projection head
+(linear, ReLU, linear) makes a vector of length 1 from it. v_k[i] is that of student k for image i, at one stage. The
+contrastive distribution of student a for image i, with the vectors of student b, is over all other images j of the
+batch:
+
+    p_ab[i] = softmax over j != i of (v_a[i] . v_b[j] / tau)
+
+CE_k is the cross-entropy of student k, q_k its softmax at the temperature T, and S the number of students. NLL(p) is
+the mean of -log p[i][j] over the images i, and over the images j != i with the label of i. p^T is p softened by T too,
+softmax(... / (tau T)). The terms of student k are summed over the stages; l != k are the other students:
+
+    VCL_k      = NLL(p_kk)                                         vanilla contrastive learning
+    ICL_k      = 1 / (S - 1) sum_l NLL(p_kl)                       interactive contrastive learning
+    soft VCL_k = 1 / (S - 1) sum_l T^2 KL(p^T_ll || p^T_kk)
+    soft ICL_k = 1 / (S - 1) sum_l T^2 KL(p^T_lk || p^T_kl)
+    loss       = sum_k [ CE_k + 1 / (S - 1) sum_l T^2 KL(q_l || q_k)
+                         + 0.1 VCL_k + 0.1 ICL_k + soft VCL_k + soft ICL_k ]
+
+tau = 0.1, T = 3, and the vectors have 128 numbers. The first argument of each KL is detached. The gradient of ICL and
+soft ICL reaches both students, as in the authors' code. All students see the same augmented images.
+
+What differs from the paper: A stage is compared with the same stage of the other students, with equal weights; the
+paper compares each stage with each other one, with weights that a second network learns by meta-optimization. A head
+takes the features of a stage as they are; the paper refines them by further blocks, which have classifiers of their own
+and whose combined predictions the students imitate. Here the students imitate each other's predictions, as in `dml`.
+The paper's sums over the other students are means here, which is the same for two students. An image is not compared
+with itself in the soft terms either; in the authors' code it is. Batches are drawn at random; the authors draw two
+images of each class. An image whose label no other one has, in the batch of its process, does not count in VCL and ICL.
+"""
+
+from contextlib import ExitStack
+from typing import Annotated, Any, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odcheap.methods.base import (
+    LogitDistillation,
+    Outputs,
+    add_total,
+    cross_entropy_terms,
+    mean_of_others,
+    student_terms,
+)
+from odcheap.methods.features import pair_stages, to_single_precision
+from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.students import Students
+from odcheap.models.stages import StageRecorder
+from odcheap.utils.arguments import check_arguments
+from odcheap.utils.errors import OptionError
+
+Weight = Annotated[float, Field(ge=0)]
+ContrastTemperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
+class Projection(nn.Module):
+    """A projection head: feature maps (N, C, h, w) -> vectors of length 1, (N, size).
+
+    It computes in float32 or float64, whatever the precision of its weights.
+
+    Args:
+        channels: The number of channels of the feature maps.
+        size: The length of the vectors.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.hidden, self.output = nn.Linear(channels, size), nn.Linear(size, size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = to_single_precision(features).mean((2, 3))
+        x = F.relu(F.linear(x, self.hidden.weight.to(x.dtype), self.hidden.bias.to(x.dtype)))
+        return F.normalize(F.linear(x, self.output.weight.to(x.dtype), self.output.bias.to(x.dtype)))
+
+
+@check_arguments("method")
+class LayerwiseMutualContrastiveLearning(LogitDistillation):
+    """Trains students that imitate each other's predictions and the contrastive distributions of each other's features.
+
+    Args:
+        students: Two or more students. Their stages are paired from the last one backwards.
+        temperature: T, by which logits and similarities are divided before the softmax in the KLs.
+        contrast_temperature: tau, by which the similarities of vectors are divided.
+        embedding_size: The length of the vectors that the projection heads return.
+        vcl_weight: The factor of the terms of vanilla contrastive learning.
+        icl_weight: The factor of the terms of interactive contrastive learning.
+        soft_vcl_weight: The factor of the KLs between the students' own contrastive distributions.
+        soft_icl_weight: The factor of the KLs between the contrastive distributions of pairs of students.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`. The loss compares the students'
+            predictions; contrastive distributions are always compared by the KL.
+
+    Raises:
+        OptionError: A student has no feature maps at the ends of stages.
+    """
+
+    min_students = 2
+
+    def __init__(
+        self,
+        students: Students,
+        temperature: Temperature = 3.0,
+        contrast_temperature: ContrastTemperature = 0.1,
+        embedding_size: Annotated[int, Field(ge=1)] = 128,
+        vcl_weight: Weight = 0.1,
+        icl_weight: Weight = 0.1,
+        soft_vcl_weight: Weight = 1.0,
+        soft_icl_weight: Weight = 1.0,
+        **options: Any,
+    ):
+        super().__init__(students, temperature, **options)
+        self.contrast_temperature = contrast_temperature
+        self.vcl_weight, self.icl_weight = vcl_weight, icl_weight
+        self.soft_vcl_weight, self.soft_icl_weight = soft_vcl_weight, soft_icl_weight
+        self.stages = [StageRecorder(student) for student in students.members]
+        pair_stages(self.stages, "method", "lmcl")
+        # A head for each stage of each student.
+        self.heads = nn.ModuleList(
+            nn.ModuleList(Projection(channels, embedding_size) for channels in recorder.channels)
+            for recorder in self.stages
+        )
+
+    def check_soft_labels(self) -> None:
+        super().check_soft_labels()
+        for name, weight in (("vcl_weight", self.vcl_weight), ("icl_weight", self.icl_weight)):
+            if weight:
+                allowed = "needs one label for each image, which augment.mixup and augment.cutmix do not give"
+                raise OptionError(f"method.{name}", weight, f"{allowed}; 0 leaves this term out")
+
+    def forward(self, images: Tensor) -> Outputs:
+        if not self.training:
+            return super().forward(images)
+        with ExitStack() as stack:
+            maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
+            outputs = super().forward(images)
+        with torch.autocast(images.device.type, enabled=False):
+            embeddings = [
+                torch.stack([head(own) for head, own in zip(cast(nn.ModuleList, heads), student, strict=True)])
+                for heads, student in zip(self.heads, maps, strict=True)
+            ]
+        return outputs | {"embeddings": torch.stack(embeddings)}
+
+    def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
+        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+
+        Returns:
+            For each student k: `L_ce_k`, its cross-entropy; `L_kl_k`, T^2 times the mean KL from the other students'
+            predictions to its own (with another loss than the KL its name stands in place of `kl`); `L_vcl_k`,
+            `L_icl_k`, `L_soft_vcl_k` and `L_soft_icl_k`, the contrastive terms with their weights, unless the weight
+            is 0. In eval mode there are no contrastive terms, since their size depends on that of the batch. `loss`:
+            the sum of all terms.
+        """
+        logits = outputs["student_logits"]
+        terms = cross_entropy_terms(logits, target, "L_ce")
+        peers = mean_of_others(self.distance(logits[None], logits.detach()[:, None], target))
+        terms |= student_terms(self.distance.factor * peers, f"L_{self.distance.name}")
+        if "embeddings" in outputs:
+            if target.ndim != 1:
+                self.check_soft_labels()
+            contrast = compare_vectors(outputs["embeddings"]) / self.contrast_temperature
+            for name, values in self.contrastive_losses(contrast, target).items():
+                terms |= student_terms(values, name)
+        return add_total(terms)
+
+    def contrastive_losses(self, contrast: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Returns the contrastive terms of each student, (S,), with their weights; none whose weight is 0.
+
+        Args:
+            contrast: The logits of the contrastive distributions, (S, S, M, N, N - 1); see `compare_vectors`.
+            target: Labels (N,).
+        """
+        terms: dict[str, Tensor] = {}
+        own = contrast.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # (S, M, N, N - 1): those of a student with itself
+        if self.vcl_weight:
+            terms["L_vcl"] = self.vcl_weight * contrastive_loss(own, target).sum(-1)
+        if self.icl_weight:
+            # Row a has the anchors of student a; the mean is over the rows, and it should be over the columns.
+            pairs = contrastive_loss(contrast, target).sum(-1)
+            terms["L_icl"] = self.icl_weight * mean_of_others(pairs.T)
+        scale = self.temperature**2
+        if self.soft_vcl_weight:
+            pairs = soft_kl(own[None], own.detach()[:, None], self.temperature).sum(-1)
+            terms["L_soft_vcl"] = scale * self.soft_vcl_weight * mean_of_others(pairs)
+        if self.soft_icl_weight:
+            pairs = soft_kl(contrast, contrast.detach().transpose(0, 1), self.temperature).sum(-1)
+            terms["L_soft_icl"] = scale * self.soft_icl_weight * mean_of_others(pairs.T)
+        return terms
+
+
+def compare_vectors(embeddings: Tensor) -> Tensor:
+    """Returns the inner products of the vectors of each two students, for each two different images.
+
+    Args:
+        embeddings: (S, M, N, D): for S students, M stages and N images a vector of D numbers.
+
+    Returns:
+        (S, S, M, N, N - 1). The entry [a, b, m, i] has the products of the vector of student a for image i with the
+        vectors of student b for the other images, in their order, at stage m.
+    """
+    products = torch.einsum("amid,bmjd->abmij", embeddings, embeddings)
+    return products.gather(-1, list_others(len(products[0, 0, 0]), products.device).expand(*products.shape[:-1], -1))
+
+
+def list_others(count: int, device: torch.device) -> Tensor:
+    """Returns the numbers of the other images for each image, (N, N - 1), for N images.
+
+    Example:
+        >>> list_others(3, torch.device("cpu"))
+        tensor([[1, 2],
+                [0, 2],
+                [0, 1]])
+    """
+    images, others = torch.arange(count, device=device)[:, None], torch.arange(count - 1, device=device)
+    return others + (others >= images)
+
+
+def contrastive_loss(contrast: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean of -log p over the pairs of images with the same label: the supervised contrastive loss.
+
+    It is the mean over the images with such a partner of the mean over their partners; 0 if no image has one.
+
+    Args:
+        contrast: The logits of contrastive distributions, (..., N, N - 1); see `compare_vectors`.
+        target: Labels (N,).
+
+    Returns:
+        One value for each element of the dimensions before N.
+    """
+    same = target[:, None] == target[list_others(len(target), target.device)]
+    partners = same.sum(-1)
+    found = (contrast.log_softmax(-1) * same).sum(-1) / partners.clamp(min=1)
+    return -found.sum(-1) / (partners > 0).sum().clamp(min=1)
