@@ -5,6 +5,8 @@ The folder JOB_DIR/export (or --out) has these files:
   student.onnx         for ONNX Runtime and compilers; the normalization is part of the graph
   student-dense.onnx   the same function as dense convolutions, written if that is faster here
   student-int8.onnx    8-bit integers, with --int8
+  student.pte          for ExecuTorch on phones, with --executorch
+  student-int8.pte     the same with 8-bit integers, with --executorch
   student.safetensors  for odcheap.load_student
   student.pt2          for torch.export.load, which needs PyTorch only, with --pt2
   predict.py           classifies image files: python predict.py IMAGE_OR_FOLDER...
@@ -35,6 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = "odcheap
     add("--out", type=Path, metavar="DIR", help="the folder to write (default: JOB_DIR/export)")
     add("--data-dir", metavar="DIR", help="where the run's images are now (default: where they were in training)")
     add("--int8", action="store_true", help="also write 8-bit integers, calibrated on training images")
+    add("--executorch", action="store_true", help="also write student.pte and student-int8.pte for ExecuTorch")
     add("--pt2", action="store_true", help="also write student.pt2; never load such a file of a stranger")
     add("--batch", type=int, metavar="N", help="a static graph for exactly N images, for a device's compiler")
     add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: 18, if possible)")

@@ -68,9 +68,10 @@ def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
     if figures is not None:
         lines.append(describe_guessing(figures))
         lines += describe_failing_classes(figures)
-    if (int8 := verification.top1.get(INT8)) is not None and verification.changes is not None:
-        change = describe_change(*verification.changes, verification.images)
-        lines.append(f"In 8-bit integers {format_accuracy(int8)} %: {change}.")
+    for name, changes in sorted(verification.changes.items()):
+        where = "" if name == INT8 else f" ({format_code(name)})"
+        change = describe_change(*changes, verification.images)
+        lines.append(f"In 8-bit integers{where} {format_accuracy(verification.top1[name])} %: {change}.")
     return lines
 
 

@@ -21,8 +21,9 @@ from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.export import latency, model_card, onnx, quantize, speedup, verify
+from odcheap.export import executorch, latency, model_card, onnx, quantize, speedup, verify
 from odcheap.export.arguments import parse_arguments
+from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT
 from odcheap.export.results import RESULTS_FILE, describe_results
@@ -41,7 +42,7 @@ MAX_CARD = 1 << 20  # characters of a model card that are read
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
 TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
 
-FILES = ("student.onnx", DENSE, verify.INT8, PROGRAM, STUDENT_FILE, "predict.py")
+FILES = ("student.onnx", DENSE, verify.INT8, PTE, PTE_INT8, PROGRAM, STUDENT_FILE, "predict.py")
 FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, RESULTS_FILE, predict.CARD_FILE)
 
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
@@ -99,27 +100,31 @@ def check_options(options: argparse.Namespace) -> Versions | None:
     """Checks the values of the options, and that the folder may be written.
 
     Args:
-        options: The options of the command, of which `batch`, `opset`, `int8`, `seconds`, `out` and `overwrite` are
-            read.
+        options: The options of the command, of which `batch`, `opset`, `int8`, `executorch`, `seconds`, `out` and
+            `overwrite` are read.
 
     Returns:
         The files of the older export that will be replaced; None if there is none.
 
     Raises:
         OptionError: A value is not allowed, or the folder must not be replaced.
+        Failure: An option needs a package that is not installed.
     """
     batch, opset, out = options.batch, options.opset, options.out
 
     # Values.
     if batch is not None and batch < 1:
         raise OptionError("--batch", batch, "must be 1 or more")
-    if options.int8 and (batch or 1) > CALIBRATION_IMAGES:
-        allowed = f"must be at most {CALIBRATION_IMAGES} with --int8, which calibrates on that many images"
+    calibrated = "--int8" if options.int8 else "--executorch" if options.executorch else ""
+    if calibrated and (batch or 1) > CALIBRATION_IMAGES:
+        allowed = f"must be at most {CALIBRATION_IMAGES} with {calibrated}, which calibrates on that many images"
         raise OptionError("--batch", batch, allowed)
     if options.int8 and opset is not None and opset < OLDEST_INT8_OPSET:
         raise OptionError("--opset", opset, f"must be {OLDEST_INT8_OPSET} or more with --int8")
     if not options.seconds > 0:
         raise OptionError("--seconds", options.seconds, "must be above 0")
+    if options.executorch:
+        executorch.check_installed()
 
     # The folder: only an export is ever replaced, and only if nobody has put other files into it.
     if out.is_mount():
@@ -307,7 +312,7 @@ def write_files(
     preprocess: dict[str, Any],
     folder: Path,
 ) -> dict[str, nn.Module]:
-    """Writes all files except the model card, and returns the networks in the ONNX files, by the names of the files.
+    """Writes all files except the model card, and returns the networks in those files that are timed, by their names.
 
     Args:
         run: The student.
@@ -334,6 +339,10 @@ def write_files(
         say(f"8-bit integers, calibrated on up to {CALIBRATION_IMAGES} training images")
         contents[verify.INT8] = quantize_student(contents["student.onnx"], run, options, data)
         forms[verify.INT8] = cheap
+    if options.executorch:
+        programs = convert_to_executorch(program, run, options, data)
+        contents |= programs
+        forms |= dict.fromkeys(programs, cheap)
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))
     return forms
@@ -352,6 +361,31 @@ def quantize_student(content: bytes, run: RunStudent, options: argparse.Namespac
     prepared = quantize.prepare_model(content)
     contents = {form: quantize.quantize_model(prepared, batches, form) for form in quantize.FORMATS}
     return contents[quantize.choose_form(contents, run.image_size, timed_batches(options), options.seconds)]
+
+
+def convert_to_executorch(
+    program: onnx.Program, run: RunStudent, options: argparse.Namespace, data: verify.LabeledImages | None
+) -> dict[str, bytes]:
+    """Returns the contents of the files for ExecuTorch: with floats, and with 8-bit integers if there are images.
+
+    Args:
+        program: The traced student.
+        run: The student.
+        options: The options of the command.
+        data: The data set with training images for 8-bit integers; None if it is not available.
+    """
+    say(f"{PTE}, for ExecuTorch")
+    files = {PTE: executorch.to_pte(program, run.image_size, options.batch)}
+    if data is not None and len(data.labels["train"]):
+        say(f"{PTE_INT8}, calibrated on up to {CALIBRATION_IMAGES} training images")
+        batches = iterate_calibration_batches(data, options.batch)
+        files[PTE_INT8] = executorch.to_int8_pte(program, run.image_size, batches, options.batch)
+    else:
+        say(f"{PTE_INT8} is not written: there are no training images for its calibration")
+    for name, file in files.items():
+        if file.portable:
+            say(f"warning: XNNPACK does not run these operators of {name}, which are slow: {', '.join(file.portable)}")
+    return {name: file.content for name, file in files.items()}
 
 
 def timed_batches(options: argparse.Namespace) -> tuple[int, ...]:
@@ -375,19 +409,26 @@ def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -
 
 
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
-    """Times alternately: the ONNX files, the standard network as an ONNX file, and both networks in PyTorch.
+    """Times alternately: the files in their runtimes, the standard network in the same, and both networks in PyTorch.
 
     Args:
         run: The student, with its standard network.
         options: The options of the command.
-        files: The names of the ONNX files.
+        files: The names of the files.
         folder: The folder of these files.
     """
     size, standard, batches = run.image_size, add_normalization(run.standard, run), timed_batches(options)
-    models = {name: (folder / name).read_bytes() for name in files}
-    models[STANDARD] = onnx.to_onnx(onnx.export_program(standard, size, options.batch), options.opset)
+    contents = {name: (folder / name).read_bytes() for name in files}
+    programs = {name: content for name, content in contents.items() if name.endswith(".pte")}
+    models = {name: content for name, content in contents.items() if name not in programs}
+    traced = onnx.export_program(standard, size, options.batch)
+    models[STANDARD] = onnx.to_onnx(traced, options.opset)
+    if programs:
+        say("the standard network, for ExecuTorch")
+        programs[STANDARD] = executorch.to_pte(traced, size, options.batch).content
     networks = {STUDENT: add_normalization(run.network, run), STANDARD: standard}
     calls = latency.onnx_calls(models, size, batches) | latency.torch_calls(networks, size, batches)
+    calls |= latency.executorch_calls(programs, size, options.batch)
     say(f"{len(calls)} timings of {options.seconds:g} s each")
     return predict.time_alternately(calls, options.seconds)
 

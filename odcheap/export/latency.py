@@ -1,4 +1,4 @@
-"""Measures the inference time of networks, in ONNX Runtime on the CPU, and in PyTorch on the CPU and on a GPU."""
+"""Measures the inference time of networks, in ONNX Runtime and ExecuTorch on the CPU, and in PyTorch also on a GPU."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from odcheap import predict
+from odcheap.export import executorch
 from odcheap.export.onnx import export_program, to_onnx
 from odcheap.layers.fuse import cheap_form
 
-ONNX_RUNTIME, PYTORCH = "ONNX Runtime", "PyTorch"
+ONNX_RUNTIME, PYTORCH, EXECUTORCH = "ONNX Runtime", "PyTorch", "ExecuTorch"
 
 
 class Key(NamedTuple):
@@ -54,6 +55,25 @@ def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches:
                 images = predict.random_images(batch, size)
                 calls[Key(name, ONNX_RUNTIME, batch, threads)] = partial(predictor, images)
     return calls
+
+
+def executorch_calls(programs: Mapping[str, bytes], size: tuple[int, int, int], batch: int | None) -> Calls:
+    """Returns functions that run ExecuTorch programs on the CPU with the threads that ExecuTorch takes by itself.
+
+    That is a thread for each fast core. ExecuTorch has one pool of threads in a process, and programs that are loaded
+    do not survive a change of it, so that one thread cannot be timed beside it.
+
+    Args:
+        programs: The contents of `.pte` files by name.
+        size: The shape (C, H, W) of an image.
+        batch: The number of images of the programs; None for one image.
+    """
+    count = batch or executorch.EXPORTED_BATCH
+    images = torch.from_numpy(predict.random_images(count, size))
+    return {
+        Key(name, EXECUTORCH, count, 0): partial(executorch.load_method(content), images)
+        for name, content in programs.items()
+    }
 
 
 def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:

@@ -16,11 +16,12 @@ from torch import nn
 
 from odcheap.export import card_accuracy, quantize
 from odcheap.export.card_accuracy import to_markdown
-from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Timings, fastest
+from odcheap.export.executorch import PTE, PTE_INT8
+from odcheap.export.latency import EXECUTORCH, ONNX_RUNTIME, PYTORCH, Timings, fastest
 from odcheap.export.load_run import RunStudent
 from odcheap.export.snippets import list_snippets
 from odcheap.export.speedup import Speedup, compute_speedups, describe_disturbance, find_opposites, format_speedup
-from odcheap.export.verify import INT8, Verification
+from odcheap.export.verify import FLOAT_FILES, INT8, Verification
 from odcheap.models import flops
 from odcheap.models.student_shapes import name_shape
 from odcheap.predict import Timing
@@ -105,7 +106,7 @@ def write_card(
     Args:
         run: The exported student.
         folder: The exported files; their checksums are computed.
-        files: The networks in the ONNX files, by the names of the files.
+        files: The networks in the files that were timed, by the names of the files.
         timings: The times of the files, of the student and of the standard network.
         verification: The results of the checks.
         cpu: The name of the CPU on which the times were measured.
@@ -113,7 +114,7 @@ def write_card(
     """
     sections = {
         "accuracy": card_accuracy.describe_accuracy(run, verification),
-        "speed": [*describe_speed(run, timings), *describe_int8_speed(timings)],
+        "speed": [*describe_speed(run, timings), *describe_int8_speed(timings), *describe_executorch_speed(timings)],
         "classes": card_accuracy.tabulate_classes(run, verification),
         "training": card_accuracy.describe_training_data(run),
         "limits": card_accuracy.describe_limits(run, verification),
@@ -125,7 +126,8 @@ def write_card(
     rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
     table = to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))
     text = {name: "\n".join(lines) for name, lines in sections.items()}
-    snippets = list_snippets({path.name for path in folder.iterdir()})
+    batch = min(sizes(timings), default=1)
+    snippets = list_snippets({path.name for path in folder.iterdir()}, (batch, *run.image_size))
     return CARD.format(
         mark=mark_times(run, timings),
         snippets="\n\n".join(snippets),
@@ -200,6 +202,33 @@ def describe_int8_speed(timings: Timings) -> list[str]:
     return lines
 
 
+def describe_executorch_speed(timings: Timings) -> list[str]:
+    """Returns lines of Markdown about the files for ExecuTorch: their times beside ONNX Runtime's, and speedups.
+
+    There is no line if they were not timed.
+    """
+    lines = []
+    timed = {key.name: key.batch for key in timings if key.runtime == EXECUTORCH}
+    pairs = [pair for pair in ((PTE, STANDARD), (PTE_INT8, PTE)) if pair[0] in timed]
+    names = {STANDARD: STANDARD, PTE: format_code(PTE), PTE_INT8: format_code(PTE_INT8)}
+    for name, other in pairs:
+        speedups = compute_speedups(timings, name, other, EXECUTORCH)
+        reason = describe_disturbance(speedups.values(), timings)
+        if reason:
+            return [f"**The speed in ExecuTorch could not be measured**: {reason}."]
+        is_slower = any(speedup.is_resolved and speedup.value < 1 for speedup in speedups.values())
+        opening = f"**Slower than {names[other]} in ExecuTorch here**: compared" if is_slower else "Compared"
+        lines.append(f"{opening} with {names[other]}, in ExecuTorch {names[name]} {format_speedups(speedups)}.")
+    if pairs:
+        batch = timed[PTE]
+        sources = [(names[name], name, EXECUTORCH) for name in names if name in timed]
+        sources += [(f"{format_code('student.onnx')} in ONNX Runtime", "student.onnx", ONNX_RUNTIME)]
+        times = (f"{1000 * fastest(timings, n, runtime, batch).p50:.3g} ms for {text}" for text, n, runtime in sources)
+        note = f"Times of {count_images(batch)} in ExecuTorch, with the number of threads that it takes by itself"
+        lines.append(f"{note}: {', '.join(times)}.")
+    return lines
+
+
 def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
     """Returns how many times as fast as the standard network the student is, for all figures that a card states.
 
@@ -257,23 +286,26 @@ def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], ti
     Args:
         run: The exported student.
         folder: The folder of the exported files.
-        files: The networks in the ONNX files, by the names of the files.
+        files: The networks in the files that were timed, by the names of the files.
         timings: The times of the files, of the student and of the standard network.
     """
     both = {STANDARD: run.standard, STUDENT: run.network}
+    programs = [name for name in files if name.endswith(".pte")]
     costs = {
         name: (flops.count_params(network), flops.count_macs(network, run.image_size))
         for name, network in {**files, **both}.items()
     }
-    sources = [(format_code(name), name, ONNX_RUNTIME) for name in files]
+    sources = [(format_code(name), name, EXECUTORCH if name in programs else ONNX_RUNTIME) for name in files]
     sources += [(STANDARD, STANDARD, ONNX_RUNTIME), *((f"{name}, in PyTorch", name, PYTORCH) for name in both)]
+    sources += [(f"{STANDARD}, in ExecuTorch", STANDARD, EXECUTORCH)] * bool(programs)
     rows = []
     for title, name, runtime in sources:
         (params, macs), path = costs[name], folder / name
         size = f"{path.stat().st_size / 1e6:.2f} MB" if path.is_file() else ""
         row = {"": title, "size": size, "parameters": f"{params:,}", "MACs": f"{macs / 1e6:.2f} M"}
-        times = {count_images(b): format_timing(fastest(timings, name, runtime, b)) for b in sizes(timings)}
-        rows.append(row | times)
+        timed = {key.batch for key in timings if (key.name, key.runtime) == (name, runtime)}
+        times = {b: format_timing(fastest(timings, name, runtime, b)) for b in timed}
+        rows.append(row | {count_images(b): times.get(b, "") for b in sizes(timings)})
     lines = [to_markdown(pd.DataFrame(rows))]
     note = getattr(run.standard, "standard_note", None)
     if note and costs[STANDARD][1] != costs[STUDENT][1]:
@@ -309,7 +341,7 @@ def read_int8_form(folder: Path) -> str:
 
 
 def describe_int8(verification: Verification, form: str = "") -> list[str]:
-    """Returns a line of Markdown that says how much accuracy 8-bit integers lose.
+    """Returns a line of Markdown for each file with 8-bit integers, which says how much accuracy they lose.
 
     There is none if no file has 8-bit integers, or if there are no labels. The logits of 8-bit integers differ by
     design, so no largest difference is stated.
@@ -318,17 +350,21 @@ def describe_int8(verification: Verification, form: str = "") -> list[str]:
         verification: The results of the checks.
         form: The form of the file with 8-bit integers; see `read_int8_form`.
     """
-    int8, top1 = verification.top1.get(INT8), verification.top1.get("student.onnx")
-    if int8 is None or top1 is None:
-        return []
-    line = f"- {format_code(INT8)}{f' ({form} form)' if form else ''}: accuracy {format_accuracy(int8)} %, "
-    line += f"{format_accuracy(int8 - top1, '+')} percentage points against `student.onnx`"
-    if verification.changes is not None:
-        line += f" ({card_accuracy.describe_change(*verification.changes, verification.images)})"
-    same = verification.agreement
-    return [
-        line if same is None else f"{line}; the same class as the trained network for {format_accuracy(same)} % of them"
-    ]
+    lines = []
+    for name, float_file in FLOAT_FILES.items():
+        int8, top1 = verification.top1.get(name), verification.top1.get(float_file)
+        if int8 is None or top1 is None:
+            continue
+        line = f"- {format_code(name)}{f' ({form} form)' if form and name == INT8 else ''}: accuracy "
+        line += f"{format_accuracy(int8)} %, {format_accuracy(int8 - top1, '+')} percentage points against "
+        line += format_code(float_file)
+        if name in verification.changes:
+            line += f" ({card_accuracy.describe_change(*verification.changes[name], verification.images)})"
+        if name in verification.agreement:
+            same = format_accuracy(verification.agreement[name])
+            line += f"; the same class as the trained network for {same} % of them"
+        lines.append(line)
+    return lines
 
 
 def describe_origin(run: RunStudent) -> list[str]:

@@ -64,6 +64,8 @@ def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: 
     """
     # Try the graph with the most freedom first.
     network = network.eval().cpu()
+    with one_line("traced"), torch.no_grad():
+        network(torch.zeros(batch or 2, *image_size))  # a Shift2d keeps its kernels, which are constants of the graph
     if batch is not None:
         with one_line("traced"):
             return Program(trace_network(network, image_size, (), batch), ())
@@ -91,10 +93,12 @@ def trace_network(
     """
     dims = dict.fromkeys(free, Dim.DYNAMIC)
     exported = torch.export.export(network, (torch.zeros(batch, *image_size),), dynamic_shapes=(dims,))
-    # The tracer stores at each node the lines of code that made it, with the paths of their files.
+    # The tracer stores at each node the lines of code that made it, with the paths of their files, and the names of
+    # functions, for which ExecuTorch refuses a graph that is traced again.
     for module in exported.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            node.meta.pop("stack_trace", None)
+            for key in ("stack_trace", "custom"):
+                node.meta.pop(key, None)
     return exported
 
 

@@ -71,6 +71,7 @@ def export_student(
     batch: int | None = None,
     opset: int | None = None,
     pt2: bool = False,
+    executorch: bool = False,
     seconds: float = 1.0,
     overwrite: bool = False,
 ) -> Path:
@@ -102,6 +103,8 @@ def export_student(
         opset: The version of ONNX's operators; None for 18, if possible.
         pt2: Whether `student.pt2` is written, too, for `torch.export.load`. This format can contain pickled Python
             objects, so the people to whom you give the file have to trust you.
+        executorch: Whether `student.pte` for ExecuTorch is written, too, and with `calibration` also
+            `student-int8.pte`, which has 8-bit integers. It needs the extra `executorch`.
         seconds: The time for each measurement of speed, in seconds.
         overwrite: Whether an older export in `out` is replaced.
 
@@ -155,6 +158,7 @@ def export_student(
         batch=batch,
         opset=opset,
         pt2=pt2,
+        executorch=executorch,
         seconds=seconds,
         int8=bool(calibration),
         overwrite=overwrite,

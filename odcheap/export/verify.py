@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,8 @@ from odcheap import predict
 from odcheap.data.base import ImageData, LabeledImage
 from odcheap.data.image_folder import evaluation_transform
 from odcheap.data.transforms import Normalization
+from odcheap.export import executorch
+from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent
 from odcheap.export.onnx import MAX_DIFFERENCE
 from odcheap.utils.console import console, say
@@ -32,9 +34,10 @@ from odcheap.utils.parts import build_part, read_part
 from odcheap.utils.text import escape_control_chars, format_accuracy
 
 INT8 = "student-int8.onnx"
+FLOAT_FILES = {INT8: "student.onnx", PTE_INT8: PTE}  # for each file with 8-bit integers, the one with floats
 NOISE_IMAGES = 64
 BATCH_SIZE = 250
-SUFFIXES = (".onnx", ".pt2", ".safetensors")
+SUFFIXES = (".onnx", ".pt2", ".pte", ".safetensors")
 # Runs a student.safetensors in a new process that cannot import Lightning, Hydra or ONNX Runtime.
 BARE_PROCESS = """
 import json, sys
@@ -93,10 +96,10 @@ class Verification(NamedTuple):
         top1: For each file, its top-1 accuracy; None if there are no labels.
         reason: Why there were no test images; empty if there were.
         confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones; None without labels.
-        agreement: Share of the images for which 8-bit integers predict the class that the trained network predicts;
-            None without them.
-        changes: The number of images that only 8-bit integers classify correctly, and of those that only `student.onnx`
-            classifies correctly; None without 8-bit integers or labels.
+        agreement: For each file with 8-bit integers, the share of the images for which it predicts the class that the
+            trained network predicts.
+        changes: For each file with 8-bit integers, the number of images that only it classifies correctly, and of those
+            that only the file with floats classifies correctly, see `FLOAT_FILES`; empty without labels.
     """
 
     images: int
@@ -105,8 +108,8 @@ class Verification(NamedTuple):
     top1: dict[str, float | None]
     reason: str
     confusion: np.ndarray | None = None
-    agreement: float | None = None
-    changes: tuple[int, int] | None = None
+    agreement: Mapping[str, float] = {}
+    changes: Mapping[str, tuple[int, int]] = {}
 
 
 def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
@@ -224,7 +227,7 @@ def verify_files(
 ) -> Verification:
     """Compares the logits of every exported file with those of the trained network.
 
-    The logits of the file with 8-bit integers are not compared; only its accuracy is measured.
+    The logits of files with 8-bit integers are not compared; only their accuracy is measured.
 
     Args:
         run: The exported student.
@@ -238,7 +241,7 @@ def verify_files(
         Failure: A file does not compute the same as the network.
     """
     # The accuracy of the trained network itself is compared with that of its run first.
-    differences, top1, confusion, agreement = {}, {}, None, None
+    differences, top1, confusion, agreement = {}, {}, None, {}
     correct: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as images:
         if data is None:
@@ -252,18 +255,18 @@ def verify_files(
             top1[path.name] = reference.top1(logits)
             if reference.labels is not None:
                 correct[path.name] = logits.argmax(1) == reference.labels
-            if path.name != INT8:
+            if path.name not in FLOAT_FILES:
                 differences[path.name] = check_logits(path.name, logits, reference)
             else:
-                agreement = float((logits.argmax(1) == reference.logits.argmax(1)).mean())
+                agreement[path.name] = float((logits.argmax(1) == reference.logits.argmax(1)).mean())
             if path.name == "student.onnx" and reference.labels is not None:
                 confusion = predict.count_confusion(
                     reference.labels.tolist(), logits.argmax(1).tolist(), logits.shape[1]
                 )
-    changes = None
-    if INT8 in correct:
-        own, int8 = correct["student.onnx"], correct[INT8]
-        changes = int((int8 & ~own).sum()), int((own & ~int8).sum())
+    changes = {}
+    for name in FLOAT_FILES.keys() & correct.keys():
+        int8, own = correct[name], correct[FLOAT_FILES[name]]
+        changes[name] = int((int8 & ~own).sum()), int((own & ~int8).sum())
     return Verification(
         len(reference.files), data is not None, differences, top1, reason, confusion, agreement, changes
     )
@@ -327,7 +330,7 @@ def compute_logits(
     Raises:
         Failure: The file cannot be loaded or run.
     """
-    # The runtimes: a new process with PyTorch and odcheap, PyTorch alone, and ONNX Runtime.
+    # The runtimes: a new process with PyTorch and odcheap, PyTorch alone, ExecuTorch, and ONNX Runtime.
     if path.suffix == ".safetensors":
         return run_in_bare_process(path, preprocess, reference, config_dirs)
     if path.suffix == ".pt2":
@@ -338,6 +341,11 @@ def compute_logits(
                 return graph(torch.from_numpy(images)).numpy()
 
         predictor = predict.pad_batches(run, batch)
+    elif path.suffix == ".pte":
+        try:
+            predictor = executorch.create_predictor(path.read_bytes(), batch)
+        except Failure as error:
+            raise Failure(f"{path.name}: {error}") from error
     else:
         try:
             predictor = predict.create_predictor(predict.create_session(path.read_bytes()))

@@ -201,7 +201,7 @@ def write_card(tmp_path, verification, settings=SETTINGS, running=1.0):
 
 def test_the_card_says_what_was_checked_and_on_what(tmp_path):
     top1 = {"student.onnx": 0.5, "student-int8.onnx": 0.47}
-    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, 0.9, (3, 14))
+    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, {INT8: 0.9}, {INT8: (3, 14)})
     text = write_card(tmp_path, seen)
     opening = text.split("```")[0]
     assert "Test accuracy 50.00 % on 360 images; 50.00 % by the run's summary, in 32-true." in opening
@@ -358,7 +358,7 @@ def test_limits_of_use_follow_from_how_the_student_was_made(tmp_path):
 
 def test_eight_bits_are_among_the_checks_with_their_loss(tmp_path):
     top1 = {"student.onnx": 0.5, "student-int8.onnx": 0.47}
-    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, 0.9125)
+    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, {INT8: 0.9125})
     checks = section(write_card(tmp_path, seen), "Checks")
     assert "- `student-int8.onnx`: accuracy 47.00 %, -3.00 percentage points against `student.onnx`" in checks
     assert "the same class as the trained network for 91.25 % of them" in checks

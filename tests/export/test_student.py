@@ -35,7 +35,7 @@ class Net(nn.Module):
 def by_brightness(network):
     """Sets a network's last layer so that it says "bright" for bright images."""
     with torch.no_grad():
-        for conv in (network.stem, network.conv.spatial, network.conv.pointwise):
+        for conv in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
             nn.init.constant_(conv.weight, 0.1)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)

@@ -1,0 +1,213 @@
+"""Converts networks to ExecuTorch programs (`.pte`) for phones, also with 8-bit integers, and runs them.
+
+All layers are passed on ("delegated") to XNNPACK, a library of operators for CPUs. The extra `executorch` installs
+ExecuTorch.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.fx import GraphModule
+
+from odcheap.export.onnx import Program, one_line, trace_network
+from odcheap.models.exportable import quiet_exporters
+from odcheap.predict import Predictor, pad_batches
+from odcheap.utils.errors import Failure
+
+PTE, PTE_INT8 = "student.pte", "student-int8.pte"
+PACKAGES = ("executorch", "torchao")
+EXPORTED_BATCH = 1  # images of a program if no other number is asked for
+
+
+class ExecuTorchFile(NamedTuple):
+    """An ExecuTorch program.
+
+    Attributes:
+        content: The content of the file.
+        portable: The names of the operators that XNNPACK does not run, and ExecuTorch's slow portable ones do; empty if
+            XNNPACK runs the whole network.
+    """
+
+    content: bytes
+    portable: tuple[str, ...]
+
+
+def find_missing() -> list[str]:
+    """Returns the names of those packages of the extra `executorch` that are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+
+
+def check_installed() -> None:
+    """Raises `Failure` if ExecuTorch is not installed."""
+    if find_missing():
+        raise Failure("--executorch: ExecuTorch is not installed; pip install 'odcheap[executorch]' installs it")
+
+
+@contextlib.contextmanager
+def quiet_executorch() -> Generator[None]:
+    """A context manager in which ExecuTorch prints nothing and gives no warnings; errors are raised as usual."""
+    # Its C++ part writes to the descriptor of stderr, which is that of the process.
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+        with quiet_exporters(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def to_pte(program: Program, image_size: tuple[int, int, int], batch: int | None = None) -> ExecuTorchFile:
+    """Returns an ExecuTorch program whose layers are run by XNNPACK.
+
+    Args:
+        program: The traced network. What a network computes without its input, such as the kernels of a shift, must be
+            constants in it: XNNPACK takes no others as weights.
+        image_size: (C, H, W) of an image.
+        batch: The number of images of the program; None for one image.
+
+    Raises:
+        Failure: ExecuTorch cannot write the network.
+    """
+    with one_line("written for ExecuTorch"), quiet_executorch():
+        return lower(keep_pooled_dimensions(program, image_size, batch), image_size, batch)
+
+
+def to_int8_pte(
+    program: Program, image_size: tuple[int, int, int], batches: Iterable[np.ndarray], batch: int | None = None
+) -> ExecuTorchFile:
+    """Returns an ExecuTorch program with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
+
+    It is PyTorch's quantization after the training ("PT2E") with XNNPACK's rules.
+
+    Args:
+        program: The traced network; see `to_pte`.
+        image_size: (C, H, W) of an image.
+        batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
+            measured.
+        batch: The number of images of the program, and of each batch if it is given; None for one image.
+
+    Raises:
+        Failure: The network cannot be quantized, or ExecuTorch cannot write it.
+    """
+    with one_line("quantized for ExecuTorch"), quiet_executorch():
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        rules: Any = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        # The others are for training with simulated integers, and it takes seconds to look for them.
+        rules.SUPPORTED_PATTERNS = [pattern for pattern in rules.SUPPORTED_PATTERNS if not pattern.is_qat]
+        graph = prepare_pt2e(keep_pooled_dimensions(program, image_size, batch), rules)
+        with torch.no_grad():
+            for images in batches:
+                graph(torch.from_numpy(images))
+        return lower(convert_pt2e(graph), image_size, batch)
+
+
+def keep_pooled_dimensions(program: Program, image_size: tuple[int, int, int], batch: int | None) -> GraphModule:
+    """Returns a graph whose means over height and width keep these dimensions, which are flattened after them.
+
+    XNNPACK has no mean that drops them.
+
+    Args:
+        program: The traced network.
+        image_size: (C, H, W) of an image.
+        batch: The number of images of a static graph; None if the number may vary.
+    """
+    graph: Any = program.exported.module()
+    operators = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is not operators.mean.dim or len(node.args) > 2 or node.kwargs.get("keepdim"):
+            continue
+        images, dims = node.args
+        if images.meta["val"].dim() == 4 and sorted(dim % 4 for dim in dims) == [2, 3]:
+            with graph.graph.inserting_before(node):
+                pooled = graph.graph.call_function(operators.mean.dim, (images, dims, True))
+                node.replace_all_uses_with(graph.graph.call_function(operators.flatten.using_ints, (pooled, 1)))
+            graph.graph.erase_node(node)
+    graph.recompile()
+    # Another trace gives the new nodes the shapes and types that the quantization reads.
+    free = () if batch is not None else (0,)
+    return trace_network(graph, image_size, free, batch or 2).module()
+
+
+def lower(graph: GraphModule, image_size: tuple[int, int, int], batch: int | None) -> ExecuTorchFile:
+    """Returns the ExecuTorch program of a graph, as many layers of which as possible are run by XNNPACK.
+
+    Args:
+        graph: The graph.
+        image_size: (C, H, W) of an image.
+        batch: The number of images of the program; None for one image.
+    """
+    # ExecuTorch knows its operators on 8-bit integers, for layers that XNNPACK does not run, after the first import.
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    exported = trace_network(graph, image_size, (), batch or EXPORTED_BATCH)
+    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    operators = [node.target for node in edge.exported_program().graph.nodes if node.op == "call_function"]
+    names = (str(getattr(operator, "__name__", operator)) for operator in operators)
+    portable = sorted({name for name in names if name not in ("executorch_call_delegate", "getitem")})
+    return ExecuTorchFile(edge.to_executorch().buffer, tuple(portable))
+
+
+@cache
+def load_runtime() -> Any:
+    """Returns ExecuTorch's runtime."""
+    with quiet_executorch():
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.runtime import Runtime
+
+        return Runtime.get()
+
+
+def load_method(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function that runs an ExecuTorch program on images of the program's number and size.
+
+    Args:
+        content: The content of the `.pte` file.
+
+    Raises:
+        Failure: ExecuTorch cannot load it.
+    """
+    try:
+        runtime = load_runtime()
+        with quiet_executorch():  # it describes the CPU when it loads the first program
+            program = runtime.load_program(content)
+            method = program.load_method("forward")
+    except Exception as error:  # ExecuTorch raises errors of several types
+        raise Failure(f"ExecuTorch cannot load the file ({error})") from error
+
+    def run(images: torch.Tensor, program: Any = program) -> torch.Tensor:  # the program has to live while it runs
+        return method.execute([images])[0]
+
+    return run
+
+
+def create_predictor(content: bytes, batch: int | None) -> Predictor:
+    """Returns a function that maps any number of images (n, C, H, W) to logits (n, K) with an ExecuTorch program.
+
+    Args:
+        content: The content of the `.pte` file.
+        batch: The number of images of the program; None for one image.
+
+    Raises:
+        Failure: ExecuTorch cannot load it.
+    """
+    method = load_method(content)
+    return pad_batches(lambda images: method(torch.from_numpy(images)).numpy(), batch or EXPORTED_BATCH)
