@@ -1,4 +1,4 @@
-"""The command line: `odcheap train | evaluate | export | predict | demo | report | bench`."""
+"""The command line: `odcheap train | evaluate | export | predict | demo | push | report | bench`."""
 
 import importlib
 import os
@@ -20,6 +20,7 @@ commands (odcheap COMMAND --help shows the arguments):
   export   write a run's student as files for a device: odcheap export JOB_DIR
   predict  classify images with an export: odcheap predict EXPORT IMAGE...
   demo     show a local web page that classifies images with an export: odcheap demo EXPORT
+  push     upload an export to the Hugging Face Hub: odcheap push EXPORT user/name
   report   compare runs, in a table and figures: odcheap report DIR...
   bench    measure the speed of training and inference on this machine
 """
@@ -28,6 +29,7 @@ COMMANDS = {
     "export": "odcheap.export.command",
     "predict": "odcheap.predict",
     "demo": "odcheap.demo.command",
+    "push": "odcheap.push.command",
     "report": "odcheap.report.command",
     "bench": "odcheap.bench.command",
 }

@@ -143,7 +143,7 @@ def test_the_help_of_train_has_the_choices_of_an_option(capsys):
     assert "method=od; the choices are alone, dml, ffl, kd, kdcl, lmcl, od, okddip, one, pcl:" in said
 
 
-@pytest.mark.parametrize("name", ["evaluate", "export", "predict", "demo", "report", "bench"])
+@pytest.mark.parametrize("name", ["evaluate", "export", "predict", "demo", "push", "report", "bench"])
 def test_each_command_has_its_help(capsys, name):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
@@ -221,7 +221,7 @@ def test_a_refused_option_needs_no_import_of_pytorch():
 
 def test_the_help_of_a_command_and_the_status_of_runs_need_no_import_of_pytorch(tmp_path):
     (tmp_path / "sweep.json").write_text('{"count": 1, "runs": ["seed=0"]}')
-    commands = ["", "train", "evaluate", "export", "predict", "demo", "report", "bench"]
+    commands = ["", "train", "evaluate", "export", "predict", "demo", "push", "report", "bench"]
     code = f"import sys, odcheap.cli\nfor command in {commands}:\n"
     code += "    try:\n        odcheap.cli.main([*filter(None, [command]), '--help'])\n"
     code += "    except SystemExit:\n        pass\n"

@@ -166,7 +166,7 @@ def test_train_commands_compose(page, arguments, tmp_path):
             assert compose("config", [*ours, *given])
 
 
-@pytest.mark.parametrize("name", ["evaluate", "export", "report", "bench", "predict", "demo"])
+@pytest.mark.parametrize("name", ["evaluate", "export", "report", "bench", "predict", "demo", "push"])
 def test_other_commands_have_the_flags_that_pages_name(name, capsys):
     ours = (["odcheap", name], ["-m", f"odcheap.{name}"], ["python", f"{name}.py"])
     with pytest.raises(SystemExit, match="0"):

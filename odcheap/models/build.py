@@ -23,6 +23,7 @@ from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors
+from odcheap.utils.hub import download_student, is_hub_address
 from odcheap.utils.parts import OWN_PACKAGE, build_part
 
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
@@ -103,8 +104,11 @@ class NormalizedNetwork(nn.Module):
 def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> NormalizedNetwork:
     """Loads a trained student from the file `student.safetensors` of a run or of an export.
 
+    The file contains tensors and settings. No code from it is run.
+
     Args:
-        path: The file.
+        path: The file; or `hf://user/name`, a repository of the Hugging Face Hub to which `odcheap push` has uploaded
+            an export, or `hf://user/name@REVISION` with a branch, a tag or a commit.
         config_dirs: Further `conf` directories, for a student with a backbone or block type of your own.
 
     Returns:
@@ -113,7 +117,8 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
         normalization.
 
     Raises:
-        OptionError: The file is damaged or of another kind, or its weights do not fit its network.
+        OptionError: The file is damaged or of another kind, its weights do not fit its network, or it cannot be
+            downloaded.
 
     Example:
         This makes a file such as a run writes, here with a network that was not trained, and loads it:
@@ -129,6 +134,8 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
         >>> load_student(path)(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 2])
     """
+    if is_hub_address(path):
+        path = download_student(str(path))
     tensors, metadata = read_safetensors(path)
     settings = read_student_settings(metadata, "path", path)
     network = load_network(settings, tensors, "path", path, config_dirs)

@@ -1,0 +1,1 @@
+"""Uploads an export to the Hugging Face Hub."""

@@ -1,0 +1,159 @@
+"""Uploads an export to the Hugging Face Hub, in one commit.
+
+The model card gets a block of metadata, which the Hub reads: task, library, license, data set and measured accuracy.
+A new repository is private, unless --public is given. In Python, load_student("hf://user/name") loads the student.
+
+A token is needed: hf auth login stores one, or set HF_TOKEN.
+"""
+
+import argparse
+import json
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from odcheap import __version__, predict
+from odcheap.push.card_metadata import describe_model, format_card, split_metadata
+from odcheap.utils.console import keep_going_without_output, print_error, say
+from odcheap.utils.errors import Failure, OptionError, first_line
+from odcheap.utils.hub import NO_TOKEN, REPOSITORY, STUDENT_FILE, import_hub, report_hub_errors
+
+RESULTS_FILE = "results.json"
+OWN_FILES = re.compile(r"student[\w-]*\.\w+")  # of an export, which a later export of other options may not have
+HUB_FILES = (".gitattributes", predict.CARD_FILE)  # that a repository may have without an export in it
+OPTION = "REPOSITORY"
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "odcheap push") -> int:
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments; None for those of this process.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status: 0, or 1 after an error.
+    """
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("export_dir", type=Path, metavar="EXPORT_DIR", help="the folder that odcheap export has written")
+    add("repository", metavar="user/name", help="the repository, which is created if it does not exist")
+    add("--public", action="store_true", help="create a public repository (default: a private one)")
+    add("--license", metavar="NAME", help="license of the weights, by its name on the Hub, such as mit or apache-2.0")
+    data = "data set of the training, by its name on the Hub; may be repeated (default: known for CIFAR and ImageNet)"
+    add("--dataset", action="append", default=[], metavar="user/name", help=data)
+    options = parser.parse_args(arguments)
+    try:
+        with keep_going_without_output():
+            push(options)
+    except (Failure, predict.PredictError, OSError) as error:
+        return print_error(str(error))
+    except KeyboardInterrupt:
+        return print_error("interrupted") and 130
+    return 0
+
+
+def push(options: argparse.Namespace) -> None:
+    """Uploads an export.
+
+    Args:
+        options: The arguments of the command.
+
+    Raises:
+        OptionError: An argument is wrong, or the Hub refuses the upload.
+        predict.PredictError: A file was changed after the export.
+        Failure: `huggingface_hub` is not installed.
+    """
+    folder, repository = options.export_dir, options.repository
+    if not REPOSITORY.fullmatch(repository):
+        raise OptionError(OPTION, repository, "must be user/name")
+    contents, left_out = read_files(folder)
+    try:
+        own, card = split_metadata(predict.read_regular(folder / predict.CARD_FILE, predict.MAX_TEXT_BYTES).decode())
+    except ValueError as error:
+        raise OptionError("EXPORT_DIR", folder, f"{predict.CARD_FILE} cannot be read ({first_line(error)})") from error
+    # What the user has written into the card comes before what is known, and the options come first.
+    given = {"license": options.license, "datasets": options.dataset}
+    metadata = describe_model(repository, read_results(folder), options.dataset) | own
+    metadata |= {name: value for name, value in given.items() if value}
+    contents[predict.CARD_FILE] = format_card(metadata, card, repository).encode()
+    if left_out:
+        say(f"left out, since {predict.CARD_FILE} does not list them: {predict.list_names(left_out)}")
+    size = sum(map(len, contents.values()))
+    say(f"{repository}: uploading {len(contents)} files, {size / 1e6:.1f} MB")
+    with report_hub_errors(OPTION, repository), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the Hub, for example that no license is stated
+        is_private = upload_files(repository, contents, is_private=not options.public)
+    if "license" not in metadata:
+        say("the card states no license: with --license NAME others know how they may use the weights")
+    say(f"uploaded: {import_hub().constants.ENDPOINT}/{repository} ({'private' if is_private else 'public'})")
+    if STUDENT_FILE in contents:
+        say(f'in Python: load_student("hf://{repository}")')
+
+
+def read_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
+    """Returns the files of an export except the model card, and the names of other files in its folder.
+
+    Args:
+        folder: The folder of the export.
+
+    Raises:
+        OptionError: The folder is not an export.
+        predict.PredictError: A file is missing or was changed after the export.
+    """
+    if not all((folder / name).is_file() for name in (predict.PREPROCESS_FILE, predict.CARD_FILE)):
+        raise OptionError("EXPORT_DIR", folder, "is not an export; odcheap export JOB_DIR writes one")
+    card = predict.read_regular(folder / predict.CARD_FILE, predict.MAX_TEXT_BYTES).decode(errors="replace")
+    names = [match[2] for match in predict.CHECKSUM_LINE.finditer(card) if "/" not in match[2]]
+    contents = {name: predict.read_verified(folder, name) for name in names}
+    return contents, sorted({path.name for path in folder.iterdir()} - contents.keys() - {predict.CARD_FILE})
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns the content of the `results.json` of an export.
+
+    Raises:
+        OptionError: There is no such file, or an entry is missing.
+    """
+    try:
+        results = json.loads(predict.read_verified(folder, RESULTS_FILE))
+        return {"data": results["data"], "test": results["test"] and {"top1": float(results["test"]["top1"])}}
+    except (ValueError, KeyError, TypeError) as error:
+        again = "odcheap export JOB_DIR --overwrite writes it anew"
+        raise OptionError("EXPORT_DIR", folder, f"its {RESULTS_FILE} is missing or not valid: {again}") from error
+
+
+def upload_files(repository: str, contents: dict[str, bytes], is_private: bool) -> bool:
+    """Uploads files in one commit; files of an older export that are not among them are removed.
+
+    Args:
+        repository: The name of the repository, which is created if it does not exist.
+        contents: The content of each file, by its name.
+        is_private: Whether a new repository is private.
+
+    Returns:
+        Whether the repository is private.
+
+    Raises:
+        OptionError: The repository has other files than an export.
+    """
+    hub = import_hub()
+    if hub.get_token() is None:
+        raise Failure(NO_TOKEN)
+    if not sys.stderr.isatty():
+        hub.utils.disable_progress_bars()
+    api = hub.HfApi(library_name="odcheap", library_version=__version__)
+    api.create_repo(repository, private=is_private, exist_ok=True)
+    older = set(api.list_repo_files(repository))
+    if predict.PREPROCESS_FILE not in older and older - set(HUB_FILES):
+        found = predict.list_names(sorted(older - set(HUB_FILES)))
+        raise OptionError(OPTION, repository, f"has other files than an export ({found}): name another repository")
+    operations: list[Any] = [hub.CommitOperationAdd(name, content) for name, content in contents.items()]
+    operations += [
+        hub.CommitOperationDelete(name) for name in filter(OWN_FILES.fullmatch, sorted(older - contents.keys()))
+    ]
+    api.create_commit(repository, operations, commit_message="Export of odcheap")
+    return bool(api.model_info(repository).private)
