@@ -38,6 +38,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = "odcheap
     add("--data-dir", metavar="DIR", help="where the run's images are now (default: where they were in training)")
     add("--int8", action="store_true", help="also write 8-bit integers, calibrated on training images")
     add("--executorch", action="store_true", help="also write student.pte and student-int8.pte for ExecuTorch")
+    openvino = "also check and time the ONNX files in OpenVINO (pip install 'odcheap[openvino]')"
+    add("--openvino", action="store_true", help=openvino)
     add("--pt2", action="store_true", help="also write student.pt2; never load such a file of a stranger")
     add("--batch", type=int, metavar="N", help="a static graph for exactly N images, for a device's compiler")
     add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: 18, if possible)")

@@ -21,7 +21,7 @@ from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.export import executorch, latency, model_card, onnx, quantize, speedup, verify
+from odcheap.export import executorch, latency, model_card, onnx, openvino, quantize, speedup, verify
 from odcheap.export.arguments import parse_arguments
 from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
@@ -100,8 +100,8 @@ def check_options(options: argparse.Namespace) -> Versions | None:
     """Checks the values of the options, and that the folder may be written.
 
     Args:
-        options: The options of the command, of which `batch`, `opset`, `int8`, `executorch`, `seconds`, `out` and
-            `overwrite` are read.
+        options: The options of the command, of which `batch`, `opset`, `int8`, `executorch`, `openvino`, `seconds`,
+            `out` and `overwrite` are read.
 
     Returns:
         The files of the older export that will be replaced; None if there is none.
@@ -125,6 +125,8 @@ def check_options(options: argparse.Namespace) -> Versions | None:
         raise OptionError("--seconds", options.seconds, "must be above 0")
     if options.executorch:
         executorch.check_installed()
+    if options.openvino:
+        openvino.check_installed()
 
     # The folder: only an export is ever replaced, and only if nobody has put other files into it.
     if out.is_mount():
@@ -195,7 +197,7 @@ def write_export(
             (folder / DENSE).unlink()
             del files[DENSE]
             timings = {key: timing for key, timing in timings.items() if key.name != DENSE}
-        verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch)
+        verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch, options.openvino)
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
         graph = describe_graph(folder / "student.onnx")
         write_json(folder / RESULTS_FILE, describe_results(run, verification))
@@ -351,6 +353,8 @@ def write_files(
 def quantize_student(content: bytes, run: RunStudent, options: argparse.Namespace, data: verify.LabeledImages) -> bytes:
     """Returns the content of the ONNX file with 8-bit integers, in the form that ONNX Runtime runs faster here.
 
+    With `--openvino` it is the QDQ form, since OpenVINO cannot run the other one.
+
     Args:
         content: The content of `student.onnx`.
         run: The student.
@@ -359,6 +363,8 @@ def quantize_student(content: bytes, run: RunStudent, options: argparse.Namespac
     """
     batches = list(iterate_calibration_batches(data, options.batch))
     prepared = quantize.prepare_model(content)
+    if options.openvino:
+        return quantize.quantize_model(prepared, batches, quantize.QDQ)
     contents = {form: quantize.quantize_model(prepared, batches, form) for form in quantize.FORMATS}
     return contents[quantize.choose_form(contents, run.image_size, timed_batches(options), options.seconds)]
 
@@ -411,6 +417,8 @@ def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
     """Times alternately: the files in their runtimes, the standard network in the same, and both networks in PyTorch.
 
+    With `--openvino` the ONNX files are also timed in OpenVINO.
+
     Args:
         run: The student, with its standard network.
         options: The options of the command.
@@ -429,6 +437,8 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
     networks = {STUDENT: add_normalization(run.network, run), STANDARD: standard}
     calls = latency.onnx_calls(models, size, batches) | latency.torch_calls(networks, size, batches)
     calls |= latency.executorch_calls(programs, size, options.batch)
+    if options.openvino:
+        calls |= openvino.openvino_calls(models, size, batches)
     say(f"{len(calls)} timings of {options.seconds:g} s each")
     return predict.time_alternately(calls, options.seconds)
 

@@ -5,6 +5,7 @@ Others read the card, so it names no folder of the machine, and text of other pe
 
 import datetime
 import hashlib
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,17 @@ from odcheap.export.card_accuracy import to_markdown
 from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.latency import EXECUTORCH, ONNX_RUNTIME, PYTORCH, Timings, fastest
 from odcheap.export.load_run import RunStudent
+from odcheap.export.openvino import OPENVINO
 from odcheap.export.snippets import list_snippets
-from odcheap.export.speedup import Speedup, compute_speedups, describe_disturbance, find_opposites, format_speedup
-from odcheap.export.verify import FLOAT_FILES, INT8, Verification
+from odcheap.export.speedup import (
+    Speedup,
+    compare_timings,
+    compute_speedups,
+    describe_disturbance,
+    find_opposites,
+    format_speedup,
+)
+from odcheap.export.verify import FLOAT_FILES, INT8, Verification, name_in_openvino
 from odcheap.models import flops
 from odcheap.models.student_shapes import name_shape
 from odcheap.predict import Timing
@@ -114,20 +123,20 @@ def write_card(
     """
     sections = {
         "accuracy": card_accuracy.describe_accuracy(run, verification),
-        "speed": [*describe_speed(run, timings), *describe_int8_speed(timings), *describe_executorch_speed(timings)],
+        "speed": [*describe_speed(run, timings), *describe_further_speeds(timings)],
         "classes": card_accuracy.tabulate_classes(run, verification),
         "training": card_accuracy.describe_training_data(run),
         "limits": card_accuracy.describe_limits(run, verification),
         "sizes": size_table(run, folder, files, timings),
         "checks": describe_checks(verification, read_int8_form(folder)),
-        "origin": describe_origin(run),
+        "origin": describe_origin(run, verification),
         "checksums": checksum_lines(folder),
     }
     rows = [(k.name, k.runtime, k.batch, k.threads or "all", format_timing(t)) for k, t in timings.items()]
     table = to_markdown(pd.DataFrame(rows, columns=["", "runtime", "images", "threads", "ms"]))
     text = {name: "\n".join(lines) for name, lines in sections.items()}
-    batch = min(sizes(timings), default=1)
-    snippets = list_snippets({path.name for path in folder.iterdir()}, (batch, *run.image_size))
+    names, shape = {path.name for path in folder.iterdir()}, (min(sizes(timings), default=1), *run.image_size)
+    snippets = list_snippets(names, shape, uses_openvino(verification))
     return CARD.format(
         mark=mark_times(run, timings),
         snippets="\n\n".join(snippets),
@@ -183,6 +192,16 @@ def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
     return lines
 
 
+def describe_further_speeds(timings: Timings) -> list[str]:
+    """Returns lines of Markdown about 8-bit integers, OpenVINO and ExecuTorch; none if the machine was busy.
+
+    That the machine was busy is said elsewhere in the card, for all times.
+    """
+    is_busy = bool(describe_disturbance((), timings))
+    describers = (describe_int8_speed, describe_openvino_speed, describe_executorch_speed)
+    return [] if is_busy else [line for describe in describers for line in describe(timings)]
+
+
 def describe_int8_speed(timings: Timings) -> list[str]:
     """Returns lines of Markdown that compare the file with 8-bit integers with `student.onnx`, for each runtime.
 
@@ -229,6 +248,21 @@ def describe_executorch_speed(timings: Timings) -> list[str]:
     return lines
 
 
+def describe_openvino_speed(timings: Timings) -> list[str]:
+    """Returns a line of Markdown that compares OpenVINO with ONNX Runtime; empty if OpenVINO was not timed."""
+    speedups = {}
+    for key in timings:
+        if (key.name, key.runtime) == ("student.onnx", OPENVINO):
+            pair = (fastest(timings, key.name, runtime, key.batch) for runtime in (ONNX_RUNTIME, OPENVINO))
+            speedups[key.batch] = compare_timings(*pair)
+    if not speedups:
+        return []
+    reason = describe_disturbance(speedups.values(), timings)
+    if reason:
+        return [f"**OpenVINO could not be compared with ONNX Runtime**: {reason}."]
+    return [f"Compared with ONNX Runtime on this CPU, `student.onnx` in OpenVINO {format_speedups(speedups)}."]
+
+
 def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
     """Returns how many times as fast as the standard network the student is, for all figures that a card states.
 
@@ -239,7 +273,8 @@ def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
     own = compute_speedups(timings, "student.onnx", STANDARD, ONNX_RUNTIME)
     compared = {"student.onnx": own}
     for runtime in sorted({key.runtime for key in timings} - {ONNX_RUNTIME}):
-        compared[runtime] = find_opposites(own, compute_speedups(timings, STUDENT, STANDARD, runtime))
+        name = "student.onnx" if runtime == OPENVINO else STUDENT
+        compared[runtime] = find_opposites(own, compute_speedups(timings, name, STANDARD, runtime))
     compared[DENSE] = compute_speedups(timings, DENSE, STANDARD, ONNX_RUNTIME)
     return {name: speedups for name, speedups in compared.items() if speedups}
 
@@ -295,9 +330,13 @@ def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], ti
         name: (flops.count_params(network), flops.count_macs(network, run.image_size))
         for name, network in {**files, **both}.items()
     }
-    sources = [(format_code(name), name, EXECUTORCH if name in programs else ONNX_RUNTIME) for name in files]
-    sources += [(STANDARD, STANDARD, ONNX_RUNTIME), *((f"{name}, in PyTorch", name, PYTORCH) for name in both)]
+    in_onnx = [*((format_code(name), name) for name in files if name not in programs), (STANDARD, STANDARD)]
+    sources = [(title, name, ONNX_RUNTIME) for title, name in in_onnx]
+    if any(key.runtime == OPENVINO for key in timings):
+        sources += [(f"{title}, in {OPENVINO}", name, OPENVINO) for title, name in in_onnx]
+    sources += [(format_code(name), name, EXECUTORCH) for name in programs]
     sources += [(f"{STANDARD}, in ExecuTorch", STANDARD, EXECUTORCH)] * bool(programs)
+    sources += [(f"{name}, in PyTorch", name, PYTORCH) for name in both]
     rows = []
     for title, name, runtime in sources:
         (params, macs), path = costs[name], folder / name
@@ -327,11 +366,17 @@ def describe_checks(verification: Verification, int8_form: str = "") -> list[str
     what = "test images, from their files" if verification.on_data else "images of noise"
     lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
-    lines += [f"- {format_code(name)}: {difference:.1e}" for name, difference in verification.differences.items()]
+    lines += [f"- {format_file(name)}: {difference:.1e}" for name, difference in verification.differences.items()]
     lines += describe_int8(verification, int8_form)
     if not verification.on_data:
         lines += ["", f"**Not verified on data**: {format_code(verification.reason)}."]
     return lines
+
+
+def format_file(name: str) -> str:
+    """Returns the name of a file as code, also if the name of a runtime follows; see `name_in_openvino`."""
+    file, _, runtime = name.partition(" ")
+    return f"{format_code(file)} {runtime}".rstrip()
 
 
 def read_int8_form(folder: Path) -> str:
@@ -364,10 +409,18 @@ def describe_int8(verification: Verification, form: str = "") -> list[str]:
             same = format_accuracy(verification.agreement[name])
             line += f"; the same class as the trained network for {same} % of them"
         lines.append(line)
+    name = name_in_openvino(INT8)
+    if (top1 := verification.top1.get(name)) is not None:
+        lines.append(f"- {format_file(name)}: accuracy {format_accuracy(top1)} %")
     return lines
 
 
-def describe_origin(run: RunStudent) -> list[str]:
+def uses_openvino(verification: Verification) -> bool:
+    """Returns whether the ONNX files were checked in OpenVINO."""
+    return name_in_openvino("student.onnx") in verification.differences
+
+
+def describe_origin(run: RunStudent, verification: Verification) -> list[str]:
     """Returns lines of Markdown with the run, its options and the versions of packages."""
     summary, seconds = run.summary or {}, (run.summary or {}).get("train_seconds")
     unfinished = "" if summary else " (which has not finished)"
@@ -385,6 +438,8 @@ def describe_origin(run: RunStudent) -> list[str]:
         facts["students"] = ", ".join(name_shape(shape, shapes) for shape in shapes)
     facts |= {name: format_options(options[name]) for name in OPTIONS if name in options}
     tools = list_versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    if uses_openvino(verification):
+        tools["openvino"] = importlib.metadata.version("openvino")
     facts |= {"exported with": format_options(tools), "trained with": format_options(summary.get("versions") or "")}
     if run.job_dir is None:
         lines = [f"- {escape_markdown(run.title)}, exported with `odcheap.export_student`"]

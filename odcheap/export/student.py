@@ -70,6 +70,7 @@ def export_student(
     name: str | None = None,
     batch: int | None = None,
     opset: int | None = None,
+    openvino: bool = False,
     pt2: bool = False,
     executorch: bool = False,
     seconds: float = 1.0,
@@ -101,6 +102,7 @@ def export_student(
         name: The name of the network in the model card; None for the name of its class.
         batch: The number of images of a static graph, for a device's compiler; None if any number can be given.
         opset: The version of ONNX's operators; None for 18, if possible.
+        openvino: Whether the ONNX files are also checked and timed in OpenVINO, which must be installed.
         pt2: Whether `student.pt2` is written, too, for `torch.export.load`. This format can contain pickled Python
             objects, so the people to whom you give the file have to trust you.
         executorch: Whether `student.pte` for ExecuTorch is written, too, and with `calibration` also
@@ -113,7 +115,7 @@ def export_student(
 
     Raises:
         OptionError: An argument is not allowed, or the network does not return one logit for each class.
-        Failure: A file does not compute the same as the network. Nothing is written then.
+        Failure: A file does not compute the same as the network, or OpenVINO is not installed. Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -157,6 +159,7 @@ def export_student(
         out=Path(out).resolve(),
         batch=batch,
         opset=opset,
+        openvino=openvino,
         pt2=pt2,
         executorch=executorch,
         seconds=seconds,

@@ -24,7 +24,7 @@ from odcheap import predict
 from odcheap.data.base import ImageData, LabeledImage
 from odcheap.data.image_folder import evaluation_transform
 from odcheap.data.transforms import Normalization
-from odcheap.export import executorch
+from odcheap.export import executorch, openvino
 from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent
 from odcheap.export.onnx import MAX_DIFFERENCE
@@ -92,8 +92,9 @@ class Verification(NamedTuple):
     Attributes:
         images: The number of images.
         on_data: Whether these were the test images of the run.
-        differences: For each file, the largest difference between one of its logits and the trained network's.
-        top1: For each file, its top-1 accuracy; None if there are no labels.
+        differences: For each file, the largest difference between one of its logits and the trained network's. A file
+            that was also run in OpenVINO has a second entry; see `name_in_openvino`.
+        top1: For each file, its top-1 accuracy; None if there are no labels. There are entries for OpenVINO, too.
         reason: Why there were no test images; empty if there were.
         confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones; None without labels.
         agreement: For each file with 8-bit integers, the share of the images for which it predicts the class that the
@@ -224,6 +225,7 @@ def verify_files(
     preprocess: dict[str, Any],
     folder: Path,
     batch: int | None,
+    with_openvino: bool = False,
 ) -> Verification:
     """Compares the logits of every exported file with those of the trained network.
 
@@ -236,6 +238,7 @@ def verify_files(
         preprocess: The content of `preprocess.json`.
         folder: The folder of the exported files.
         batch: The number of images that a static graph takes; None if the number may vary.
+        with_openvino: Whether the ONNX files are also run in OpenVINO.
 
     Raises:
         Failure: A file does not compute the same as the network.
@@ -253,6 +256,12 @@ def verify_files(
             say(f"checking {path.name} on {len(reference.files):,} images")
             logits = compute_logits(path, preprocess, reference, batch, run.config_dirs)
             top1[path.name] = reference.top1(logits)
+            if with_openvino and path.suffix == ".onnx":
+                name = name_in_openvino(path.name)
+                own = compute_logits_in_openvino(path, preprocess, reference)
+                top1[name] = reference.top1(own)
+                if path.name not in FLOAT_FILES:
+                    differences[name] = check_logits(name, own, reference)
             if reference.labels is not None:
                 correct[path.name] = logits.argmax(1) == reference.labels
             if path.name not in FLOAT_FILES:
@@ -351,8 +360,36 @@ def compute_logits(
             predictor = predict.create_predictor(predict.create_session(path.read_bytes()))
         except predict.PredictError as error:
             raise Failure(f"{path.name}: {error}") from error
+    return run_predictor(predictor, path.name, preprocess, reference)
+
+
+def run_predictor(
+    predictor: predict.Predictor, name: str, preprocess: dict[str, Any], reference: Reference
+) -> np.ndarray:
+    """Returns the logits (N, K) of image files.
+
+    Args:
+        predictor: A function that runs the network.
+        name: The name of the file with the network, which is shown beside the progress.
+        preprocess: The content of `preprocess.json`.
+        reference: The image files.
+    """
     results = predict.predict_files(predictor, reference.files, preprocess)
-    return np.stack([logits for _, logits in show_progress(results, len(reference.files), path.name)])
+    return np.stack([logits for _, logits in show_progress(results, len(reference.files), name)])
+
+
+def name_in_openvino(name: str) -> str:
+    """Returns the name under which the results of a file in OpenVINO are kept, such as "student.onnx in OpenVINO"."""
+    return f"{name} in {openvino.OPENVINO}"
+
+
+def compute_logits_in_openvino(path: Path, preprocess: dict[str, Any], reference: Reference) -> np.ndarray:
+    """Returns the logits (N, K) of an ONNX file in OpenVINO, see `compute_logits`."""
+    try:
+        predictor = openvino.create_predictor(path.read_bytes())
+    except Failure as error:
+        raise Failure(f"{path.name}: {error}") from error
+    return run_predictor(predictor, name_in_openvino(path.name), preprocess, reference)
 
 
 def run_in_bare_process(

@@ -13,6 +13,7 @@ from odcheap.export import card_accuracy, model_card
 from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
 from odcheap.export.load_run import load_run_student
 from odcheap.export.model_card import DENSE, STANDARD
+from odcheap.export.openvino import OPENVINO
 from odcheap.export.verify import INT8, Verification
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models import flops
@@ -166,6 +167,32 @@ def test_the_card_says_if_8_bit_integers_are_slower_than_floats(times, line):
     assert text.startswith(line)
     assert "times as fast with 64 images." in text
     assert model_card.describe_int8_speed(found((1, 20), (3, 50))) == []
+
+
+def add_openvino(timings, times):
+    """The timings with those of OpenVINO: milliseconds of `student.onnx` and of the standard network for one image."""
+    rounds = {"student.onnx": times[0], STANDARD: times[1]}
+    made = {
+        Key(name, OPENVINO, 1, 1): Timing(ms / 1e3, ms / 500, rounds=tuple(ms * part / 1e3 for part in (0.98, 1, 1.01)))
+        for name, ms in rounds.items()
+    }
+    return timings | made
+
+
+def test_the_card_compares_openvino_with_onnx_runtime():
+    timings = add_openvino(found((1, 20), (3, 50)), (4, 3))
+    (line,) = model_card.describe_openvino_speed(timings)
+    start = "Compared with ONNX Runtime on this CPU, `student.onnx` in OpenVINO takes "
+    assert re.fullmatch(re.escape(start) + r"4\.\d+ \([\d.]+ to [\d.]+\) times as long with one image\.", line)
+    assert model_card.describe_openvino_speed(found((1, 20), (3, 50))) == []
+    (line,) = model_card.describe_speed(pair(DW()), timings)
+    assert "**In OpenVINO on this CPU it is the opposite**: it takes 1.3" in line
+
+
+def test_a_busy_machine_has_no_line_about_integers_and_openvino():
+    timings = add_openvino(add_int8(found((1, 20), (3, 50)), (1, 20)), (4, 3))
+    assert len(model_card.describe_further_speeds(slow_process(timings, 0.9))) == 2
+    assert model_card.describe_further_speeds(slow_process(timings, 0.4)) == []
 
 
 def test_an_uncertain_speed_of_8_bit_integers_is_not_stated():
