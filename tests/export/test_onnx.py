@@ -46,6 +46,14 @@ def test_a_size_that_the_network_cannot_leave_is_fixed():
     assert shape(onnx_export.to_onnx(program)) == ["n", 3, 32, 32]
 
 
+def test_the_kernels_of_a_shift_are_constants_of_the_graph():
+    # ExecuTorch's XNNPACK does not run a convolution whose kernels are computed.
+    program = onnx_export.export_program(CifarResNet(8, Shift(), 10), (3, 16, 16))
+    called = {str(node.target) for node in program.exported.graph.nodes if node.op == "call_function"}
+    assert "aten.conv2d.default" in called
+    assert not [name for name in called if "arange" in name or "remainder" in name or "scatter" in name]
+
+
 def test_a_static_graph_has_numbers_only():
     program = onnx_export.export_program(CifarResNet(8, DW(), 10), (3, 16, 16), batch=1)
     assert shape(onnx_export.to_onnx(program)) == [1, 3, 16, 16]
