@@ -95,7 +95,7 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
             predictions; contrastive distributions are always compared by the KL.
 
     Raises:
-        OptionError: A student has no feature maps at the ends of stages.
+        OptionError: All weights are 0, or a student has no feature maps at the ends of stages.
     """
 
     min_students = 2
@@ -105,7 +105,7 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         students: Students,
         temperature: Temperature = 3.0,
         contrast_temperature: ContrastTemperature = 0.1,
-        embedding_size: Annotated[int, Field(ge=1)] = 128,
+        embedding_size: Annotated[int, Field(ge=1, le=2**14)] = 128,
         vcl_weight: Weight = 0.1,
         icl_weight: Weight = 0.1,
         soft_vcl_weight: Weight = 1.0,
@@ -116,6 +116,9 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         self.contrast_temperature = contrast_temperature
         self.vcl_weight, self.icl_weight = vcl_weight, icl_weight
         self.soft_vcl_weight, self.soft_icl_weight = soft_vcl_weight, soft_icl_weight
+        if not any((vcl_weight, icl_weight, soft_vcl_weight, soft_icl_weight)):
+            allowed = "leaves no contrastive term, since the other three weights are 0 too; method=dml has none"
+            raise OptionError("method.soft_icl_weight", soft_icl_weight, allowed)
         self.stages = [StageRecorder(student) for student in students.members]
         pair_stages(self.stages, "method", "lmcl")
         # A head for each stage of each student.

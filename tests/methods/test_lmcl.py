@@ -10,6 +10,7 @@ from odcheap.models.stages import StageRecorder
 from odcheap.utils.errors import OptionError
 
 STAGES = 3
+WEIGHTS = ("vcl_weight", "icl_weight", "soft_vcl_weight", "soft_icl_weight")
 
 
 def vectors(num_stu, seed=3):
@@ -97,9 +98,8 @@ def test_whom_each_term_teaches():
 
 
 def test_terms_without_a_weight_are_left_out():
-    given = {f"{name}_weight": 0.0 for name in ("vcl", "icl", "soft_vcl", "soft_icl")}
-    for name in given:
-        method = LayerwiseMutualContrastiveLearning(students(2), **(given | {name: 2.0}))
+    for name in WEIGHTS:
+        method = LayerwiseMutualContrastiveLearning(students(2), **(dict.fromkeys(WEIGHTS, 0.0) | {name: 2.0}))
         found = method.loss(method(torch.randn(4, 3, 8, 8)), torch.arange(4) % 2)
         assert {term.rpartition("_")[0] for term in found} == {"", "L_ce", "L_kl", f"L_{name.removesuffix('_weight')}"}
 
@@ -180,6 +180,7 @@ def test_mixed_labels_are_refused_unless_no_term_needs_labels():
         ({"contrast_temperature": 0.0}, "method.contrast_temperature=0.0: must be a number, 0.001 or more"),
         ({"embedding_size": 0}, "method.embedding_size=0: must be a whole number, 1 or more"),
         ({"soft_icl_weight": -1.0}, "method.soft_icl_weight=-1.0: must be a number, 0 or more"),
+        (dict.fromkeys(WEIGHTS, 0.0), "method.soft_icl_weight=0.0: leaves no contrastive term, since the other three"),
     ],
 )
 def test_options_out_of_range_are_refused(options, line):
