@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from export.private_words import find_words
 from PIL import Image
 from torch import nn
 
@@ -67,6 +69,7 @@ def test_a_network_becomes_a_checked_folder_that_classifies(tmp_path, samples):
     assert names == {"README.md", "labels.json", "predict.py", "preprocess.json", "results.json"} | {
         f"student{end}" for end in (".onnx", "-int8.onnx")
     }
+    assert find_words(folder, [str(tmp_path), str(Path(files[0]).parent), "photos", str(Path(__file__).parent)]) == []
     assert json.loads((folder / "labels.json").read_text()) == CLASSES
     results = json.loads((folder / "results.json").read_text())
     assert (results["network"], results["data"], results["test"]["top1"]) == ("depth-wise + 1 x 1, Net", None, 0.875)

@@ -1,0 +1,5 @@
+"""Runs `python -m odcheap.demo`."""
+
+from odcheap.demo.command import main
+
+raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""Runs `python -m odcheap.push`."""
+
+from odcheap.push.command import main
+
+raise SystemExit(main())
