@@ -552,7 +552,7 @@ def read_verified(folder: Path, name: str) -> bytes:
     """
     try:
         card = read_regular(folder / CARD_FILE, MAX_TEXT_BYTES).decode()
-        content = read_regular(folder / name, MAX_MODEL_BYTES if name.endswith(".onnx") else MAX_TEXT_BYTES)
+        content = read_regular(folder / name, MAX_MODEL_BYTES if name.endswith((".onnx", ".pte")) else MAX_TEXT_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise PredictError(f"{folder / name}: cannot be checked ({error})") from error
     checksums = {match[2]: match[1] for match in CHECKSUM_LINE.finditer(card)}

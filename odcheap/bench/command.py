@@ -1,5 +1,6 @@
 """Measures how fast training, inference and start-up are; `arguments` has the help of the command."""
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from odcheap.bench.arguments import parse_arguments
+from odcheap.bench.exports import format_exports, measure_exports
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
 from odcheap.bench.operators import measure_operators
 from odcheap.bench.peers import PEER_LOOPS, PEERS, build_distillation, has_torchdistill
@@ -86,6 +88,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     try:
         if options.peers and not has_torchdistill():
             raise Failure("--peers needs torchdistill: pip install 'odcheap[bench]'")
+        if options.exports:
+            return bench_exports(options)
         for result in measure(options.overrides, options.quick, options.peers, options.config_dir):
             # Written after each part, so that the measurements stay if a later part fails.
             options.out.mkdir(parents=True, exist_ok=True)
@@ -97,6 +101,33 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     plot_training(result).savefig(options.out / "bench.png", dpi=120)
     print(text)
     print(f"written: {options.out}/bench.json, bench.md, bench.png")
+    return 0
+
+
+def bench_exports(options: argparse.Namespace) -> int:
+    """Times the files of exports in every runtime, writes and prints the result, and returns the exit status 0.
+
+    Args:
+        options: The options of the command, of which `exports`, `seconds`, `threads`, `out` and `overrides` are read.
+
+    Raises:
+        OptionError: The value of an option is not allowed.
+    """
+    if options.overrides:
+        raise OptionError("--exports", options.overrides[0], "must be a folder: training options have no effect here")
+    if not options.seconds > 0:
+        raise OptionError("--seconds", options.seconds, "must be above 0")
+    if options.threads < 1:
+        raise OptionError("--threads", options.threads, "must be 1 or more")
+    machine = describe_machine(torch.device("cpu"))
+    rows = measure_exports(options.exports, options.seconds, options.threads, report_progress)
+    text = format_exports(rows, options.threads, machine["cpu"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine, "versions": list_versions(), "threads": options.threads, "exports": rows}
+    write_json(options.out / "exports.json", result)
+    write_text(options.out / "exports.md", text)
+    print(text)
+    print(f"written: {options.out}/exports.json, exports.md")
     return 0
 
 

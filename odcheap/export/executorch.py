@@ -176,6 +176,15 @@ def load_runtime() -> Any:
         return Runtime.get()
 
 
+def set_threads(count: int) -> None:
+    """Sets the number of CPU threads of ExecuTorch in this process; programs that are loaded before become unusable."""
+    load_runtime()
+    with quiet_executorch():
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(count)
+
+
 def load_method(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function that runs an ExecuTorch program on images of the program's number and size.
 

@@ -10,6 +10,7 @@ from export.test_student import CLASSES, IMAGES, Net, by_brightness, samples  # 
 from layers.test_fuse import settled
 
 from odcheap import cheapen, export_student, predict
+from odcheap.bench import command as bench_command
 from odcheap.export import command, verify
 from odcheap.export import executorch as executorch_export
 from odcheap.export import onnx as onnx_export
@@ -51,6 +52,16 @@ def test_an_export_has_checked_programs_that_the_card_s_code_runs(tmp_path, samp
     monkeypatch.chdir(folder)
     exec(code, {})
     assert capsys.readouterr().out.strip() in CLASSES
+    # All of its files are timed in every runtime.
+    assert bench_command.main(["--exports", str(folder), "--seconds", "0.005", "--out", str(tmp_path / "bench")]) == 0
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "bench" / "exports.json").read_text())["exports"]
+    assert [(row["precision"], row["top1"]["ExecuTorch"]) for row in found] == [("float", 1), ("int8", 1)]
+    for row in found:
+        low, median, high = row["ms"]["ExecuTorch"]
+        assert 0 < low <= median <= high
+        assert f"{median:.3g} ({low:.3g} to {high:.3g})" in out
+    assert found[1]["bytes"]["ExecuTorch"] == (folder / "student-int8.pte").stat().st_size
+    assert "with 1 thread:" in out
 
 
 @needs_executorch

@@ -1,0 +1,171 @@
+"""Times the files of several exports alternately in every runtime, and tabulates them with sizes and accuracies."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from odcheap import predict
+from odcheap.export import card_accuracy, executorch, openvino
+from odcheap.export.executorch import PTE, PTE_INT8
+from odcheap.export.latency import EXECUTORCH, ONNX_RUNTIME
+from odcheap.export.openvino import OPENVINO
+from odcheap.export.results import RESULTS_FILE
+from odcheap.export.verify import INT8, name_in_openvino
+from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.text import format_accuracy
+
+OPTION = "--exports"
+FLOATS, INTEGERS = "float", "int8"
+ONNX_FILES = {FLOATS: "student.onnx", INTEGERS: INT8}
+FILES = {ONNX_RUNTIME: ONNX_FILES, OPENVINO: ONNX_FILES, EXECUTORCH: {FLOATS: PTE, INTEGERS: PTE_INT8}}
+
+
+class Export(NamedTuple):
+    """An export that is measured.
+
+    Attributes:
+        name: The name of the network.
+        contents: The contents of its ONNX files and ExecuTorch programs by their names.
+        top1: The accuracies on the test images, by the names in `results.json`; empty if they are not known.
+        shape: The shape (n, C, H, W) of images that all files can take.
+    """
+
+    name: str
+    contents: dict[str, bytes]
+    top1: dict[str, float]
+    shape: tuple[int, int, int, int]
+
+
+def read_export(folder: Path) -> Export:
+    """Reads an export that is to be measured.
+
+    Args:
+        folder: The folder that `odcheap export` has written.
+
+    Raises:
+        OptionError: It is not an export, or a file of it was changed after the export.
+    """
+    try:
+        preprocess, _ = predict.read_export(folder)
+        results = json.loads(predict.read_verified(folder, RESULTS_FILE))
+        names = {name for files in FILES.values() for name in files.values()}
+        contents = {name: predict.read_verified(folder, name) for name in sorted(names) if (folder / name).exists()}
+        batch = predict.get_input_shape(predict.create_session(contents["student.onnx"]))[0] or 1
+        shape = batch, predict.count_channels(preprocess), *preprocess["size"]
+        return Export(str(results["network"]), contents, dict(results["top1"]), shape)
+    except (ValueError, KeyError, TypeError) as error:  # a PredictError is a ValueError, and names the file
+        raise OptionError(OPTION, folder, f"is not an export with all files ({error})") from error
+
+
+def list_runtimes() -> list[str]:
+    """Returns the names of the runtimes that are installed."""
+    checks = {OPENVINO: openvino.check_installed, EXECUTORCH: executorch.check_installed}
+    runtimes = [ONNX_RUNTIME]
+    for runtime, check in checks.items():
+        try:
+            check()
+        except Failure:
+            continue
+        runtimes.append(runtime)
+    return runtimes
+
+
+def create_predictor(runtime: str, content: bytes, batch: int, threads: int) -> predict.Predictor:
+    """Returns a function that runs a file on images; ExecuTorch's threads have to be set before.
+
+    Args:
+        runtime: The name of the runtime.
+        content: The content of the file.
+        batch: The number of images in a call.
+        threads: The number of CPU threads.
+    """
+    if runtime == EXECUTORCH:
+        return executorch.create_predictor(content, batch)
+    if runtime == OPENVINO:
+        return openvino.create_predictor(content, threads)
+    return predict.create_predictor(predict.create_session(content, threads))
+
+
+def measure_exports(
+    folders: Sequence[Path], seconds: float, threads: int = 1, report: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Times the files of exports alternately in every runtime that is installed.
+
+    Args:
+        folders: The folders of the exports.
+        seconds: The time for each measurement.
+        threads: The number of CPU threads of each runtime. ExecuTorch's pool of threads is changed, so that no program
+            may have been loaded before.
+        report: A function that takes lines of text about the progress.
+
+    Returns:
+        For each export, and each precision that it has, a dict with `network`, `precision` ("float" or "int8"),
+        `images` (in a call), and by the names of the runtimes `bytes` (of the file), `top1` and `ms`, a list with the
+        quartiles of the milliseconds of a call.
+
+    Raises:
+        OptionError: A folder is not an export, or one of its files was changed.
+    """
+    exports, runtimes = [read_export(folder) for folder in folders], list_runtimes()
+    if EXECUTORCH in runtimes and any(PTE in export.contents for export in exports):
+        executorch.set_threads(threads)
+    calls: dict[Any, Callable[[], object]] = {}
+    rows = []
+    for export in exports:
+        images = predict.random_images(export.shape[0], export.shape[1:])
+        for precision in ONNX_FILES:
+            row: dict[str, Any] = {"network": export.name, "precision": precision, "images": len(images)}
+            row |= {"bytes": {}, "top1": {}, "ms": {}}
+            for runtime in runtimes:
+                name = FILES[runtime][precision]
+                if name not in export.contents:
+                    continue
+                try:
+                    predictor = create_predictor(runtime, export.contents[name], len(images), threads)
+                except Failure as error:  # such as OpenVINO, which does not run all forms of 8-bit integers
+                    report(f"{export.name}: {name}: {error}")
+                    continue
+                row["bytes"][runtime] = len(export.contents[name])
+                own = name_in_openvino(name) if runtime == OPENVINO else name
+                row["top1"][runtime] = export.top1.get(own)
+                calls[len(rows), runtime] = partial(predictor, images)
+            if row["bytes"]:
+                rows.append(row)
+    report(f"{len(calls)} timings of {seconds:g} s each")
+    for (row_index, runtime), timing in predict.time_alternately(calls, seconds).items():
+        rows[row_index]["ms"][runtime] = [1000 * time for time in (timing.p25, timing.p50, timing.p75)]
+    return rows
+
+
+def format_exports(rows: Sequence[dict[str, Any]], threads: int, cpu: str) -> str:
+    """Returns two tables in Markdown: times of a call, and sizes with accuracies.
+
+    Args:
+        rows: What `measure_exports` returned.
+        threads: The number of CPU threads.
+        cpu: The name of the CPU.
+    """
+    runtimes = list(dict.fromkeys(runtime for row in rows for runtime in row["bytes"]))
+    times, others = [], []
+    for row in rows:
+        label, files = {"": row["network"], "numbers": row["precision"]}, row["bytes"]
+        times.append(label | {"images": row["images"]} | {r: format_ms(row["ms"].get(r)) for r in runtimes})
+        suffixes = {runtime: Path(FILES[runtime][row["precision"]]).suffix for runtime in files}
+        sizes = {f"{suffixes[runtime]}, MB": f"{size / 1e6:.2f}" for runtime, size in files.items()}
+        top1 = {f"top-1 in {r}, %": format_accuracy(top1) for r, top1 in row["top1"].items() if top1 is not None}
+        others.append(label | sizes | top1)
+    tables = (card_accuracy.to_markdown(pd.DataFrame(table).fillna("")) for table in (times, others))
+    lines = [f"Milliseconds of a call, median (quartiles), on {cpu}, with {threads} thread{'s' * (threads > 1)}:"]
+    return "\n\n".join([*lines, *tables]) + "\n"
+
+
+def format_ms(quartiles: Sequence[float] | None) -> str:
+    """Returns the median and the quartiles of a measurement; empty without one."""
+    if quartiles is None:
+        return ""
+    low, median, high = quartiles
+    return f"{median:.3g} ({low:.3g} to {high:.3g})"
