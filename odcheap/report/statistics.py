@@ -5,6 +5,7 @@ the difference between the accuracies of two runs with the same seed.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -202,12 +203,17 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
     """Returns names for the runs, made of the options that distinguish a run from the others.
 
     A value that more than two thirds of the runs have is not named. In a study that changes one option at a time, each
-    run is therefore named by the option that it changes.
+    run is therefore named by the option that it changes. If a text contains the run's own seed, as in
+    `method.teacher_weights=runs/teacher-seed0`, it does not distinguish the run from those with other seeds.
 
     Returns:
         A table with a row for each run and the columns `setting` (the options outside of the method that differ),
         `method` (its name and those of its options that differ), and `name` (both together).
     """
+    runs = [
+        run._replace(options={k: without_seed(v, run.options.get(SEED)) for k, v in run.options.items()})
+        for run in runs
+    ]
     options = pd.DataFrame([{key: repr(value) for key, value in run.options.items()} for run in runs])
     own = [key for key in options if key.startswith("method.")]
     outside = options.drop(columns=[*own, SEED], errors="ignore")
@@ -229,6 +235,20 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
     table = pd.DataFrame({"setting": setting, "method": method}, dtype=object)
     table["name"] = [f"{m}, {s}" if s else m for s, m in zip(table["setting"], table["method"], strict=True)]
     return table
+
+
+def without_seed(value: Any, seed: Any) -> Any:
+    """Returns a text with `${seed}` in place of the seed, if it has the seed after the word "seed"; others as they are.
+
+    Example:
+        >>> without_seed("runs/teacher-seed1", 1), without_seed("runs/seed=12", 1)
+        ('runs/teacher-seed${seed}', 'runs/seed=12')
+    """
+    return (
+        re.sub(rf"(?<=seed)([=_-]?){re.escape(str(seed))}(?!\d)", r"\1${seed}", value)
+        if isinstance(value, str)
+        else value
+    )
 
 
 def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:

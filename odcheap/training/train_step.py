@@ -282,16 +282,20 @@ class GraphStep:
         batch = batch._replace(images=batch.images.clone(), target=batch.target.clone())
         # The learning rates become tensors, which each replay reads. As numbers they would be constants of the graph.
         groups = self.optimizer.param_groups
-        numbers = [group["lr"] for group in groups]
-        rates = [torch.full((), lr, device=batch.images.device, dtype=torch.float32) for lr in numbers]
+        before = [dict(group) for group in groups]
+        rates = [torch.full((), g["lr"], device=batch.images.device, dtype=torch.float32) for g in groups]
         torch.clear_autocast_cache()  # otherwise the graph would read weights that were cast before the recording
         try:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
+                # Adam and its variants refuse to be recorded without it. Their fused forms count steps on the GPU, so
+                # a replay does what a step does; other forms are refused by PyTorch, or by the comparison afterwards.
+                if "capturable" in group:
+                    group["capturable"] = True
             replay, result = self.graphs.record(lambda: self.eager(batch))
         finally:
-            for group, lr in zip(groups, numbers, strict=True):
-                group["lr"] = lr
+            for group, old in zip(groups, before, strict=True):
+                group.update(old)
             torch.clear_autocast_cache()
         return Recording(batch, rates, replay, result)
 

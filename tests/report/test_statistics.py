@@ -87,6 +87,16 @@ def test_a_method_s_own_options_tell_its_runs_apart():
     assert set(rows["setting"]) == {""}
 
 
+def test_runs_with_a_teacher_of_each_seed_are_one_row():
+    runs = [run("kd", k, (0.5,), 0.5, **{"method.teacher_weights": f"runs/teacher-seed{k}"}) for k in range(2)]
+    runs += [run("kd", k, (0.6,), 0.6, **{"method.teacher_weights": "runs/teacher-seed12"}) for k in range(2)]
+    rows = compare(runs)
+    assert {name: row["n"] for name, row in rows.items()} == {
+        "kd teacher_weights=runs/teacher-seed${seed}": 2,
+        "kd teacher_weights=runs/teacher-seed12": 2,
+    }
+
+
 def test_of_one_factor_at_a_time_the_factor_is_named_and_nothing_is_mixed_up():
     usual = {"num_stu": 4, "method.temperature": 4.0, "lr": 0.1, "a": 0}
     changed = [{}, {"num_stu": 1}, {"num_stu": 8}, {"method.temperature": 1.0}, {"lr": 0.2}, {"lr": 0.3}, {"a": 1}]

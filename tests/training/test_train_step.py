@@ -91,7 +91,7 @@ def test_recorded_steps_train_as_plain_ones_do():
 @pytest.mark.parametrize("how", ["bfloat16", "without momentum"])
 def test_so_do_they_in_bfloat16_and_without_momentum(how, monkeypatch):
     if how == "without momentum":
-        monkeypatch.setattr("training.test_train_step.RECIPE", (partial(RECIPE[0], momentum=0.0), RECIPE[1]))
+        monkeypatch.setitem(globals(), "RECIPE", (partial(RECIPE[0], momentum=0.0), RECIPE[1]))
     dtype = torch.float if how == "bfloat16" else torch.double
     (method, optimizer, schedule), (other, theirs, also) = made(dtype), made(dtype)
     low = how == "bfloat16"
@@ -105,6 +105,27 @@ def test_so_do_they_in_bfloat16_and_without_momentum(how, monkeypatch):
     expected = other.state_dict()
     for name, found in method.state_dict().items():
         torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+class Capturing(Recorder):
+    """As PyTorch does on a GPU, it refuses to record an Adam whose groups are not `capturable`."""
+
+    def record(self, work):
+        if not all(group["capturable"] for group in self.optimizer.param_groups):
+            raise RuntimeError("capturable is False")
+        return super().record(work)
+
+
+def test_adamw_is_recorded_too(monkeypatch):
+    adamw = partial(torch.optim.AdamW, lr=0.01, fused=True)
+    monkeypatch.setitem(globals(), "RECIPE", (adamw, RECIPE[1]))
+    method, optimizer, schedule = made()
+    step, refusals, _ = captured(Capturing, method, optimizer, schedule)
+    assert (refusals, len(step.recordings)) == ([], 2)
+    assert not any(group["capturable"] for group in optimizer.param_groups)  # a checkpoint can be loaded on a CPU
+    expected = plainly()
+    for name, found in method.state_dict().items():
+        torch.testing.assert_close(found, expected[name], atol=1e-7, rtol=1e-7, msg=name)  # the rate is float32
 
 
 class Stale(Recorder):
@@ -149,7 +170,9 @@ def test_losses_are_computed_in_float32_where_the_network_ran_in_bfloat16():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-9), (torch.float, 1e-2)])
-def test_a_cuda_graph_trains_as_plain_steps_do(dtype, tolerance):
+@pytest.mark.parametrize("optimizer", [RECIPE[0], partial(torch.optim.AdamW, lr=0.01, fused=True)])
+def test_a_cuda_graph_trains_as_plain_steps_do(dtype, tolerance, optimizer, monkeypatch):
+    monkeypatch.setitem(globals(), "RECIPE", (optimizer, RECIPE[1]))
     method, optimizer, schedule = made(dtype, "cuda")
     refusals = []
     step = GraphStep(EagerStep(method, optimizer), CudaGraphs(), refusals.append)
