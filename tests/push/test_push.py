@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import yaml
-from export.test_load_run import SETTINGS
+from export.test_load_run import SETTINGS, write_run
 from hub_server import run_hub
 
 from odcheap import cli, load_student
@@ -87,42 +87,42 @@ def read_metadata(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_an_export_of_a_run_is_uploaded_and_its_student_comes_back(hub, trained, light, capsys):
-    job_dir = trained("trainer.max_epochs=1")
+def test_an_export_of_a_run_is_uploaded_and_its_student_comes_back(hub, light, tmp_path, capsys):
+    job_dir = write_run(tmp_path / "run")
     assert export_command.main([str(job_dir), "--seconds", "0.005"]) == 0
-    status, out = push(capsys, job_dir / "export", "me/digits", "--license", "mit")
+    status, out = push(capsys, job_dir / "export", "me/net", "--license", "mit")
     assert (status, out.splitlines()[1:]) == (
         0,
-        [f"uploaded: {hub.address}/me/digits (private)", 'in Python: load_student("hf://me/digits")'],
+        [f"uploaded: {hub.address}/me/net (private)", 'in Python: load_student("hf://me/net")'],
     )
-    uploaded = hub.newest("me/digits")
+    uploaded = hub.newest("me/net")
     own = {path.name: path.read_bytes() for path in (job_dir / "export").iterdir()}
+    card, own_card = uploaded["README.md"].decode(), own["README.md"].decode()
     assert uploaded == own | {"README.md": uploaded["README.md"], ".gitattributes": b""}
-    assert uploaded["README.md"].decode().endswith(own["README.md"].decode().partition("## Accuracy by class")[2])
+    assert card.endswith(own_card.partition("## Accuracy by class")[2])
+    assert 'load_student("hf://me/net")' in card
+    assert "```\nhf download me/net --local-dir student && cd student\npython predict.py IMAGE" in card
 
-    images = torch.rand(4, 3, 8, 8)
+    images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
-        expected, loaded = (load_student(path)(images) for path in (job_dir / "student.safetensors", "hf://me/digits"))
+        expected, loaded = (load_student(path)(images) for path in (job_dir / "student.safetensors", "hf://me/net"))
     assert torch.equal(loaded, expected)
-    fetched = [name for request in hub.received if "/resolve/" in (name := request)]
-    assert {name.rpartition("/")[2] for name in fetched} == {"student.safetensors"}
-
-    # The package of the Hub reads the metadata.
-    data = huggingface_hub.ModelCard(uploaded["README.md"].decode()).data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("odcheap", "image-classification", "mit")
-    (result,) = data.eval_results
-    top1 = json.loads((job_dir / "summary.json").read_text())["selected"]["test_top1"]
-    assert (result.dataset_name, result.dataset_split, result.metric_type) == ("digits", "test", "accuracy")
-    assert result.metric_value == pytest.approx(top1, abs=1e-6)
+    assert {request.rpartition("/")[2] for request in hub.received if "/resolve/" in request} == {"student.safetensors"}
 
 
-def test_the_card_of_the_hub_names_its_data_sets_and_loads_from_the_hub(hub, tmp_path, capsys):
+def test_the_package_of_the_hub_reads_the_metadata(hub, tmp_path, capsys):
     folder = write_export(tmp_path / "export")
-    assert push(capsys, folder, "me/one")[0] == 0
-    card = hub.newest("me/one")["README.md"].decode()
-    assert read_metadata(card)["datasets"] == ["uoft-cs/cifar10"]
-    assert 'load_student("hf://me/one")' in card
-    assert "```\nhf download me/one --local-dir student && cd student\npython predict.py IMAGE" in card
+    assert push(capsys, folder, "me/one", "--license", "mit")[0] == 0
+    data = huggingface_hub.ModelCard(hub.newest("me/one")["README.md"].decode()).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("odcheap", "image-classification", "mit")
+    assert (data.datasets, data.metrics, data.model_name) == (["uoft-cs/cifar10"], ["accuracy"], "one")
+    (result,) = data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_split) == (
+        data.pipeline_tag,
+        "uoft-cs/cifar10",
+        "test",
+    )
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.8125)
     assert (folder / "README.md").read_text().startswith("# ")  # the export itself is not changed
     assert push(capsys, folder, "me/one", "--dataset", "a/x", "--dataset", "a/y")[0] == 0
     metadata = read_metadata(hub.newest("me/one")["README.md"].decode())
