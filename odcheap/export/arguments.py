@@ -37,6 +37,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str = "odcheap
     add("--out", type=Path, metavar="DIR", help="the folder to write (default: JOB_DIR/export)")
     add("--data-dir", metavar="DIR", help="where the run's images are now (default: where they were in training)")
     add("--int8", action="store_true", help="also write 8-bit integers, calibrated on training images")
+    qat = "with --int8: first fine-tune with the rounding, for EPOCHS epochs of the training images (default: 3)"
+    add("--qat", type=int, nargs="?", const=3, default=0, metavar="EPOCHS", help=qat)
     add("--executorch", action="store_true", help="also write student.pte and student-int8.pte for ExecuTorch")
     openvino = "also check and time the ONNX files in OpenVINO (pip install 'odcheap[openvino]')"
     add("--openvino", action="store_true", help=openvino)

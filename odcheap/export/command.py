@@ -19,13 +19,14 @@ from torch import nn
 
 from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
-from odcheap.data.base import ImageData
+from odcheap.data.base import ImageData, LabeledImage
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.export import executorch, latency, model_card, onnx, openvino, quantize, speedup, verify
+from odcheap.export import executorch, latency, model_card, onnx, openvino, qat, quantize, speedup, verify
 from odcheap.export.arguments import parse_arguments
 from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.model_card import DENSE, STANDARD, STUDENT
+from odcheap.export.quantize import count_epochs
 from odcheap.export.results import RESULTS_FILE, describe_results
 from odcheap.export.snippets import PROGRAM, STUDENT_FILE
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
@@ -35,11 +36,12 @@ from odcheap.training import summary
 from odcheap.utils.console import keep_going_without_output, print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_json, write_text
-from odcheap.utils.text import hide_folders
+from odcheap.utils.text import format_accuracy, hide_folders
 
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
 MAX_CARD = 1 << 20  # characters of a model card that are read
 CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
+MAX_LOST_TOP1 = 0.005  # by 8-bit integers; if they lose more, a line names the fine-tuning
 TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
 
 FILES = ("student.onnx", DENSE, verify.INT8, PTE, PTE_INT8, PROGRAM, STUDENT_FILE, "predict.py")
@@ -100,8 +102,8 @@ def check_options(options: argparse.Namespace) -> Versions | None:
     """Checks the values of the options, and that the folder may be written.
 
     Args:
-        options: The options of the command, of which `batch`, `opset`, `int8`, `executorch`, `openvino`, `seconds`,
-            `out` and `overwrite` are read.
+        options: The options of the command, of which `batch`, `opset`, `int8`, `qat`, `executorch`, `openvino`,
+            `seconds`, `out` and `overwrite` are read.
 
     Returns:
         The files of the older export that will be replaced; None if there is none.
@@ -121,6 +123,10 @@ def check_options(options: argparse.Namespace) -> Versions | None:
         raise OptionError("--batch", batch, allowed)
     if options.int8 and opset is not None and opset < OLDEST_INT8_OPSET:
         raise OptionError("--opset", opset, f"must be {OLDEST_INT8_OPSET} or more with --int8")
+    if options.qat < 0:
+        raise OptionError("--qat", options.qat, "must be 1 or more epochs")
+    if options.qat and not options.int8:
+        raise OptionError("--qat", options.qat, "needs --int8")
     if not options.seconds > 0:
         raise OptionError("--seconds", options.seconds, "must be above 0")
     if options.executorch:
@@ -205,6 +211,22 @@ def write_export(
         write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:
         say(line)
+    if not options.qat and (advice := advise_fine_tuning(run, verification)):
+        say(advice)
+
+
+def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> str | None:
+    """Returns a line that names the fine-tuning, if 8-bit integers lose much accuracy by calibration; otherwise None.
+
+    Args:
+        run: The student.
+        verification: The results of the checks.
+    """
+    floats, integers = (verification.top1.get(name) for name in ("student.onnx", verify.INT8))
+    if floats is None or integers is None or floats - integers <= MAX_LOST_TOP1:
+        return None
+    option, points = "--qat" if run.job_dir else "qat=3", format_accuracy(floats - integers)
+    return f"8-bit integers lose {points} percentage points: {option} fine-tunes the network with their rounding"
 
 
 def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageData | None, str]:
@@ -363,10 +385,82 @@ def quantize_student(content: bytes, run: RunStudent, options: argparse.Namespac
     """
     batches = list(iterate_calibration_batches(data, options.batch))
     prepared = quantize.prepare_model(content)
-    if options.openvino:
-        return quantize.quantize_model(prepared, batches, quantize.QDQ)
-    contents = {form: quantize.quantize_model(prepared, batches, form) for form in quantize.FORMATS}
-    return contents[quantize.choose_form(contents, run.image_size, timed_batches(options), options.seconds)]
+    scales: dict[str, qat.Scale] = {}
+    if options.qat:
+        prepared, scales = fine_tune_student(prepared, batches, options, data)
+    forms = [quantize.QDQ] if options.openvino else list(quantize.FORMATS)
+    contents = {form: quantize.quantize_model(prepared, batches, form, scales) for form in forms}
+    form = forms[0]
+    if len(forms) > 1:
+        form = quantize.choose_form(contents, run.image_size, timed_batches(options), options.seconds)
+    return quantize.write_epochs(contents[form], options.qat) if scales else contents[form]
+
+
+def fine_tune_student(
+    prepared: bytes, batches: Sequence[np.ndarray], options: argparse.Namespace, data: verify.LabeledImages
+) -> tuple[bytes, dict[str, qat.Scale]]:
+    """Fine-tunes a network with the rounding of 8-bit integers, and keeps the result if it is not worse.
+
+    The accuracies on the held-out images are compared; if there are none, the result is kept.
+
+    Args:
+        prepared: The content of the ONNX file with floats, from `quantize.prepare_model`.
+        batches: Batches of images for the calibration.
+        options: The options of the command.
+        data: The data set.
+
+    Returns:
+        The content of the ONNX file with floats to quantize, and the learned scales of its feature maps; those given
+        and an empty dict if the fine-tuning did not help.
+    """
+    calibrated = quantize.quantize_model(prepared, batches, quantize.QDQ)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = qat.RoundedNetwork(prepared, calibrated, device)
+    count = len(data.labels["train"])
+    size = min(qat.BATCH_SIZE, count)
+    say(f"fine-tuning with the rounding of 8-bit integers, {count_epochs(options.qat)} of {count:,} training images")
+    epochs = (iterate_training_batches(data, epoch, size) for epoch in range(options.qat))
+    teacher = predict.create_predictor(predict.create_session(prepared))
+    tuned, scales = qat.fine_tune(network, teacher, epochs, options.qat * (count // size))
+    if not len(data.labels.get("val", ())):
+        return tuned, scales
+    files = {"calibrated": calibrated, "fine-tuned": quantize.quantize_model(tuned, batches, quantize.QDQ, scales)}
+    top1 = {name: measure_held_out_top1(content, data) for name, content in {"floats": prepared, **files}.items()}
+    figures = ", ".join(f"{format_accuracy(value)} % {name}" for name, value in top1.items())
+    is_better = top1["fine-tuned"] >= top1["calibrated"]
+    say(f"on the held-out images: {figures}; {'the fine-tuned' if is_better else 'the calibrated'} integers are kept")
+    return (tuned, scales) if is_better else (prepared, {})
+
+
+def iterate_training_batches(data: verify.LabeledImages, epoch: int, size: int) -> Iterator[np.ndarray]:
+    """Yields batches of training images (n, C, H, W), float32 in [0, 1], in an order that depends on the epoch.
+
+    Args:
+        data: The data set.
+        epoch: The number of the epoch, from 0.
+        size: The number of images in a batch; images that do not fill the last batch are left out.
+    """
+    count = len(data.labels["train"])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    images = verify.show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
+    for chunk in verify.split_batches(images, size):
+        if len(chunk) == size:
+            yield stack_images(chunk)
+
+
+def measure_held_out_top1(content: bytes, data: verify.LabeledImages) -> float:
+    """Returns the accuracy of an ONNX file on the held-out images."""
+    predictor, correct, count = predict.create_predictor(predict.create_session(content)), 0, 0
+    for chunk in verify.split_batches(verify.iterate_samples(data, "val"), verify.BATCH_SIZE):
+        predicted = predictor(stack_images(chunk)).argmax(1)
+        correct += int((predicted == [sample.label for sample in chunk]).sum())
+        count += len(chunk)
+    return correct / max(count, 1)
+
+
+def stack_images(samples: Sequence[LabeledImage]) -> np.ndarray:
+    """Returns the images of samples as a batch (n, C, H, W), float32 in [0, 1]."""
+    return np.stack([sample.image.numpy() for sample in samples]).astype(np.float32) / np.float32(255)
 
 
 def convert_to_executorch(
@@ -411,7 +505,7 @@ def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -
     samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
     for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):
         if batch is None or len(chunk) == batch:
-            yield np.stack([sample.image.numpy() for sample in chunk]).astype(np.float32) / np.float32(255)
+            yield stack_images(chunk)
 
 
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:

@@ -128,7 +128,7 @@ def write_card(
         "training": card_accuracy.describe_training_data(run),
         "limits": card_accuracy.describe_limits(run, verification),
         "sizes": size_table(run, folder, files, timings),
-        "checks": describe_checks(verification, read_int8_form(folder)),
+        "checks": describe_checks(verification, read_int8_origin(folder)),
         "origin": describe_origin(run, verification),
         "checksums": checksum_lines(folder),
     }
@@ -356,18 +356,18 @@ def format_timing(timing: Timing) -> str:
     return f"{1000 * timing.p50:.3g} ({1000 * timing.p95:.3g})"
 
 
-def describe_checks(verification: Verification, int8_form: str = "") -> list[str]:
+def describe_checks(verification: Verification, int8_origin: str = "") -> list[str]:
     """Returns lines of Markdown: on which images each file was checked, and the largest differences.
 
     Args:
         verification: The results of the checks.
-        int8_form: The form of the file with 8-bit integers; see `read_int8_form`.
+        int8_origin: How the file with 8-bit integers was made; see `read_int8_origin`.
     """
     what = "test images, from their files" if verification.on_data else "images of noise"
     lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
     lines += ["prepared as above; the largest difference of a logit from the trained network's was", ""]
     lines += [f"- {format_file(name)}: {difference:.1e}" for name, difference in verification.differences.items()]
-    lines += describe_int8(verification, int8_form)
+    lines += describe_int8(verification, int8_origin)
     if not verification.on_data:
         lines += ["", f"**Not verified on data**: {format_code(verification.reason)}."]
     return lines
@@ -379,13 +379,13 @@ def format_file(name: str) -> str:
     return f"{format_code(file)} {runtime}".rstrip()
 
 
-def read_int8_form(folder: Path) -> str:
-    """Returns the form of the file with 8-bit integers, "QOperator" or "QDQ"; empty if there is no such file."""
+def read_int8_origin(folder: Path) -> str:
+    """Returns how the file with 8-bit integers was made, see `quantize.describe_origin`; empty if there is no file."""
     path = folder / INT8
-    return quantize.read_form(path.read_bytes()) if path.is_file() else ""
+    return quantize.describe_origin(path.read_bytes()) if path.is_file() else ""
 
 
-def describe_int8(verification: Verification, form: str = "") -> list[str]:
+def describe_int8(verification: Verification, origin: str = "") -> list[str]:
     """Returns a line of Markdown for each file with 8-bit integers, which says how much accuracy they lose.
 
     There is none if no file has 8-bit integers, or if there are no labels. The logits of 8-bit integers differ by
@@ -393,14 +393,14 @@ def describe_int8(verification: Verification, form: str = "") -> list[str]:
 
     Args:
         verification: The results of the checks.
-        form: The form of the file with 8-bit integers; see `read_int8_form`.
+        origin: How the file with 8-bit integers was made; see `read_int8_origin`.
     """
     lines = []
     for name, float_file in FLOAT_FILES.items():
         int8, top1 = verification.top1.get(name), verification.top1.get(float_file)
         if int8 is None or top1 is None:
             continue
-        line = f"- {format_code(name)}{f' ({form} form)' if form and name == INT8 else ''}: accuracy "
+        line = f"- {format_code(name)}{f' ({origin})' if origin and name == INT8 else ''}: accuracy "
         line += f"{format_accuracy(int8)} %, {format_accuracy(int8 - top1, '+')} percentage points against "
         line += format_code(float_file)
         if name in verification.changes:

@@ -14,12 +14,14 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from odcheap import predict
 from odcheap.export.latency import ONNX_RUNTIME, Timings, fastest, onnx_calls
 from odcheap.export.onnx import INPUT
+from odcheap.export.qat import Scale
 from odcheap.utils.console import say
 
 # The two forms of an ONNX file with 8-bit integers. In the first, each layer is one operator of integers, as ONNX
 # Runtime runs it; the second has the operators of the float network, between pairs of QuantizeLinear and
 # DequantizeLinear, which other runtimes and compilers can read too.
 QOPERATOR, QDQ = "QOperator", "QDQ"
+EPOCHS = "odcheap.fine_tuned_epochs"  # a property of an ONNX file
 FORMATS = {QOPERATOR: QuantFormat.QOperator, QDQ: QuantFormat.QDQ}
 
 
@@ -43,7 +45,9 @@ def prepare_model(model: bytes) -> bytes:
         return prepared.read_bytes()
 
 
-def quantize_model(model: bytes, batches: Sequence[np.ndarray], form: str) -> bytes:
+def quantize_model(
+    model: bytes, batches: Sequence[np.ndarray], form: str, scales: Mapping[str, Scale] | None = None
+) -> bytes:
     """Returns an ONNX file with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
 
     Depth-wise convolutions have a scale for each channel, too.
@@ -56,7 +60,12 @@ def quantize_model(model: bytes, batches: Sequence[np.ndarray], form: str) -> by
         batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
             measured.
         form: "QOperator" or "QDQ".
+        scales: The scales of feature maps that were learned, by the names of the tensors; the others are measured.
     """
+    learned = {
+        name: [{"scale": np.array(scale.scale, np.float32), "zero_point": np.array(scale.zero_point, np.uint8)}]
+        for name, scale in (scales or {}).items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         original, quantized = Path(folder) / "original.onnx", Path(folder) / "int8.onnx"
         original.write_bytes(model)
@@ -68,6 +77,7 @@ def quantize_model(model: bytes, batches: Sequence[np.ndarray], form: str) -> by
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            extra_options={"TensorQuantOverrides": learned},
         )
         return quantized.read_bytes()
 
@@ -102,3 +112,24 @@ def read_form(content: bytes) -> str:
     """Returns "QOperator" or "QDQ", the form of an ONNX file with 8-bit integers."""
     nodes = onnx.load_from_string(content).graph.node
     return QOPERATOR if any(node.op_type.startswith("QLinear") for node in nodes) else QDQ
+
+
+def write_epochs(content: bytes, epochs: int) -> bytes:
+    """Returns an ONNX file that says for how many epochs its network was fine-tuned with the rounding."""
+    model = onnx.load_from_string(content)
+    onnx.helper.set_model_props(model, {EPOCHS: str(epochs)})
+    return model.SerializeToString()
+
+
+def count_epochs(epochs: int) -> str:
+    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
+
+
+def describe_origin(content: bytes) -> str:
+    """Returns the form of an ONNX file with 8-bit integers, and whether its network was fine-tuned.
+
+    Example: `QOperator form, fine-tuned for 3 epochs`.
+    """
+    properties = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+    tuned = f", fine-tuned for {count_epochs(int(properties[EPOCHS]))}" if EPOCHS in properties else ""
+    return f"{read_form(content)} form{tuned}"

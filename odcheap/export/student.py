@@ -70,6 +70,7 @@ def export_student(
     name: str | None = None,
     batch: int | None = None,
     opset: int | None = None,
+    qat: int = 0,
     openvino: bool = False,
     pt2: bool = False,
     executorch: bool = False,
@@ -102,6 +103,8 @@ def export_student(
         name: The name of the network in the model card; None for the name of its class.
         batch: The number of images of a static graph, for a device's compiler; None if any number can be given.
         opset: The version of ONNX's operators; None for 18, if possible.
+        qat: The number of epochs for which the network is first fine-tuned with the rounding of 8-bit integers, on the
+            images of `calibration`; a copy is trained. It needs no labels, but more images than a calibration.
         openvino: Whether the ONNX files are also checked and timed in OpenVINO, which must be installed.
         pt2: Whether `student.pt2` is written, too, for `torch.export.load`. This format can contain pickled Python
             objects, so the people to whom you give the file have to trust you.
@@ -159,6 +162,7 @@ def export_student(
         out=Path(out).resolve(),
         batch=batch,
         opset=opset,
+        qat=qat,
         openvino=openvino,
         pt2=pt2,
         executorch=executorch,

@@ -87,7 +87,8 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, ca
 def test_another_student_static_and_in_integers(trained, tmp_path, capsys):
     job_dir = trained()
     other = 1 - json.loads((job_dir / "summary.json").read_text())["selected"]["student"]
-    options = ["--student", str(other), "--batch", "4", "--opset", "13", "--int8", "--out", str(tmp_path / "out")]
+    options = ["--student", str(other), "--batch", "4", "--opset", "13", "--int8", "--qat", "1"]
+    options += ["--out", str(tmp_path / "out")]
     assert command.main([str(job_dir), *QUICK, *options]) == 0
     model = onnx.load(tmp_path / "out" / "student.onnx")
     assert model.opset_import[0].version == 13
@@ -95,15 +96,26 @@ def test_another_student_static_and_in_integers(trained, tmp_path, capsys):
     expected = json.loads((job_dir / "summary.json").read_text())["students"][other]["test_top1"]
     out = capsys.readouterr().out
     assert re.search(rf"Test accuracy {100 * expected:.2f} % \(.*\) on 360 images; {100 * expected:.2f} % by", out)
+    assert "fine-tuning with the rounding of 8-bit integers, 1 epoch of 437 training images" in out
+    assert re.search(r"on the held-out images: [\d.]+ % floats, [\d.]+ % calibrated, [\d.]+ % fine-tuned; the ", out)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "(4, 3, 8, 8), a static graph for exactly 4 images; ONNX opset 13;" in card
-    line = r"- `student-int8.onnx` \((QOperator|QDQ) form\): accuracy [\d.]+ %, [+-][\d.]+ percentage points"
+    line = r"- `student-int8.onnx` \((QOperator|QDQ) form(, fine-tuned for 1 epoch)?\): accuracy [\d.]+ %, [+-][\d.]+ p"
     assert re.search(line, card)
     assert accuracy(
         predict.create_predictor(predict.create_session((tmp_path / "out" / "student-int8.onnx").read_bytes()))
     ) == pytest.approx(expected, abs=0.05)
     assert re.search(r"In 8-bit integers [\d.]+ %: .* classified correctly", out)
     assert not (job_dir / "export").exists()
+
+
+@pytest.mark.parametrize(("int8", "lost"), [(0.83, None), (0.82, "1.00")])
+def test_integers_that_lose_much_accuracy_name_the_fine_tuning(tmp_path, int8, lost):
+    run = load_run_student(write_run(tmp_path / "run"))
+    seen = verify.Verification(100, True, {}, {"student.onnx": 0.83, "student-int8.onnx": int8}, "")
+    expected = f"8-bit integers lose {lost} percentage points: --qat fine-tunes the network with their rounding"
+    assert command.advise_fine_tuning(run, seen) == (expected if lost else None)
+    assert command.advise_fine_tuning(run, verify.Verification(64, False, {}, {}, "")) is None
 
 
 def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(trained, light, capsys):

@@ -41,7 +41,9 @@ def test_integers_answer_nearly_as_floats_do(float_model, quantized, form):
         t for t in onnx.load_from_string(quantized[form]).graph.initializer if t.data_type == onnx.TensorProto.INT8
     ]
     assert sum(np.prod(tensor.dims) for tensor in weights) > 5_000
-    assert quantize.read_form(quantized[form]) == form
+    assert quantize.describe_origin(quantized[form]) == f"{form} form"
+    marked = quantize.write_epochs(quantized[form], 3)
+    assert quantize.describe_origin(marked) == f"{form} form, fine-tuned for 3 epochs"
 
 
 @pytest.mark.parametrize("form", quantize.FORMATS)
