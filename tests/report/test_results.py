@@ -1,12 +1,16 @@
 """The results in the documentation are those of the runs whose summaries lie in `results/`, and nothing else."""
 
+import runpy
 from pathlib import Path
 
 import pytest
+from matplotlib.testing.compare import compare_images
 
 from odcheap.report import command
 
 ROOT = Path(__file__).parents[2]
+TEST_IMAGES = ROOT.parent / "shared" / "data" / "cifar10-test.zip"
+build = runpy.run_path(str(ROOT / "results" / "build.py"))
 
 
 def table_lines(text: str) -> list[str]:
@@ -16,7 +20,9 @@ def table_lines(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("folder", "heading"),
     [
-        ("cifar10_short", "<!-- the report's table -->"),
+        ("cifar10_short", "<!-- the report's table of 15 epochs -->"),
+        ("cifar10_short_cpu", "<!-- the report's table on CPU cores -->"),
+        ("cifar10_recipes", "<!-- the report's table of recipes -->"),
         ("cifar10_resnet56_160_epochs", "<!-- the report's table of 160 epochs -->"),
     ],
 )
@@ -29,3 +35,21 @@ def test_the_tables_of_results_are_the_reports_of_the_kept_runs(folder, heading,
     assert len(shown) == len(rows) > 2
     for k, (row, line) in enumerate(zip(rows, shown, strict=True)):
         assert line.startswith(row), k
+
+
+@pytest.mark.parametrize(
+    ("table", "heading"),
+    [
+        ("format_best", "<!-- the table of the best recipe -->"),
+        ("format_recipes", "<!-- the held-out table of recipes -->"),
+    ],
+)
+def test_the_tables_that_are_built_here_are_those_of_the_page(table, heading):
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert table_lines(page.partition(heading)[2].partition("\n\n")[0]) == build[table]()
+
+
+@pytest.mark.parametrize("name", list(build["FIGURES"]))
+def test_the_figures_of_results_are_those_of_the_kept_runs(name, tmp_path):
+    build["main"](tmp_path)
+    assert compare_images(ROOT / "docs" / "assets" / name, tmp_path / name, tol=2) is None
