@@ -184,16 +184,18 @@ def decode_content(
     bit_depth: int | None = None,
     prepare: Callable[[Image.Image], None] | None = None,
 ) -> Image.Image:
-    """Decodes the content of an image file, see `decode_image`.
+    """Decodes the content of an image file as RGB, and rotates the image as its EXIF data say.
 
     Args:
         content: The content of the file.
-        name: What the image is called in an error message.
-        bit_depth: See `decode_image`.
-        prepare: See `decode_image`.
+        name: The name or path of the image, for error messages.
+        bit_depth: The number of bits that are used in an image with 16 bits a channel; None if there are no such
+            images.
+        prepare: A function that is called with the image after it is opened and before it is decoded.
 
     Raises:
-        ImageError: See `decode_image`.
+        ImageError: The image cannot be decoded completely, the range of its pixels is not known, or one side of it is
+            more than 100 times as long as the other.
     """
     try:
         with warnings.catch_warnings():

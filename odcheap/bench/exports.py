@@ -75,13 +75,13 @@ def list_runtimes() -> list[str]:
 
 
 def create_predictor(runtime: str, content: bytes, batch: int, threads: int) -> predict.Predictor:
-    """Returns a function that runs a file on images; ExecuTorch's threads have to be set before.
+    """Returns a function that runs a file of an export: images (n, C, H, W) in [0, 1] to logits (n, K).
 
     Args:
-        runtime: The name of the runtime.
+        runtime: The name of the runtime: "ONNX Runtime", "OpenVINO" or "ExecuTorch".
         content: The content of the file.
-        batch: The number of images in a call.
-        threads: The number of CPU threads.
+        batch: For ExecuTorch, the number of images for which the program was written.
+        threads: The number of CPU threads. It has no effect on ExecuTorch, for which `executorch.set_threads` sets it.
     """
     if runtime == EXECUTORCH:
         return executorch.create_predictor(content, batch)
@@ -103,9 +103,10 @@ def measure_exports(
         report: A function that takes lines of text about the progress.
 
     Returns:
-        For each export, and each precision that it has, a dict with `network`, `precision` ("float" or "int8"),
-        `images` (in a call), and by the names of the runtimes `bytes` (of the file), `top1` and `ms`, a list with the
-        quartiles of the milliseconds of a call.
+        A dict for each export and each precision that it has. Its entries are `network` (the name), `precision`
+        ("float" or "int8"), `images` (their number in a call), and three dicts by the names of the runtimes: `bytes`
+        (the size of the file), `top1` (the accuracy as a fraction, or None) and `ms` (the milliseconds of a call, as a
+        list with the first quartile, the median and the third quartile).
 
     Raises:
         OptionError: A folder is not an export, or one of its files was changed.
@@ -164,7 +165,11 @@ def format_exports(rows: Sequence[dict[str, Any]], threads: int, cpu: str) -> st
 
 
 def format_ms(quartiles: Sequence[float] | None) -> str:
-    """Returns the median and the quartiles of a measurement; empty without one."""
+    """Returns the quartiles of a measurement as text, such as "2.5 (2.4 to 2.7)" with the median first.
+
+    Args:
+        quartiles: The first quartile, the median and the third quartile; None, for an empty text, if there are none.
+    """
     if quartiles is None:
         return ""
     low, median, high = quartiles

@@ -46,12 +46,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap demo") -> 
 
 
 def create_server(folder: Path, file: str, port: int) -> DemoServer:
-    """Returns the server of the page, which already takes connections.
+    """Returns the server of the demo page, to which browsers can connect already.
 
     Args:
         folder: The folder of an export.
-        file: The name of its ONNX file.
-        port: The port; 0 for a free one.
+        file: The name of the ONNX file in this folder that classifies the images, such as "student.onnx".
+        port: The port of the server, 0 to 65535; 0 for a free one.
 
     Raises:
         OptionError: The folder is not an export, or the port cannot be used.

@@ -41,10 +41,14 @@ class Classifier:
 
     Args:
         folder: The folder of the export.
-        file: The name of its ONNX file.
+        file: The name of the ONNX file in this folder that classifies the images, such as "student.onnx".
 
     Attributes:
-        description: What the page says about the network: its name, the file, the classes, and a line about accuracy.
+        preprocess: The content of the export's `preprocess.json`.
+        classes: The names of the classes, in the order of the logits.
+        predictor: A function that maps images (n, C, H, W) in [0, 1] to logits (n, K).
+        description: What the page says about the network: a dict with `title` (the network's name), `accuracy` (a line
+            of text, which may be empty), `file` and `classes`.
 
     Raises:
         predict.PredictError: The files of the export are damaged or do not fit together.
@@ -70,6 +74,10 @@ class Classifier:
             content: The content of the image file.
             name: The name of the file, for error messages.
 
+        Returns:
+            Pairs of a class's name and its probability, the most likely class first; fewer than five if the network has
+            fewer classes.
+
         Raises:
             predict.PredictError: The image cannot be read, or the network cannot be run on it.
         """
@@ -81,7 +89,15 @@ class Classifier:
 
 
 def read_card(folder: Path) -> tuple[str, str]:
-    """Returns two lines of an export's model card without their markup: the title, and the line about accuracy."""
+    """Returns two lines of an export's model card as plain text: its title, and its sentence about the test accuracy.
+
+    Args:
+        folder: The folder of the export.
+
+    Returns:
+        The title, which is the name of the folder if the card has none; and the sentence, which is empty if the card
+        has none.
+    """
     lines = predict.read_regular(folder / predict.CARD_FILE, predict.MAX_TEXT_BYTES).decode().splitlines()
     title = next((line[2:] for line in lines if line.startswith("# ")), folder.name)
     accuracy = next((line for line in lines if line.startswith("Test accuracy ")), "")
@@ -89,13 +105,14 @@ def read_card(folder: Path) -> tuple[str, str]:
 
 
 class RequestHandler(BaseHTTPRequestHandler):
-    """Answers a request of the page."""
+    """Answers the HTTP requests of the demo page: GET for the page's own files, POST for an image to classify."""
 
     server: "DemoServer"  # ty: ignore[incompatible-mutable-override] - no other server uses this class
     server_version, sys_version = "odcheap", ""
     timeout = SECONDS_WITHOUT_DATA
 
     def do_GET(self) -> None:
+        """Sends a file of the page, or for `/export.json` the description of the network (`Classifier.description`)."""
         if not self.check_origin():
             return
         path = urlsplit(self.path).path
@@ -108,6 +125,10 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.answer(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
 
     def do_POST(self) -> None:
+        """Classifies the image that is sent to `/classify`, and answers with JSON: `classes`, or one line `error`.
+
+        Each entry of `classes` has a `label` and a `probability`.
+        """
         if not self.check_origin():
             return
         length = self.headers.get("Content-Length", "")
@@ -131,9 +152,10 @@ class RequestHandler(BaseHTTPRequestHandler):
                 self.answer(HTTPStatus.OK, {"classes": [{"label": name, "probability": p} for name, p in ranked]})
 
     def check_origin(self) -> bool:
-        """Returns whether the request is from the page itself; answers it with an error if it is from another page.
+        """Returns whether the request is from the demo page; if it is from another page, answers it with an error.
 
-        Another web page that the user visits can send requests to this server, too, and can give it another name.
+        Any web page that the user visits could send requests to this server, and could reach it by a host name of its
+        own ("DNS rebinding"). So the headers `Host` and `Origin` must name this server.
         """
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if urlsplit(f"//{host}").hostname in LOCAL_NAMES and origin in (None, f"http://{host}"):
@@ -142,21 +164,30 @@ class RequestHandler(BaseHTTPRequestHandler):
         return False
 
     def discard(self, length: int) -> None:
-        """Reads this number of bytes, or as many as there are, and does nothing with them."""
+        """Reads the body of a request and drops it.
+
+        Args:
+            length: The number of bytes to read; fewer are read if the connection ends before.
+        """
         while length > 0 and (chunk := self.rfile.read(min(length, CHUNK))):
             length -= len(chunk)
 
     def answer(self, status: HTTPStatus, content: Any) -> None:
-        """Sends JSON."""
+        """Sends an answer in JSON.
+
+        Args:
+            status: The HTTP status.
+            content: The object that is written as JSON.
+        """
         self.send(status, json.dumps(content).encode(), "application/json")
 
     def send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
-        """Sends an answer.
+        """Sends an answer with the headers that all answers have.
 
         Args:
-            status: The status.
-            content: The content.
-            kind: The media type of the content.
+            status: The HTTP status.
+            content: The body of the answer.
+            kind: The media type of the body, such as "text/css".
         """
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **HEADERS}.items():
@@ -169,10 +200,10 @@ class RequestHandler(BaseHTTPRequestHandler):
 
 
 class DemoServer(ThreadingHTTPServer):
-    """The server of the page; it takes connections from this machine only.
+    """The HTTP server of the demo page, which can be reached from this machine only.
 
     Args:
-        classifier: The network that classifies the images.
+        classifier: What classifies the images.
         port: The port; 0 for a free one.
     """
 
@@ -185,5 +216,5 @@ class DemoServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """The address of the page."""
+        """The address of the page for a browser, such as "http://127.0.0.1:8000/"."""
         return f"http://{ADDRESS}:{self.server_port}/"

@@ -31,9 +31,9 @@ class ExecuTorchFile(NamedTuple):
     """An ExecuTorch program.
 
     Attributes:
-        content: The content of the file.
-        portable: The names of the operators that XNNPACK does not run, and ExecuTorch's slow portable ones do; empty if
-            XNNPACK runs the whole network.
+        content: The content of the `.pte` file.
+        portable: The names of the operators that XNNPACK does not have, so that ExecuTorch's slow "portable" operators
+            run them; empty if XNNPACK runs the whole network.
     """
 
     content: bytes
@@ -72,10 +72,10 @@ def to_pte(program: Program, image_size: tuple[int, int, int], batch: int | None
     """Returns an ExecuTorch program whose layers are run by XNNPACK.
 
     Args:
-        program: The traced network. What a network computes without its input, such as the kernels of a shift, must be
-            constants in it: XNNPACK takes no others as weights.
+        program: The traced network. Tensors that do not depend on the images, such as the kernels of a shift, must be
+            constants of its graph, since XNNPACK takes only constants as weights.
         image_size: (C, H, W) of an image.
-        batch: The number of images of the program; None for one image.
+        batch: The number of images in each call of the program; None for one image.
 
     Raises:
         Failure: ExecuTorch cannot write the network.
@@ -89,14 +89,15 @@ def to_int8_pte(
 ) -> ExecuTorchFile:
     """Returns an ExecuTorch program with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
 
-    It is PyTorch's quantization after the training ("PT2E") with XNNPACK's rules.
+    This is PyTorch's post-training quantization ("PT2E") with XNNPACK's rules.
 
     Args:
-        program: The traced network; see `to_pte`.
+        program: The traced network. Tensors that do not depend on the images must be constants of its graph.
         image_size: (C, H, W) of an image.
         batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
             measured.
-        batch: The number of images of the program, and of each batch if it is given; None for one image.
+        batch: The number of images in each call of the program, and in each of `batches`. None for one image; the
+            batches may then have any number of images.
 
     Raises:
         Failure: The network cannot be quantized, or ExecuTorch cannot write it.
@@ -119,12 +120,13 @@ def to_int8_pte(
 
 
 def keep_pooled_dimensions(program: Program, image_size: tuple[int, int, int], batch: int | None) -> GraphModule:
-    """Returns a graph whose means over height and width keep these dimensions, which are flattened after them.
+    """Returns a network's graph in a form in which XNNPACK can run the global average pooling.
 
-    XNNPACK has no mean that drops them.
+    XNNPACK has no mean over height and width that drops these two dimensions. So each such mean keeps them in the new
+    graph, and a flatten after it removes them: (n, C, 1, 1) -> (n, C). The outputs are the same.
 
     Args:
-        program: The traced network.
+        program: The traced network, which is not changed.
         image_size: (C, H, W) of an image.
         batch: The number of images of a static graph; None if the number may vary.
     """
@@ -146,12 +148,12 @@ def keep_pooled_dimensions(program: Program, image_size: tuple[int, int, int], b
 
 
 def lower(graph: GraphModule, image_size: tuple[int, int, int], batch: int | None) -> ExecuTorchFile:
-    """Returns the ExecuTorch program of a graph, as many layers of which as possible are run by XNNPACK.
+    """Returns the ExecuTorch program of a graph, in which XNNPACK runs as many layers as possible.
 
     Args:
-        graph: The graph.
+        graph: The graph of a network, which maps images (n, C, H, W) to logits (n, K).
         image_size: (C, H, W) of an image.
-        batch: The number of images of the program; None for one image.
+        batch: The number of images in each call of the program; None for one image.
     """
     # ExecuTorch knows its operators on 8-bit integers, for layers that XNNPACK does not run, after the first import.
     import executorch.kernels.quantized  # noqa: F401
@@ -168,7 +170,7 @@ def lower(graph: GraphModule, image_size: tuple[int, int, int], batch: int | Non
 
 @cache
 def load_runtime() -> Any:
-    """Returns ExecuTorch's runtime."""
+    """Returns the object with which ExecuTorch loads programs, an `executorch.runtime.Runtime`."""
     with quiet_executorch():
         import executorch.kernels.quantized  # noqa: F401
         from executorch.runtime import Runtime
@@ -177,7 +179,13 @@ def load_runtime() -> Any:
 
 
 def set_threads(count: int) -> None:
-    """Sets the number of CPU threads of ExecuTorch in this process; programs that are loaded before become unusable."""
+    """Sets the number of CPU threads of ExecuTorch in this process.
+
+    Programs that were loaded before cannot be run any more.
+
+    Args:
+        count: The number of threads.
+    """
     load_runtime()
     with quiet_executorch():
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
@@ -186,13 +194,17 @@ def set_threads(count: int) -> None:
 
 
 def load_method(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function that runs an ExecuTorch program on images of the program's number and size.
+    """Returns a function that runs an ExecuTorch program.
 
     Args:
         content: The content of the `.pte` file.
 
+    Returns:
+        A function that maps images (n, C, H, W), float32 in [0, 1], to logits (n, K). The number n and the size of the
+        images must be those for which the program was written.
+
     Raises:
-        Failure: ExecuTorch cannot load it.
+        Failure: ExecuTorch cannot load the program.
     """
     try:
         runtime = load_runtime()
@@ -213,10 +225,10 @@ def create_predictor(content: bytes, batch: int | None) -> Predictor:
 
     Args:
         content: The content of the `.pte` file.
-        batch: The number of images of the program; None for one image.
+        batch: The number of images for which the program was written; None for one image.
 
     Raises:
-        Failure: ExecuTorch cannot load it.
+        Failure: ExecuTorch cannot load the program.
     """
     method = load_method(content)
     return pad_batches(lambda images: method(torch.from_numpy(images)).numpy(), batch or EXPORTED_BATCH)

@@ -45,7 +45,7 @@ def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches:
         batches: The numbers of images in a call; there is a function for each.
 
     Returns:
-        A dict from each `Key` to a function without arguments.
+        A dict from each `Key` to a function without arguments, which runs one file once on random images.
     """
     calls: Calls = {}
     for name, model in models.items():
@@ -66,7 +66,10 @@ def executorch_calls(programs: Mapping[str, bytes], size: tuple[int, int, int], 
     Args:
         programs: The contents of `.pte` files by name.
         size: The shape (C, H, W) of an image.
-        batch: The number of images of the programs; None for one image.
+        batch: The number of images for which the programs were written; None for one image.
+
+    Returns:
+        A dict from each `Key` to a function without arguments, which runs one program once on random images.
     """
     count = batch or executorch.EXPORTED_BATCH
     images = torch.from_numpy(predict.random_images(count, size))
@@ -77,7 +80,16 @@ def executorch_calls(programs: Mapping[str, bytes], size: tuple[int, int, int], 
 
 
 def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run networks in PyTorch on the CPU, and on a GPU if there is one; see `onnx_calls`."""
+    """Returns functions that run networks in PyTorch: on the CPU with one thread and all, and on a GPU if there is one.
+
+    Args:
+        networks: The networks by name, in eval mode on the CPU.
+        size: The shape (C, H, W) of an image.
+        batches: The numbers of images in a call; there is a function for each.
+
+    Returns:
+        A dict from each `Key` to a function without arguments, which runs one network once on random images.
+    """
     calls: Calls = {}
     for name, network in networks.items():
         network = network.to(memory_format=torch.channels_last)

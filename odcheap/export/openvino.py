@@ -54,7 +54,19 @@ def create_predictor(model: bytes, threads: int = 0) -> predict.Predictor:
 
 
 def openvino_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run ONNX files in OpenVINO, with one thread and with all; see `latency.onnx_calls`."""
+    """Returns functions that run ONNX files in OpenVINO, with one CPU thread and with all threads, for measurements.
+
+    Args:
+        models: The contents of ONNX files by name.
+        size: The shape (C, H, W) of an image.
+        batches: The numbers of images in a call; there is a function for each.
+
+    Returns:
+        A dict from each `Key` to a function without arguments, which runs one file once on random images.
+
+    Raises:
+        Failure: OpenVINO cannot load a file.
+    """
     calls: Calls = {}
     for name, model in models.items():
         for threads in (1, 0):

@@ -30,7 +30,12 @@ Round = Callable[[str, Tensor], Tensor]
 
 
 class Scale(NamedTuple):
-    """How the numbers of a feature map become 8-bit integers: q = round(x / scale) + zero point, from 0 to 255."""
+    """How the numbers x of a feature map become 8-bit integers: q = round(x / scale) + zero_point, from 0 to 255.
+
+    Attributes:
+        scale: The difference between the numbers that two neighboring integers stand for.
+        zero_point: The integer that stands for 0.
+    """
 
     scale: float
     zero_point: int
@@ -40,8 +45,8 @@ class FineTuned(NamedTuple):
     """The result of a fine-tuning.
 
     Attributes:
-        model: The content of the ONNX file with floats and the trained weights.
-        scales: The learned scale of each feature map that is quantized, by the name of its tensor.
+        model: The content of the ONNX file with the trained weights, still as floats.
+        scales: The learned scale of each feature map that will be quantized, by the name of its tensor.
     """
 
     model: bytes
@@ -49,7 +54,10 @@ class FineTuned(NamedTuple):
 
 
 class RoundToUint8(torch.autograd.Function):
-    """Rounds a tensor to the 256 numbers of an 8-bit integer, with gradients for the tensor and the scale.
+    """Rounds a tensor to the 256 numbers that 8-bit integers stand for, with gradients for the tensor and the scale.
+
+    `RoundToUint8.apply(x, scale, zero_point)` takes a tensor x of any shape, the scale as a tensor with one number, and
+    the zero point as an int from 0 to 255 (see `Scale`). It returns floats in the shape of x.
 
     Source: Esser et al., "Learned step size quantization", 2020.
     """
@@ -76,8 +84,11 @@ def round_weight(weight: Tensor, axis: int) -> Tensor:
     """Returns weights rounded to 8-bit integers from -127 to 127 with a scale for each channel, as ONNX Runtime does.
 
     Args:
-        weight: The weights; their gradient is that of the result.
-        axis: The dimension of the channels.
+        weight: The weights. The gradient of the result is passed on to them unchanged, as if nothing were rounded.
+        axis: The dimension of `weight` that counts the channels.
+
+    Returns:
+        Floats in the shape of `weight`. The scale of each channel is its largest absolute weight divided by 127.
     """
     other = [dim for dim in range(weight.dim()) if dim != axis]
     scale = weight.detach().abs().amax(other) / MAX_INT8
@@ -87,7 +98,12 @@ def round_weight(weight: Tensor, axis: int) -> Tensor:
 
 
 def read_scales(quantized: onnx.ModelProto) -> dict[str, Scale]:
-    """Returns the scale of each feature map, by the name of its tensor, from a file with 8-bit integers (QDQ form)."""
+    """Returns the scale of each feature map that is quantized, by the name of its tensor in the float file.
+
+    Args:
+        quantized: A network with 8-bit integers in the QDQ form: float operators between pairs of the operators
+            QuantizeLinear and DequantizeLinear.
+    """
     constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
     scales = {}
     for node in quantized.graph.node:
@@ -98,7 +114,14 @@ def read_scales(quantized: onnx.ModelProto) -> dict[str, Scale]:
 
 
 def read_weight_axes(quantized: onnx.ModelProto) -> dict[str, int]:
-    """Returns the dimension of the channels of all weights with 8-bit integers, by their names in the float file."""
+    """Returns, for each weight tensor with 8-bit integers, which dimension counts the channels.
+
+    Args:
+        quantized: A network with 8-bit integers in the QDQ form; see `read_scales`.
+
+    Returns:
+        The number of the dimension, by the name of the weight tensor in the float file.
+    """
     types = {tensor.name: tensor.data_type for tensor in quantized.graph.initializer}
     axes = {}
     for node in quantized.graph.node:
@@ -108,6 +131,7 @@ def read_weight_axes(quantized: onnx.ModelProto) -> dict[str, int]:
 
 
 def read_attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Returns the attributes of a node of an ONNX graph, such as `strides` and `pads`, by their names."""
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
@@ -142,8 +166,8 @@ def pad_images(options: dict[str, Any], x: Tensor, fill: float = 0.0) -> Tensor:
     """Returns feature maps with the padding of a node around them.
 
     Args:
-        options: The attributes of the node, of which `pads` is read: (top, left, bottom, right).
-        x: The feature maps.
+        options: The attributes of the node, of which `pads` is read: (top, left, bottom, right), in pixels.
+        x: The feature maps (n, C, H, W).
         fill: The value of the padding.
     """
     top, left, bottom, right = options.get("pads", (0, 0, 0, 0))
@@ -151,6 +175,7 @@ def pad_images(options: dict[str, Any], x: Tensor, fill: float = 0.0) -> Tensor:
 
 
 def convolve(options: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes the ONNX operator Conv in two dimensions, from the attributes of a node (`options`) and its inputs."""
     strides, dilations = options.get("strides", (1, 1)), options.get("dilations", (1, 1))
     top, left, bottom, right = options.get("pads", (0, 0, 0, 0))
     padding = (top, left)
@@ -160,12 +185,14 @@ def convolve(options: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def pool_maximum(options: dict[str, Any], x: Tensor) -> Tensor:
+    """Computes the ONNX operator MaxPool, from the attributes of a node (`options`) and its input (n, C, H, W)."""
     strides, dilations = options.get("strides", (1, 1)), options.get("dilations", (1, 1))
     padded = pad_images(options, x, -math.inf)
     return F.max_pool2d(padded, options["kernel_shape"], strides, 0, dilations, bool(options.get("ceil_mode", 0)))
 
 
 def pool_average(options: dict[str, Any], x: Tensor) -> Tensor:
+    """Computes the ONNX operator AveragePool, from the attributes of a node (`options`) and its input (n, C, H, W)."""
     kernel, strides = options["kernel_shape"], options.get("strides", (1, 1))
     padded, is_ceil = pad_images(options, x), bool(options.get("ceil_mode", 0))
     pooled = F.avg_pool2d(padded, kernel, strides, 0, is_ceil)
@@ -176,12 +203,14 @@ def pool_average(options: dict[str, Any], x: Tensor) -> Tensor:
 
 
 def multiply_matrices(options: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes the ONNX operators Gemm and MatMul, from the attributes of a node (`options`) and its inputs."""
     x = x.T if options.get("transA", 0) else x
     result = options.get("alpha", 1.0) * (x @ (weight.T if options.get("transB", 0) else weight))
     return result if bias is None else result + options.get("beta", 1.0) * bias
 
 
 def reshape(options: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
+    """Computes the ONNX operator Reshape, except that the first dimension of x, the number of images, stays."""
     sizes = [x.shape[k] if size == 0 else size for k, size in enumerate(shape.tolist())]
     return x.reshape(x.shape[0], *sizes[1:])  # the number of images is that of the training, also for a static graph
 
@@ -189,14 +218,17 @@ def reshape(options: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
 def normalize(
     options: dict[str, Any], x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 ) -> Tensor:
+    """Computes the ONNX operator BatchNormalization in eval mode; `options` are the attributes of the node."""
     return F.batch_norm(x, mean, variance, scale, bias, eps=options.get("epsilon", 1e-5))
 
 
 def clip(options: dict[str, Any], x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    """Computes the ONNX operator Clip: limits x to [low, high]; a limit that is None does not apply."""
     return x.clamp(low, high)
 
 
 def hard_sigmoid(options: dict[str, Any], x: Tensor) -> Tensor:
+    """Computes the ONNX operator HardSigmoid: alpha x + beta, limited to [0, 1]; `options` has alpha and beta."""
     return (options.get("alpha", 0.2) * x + options.get("beta", 0.5)).clamp(0, 1)
 
 
@@ -226,16 +258,17 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 class RoundedNetwork:
-    """The network of an ONNX file, of which the tensors are rounded that a second file has as 8-bit integers.
+    """A trainable network from an ONNX file, which rounds those tensors that are 8-bit integers in a second ONNX file.
 
     Args:
         model: The content of the ONNX file with floats, from `quantize.prepare_model`.
-        quantized: The content of the same network's file with 8-bit integers, in the QDQ form.
-        device: The device on which it is trained.
+        quantized: The content of the file with 8-bit integers of the same network, in the QDQ form; see `read_scales`.
+        device: The device on which the network is trained.
 
     Attributes:
-        weights: The parameters to train, by name.
-        log_scales: The logarithms of the scales to train, by the name of the feature map.
+        weights: The weights and biases to train, by name.
+        log_scales: For each rounded feature map, by its name, a scalar to train: the logarithm of the factor between
+            its scale and its scale in `quantized`. It is 0 at the beginning.
     """
 
     def __init__(self, model: bytes, quantized: bytes, device: torch.device):
@@ -257,6 +290,7 @@ class RoundedNetwork:
         return run_graph(self.proto.graph.node, self.constants | rounded, images, self.round)
 
     def round(self, name: str, x: Tensor) -> Tensor:
+        """Returns the feature map x rounded with its current scale, or unchanged if `name` is not a rounded one."""
         if name not in self.start:
             return x
         start = self.start[name]
@@ -287,9 +321,12 @@ def fine_tune(
 
     Args:
         network: The rounded network.
-        teacher: The float network: images (n, C, H, W) in [0, 1] to logits (n, K).
-        epochs: The batches of images, (n, C, H, W) in [0, 1], of each epoch.
-        steps: The number of all batches, after which the learning rate is zero.
+        teacher: The float network: a function that maps images (n, C, H, W) in [0, 1] to logits (n, K).
+        epochs: For each epoch, its batches of images (n, C, H, W), float32 in [0, 1].
+        steps: The number of batches of all epochs together, after which the learning rate is zero.
+
+    Returns:
+        The ONNX file with the trained weights, and the learned scales.
     """
     weights, scales = list(network.weights.values()), list(network.log_scales.values())
     device = weights[0].device

@@ -26,18 +26,29 @@ FORMATS = {QOPERATOR: QuantFormat.QOperator, QDQ: QuantFormat.QDQ}
 
 
 class BatchReader(CalibrationDataReader):
-    """Passes batches of images (n, C, H, W) to the calibration of ONNX Runtime, one after the other."""
+    """Passes batches of images to the calibration of ONNX Runtime, one after the other.
+
+    Args:
+        batches: Batches of images (n, C, H, W), float32 in [0, 1].
+    """
 
     def __init__(self, batches: Iterator[np.ndarray]):
         self.batches = batches
 
     def get_next(self) -> dict[str, np.ndarray]:
+        """Returns the next batch by the name of the network's input; an empty dict after the last batch."""
         images = next(self.batches, None)
         return {} if images is None else {INPUT: images}
 
 
 def prepare_model(model: bytes) -> bytes:
-    """Returns an ONNX file in which constants are computed, batch norms are folded, and shapes are known."""
+    """Returns the content of an ONNX file in the form that the quantization needs.
+
+    Constants are computed, batch norms are folded into convolutions, and the shapes of all tensors are stated.
+
+    Args:
+        model: The content of the ONNX file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         original, prepared = Path(folder) / "original.onnx", Path(folder) / "prepared.onnx"
         original.write_bytes(model)
@@ -59,8 +70,10 @@ def quantize_model(
         model: The content of the ONNX file to quantize, from `prepare_model`.
         batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
             measured.
-        form: "QOperator" or "QDQ".
-        scales: The scales of feature maps that were learned, by the names of the tensors; the others are measured.
+        form: "QOperator", in which each layer is one operator on integers; or "QDQ", in which float operators stand
+            between pairs of the operators QuantizeLinear and DequantizeLinear, for other runtimes than ONNX Runtime.
+        scales: The learned scales of feature maps, by the names of their tensors (see `qat.fine_tune`). The scales of
+            all other feature maps are measured on `batches`.
     """
     learned = {
         name: [{"scale": np.array(scale.scale, np.float32), "zero_point": np.array(scale.zero_point, np.uint8)}]
@@ -85,13 +98,13 @@ def quantize_model(
 def choose_form(
     contents: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> str:
-    """Returns the form, "QOperator" or "QDQ", in which ONNX Runtime runs a quantized network faster here.
+    """Returns the form, "QOperator" or "QDQ", in which ONNX Runtime runs a quantized network faster on this machine.
 
     Args:
-        contents: The contents of the files by their forms.
+        contents: The contents of the network's ONNX files in both forms, by "QOperator" and "QDQ".
         size: The shape (C, H, W) of an image.
-        batches: The numbers of images in a call that are timed. The geometric mean of their ratios decides.
-        seconds: The time for each measurement.
+        batches: The numbers of images in a call that are timed. The geometric mean of their ratios of times decides.
+        seconds: The time for each measurement, in seconds.
     """
     ratio = compare_forms(predict.time_alternately(onnx_calls(contents, size, batches), seconds))
     form, other = (QOPERATOR, QDQ) if ratio > 1 else (QDQ, QOPERATOR)
@@ -100,7 +113,14 @@ def choose_form(
 
 
 def compare_forms(timings: Timings) -> float:
-    """Returns how many times as fast the QOperator form is as the QDQ form; see `choose_form`."""
+    """Returns how many times as fast the QOperator form is as the QDQ form in ONNX Runtime.
+
+    Args:
+        timings: The times of both forms, whose names in the keys are "QOperator" and "QDQ".
+
+    Returns:
+        The geometric mean, over the numbers of images in a call, of the ratio of the median times.
+    """
     batches = sorted({key.batch for key in timings})
     times = {form: [fastest(timings, form, ONNX_RUNTIME, batch).p50 for batch in batches] for form in (QDQ, QOPERATOR)}
     return math.exp(
@@ -115,20 +135,27 @@ def read_form(content: bytes) -> str:
 
 
 def write_epochs(content: bytes, epochs: int) -> bytes:
-    """Returns an ONNX file that says for how many epochs its network was fine-tuned with the rounding."""
+    """Returns an ONNX file with a property that says for how many epochs its network was fine-tuned with the rounding.
+
+    Args:
+        content: The content of an ONNX file.
+        epochs: The number of epochs.
+    """
     model = onnx.load_from_string(content)
     onnx.helper.set_model_props(model, {EPOCHS: str(epochs)})
     return model.SerializeToString()
 
 
 def count_epochs(epochs: int) -> str:
+    """Returns a number of epochs as text, such as "1 epoch" or "3 epochs"."""
     return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
 def describe_origin(content: bytes) -> str:
-    """Returns the form of an ONNX file with 8-bit integers, and whether its network was fine-tuned.
+    """Returns a text about an ONNX file with 8-bit integers, such as "QOperator form, fine-tuned for 3 epochs".
 
-    Example: `QOperator form, fine-tuned for 3 epochs`.
+    Args:
+        content: The content of the file.
     """
     properties = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
     tuned = f", fine-tuned for {count_epochs(int(properties[EPOCHS]))}" if EPOCHS in properties else ""

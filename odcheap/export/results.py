@@ -25,10 +25,12 @@ def describe_results(run: RunStudent, verification: Verification) -> dict[str, A
 
         - `network`: its block type, backbone and options such as depth.
         - `data`: the name of the data set of its training; None if it is not known.
-        - `test`: the figures on the test images: the number of `images`, how many of them are `correct`, the accuracy
-          `top1` with its 95 % interval, and the mean recall of the classes; None if they are not known.
-        - `verified_on_data`: whether these were measured by the export; otherwise they are those of the run's summary.
-        - `top1`: the accuracy of each file on the test images, by its name; empty without labeled test images.
+        - `test`: the student's figures on the test images: the number of `images`, how many of them are `correct`, the
+          accuracy `top1` with its 95 % interval `top1_interval`, and the mean recall of the classes
+          `balanced_accuracy`; None if they are not known.
+        - `verified_on_data`: whether the export measured the figures in `test`; otherwise they are those of the run's
+          summary.
+        - `top1`: the accuracy of each exported file on the test images, by its name; empty without labeled test images.
         - `params`, `macs`: the numbers of parameters and of multiply-accumulates.
     """
     figures, data = compute_figures(run, verification), (run.summary or {}).get("data")

@@ -62,7 +62,7 @@ def list_snippets(names: Collection[str], shape: tuple[int, int, int, int], with
     Args:
         names: The names of the exported files.
         shape: The shape (n, C, H, W) of images that all files can take.
-        with_openvino: Whether there is code that runs `student.onnx` in OpenVINO.
+        with_openvino: Whether to add a paragraph with code that runs `student.onnx` in OpenVINO.
     """
     values = {
         "{shape}": ", ".join(map(str, shape)),

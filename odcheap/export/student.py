@@ -118,7 +118,8 @@ def export_student(
 
     Raises:
         OptionError: An argument is not allowed, or the network does not return one logit for each class.
-        Failure: A file does not compute the same as the network, or OpenVINO is not installed. Nothing is written then.
+        Failure: A file does not compute the same as the network, or a package that an argument needs is not installed.
+            Nothing is written then.
 
     Example:
         >>> import tempfile

@@ -57,7 +57,11 @@ def fold_branches(network: nn.Module) -> nn.Module:
 
 
 def fold_branches_inside(network: nn.Module) -> None:
-    """Does what `fold_branches` does, in the network itself, which must not be a `RepDepthwise`."""
+    """Replaces, in place, each `RepDepthwise` of a network by the equal depth-wise convolution; see `fold_branches`.
+
+    Args:
+        network: The network; it must not itself be a `RepDepthwise`, which cannot be replaced in place.
+    """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RepDepthwise):

@@ -170,7 +170,9 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         return add_total(terms)
 
     def contrastive_losses(self, contrast: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Returns the contrastive terms of each student, (S,), with their weights; none whose weight is 0.
+        """Returns the contrastive terms, each (S,) with a value for each student, multiplied by their weights.
+
+        The keys are `L_vcl`, `L_icl`, `L_soft_vcl` and `L_soft_icl`; a term whose weight is 0 is left out.
 
         Args:
             contrast: The logits of the contrastive distributions, (S, S, M, N, N - 1); see `compare_vectors`.
@@ -209,7 +211,11 @@ def compare_vectors(embeddings: Tensor) -> Tensor:
 
 
 def list_others(count: int, device: torch.device) -> Tensor:
-    """Returns the numbers of the other images for each image, (N, N - 1), for N images.
+    """Returns, for each of N images, the numbers of the other images, (N, N - 1).
+
+    Args:
+        count: N.
+        device: The device of the result.
 
     Example:
         >>> list_others(3, torch.device("cpu"))
@@ -222,9 +228,10 @@ def list_others(count: int, device: torch.device) -> Tensor:
 
 
 def contrastive_loss(contrast: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean of -log p over the pairs of images with the same label: the supervised contrastive loss.
+    """Returns the supervised contrastive loss: the mean of -log p over the pairs of images with the same label.
 
-    It is the mean over the images with such a partner of the mean over their partners; 0 if no image has one.
+    p is the softmax of `contrast`. For each image, the mean over its partners (the other images with its label) is
+    taken; then the mean over all images that have a partner. The loss is 0 if no image has a partner.
 
     Args:
         contrast: The logits of contrastive distributions, (..., N, N - 1); see `compare_vectors`.

@@ -48,7 +48,7 @@ def read_shape(option: str, entry: Any, own: Mapping[str, Mapping[str, Any]], co
     """Returns the backbone and the block type of one student, with all options, in a dict such as `own`.
 
     Args:
-        option: The name of the entry for messages, such as "students.0".
+        option: The name of the entry for error messages, such as "students.0".
         entry: The student's entry in the option `students`, such as "DW" or {"block_type": "Shift"}.
         own: The run's own backbone and block type, which apply if the entry names no others; see `read_shapes`.
         config_dirs: Further `conf` directories, with backbones and block types of your own.

@@ -1,4 +1,4 @@
-"""The model card that is uploaded to the Hugging Face Hub: that of the export, after a block of metadata in YAML.
+"""Writes the model card for the Hugging Face Hub: a block of metadata in YAML, and after it the card of the export.
 
 The Hub shows and filters models by this block; see https://huggingface.co/docs/hub/model-cards.
 """
@@ -16,13 +16,18 @@ FIRST_COMMAND = "```\npython predict.py IMAGE_OR_FOLDER"
 
 
 def describe_model(repository: str, results: dict[str, Any], data_sets: Sequence[str]) -> dict[str, Any]:
-    """Returns the metadata of a model card.
+    """Returns the metadata of a model card, by which the Hub shows and filters models.
 
     Args:
         repository: The name of the repository, `user/name`.
-        results: The content of the export's `results.json`; see `export.results.describe_results`.
-        data_sets: The names on the Hub of the data sets of the training; if there are none, that of the run's data set
-            is used, if it is on the Hub.
+        results: The entries `data` (the name of the run's data set, or None) and `test` (a dict with the test accuracy
+            `top1` as a fraction, or None) of the export's `results.json`.
+        data_sets: The names on the Hub of the data sets of the training. If there are none, the name of the run's data
+            set is used; it is known for CIFAR-10, CIFAR-100 and ImageNet.
+
+    Returns:
+        A dict with the Hub's keys `library_name`, `pipeline_tag`, `tags`, and `datasets` if they are known; with a test
+        accuracy also `metrics` and `model-index`, which contains it.
     """
     data, test = results["data"], results["test"]
     known = list(data_sets) or ([DATA_SETS[data]] if data in DATA_SETS else [])
@@ -44,10 +49,13 @@ def describe_model(repository: str, results: dict[str, Any], data_sets: Sequence
 
 
 def split_metadata(card: str) -> tuple[dict[str, Any], str]:
-    """Returns the metadata at the beginning of a model card, which is empty if there is none, and the rest of its text.
+    """Splits a model card into its metadata and its text.
 
     Args:
-        card: The text of the card.
+        card: The text of the card, which may begin with a block of metadata in YAML between two lines `---`.
+
+    Returns:
+        The metadata as a dict, which is empty if there is no such block, and the text after the block.
 
     Raises:
         ValueError: The block of metadata is not valid.

@@ -57,15 +57,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap push") -> 
 
 
 def push(options: argparse.Namespace) -> None:
-    """Uploads an export.
+    """Uploads an export to a repository of the Hugging Face Hub, and prints the address of the repository.
 
     Args:
-        options: The arguments of the command.
+        options: The options of the command: `export_dir`, `repository`, `public`, `license` and `dataset`.
 
     Raises:
-        OptionError: An argument is wrong, or the Hub refuses the upload.
+        OptionError: An option is wrong, or the Hub refuses the upload.
         predict.PredictError: A file was changed after the export.
-        Failure: `huggingface_hub` is not installed.
+        Failure: `huggingface_hub` is not installed, or there is no token.
     """
     folder, repository = options.export_dir, options.repository
     if not REPOSITORY.fullmatch(repository):
@@ -95,10 +95,14 @@ def push(options: argparse.Namespace) -> None:
 
 
 def read_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Returns the files of an export except the model card, and the names of other files in its folder.
+    """Reads the files of an export, except its model card, and compares them with the checksums in the card.
 
     Args:
         folder: The folder of the export.
+
+    Returns:
+        The content of each file that the card lists, by its name; and the sorted names of all other files in the
+        folder except the card.
 
     Raises:
         OptionError: The folder is not an export.
@@ -113,10 +117,17 @@ def read_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Returns the content of the `results.json` of an export.
+    """Reads the name of the data set and the test accuracy from the `results.json` of an export.
+
+    Args:
+        folder: The folder of the export.
+
+    Returns:
+        A dict with `data`, the name of the data set or None, and `test`, a dict with the test accuracy `top1` as a
+        fraction, or None.
 
     Raises:
-        OptionError: There is no such file, or an entry is missing.
+        OptionError: There is no such file, it was changed after the export, or an entry is missing.
     """
     try:
         results = json.loads(predict.read_verified(folder, RESULTS_FILE))
@@ -130,15 +141,16 @@ def upload_files(repository: str, contents: dict[str, bytes], is_private: bool) 
     """Uploads files in one commit; files of an older export that are not among them are removed.
 
     Args:
-        repository: The name of the repository, which is created if it does not exist.
+        repository: The name of the repository, `user/name`, which is created if it does not exist.
         contents: The content of each file, by its name.
-        is_private: Whether a new repository is private.
+        is_private: Whether the repository becomes private if it is created; an existing one stays as it is.
 
     Returns:
         Whether the repository is private.
 
     Raises:
-        OptionError: The repository has other files than an export.
+        OptionError: The repository has files that are not those of an export.
+        Failure: There is no token, or `huggingface_hub` is not installed.
     """
     hub = import_hub()
     if hub.get_token() is None:

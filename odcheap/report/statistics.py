@@ -238,7 +238,11 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
 
 
 def without_seed(value: Any, seed: Any) -> Any:
-    """Returns a text with `${seed}` in place of the seed, if it has the seed after the word "seed"; others as they are.
+    """Replaces the run's own seed in a text by `${seed}`, if it stands after the word "seed".
+
+    Args:
+        value: The value of an option. One that is not a text, or has no such place, is returned unchanged.
+        seed: The seed of the run.
 
     Example:
         >>> without_seed("runs/teacher-seed1", 1), without_seed("runs/seed=12", 1)

@@ -59,16 +59,17 @@ def import_hub() -> Any:
 def download_student(address: str) -> Path:
     """Downloads the weights of a student from the Hugging Face Hub, or finds them in the cache of an earlier download.
 
-    This is the only file that is downloaded. It contains tensors and settings and no code.
+    Only `student.safetensors` is downloaded. It contains tensors and settings and no code.
 
     Args:
-        address: The repository, see `parse_address`.
+        address: The repository: `hf://user/name`, or `hf://user/name@REVISION` with a branch, a tag or a commit.
 
     Returns:
-        The file in the cache of `huggingface_hub`.
+        The path of the file in the cache of `huggingface_hub`.
 
     Raises:
-        OptionError: There is no such repository, revision or file, or the Hub cannot be reached.
+        OptionError: The address has another form, there is no such repository, revision or file, or the Hub cannot be
+            reached.
         Failure: `huggingface_hub` is not installed.
     """
     repository, revision = parse_address(address)
@@ -81,8 +82,11 @@ def report_hub_errors(option: str, value: str) -> Generator[None]:
     """A context manager that raises errors of `huggingface_hub`, which have many lines, as `OptionError` with one line.
 
     Args:
-        option: The name of the option with which the user named the repository.
-        value: The value of that option.
+        option: The name of the option with which the user named the repository, for the message.
+        value: The value of that option, for the message.
+
+    Raises:
+        OptionError: Any error was raised inside, except a `Failure` (`OptionError` is a kind of it), which stays.
     """
     try:
         yield
@@ -93,10 +97,13 @@ def report_hub_errors(option: str, value: str) -> Generator[None]:
 
 
 def describe_hub_error(error: Exception) -> str:
-    """Returns one line about an error of `huggingface_hub`.
+    """Returns one line that says what went wrong, for an error of `huggingface_hub`.
 
-    Its classes differ between its versions, and one error may wrap another one. So the status of the Hub's answer is
-    read, if there is one, and otherwise the names of the classes.
+    The classes of errors differ between the versions of `huggingface_hub`, and one error may wrap another one. So the
+    HTTP status of the Hub's answer is read, if there was an answer, and otherwise the names of the classes.
+
+    Args:
+        error: An error that `huggingface_hub` raised.
     """
     errors, chain = import_hub().errors, [error]
     while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, Exception):
