@@ -54,15 +54,23 @@ def check_installed() -> None:
 @contextlib.contextmanager
 def quiet_executorch() -> Generator[None]:
     """A context manager in which ExecuTorch prints nothing and gives no warnings; errors are raised as usual."""
-    # Its C++ part writes to the descriptor of stderr, which is that of the process.
-    sys.stderr.flush()
+    with quiet_exporters(), quiet_descriptor(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def quiet_descriptor() -> Generator[None]:
+    """A context manager in which what C++ writes to stderr is dropped; it writes to the descriptor of the process."""
+    if sys.__stderr__ is None:  # the process was started without one, and its number may be that of another file
+        yield
+        return
+    sys.__stderr__.flush()
     before = os.dup(2)
     try:
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 2)
-        with quiet_exporters(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         os.dup2(before, 2)
         os.close(before)
