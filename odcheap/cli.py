@@ -143,7 +143,15 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def run_job(cfg: "DictConfig") -> Any:
-    """Carries out one run; Hydra calls this function for each run. See `training.command.run_job` for the result."""
+    """Carries out one run; Hydra calls this function for each run.
+
+    Args:
+        cfg: The config of the run.
+
+    Returns:
+        The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
+        if there is none. `StoppedRun` if a signal has stopped the run in a process of joblib.
+    """
     # Options are checked before PyTorch and Lightning are imported, which takes seconds.
     with exit_on_signals():
         from omegaconf.errors import OmegaConfBaseException

@@ -476,7 +476,10 @@ def check_input_size(session: Any, preprocess: dict[str, Any]) -> None:
 def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
     """Returns a function that takes any number of images, and calls a function that takes exactly `batch_size` images.
 
-    The last batch is filled with copies of the last image. If `batch_size` is None, `run` is returned unchanged.
+    Args:
+        run: The function to call, which maps images (batch_size, C, H, W) to logits (batch_size, K). The last batch is
+            filled with copies of the last image.
+        batch_size: The number of images that `run` takes. None if it takes any number; `run` is then returned.
     """
     if batch_size is None:
         return run

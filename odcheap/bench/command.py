@@ -196,6 +196,7 @@ def measure(
 
 
 def report_progress(text: str) -> None:
+    """Prints a line of text on stderr, after the seconds since the start of the command."""
     print(f"  {time.perf_counter() - STARTED:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
@@ -342,10 +343,12 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def format_ratio(ratio: dict[str, float]) -> str:
+    """Returns what `compare_times` returned as text, such as "1.52 (1.49 to 1.60)": the median, minimum and maximum."""
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def format_gib(count: int | None) -> str:
+    """Returns a number of bytes in GiB (1,073,741,824 bytes) as text with two decimals; empty for None."""
     return "" if count is None else f"{count / 2**30:.2f}"
 
 

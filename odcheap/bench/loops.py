@@ -266,7 +266,14 @@ class StepTimer(pl.Callback):
 
 
 def run_trainer(cfg: DictConfig, method: Method, images: Images, timer: StepTimer) -> None:
-    """Trains as `odcheap train` does, with all callbacks, in a temporary folder, until the timer ends the training."""
+    """Trains as `odcheap train` does, with all callbacks, in a temporary folder, until the timer ends the training.
+
+    Args:
+        cfg: The config of a run.
+        method: The method to train, with its students.
+        images: The training images.
+        timer: The callback that times the training steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         job_dir = Path(folder) / "run"
         job_dir.mkdir()

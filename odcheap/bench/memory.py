@@ -22,6 +22,7 @@ class PeakMemory:
         self.stopped = threading.Event()
 
     def start(self) -> None:
+        """Begins the measurement, and notes how much memory is in use now."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

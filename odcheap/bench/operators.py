@@ -119,5 +119,5 @@ def time_form(run: Callable[[], object], mode: kernels.Mode) -> float:
 
 
 def time_call(run: Callable[[], object]) -> float:
-    """Returns the milliseconds of a call, as a mean over `CALLS`; on a GPU it waits for the end."""
+    """Returns the mean milliseconds of a call, over `CALLS` calls; on a GPU it waits for the end of the last call."""
     return 1000 * time_calls(run, CALLS)

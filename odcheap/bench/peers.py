@@ -38,6 +38,7 @@ TEMPERATURE, ALPHA = 4.0, 0.9  # alpha is the weight of the teacher's term
 
 
 def has_torchdistill() -> bool:
+    """Returns whether the package `torchdistill` is installed."""
     return find_spec("torchdistill") is not None
 
 
@@ -58,7 +59,11 @@ def build_distillation(cfg: DictConfig, run: RunStudents = run_auto) -> OfflineD
 def create_torchdistill_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
     """Returns a function that takes one training step of torchdistill's `DistillationBox`, in float32.
 
-    See `create_loop_2019` for the arguments; the method is that of `build_distillation`.
+    Args:
+        cfg: The config of a run, of which the options of `data` are used.
+        method: The method to train, which `build_distillation` has built.
+        images: The images; only the training images are used.
+        device: The device on which it is trained.
     """
     from torchdistill.core.distillation import DistillationBox  # an extra
 
@@ -100,7 +105,11 @@ def make_dataset(cfg: DictConfig, images: Images) -> PillowImages:
 
 
 class TemplateModule(pl.LightningModule):
-    """A Lightning module in the way of lightning-hydra-template: metrics are modules, and are logged in each step."""
+    """A Lightning module in the way of lightning-hydra-template: metrics are modules, and are logged in each step.
+
+    Args:
+        method: The method to train.
+    """
 
     def __init__(self, method: Method):
         super().__init__()
@@ -152,7 +161,11 @@ def create_template_loop(cfg: DictConfig, method: Method, images: Images, device
     The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps. The progress
     bar and the summary of the model are off: their output would be in the way.
 
-    See `create_loop_2019` for the arguments; the method is that of `build_distillation`.
+    Args:
+        cfg: The config of a run.
+        method: The method to train, which `build_distillation` has built.
+        images: The images; only the training images are used.
+        device: The device on which it is trained.
     """
     folder = tempfile.TemporaryDirectory()
     workers = LOADER_WORKERS[device.type]

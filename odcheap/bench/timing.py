@@ -27,7 +27,7 @@ def time_calls(run: Callable[[], object], count: int) -> float:
 
 
 def read_clock() -> float:
-    """Returns a time in seconds, at which the GPU has done all its work if it is used."""
+    """Returns the time of a clock in seconds; if this process uses a GPU, it first waits for the GPU's work to end."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

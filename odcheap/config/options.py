@@ -170,7 +170,13 @@ def check_options(
 def check_students(config: RunConfig, config_dirs: Sequence[Path], find_signature: FindSignature) -> None:
     """Checks the option `students`: its entries, their options, and that other options agree with it.
 
-    See `check_options` for the arguments.
+    Args:
+        config: The config of the run.
+        config_dirs: The user's own `conf` directories.
+        find_signature: The function that returns the parameters of a class or function; see `check_options`.
+
+    Raises:
+        OptionError: An entry is wrong, or another option does not agree with it.
     """
     students = to_plain(config.cfg.get("students"))
     if students is None:
@@ -223,7 +229,7 @@ def check_added_options(config: RunConfig) -> None:
 
 
 def check_root_options(config: RunConfig) -> None:
-    """Checks the options that belong to no group; see `check_options`."""
+    """Raises `OptionError` if an option that belongs to no group, such as `num_stu`, has a wrong type or value."""
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
             check_option(name, to_plain(config.cfg[name]), annotation)
@@ -240,7 +246,10 @@ def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path], find_s
     Args:
         values: The whole config, resolved.
         config_dirs: The user's own `conf` directories.
-        find_signature: See `check_options`.
+        find_signature: The function that returns the parameters of a class or function; see `check_options`.
+
+    Raises:
+        OptionError: An option of a logger is wrong.
     """
     loggers = values["logger"]
     known = list_parts("logger", config_dirs)
@@ -269,7 +278,10 @@ def check_part(
         values: The whole config, resolved.
         default: The part as its YAML file defines it.
         common: The annotations of options that all parts of the group have, by name.
-        find_signature: See `check_options`.
+        find_signature: The function that returns the parameters of a class or function; see `check_options`.
+
+    Raises:
+        OptionError: An option is wrong.
     """
     # What the options are compared with: the file, and the signature of the class or function.
     node = select(values, path)
@@ -402,7 +414,12 @@ def keep_plain(annotation: Any) -> Any:
 
 
 def to_annotated(value: Any, annotation: Any) -> Any:
-    """Returns a list as a tuple if the annotation is a tuple and not a list, since YAML has no tuples."""
+    """Returns a list as a tuple if the annotation allows a tuple and no list, since YAML has no tuples.
+
+    Args:
+        value: The value of an option; anything else than such a list is returned unchanged.
+        annotation: The type that the option must have.
+    """
     choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     wants_tuple = any(get_origin(choice) is tuple for choice in choices)
     wants_list = any(get_origin(choice) is list for choice in choices)

@@ -303,6 +303,7 @@ class ImageData(ABC):
         return self.eval_loader(self.watched_part, process)
 
     def test_loader(self, process: Process) -> Iterable[Batch]:
+        """Returns the batches of "test" that one process evaluates; see `eval_loader`."""
         return self.eval_loader("test", process)
 
     @property
@@ -311,6 +312,7 @@ class ImageData(ABC):
         return "test" if self.select == "test" else "val"
 
     def train_order(self, process: Process) -> BatchOrder:
+        """Returns the sampler that chooses the images of each training batch of one process."""
         count = len(self.labels["train"])
         return BatchOrder(count, self.batch_size, self.seed, process.rank, process.world_size)
 

@@ -112,6 +112,13 @@ def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Image
 
 
 def missing_error(data_dir: str, name: str, why: str) -> OptionError:
+    """Returns the error, to be raised, that a folder does not contain the images of CIFAR.
+
+    Args:
+        data_dir: The folder.
+        name: "cifar10" or "cifar100".
+        why: What else the message says, such as why nothing was downloaded.
+    """
     return OptionError(
         "data_dir", data_dir, f"must hold {name}'s official files or a tree {name}/{{train,test}}/<class>/*; {why}"
     )

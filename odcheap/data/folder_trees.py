@@ -58,9 +58,11 @@ class Files(NamedTuple):
     target: np.ndarray
 
     def path(self, index: int) -> Path:
+        """Returns the path of a file, by its position (from 0) in the list."""
         return Path(self.root, os.fsdecode(self.names[index]))
 
     def subset(self, index: np.ndarray) -> "Files":
+        """Returns some of the files with their labels, by their positions (from 0) in the list."""
         return Files(self.root, self.names[index], self.target[index])
 
 

@@ -239,6 +239,13 @@ class TrainImages(Dataset):
         return self.policy.apply(image[None], drawn.for_batches([torch.arange(1)], image.device)[0], self.color)[0]
 
     def draw_crops(self, image_size: tuple[int, int], epoch: int, image_index: int) -> list[Crop]:
+        """Draws a random crop for each of the S augmentations of an image.
+
+        Args:
+            image_size: The width and the height of the image in pixels.
+            epoch: The number of the epoch, from 0.
+            image_index: The number of the image in the data set, from 0.
+        """
         crops = []
         for view in range(self.views):
             with temporary_seed(self.seed, *augmentation_stream(epoch, image_index, view)):
@@ -273,6 +280,13 @@ class EvalImages(Dataset):
 
 
 def empty_sample(image_size: tuple[int, int, int], broken: list[tuple[str, str]], views: int = 1) -> Sample:
+    """Returns a sample with a black image and the label -1, in place of an image that cannot be read.
+
+    Args:
+        image_size: (C, H, W) of the image.
+        broken: The file and the reason for each image that could not be read.
+        views: The number of augmentations of each image, S; if it is above 1, the image is (S, C, H, W).
+    """
     shape = (views, *image_size) if views > 1 else image_size
     return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
 

@@ -189,7 +189,7 @@ def set_handlers(handlers: Mapping[int, Any]) -> None:
 def report_stop(
     job_dir: Path, listener: SignalListener, may_requeue: bool, repeated: Sequence[str] = ()
 ) -> Generator[None]:
-    """A context manager that reports it if a signal stops the training in it.
+    """A context manager for a training, which tells the user how to continue if a signal stops the training.
 
     It writes the status of the run, prints how to continue the run, and requeues the job of a cluster. If the training
     fails for another reason, and its status is "running", the status becomes "failed". The exception is raised again.

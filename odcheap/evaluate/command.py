@@ -102,10 +102,14 @@ def evaluate(options: argparse.Namespace) -> int:
 def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[str], list[set[bytes]] | None]:
     """Classifies all images, and computes their hashes.
 
+    Args:
+        model: The model.
+        images: The images.
+
     Returns:
-        The predicted labels, and a line of text for each failure (see `predict.collect_predictions`). The hashes of
-        each image, with which training images of the run are recognized; None if they cannot be compared with the run's
-        images.
+        The predicted label of each image, -1 if it could not be classified; a line of text about each image that could
+        not be classified; and the hashes of each image, with which training images of the run are recognized, or None
+        if they cannot be compared with the run's images.
     """
     digests, pixels = model.digests, []
 

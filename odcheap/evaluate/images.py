@@ -69,6 +69,7 @@ def list_images(
     Raises:
         OptionError: There are no such images, or the model does not have one of the classes.
         PredictError: The same, if `name` is a folder.
+        Failure: `name` is a data set that is not in `data_dir`.
     """
     if name in list_parts("data", config_dirs):
         return list_data_set(name, classes, data_dir, known_only, config_dirs)
@@ -93,7 +94,19 @@ def is_in_memory(name: str, config_dirs: Sequence[Path]) -> bool:
 def list_data_set(
     name: str, classes: Sequence[str], data_dir: str, known_only: bool, config_dirs: Sequence[Path]
 ) -> EvaluatedImages:
-    """Lists the test images of a data set, with labels for the classes of the model; see `list_images`."""
+    """Lists the test images of a data set, with labels for the classes of the model; nothing is downloaded.
+
+    Args:
+        name: The name of the data set.
+        classes: The names of the model's classes, in the order of the logits.
+        data_dir: The folder in which data sets are.
+        known_only: Whether images of classes that the model does not have are left out; otherwise they are an error.
+        config_dirs: Further `conf` directories, with data sets that odcheap does not have.
+
+    Raises:
+        OptionError: The data set is read from folders, or the model does not have one of its classes.
+        Failure: The data set is not in `data_dir`.
+    """
     # Nothing is downloaded, and nothing is held out. Classes are matched by their names.
     known = read_part("data", name, config_dirs)
     load = {"data_dir": data_dir, "read_only": True} | {"split_seed": 0}

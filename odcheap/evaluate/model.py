@@ -64,7 +64,12 @@ def load_export(folder: Path, name: str) -> Model:
 
 
 def load_run(job_dir: Path, number: int | None, config_dirs: Sequence[Path]) -> Model:
-    """Loads a student of a run for PyTorch; see `load_run_student` for the arguments.
+    """Loads a student of a run for PyTorch.
+
+    Args:
+        job_dir: The run's folder.
+        number: The number of the student, from 0; None for the selected student.
+        config_dirs: Further `conf` directories, with parts that odcheap does not have.
 
     Raises:
         OptionError: The folder contains no run, or no student with this number.

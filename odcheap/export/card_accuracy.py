@@ -22,18 +22,22 @@ SELECTED_ON = {
 
 
 def to_markdown(table: pd.DataFrame) -> str:
+    """Returns a table in Markdown, without its index; cells are written as they are."""
     return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
 
 
 def compute_figures(run: RunStudent, verification: Verification) -> dict[str, Any] | None:
-    """Returns the student's figures on the test images, see `predict.summarize_confusion`.
+    """Returns the student's figures on the test images.
 
-    They are those of the checks, and without test images those in the run's summary, which do not say how often a class
-    was `predicted`. None if neither has them.
+    They are those of the checks. Without test images they are those in the run's summary.
 
     Args:
         run: The exported student.
         verification: The results of the checks.
+
+    Returns:
+        The dict of `predict.summarize_confusion`, with `images`, `correct`, `top1` and so on; None if neither checks
+        nor summary have the figures. The entries `predicted` of the classes are None for figures of the summary.
     """
     classes = run.settings["classes"]
     if verification.confusion is not None:

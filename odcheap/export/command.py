@@ -173,7 +173,13 @@ def list_exported(folder: Path) -> set[str]:
 
 
 def export(run: RunStudent, options: argparse.Namespace, older: Versions | None) -> None:
-    """Exports the student of a run; see `write_export`."""
+    """Exports the student of a run, with the run's own images.
+
+    Args:
+        run: The student.
+        options: The options of the command.
+        older: The files of an older export that is replaced; see `check_options`.
+    """
     say(f"{run.job_dir}: {run.title}")
     write_export(run, options, older, *load_test_data(run, options))
 
@@ -494,6 +500,7 @@ def timed_batches(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
+    """Returns a network, in eval mode, that normalizes images in [0, 1] as `run` does, then calls the given network."""
     return NormalizedNetwork(network, run.settings["mean"], run.settings["std"]).eval()
 
 

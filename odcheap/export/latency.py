@@ -17,10 +17,10 @@ ONNX_RUNTIME, PYTORCH, EXECUTORCH = "ONNX Runtime", "PyTorch", "ExecuTorch"
 
 
 class Key(NamedTuple):
-    """What is measured.
+    """What one measurement times: a network in a runtime, with a number of images and of threads.
 
     Attributes:
-        name: The name of the network.
+        name: The name of the network, or of the file that contains it.
         runtime: The runtime, such as "ONNX Runtime".
         batch: The number of images in a call.
         threads: The number of CPU threads; 0 for all.
@@ -142,7 +142,17 @@ def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Ti
 def time_networks(
     networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> dict[tuple[str, int], float]:
-    """Returns the median milliseconds of a call by (name, number of images); see `measure_timings`."""
+    """Times networks as ONNX files alternately on the CPU, and returns the median times.
+
+    Args:
+        networks: The networks by name.
+        size: The shape (C, H, W) of an image.
+        batches: The numbers of images in a call.
+        seconds: The time for each measurement, in seconds.
+
+    Returns:
+        The milliseconds of a call by (name, number of images), with the number of threads that was faster.
+    """
     timings = measure_timings(networks, size, batches, seconds)
     return {key: 1000 * timing.p50 for key, timing in timings.items()}
 

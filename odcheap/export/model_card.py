@@ -308,10 +308,12 @@ def sizes(timings: Timings) -> list[int]:
 
 
 def format_speedups(speedups: Mapping[int, Speedup]) -> str:
+    """Returns speedups, by the number of images, as text: "is 2.9 (2.8 to 3.0) times as fast with one image"."""
     return " and ".join(f"{format_speedup(speedup)} with {count_images(batch)}" for batch, speedup in speedups.items())
 
 
 def count_images(batch: int) -> str:
+    """Returns a number of images as text, such as "one image" or "64 images"."""
     return "one image" if batch == 1 else f"{batch} images"
 
 
@@ -353,6 +355,7 @@ def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], ti
 
 
 def format_timing(timing: Timing) -> str:
+    """Returns a timing in milliseconds as text, such as "1.52 (1.71)": the median and the 95th percentile."""
     return f"{1000 * timing.p50:.3g} ({1000 * timing.p95:.3g})"
 
 

@@ -182,7 +182,15 @@ def export_student(
 
 
 def read_channels(option: str, values: Any) -> tuple[float, ...]:
-    """Returns the mean or standard deviation of three channels or one; raises `OptionError` for anything else."""
+    """Checks the mean or the standard deviation of the channels, and returns it as a tuple.
+
+    Args:
+        option: The name of the argument, "mean" or "std".
+        values: Its value.
+
+    Raises:
+        OptionError: The value is not a sequence of three finite numbers or of one.
+    """
     try:
         channels = () if isinstance(values, str) else tuple(map(float, values))
     except (TypeError, ValueError):
@@ -200,10 +208,10 @@ def check_images(
     """Raises `OptionError` if an argument of `export_student` is wrong: a size or a label, or a file does not exist.
 
     Args:
-        image_size: See `export_student`.
-        shorter_side: See `export_student`.
-        samples: See `export_student`.
-        calibration: See `export_student`.
+        image_size: The side, in pixels, of the images that the network takes.
+        shorter_side: The number of pixels to which the shorter side of an image is resized.
+        samples: Test images as pairs of a file and its label.
+        calibration: Files of training images.
         classes: The number of classes.
     """
     for option, side in (("image_size", image_size), ("shorter_side", shorter_side)):

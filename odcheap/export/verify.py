@@ -202,6 +202,7 @@ def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder
 
 
 def save_image(image: Tensor, path: Path) -> Path:
+    """Writes an image (C, H, W) uint8 to a file whose suffix names the format, and returns the path."""
     Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(path)
     return path
 
@@ -384,7 +385,16 @@ def name_in_openvino(name: str) -> str:
 
 
 def compute_logits_in_openvino(path: Path, preprocess: dict[str, Any], reference: Reference) -> np.ndarray:
-    """Returns the logits (N, K) of an ONNX file in OpenVINO, see `compute_logits`."""
+    """Returns the logits (N, K) of an ONNX file, which is run in OpenVINO.
+
+    Args:
+        path: The ONNX file.
+        preprocess: The content of `preprocess.json`.
+        reference: The image files.
+
+    Raises:
+        Failure: OpenVINO cannot load the file.
+    """
     try:
         predictor = openvino.create_predictor(path.read_bytes())
     except Failure as error:
@@ -395,9 +405,18 @@ def compute_logits_in_openvino(path: Path, preprocess: dict[str, Any], reference
 def run_in_bare_process(
     path: Path, preprocess: dict[str, Any], reference: Reference, config_dirs: Sequence[Path] = ()
 ) -> np.ndarray:
-    """Returns the logits (N, K) of a `student.safetensors`, see `compute_logits`.
+    """Returns the logits (N, K) of a `student.safetensors`.
 
     It is loaded in a new process in which Lightning, Hydra and ONNX Runtime cannot be imported.
+
+    Args:
+        path: The exported file.
+        preprocess: The content of `preprocess.json`.
+        reference: The image files.
+        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+
+    Raises:
+        Failure: The file cannot be loaded or run.
     """
     search = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), *sys.path]))
     with tempfile.TemporaryDirectory() as folder:

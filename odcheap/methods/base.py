@@ -189,7 +189,8 @@ class LogitDistillation(Method):
             contains `distance.name`.
 
     Raises:
-        OptionError: The loss is "standardized" and there are two classes, or see `DistillationLoss`.
+        OptionError: The loss is "standardized" and there are two classes, or `loss_weights` or `kl_reduction` is given
+            for a loss that has none.
     """
 
     def __init__(

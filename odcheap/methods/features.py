@@ -188,8 +188,9 @@ class FeatureDistillation(LogitDistillation):
         students: The S students.
         temperature: T, by which logits are divided before the softmax.
         feature: How feature maps are compared: "attention" or "l2", see `FeatureDistance`; None to compare none.
-        feature_weight: The factor of this loss term. With "attention" 1 is nearly that of the paper's authors.
-        **options: See `LogitDistillation`.
+        feature_weight: The factor of the loss term that compares feature maps. With "attention" 1 is nearly that of
+            the paper's authors.
+        **options: `loss`, `loss_weights`, `kl_reduction` and `average_decay`; see `LogitDistillation`.
     """
 
     def __init__(

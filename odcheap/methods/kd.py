@@ -165,7 +165,8 @@ def build_offline_distillation(
         average_decay: The largest decay of the moving averages of the students' weights; see `Method`.
 
     Raises:
-        OptionError: See `load_teacher`.
+        OptionError: A file is of another kind, its weights do not fit the network, or the teacher does not suit the
+            classes or channels of the students.
     """
     expected = teacher_mean, teacher_std, teacher_size
     paths = [teacher_weights] if isinstance(teacher_weights, str) else teacher_weights

@@ -156,8 +156,8 @@ class TeacherEnsemble(nn.Module):
         history: The sums of the costs of the teachers' trainings; None for a cost that is not known of each of them.
 
     Shape:
-        Images (N, 3, H, W), normalized for the students -> logits (N, K), without gradients. Divided by T, they give
-        the mean of the softened predictions.
+        Images (N, C, H, W), normalized for the students -> logits (N, K), without gradients. The softmax of these
+        logits divided by T is the mean of the softened predictions.
     """
 
     def __init__(self, members: Sequence[Teacher], temperature: float):
@@ -198,10 +198,10 @@ class TeacherEnsemble(nn.Module):
 def check_teacher_count(
     teacher: Teacher | TeacherEnsemble, state_dict: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    """A hook that raises `OptionError` if a state dict that will be loaded is that of another number of teachers.
+    """A hook that raises `OptionError` if a state dict that will be loaded was saved with another number of teachers.
 
     Args:
-        teacher: The teacher, or several.
+        teacher: The module into which the state dict will be loaded: one teacher, or several.
         state_dict: The state dict, which has a digest for each teacher with which it was saved, or none at all.
         prefix: The prefix of the teachers' entries in it.
         *_: Further arguments, which PyTorch passes to such hooks.

@@ -119,6 +119,7 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
     Raises:
         OptionError: The file is damaged or of another kind, its weights do not fit its network, or it cannot be
             downloaded.
+        Failure: `path` begins with `hf://`, and `huggingface_hub` is not installed.
 
     Example:
         This makes a file such as a run writes, here with a network that was not trained, and loads it:

@@ -64,6 +64,7 @@ def describe_exporter_error(error: BaseException) -> str:
 
 
 def trace(network: nn.Module, images: Tensor) -> Any:
+    """Returns the graph of a network, an `ExportedProgram`, traced with images (N, C, H, W); N may vary in it."""
     return torch.export.export(network, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
 
 

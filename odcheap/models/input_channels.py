@@ -23,7 +23,7 @@ def adapt_input(network: Network, channels: int) -> Network:
         channels: The number of channels of the images that it should take, n.
 
     Raises:
-        OptionError: The first convolution is none of RGB images.
+        OptionError: The network's first convolution does not take RGB images, or it has groups.
 
     Example:
         >>> adapt_input(nn.Sequential(nn.Conv2d(3, 8, 3)), 1)

@@ -17,7 +17,7 @@ class StageRecorder:
 
     A stage is what a network computes at one resolution. Its end is the last feature map (N, C, h, w) of this size that
     a module returns; a forward pass of a trial image shows which one that is. Modules inside of others do not count
-    where outer ones return such a map, since the first block of the next stage begins at the old resolution. A
+    if the outer ones return such a map, since the first block of the next stage begins at the old resolution. A
     resolution at which there is a single convolution, such as the stem of a network for large images, is no stage, and
     neither is a map of one pixel.
 

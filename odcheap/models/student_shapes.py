@@ -52,6 +52,9 @@ def read_shape(option: str, entry: Any, own: Mapping[str, Mapping[str, Any]], co
         entry: The student's entry in the option `students`, such as "DW" or {"block_type": "Shift"}.
         own: The run's own backbone and block type, which apply if the entry names no others; see `read_shapes`.
         config_dirs: Further `conf` directories, with backbones and block types of your own.
+
+    Raises:
+        OptionError: The entry is wrong; the message says what is allowed.
     """
     known = {group: list_parts(group, config_dirs) for group in GROUPS}
     if isinstance(entry, str):

@@ -71,9 +71,13 @@ def build_table(
 
 
 def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: Sequence[str]) -> int:
-    """Returns the width, in characters, that a table of these columns needs; see `build_table` for the arguments.
+    """Returns the width, in characters, that a table of these columns needs.
 
-    A column of `left` needs at most 24 characters, or the width of its heading, since its text can be wrapped.
+    Args:
+        rows: For each row the text of its cells by column.
+        columns: The columns of the table.
+        left: Those columns whose text can be wrapped. Each of them needs at most 24 characters, or the width of its
+            heading.
     """
     widths = []
     for column in columns:

@@ -45,11 +45,17 @@ class Cost(NamedTuple):
 
 
 def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
-    """Prints the costs of all networks as a table, and below it why networks are missing; returns the exit status.
+    """Prints the costs of all networks as a table, and below it why networks are missing.
 
     Args:
         overrides: Options such as `backbone=resnet56`.
         config_dirs: Further `conf` directories with block types and backbones.
+
+    Returns:
+        The exit status: 0, or 1 if no network can be built.
+
+    Raises:
+        OptionError: An entry of `overrides` is not an option with a value.
     """
     for override in overrides:
         if "=" not in override:

@@ -86,4 +86,5 @@ def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: fl
 
 
 def to_milliseconds(timing: Timing) -> Latency:
+    """Returns the median and the quartiles of a timing, which are in seconds, in milliseconds."""
     return Latency(1000 * timing.p50, 1000 * timing.p25, 1000 * timing.p75)

@@ -160,7 +160,7 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
         against: The baseline; see `tabulate_runs`.
 
     Raises:
-        Failure: See `tabulate_runs`.
+        Failure: No method and no row has the name `against`, or no run has the same seed as one of its runs.
     """
     # A method is compared in the same setting, a row with the rows of all settings; always with the same seed.
     if against is None or against in set(table["method"]):
@@ -183,7 +183,10 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
 
 
 def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table with a row for each setting and method of `tabulate_runs`, in the same order.
+    """Returns a table with a row for each setting and method, in the order of the given table.
+
+    Args:
+        table: The table of `tabulate_runs`, with a row for each run.
 
     Returns:
         The columns `setting`, `method`, `name`, `method part`, `block type`, `baseline`, `n` (the number of seeds),

@@ -89,6 +89,7 @@ class Start:
 
     @property
     def cfg(self) -> DictConfig:
+        """The options of the run: `config.cfg`."""
         return self.config.cfg
 
     @property

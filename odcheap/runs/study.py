@@ -66,7 +66,7 @@ def read_search(folder: Path, overrides: Sequence[str]) -> Search:
         overrides: The overrides as `describe_search` returns them.
 
     Raises:
-        OptionError: See `read_study`.
+        OptionError: The file `study.json` in the folder is damaged, or another program has written it.
     """
     known = (search for search in read_study(folder).searches if search.overrides == list(overrides))
     return next(known, Search(overrides=list(overrides), trials=[]))

@@ -267,12 +267,20 @@ class ProgressReporter(pl.Callback):
             self.console.print(f"  {place}")
 
     def report_expected_time(self, seconds: float, epochs: int, device: torch.device) -> None:
+        """Prints how long the training will still take.
+
+        Args:
+            seconds: The expected time in seconds.
+            epochs: The number of epochs that are left.
+            device: The device of the training. If it is a CPU and the time is long, options of shorter runs are named.
+        """
         hint = f"; shorter: {self.shorter}" if seconds > 3600 and device.type == "cpu" else ""
         self.console.print(
             f"  about {format_seconds(seconds)} to go for {count_things(epochs, 'epoch')}{hint}", soft_wrap=True
         )
 
     def describe_epoch(self, trainer: pl.Trainer) -> str:
+        """Returns the text of the progress bar: the current epoch, and speed and accuracies of the one before."""
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self.record.history:
             row = self.record.history[-1]
@@ -343,7 +351,14 @@ class ProgressReporter(pl.Callback):
             self.evaluation = self.start_bar(transient=True).add_task(name, total=batches[0])
 
     def advance_evaluation(self, trainer: pl.Trainer, name: str, done: int, batches: Sequence[float]) -> None:
-        """Shows that `done` batches are evaluated; see `start_evaluation` for the other arguments."""
+        """Shows how many batches of an evaluation are done.
+
+        Args:
+            trainer: The trainer.
+            name: The text before the bar: "validation" or "test".
+            done: The number of batches that are done.
+            batches: The number of batches of each data loader; there is one loader.
+        """
         now = time.perf_counter()
         if self.bar is not None and self.evaluation is not None:
             self.bar.update(self.evaluation, completed=done)
@@ -352,6 +367,7 @@ class ProgressReporter(pl.Callback):
             self.console.print(f"  batch {done}/{batches[0]} of the {name}")
 
     def end_evaluation(self) -> None:
+        """Removes the bar of an evaluation from the display."""
         if self.bar is not None and self.evaluation is not None:
             self.bar.remove_task(self.evaluation)
             self.evaluation = None
@@ -365,6 +381,7 @@ class ProgressReporter(pl.Callback):
         self.stop()
 
     def stop(self) -> None:
+        """Ends the display of bars, if there is one."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = self.training = self.evaluation = None
@@ -440,6 +457,7 @@ class Interruption(pl.Callback):
         self.set_waiting(batch_idx + 1 < trainer.num_val_batches[dataloader_idx])
 
     def set_waiting(self, is_waiting: bool) -> None:
+        """Tells the listener whether the training waits for a batch from now on."""
         self.listener.waiting_since = time.monotonic() if is_waiting else None
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -124,8 +124,8 @@ class Experiment:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         data: The data set; its method `read` has been called.
         method: The method with its students.
-        optimizer: See `build_optimization`.
-        scheduler: See `build_optimization`.
+        optimizer: A `functools.partial` of a class of `torch.optim`; see `build_optimization`.
+        scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`; see `build_optimization`.
         listener: The listener that receives signals; a signal ends the training after the current step.
         standards: For each student the network with standard convolutions, with which costs are compared; `run` needs
             them.
@@ -423,6 +423,7 @@ class Experiment:
         return content
 
     def print_introduction(self, trainer: pl.Trainer) -> None:
+        """Prints the numbers of images and students, the device and the run's folder, and warnings about the run."""
         cfg, data = self.cfg, self.data
         train, val, test = (len(data.labels[part]) for part in ("train", "val", "test"))
         names = name_students(self.start)
@@ -703,10 +704,12 @@ def uses_graphs(cfg: DictConfig) -> bool:
 
 
 def report_eager(reason: str) -> None:
+    """Prints that training steps are not recorded as a CUDA graph, and the reason."""
     say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")
 
 
 def refuse_eager(reason: str) -> None:
+    """Raises the `OptionError` that `capture=true` is not possible, with the reason."""
     raise OptionError("capture", True, f"is not possible: {reason}")
 
 

@@ -59,8 +59,8 @@ class DistillationModule(pl.LightningModule):
 
     Args:
         method: The method to train.
-        optimizer: See `build_optimization`.
-        scheduler: See `build_optimization`.
+        optimizer: A `functools.partial` of a class of `torch.optim`; see `build_optimization`.
+        scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`; see `build_optimization`.
         steps: The number of optimizer steps in the whole run.
         classes: The number of classes.
         seed: The seed of the run.
@@ -107,6 +107,7 @@ class DistillationModule(pl.LightningModule):
         self.restored: dict[str, Any] = {}
 
     def stage_scores(self, stage: str) -> MemberScores:
+        """Returns the object that counts the accuracies of a stage: "train", "val" or "test"."""
         return cast(MemberScores, self.scores[f"{stage}_"])
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:
@@ -191,6 +192,7 @@ class DistillationModule(pl.LightningModule):
         self.stage_scores("test").update(self.evaluate(batch), batch.target)
 
     def evaluate(self, batch: Batch) -> Tensor:
+        """Returns the logits (M, N, K) of all M members for the images of a batch."""
         return self.member_logits(to_single_precision(self.method(batch.images)))
 
     def on_validation_epoch_end(self) -> None:

@@ -40,7 +40,8 @@ def build_optimization(
         steps: The number of optimizer steps in the whole run; the schedule's `step` is called once after each of them.
 
     Raises:
-        OptionError: See `build_optimizer` and `build_scheduler`.
+        OptionError: An option of the optimizer or of the schedule is not allowed; see `build_optimizer` and
+            `build_scheduler`.
     """
     built = build_optimizer(optimizer.func, network, **optimizer.keywords)
     return built, build_scheduler(scheduler.func, built, steps, **scheduler.keywords)
@@ -149,6 +150,7 @@ def follow_schedule(
 
 
 def is_sequence(value: Any) -> bool:
+    """Returns whether a value is a sequence, such as a list or a tuple, and not a text."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 

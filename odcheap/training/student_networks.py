@@ -40,6 +40,11 @@ class StudentBuilder(NamedTuple):
     explain: Callable[[OptionError], OptionError] = lambda error: error
 
     def build_student(self, num_classes: int) -> nn.Module:
+        """Returns a new student for `num_classes` classes.
+
+        Raises:
+            OptionError: An option of the student is wrong; the message names it as the user can give it.
+        """
         try:
             return build_directly(self.build, self.make_conv(), num_classes, self.channels)
         except OptionError as error:

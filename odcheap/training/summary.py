@@ -56,7 +56,7 @@ def summarize_members(
         members: The names of the members.
         test: The metrics of the members on the test images.
         val: The metrics on the held-out images with the same weights, with names such as `val/student_0/top1`.
-        teacher_kind: See `Method`.
+        teacher_kind: What the teacher is, such as "head" or "frozen"; None if the method has none. See `Method`.
 
     Returns:
         `students` and `averages`, with a dict for each; `teacher` and `ensemble`, a dict each. `averages` and `teacher`
@@ -267,10 +267,12 @@ def build_table(summary: dict[str, Any]) -> Table:
 
 
 def name_candidate(choice: dict[str, Any]) -> str:
+    """Returns "student 0", or "average of student 0"; `choice` is the entry `selected` of a summary."""
     return f"{'average of ' if choice['averaged'] else ''}student {choice['student']}"
 
 
 def build_caption(summary: dict[str, Any]) -> str:
+    """Returns the text below the table of a run's results: what was selected and how, guessing, and costs."""
     choice, cost = summary["selected"], summary.get("cost")
     on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
     text = f"{name_candidate(choice)} of epoch {choice['epoch'] + 1}, selected on {on[choice['selected_on']]}"

@@ -179,6 +179,7 @@ class CudaGraphs:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def run(self, work: Callable[[], StepResult]) -> StepResult:
+        """Calls a function on the separate stream, and returns its result without waiting for the GPU."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = work()
@@ -187,6 +188,9 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
         """Records a function as a CUDA graph; its kernels do not run yet.
+
+        Args:
+            work: The function, which takes no arguments and carries out a training step.
 
         Returns:
             A function that runs the recorded kernels, and the result of `work`. Each run overwrites the result's
@@ -248,9 +252,11 @@ class GraphStep:
         return self.run_eager(batch)
 
     def run_eager(self, batch: Batch) -> StepResult:
+        """Trains on a batch in eager mode, on the stream on which graphs are recorded."""
         return self.graphs.run(lambda: self.eager(batch))
 
     def replay(self, recording: Recording, batch: Batch) -> StepResult:
+        """Trains on a batch by running a recorded graph, with the optimizer's current learning rates."""
         recording.batch.images.copy_(batch.images)
         recording.batch.target.copy_(batch.target)
         for rate, group in zip(recording.rates, self.optimizer.param_groups, strict=True):

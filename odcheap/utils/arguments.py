@@ -112,8 +112,9 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
 def check_arguments(group: str) -> Callable[[Target], Target]:
     """Returns a decorator for a function or class that checks the arguments of each call.
 
-    Arguments are checked if their annotation is `Annotated` or `Literal`; those of a class are those of its
-    constructor. This is for calls from Python: the options of the command line are checked before anything is built.
+    A call with a wrong argument raises `OptionError`. Arguments are checked if their annotation is `Annotated` or
+    `Literal`; those of a class are those of its constructor. This is for calls from Python: the options of the command
+    line are checked before anything is built.
 
     Args:
         group: The config group to which the options belong, for messages; "" if they belong to none.

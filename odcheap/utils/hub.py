@@ -86,7 +86,7 @@ def report_hub_errors(option: str, value: str) -> Generator[None]:
         value: The value of that option, for the message.
 
     Raises:
-        OptionError: Any error was raised inside, except a `Failure` (`OptionError` is a kind of it), which stays.
+        OptionError: An error was raised inside. A `Failure`, or an `OptionError`, is passed on unchanged.
     """
     try:
         yield

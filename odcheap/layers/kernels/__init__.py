@@ -160,6 +160,9 @@ def reason_for_plain_layers(device_type: str) -> str | None:
 def try_to_load(name: Literal["gpu", "cpu"]) -> tuple[Any, str | None]:
     """Imports the module with the fused operators for GPUs or for CPUs.
 
+    Args:
+        name: "gpu" for `odcheap.layers.kernels.gpu`, "cpu" for `odcheap.layers.kernels.cpu`.
+
     Returns:
         The module and None; or, if it cannot be imported, None and the reason in one line.
     """

@@ -37,13 +37,14 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
 
 
 def make_channels_last(x: Tensor) -> Tensor:
+    """Returns a feature map (N, C, H, W) with the same values in channels-last memory format."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 class BatchNormAct(torch.autograd.Function):
     """The autograd function of `batch_norm_act`.
 
-    It saves the input and the statistics of the batch norm; with ADD_ACT also the output.
+    It saves the input and the statistics of the batch norm; with the order "add_act" also the output.
     """
 
     @staticmethod

@@ -269,8 +269,8 @@ def chunk_gradients(
 def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr):
     """Returns the sums of g and of g * x_hat over all rows, from the sums that `chunk_gradients` wrote to partial.
 
-    These sums are the gradients of the batch norm's bias and weight; the programs of the first chunk write them to
-    dbias and dweight.
+    g is the gradient of the ReLU's input, and x_hat the normalized input of the batch norm. These sums are the
+    gradients of the batch norm's bias and weight; the programs of the first chunk write them to dbias and dweight.
     """
     part = tl.arange(0, PARTS)
     ok = (part < chunks)[:, None] & (channel < C)[None, :]
@@ -394,7 +394,10 @@ def sum_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 class BatchNormAct(torch.autograd.Function):
-    """The autograd function of `batch_norm_act`; it saves the input, the statistics and, with ADD_ACT, the output."""
+    """The autograd function of `batch_norm_act`.
+
+    It saves the input and the statistics of the batch norm; with the order "add_act" also the output.
+    """
 
     @staticmethod
     def forward(
