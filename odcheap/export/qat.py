@@ -273,16 +273,14 @@ class RoundedNetwork:
 
     def __init__(self, model: bytes, quantized: bytes, device: torch.device):
         self.proto, integers = onnx.load_from_string(model), onnx.load_from_string(quantized)
-        self.start, self.axes = read_scales(integers), read_weight_axes(integers)
         arrays = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in self.proto.graph.initializer}
         self.constants = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        biases = {
-            node.input[2] for node in self.proto.graph.node if node.op_type in ("Conv", "Gemm") and len(node.input) > 2
-        }
+        self.start = read_scales(integers)
+        self.axes = {name: axis for name, axis in read_weight_axes(integers).items() if name in arrays}
+        nodes = (node for node in self.proto.graph.node if node.op_type in ("Conv", "Gemm"))
+        biases = {name for node in nodes for name in node.input[2:] if name in arrays}
         self.weights = {name: self.constants[name].requires_grad_() for name in [*self.axes, *sorted(biases)]}
-        zeros = torch.zeros(len(self.start), device=device)
-        self.log_scales = dict(zip(self.start, zeros.unbind(), strict=True))
-        self.log_scales = {name: value.clone().requires_grad_() for name, value in self.log_scales.items()}
+        self.log_scales = {name: torch.zeros((), device=device, requires_grad=True) for name in self.start}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns the logits (n, K) of images (n, C, H, W) in [0, 1], computed with the rounding."""
