@@ -113,7 +113,12 @@ def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, st
 
 
 def read_comments(group: str, part: str) -> dict[str, str]:
-    """Returns the comments in a file such as `method/od.yaml`, and in those on which it is based, by option names."""
+    """Returns the comments in the YAML file of a part, and in the files on which it is based, by option names.
+
+    Args:
+        group: The config group, a folder in `conf`, such as "method".
+        part: The name of the file in that folder without its ending, such as "od".
+    """
     path = find_conf_dir() / group / f"{part}.yaml"
     if not path.is_file():
         return {}
@@ -153,7 +158,12 @@ def describe_target(target: str) -> dict[str, str]:
 
 
 def read_definition(tree: ast.Module, name: str) -> dict[str, str]:
-    """Returns the descriptions of the arguments of a class or function in a module; see `describe_target`."""
+    """Returns what the docstring of a class or function says of each argument, by the names of the arguments.
+
+    Args:
+        tree: The source of the module that defines it, as `ast.parse` returns it.
+        name: The name of the class or function.
+    """
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             inner = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]

@@ -479,6 +479,9 @@ def convert_to_executorch(
         run: The student.
         options: The options of the command.
         data: The data set with training images for 8-bit integers; None if it is not available.
+
+    Returns:
+        The contents by the names of the files, `student.pte` and `student-int8.pte`.
     """
     say(f"{PTE}, for ExecuTorch")
     files = {PTE: executorch.to_pte(program, run.image_size, options.batch)}

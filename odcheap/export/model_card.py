@@ -280,7 +280,12 @@ def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
 
 
 def describe_unmeasured_speed(run: RunStudent, reason: str) -> list[str]:
-    """Returns lines that say why there is no speedup, how many multiply-accumulates there are, and what to do."""
+    """Returns lines that say why there is no speedup, how many multiply-accumulates there are, and what to do.
+
+    Args:
+        run: The exported student.
+        reason: Why no speedup could be measured, as part of a sentence; see `speedup.describe_disturbance`.
+    """
     standard, student = (flops.count_macs(network, run.image_size) for network in (run.standard, run.network))
     ratio = f"{standard / student:.1f} times fewer" if student <= standard else f"{student / standard:.1f} times more"
     again = "`odcheap export JOB_DIR --overwrite`" if run.job_dir else "`export_student` with `overwrite=True`"

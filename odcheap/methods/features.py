@@ -153,7 +153,7 @@ def pool(features: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pool_larger(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two feature maps (N, C, h, w) with one size: the larger one is average-pooled to that of the other."""
+    """Returns two feature maps (N, C, h, w), of which the larger one is average-pooled to the size of the other."""
     size = min(first.shape[-2:], second.shape[-2:], key=lambda size: size[0] * size[1])
     return pool(first, size), pool(second, size)
 

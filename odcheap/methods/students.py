@@ -137,7 +137,7 @@ def find_equal_weights(first: nn.Module, second: nn.Module) -> tuple[float, list
     networks. Parameters that are not trained are not compared either.
 
     Returns:
-        The number of equal parameters divided by the number of all parameters, and the names of the equal tensors.
+        The share, from 0 to 1, of the compared parameters that are equal, and the names of the equal tensors.
     """
     others = dict(second.named_parameters())
     trained = {name: own for name, own in first.named_parameters() if own.requires_grad}

@@ -270,7 +270,15 @@ def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
 
 
 def read_checked(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
-    """Returns the content of a JSON file of a run; raises `OptionError` if it does not fit the schema."""
+    """Returns the content of a JSON file of a run, which is checked with a schema.
+
+    Args:
+        path: The file.
+        schema: A class of `runs.schemas`, such as `Summary`.
+
+    Raises:
+        OptionError: The file cannot be read, or its content does not fit the schema.
+    """
     content = read_json(path, "job_dir")
     validate(schema, content, path, "job_dir")
     return content

@@ -144,7 +144,7 @@ def count_costs(network: nn.Module, image_size: tuple[int, int, int]) -> dict[st
 
 
 def list_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages on which results may depend."""
+    """Returns the versions of odcheap, of Python and of the packages on which results may depend, by their names."""
     return {
         "odcheap": __version__,
         "python": platform.python_version(),

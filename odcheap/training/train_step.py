@@ -265,7 +265,12 @@ class GraphStep:
         return recording.result
 
     def try_recording(self, shape: tuple[int, ...], batch: Batch) -> None:
-        """Records a step for a batch shape, and keeps the recording if its replay does the same as an eager step."""
+        """Records a step for a batch shape, and keeps the recording if its replay does the same as an eager step.
+
+        Args:
+            shape: The shape of the batch's images.
+            batch: A batch with images of this shape.
+        """
         # Both changes are measured from the same state and undone: only the caller's step counts.
         try:
             expected = self.measure_change(lambda: self.run_eager(batch))

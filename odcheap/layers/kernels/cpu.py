@@ -187,7 +187,7 @@ class PairsNormAct(torch.autograd.Function):
 
 
 def empty_map(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Returns a new feature map in channels-last memory format; its values are not set."""
+    """Returns a new feature map (images, channels, height, width) in channels-last memory format, without values."""
     return torch.empty((images, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
 
 
