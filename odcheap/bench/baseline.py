@@ -51,7 +51,7 @@ def train_steps(
     """Trains without an end, and yields the loss of each training step.
 
     Args:
-        method: The method to train.
+        method: The networks to train and their loss, a `Method`.
         images: The training images.
         batch_size: The number of images in a batch.
         lr: The learning rate.

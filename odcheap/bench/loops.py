@@ -143,7 +143,7 @@ def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: to
 
     Args:
         cfg: The config of a run, of which the options of `data` are used.
-        method: The method to train, with its students.
+        method: The networks to train and their loss, a `Method`.
         images: The images; only the training images are used.
         device: The device on which it is trained.
     """
@@ -159,7 +159,7 @@ def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: to
 
     Args:
         cfg: The config of a run.
-        method: The method to train, with its students.
+        method: The networks to train and their loss, a `Method`.
         images: The images; only the training images are used.
         device: The device on which it is trained.
     """
@@ -270,7 +270,7 @@ def run_trainer(cfg: DictConfig, method: Method, images: Images, timer: StepTime
 
     Args:
         cfg: The config of a run.
-        method: The method to train, with its students.
+        method: The networks to train and their loss, a `Method`.
         images: The training images.
         timer: The callback that times the training steps.
     """

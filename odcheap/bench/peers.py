@@ -61,7 +61,7 @@ def create_torchdistill_loop(cfg: DictConfig, method: Method, images: Images, de
 
     Args:
         cfg: The config of a run, of which the options of `data` are used.
-        method: The method to train, which `build_distillation` has built.
+        method: The networks to train and their loss, which `build_distillation` has built.
         images: The images; only the training images are used.
         device: The device on which it is trained.
     """
@@ -105,10 +105,12 @@ def make_dataset(cfg: DictConfig, images: Images) -> PillowImages:
 
 
 class TemplateModule(pl.LightningModule):
-    """A Lightning module in the way of lightning-hydra-template: metrics are modules, and are logged in each step.
+    """A Lightning module for comparison, written as the template lightning-hydra-template has it.
+
+    Its metrics are modules of torchmetrics, and they are logged in each step.
 
     Args:
-        method: The method to train.
+        method: The networks to train and their loss, a `Method`.
     """
 
     def __init__(self, method: Method):
@@ -163,7 +165,7 @@ def create_template_loop(cfg: DictConfig, method: Method, images: Images, device
 
     Args:
         cfg: The config of a run.
-        method: The method to train, which `build_distillation` has built.
+        method: The networks to train and their loss, which `build_distillation` has built.
         images: The images; only the training images are used.
         device: The device on which it is trained.
     """

@@ -222,11 +222,15 @@ def write_export(
 
 
 def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> str | None:
-    """Returns a line that names the fine-tuning, if 8-bit integers lose much accuracy by calibration; otherwise None.
+    """Returns the advice to fine-tune the network with the rounding of 8-bit integers, if its accuracy makes it useful.
 
     Args:
-        run: The student.
-        verification: The results of the checks.
+        run: The student that is exported.
+        verification: The accuracies of the exported files, as the checks have measured them.
+
+    Returns:
+        A line for the user with the option that does it, if the network in 8-bit integers is less accurate than in
+        floats by more than half a point; otherwise None.
     """
     floats, integers = (verification.top1.get(name) for name in ("student.onnx", verify.INT8))
     if floats is None or integers is None or floats - integers <= MAX_LOST_TOP1:
@@ -236,10 +240,18 @@ def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> st
 
 
 def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageData | None, str]:
-    """Returns the data set of a run; or None, and the reason as text, if it is not available and no option needs it.
+    """Loads the data set on which a run was trained, to check the exported files on its test images.
+
+    Args:
+        run: The student that is exported.
+        options: The options of the command, of which `data_dir` and `int8` are used.
+
+    Returns:
+        The data set and an empty text; or, if it is not available and no option needs it, None and the reason.
 
     Raises:
-        OptionError: The data set is not available, but an option needs it.
+        OptionError: `data_dir` was given, but is not a folder with the images of the run.
+        Failure: The data set is not available, but `int8` needs it.
     """
     data_dir, load = options.data_dir, run.config["data"].get("load") or {}
     if data_dir is not None and "data_dir" not in load:

@@ -238,7 +238,7 @@ class Shift(BlockType):
 
 @dataclass(frozen=True)
 class DW(BlockType):
-    """The cheap convolution of a depth-wise and a 1 x 1 convolution (a depth-wise separable convolution)."""
+    """Replaces a convolution by a depth-wise convolution with the same kernel size, followed by a 1 x 1 convolution."""
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return window.make_conv(channels, channels, groups=channels)
@@ -246,7 +246,7 @@ class DW(BlockType):
 
 @dataclass(frozen=True)
 class RepDW(BlockType):
-    """The cheap convolution of DW, whose depth-wise convolution is a sum of three branches in training.
+    """Replaces a convolution as `DW` does, with a depth-wise convolution that is a sum of three branches in training.
 
     In eval mode it computes one depth-wise convolution with a bias; see `RepDepthwise`. Parameters and
     multiply-accumulates are counted for that form, which an export contains: those of DW and a bias for each channel.
@@ -274,11 +274,14 @@ class RepDW(BlockType):
 @check_arguments("block_type")
 @dataclass(frozen=True)
 class Group(BlockType):
-    """The cheap convolution of a grouped convolution and a 1 x 1 convolution.
+    """Replaces a convolution by a grouped convolution with the same kernel size, followed by a 1 x 1 convolution.
+
+    The object only describes this: it makes the layers for each convolution that is replaced.
 
     Args:
-        groups: The number of groups. In the CIFAR ResNets it must divide each layer's number of channels. `cheapen`,
-            and networks from other libraries, use the largest divisor of that number that is not larger than `groups`.
+        groups: The number of groups of the grouped convolution. In the CIFAR ResNets it must divide the number of
+            channels of each layer. In networks that `cheapen` converts, a layer whose number of channels it does not
+            divide gets the largest divisor of this number that is smaller.
     """
 
     groups: Annotated[int, Field(ge=1)] = 4

@@ -187,9 +187,10 @@ class FeatureDistillation(LogitDistillation):
     Args:
         students: The S students.
         temperature: T, by which logits are divided before the softmax.
-        feature: How feature maps are compared: "attention" or "l2", see `FeatureDistance`; None to compare none.
-        feature_weight: The factor of the loss term that compares feature maps. With "attention" 1 is nearly that of
-            the paper's authors.
+        feature: How feature maps are compared: "attention" compares where in the image they are large, "l2" all their
+            values, see `FeatureDistance`; None to compare no feature maps.
+        feature_weight: The factor of the loss term that compares feature maps. For "attention", the factor 1 is about
+            the one that Zagoruyko and Komodakis (2017) used.
         **options: `loss`, `loss_weights`, `kl_reduction` and `average_decay`; see `LogitDistillation`.
     """
 

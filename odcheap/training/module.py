@@ -58,7 +58,7 @@ class DistillationModule(pl.LightningModule):
     `data.base.ResumableBatches`) saves how many batches are done.
 
     Args:
-        method: The method to train.
+        method: The networks to train and their loss, a `Method`.
         optimizer: A `functools.partial` of a class of `torch.optim`; see `build_optimization`.
         scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`; see `build_optimization`.
         steps: The number of optimizer steps in the whole run.

@@ -22,15 +22,16 @@ from odcheap.utils.seeds import temporary_seed
 
 
 class StudentBuilder(NamedTuple):
-    """The functions that build a student.
+    """What is needed to build one student.
 
     Attributes:
-        backbone: The name of the backbone.
-        build: A function that takes `conv` and `num_classes`, and returns the network.
-        make_conv: A function that returns the block type.
+        backbone: The name of the backbone, such as "resnet20".
+        build: A function that builds the network from two keyword arguments: `conv`, a `BlockType` such as `DW()`, and
+            `num_classes`.
+        make_conv: A function without arguments that returns the `BlockType` for `conv`.
         channels: The number of channels of the images.
-        explain: A function that takes an error about an option of the student, and returns it with the option's name
-            as the user can give it.
+        explain: A function that takes an `OptionError` about an option of this student, and returns the error to raise:
+            if students have different shapes, with the option's full name, such as `students.1.block_type.groups`.
     """
 
     backbone: str

@@ -267,7 +267,15 @@ def build_table(summary: dict[str, Any]) -> Table:
 
 
 def name_candidate(choice: dict[str, Any]) -> str:
-    """Returns "student 0", or "average of student 0"; `choice` is the entry `selected` of a summary."""
+    """Returns the name of the selected network.
+
+    Args:
+        choice: The entry `selected` of `summary.json`: `student` is the index of the student, and `averaged` says
+            whether the moving average of its weights was selected.
+
+    Returns:
+        "student K", or "average of student K" for the average of the weights, where K is the index.
+    """
     return f"{'average of ' if choice['averaged'] else ''}student {choice['student']}"
 
 

@@ -71,7 +71,7 @@ class EagerStep:
     """A training step in eager mode: forward pass, loss, backward pass, clipping, optimizer step, moving averages.
 
     Args:
-        method: The method to train.
+        method: The networks to train and their loss, a `Method`.
         optimizer: The optimizer of the method's parameters.
         options: How gradients are accumulated, clipped and checked.
         scaler: The gradient scaler of float16 training, if `backward` scales the loss; None otherwise.
