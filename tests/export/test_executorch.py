@@ -78,14 +78,14 @@ def test_xnnpack_runs_every_layer_with_the_network_s_logits(block_type, backbone
     images = predict.random_images(32, size)
     with torch.no_grad():
         expected = network(torch.from_numpy(images)).numpy()
-    spread = np.abs(expected - expected.mean(0)).mean()
     floats = executorch_export.to_pte(program, size)
     integers = executorch_export.to_int8_pte(program, size, iter(np.split(images, 2)))
     assert (floats.portable, integers.portable) == ((), ())
     assert len(integers.content) < len(floats.content)
     logits, rounded = (executorch_export.create_predictor(f.content, None)(images[:8]) for f in (floats, integers))
     np.testing.assert_allclose(logits, expected[:8], atol=1e-4, rtol=1e-5)
-    assert 0 < np.abs(rounded - expected[:8]).mean() < 0.5 * spread
+    # Not compared with the spread over images: that of an untrained network can be below one step of 8-bit logits.
+    assert 0 < np.abs(rounded - expected[:8]).mean() < 0.1 * np.abs(expected).mean()
 
 
 @needs_executorch
