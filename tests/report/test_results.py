@@ -1,14 +1,27 @@
 """The results in the documentation are those of the runs whose summaries lie in `results/`, and nothing else."""
 
+import io
 import runpy
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from matplotlib.testing.compare import compare_images
+from PIL import Image
 
+from odcheap import load_student
 from odcheap.report import command
 
 ROOT = Path(__file__).parents[2]
+STUDENTS = ROOT / "results" / "students"
+CORRECT = {
+    "DW-resnet20": 456,
+    "DW-resnet56": 459,
+    "Shift-resnet20": 432,
+    "Shift-resnet56": 452,
+}  # of the 500 test images
 TEST_IMAGES = ROOT.parent / "shared" / "data" / "cifar10-test.zip"
 build = runpy.run_path(str(ROOT / "results" / "build.py"))
 
@@ -53,3 +66,18 @@ def test_the_tables_that_are_built_here_are_those_of_the_page(table, heading):
 def test_the_figures_of_results_are_those_of_the_kept_runs(name, tmp_path):
     build["main"](tmp_path)
     assert compare_images(ROOT / "docs" / "assets" / name, tmp_path / name, tol=2) is None
+
+
+@pytest.mark.skipif(not TEST_IMAGES.exists(), reason="needs CIFAR-10's test images")
+@pytest.mark.parametrize("name", CORRECT)
+def test_the_kept_students_are_as_accurate_as_the_page_says(name):
+    """On 500 of the test images, with the numbers of right answers that were counted when the students were kept."""
+    with zipfile.ZipFile(TEST_IMAGES) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".webp"))[::20]
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+    classes = sorted({Path(name).parent.name for name in names})
+    target = torch.tensor([classes.index(Path(name).parent.name) for name in names])
+    student = load_student(STUDENTS / name / "student.safetensors").eval()
+    with torch.inference_mode():
+        hits = student(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).argmax(1) == target
+    assert abs(int(hits.sum()) - CORRECT[name]) <= 1  # another CPU may decide a close one differently
