@@ -62,6 +62,21 @@ def test_the_tables_that_are_built_here_are_those_of_the_page(table, heading):
     assert table_lines(page.partition(heading)[2].partition("\n\n")[0]) == build[table]()
 
 
+def test_the_tables_of_the_readme_are_those_of_the_kept_runs(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(build["format_best"]()) in readme
+    # The second table has cells of the report's: its mean students and their gain.
+    page = (ROOT / "docs" / "results.md").read_text().partition("<!-- the report's table of 15 epochs -->")[2]
+    rows = table_lines(page.partition("\n\n")[0])
+    cells = {tuple(row.split(" | ")[:2]): row.split(" | ")[3:5] for row in rows}
+    shown = [line for line in table_lines(readme) if line.startswith(("| `DW` | 40,522", "| `Shift` | 34,906"))]
+    assert len(shown) == 2
+    for line in shown:
+        block_type = line.split("`")[1]
+        (alone, _), (od, gain) = (cells[f"| {block_type}", method] for method in ("alone", "od"))
+        assert line.endswith(f" | {alone} | {od} | {gain} |")
+
+
 @pytest.mark.parametrize("name", list(build["FIGURES"]))
 def test_the_figures_of_results_are_those_of_the_kept_runs(name, tmp_path):
     build["main"](tmp_path)
