@@ -11,8 +11,13 @@ from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 
 from odcheap.config.options import LIST_GROUPS, is_path_option
-from odcheap.runs.overrides import quote_override
-from odcheap.utils.errors import Failure
+from odcheap.runs.checkpoint_io import CHECKPOINT_NAME
+from odcheap.runs.folder import CONFIG, read_config
+from odcheap.runs.overrides import override_key, quote_override
+from odcheap.runs.saved_options import EXPERIMENT_GROUPS
+from odcheap.runs.settings import flatten
+from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.parts import PART_NAME
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
@@ -85,10 +90,47 @@ def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
     is_sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     prepared = [split_paths(argument) if is_sweep else None for argument in arguments]
     result = [sweep or prepare_argument(argument, conf) for argument, sweep in zip(arguments, prepared, strict=True)]
+    if not is_sweep:
+        return add_resumed_parts(result)
     sweeps_data = any(a.startswith("data_dir=") and is_choice(b) for a, b in zip(arguments, result, strict=True))
     has_name = any(argument.startswith("hydra.sweep.subdir=") for argument in arguments)
-    names = ["hydra.sweep.subdir='${run_name:data_dir}'"]
-    return result + names if is_sweep and sweeps_data and not has_name else result
+    return [*result, "hydra.sweep.subdir='${run_name:data_dir}'"] if sweeps_data and not has_name else result
+
+
+def add_resumed_parts(arguments: list[str]) -> list[str]:
+    """Adds the name of each part of the resumed run of which only an option is given.
+
+    With `resume=RUN method.teacher_weights=FILE` this is `method=kd`, if that is the method of the run. Hydra would
+    otherwise look for the option in the default method.
+
+    Args:
+        arguments: The arguments in the form that Hydra needs.
+
+    Returns:
+        The arguments. Nothing is added if no run is resumed, if its `config.yaml` is not there, and if a recipe
+        (`experiment`) is given, which may choose parts itself.
+    """
+    keys = [override_key(argument) for argument in arguments]
+    given = dict(zip(keys, arguments, strict=True))
+    roots = [key.split(".")[0] if "." in key else "" for key in keys]
+    groups = [group for group in EXPERIMENT_GROUPS if group in roots and group not in given]
+    if not groups or "resume" not in given or "experiment" in given:
+        return arguments
+    try:
+        option = "job_dir" if given["resume"] == "resume=auto" else "resume"
+        place = Path(str(OverridesParser.create().parse_override(given[option]).value()))
+        folder = place.resolve().parent.parent if CHECKPOINT_NAME.fullmatch(place.name) else place
+        settings = flatten(read_config(folder / CONFIG, "resume"))
+    except (HydraException, OptionError, KeyError):  # what reads the run says later what is wrong
+        return arguments
+    result = list(arguments)
+    for group in groups:
+        part = settings.get(f"{group}.part")
+        if isinstance(part, str) and PART_NAME.fullmatch(part):
+            # After the options of the part, since a message about one of them names the first override that sets it.
+            last = max(k for k, argument in enumerate(result) if override_key(argument).startswith(f"{group}."))
+            result.insert(last + 1, f"{group}={part}")
+    return result
 
 
 def is_choice(override: str) -> bool:

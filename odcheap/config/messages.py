@@ -77,8 +77,9 @@ def describe_unknown_option(error: Exception) -> str | None:
     if is_addable(name):
         return f"{name}: must be given with a plus sign, since conf/ does not list it: +{name}=VALUE"
     line = f"{name}: there is no such option{suggest_options(name)}"
-    # A resumed run takes its parts from its checkpoint, but only after the given options have been composed.
-    if "." in name and any(argument.startswith("resume=") for argument in sys.argv):
+    # `add_resumed_parts` knows the parts of a resumed run only if its `config.yaml` is there.
+    is_chosen = any(argument.startswith(f"{name.partition('.')[0]}=") for argument in sys.argv)
+    if "." in name and not is_chosen and any(argument.startswith("resume=") for argument in sys.argv):
         line += f"{'' if line.endswith('?') else ';'} with resume, give its part too, such as data=imagefolder"
     return f"{line} (odcheap train --help shows every option)"
 

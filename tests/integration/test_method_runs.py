@@ -294,7 +294,7 @@ def test_a_run_goes_on_with_its_own_teacher_only(command, tmp_path):
     assert result.status == 1
     assert "is not the teacher that the run was started with" in result.err
     assert result.err.count("\n") == 1
-    result = command(*more, "method=kd", f"method.teacher_weights={tmp_path}/moved")
+    result = command(*more, f"method.teacher_weights={tmp_path}/moved")  # an option of kd, which is the run's method
     assert result.status == 0, result.err
     newest = tmp_path / "run" / "checkpoints" / "epoch-0001.ckpt"
     result = command(*given, *options, f"weights={newest}", f"job_dir={tmp_path}/new")  # another teacher by that path

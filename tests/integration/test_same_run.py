@@ -153,3 +153,37 @@ def test_a_run_id_is_taken_only_for_the_same_run(in_own_folder, saved, given, ex
     content = {"callbacks": {"LoggerRuns": {"wandb": saved}}}
     start = Start(config, Path("run"), content=content, in_own_folder=in_own_folder)
     assert saved_logger_run(start, "wandb") == expected
+
+
+def test_options_beside_resume_belong_to_the_parts_of_the_resumed_run(tmp_path):
+    """The name of the part follows its options: a message about one of them names the first override that sets it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        "method: {part: kd}\ndata: {part: digits}\noptimizer: {part: '../x'}\ntrainer: {}\n"
+    )
+
+    def added(*arguments):
+        prepared = prepare_arguments(list(arguments), find_conf_dir())
+        assert [argument for argument in prepared if argument in arguments] == list(arguments)
+        return [argument for argument in prepared if argument not in arguments]
+
+    teacher = "method.teacher_weights=x"
+    assert prepare_arguments([f"resume={run}", teacher, "seed=1"], find_conf_dir()) == [
+        f"resume={run}",
+        teacher,
+        "method=kd",
+        "seed=1",
+    ]
+    assert added(f"resume={run}/checkpoints/epoch-0001.ckpt", "data.workers=0", teacher) == ["data=digits", "method=kd"]
+    assert added("resume=auto", f"job_dir={run}", "data.workers=0") == ["data=digits"]
+    for unchanged in (
+        [teacher],
+        ["resume=auto", teacher],
+        [f"resume={run}", teacher, "method=od"],
+        [f"resume={run}", teacher, "experiment=short"],
+        [f"resume={run}", "optimizer.lr=1", "augment.mixup=1", "trainer.devices=2"],
+        [f"resume={tmp_path}", teacher],
+        ["-m", f"resume={run}", teacher],
+    ):
+        assert added(*unchanged) == []
