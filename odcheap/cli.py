@@ -28,8 +28,8 @@ COMMANDS = {
     "evaluate": "odcheap.evaluate.command",
     "export": "odcheap.export.command",
     "predict": "odcheap.predict",
-    "demo": "odcheap.demo.command",
-    "push": "odcheap.push.command",
+    "demo": "odcheap.demo",
+    "push": "odcheap.push",
     "report": "odcheap.report.command",
     "bench": "odcheap.bench.command",
 }

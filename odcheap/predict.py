@@ -617,6 +617,11 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return preprocess, labels
 
 
+def is_export(folder: str | Path) -> bool:
+    """Returns whether a folder has the files by which an export is known: `preprocess.json` and the model card."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (PREPROCESS_FILE, CARD_FILE))
+
+
 def is_side(value: Any) -> bool:
     """Returns whether a value in `preprocess.json` is an allowed number of pixels."""
     return type(value) is int and 1 <= value <= MAX_SIDE
@@ -1246,7 +1251,7 @@ def main(arguments: list[str], prog: str | None = None) -> int:
 
     # The export is the first path if that is an export, otherwise the folder of this file.
     folder, paths = Path(__file__).parent, options.paths
-    if paths and all(os.path.isfile(os.path.join(paths[0], name)) for name in (PREPROCESS_FILE, CARD_FILE)):
+    if paths and is_export(paths[0]):
         folder, paths = Path(paths[0]), paths[1:]
     try:
         if not options.paths and not options.bench and not options.evaluate:

@@ -13,7 +13,7 @@ from odcheap import __version__, predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.evaluate.arguments import parse_arguments
 from odcheap.evaluate.images import EvaluatedImages, list_images
-from odcheap.evaluate.model import Model, is_export, load_model, to_bytes
+from odcheap.evaluate.model import Model, load_model, to_bytes
 from odcheap.runs.training_images import find_known_images, hash_file_contents, hash_image
 from odcheap.utils.confusion_plot import plot_confusion, render_png
 from odcheap.utils.console import console, keep_going_without_output, print_error, say
@@ -214,7 +214,7 @@ def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
     is_folder = os.path.isdir(options.images)
     return {
         "model": os.path.realpath(options.model),
-        "file": options.file or ("student.onnx" if is_export(options.model) else None),
+        "file": options.file or ("student.onnx" if predict.is_export(options.model) else None),
         "images": os.path.realpath(options.images) if is_folder else options.images,
     }
 
@@ -230,7 +230,7 @@ def default_folder(model: Path, images: str) -> Path:
     *_, above, name = ["", "root", *Path(os.path.realpath(images)).parts[1:]]
     name = f"{above}-{name}" if name in predict.PART_FOLDERS else name  # `photos-test` for photos/test
     folder = Path(os.path.realpath(model))
-    return (folder.with_name(f"{folder.name}-evaluation") if is_export(model) else model / "evaluation") / name
+    return (folder.with_name(f"{folder.name}-evaluation") if predict.is_export(model) else model / "evaluation") / name
 
 
 def prepare_folder(out: Path | None, default: Path, options: argparse.Namespace) -> Path:

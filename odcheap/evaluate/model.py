@@ -41,11 +41,6 @@ class Model(NamedTuple):
     test_top1: float | None
 
 
-def is_export(folder: Path) -> bool:
-    """Returns whether a folder has the files by which an export is known: `preprocess.json` and the model card."""
-    return all((folder / name).is_file() for name in (predict.PREPROCESS_FILE, predict.CARD_FILE))
-
-
 def load_export(folder: Path, name: str) -> Model:
     """Loads an ONNX file of an export for ONNX Runtime.
 
@@ -118,7 +113,7 @@ def load_model(path: Path, student: int | None, file: str | None, config_dirs: S
     Raises:
         OptionError: An option does not suit the folder, or the folder is neither.
     """
-    if is_export(path):
+    if predict.is_export(path):
         if student is not None:
             raise OptionError("--student", student, f"must not be given: {path} is an export of one student")
         return load_export(path, file or "student.onnx")

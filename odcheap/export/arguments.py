@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def parse_arguments(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of the command; `--help` and mistyped arguments are answered without PyTorch.
 
     Args:
         arguments: The command-line arguments; None for those of this process.
-        prog: The name of the command in its help.
     """
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("odcheap export", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("job_dir", type=Path, metavar="JOB_DIR", help="a run's folder")
     add("--student", type=int, metavar="K", help="student K, from 0 (default: the selected student)")

@@ -50,17 +50,16 @@ FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, RESULTS_FILE, predict.CA
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "odcheap export") -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
         arguments: The command-line arguments; None for those of this process.
-        prog: The name of the command in its help.
 
     Returns:
         The exit status: 0, 1 after an error, or 128 + the number of a signal.
     """
-    options = parse_arguments(arguments, prog)
+    options = parse_arguments(arguments)
     hide_library_warnings()
     try:
         with keep_going_without_output(), SignalListener():

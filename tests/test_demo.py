@@ -14,9 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from odcheap import cli, predict
-from odcheap.demo import server as demo_server
-from odcheap.demo.command import create_server
+from odcheap import cli, demo, predict
 from odcheap.export import model_card
 
 COLORS = ["red", "green", "<b>blue</b>"]
@@ -56,7 +54,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(export):
-    with create_server(export, "student.onnx", 0) as server:
+    with demo.create_server(export, "student.onnx", 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         yield server
@@ -146,14 +144,14 @@ def test_the_server_describes_the_export(server):
     ids=["text", "empty", "large", "length", "host", "origin"],
 )
 def test_what_cannot_be_classified_is_answered_in_one_line(server, monkeypatch, body, headers, status, line):
-    monkeypatch.setattr(demo_server, "MAX_BYTES", 1000)
+    monkeypatch.setattr(demo, "MAX_BYTES", 1000)
     answered, content = ask(server, "POST", "/classify", body, **headers)
     assert answered == status
     assert content["error"].startswith(line)
     assert "\n" not in content["error"]
 
 
-@pytest.mark.parametrize("path", ["/../server.py", "/server.py", "/student.onnx", "//page.js/..", "/classify"])
+@pytest.mark.parametrize("path", ["/../demo.py", "/demo.py", "/student.onnx", "//page.js/..", "/classify"])
 def test_the_server_sends_the_files_of_the_page_and_no_others(server, path):
     assert ask(server, "GET", path)[0] == 404
 
@@ -193,6 +191,6 @@ def test_ctrl_c_ends_the_command_without_an_error(export, monkeypatch, capsys):
         assert capsys.readouterr().out == f"open {server.address} in a browser; Ctrl-C ends the server\n"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_server.DemoServer, "serve_forever", interrupt)
+    monkeypatch.setattr(demo.DemoServer, "serve_forever", interrupt)
     assert cli.main(["demo", str(export), "--port", "0"]) == 0
     assert capsys.readouterr().err == ""

@@ -1,10 +1,14 @@
-"""The server of the demo page: it sends the page to the browser, and classifies the images that the page sends back.
+"""Shows a local web page on which images are classified with an export.
 
-The images are decoded, resized and classified here with `predict.py`, so that the page shows the same probabilities as
-`odcheap predict`. A browser's own resizing and decoding differ from those of the training.
+An image is dropped on the page or chosen there, and the page shows its most likely classes with their probabilities,
+the same as `odcheap predict` prints. The page is reachable from this machine only, and no image leaves it. Ctrl-C ends
+the command.
 """
 
+import argparse
+import errno
 import json
+from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,13 +18,19 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from odcheap import predict
+from odcheap.utils.console import keep_going_without_output, print_error, say
+from odcheap.utils.errors import OptionError
 
+# Images are decoded, resized and classified by this server with `predict.py`, since a browser's own decoding and
+# resizing differ from those of the training.
 ADDRESS = "127.0.0.1"  # reachable from this machine only
+MAX_PORT = 65535
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 MAX_BYTES = 1 << 26  # of an image
 CHUNK = 1 << 20  # bytes that are read at once
 SHOWN_CLASSES = 5
 SECONDS_WITHOUT_DATA = 30  # after which a connection is closed
+PAGE_FOLDER = Path(__file__).with_name("demo_page")
 PAGE_FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -120,7 +130,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.answer(HTTPStatus.OK, self.server.classifier.description)
         elif path in PAGE_FILES:
             name, kind = PAGE_FILES[path]
-            self.send(HTTPStatus.OK, Path(__file__).with_name(name).read_bytes(), kind)
+            self.send(HTTPStatus.OK, (PAGE_FOLDER / name).read_bytes(), kind)
         else:
             self.answer(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
 
@@ -218,3 +228,60 @@ class DemoServer(ThreadingHTTPServer):
     def address(self) -> str:
         """The address of the page for a browser, such as "http://127.0.0.1:8000/"."""
         return f"http://{ADDRESS}:{self.server_port}/"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: The command-line arguments; None for those of this process.
+
+    Returns:
+        The exit status: 0 after Ctrl-C, or 1 after an error.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("odcheap demo", description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("export_dir", type=Path, metavar="EXPORT_DIR", help="the folder that odcheap export has written")
+    add("--model", metavar="FILE", default="student.onnx", help="another ONNX file of it (default: %(default)s)")
+    add("--port", type=int, default=8000, metavar="N", help="of the page; 0 for a free one (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        with keep_going_without_output(), create_server(options.export_dir, options.model, options.port) as server:
+            say(f"open {server.address} in a browser; Ctrl-C ends the server")
+            server.serve_forever()
+    except (predict.PredictError, OptionError, OSError) as error:
+        return print_error(str(error))
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def create_server(folder: Path, file: str, port: int) -> DemoServer:
+    """Returns the server of the demo page, to which browsers can connect already.
+
+    Args:
+        folder: The folder of an export.
+        file: The name of the ONNX file in this folder that classifies the images, such as "student.onnx".
+        port: The port of the server, 0 to 65535; 0 for a free one.
+
+    Raises:
+        OptionError: The folder is not an export, or the port cannot be used.
+        predict.PredictError: The files of the export are damaged or do not fit together.
+    """
+    if not 0 <= port <= MAX_PORT:
+        raise OptionError("--port", port, f"must be 0 to {MAX_PORT}")
+    if not predict.is_export(folder):
+        raise OptionError("EXPORT_DIR", folder, "is not an export; odcheap export JOB_DIR writes one")
+    classifier = Classifier(folder, file)
+    try:
+        return DemoServer(classifier, port)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        reason = "is in use" if error.errno == errno.EADDRINUSE else "is not allowed"
+        raise OptionError("--port", port, f"{reason}: name another one, or 0 for a free one") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,1 +1,0 @@
-"""A local web page that classifies images with an export."""

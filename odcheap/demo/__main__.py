@@ -1,5 +1,0 @@
-"""Runs `python -m odcheap.demo`."""
-
-from odcheap.demo.command import main
-
-raise SystemExit(main())

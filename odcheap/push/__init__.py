@@ -1,1 +1,0 @@
-"""Uploads an export to the Hugging Face Hub."""

@@ -1,5 +1,0 @@
-"""Runs `python -m odcheap.push`."""
-
-from odcheap.push.command import main
-
-raise SystemExit(main())
