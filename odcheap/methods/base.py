@@ -1,4 +1,4 @@
-"""The base class of methods, and loss terms that several of them share."""
+"""The base classes of methods, and loss terms that several methods share."""
 
 import math
 from typing import Annotated, Any
@@ -8,15 +8,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.ema import AverageDecay, AveragedStudents, require_single_precision
-from odcheap.methods.losses import DistillationLoss, KlReduction, LossName, LossWeights, Temperature
-from odcheap.methods.students import Students
+from odcheap.methods.losses import DistillationLoss, FeatureName, KlReduction, LossName, LossWeights, Temperature
+from odcheap.methods.students import AverageDecay, AveragedStudents, Students, require_single_precision
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
 Outputs = dict[str, Any]  # named tensors; `teacher_logits` may be None
 LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]  # Szegedy et al., 2016, section 7
 RampUpLength = Annotated[float, Field(ge=0, le=1)]  # a fraction of the run's epochs
+FeatureWeight = Annotated[float, Field(gt=0)]
 
 
 @check_arguments("method")
@@ -41,7 +41,6 @@ class Method(nn.Module):
         joins_maps: Whether the students' last feature maps are joined along the channels, so that their heights and
             widths must be equal.
         averages: The moving averages of the students' weights; None if the method keeps none.
-        ramp: The weight of the loss terms that grow over the first epochs; None if no term does.
     """
 
     teacher_kind: str | None = None
@@ -56,12 +55,6 @@ class Method(nn.Module):
             raise OptionError("num_stu", len(students), f"must be {self.min_students} or more with method={name}")
         self.students = students
         self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
-        self.ramp: RampUp | None = None
-
-    @property
-    def ramp_weight(self) -> Tensor | float:
-        """The current factor, in [0, 1], of the loss terms that grow over the first epochs; 1 without such terms."""
-        return 1.0 if self.ramp is None else self.ramp.weight
 
     def forward(self, images: Tensor) -> Outputs:
         """Returns the outputs by name; this default is for methods without a teacher.
@@ -113,14 +106,14 @@ class Method(nn.Module):
         return {} if self.averages is None else {"average_logits": self.averages.logits(images)}
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the weight of the loss terms that grow over the first epochs; it must be called before each epoch.
+        """Sets the weights of loss terms that depend on the epoch; it must be called before each epoch.
+
+        This default does nothing.
 
         Args:
             epoch: The number of the epoch that begins, from 0.
             epochs: The number of epochs of the run.
         """
-        if self.ramp is not None:
-            self.ramp.start_epoch(epoch, epochs)
 
     def after_step(self) -> None:
         """Updates the moving averages, if there are any; it must be called after each step of the optimizer."""
@@ -214,6 +207,45 @@ class LogitDistillation(Method):
 
 
 @check_arguments("method")
+class FeatureDistillation(LogitDistillation):
+    """The base class of methods that compare softened predictions and, on request, feature maps.
+
+    Args:
+        students: The S students.
+        temperature: T, by which logits are divided before the softmax.
+        feature: How feature maps are compared: "attention" compares where in the image they are large, "l2" all their
+            values, see `FeatureDistance`; None to compare no feature maps.
+        feature_weight: The factor of the loss term that compares feature maps. For "attention", the factor 1 is about
+            the one that Zagoruyko and Komodakis (2017) used.
+        **options: `loss`, `loss_weights`, `kl_reduction` and `average_decay`; see `LogitDistillation`.
+    """
+
+    def __init__(
+        self,
+        students: Students,
+        temperature: Temperature,
+        feature: FeatureName | None = None,
+        feature_weight: FeatureWeight = 1.0,
+        **options: Any,
+    ):
+        super().__init__(students, temperature, **options)
+        if feature is None and feature_weight != 1:
+            allowed = "has no feature term to weight; method.feature=attention or l2 adds one"
+            raise OptionError("method.feature_weight", feature_weight, allowed)
+        self.feature, self.feature_weight = feature, feature_weight
+
+    def feature_terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Returns the terms `attention_k` or `l2_k` of each student k, with their weight; none without `feature`.
+
+        Args:
+            outputs: The outputs of `forward`. Its key `feature_distances` has the distance of each student, (S,).
+        """
+        if self.feature is None:
+            return {}
+        return student_terms(self.feature_weight * outputs["feature_distances"], self.feature)
+
+
+@check_arguments("method")
 class RampUp(nn.Module):
     """The weight of a loss term, which grows from exp(-5) to 1 over the first epochs.
 
@@ -247,6 +279,37 @@ class RampUp(nn.Module):
         # What is left of the ramp-up, 1 - t; the buffer is filled in place, since a CUDA graph reads its address.
         remaining = max(0.0, 1 - epoch / (self.length * epochs)) if self.length else 0.0
         self.weight.fill_(math.exp(-5 * remaining**2))
+
+
+@check_arguments("method")
+class RampedDistillation(LogitDistillation):
+    """The base class of methods that compare softened predictions with a weight that grows over the first epochs.
+
+    Args:
+        students: Two or more students.
+        temperature: T, by which logits are divided before the softmax.
+        ramp_up: The fraction of the run's epochs, in [0, 1], in which the weight rises to 1; see `RampUp`.
+        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+
+    Attributes:
+        ramp: The weight, w.
+    """
+
+    min_students = 2
+
+    def __init__(
+        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
+    ):
+        super().__init__(students, temperature, **options)
+        self.ramp = RampUp(ramp_up)
+
+    @property
+    def distillation_weight(self) -> Tensor:
+        """The factor of the distillation terms: w, in [0, 1], times `distance.factor`, which is T^2 for a KL."""
+        return self.ramp.weight * self.distance.factor
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        self.ramp.start_epoch(epoch, epochs)
 
 
 def add_total(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,14 +15,19 @@ form, in which each student imitates the mean of the other students, is not impl
 mean of the other students' maps, which is detached.
 """
 
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 
-from odcheap.methods.base import Outputs, add_total, cross_entropy_terms, student_terms
-from odcheap.methods.features import FeatureDistance, FeatureDistillation, pair_stages
-from odcheap.methods.losses import Temperature
+from odcheap.methods.base import (
+    FeatureDistillation,
+    Outputs,
+    add_total,
+    cross_entropy_terms,
+    mean_of_others,
+    student_terms,
+)
+from odcheap.methods.losses import FeatureDistance, Temperature
 from odcheap.methods.students import Students
 from odcheap.models.stages import StageRecorder
 from odcheap.utils.arguments import check_arguments
@@ -45,9 +50,8 @@ class DeepMutualLearning(FeatureDistillation):
         super().__init__(students, temperature, **options)
         self.features: FeatureDistance | None = None
         if self.feature is not None:
-            self.stages = [StageRecorder(student) for student in students.members]
-            pair_stages(self.stages, "method.feature", self.feature)
-            channels = [recorder.channels for recorder in self.stages]
+            self.stages = StageRecorder(students.members, "method.feature", self.feature)
+            channels = self.stages.channels
             if self.feature == "l2" and any(own != channels[0] for own in channels):
                 allowed = "needs students with equal numbers of channels; attention does not"
                 raise OptionError("method.feature", self.feature, allowed)
@@ -56,8 +60,7 @@ class DeepMutualLearning(FeatureDistillation):
     def forward(self, images: Tensor) -> Outputs:
         if self.features is None:
             return super().forward(images)
-        with ExitStack() as stack:
-            maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
+        with self.stages.record() as maps:
             outputs = super().forward(images)
         return outputs | {"feature_distances": self.features.compare_mutually(maps)}
 
@@ -72,9 +75,7 @@ class DeepMutualLearning(FeatureDistillation):
         logits = outputs["student_logits"]
         # (S, S): row l has the distances of student l's predictions, the detached targets, from each student.
         pairs = self.distance(logits[None], logits.detach()[:, None], target)
-        # A student's distance from itself is zero. (That of "dist" is not, for predictions that are constant.)
-        others = pairs.sum(0) - pairs.diagonal().detach()
-        peers = self.distance.factor * others / (len(logits) - 1)
+        peers = self.distance.factor * mean_of_others(pairs)
         name = f"D_{self.distance.name.upper()}"
         terms = cross_entropy_terms(logits, target, "L_C") | student_terms(peers, name)
         return add_total(terms | self.feature_terms(outputs))

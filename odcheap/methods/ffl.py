@@ -20,50 +20,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import (
-    LogitDistillation,
-    Outputs,
-    RampUp,
-    RampUpLength,
-    add_total,
-    cross_entropy_terms,
-    student_terms,
-)
-from odcheap.methods.losses import Temperature
+from odcheap.methods.base import Outputs, RampedDistillation, add_total, cross_entropy_terms, student_terms
 from odcheap.methods.students import Students
-from odcheap.utils.arguments import check_arguments
 
 
-@check_arguments("method")
-class FeatureFusion(LogitDistillation):
+class FeatureFusion(RampedDistillation):
     """Trains students together with a classifier on their fused feature maps, which is the teacher.
 
     Args:
         students: Two or more students.
-        temperature: T, by which logits are divided before the softmax in the KL divergence.
-        ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
-            to 1.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
+            `loss`, `loss_weights` and `average_decay`; see `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "head"
-    min_students = 2
     joins_maps = True
 
-    def __init__(
-        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
-    ):
-        super().__init__(students, temperature, **options)
-        self.ramp = RampUp(ramp_up)
+    def __init__(self, students: Students, **options: Any):
+        super().__init__(students, **options)
         # The fusion of the maps of all students to one map with as many channels as student 0's: depth-wise 3 x 3, then
         # 1 x 1, each with batch norm and ReLU.
-        fused = students.num_features
-        concat = students.total_features
+        concat, fused = students.total_features, students.num_features
         depthwise = nn.Conv2d(concat, concat, 3, padding=1, groups=concat, bias=False)
         pointwise = nn.Conv2d(concat, fused, 1, bias=False)
-        self.fusion = nn.Sequential(
-            depthwise, nn.BatchNorm2d(concat), nn.ReLU(), pointwise, nn.BatchNorm2d(fused), nn.ReLU()
-        )
+        layers = [depthwise, nn.BatchNorm2d(concat), nn.ReLU(), pointwise, nn.BatchNorm2d(fused), nn.ReLU()]
+        self.fusion = nn.Sequential(*layers)
         self.fc = nn.Linear(fused, students.num_classes)
 
     def forward(self, images: Tensor) -> Outputs:
@@ -79,12 +60,12 @@ class FeatureFusion(LogitDistillation):
             `L_ce_k`: the cross-entropy of each student k. `L_ce_f`: that of the fused classifier. `L_kl_e`: w T^2 times
             the KL from the students' mean to the fused classifier. `L_kl_f_k`: w T^2 times the KL from the fused
             classifier to student k. With another loss than the KL its name stands in place of `kl`. `loss`: the sum of
-            all terms. w is `ramp_weight`, in [0, 1].
+            all terms. w is the weight `ramp`, in [0, 1].
         """
         logits, fused = outputs["student_logits"], outputs["teacher_logits"]
-        weight = self.ramp_weight * self.distance.factor
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_f": F.cross_entropy(fused, target)}
         name = f"L_{self.distance.name}"
+        weight = self.distillation_weight
         terms[f"{name}_e"] = weight * self.distance(fused, logits.mean(0).detach(), target)
         # The KL in the other direction; each detached side is a fixed target.
         return add_total(terms | student_terms(weight * self.distance(logits, fused.detach(), target), f"{name}_f"))

@@ -14,7 +14,7 @@ the terms of each.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Annotated, Any, cast
 
 import torch
@@ -22,22 +22,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from odcheap.methods.base import (
+    FeatureDistillation,
+    FeatureWeight,
     IndependentMethod,
     Outputs,
     add_total,
     cross_entropy_terms,
     student_terms,
 )
-from odcheap.methods.ema import AverageDecay
-from odcheap.methods.features import (
-    FeatureDistance,
-    FeatureDistillation,
-    FeatureName,
-    FeatureWeight,
-    pair_stages,
-)
-from odcheap.methods.losses import LossName, LossWeights, Temperature
-from odcheap.methods.students import Students
+from odcheap.methods.losses import FeatureDistance, FeatureName, LossName, LossWeights, Temperature
+from odcheap.methods.students import AverageDecay, Students
 from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, TeacherEnsemble, TeacherWeights, load_teacher
 from odcheap.models.stages import StageRecorder
 from odcheap.utils.arguments import check_arguments
@@ -71,11 +65,10 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         self.teacher, self.alpha = teacher, alpha
         self.features: nn.ModuleList | None = None  # a `FeatureDistance` for each teacher
         if self.feature is not None:
-            self.stages = [StageRecorder(student) for student in students.members]
-            given = [member.stages for member in teacher.teachers]
-            pair_stages([*self.stages, *given], "method.feature", self.feature)
-            channels = [recorder.channels for recorder in self.stages]
-            self.features = nn.ModuleList(FeatureDistance(self.feature, channels, stages.channels) for stages in given)
+            networks = [*students.members, *(member.network for member in teacher.teachers)]
+            self.stages = StageRecorder(networks, "method.feature", self.feature)
+            own, given = self.stages.channels[: len(students)], self.stages.channels[len(students) :]
+            self.features = nn.ModuleList(FeatureDistance(self.feature, own, channels) for channels in given)
 
     def frozen_networks(self) -> list[nn.Module]:
         return [self.teacher, *super().frozen_networks()]
@@ -95,17 +88,12 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         return self.teacher.split != split
 
     def forward(self, images: Tensor) -> Outputs:
-        if self.features is None:
+        with nullcontext([]) if self.features is None else self.stages.record() as maps:
             outputs = {"student_logits": self.students(images)[1], "teacher_logits": self.teacher(images)}
-            return outputs | self.average_outputs(images)
-        with ExitStack() as stack:
-            maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
-            logits = self.students(images)[1]
-        with ExitStack() as stack:
-            targets = [stack.enter_context(teacher.stages.record()) for teacher in self.teacher.teachers]
-            outputs = {"student_logits": logits, "teacher_logits": self.teacher(images)}
-        distances = [distance(maps, target) for distance, target in zip(self.features, targets, strict=True)]
-        outputs["feature_distances"] = torch.stack(distances).mean(0)
+        if self.features is not None:
+            own, given = maps[: len(self.students)], maps[len(self.students) :]
+            distances = [distance(own, target) for distance, target in zip(self.features, given, strict=True)]
+            outputs["feature_distances"] = torch.stack(distances).mean(0)
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,6 @@ with itself in the soft terms either; in the authors' code it is. Batches are dr
 images of each class. An image whose label no other one has, in the batch of its process, does not count in VCL and ICL.
 """
 
-from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
 import torch
@@ -47,8 +46,7 @@ from odcheap.methods.base import (
     mean_of_others,
     student_terms,
 )
-from odcheap.methods.features import pair_stages, to_single_precision
-from odcheap.methods.losses import Temperature, soft_kl
+from odcheap.methods.losses import Temperature, soft_kl, to_single_precision
 from odcheap.methods.students import Students
 from odcheap.models.stages import StageRecorder
 from odcheap.utils.arguments import check_arguments
@@ -119,12 +117,10 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         if not any((vcl_weight, icl_weight, soft_vcl_weight, soft_icl_weight)):
             allowed = "leaves no contrastive term, since the other three weights are 0 too; method=dml has none"
             raise OptionError("method.soft_icl_weight", soft_icl_weight, allowed)
-        self.stages = [StageRecorder(student) for student in students.members]
-        pair_stages(self.stages, "method", "lmcl")
+        self.stages = StageRecorder(students.members, "method", "lmcl")
         # A head for each stage of each student.
         self.heads = nn.ModuleList(
-            nn.ModuleList(Projection(channels, embedding_size) for channels in recorder.channels)
-            for recorder in self.stages
+            nn.ModuleList(Projection(channels, embedding_size) for channels in own) for own in self.stages.channels
         )
 
     def check_soft_labels(self) -> None:
@@ -137,8 +133,7 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
     def forward(self, images: Tensor) -> Outputs:
         if not self.training:
             return super().forward(images)
-        with ExitStack() as stack:
-            maps = [stack.enter_context(recorder.record()) for recorder in self.stages]
+        with self.stages.record() as maps:
             outputs = super().forward(images)
         with torch.autocast(images.device.type, enabled=False):
             embeddings = [

@@ -1,13 +1,14 @@
-"""Distillation losses: functions of a student's and a teacher's logits, and `DistillationLoss`, which chooses one.
+"""Distillation losses: those of a student's and a teacher's logits, and those of their feature maps.
 
-`methods.okddip` has a KL that takes probabilities.
+`DistillationLoss` chooses one of the functions of logits. `FeatureDistance` compares feature maps.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.utils.arguments import check_arguments
@@ -17,6 +18,7 @@ from odcheap.utils.errors import OptionError
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
 KlReduction = Literal["batchmean", "mean"]
 LossName = Literal["kl", "dkd", "dist", "standardized"]
+FeatureName = Literal["attention", "l2"]
 LossWeights = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)]
 DEFAULT_WEIGHTS = {"dkd": (1.0, 8.0), "dist": (1.0, 1.0)}  # of the two parts of a loss
 
@@ -215,3 +217,126 @@ class DistillationLoss:
         if self.name == "standardized":
             student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
         return soft_kl(student_logits, teacher_logits, self.temperature, self.kl_reduction)
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Returns the spatial attention of feature maps: the mean of their squares over the channels, with norm 1.
+
+    Source: Zagoruyko, Komodakis, "Paying more attention to attention", ICLR 2017, section 3.1, with p = 2. The authors'
+    code takes the mean in place of the sum, which the normalization makes equal.
+
+    Args:
+        features: (N, C, h, w).
+
+    Returns:
+        (N, h * w).
+
+    Example:
+        >>> attention_map(torch.tensor([[[[3.0, 0.0]], [[0.0, 2.0]]]]))  # two channels of 1 x 2 pixels
+        tensor([[0.9138, 0.4061]])
+    """
+    return F.normalize(features.square().mean(1).flatten(1))
+
+
+class FeatureDistance(nn.Module):
+    """The distance of students' feature maps from maps that they should imitate, summed over pairs of maps.
+
+    With "attention" the distance of two maps is P times the mean, over images and pixels, of the squared difference of
+    their attention maps. P is the number of pixels of the largest map that is compared. The paper's authors have 1000
+    in place of P, for images of 32 x 32 pixels, for which P is 1024; with P the distance does not depend on the size of
+    the images.
+
+    With "l2" it is the mean of the squared difference of the maps themselves (Romero et al., "FitNets", ICLR 2015,
+    equation 3, with a mean in place of the sum). If their numbers of channels differ, a 1 x 1 convolution of the
+    student's map, which is trained too, changes its number.
+
+    Of two maps of different sizes the larger one is average-pooled first. Gradients reach the students and the 1 x 1
+    convolutions only.
+
+    Args:
+        feature: "attention" or "l2".
+        channels: For each student the number of channels of each of its M maps.
+        target_channels: The number of channels of each of the M maps that the students should imitate.
+    """
+
+    def __init__(self, feature: FeatureName, channels: Sequence[Sequence[int]], target_channels: Sequence[int]):
+        super().__init__()
+        self.feature = feature
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(
+                nn.Conv2d(own, wanted, 1) if feature == "l2" and own != wanted else nn.Identity()
+                for own, wanted in zip(student, target_channels, strict=True)
+            )
+            for student in channels
+        )
+
+    def forward(self, maps: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> Tensor:
+        """Returns the distance of each student's feature maps from those that it should imitate, (S,).
+
+        It is computed in float32 or float64.
+
+        Args:
+            maps: For each student its M maps (N, C, h, w).
+            targets: The M maps (N, C', h', w') that all students should imitate; they are detached.
+        """
+        distances = []
+        with torch.autocast(targets[0].device.type, enabled=False):
+            for student, adapters in zip(maps, self.adapters, strict=True):
+                parts, pixels = [], []
+                for own, target, adapter in zip(student, targets, cast(nn.ModuleList, adapters), strict=True):
+                    own, target = pool_to_smallest([own, target.detach()])
+                    if isinstance(adapter, nn.Conv2d):  # in the dtype of the maps, whatever that of its weights
+                        weight, bias = (parameter.to(own.dtype) for parameter in adapter.parameters())
+                        own = F.conv2d(own, weight, bias)
+                    parts.append(F.mse_loss(self.represent(own), self.represent(target)))
+                    pixels.append(own[0, 0].numel())
+                distances.append(self.scale(pixels) * torch.stack(parts).sum())
+        return torch.stack(distances)
+
+    def compare_mutually(self, maps: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Returns for each student the distance (S,) of its maps from the mean of all other students' maps.
+
+        The mean is that of the attention maps, or with "l2" that of the maps themselves; it is detached.
+
+        Args:
+            maps: For each of S >= 2 students its M maps (N, C, h, w).
+        """
+        distances, pixels = [], []
+        with torch.autocast(maps[0][0].device.type, enabled=False):
+            for stage in zip(*maps, strict=True):
+                pooled = pool_to_smallest(stage)
+                own = torch.stack([self.represent(features) for features in pooled])
+                others = (own.sum(0) - own).detach() / (len(stage) - 1)
+                distances.append((own - others).square().flatten(1).mean(1))
+                pixels.append(pooled[0][0, 0].numel())
+            return self.scale(pixels) * torch.stack(distances).sum(0)
+
+    def scale(self, pixels: Sequence[int]) -> int:
+        """Returns the factor of the distances: with "attention" the number of pixels of the largest map, otherwise 1.
+
+        Args:
+            pixels: The number of pixels of each map that is compared.
+        """
+        return max(pixels) if self.feature == "attention" else 1
+
+    def represent(self, features: Tensor) -> Tensor:
+        """Returns what is compared: attention maps (N, h * w), or with "l2" the given feature maps (N, C, h, w)."""
+        return attention_map(features) if self.feature == "attention" else features
+
+
+def to_single_precision(features: Tensor) -> Tensor:
+    """Returns a tensor of 16 bits in float32; others are returned as they are."""
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+
+
+def pool_to_smallest(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Returns feature maps in float32 or float64, average-pooled to the size of the smallest one.
+
+    Args:
+        maps: (N, C, h, w) each; C, h and w may differ.
+    """
+    height, width = min((features.shape[-2:] for features in maps), key=lambda size: size[0] * size[1])
+    return [
+        features if features.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(features, (height, width))
+        for features in map(to_single_precision, maps)
+    ]

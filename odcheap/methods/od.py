@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import LabelSmoothing, Outputs, add_total
-from odcheap.methods.features import FeatureDistance, FeatureDistillation
-from odcheap.methods.losses import Temperature
+from odcheap.methods.base import FeatureDistillation, LabelSmoothing, Outputs, add_total
+from odcheap.methods.losses import FeatureDistance, Temperature
 from odcheap.methods.students import Students
 from odcheap.utils.arguments import check_arguments
 

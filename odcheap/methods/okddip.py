@@ -19,41 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odcheap.methods.base import (
-    LogitDistillation,
-    Outputs,
-    RampUp,
-    RampUpLength,
-    add_total,
-    cross_entropy_terms,
-    student_terms,
-)
-from odcheap.methods.losses import Temperature
+from odcheap.methods.base import Outputs, RampedDistillation, add_total, cross_entropy_terms, student_terms
 from odcheap.methods.students import Students
-from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
 
-@check_arguments("method")
-class DiversePeers(LogitDistillation):
+class DiversePeers(RampedDistillation):
     """Trains peers that learn from each other with attention weights, and a leader that learns from all peers.
 
     Args:
         students: Two or more students; the last one is the leader, the others are the peers.
-        temperature: T, by which logits are divided before the softmax in the KL divergence.
-        ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
-            to 1.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
+            `loss`, `loss_weights` and `average_decay`; see `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "mean"
-    min_students = 2
 
-    def __init__(
-        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
-    ):
-        super().__init__(students, temperature, **options)
-        self.ramp = RampUp(ramp_up)
+    def __init__(self, students: Students, **options: Any):
+        super().__init__(students, **options)
         features = students.num_features
         lengths = [student.num_features for student in students.backbones()]
         if len(set(lengths[:-1])) > 1:
@@ -83,48 +66,29 @@ class DiversePeers(LogitDistillation):
         Returns:
             `L_gt_k`: the cross-entropy of each student k. `L_dis1_k`: w T^2 times the KL from the attention-weighted
             predictions of the peers to peer k. `L_dis2`: w T^2 times the KL from the mean of the peers to the leader.
-            `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
+            `loss`: the sum of all terms. w is the weight `ramp`, in [0, 1].
         """
         logits = outputs["student_logits"]
-        log_q = (logits / self.temperature).log_softmax(-1)
-        peers = log_q[:-1].exp()  # (m, N, K)
+        peers = (logits[:-1] / self.temperature).softmax(-1)  # (m, N, K)
         # For peer k the sum over the peers b of attention[n, k, b] times the predictions of peer b for image n.
         targets = torch.einsum("nkb,bnc->knc", outputs["attention"], peers)
         # Both distillation terms have the ramp-up, and T^2, which keeps the gradient's size independent of T.
-        weight = self.ramp_weight * self.distance.factor
         terms = cross_entropy_terms(logits, target, "L_gt")
-        distances = self.compare(targets, logits[:-1], log_q[:-1], target)
-        terms |= student_terms(weight * distances, "L_dis1")
-        return add_total(terms | {"L_dis2": weight * self.compare(peers.mean(0), logits[-1], log_q[-1], target)})
+        terms |= student_terms(self.compare(targets, logits[:-1], target), "L_dis1")
+        return add_total(terms | {"L_dis2": self.compare(peers.mean(0), logits[-1], target)})
 
-    def compare(self, prediction: Tensor, logits: Tensor, log_q: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of students with respect to predictions that they should imitate, one value for each.
+    def compare(self, prediction: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of students with respect to predictions that they should imitate, with its weight.
 
         Args:
             prediction: Softened probabilities (..., N, K).
             logits: Students' logits (..., N, K).
-            log_q: The logarithms of their softened probabilities, (..., N, K).
             target: Labels (N,).
 
         Returns:
-            (...), the dimensions before N.
+            One value for each element of the dimensions before N; a scalar if there are none.
         """
-        if self.distance.name == "kl":
-            return kl_divergence(prediction, log_q)
         # Logits that give the prediction again when they are divided by T; a probability of 0 has no logarithm.
         tiny = torch.finfo(prediction.dtype).tiny
-        return self.distance(logits, prediction.clamp_min(tiny).log() * self.temperature, target)
-
-
-def kl_divergence(target: Tensor, log_q: Tensor) -> Tensor:
-    """Returns KL(target || q), summed over the classes and averaged over the images.
-
-    Args:
-        target: Probabilities (..., N, K).
-        log_q: The logarithms of the probabilities q, (..., N, K).
-
-    Returns:
-        (...), the dimensions before N.
-    """
-    # `xlogy` is 0 for a probability of 0, of which the logarithm would be infinite.
-    return (torch.xlogy(target, target) - target * log_q).sum(-1).mean(-1)
+        imitated = prediction.clamp_min(tiny).log() * self.temperature
+        return self.distillation_weight * self.distance(logits, imitated, target)

@@ -19,40 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.methods.base import (
-    LogitDistillation,
-    Outputs,
-    RampUp,
-    RampUpLength,
-    add_total,
-    cross_entropy_terms,
-    student_terms,
-)
-from odcheap.methods.losses import Temperature
+from odcheap.methods.base import Outputs, RampedDistillation, add_total, cross_entropy_terms, student_terms
 from odcheap.methods.students import Students
-from odcheap.utils.arguments import check_arguments
 
 
-@check_arguments("method")
-class NativeEnsemble(LogitDistillation):
+class NativeEnsemble(RampedDistillation):
     """Trains students that learn from a teacher, which is a weighted sum of their logits.
 
     Args:
         students: Two or more students.
-        temperature: T, by which logits are divided before the softmax in the KL divergence.
-        ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
-            to 1.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
+            `loss`, `loss_weights` and `average_decay`; see `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "gated"
-    min_students = 2
 
-    def __init__(
-        self, students: Students, temperature: Temperature = 3.0, ramp_up: RampUpLength = 80 / 300, **options: Any
-    ):
-        super().__init__(students, temperature, **options)
-        self.ramp = RampUp(ramp_up)
+    def __init__(self, students: Students, **options: Any):
+        super().__init__(students, **options)
         count = len(students)
         gate = [nn.Linear(students.total_features, count), nn.BatchNorm1d(count), nn.ReLU(), nn.Softmax(-1)]
         self.gate = nn.Sequential(*gate)
@@ -69,9 +52,9 @@ class NativeEnsemble(LogitDistillation):
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_e`: that of the teacher. `L_kl_k`: w T^2 times the KL
             from the teacher to student k; with another loss than the KL its name stands in place of `kl`. `loss`: the
-            sum of all terms. w is `ramp_weight`, in [0, 1].
+            sum of all terms. w is the weight `ramp`, in [0, 1].
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_e": F.cross_entropy(teacher, target)}
-        distances = self.ramp_weight * self.distance.factor * self.distance(logits, teacher.detach(), target)
+        distances = self.distillation_weight * self.distance(logits, teacher.detach(), target)
         return add_total(terms | student_terms(distances, f"L_{self.distance.name}"))

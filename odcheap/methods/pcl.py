@@ -21,48 +21,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.methods.base import (
-    LogitDistillation,
     Outputs,
-    RampUp,
-    RampUpLength,
+    RampedDistillation,
     add_total,
     cross_entropy_terms,
     mean_of_others,
     student_terms,
 )
-from odcheap.methods.ema import AverageDecay
-from odcheap.methods.losses import Temperature
-from odcheap.methods.students import Students
+from odcheap.methods.students import AverageDecay, Students
 from odcheap.utils.arguments import check_arguments
 
 
 @check_arguments("method")
-class PeerCollaborativeLearning(LogitDistillation):
+class PeerCollaborativeLearning(RampedDistillation):
     """Trains students that learn from a classifier on all their features and from the others' moving averages.
 
     Args:
         students: Two or more students.
-        temperature: T, by which logits are divided before the softmax in the KLs.
-        ramp_up: The fraction of the run's epochs, in [0, 1], in which w, the weight of the distillation terms, rises
-            to 1.
         average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
-        **options: `loss` and `loss_weights`; see `LogitDistillation`.
+        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
+            `loss` and `loss_weights`; see `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "head"
     has_own_views = True
-    min_students = 2
 
-    def __init__(
-        self,
-        students: Students,
-        temperature: Temperature = 3.0,
-        ramp_up: RampUpLength = 80 / 300,
-        average_decay: AverageDecay = 0.999,
-        **options: Any,
-    ):
-        super().__init__(students, temperature, average_decay=average_decay, **options)
-        self.ramp = RampUp(ramp_up)
+    def __init__(self, students: Students, *, average_decay: AverageDecay = 0.999, **options: Any):
+        super().__init__(students, average_decay=average_decay, **options)
         self.fc = nn.Linear(students.total_features, students.num_classes)
 
     def forward(self, images: Tensor) -> Outputs:
@@ -76,10 +61,10 @@ class PeerCollaborativeLearning(LogitDistillation):
         Returns:
             `L_ce_k`: the cross-entropy of each student k. `L_ce_t`: that of the teacher. `L_pe_k`: w T^2 times the KL
             from the teacher to student k. `L_pm_k`: w T^2 times the mean KL from the other students' moving averages to
-            student k. `loss`: the sum of all terms. w is `ramp_weight`, in [0, 1].
+            student k. `loss`: the sum of all terms. w is the weight `ramp`, in [0, 1].
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
-        weight = self.ramp_weight * self.distance.factor
+        weight = self.distillation_weight
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_t": F.cross_entropy(teacher, target)}
         terms |= student_terms(weight * self.distance(logits, teacher.detach(), target), "L_pe")
         # (S, S): row l has the distances of the moving average of peer l from each student. The diagonal, a student's

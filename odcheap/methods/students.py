@@ -1,17 +1,19 @@
-"""Students, which are networks that are trained together, and functions that run all of them on a batch.
+"""Students (networks that are trained together), their moving averages, and functions that run all on a batch.
 
 Each function `run_...` takes the S students and, for each of them, its images (N, C, H, W). It returns the last feature
 map of each student, a list of S tensors, and the logits (S, N, K). All these functions give the same numbers, except
 for rounding and for the random numbers of dropout.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations
-from typing import cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from odcheap.models.backbone import Backbone
@@ -24,6 +26,7 @@ MAX_EQUAL_SHARE = 0.1  # of the parameters of two students; a warning names a la
 
 StudentOutputs = tuple[list[Tensor], Tensor]
 RunStudents = Callable[[Sequence[Backbone], Sequence[Tensor]], StudentOutputs]
+AverageDecay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
@@ -41,17 +44,15 @@ def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
     """
     # The seeds of the students' random streams are derived from one number of PyTorch's own stream, so that each step
     # has new ones. PyTorch's stream then goes on as if no student had drawn a number.
-    features, logits = [], []
+    outputs = []
     has_own_stream = members[0].training and not views[0].is_cuda  # a CUDA graph keeps its generator
     base = int(torch.randint(2**62, ())) if has_own_stream else 0
     with torch.random.fork_rng(devices=[], enabled=has_own_stream):
         for k, (student, view) in enumerate(zip(members, views, strict=True)):
             if has_own_stream:
                 seed_generators(derive_seed(base, "student", k), views[0].device)
-            feature_map, output = student.features_and_logits(view)
-            features.append(feature_map)
-            logits.append(output)
-    return features, torch.stack(logits)
+            outputs.append(student.features_and_logits(view))
+    return join_outputs(outputs)
 
 
 def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
@@ -70,17 +71,21 @@ def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
     if not views[0].is_cuda:
         return run_sequential(members, views)
     # Each stream waits until the images are ready, and the current stream waits until all students are done.
-    current, features, logits = torch.cuda.current_stream(), [], []
+    current, outputs = torch.cuda.current_stream(), []
     streams = _student_streams(views[0].device, len(members))
     for student, view, stream in zip(members, views, streams, strict=True):
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            feature_map, output = student.features_and_logits(view)
-            features.append(feature_map)
-            logits.append(output)
+            outputs.append(student.features_and_logits(view))
     for stream in streams:
         current.wait_stream(stream)
-    return features, torch.stack(logits)
+    return join_outputs(outputs)
+
+
+def join_outputs(outputs: Sequence[tuple[Tensor, Tensor]]) -> StudentOutputs:
+    """Returns the students' feature maps as a list and their logits as one tensor (S, N, K), given those of each."""
+    features, logits = zip(*outputs, strict=True)
+    return list(features), torch.stack(logits)
 
 
 @lru_cache
@@ -130,39 +135,31 @@ def check_separate(members: Sequence[nn.Module]) -> None:
                 raise OptionError("build", f"function that returns {type(own).__name__}", allowed)
 
 
-def find_equal_weights(first: nn.Module, second: nn.Module) -> tuple[float, list[str]]:
-    """Returns how many of the parameters of two networks with the same architecture have equal values.
+def describe_equal_weights(members: Sequence[nn.Module]) -> str:
+    """Returns a warning if two students of one architecture start with equal weights, all or many of them; else "".
 
-    Tensors with a single value, such as the biases of a new network, are not compared, since they are equal in all
-    networks. Parameters that are not trained are not compared either.
-
-    Returns:
-        The share, from 0 to 1, of the compared parameters that are equal, and the names of the equal tensors.
+    Tensors with a single value, such as the biases of a new network, are equal in all networks and are not compared;
+    neither are parameters that are not trained. If only a part of the weights is equal, this is reported for networks
+    in a `WrappedNetwork` only.
     """
-    others = dict(second.named_parameters())
-    trained = {name: own for name, own in first.named_parameters() if own.requires_grad}
+    # The first two students whose parameters have the same names and shapes.
+    parameters = [dict(student.named_parameters()) for student in members]
+    shapes = [{name: own.shape for name, own in named.items()} for named in parameters]
+    pairs = combinations(range(len(members)), 2)
+    pair = next(((i, k) for i, k in pairs if shapes[i] == shapes[k]), None)
+    if pair is None:
+        return ""
+    first, second = (parameters[k] for k in pair)
+    trained = {name: own for name, own in first.items() if own.requires_grad}
     compared = {name: own for name, own in trained.items() if own.numel() and bool((own != own.flatten()[0]).any())}
-    equal = [name for name, own in compared.items() if torch.equal(own, others[name])]
-    total = sum(own.numel() for own in compared.values())
-    return sum(compared[name].numel() for name in equal) / max(1, total), equal
-
-
-def describe_equal_weights(first: nn.Module, second: nn.Module) -> str:
-    """Returns a warning as text if two students start with equal weights, all or many of them; otherwise "".
-
-    If only a part of the weights is equal, this is reported for networks in a `WrappedNetwork` only.
-
-    Args:
-        first: A student.
-        second: Another student, whose parameters have the same names and shapes.
-    """
-    share, names = find_equal_weights(first, second)
+    equal = [name for name, own in compared.items() if torch.equal(own, second[name])]
+    share = sum(first[name].numel() for name in equal) / max(1, sum(own.numel() for own in compared.values()))
     if share == 1:
         return "the students start with equal weights, and may never differ; add_weight_noise changes them"
     # Backbones choose their weights themselves, with options such as `backbone.noise`.
-    if share <= MAX_EQUAL_SHARE or not isinstance(first, WrappedNetwork):
+    if share <= MAX_EQUAL_SHARE or not isinstance(members[pair[0]], WrappedNetwork):
         return ""
-    layers = list(dict.fromkeys(name.removeprefix("network.").rpartition(".")[0] for name in names))
+    layers = list(dict.fromkeys(name.removeprefix("network.").rpartition(".")[0] for name in equal))
     shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     text = f"{100 * share:.0f} % of the parameters are equal in all students at the start ({shown})"
     advice = "add_weight_noise(network, all_layers=True) changes them"
@@ -182,13 +179,6 @@ def check_run(run: RunStudents, device: torch.device) -> None:
     """
     if run is run_on_streams and device.type != "cuda":
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
-
-
-def find_equal_shapes(members: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] | None:
-    """Returns the first two students whose parameters have the same names and shapes; None if there are none."""
-    shapes = [{name: own.shape for name, own in student.named_parameters()} for student in members]
-    pairs = combinations(range(len(members)), 2)
-    return next(((members[i], members[k]) for i, k in pairs if shapes[i] == shapes[k]), None)
 
 
 @check_arguments("")
@@ -234,9 +224,9 @@ class Students(nn.Module):
     ):
         super().__init__()
         # Student k is the same for every number of students: its seed is temporary and depends on k only.
-        if isinstance(build, str):  # a name is a sequence too
-            check_builder(build)
-        builders = list(build) if isinstance(build, Sequence) else [build] * num_stu
+        builders: list[Any] = [build] * num_stu  # for a string too, which is refused below
+        if isinstance(build, Sequence) and not isinstance(build, str):
+            builders = list(build)
         if len(builders) != num_stu:
             raise OptionError("num_stu", num_stu, f"must be {len(builders)}, the number of functions in `build`")
         members = []
@@ -249,9 +239,7 @@ class Students(nn.Module):
         if len(set(counts)) > 1:
             raise OptionError("build", "functions", f"must make networks with equal numbers of classes, not {counts}")
         self.members, self.run = nn.ModuleList(members), run
-        equal = find_equal_shapes(members)
-        line = "" if equal is None else describe_equal_weights(*equal)
-        if line:
+        if line := describe_equal_weights(members):
             warnings.warn(line, stacklevel=3)  # the caller, above `check_arguments`
 
     def backbones(self) -> list[Backbone]:
@@ -280,3 +268,74 @@ class Students(nn.Module):
         # Four dimensions: all students get the same images. Five: the first one is the student's number.
         views = images if images.ndim == 5 else [images] * len(self)
         return self.run(self.backbones(), list(views))
+
+
+@check_arguments("method")
+class AveragedStudents(Students):
+    """Copies of the students whose weights are exponential moving averages of the students' weights.
+
+    After optimizer step g (from 0) each averaged weight becomes d times its old value plus (1 - d) times the student's
+    weight, with d = min(1 - 1 / (g + 1), average_decay). In the first steps this is the plain mean of all steps.
+    Source: Tarvainen, Valpola, "Mean teachers are better role models", 2017, section 2.
+
+    The batch norm statistics are not averaged: the copies run on the training batches too, and collect their own.
+
+    Args:
+        students: The students; they are copied and not changed.
+        average_decay: The largest d, in [0, 1).
+
+    Attributes:
+        steps: The number of updates so far, a scalar.
+    """
+
+    # `torch.optim.swa_utils.AveragedModel` cannot be used: it reads its step count from the GPU, which is not possible
+    # in a CUDA graph, and it copies the students' batch norm statistics.
+
+    steps: Tensor
+
+    def __init__(self, students: Students, average_decay: AverageDecay):
+        nn.Module.__init__(self)  # not that of `Students`, which would build new networks
+        self.members, self.run = copy.deepcopy(students.members).requires_grad_(False), students.run
+        self.decay = average_decay
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Returns the logits (S, N, K) of the S averaged networks, without gradients.
+
+        Args:
+            images: (N, C, H, W); or (S, N, C, H, W), in which each of the S copies has its own augmentation.
+        """
+        return self(images)[1]
+
+    @torch.no_grad()
+    def update(self, students: Students) -> None:
+        """Updates the averages with the students' weights; call it after each step of the optimizer.
+
+        Args:
+            students: The students of which these are the averages.
+
+        Raises:
+            OptionError: The students' weights have fewer than 32 bits.
+        """
+        # The step count is a tensor, and nothing is read from the GPU, so that a CUDA graph can record the update.
+        self.steps += 1
+        decay = (1 - 1 / self.steps).clamp(max=self.decay)
+        for average, weight in zip(self.members.parameters(), students.members.parameters(), strict=True):
+            require_single_precision(str(weight.dtype).removeprefix("torch."))
+            average.lerp_(weight, (1 - decay).to(weight.dtype))
+
+    def copy_weights(self, students: Students) -> None:
+        """Sets the averages to the weights of the given students, and copies their batch norm statistics too."""
+        self.members.load_state_dict(students.members.state_dict())
+
+
+def require_single_precision(precision: str) -> None:
+    """Raises `OptionError` if this precision keeps the weights in fewer than 32 bits.
+
+    Args:
+        precision: A precision of Lightning, such as "bf16-true", or the name of a dtype, such as "bfloat16".
+    """
+    if precision in ("bf16-true", "16-true", "bfloat16", "float16"):
+        allowed = "averages, which move by thousandths, need weights in 32 bits (bf16-mixed has them)"
+        raise OptionError("trainer.precision", precision, allowed)

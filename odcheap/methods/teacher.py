@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,7 +15,6 @@ from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
 from odcheap.models.input_channels import RGB
-from odcheap.models.stages import StageRecorder
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.documents import read_json
@@ -116,11 +114,6 @@ class Teacher(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         if not torch.equal(state.cpu(), digest_weights(self.network)):
             raise OptionError(OPTION, self.path, "is not the teacher that the run was started with")
-
-    @cached_property
-    def stages(self) -> StageRecorder:
-        """An object that records the network's feature maps at the end of each resolution; see `StageRecorder`."""
-        return StageRecorder(self.network)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

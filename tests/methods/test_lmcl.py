@@ -80,9 +80,9 @@ def test_the_vectors_are_those_of_each_stage_s_last_map():
     assert found.shape == (2, STAGES, 4, 6)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, STAGES, 4))
     for k, student in enumerate(method.students.members):
-        with StageRecorder(student).record() as maps:
+        with StageRecorder([student], "method", "lmcl").record() as maps:
             student(images)
-        for stage, own in enumerate(maps):
+        for stage, own in enumerate(maps[0]):
             hidden, output = method.heads[k][stage].hidden, method.heads[k][stage].output
             x = output(hidden(own.mean((2, 3))).relu())
             torch.testing.assert_close(found[k, stage], x / x.norm(dim=-1, keepdim=True))

@@ -12,7 +12,7 @@ from odcheap.methods.dml import DeepMutualLearning
 from odcheap.methods.ffl import FeatureFusion
 from odcheap.methods.kdcl import CollaborativeLearning
 from odcheap.methods.lmcl import LayerwiseMutualContrastiveLearning
-from odcheap.methods.losses import DistillationLoss, soft_kl
+from odcheap.methods.losses import DistillationLoss, FeatureDistance, soft_kl
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.okddip import DiversePeers
 from odcheap.methods.one import NativeEnsemble
@@ -182,3 +182,92 @@ def test_standardized_logits_of_two_classes_are_refused_since_they_have_no_gradi
     make(two, loss="dist")
     with pytest.raises(OptionError, match="method.loss=standardized: has no effect with two classes"):
         make(two, loss="standardized")
+
+
+def maps(*channels, sides=(8, 4), seed=0):
+    """Maps of two images."""
+    random = np.random.default_rng(seed)
+    return [random.normal(size=(2, c, side, side)) for c, side in zip(channels, sides, strict=True)]
+
+
+def pooled(x, side):
+    """A mean over squares of pixels."""
+    step = x.shape[-1] // side
+    return x.reshape(*x.shape[:2], side, step, side, step).mean((3, 5))
+
+
+def attention(x):
+    energy = (x**2).sum(1).reshape(len(x), -1)
+    return energy / np.sqrt((energy**2).sum(1, keepdims=True))
+
+
+def difference(a, b, feature):
+    side = min(a.shape[-1], b.shape[-1])
+    a, b = pooled(a, side), pooled(b, side)
+    if feature == "attention":
+        a, b = attention(a), attention(b)
+    return ((a - b) ** 2).mean()
+
+
+def largest(feature, *sides):
+    return min(max(side) for side in sides) ** 2 if feature == "attention" else 1
+
+
+def tensors(given):
+    return [torch.from_numpy(m) for m in given]
+
+
+@pytest.mark.parametrize("feature", ["attention", "l2"])
+@pytest.mark.parametrize("sides", [(8, 4), (4, 2), (16, 8)])
+def test_the_distance_equals_the_paper_s_formula(feature, sides):
+    """Also where the maps of the teacher are smaller or larger."""
+    own, target = [maps(3, 5, seed=k) for k in range(2)], maps(3, 5, sides=sides, seed=9)
+    found = FeatureDistance(feature, [[3, 5]] * 2, [3, 5])([tensors(m) for m in own], tensors(target))
+    expected = [sum(difference(a, b, feature) for a, b in zip(m, target, strict=True)) for m in own]
+    expected = np.array(expected) * largest(feature, (8, 4), sides)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_other_channels_are_adapted_for_l2_only():
+    assert not list(FeatureDistance("attention", [[3]], [4]).parameters())
+    distance = FeatureDistance("l2", [[3, 5]], [4, 5]).double()
+    assert [p.shape for p in distance.parameters()] == [(4, 3, 1, 1), (4,)]
+    own, target = maps(3, 5), maps(4, 5, seed=1)
+    weight, bias = (p.detach().numpy() for p in distance.parameters())
+    adapted = np.einsum("oi,nihw->nohw", weight[..., 0, 0], own[0]) + bias[:, None, None]
+    expected = difference(adapted, target[0], "l2") + difference(own[1], target[1], "l2")
+    np.testing.assert_allclose(distance([tensors(own)], tensors(target)).item(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("feature", ["attention", "l2"])
+def test_students_imitate_the_mean_of_the_others(feature):
+    own = [maps(3, 5, seed=0), maps(3, 5, seed=1), maps(3, 5, sides=(4, 2), seed=2)]
+    found = FeatureDistance(feature, [[3, 5]] * 3, [3, 5]).compare_mutually([tensors(m) for m in own])
+    for k in range(3):
+        expected = 0.0
+        for stage in range(2):
+            side = (4, 2)[stage]
+            shown = [pooled(m[stage], side) for m in own]
+            if feature == "attention":
+                shown = [attention(m) for m in shown]
+            others = sum(m for j, m in enumerate(shown) if j != k) / 2
+            expected += ((shown[k] - others) ** 2).mean() * largest(feature, (4, 2))
+        np.testing.assert_allclose(found[k], expected, rtol=1e-9)
+
+
+def test_maps_of_16_bits_are_compared_in_float32():
+    own, target = ([m.bfloat16() for m in tensors(maps(3, 5, seed=k))] for k in (0, 1))
+    distance = FeatureDistance("l2", [[3, 5]], [4, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        target = [torch.cat([target[0], target[0][:, :1]], 1), target[1]]
+        found = distance([own], target)
+        assert found.dtype == distance.compare_mutually([own, own]).dtype == torch.float32
+    exact = distance([[m.float() for m in own]], [m.float() for m in target])
+    assert torch.equal(found, exact)
+    assert distance.bfloat16()([own], target).dtype == torch.float32  # trainer.precision=bf16-true
+
+
+def test_maps_of_zeros_have_a_finite_gradient():
+    zeros = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    FeatureDistance("attention", [[3]], [3])([[zeros]], [torch.ones(2, 3, 4, 4)]).sum().backward()
+    assert zeros.grad.isfinite().all()

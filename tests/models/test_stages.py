@@ -7,6 +7,7 @@ from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
 from odcheap.models.stages import StageRecorder
 from odcheap.models.wrapped_network import WrappedNetwork
 from odcheap.models.wrappers import TorchvisionBackbone
+from odcheap.utils.errors import OptionError
 
 RESNET18 = ["layer1", "layer2", "layer3", "layer4"]
 
@@ -25,17 +26,18 @@ RESNET18 = ["layer1", "layer2", "layer3", "layer4"]
 )
 def test_a_stage_ends_where_the_maps_shrink(build, side, names, sides):
     network = build()
-    recorder = StageRecorder(network)
-    assert [call.name for call in recorder.calls] == names
+    recorder = StageRecorder([network], "method", "x")
+    assert [call.name for call in recorder.calls[0]] == names
     with recorder.record() as maps:
         network.features_and_logits(torch.randn(2, 3, side, side))
-    assert [m.shape for m in maps] == [(2, c, s, s) for c, s in zip(recorder.channels, sides, strict=True)]
-    assert all(m.requires_grad for m in maps)
+    assert [m.shape for m in maps[0]] == [(2, c, s, s) for c, s in zip(recorder.channels[0], sides, strict=True)]
+    assert all(m.requires_grad for m in maps[0])
     assert not any(module._forward_hooks for module in network.modules())
 
 
 def test_a_transformer_has_none():
-    assert StageRecorder(torchvision.models.swin_t()).calls == []
+    with pytest.raises(OptionError, match="method=x: needs feature maps .* and SwinTransformer has none"):
+        StageRecorder([torchvision.models.swin_t()], "method", "x")
 
 
 def test_a_module_that_is_called_several_times_is_recorded_at_the_right_call():
@@ -52,10 +54,10 @@ def test_a_module_that_is_called_several_times_is_recorded_at_the_right_call():
             return self.fc(x.mean((2, 3)))
 
     network = Twice()
-    recorder = StageRecorder(network)
-    assert [(call.name, call.number) for call in recorder.calls] == [("act", 1), ("act", 3)]
+    recorder = StageRecorder([network], "method", "x")
+    assert [(call.name, call.number) for call in recorder.calls[0]] == [("act", 1), ("act", 3)]
     x = torch.randn(1, 3, 8, 8)
     with recorder.record() as maps:
         network(x)
     first = network.act(network.conv(network.act(network.conv(x))))
-    torch.testing.assert_close(maps[0], first)
+    torch.testing.assert_close(maps[0][0], first)
