@@ -4,7 +4,7 @@ It is made from the comments in `conf/` and from the signatures and docstrings o
 from the source files, so that nothing has to be imported.
 """
 
-import ast
+import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from odcheap.config.options import RootOptions
+from odcheap.config.signatures import inspect_signature, read_definition
 from odcheap.utils.arguments import describe_allowed
 from odcheap.utils.parts import CALL_KEYS, find_conf_dir, list_parts, read_part
 
@@ -27,7 +28,6 @@ method=kd method.temperature=2. --help with method=kd shows the options of kd.
 """
 GROUPS = ("block_type", "backbone", "method", "data", "augment", "optimizer", "scheduler", "trainer", "logger")
 DEFAULTS = {"logger": "tensorboard"}
-PACKAGE = Path(__file__).parents[1]
 COLUMN, WIDTH = 38, 120  # where descriptions begin, and where lines end
 LINE = re.compile(r"(?P<indent> *)(?P<name>\w+):(?: (?P<value>[^#]*?))?(?: +# ?(?P<comment>.*))?")
 CHOICES = re.compile(r"Literal\[([^\]]*)\]")
@@ -88,9 +88,10 @@ def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iter
         if isinstance(value, dict):
             yield from list_node(f"{path}.{name}", value, comments)
         elif name not in CALL_KEYS and (path, value) != ("logger", None) and not is_root_reference(value):
-            choices = re.search(r"one of [^;]+$", known.get(name, ""))
+            choices = re.search(r"one of ([^;]+)$", known.get(name, ""))
             text = comments.get(name) or known.get(name, "")
-            yield f"{path}.{name}", value, f"{text}; {choices[0]}" if choices and choices[0] not in text else text
+            is_said = choices is None or all(choice in text for choice in choices[1].split(", "))
+            yield f"{path}.{name}", value, text if is_said else f"{text}; {choices[0]}"
 
 
 def is_root_reference(value: Any) -> bool:
@@ -149,45 +150,17 @@ def describe_target(target: str) -> dict[str, str]:
     Returns:
         A dict from the name of an argument to its description; empty for classes of other packages.
     """
-    module, _, name = target.rpartition(".")
-    if not module.startswith("odcheap."):
+    if not target.startswith("odcheap."):
         return {}
-    path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    found = {} if not path.is_file() else read_definition(ast.parse(path.read_text(encoding="utf-8")), name)
-    return found
-
-
-def read_definition(tree: ast.Module, name: str) -> dict[str, str]:
-    """Returns what the docstring of a class or function says of each argument, by the names of the arguments.
-
-    Args:
-        tree: The source of the module that defines it, as `ast.parse` returns it.
-        name: The name of the class or function.
-    """
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            inner = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-            function = node if isinstance(node, ast.FunctionDef) else next(iter(inner), None)
-            bases = [base.id for base in getattr(node, "bases", []) if isinstance(base, ast.Name)]
-            imported = {
-                alias.name: item.module
-                for item in tree.body
-                if isinstance(item, ast.ImportFrom)
-                for alias in item.names
-                if alias.name in bases
-            }
-            described: dict[str, str] = {}
-            for base in bases:
-                own = read_definition(tree, base)
-                described |= own or (describe_target(f"{imported[base]}.{base}") if base in imported else {})
-            described |= parse_arguments(ast.get_docstring(node) or "")
-            for argument in [*function.args.args, *function.args.kwonlyargs] if function is not None else []:
-                choices = CHOICES.search(ast.unparse(argument.annotation)) if argument.annotation else None
-                if choices:
-                    listed = choices[1].replace("'", "")
-                    described[argument.arg] = "; ".join(filter(None, [described.get(argument.arg), f"one of {listed}"]))
-            return described
-    return {}
+    definition = read_definition(target)
+    described: dict[str, str] = {}
+    for part in reversed(inspect.getmro(definition) if inspect.isclass(definition) else [definition]):
+        described |= parse_arguments(part.__doc__ or "")
+    for name, hint in inspect_signature(definition).annotations.items():
+        if choices := CHOICES.search(repr(hint)):
+            listed = choices[1].replace("'", "")
+            described[name] = "; ".join(filter(None, [described.get(name), f"one of {listed}"]))
+    return described
 
 
 def parse_arguments(docstring: str) -> dict[str, str]:

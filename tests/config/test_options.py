@@ -15,7 +15,7 @@ from odcheap.config.options import (
     is_path_option,
 )
 from odcheap.config.resolvers import find_source
-from odcheap.config.signatures import UNKNOWN, import_signature, read_signature
+from odcheap.config.signatures import Signature, import_signature, read_signature
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
 from odcheap.training.builders import BUILDERS
 from odcheap.utils.errors import OptionError
@@ -232,5 +232,5 @@ def test_a_definition_that_cannot_be_read_refuses_nothing(tmp_path, monkeypatch)
     (tmp_path / "circle.py").write_text("from circle import build\n")
     monkeypatch.syspath_prepend(tmp_path)
     for target in ("unread.Child", "unread.build", "unread.Lost", "lost.build", "broken.build", "circle.build"):
-        assert read_signature("", target) == UNKNOWN
+        assert read_signature("", target) == Signature({}, set(), set(), takes_any=True)
     assert read_signature("", "unread.Own") == ({"rate": float}, {"rate", "scale"}, set(), True)
