@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BlockType": "odcheap.layers.cheap_conv",
     "OnlineDistillation": "odcheap.methods.od",
-    "Shift2d": "odcheap.layers.shift",
+    "Shift2d": "odcheap.layers.spatial",
     "Students": "odcheap.methods.students",
     "add_weight_noise": "odcheap.models.wrappers",
     "cheapen": "odcheap.models.convert",
@@ -24,7 +24,7 @@ __all__ = list(_MODULES)
 if TYPE_CHECKING:  # the same names for type checkers
     from odcheap.export.student import export_student as export_student
     from odcheap.layers.cheap_conv import BlockType as BlockType
-    from odcheap.layers.shift import Shift2d as Shift2d
+    from odcheap.layers.spatial import Shift2d as Shift2d
     from odcheap.methods.losses import soft_kl as soft_kl
     from odcheap.methods.od import OnlineDistillation as OnlineDistillation
     from odcheap.methods.students import Students as Students

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from odcheap.bench.timing import time_calls
 from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import DW, Group
-from odcheap.layers.norm_act import batch_norm_act
-from odcheap.layers.pairs import block_norm_act, conv_norm_act
+from odcheap.layers.norm_act import batch_norm_act, block_norm_act, conv_norm_act
 
 STAGES = ((16, 32), (32, 16), (64, 8))  # channels, and height and width in pixels
 # The layers, with the passes of the fused CPU operators: how often a map is read or written, forward and backward.

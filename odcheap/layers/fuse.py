@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odcheap.layers.cheap_conv import CheapConv
-from odcheap.layers.factorize import spatial_kernel
-from odcheap.layers.reparameterized import RepDepthwise
-from odcheap.layers.shift import to_pair
+from odcheap.layers.cheap_conv import CheapConv, spatial_kernel
+from odcheap.layers.spatial import RepDepthwise, to_pair
 
 
 def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:

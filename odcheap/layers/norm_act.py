@@ -1,13 +1,14 @@
-"""Batch norm, ReLU and the sum with a residual in one call.
+"""Cheap convolutions, batch norm, ReLU and the sum with a residual in one call.
 
 In training this is one fused operator if `kernels` has one for the device; otherwise PyTorch's own modules and
 functions are called.
 """
 
-from typing import Literal
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from odcheap.layers import kernels
@@ -36,12 +37,45 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = No
     if order not in ("act_add", "add_act"):
         raise ValueError(f'order={order!r}: must be "act_add" or "add_act"')
     if kernels.can_apply(x, norm) and is_fusible(x, x.shape, norm, residual):
-        return kernels.load_operators(x.device.type).batch_norm_act(x, norm, residual, order)
+        code = kernels.ADD_ACT if order == "add_act" else kernels.ACT_ADD
+        code = kernels.NO_RESIDUAL if residual is None else code
+        return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, code)
     if residual is None:
         return F.relu(norm(x), inplace=True)
     if order == "act_add":
         return F.relu(norm(x), inplace=True) + residual
     return F.relu(norm(x) + residual, inplace=True)
+
+
+class BatchNormAct(torch.autograd.Function):
+    """The autograd function of `batch_norm_act`, whose passes are computed by fused kernels.
+
+    Sums are computed in float32, or in float64 if the input is float64. It saves the input and the statistics of the
+    batch norm; with the order `ADD_ACT` also the output, which must then not be changed in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, order: int
+    ) -> Tensor:
+        y, saved = torch.empty_like(x), torch.empty(2, len(weight), dtype=weight.dtype, device=x.device)
+        ctx.operators, ctx.order = kernels.load_operators(x.device.type), order
+        ctx.operators.norm_forward(x, residual, y, norm, saved, order)
+        # Autograd does not see that the kernels have changed the running statistics.
+        torch.autograd.graph.increment_version(tuple(norm.buffers()))
+        ctx.save_for_backward(x, weight, bias, saved, y if order == kernels.ADD_ACT else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, output = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dweight, dbias = (torch.empty_like(t) for t in inputs[:3])
+        dresidual = None if output is None else torch.empty_like(dx)
+        ctx.operators.norm_backward(dy, output, inputs, (dx, dresidual, dweight, dbias), ctx.order)
+        # With ACT_ADD the residual is added last, so its gradient is `dy` itself.
+        return dx, dweight, dbias, dy if ctx.order == kernels.ACT_ADD else dresidual, None, None
 
 
 def is_fusible(x: Tensor, shape: torch.Size, norm: nn.Module, residual: Tensor | None) -> bool:
@@ -73,3 +107,167 @@ def is_fusible(x: Tensor, shape: torch.Size, norm: nn.Module, residual: Tensor |
         return True
     has_format = type(residual) is Tensor and residual.is_contiguous(memory_format=torch.channels_last)
     return has_format and (residual.shape, residual.dtype, residual.device) == (shape, x.dtype, x.device)
+
+
+def conv_norm_act(
+    x: Tensor, conv: nn.Module, norm: nn.BatchNorm2d, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns relu(norm(conv(x))) + residual, and x.
+
+    Args:
+        x: (N, C, H, W).
+        conv: Any module. If it is a `CheapConv` that the fused kernels can compute, its two operators, the batch norm,
+            the ReLU and the sum with the residual are fused.
+        norm: The batch norm over the O channels of the output of `conv`.
+        residual: A feature map with the shape of the output of `conv`, or None to add nothing.
+
+    Returns:
+        The result (N, O, H', W'), with the size of the output of `conv`, and `x`. Other layers that read `x`, such as a
+        shortcut, should read this returned tensor: a fused backward pass then adds up the gradients of both itself.
+    """
+    if (found := find_pair(x, x.shape, conv, norm, residual)) is None:
+        return batch_norm_act(conv(x), norm, residual), x
+    pair, cast_x = found
+    y, again = kernels.load_operators(x.device.type).pairs_norm_act(cast_x, [pair], residual)
+    return y, again if cast_x is x else x  # other layers read the input in its own dtype
+
+
+def block_norm_act(
+    x: Tensor,
+    convs: tuple[nn.Module, nn.Module],
+    norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
+    shortcut: nn.Module,
+) -> Tensor:
+    """Returns relu(norm2(conv2(relu(norm1(conv1(x)))))) + shortcut(x).
+
+    If both convolutions are `CheapConv`s and the device is a CPU, one fused operator computes all this. It applies
+    norm1 and the ReLU each time that conv2 reads a value, so relu(norm1(conv1(x))) is never stored in memory.
+
+    Args:
+        x: (N, C, H, W).
+        convs: Two modules, conv1 and conv2.
+        norms: The batch norms over the channels of their outputs, norm1 and norm2.
+        shortcut: A module whose output has the shape of the output of conv2.
+
+    Returns:
+        (N, O, H', W'), with the size of the output of conv2.
+    """
+    first = find_pair(x, x.shape, convs[0], norms[0], None)
+    if first is None or kernels.load_operators(x.device.type).MAX_PAIRS < 2:
+        # The shortcut reads the returned x, so that a fused backward pass can add up both gradients.
+        main, x = conv_norm_act(x, convs[0], norms[0])
+        return conv_norm_act(main, convs[1], norms[1], shortcut(x))[0]
+    (pair, cast_x), added = first, shortcut(x)
+    second = find_pair(cast_x, pair.output_shape(x.shape), convs[1], norms[1], added)
+    if second is None:
+        main, _ = conv_norm_act(x, convs[0], norms[0])
+        return conv_norm_act(main, convs[1], norms[1], added)[0]
+    is_input, operators = added is cast_x, kernels.load_operators(x.device.type)
+    return operators.pairs_norm_act(cast_x, [pair, second[0]], None if is_input else added, is_input)[0]
+
+
+def find_pair(
+    x: Tensor, shape: torch.Size, conv: nn.Module, norm: nn.BatchNorm2d, residual: Tensor | None
+) -> tuple[kernels.Pair, Tensor] | None:
+    """Returns the layers that one fused operator can compute: those of a `CheapConv`, and its batch norm and ReLU.
+
+    Args:
+        x: A feature map with the dtype and the device of the convolution's input, in training.
+        shape: (N, C, H, W) of the convolution's input.
+        conv: Any module.
+        norm: The batch norm over the O channels of the output of `conv`.
+        residual: The feature map that is added after the batch norm and ReLU, or None.
+
+    Returns:
+        The layers, and `x` as autocast casts it; None if no fused operator can replace these modules.
+    """
+    # The modules: the kernels know three spatial operators, and 1 x 1 convolutions of few channels.
+    parts = getattr(conv, "fusible_parts", None)
+    if parts is None or not kernels.can_apply(x, conv, *parts[:2], norm):
+        return None
+    spatial, pointwise, is_shift = parts
+    if not (is_pointwise(pointwise) and (is_shift or is_grouped3x3(spatial))):
+        return None
+    kernel = None if is_shift else cast(nn.Conv2d, spatial).weight
+    pair = kernels.Pair(kernel, pointwise.weight, norm, pointwise.stride[0])
+    operators = kernels.load_operators(x.device.type)
+    (features, channels, *_), output_shape = pair.weight.shape, pair.output_shape(shape)
+    if channels != shape[1] or max(channels, features) > operators.MAX_CHANNELS:
+        return None
+    if kernel is not None and len(kernel) != channels:
+        return None
+    # A vector instruction multiplies two bfloat16 numbers of a group at once.
+    per_group = 1 if kernel is None else kernel.shape[1]
+    if per_group > operators.MAX_GROUP or (per_group > 1 and per_group % 2):
+        return None
+
+    # The tensors: their dtypes, and an output whose elements can be counted in 32 bits.
+    x, weight_type = cast_input(x)
+    if weight_type is None or x.dtype not in operators.PAIR_TYPES:
+        return None
+    if not all(w is None or kernels.is_plain(w, weight_type, x.device, is_kernel=True) for w in (pair.weight, kernel)):
+        return None
+    if output_shape.numel() >= kernels.MAX_ELEMENTS or not is_fusible(x, output_shape, norm, residual):
+        return None
+    return pair, x
+
+
+def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bool) -> Tensor | None:
+    """Runs the spatial operator of a `CheapConv` as a fused GPU kernel in training, then the 1 x 1 convolution.
+
+    Args:
+        x: (N, C, H, W).
+        spatial: The spatial operator, C -> C channels.
+        pointwise: The 1 x 1 convolution, C -> O channels.
+        is_shift: Whether `spatial` is a `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros at the border.
+
+    Returns:
+        (N, O, H', W') with the size of the output of `pointwise`, or None if no kernel can replace the spatial
+        operator.
+    """
+    if not (kernels.can_apply(x, spatial, pointwise) and (is_shift or is_depthwise3x3(spatial))):
+        return None
+    operators = kernels.load_operators(x.device.type)
+    if not hasattr(operators, "shift3x3"):  # on a CPU, PyTorch's operators are as fast
+        return None
+    x, weight_type = cast_input(x)
+    if weight_type is None or not (is_shift or kernels.is_plain(spatial.weight, weight_type, x.device)):
+        return None
+    return pointwise(operators.shift3x3(x) if is_shift else operators.depthwise3x3(x, spatial.weight))
+
+
+def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+    """Returns the input of a convolution, cast as autocast would cast it, and the dtype that the weights must have.
+
+    The dtype is None if the fused kernels do not support the dtype to which autocast casts the input.
+
+    Args:
+        x: The input, of any shape.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, kernels.PARAMETER_TYPES.get(x.dtype)
+    return x, x.dtype
+
+
+def is_grouped3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Returns whether a module is a 3 x 3 `nn.Conv2d` that keeps the number of channels and the size of the image.
+
+    It has stride 1, zero padding of 1, no bias, and any number of groups.
+    """
+    if type(module) is not nn.Conv2d or module.bias is not None or module.padding_mode != "zeros":
+        return False
+    window = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return window == ((3, 3), (1, 1), (1, 1), (1, 1)) and module.in_channels == module.out_channels
+
+
+def is_depthwise3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Returns whether a module is a depth-wise convolution, with the other properties of `is_grouped3x3`."""
+    return is_grouped3x3(module) and module.in_channels == module.groups
+
+
+def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Returns whether a module is a 1 x 1 `nn.Conv2d` without bias, padding and groups, with stride 1 or 2."""
+    if type(module) is not nn.Conv2d or module.bias is not None or module.stride not in ((1, 1), (2, 2)):
+        return False
+    return (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.layers.cheap_conv import BlockType, Window, check_block_type, conv3x3
-from odcheap.layers.norm_act import batch_norm_act
-from odcheap.layers.pairs import block_norm_act
+from odcheap.layers.cheap_conv import BlockType, check_block_type, conv3x3
+from odcheap.layers.norm_act import batch_norm_act, block_norm_act
+from odcheap.layers.spatial import Window
 from odcheap.models.backbone import Backbone
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError

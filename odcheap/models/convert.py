@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from odcheap.layers.cheap_conv import BlockType, CheapConv, Window, check_block_type
+from odcheap.layers.cheap_conv import BlockType, CheapConv, check_block_type
+from odcheap.layers.spatial import Window
 from odcheap.models import flops
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import build_part, read_part

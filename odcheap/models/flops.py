@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from odcheap.layers.reparameterized import RepDepthwise
+from odcheap.layers.spatial import RepDepthwise
 
 
 def count_params(network: nn.Module) -> int:

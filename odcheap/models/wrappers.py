@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.layers.cheap_conv import BlockType, CheapConv, Window, check_block_type
+from odcheap.layers.cheap_conv import BlockType, CheapConv, check_block_type
+from odcheap.layers.spatial import Window
 from odcheap.models.backbone import Backbone
 from odcheap.models.build import check_state_dict
 from odcheap.models.convert import Init, cheapen, check_conversion_options, find_spatial_convs

@@ -22,7 +22,7 @@ from torch import nn
 
 from odcheap import __version__
 from odcheap.data.base import ImageData
-from odcheap.layers.reparameterized import keep_branches
+from odcheap.layers.spatial import keep_branches
 from odcheap.methods.base import Method
 from odcheap.methods.teacher import Teacher, TeacherEnsemble
 from odcheap.models.flops import count_macs, count_params

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from odcheap.layers.cheap_conv import DW, Group, Shift, Standard
-from odcheap.layers.shift import Shift2d
+from odcheap.layers.spatial import Shift2d
 from odcheap.utils.errors import OptionError
 
 

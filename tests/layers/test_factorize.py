@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from odcheap.layers import factorize
-from odcheap.layers.cheap_conv import Shift, Window
+from odcheap.layers.cheap_conv import Shift, factorize_grouped
+from odcheap.layers.spatial import Window
 
 
 def composed(spatial, pointwise, groups):
@@ -21,7 +21,7 @@ def composed(spatial, pointwise, groups):
 def test_a_kernel_of_the_cheap_form_is_reproduced(channels, groups):
     spatial = torch.randn(channels, channels // groups, 3, 5, dtype=torch.double)
     kernel = composed(spatial, torch.randn(7, channels, 1, 1, dtype=torch.double), groups)
-    found = factorize.factorize_grouped(kernel, groups)
+    found = factorize_grouped(kernel, groups)
     torch.testing.assert_close(composed(*found, groups), kernel)
 
 
@@ -29,7 +29,7 @@ def test_no_other_pair_is_nearer():
     """Alternating least squares from many starts never finds a smaller error."""
     random = torch.Generator().manual_seed(0)
     kernel = torch.randn(10, 4, 3, 3, dtype=torch.double, generator=random)
-    error = (composed(*factorize.factorize_grouped(kernel, 2), 2) - kernel).square().sum()
+    error = (composed(*factorize_grouped(kernel, 2), 2) - kernel).square().sum()
     best = torch.inf
     for _ in range(20):
         total = 0
@@ -44,9 +44,7 @@ def test_no_other_pair_is_nearer():
 
 
 def test_channels_beyond_the_rank_are_left_to_the_caller():
-    spatial, pointwise = factorize.factorize_grouped(
-        torch.randn(2, 8, 3, 3), groups=2
-    )  # 2 outputs use 2 of 4 channels a group
+    spatial, pointwise = factorize_grouped(torch.randn(2, 8, 3, 3), groups=2)  # 2 outputs use 2 of 4 channels a group
     unused = spatial.flatten(1).isnan().all(1)
     assert unused.tolist() == [False, False, True, True] * 2
     assert not pointwise[:, unused].any()

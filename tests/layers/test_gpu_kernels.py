@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from odcheap.layers import kernels
-from odcheap.layers.cheap_conv import DW, CheapConv, Shift, Shift2d, Standard
-from odcheap.layers.norm_act import batch_norm_act
-from odcheap.layers.pairs import conv_norm_act
+from odcheap.layers.cheap_conv import DW, CheapConv, Shift, Standard
+from odcheap.layers.norm_act import batch_norm_act, conv_norm_act
+from odcheap.layers.spatial import Shift2d
 
 HERE = kernels.is_interpreted()
 GPU = torch.cuda.is_available() and not HERE
@@ -42,16 +42,12 @@ def test_the_kernels_as_interpreted_on_the_cpu(selection):
 @pytest.fixture
 def cut_small(monkeypatch):
     """Chunks of several tiles, as only large maps have them otherwise."""
-    from odcheap.layers.kernels import norm, pair, spatial
+    from odcheap.layers.kernels import gpu
 
-    monkeypatch.setattr(pair, "MAX_CHUNKS", 3)
-    monkeypatch.setattr(pair, "FLOAT32_ROWS", 16)
-    monkeypatch.setattr(norm, "PROGRAMS", 3)
-    monkeypatch.setattr(norm, "MAX_ROWS", 16)
-    monkeypatch.setattr(spatial, "SUM_PROGRAMS", 2)
-    monkeypatch.setattr(spatial, "SUM_ROWS", 16)
-    monkeypatch.setattr(spatial, "MIN_ELEMENTS", 64)
-    monkeypatch.setattr(spatial, "MAX_ELEMENTS", 256)
+    small = {"MAX_CHUNKS": 3, "FLOAT32_ROWS": 16, "NORM_PROGRAMS": 3, "MAX_NORM_ROWS": 16}
+    small |= {"SUM_PROGRAMS": 2, "SUM_ROWS": 16, "MIN_ELEMENTS": 64, "MAX_ELEMENTS": 256}
+    for name, value in small.items():
+        monkeypatch.setattr(gpu, name, value)
 
 
 def maps(shape, dtype, seed):
@@ -114,7 +110,7 @@ def test_batch_norm_act(shape, dtype, has_residual, order):
 @pytest.mark.parametrize(("has_residual", "order"), FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batch_norm_act_in_several_tiles(shape, has_residual, order, cut_small):
-    from odcheap.layers.kernels.norm import plan_norm
+    from odcheap.layers.kernels.gpu import plan_norm
 
     check_norm(shape, torch.float64, has_residual, order)
     assert plan_norm(torch.empty(3, 5, 6, 7)).tiles == 3
@@ -261,7 +257,7 @@ def test_pairs_with_their_batch_norm(shape, features, block_type, stride, has_re
 @pytest.mark.parametrize("block_type", [DW(), Shift()])
 @pytest.mark.parametrize(("shape", "features"), [UNITS[0], ((2, 16, 9, 9), 24)])
 def test_pairs_with_their_batch_norm_in_several_tiles(shape, features, block_type, stride, cut_small):
-    from odcheap.layers.kernels.pair import plan_pair
+    from odcheap.layers.kernels.gpu import plan_pair
 
     check_unit(block_type, shape, features, stride, torch.float64, True)
     plan = plan_pair(torch.empty(2, 16, 9, 9), False, 24, 1)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import DW, CheapConv, Standard
-from odcheap.layers.shift import Shift2d
+from odcheap.layers.spatial import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.convert import ConversionTable, cheapen, conversion_table, find_spatial_convs

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from odcheap.layers.cheap_conv import DW, CheapConv, Group, Shift, Standard
-from odcheap.layers.shift import Shift2d
+from odcheap.layers.spatial import Shift2d
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
 from odcheap.models.convert import cheapen

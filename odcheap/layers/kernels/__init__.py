@@ -19,6 +19,8 @@ Mode = Literal["auto", "off"]
 # The dtype of the parameters for each dtype of the activations: under autocast to bfloat16 parameters stay float32.
 PARAMETER_TYPES = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
 MAX_ELEMENTS = 2**31  # the kernels count in 32 bits
+# The orders in which an operator computes: relu(bn(x)); relu(bn(x)) + residual; relu(bn(x) + residual).
+NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _mode: Mode = "auto"

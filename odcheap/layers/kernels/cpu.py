@@ -4,21 +4,20 @@ They have the same arguments and results as the GPU kernels. Their results do no
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from odcheap.layers.kernels import Pair
+from odcheap.layers.kernels import ACT_ADD, NO_RESIDUAL, Pair
 from odcheap.layers.kernels.cpu_library import load_library
 
-Order = Literal["act_add", "add_act"]
-
-PAIR_TYPES = (torch.bfloat16, torch.float32, torch.float64)  # the dtypes that `pair_norm_act` supports
-NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2  # relu(bn(x)); relu(bn(x)) + residual; relu(bn(x) + residual)
-MAX_CHANNELS = 128  # of a pair: with more, the gradient of the 1 x 1 convolution does not stay in a core's cache
-MAX_GROUP = 32  # channels of a group, for the same reason
+# What `pairs_norm_act` supports.
+MAX_PAIRS = 2  # successive pairs in one operator: those of a block
+MAX_GROUP = 32  # channels of a group: with more, its gradients do not stay in a core's cache
+MAX_CHANNELS = 128  # of a pair, for the same reason
+PAIR_TYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 load_library()  # the import fails if this machine cannot compile it
 
@@ -36,69 +35,38 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
 
 
-def make_channels_last(x: Tensor) -> Tensor:
-    """Returns a feature map (N, C, H, W) with the same values in channels-last memory format."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-class BatchNormAct(torch.autograd.Function):
-    """The autograd function of `batch_norm_act`.
-
-    It saves the input and the statistics of the batch norm; with the order "add_act" also the output.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, order: int
-    ) -> Tensor:
-        y, saved = torch.empty_like(x), torch.empty(2, x.shape[1], dtype=weight.dtype)
-        rows, channels = x.numel() // x.shape[1], x.shape[1]
-        buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-        tensors = (x, residual, y, weight, bias, *buffers, saved)
-        call("norm_forward", x.dtype, *tensors, rows, channels, norm.eps, norm.momentum, order)
-        # Autograd does not see that the buffers have changed.
-        torch.autograd.graph.increment_version(buffers)
-        ctx.order = order
-        ctx.save_for_backward(x, weight, bias, saved, *([y] if order == ADD_ACT else []))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, saved, *output = ctx.saved_tensors
-        dy = make_channels_last(dy)
-        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        y, dresidual = (output[0], torch.empty_like(x)) if ctx.order == ADD_ACT else (None, None)
-        tensors = (dy, x, y, weight, bias, saved, dx, dresidual, dweight, dbias)
-        call("norm_backward", x.dtype, *tensors, x.numel() // x.shape[1], x.shape[1], ctx.order)
-        # The gradient of the residual: with ACT_ADD it is added last, so its gradient is `dy` itself.
-        through = {NO_RESIDUAL: None, ACT_ADD: dy, ADD_ACT: dresidual}[ctx.order]
-        return dx, dweight, dbias, through, None, None
-
-
-def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, order: Order = "act_add") -> Tensor:
-    """Computes batch norm in training mode, ReLU, and the sum with a residual if there is one.
-
-    The running statistics and `num_batches_tracked` of `norm` are updated. Sums are computed in float32, or in float64
-    if `x` is float64.
+def norm_forward(
+    x: Tensor, residual: Tensor | None, y: Tensor, norm: nn.BatchNorm2d, saved: Tensor, order: int
+) -> None:
+    """Writes the output of `norm_act.BatchNormAct`, and updates the running statistics of the batch norm.
 
     Args:
-        x: (N, C, H, W), contiguous in channels-last memory format, with two or more values in each channel; bfloat16,
-            float32 or float64.
-        norm: The batch norm, with weight, bias, running statistics and a momentum; these tensors are float64 if `x` is,
-            otherwise float32.
-        residual: A tensor with the shape, dtype and memory format of `x`; None to compute relu(norm(x)).
-        order: "act_add" for relu(norm(x)) + residual, "add_act" for relu(norm(x) + residual).
-
-    Returns:
-        (N, C, H, W), with the dtype and memory format of `x`. With "add_act" it must not be changed in place before the
-        backward pass.
-
-    Raises:
-        RuntimeError: In the backward pass, if a second derivative is computed.
+        x: The input, (N, C, H, W).
+        residual: The map that is added, or None.
+        y: The tensor to write the output to.
+        norm: The batch norm.
+        saved: (2, C), to which mean and 1 / standard deviation of each channel are written.
+        order: `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`.
     """
-    code = NO_RESIDUAL if residual is None else ACT_ADD if order == "act_add" else ADD_ACT
-    return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, code)
+    tensors = (x, residual, y, norm.weight, norm.bias, *norm.buffers(), saved)
+    call("norm_forward", x.dtype, *tensors, x.numel() // x.shape[1], x.shape[1], norm.eps, norm.momentum, order)
+
+
+def norm_backward(
+    dy: Tensor, y: Tensor | None, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], order: int
+) -> None:
+    """Writes the gradients of `norm_act.BatchNormAct`.
+
+    Args:
+        dy: The gradient of the output.
+        y: The output; needed with the order `ADD_ACT` only.
+        inputs: The input, weight and bias of the batch norm, and what `norm_forward` wrote to `saved`.
+        gradients: The tensors to write to: the gradients of the input, of the residual (with the order `ADD_ACT` only),
+            of the weight and of the bias.
+        order: `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`.
+    """
+    x, *others = inputs
+    call("norm_backward", x.dtype, dy, x, y, *others, *gradients, x.numel() // x.shape[1], x.shape[1], order)
 
 
 class PairsNormAct(torch.autograd.Function):
@@ -133,7 +101,7 @@ class PairsNormAct(torch.autograd.Function):
             s = empty_map(images, channels, height, width, x.dtype) if per_group > 1 else None
             z = empty_map(images, features, height, width, x.dtype)
             statistics = torch.empty(2, features, dtype=norm.weight.dtype)
-            buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            buffers = tuple(norm.buffers())
             tensors = (source, *before, kernel, weight, *buffers, s, z, statistics)
             call("pair_forward", x.dtype, *tensors, *sizes, norm.eps, norm.momentum)
             # Autograd does not see that the buffers have changed.
@@ -157,9 +125,9 @@ class PairsNormAct(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         if dy is None:
             return dinput, *(None,) * (3 + 4 * len(ctx.sizes))
-        dy = make_channels_last(dy)
+        dy = dy.contiguous(memory_format=torch.channels_last)
         dresidual = dy if ctx.has_residual else None
-        dinput = None if dinput is None else make_channels_last(dinput)
+        dinput = None if dinput is None else dinput.contiguous(memory_format=torch.channels_last)
         if ctx.adds_input:
             dinput = dy if dinput is None else dinput + dy
         gradients: list[Tensor | None] = []
@@ -218,18 +186,3 @@ def pairs_norm_act(
     """
     parameters = [t for p in pairs for t in (p.kernel, p.weight, p.norm.weight, p.norm.bias)]
     return PairsNormAct.apply(x, residual, adds_input, pairs, *parameters)
-
-
-def pair_norm_act(x: Tensor, pair: Pair, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
-
-    Args:
-        x: (N, C, H, W), contiguous in channels-last memory format; bfloat16, float32 or float64.
-        pair: The weights of the spatial operator and of the 1 x 1 convolution, and the batch norm.
-        residual: (N, O, H', W') with the size of the result, and the dtype and memory format of `x`; None to add
-            nothing.
-
-    Returns:
-        The result (N, O, H', W'), and `x`; see `pairs_norm_act`.
-    """
-    return pairs_norm_act(x, [pair], residual)

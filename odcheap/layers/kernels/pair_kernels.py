@@ -5,109 +5,24 @@ Names: x is the input, s the output of the spatial operator (a 3 x 3 shift or de
 one pixel of one image. Pixel (h, w) of s, z and y belongs to pixel (STRIDE * h, STRIDE * w) of x. A tile is a block of
 ROWS rows x all channels, and a chunk is TILES tiles. The C_IN channels of x and the C_OUT channels of z are padded with
 zeros to IN and OUT, powers of two. ACC is the dtype in which sums are computed, DOT the dtype of the factors of matrix
-products.
+products. SHIFT is 1 if the spatial operator is a shift, and 0 if it is a depth-wise convolution. Arguments in capital
+letters are compile-time constants.
 """
 
 import triton
 import triton.language as tl
 
-from odcheap.layers.kernels.norm import combine_gradients, load_norm, merge_tile, relu_gradient, tile_mask
-from odcheap.layers.kernels.spatial import load_tap, shift_offsets
+from odcheap.layers.kernels.norm_kernels import combine_gradients, load_norm, merge_tile, norm_gradient, tile_mask
+from odcheap.layers.kernels.spatial_kernels import load_neighbor, load_spatial, load_tap, shift_offsets, sum_weights
 
 
 @triton.jit
-def locate_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
-    """Returns where the output pixels with the numbers `row` lie in the input of a convolution with a stride.
-
-    These are the row and the column in the image of H x W pixels, and the number of the pixel among all input pixels.
-    """
-    out_h: tl.constexpr = (H + STRIDE - 1) // STRIDE
-    out_w: tl.constexpr = (W + STRIDE - 1) // STRIDE
-    h = row // out_w % out_h * STRIDE
-    w = row % out_w * STRIDE
-    return h, w, (row // (out_h * out_w) * H + h) * W + w
-
-
-@triton.jit
-def load_strided_neighbor(
-    x_ptr,
-    row,
-    rows,
-    channel,
-    TAP: tl.constexpr,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Returns the input pixels, as a tile, that entry TAP (0 to 8) of a 3 x 3 window reads for some output pixels.
-
-    `row` has the numbers of the output pixels, of `rows` in all, and `channel` those of the channels, of C in all.
-    Pixels outside of the image of H x W pixels are zero.
-    """
-    down: tl.constexpr = TAP // 3 - 1
-    right: tl.constexpr = TAP % 3 - 1
-    h, w, source = locate_pixel(row, H, W, STRIDE)
-    ok = ((row < rows) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W))[:, None]
-    if C % BLOCK != 0:
-        ok = ok & (channel < C)[None, :]
-    source += down * W + right
-    return tl.load(x_ptr + source[:, None] * C + channel[None, :], mask=ok, other=0.0).to(ACC)
-
-
-@triton.jit
-def load_spatial(
-    x_ptr,
-    kernel_ptr,
-    row,
-    rows,
-    channel,
-    IS_SHIFT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Returns a tile of s, the output of a 3 x 3 shift or depth-wise convolution of x, rounded to the dtype of x.
-
-    It has the output pixels with the numbers `row` (of `rows` in all) and the channels with the numbers `channel`. If
-    IS_SHIFT, the kernel is not read.
-    """
-    # A shift reads one pixel in each channel; a depth-wise convolution sums over nine pixels.
-    if IS_SHIFT:
-        down, right = shift_offsets(channel, 1, C)
-        h, w, source = locate_pixel(row, H, W, STRIDE)
-        h2 = h[:, None] + down[None, :]
-        w2 = w[:, None] + right[None, :]
-        ok = tile_mask(row, rows, channel, C, BLOCK) & (h2 >= 0) & (h2 < H) & (w2 >= 0) & (w2 < W)
-        at = (source[:, None] + (down * W + right)[None, :]) * C + channel[None, :]
-        moved = tl.load(x_ptr + at, mask=ok, other=0.0)
-    else:
-        total = tl.zeros([ROWS, BLOCK], ACC)
-        for k in tl.static_range(9):
-            x = load_strided_neighbor(x_ptr, row, rows, channel, k, STRIDE, H, W, C, BLOCK, ACC)
-            total += x * load_tap(kernel_ptr, x_ptr, channel, k, C, ACC)
-        moved = total.to(x_ptr.dtype.element_ty)
-    return moved
-
-
-@triton.jit
-def fix_layout(value, PACK: tl.constexpr, DOT: tl.constexpr):
-    """Returns `value` unchanged, after an assembly instruction that the compiler does not optimize.
-
-    PACK is the number of values that together have 32 bits.
-    """
+def fix_layout(value, DOT):
+    """Returns `value` unchanged, after an assembly instruction that the compiler does not optimize."""
     # A matrix product needs its factors in another layout among the threads. Without this instruction the compiler
     # changes the layout of each of the nine tiles of a window, and not only that of their sum.
     if DOT == tl.bfloat16:  # noqa: SIM300 - Triton compares its types in this order
-        value = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=PACK
-        )
+        value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2)
     return value
 
 
@@ -120,7 +35,7 @@ def pair_forward(
     partial_ptr,
     rows,
     chunks,
-    IS_SHIFT: tl.constexpr,
+    SHIFT: tl.constexpr,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -152,10 +67,8 @@ def pair_forward(
     for tile in range(TILES):
         first = (chunk * TILES + tile) * ROWS
         row = first + tl.arange(0, ROWS)
-        s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
-        z = tl.dot(fix_layout(s, 2, DOT).to(DOT), weight, input_precision="ieee", out_dtype=ACC).to(
-            z_ptr.dtype.element_ty
-        )
+        s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
+        z = tl.dot(fix_layout(s, DOT).to(DOT), weight, input_precision="ieee", out_dtype=ACC).to(z_ptr.dtype.element_ty)
         ok = tile_mask(row, rows, feature, C_OUT, OUT)
         tl.store(z_ptr + row[:, None] * C_OUT + feature[None, :], z, mask=ok)
         # The statistics are those of the rounded values, since the batch norm reads these.
@@ -166,48 +79,7 @@ def pair_forward(
 
 
 @triton.jit
-def norm_gradient(
-    dy_ptr,
-    z_ptr,
-    gamma_ptr,
-    beta_ptr,
-    saved_ptr,
-    total,
-    total_hat,
-    row,
-    rows,
-    feature,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Returns a tile of dz, the gradient of the batch norm's input, rounded to the dtype of z; zeros past the last row.
-
-    `total` and `total_hat` are the sums over all rows that `combine_gradients` returns.
-    """
-    mean, rstd, gamma, beta = load_norm(saved_ptr, gamma_ptr, beta_ptr, feature, C, ACC)
-    ok = tile_mask(row, rows, feature, C, BLOCK)
-    at = row[:, None] * C + feature[None, :]
-    z_hat = (tl.load(z_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
-    g = relu_gradient(dy_ptr, z_ptr, at, ok, z_hat, gamma, beta, 1, ACC)
-    dz = (gamma * rstd)[None, :] * (g - (total / rows)[None, :] - z_hat * (total_hat / rows)[None, :])
-    return tl.where(ok, dz, 0.0).to(z_ptr.dtype.element_ty)
-
-
-@triton.jit
-def kernel_gradient(
-    x_ptr,
-    ds,
-    row,
-    rows,
-    channel,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def kernel_gradient(x_ptr, ds, row, rows, channel, STRIDE, H, W, C, BLOCK, ACC):
     """Returns the gradient of the depth-wise weights, summed over the pixels of a tile.
 
     It is in the first nine rows of the result (16, BLOCK), one row for each entry of the 3 x 3 kernel. ds is the tile
@@ -217,13 +89,13 @@ def kernel_gradient(
     taps = tl.arange(0, 16)
     total = tl.zeros([16, BLOCK], ACC)
     for k in tl.static_range(9):
-        x = load_strided_neighbor(x_ptr, row, rows, channel, k, STRIDE, H, W, C, BLOCK, ACC)
+        x = load_neighbor(x_ptr, row, rows, channel, k, STRIDE, H, W, C, BLOCK, ACC)
         total += tl.where((taps == k)[:, None], tl.sum(x * ds, axis=0)[None, :], 0.0)
     return total
 
 
 @triton.jit
-def store_taps(at, dkernel, channel, C: tl.constexpr):
+def store_taps(at, dkernel, channel, C):
     """Writes the first nine rows of dkernel (16, BLOCK) to an array (9, C) at the address `at`."""
     taps = tl.arange(0, 16)
     real = (taps < 9)[:, None] & (channel < C)[None, :]
@@ -247,7 +119,7 @@ def pair_backward(
     dbeta_ptr,
     rows,
     parts,
-    IS_SHIFT: tl.constexpr,
+    SHIFT: tl.constexpr,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -283,38 +155,26 @@ def pair_backward(
     dkernel = tl.zeros([16, IN], ACC)
     for tile in range(TILES):
         row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        dz = norm_gradient(
-            dy_ptr, z_ptr, gamma_ptr, beta_ptr, saved_ptr, total, total_hat, row, rows, feature, C_OUT, OUT, ACC
-        ).to(DOT)
+        mean, rstd, gamma, beta = load_norm(saved_ptr, gamma_ptr, beta_ptr, feature, C_OUT, ACC)
+        ok = tile_mask(row, rows, feature, C_OUT, OUT)
+        at = row[:, None] * C_OUT + feature[None, :]
+        dz, _ = norm_gradient(dy_ptr, z_ptr, z_ptr, at, ok, rows, mean, rstd, gamma, beta, total, total_hat, 1, ACC)
+        dz = tl.where(ok, dz, 0.0).to(z_ptr.dtype.element_ty).to(DOT)
         # s is computed again from x, since the forward pass does not save it.
-        s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
-        dweight += tl.dot(tl.trans(dz), fix_layout(s, 2, DOT).to(DOT), input_precision="ieee", out_dtype=ACC)
+        s = load_spatial(x_ptr, kernel_ptr, row, rows, channel, SHIFT, STRIDE, H, W, C_IN, IN, ROWS, ACC)
+        dweight += tl.dot(tl.trans(dz), fix_layout(s, DOT).to(DOT), input_precision="ieee", out_dtype=ACC)
         ds = tl.dot(dz, weight, input_precision="ieee", out_dtype=ACC).to(ds_ptr.dtype.element_ty)
         at = row[:, None] * C_IN + channel[None, :]
         tl.store(ds_ptr + at, ds, mask=tile_mask(row, rows, channel, C_IN, IN))
-        if not IS_SHIFT:
+        if not SHIFT:
             dkernel += kernel_gradient(x_ptr, ds.to(ACC), row, rows, channel, STRIDE, H, W, C_IN, IN, ACC)
     tl.store(partial_ptr + chunk * COLUMNS + matrix, dweight, mask=known)
-    if not IS_SHIFT:
+    if not SHIFT:
         store_taps(partial_ptr + chunk * COLUMNS + C_OUT * C_IN, dkernel, channel, C_IN)
 
 
 @triton.jit
-def load_input_gradient(
-    ds_ptr,
-    kernel_ptr,
-    row,
-    rows,
-    channel,
-    IS_SHIFT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def load_input_gradient(ds_ptr, kernel_ptr, row, rows, channel, SHIFT, STRIDE, H, W, C, BLOCK, ROWS, ACC):
     """Returns a tile of dx, the gradient of the input of a 3 x 3 shift or depth-wise convolution.
 
     For each input pixel it is the sum over all output pixels that read this pixel. `row` has the numbers of the input
@@ -327,7 +187,7 @@ def load_input_gradient(
     w = row % W
     ok = tile_mask(row, rows, channel, C, BLOCK)
     # The gradient of a shift is the opposite shift.
-    if IS_SHIFT:
+    if SHIFT:
         down, right = shift_offsets(channel, -1, C)
         h2 = h[:, None] + down[None, :]
         w2 = w[:, None] + right[None, :]
@@ -347,32 +207,6 @@ def load_input_gradient(
 
 
 @triton.jit
-def sum_weights(
-    partial_ptr,
-    dweight_ptr,
-    dkernel_ptr,
-    column,
-    chunks,
-    C: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Sums the gradients of the weights, which `pair_backward` wrote to partial (chunks, COLUMNS), over the chunks.
-
-    The sums of the columns with the numbers `column` are written.
-    The first WEIGHTS columns go to dweight (C_OUT, C_IN), the others, (9, C), to dkernel (C, 9).
-    """
-    part = tl.arange(0, PARTS)
-    ok = (part < chunks)[:, None] & (column < COLUMNS)[None, :]
-    total = tl.sum(tl.load(partial_ptr + part[:, None] * COLUMNS + column[None, :], mask=ok, other=0.0), axis=0)
-    tl.store(dweight_ptr + column, total.to(dweight_ptr.dtype.element_ty), mask=column < WEIGHTS)
-    rest = column - WEIGHTS
-    is_kernel = (rest >= 0) & (column < COLUMNS)
-    tl.store(dkernel_ptr + rest % C * 9 + rest // C, total.to(dkernel_ptr.dtype.element_ty), mask=is_kernel)
-
-
-@triton.jit
 def spatial_backward(
     ds_ptr,
     kernel_ptr,
@@ -384,7 +218,7 @@ def spatial_backward(
     rows,
     chunks,
     programs,
-    IS_SHIFT: tl.constexpr,
+    SHIFT: tl.constexpr,
     EXTRA: tl.constexpr,
     STRIDE: tl.constexpr,
     H: tl.constexpr,
@@ -407,7 +241,7 @@ def spatial_backward(
     if program < programs:
         row = program * ROWS + tl.arange(0, ROWS)
         channel = tl.arange(0, BLOCK)
-        dx = load_input_gradient(ds_ptr, kernel_ptr, row, rows, channel, IS_SHIFT, STRIDE, H, W, C, BLOCK, ROWS, ACC)
+        dx = load_input_gradient(ds_ptr, kernel_ptr, row, rows, channel, SHIFT, STRIDE, H, W, C, BLOCK, ROWS, ACC)
         ok = tile_mask(row, rows, channel, C, BLOCK)
         at = row[:, None] * C + channel[None, :]
         if EXTRA:

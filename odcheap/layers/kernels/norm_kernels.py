@@ -1,29 +1,17 @@
-"""Batch norm in training mode, fused with a ReLU and the sum with a residual: two Triton kernels forward, two backward.
+"""Triton kernels of batch norm in training mode with ReLU and the sum with a residual: two forward, two backward.
 
-In all kernels a row is one pixel of one image, and a tile is a block of rows x channels. A program works on one chunk,
-which is TILES tiles of ROWS rows, and on BLOCK of the C channels. ACC is the dtype in which sums are computed. x_hat is
-the normalized input, and the prefix d stands for the gradient of a tensor.
+In all kernels a row is one pixel of one image, and a tile is a block of ROWS rows x channels. A program works on one
+chunk, which is TILES tiles, and on BLOCK of the C channels. ACC is the dtype in which sums are computed. x_hat is the
+normalized input, and the prefix d stands for the gradient of a tensor. Arguments in capital letters are compile-time
+constants; Triton needs their annotation only in the kernels themselves, not in the functions that kernels call.
 """
 
-from typing import Any, Literal, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-Order = Literal["act_add", "add_act"]
-
-CHANNELS = 16  # channels of a program: 32 bytes in bfloat16, a GPU's smallest read; few, so that there are few chunks
-PROGRAMS = 128  # about one for each of an H100's 132 multiprocessors; each reads its channels' sums of all chunks
-MAX_ROWS = 1024  # rows of a tile
-MIN_ROWS = 16
-NO_RESIDUAL, ACT_ADD, ADD_ACT = 0, 1, 2  # relu(bn(x)); relu(bn(x)) + residual; relu(bn(x) + residual)
 
 
 @triton.jit
-def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
+def tile_mask(row, rows, channel, C, BLOCK):
     """Returns the mask of a tile, (ROWS, BLOCK) or (ROWS, 1): whether an element lies inside of the tensor.
 
     Args:
@@ -41,7 +29,7 @@ def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def merge_tile(x, ok, left, earlier, mean, squares, ROWS: tl.constexpr, ACC: tl.constexpr):
+def merge_tile(x, ok, left, earlier, mean, squares, ROWS, ACC):
     """Returns the mean and the sum of squared deviations of each channel, with the rows of a tile added.
 
     Args:
@@ -100,7 +88,7 @@ def chunk_statistics(
 
 
 @triton.jit
-def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+def combine_statistics(partial_ptr, rows, chunks, channel, C, PARTS, CHUNK):
     """Returns mean and sum of squared deviations of each channel over all rows (Chan, Golub, LeVeque, 1979).
 
     They are computed from partial (2, chunks, C), in which `chunk_statistics` has written those of chunks of CHUNK
@@ -120,7 +108,7 @@ def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PART
 
 
 @triton.jit
-def update_running(running_ptr, value, channel, C: tl.constexpr, MOMENTUM: tl.constexpr):
+def update_running(running_ptr, value, channel, C, MOMENTUM):
     """Updates a running mean or variance (C,) in place with its value in this batch, as `nn.BatchNorm2d` does.
 
     `value` has the values of the channels whose numbers are in `channel`.
@@ -193,7 +181,7 @@ def normalize(
 
 
 @triton.jit
-def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl.constexpr):
+def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C, ACC):
     """Returns mean, 1 / standard deviation, weight and bias of a batch norm, (BLOCK,) each, in the dtype ACC.
 
     The first two come from saved (2, C), which `normalize` has written. `channel` has the numbers of the channels.
@@ -207,7 +195,7 @@ def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER: tl.constexpr, ACC: tl.constexpr):
+def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC):
     """Returns a tile of the gradient of the ReLU's input: dy where that input is positive, otherwise zero.
 
     `at` has the positions of the tile's elements in dy and y, and `ok` is the tile's mask. Whether the input is
@@ -266,7 +254,7 @@ def chunk_gradients(
 
 
 @triton.jit
-def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr):
+def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C, PARTS):
     """Returns the sums of g and of g * x_hat over all rows, from the sums that `chunk_gradients` wrote to partial.
 
     g is the gradient of the ReLU's input, and x_hat the normalized input of the batch norm. These sums are the
@@ -281,6 +269,20 @@ def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C: t
         tl.store(dbias_ptr + channel, total.to(dbias_ptr.dtype.element_ty), mask=channel < C)
         tl.store(dweight_ptr + channel, total_hat.to(dweight_ptr.dtype.element_ty), mask=channel < C)
     return total, total_hat
+
+
+@triton.jit
+def norm_gradient(dy_ptr, x_ptr, y_ptr, at, ok, rows, mean, rstd, weight, bias, total, total_hat, ORDER, ACC):
+    """Returns tiles of the gradients of the batch norm's input and of the ReLU's input.
+
+    `at` has the positions of the tile's elements in dy, x and y, and `ok` is the tile's mask. `mean`, `rstd`, `weight`
+    and `bias` are those of `load_norm`, and `total` and `total_hat` the sums of `combine_gradients`.
+    """
+    x_hat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
+    g = relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC)
+    # The mean and the variance depend on x too; their gradients are the two terms that are subtracted.
+    dx = (weight * rstd)[None, :] * (g - (total / rows)[None, :] - x_hat * (total_hat / rows)[None, :])
+    return dx, g
 
 
 @triton.jit
@@ -320,145 +322,9 @@ def input_gradient(
         row = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
         ok = tile_mask(row, rows, channel, C, BLOCK)
         at = row[:, None] * C + channel[None, :]
-        x_hat = (tl.load(x_ptr + at, mask=ok, other=0.0).to(ACC) - mean[None, :]) * rstd[None, :]
-        g = relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC)
-        # The mean and the variance depend on x too; their gradients are the two terms that are subtracted.
-        dx = (weight * rstd)[None, :] * (g - (total / rows)[None, :] - x_hat * (total_hat / rows)[None, :])
+        dx, g = norm_gradient(
+            dy_ptr, x_ptr, y_ptr, at, ok, rows, mean, rstd, weight, bias, total, total_hat, ORDER, ACC
+        )
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
         if ORDER == 2:  # ADD_ACT
             tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=ok)
-
-
-class NormPlan(NamedTuple):
-    """How a feature map is divided among programs, the thread blocks of a GPU kernel.
-
-    A row is one pixel of one image. Each program works on a chunk of rows, which it reads in tiles, and on a block of
-    channels.
-
-    The fields are arguments of all kernels of this module, in the kernels' order.
-
-    Attributes:
-        rows: The number of rows: pixels of all images.
-        chunks: The number of chunks of rows.
-        channels: The number of channels.
-        block: The number of channels of a program.
-        tile_rows: The number of rows of a tile.
-        tiles: The number of tiles of a chunk.
-    """
-
-    rows: int
-    chunks: int
-    channels: int
-    block: int
-    tile_rows: int
-    tiles: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The number of chunks and of blocks of channels; there is one program for each combination."""
-        return self.chunks, triton.cdiv(self.channels, self.block)
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """The launch options: as many warps as give each thread 32 elements of a tile, from 4 to 16."""
-        return {"num_warps": min(max(self.tile_rows * self.block // 1024, 4), 16), "num_stages": 1}
-
-    @property
-    def parts(self) -> int:
-        """The number of chunks, rounded up to a power of two."""
-        return triton.next_power_of_2(self.chunks)
-
-
-def plan_norm(x: Tensor) -> NormPlan:
-    """Divides a feature map (N, C, H, W) among about 128 programs, the thread blocks of a GPU kernel.
-
-    Each program works on a chunk of rows (a row is one pixel of one image) and on a block of channels.
-    """
-    # The more blocks of channels there are, the fewer are the chunks of rows.
-    rows, channels = x.numel() // x.shape[1], x.shape[1]
-    block = min(triton.next_power_of_2(channels), CHANNELS)
-    blocks = triton.cdiv(channels, block)
-    chunk_rows = triton.cdiv(rows * min(blocks, PROGRAMS), PROGRAMS)
-    tile_rows = min(max(triton.next_power_of_2(chunk_rows), MIN_ROWS), MAX_ROWS)
-    tiles = triton.cdiv(chunk_rows, tile_rows)
-    return NormPlan(rows, triton.cdiv(rows, tile_rows * tiles), channels, block, tile_rows, tiles)
-
-
-def sum_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Returns the dtype in which sums over a feature map of a dtype are computed: float64 for float64, else float32.
-
-    Returns:
-        The dtype as PyTorch's and as Triton's.
-    """
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
-class BatchNormAct(torch.autograd.Function):
-    """The autograd function of `batch_norm_act`.
-
-    It saves the input and the statistics of the batch norm; with the order "add_act" also the output.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, order: int
-    ) -> Tensor:
-        # First kernel: the statistics of each chunk.
-        plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
-        y = torch.empty_like(x)
-        partial = torch.empty(2, plan.chunks, plan.channels, dtype=dtype, device=x.device)
-        saved = torch.empty(2, plan.channels, dtype=dtype, device=x.device)
-        chunk_statistics[plan.grid](x, partial, *plan, acc, **plan.launch)
-
-        # Second kernel: the output. Without a residual it does not read that pointer, so any tensor can be given.
-        buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-        pointers = (x, x if residual is None else residual, y, weight, bias, partial, saved, *buffers)
-        sizes = (*plan, plan.parts, plan.tile_rows * plan.tiles)
-        normalize[plan.grid](*pointers, *sizes, float(norm.eps), float(norm.momentum), order, acc, **plan.launch)
-        # Autograd does not see that the kernel has changed the buffers.
-        torch.autograd.graph.increment_version(buffers)
-        ctx.order = order
-        ctx.save_for_backward(x, weight, bias, saved, *([y] if order == ADD_ACT else []))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, saved, *output = ctx.saved_tensors
-        plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        # The kernels read `y` and write `dresidual` only with ADD_ACT, so otherwise any tensors can be given.
-        y, dresidual = (output[0], torch.empty_like(x)) if ctx.order == ADD_ACT else (x, dx)
-        partial = torch.empty(2, plan.chunks, plan.channels, dtype=dtype, device=x.device)
-        pointers, gradients = (dy, x, y, weight, bias, saved, partial), (dx, dresidual, dweight, dbias)
-        chunk_gradients[plan.grid](*pointers, *plan, ctx.order, acc, **plan.launch)
-        input_gradient[plan.grid](*pointers, *gradients, *plan, plan.parts, ctx.order, acc, **plan.launch)
-        # The gradient of the residual: with ACT_ADD it is added last, so its gradient is `dy` itself.
-        through = {NO_RESIDUAL: None, ACT_ADD: dy, ADD_ACT: dresidual}[ctx.order]
-        return dx, dweight, dbias, through, None, None
-
-
-def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, order: Order = "act_add") -> Tensor:
-    """Computes batch norm in training mode, ReLU, and the sum with a residual if there is one.
-
-    The running statistics and `num_batches_tracked` of `norm` are updated. Sums are computed in float32, or in float64
-    if `x` is float64.
-
-    Args:
-        x: (N, C, H, W), contiguous in channels-last memory format, with two or more values in each channel; bfloat16,
-            float32 or float64.
-        norm: The batch norm, with weight, bias, running statistics and a momentum; these tensors are float64 if `x` is,
-            otherwise float32.
-        residual: A tensor with the shape, dtype and memory format of `x`; None to compute relu(norm(x)).
-        order: "act_add" for relu(norm(x)) + residual, "add_act" for relu(norm(x) + residual).
-
-    Returns:
-        (N, C, H, W), with the dtype and memory format of `x`. With "add_act" it must not be changed in place before the
-        backward pass.
-
-    Raises:
-        RuntimeError: In the backward pass, if a second derivative is computed.
-    """
-    code = NO_RESIDUAL if residual is None else ACT_ADD if order == "act_add" else ADD_ACT
-    return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, code)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from odcheap.layers.cheap_conv import DW, CheapConv, RepDW, Window
+from odcheap.layers.cheap_conv import DW, CheapConv, RepDW
 from odcheap.layers.fuse import cheap_form, dense_form, fold_branches, has_branches, has_pairs
-from odcheap.layers.reparameterized import RepDepthwise, keep_branches
+from odcheap.layers.spatial import RepDepthwise, Window, keep_branches
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
 from odcheap.models.convert import cheapen, conversion_table
