@@ -1,6 +1,5 @@
 """Measures how fast training, inference and start-up are; `arguments` has the help of the command."""
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from odcheap.bench.arguments import parse_arguments
-from odcheap.bench.exports import format_exports, measure_exports
+from odcheap.bench.exports import bench_exports
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
+from odcheap.bench.measurement import compare_times
 from odcheap.bench.operators import measure_operators
 from odcheap.bench.peers import PEER_LOOPS, PEERS, build_distillation, has_torchdistill
 from odcheap.config.compose import compose_config
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
         if options.peers and not has_torchdistill():
             raise Failure("--peers needs torchdistill: pip install 'odcheap[bench]'")
         if options.exports:
-            return bench_exports(options)
+            return bench_exports(options, report_progress)
         for result in measure(options.overrides, options.quick, options.peers, options.config_dir):
             # Written after each part, so that the measurements stay if a later part fails.
             options.out.mkdir(parents=True, exist_ok=True)
@@ -101,33 +101,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
     plot_training(result).savefig(options.out / "bench.png", dpi=120)
     print(text)
     print(f"written: {options.out}/bench.json, bench.md, bench.png")
-    return 0
-
-
-def bench_exports(options: argparse.Namespace) -> int:
-    """Times the files of exports in every runtime, writes and prints the result, and returns the exit status 0.
-
-    Args:
-        options: The options of the command, of which `exports`, `seconds`, `threads`, `out` and `overrides` are read.
-
-    Raises:
-        OptionError: The value of an option is not allowed.
-    """
-    if options.overrides:
-        raise OptionError("--exports", options.overrides[0], "must be a folder: training options have no effect here")
-    if not options.seconds > 0:
-        raise OptionError("--seconds", options.seconds, "must be above 0")
-    if options.threads < 1:
-        raise OptionError("--threads", options.threads, "must be 1 or more")
-    machine = describe_machine(torch.device("cpu"))
-    rows = measure_exports(options.exports, options.seconds, options.threads, report_progress)
-    text = format_exports(rows, options.threads, machine["cpu"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "versions": list_versions(), "threads": options.threads, "exports": rows}
-    write_json(options.out / "exports.json", result)
-    write_text(options.out / "exports.md", text)
-    print(text)
-    print(f"written: {options.out}/exports.json, exports.md")
     return 0
 
 
@@ -143,10 +116,14 @@ def measure(
         config_dirs: Further `conf` directories.
 
     Yields:
-        The same dict each time, with more entries. In the end they are `machine`, `versions`, `overrides`, `training`
-        (a dict for each block type and precision; see `summarize`), `peers` if they are measured (see
-        `summarize_peers`), `operators` (see `measure_operators`), `inference` (see `measure_inference`) and
+        The same dict each time, with more entries. In the end they are `machine`, `versions`, `overrides`, `training`,
+        `peers` if they are measured, `operators` (see `measure_operators`), `inference` (see `measure_inference`) and
         `start_seconds` (see `measure_start`).
+
+        `training` and `peers` have a dict for each block type and precision, with the entries of `summarize`. Those of
+        `training` also have `num_stu`, `page_faults` of a step by loop (medians), and two ratios as `compare_times`
+        returns them: `speedup_over_2019` (how many times as fast odcheap is as the loop of 2019) and `time_over_bare`
+        (its time over the bare loop's). Those of `peers` have `speedup`, how many times as fast odcheap is, by loop.
     """
 
     def compose(*more: str) -> DictConfig:
@@ -162,25 +139,32 @@ def measure(
     result: dict[str, Any] = {"machine": describe_machine(device), "versions": list_versions(), "overrides": overrides}
 
     # Training: every block type with every precision, unless the options choose one.
-    result["training"] = []
     chosen = dict(override.partition("=")[::2] for override in overrides)
     block_types = [chosen["block_type"]] if "block_type" in chosen else BLOCK_TYPES[: 1 if quick else None]
     precisions = [chosen["trainer.precision"]] if "trainer.precision" in chosen else PRECISIONS
-    for block_type, precision in product(block_types, precisions):
-        own = compose(f"block_type={block_type}", f"trainer.precision={precision}")
-        report_progress(f"training, {block_type}, {precision}: {rounds} rounds")
-        row = {"block_type": block_type, "precision": precision, "num_stu": own.num_stu}
-        timings = compare_loops(own, device, steps, rounds, report_progress)
-        result["training"].append(row | summarize(timings, own.data.batch_size))
+
+    def time_loops(title: str, *loops: Any) -> Iterator[tuple[dict[str, LoopTiming], dict[str, Any]]]:
+        for block_type, precision in product(block_types, precisions):
+            report_progress(f"{title}, {block_type}, {precision}: {rounds} rounds")
+            own = compose(f"block_type={block_type}", f"trainer.precision={precision}")
+            timings = compare_loops(own, device, steps, rounds, report_progress, *loops)
+            row = {"block_type": block_type, "precision": precision}
+            yield timings, row | summarize(timings, own.data.batch_size)
+
+    result["training"] = []
+    for timings, row in time_loops("training"):
+        row["num_stu"] = cfg.num_stu
+        row["page_faults"] = {name: statistics.median(timing.page_faults) for name, timing in timings.items()}
+        row["speedup_over_2019"] = compare_times(timings["loop_2019"].seconds, timings["trainer"].seconds)
+        row["time_over_bare"] = compare_times(timings["trainer"].seconds, timings["bare_loop"].seconds)
+        result["training"].append(row)
         yield result
     if peers:
         result["peers"] = []
-        for block_type, precision in product(block_types, precisions):
-            own = compose(f"block_type={block_type}", f"trainer.precision={precision}")
-            report_progress(f"other projects, {block_type}, {precision}: {rounds} rounds")
-            timings = compare_loops(own, device, steps, rounds, report_progress, build_distillation, PEER_LOOPS)
-            row = {"block_type": block_type, "precision": precision, "batch_size": own.data.batch_size}
-            result["peers"].append(row | summarize_peers(timings, own.data.batch_size))
+        for timings, row in time_loops("other projects", build_distillation, PEER_LOOPS):
+            ours = timings["trainer"].seconds
+            row["speedup"] = {name: compare_times(timings[name].seconds, ours) for name in PEER_LOOPS}
+            result["peers"].append(row)
             yield result
 
     report_progress("layers with and without fused operators")
@@ -201,53 +185,22 @@ def report_progress(text: str) -> None:
 
 
 def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:
-    """Returns the results of one comparison of the loops, as written to bench.json.
+    """Returns what each comparison of training loops has in bench.json.
 
     Args:
-        timings: The timing of each loop, by the names in `LOOPS`.
+        timings: The timing of each loop, by name.
         batch_size: The number of images in a batch.
 
     Returns:
-        `batch_size`; by the names of the loops, `seconds` (of a step in each round), `images_per_second` and
-        `page_faults` (medians), and `peak_bytes`; and two ratios as `compare_times` returns them: `speedup_over_2019`
-        (how many times as fast odcheap is as the loop of 2019) and `time_over_bare` (its time over the bare loop's).
+        `batch_size`, and by the names of the loops: `seconds` (of a step in each round), `images_per_second` (the
+        median), and `peak_bytes`.
     """
-    # Rates are medians. Ratios of times are taken within each round, since the speed of a machine changes over time.
     return {
         "batch_size": batch_size,
         "seconds": {name: timing.seconds for name, timing in timings.items()},
         "images_per_second": {n: batch_size / statistics.median(t.seconds) for n, t in timings.items()},
         "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
-        "page_faults": {name: statistics.median(timing.page_faults) for name, timing in timings.items()},
-        "speedup_over_2019": compare_times(timings["loop_2019"], timings["trainer"]),
-        "time_over_bare": compare_times(timings["trainer"], timings["bare_loop"]),
     }
-
-
-def summarize_peers(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:
-    """Returns the results of one comparison with other projects, as written to bench.json.
-
-    Args:
-        timings: The timing of each loop, by the names in `PEERS`.
-        batch_size: The number of images in a batch.
-
-    Returns:
-        By the names of the loops, `seconds` (of a step in each round), `images_per_second` (medians), `peak_bytes`, and
-        `speedup` (how many times as fast odcheap is, as `compare_times` returns it).
-    """
-    ours = timings["trainer"]
-    return {
-        "seconds": {name: timing.seconds for name, timing in timings.items()},
-        "images_per_second": {name: batch_size / statistics.median(t.seconds) for name, t in timings.items()},
-        "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
-        "speedup": {name: compare_times(t, ours) for name, t in timings.items() if t is not ours},
-    }
-
-
-def compare_times(numerator: LoopTiming, denominator: LoopTiming) -> dict[str, float]:
-    """Returns the `median`, `min` and `max`, over all rounds, of the ratio of the times of two loops in a round."""
-    ratios = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def measure_inference(
@@ -296,7 +249,7 @@ def format_tables(result: dict[str, Any]) -> str:
         result: The last result of `measure`.
     """
     # A row for each block type and precision, then a row for each block type.
-    training = pd.DataFrame(
+    training = [
         {"block_type": row["block_type"], "precision": row["precision"]}
         | {f"{LOOPS[name]}, images/s": f"{rate:.0f}" for name, rate in row["images_per_second"].items()}
         | {
@@ -307,39 +260,42 @@ def format_tables(result: dict[str, Any]) -> str:
             "page faults a step, Trainer": f"{row['page_faults']['trainer']:.0f}",
         }
         for row in result["training"]
-    )
-    inference = pd.DataFrame(
+    ]
+    inference = [
         {"block_type": row["block_type"]}
         | {f"ms for {batch}": f"{row[f'ms_{batch}']:.3g}" for batch in BATCHES}
         | {f"speedup for {batch}": f"{row[f'speedup_{batch}']:.2f}" for batch in BATCHES}
         for row in result["inference"]
-    )
-    operators = pd.DataFrame(
+    ]
+    operators = [
         {"layer": row["layer"], "map": row["map"], "dtype": row["dtype"]}
         | {"copy": f"{row['copy_ms']:.2f}", "copy in memory": f"{row['memory_copy_ms']:.2f}"}
         | {"PyTorch": f"{row['plain_ms']:.2f}", "fused": f"{row['fused_ms']:.2f}"}
         | {"a pass / copy in memory": f"{row['pass_over_copy']:.2f}", "speedup": format_ratio(row["speedup"])}
         for row in result["operators"]
-    )
-    others = pd.DataFrame(
+    ]
+    peers = [
         {"block_type": row["block_type"], "precision": row["precision"]}
         | {PEERS[name]: f"{rate:.0f}" for name, rate in row["images_per_second"].items()}
         | {f"odcheap / {PEERS[name]}": format_ratio(ratio) for name, ratio in row["speedup"].items()}
         for row in result.get("peers", [])
-    )
+    ]
     first, start, hardware = result["training"][0], result["start_seconds"], result["machine"]
     return TABLES.format(
         hardware=f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads",
         num_stu=first["num_stu"],
         batch_size=first["batch_size"],
-        training=training.to_markdown(index=False),
-        peers=""
-        if others.empty
-        else PEERS_TABLE.format(batch_size=first["batch_size"], peers=others.to_markdown(index=False)),
-        operators=operators.to_markdown(index=False) if result["operators"] else "(no fused operators here)",
-        inference=inference.to_markdown(index=False),
+        training=to_table(training),
+        peers=PEERS_TABLE.format(batch_size=first["batch_size"], peers=to_table(peers)) if peers else "",
+        operators=to_table(operators) if operators else "(no fused operators here)",
+        inference=to_table(inference),
         start="not measured" if start is None else f"{start:.1f} s",
     )
+
+
+def to_table(rows: list[dict[str, Any]]) -> str:
+    """Returns a table in Markdown; each dict is a row, and its keys are the headings."""
+    return pd.DataFrame(rows).to_markdown(index=False)
 
 
 def format_ratio(ratio: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """Times the files of several exports alternately in every runtime, and tabulates them with sizes and accuracies."""
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
 from odcheap import predict
 from odcheap.export import card_accuracy, executorch, openvino
@@ -15,13 +17,43 @@ from odcheap.export.latency import EXECUTORCH, ONNX_RUNTIME
 from odcheap.export.openvino import OPENVINO
 from odcheap.export.results import RESULTS_FILE
 from odcheap.export.verify import INT8, name_in_openvino
+from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.errors import Failure, OptionError
+from odcheap.utils.files import write_json, write_text
 from odcheap.utils.text import format_accuracy
 
 OPTION = "--exports"
 FLOATS, INTEGERS = "float", "int8"
 ONNX_FILES = {FLOATS: "student.onnx", INTEGERS: INT8}
 FILES = {ONNX_RUNTIME: ONNX_FILES, OPENVINO: ONNX_FILES, EXECUTORCH: {FLOATS: PTE, INTEGERS: PTE_INT8}}
+
+
+def bench_exports(options: argparse.Namespace, report: Callable[[str], None]) -> int:
+    """Times the files of exports in every runtime, writes and prints the result, and returns the exit status 0.
+
+    Args:
+        options: The options of the command, of which `exports`, `seconds`, `threads`, `out` and `overrides` are read.
+        report: A function that takes lines of text about the progress.
+
+    Raises:
+        OptionError: The value of an option is not allowed.
+    """
+    if options.overrides:
+        raise OptionError(OPTION, options.overrides[0], "must be a folder: training options have no effect here")
+    if not options.seconds > 0:
+        raise OptionError("--seconds", options.seconds, "must be above 0")
+    if options.threads < 1:
+        raise OptionError("--threads", options.threads, "must be 1 or more")
+    machine = describe_machine(torch.device("cpu"))
+    rows = measure_exports(options.exports, options.seconds, options.threads, report)
+    text = format_exports(rows, options.threads, machine["cpu"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine, "versions": list_versions(), "threads": options.threads, "exports": rows}
+    write_json(options.out / "exports.json", result)
+    write_text(options.out / "exports.md", text)
+    print(text)
+    print(f"written: {options.out}/exports.json, exports.md")
+    return 0
 
 
 class Export(NamedTuple):
@@ -91,7 +123,7 @@ def create_predictor(runtime: str, content: bytes, batch: int, threads: int) -> 
 
 
 def measure_exports(
-    folders: Sequence[Path], seconds: float, threads: int = 1, report: Callable[[str], None] = print
+    folders: Sequence[Path], seconds: float, threads: int, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Times the files of exports alternately in every runtime that is installed.
 

@@ -1,21 +1,29 @@
-"""The three training loops that the benchmark compares; they run alternately in one process, on random images."""
+"""The three training loops that the benchmark compares; they run alternately in one process, on random images.
+
+The baseline is a loop in the style of 2019, which is used for nothing else. It runs in eager mode, in float32, with
+contiguous (channels-first) tensors, one student after the other. Pillow augments the images one by one on the CPU. Loss
+and accuracies are read after every step, so that every step waits for the GPU.
+"""
 
 import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL import Image
 from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
-from odcheap.bench.baseline import PillowImages, train_steps
-from odcheap.bench.memory import PeakMemory, count_page_faults
-from odcheap.bench.timing import WARM_UP_CALLS, time_calls
+from odcheap.bench.measurement import WARM_UP_CALLS, PeakMemory, count_page_faults, time_calls
 from odcheap.data.base import Batch, Process
 from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import SignalListener
@@ -42,7 +50,8 @@ BuildMethod = Callable[[DictConfig, RunStudents], Method]
 CreateLoop = Callable[[DictConfig, Method, Images, torch.device], Step]
 
 
-class LoopTiming(NamedTuple):
+@dataclass
+class LoopTiming:
     """The timing of a loop.
 
     Attributes:
@@ -51,9 +60,9 @@ class LoopTiming(NamedTuple):
         peak_bytes: The largest memory that the first steps needed, in bytes; None if it cannot be measured here.
     """
 
-    seconds: list[float]
-    page_faults: list[float]
-    peak_bytes: int | None
+    seconds: list[float] = field(default_factory=list)
+    page_faults: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
 
 
 def compare_loops(
@@ -96,7 +105,7 @@ def compare_loops(
                 running[name] = create(cfg, build(cfg, run_auto), images, device)
                 for _ in range(first_steps):
                     running[name]()
-                timings[name] = LoopTiming([], [], memory.stop())
+                timings[name] = LoopTiming(peak_bytes=memory.stop())
         for name, step in running.items():
             faults = count_page_faults()
             timings[name].seconds.append(time_calls(step, steps))
@@ -106,7 +115,7 @@ def compare_loops(
     # The training of odcheap cannot be interrupted from outside: its callback runs the other loops.
     timer = StepTimer(first_steps, steps, rounds, run_other_loops, device)
     run_trainer(cfg, build(cfg, RUNS[cfg.together]), images, timer)
-    return timings | {"trainer": LoopTiming(timer.seconds, timer.page_faults, timer.peak_bytes)}
+    return timings | {"trainer": timer.timing}
 
 
 def random_images(cfg: DictConfig, count: int) -> Images:
@@ -138,6 +147,70 @@ def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
     return instantiate(cfg.method)(students=students)
 
 
+class PillowImages(Dataset):
+    """A map-style data set of images that are padded by 4 pixels, cropped, flipped and normalized one by one.
+
+    Args:
+        images: (N, 3, H, W), uint8.
+        target: Labels (N,).
+        mean: The mean of each channel of images in [0, 1].
+        std: The standard deviation of each channel, for the same images.
+    """
+
+    def __init__(self, images: Tensor, target: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        self.target = target
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(images.shape[-1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), int(self.target[index])
+
+
+def train_steps(
+    method: Method, images: PillowImages, batch_size: int, lr: float, device: torch.device, workers: int
+) -> Iterator[float]:
+    """Trains without an end, and yields the loss of each training step.
+
+    Args:
+        method: The networks to train and their loss, a `Method`.
+        images: The training images.
+        batch_size: The number of images in a batch.
+        lr: The learning rate.
+        device: The device on which the method is.
+        workers: The number of processes that load and augment images; 0 for none.
+    """
+    loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    optimizer = torch.optim.SGD(method.parameters(), lr, momentum=0.9, weight_decay=2e-4)
+    while True:
+        for batch, target in loader:
+            batch, target = batch.to(device), target.to(device)
+            optimizer.zero_grad()
+            outputs = method(batch)
+            loss = method.loss(outputs, target)["loss"]
+            loss.backward()
+            optimizer.step()
+            # The 2019 reference code printed accuracies during the training; reading them waits for the GPU.
+            for logits in [*outputs["student_logits"], outputs["teacher_logits"]]:
+                if logits is not None:
+                    (logits.argmax(1) == target).float().mean().item()
+            yield loss.item()
+
+
+def make_dataset(cfg: DictConfig, images: Images) -> PillowImages:
+    """Returns the training images as a data set that augments them one by one."""
+    return PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
+
+
 def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
     """Returns a function that takes one training step of the loop in the style of 2019.
 
@@ -147,7 +220,7 @@ def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: to
         images: The images; only the training images are used.
         device: The device on which it is trained.
     """
-    dataset = PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
+    dataset = make_dataset(cfg, images)
     steps = train_steps(method.to(device), dataset, cfg.data.batch_size, LR, device, LOADER_WORKERS[device.type])
     return lambda: next(steps)
 
@@ -224,17 +297,13 @@ class StepTimer(pl.Callback):
         device: The device of the training.
 
     Attributes:
-        seconds: The seconds of a step in each round.
-        page_faults: The page faults of a step in each round.
-        peak_bytes: The peak memory of the first steps in bytes; None if it cannot be measured here.
+        timing: What was measured.
     """
 
     def __init__(self, first_steps: int, steps: int, rounds: int, run_others: Step, device: torch.device):
         self.first_steps, self.steps, self.rounds, self.run_others = first_steps, steps, rounds, run_others
         self.device, self.memory = device, PeakMemory(device)
-        self.seconds: list[float] = []
-        self.page_faults: list[float] = []
-        self.peak_bytes: int | None = None
+        self.timing = LoopTiming()
         self.start_time, self.faults_at_start = 0.0, 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,7 +313,7 @@ class StepTimer(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == self.first_steps:
-            self.peak_bytes = self.memory.stop()
+            self.timing.peak_bytes = self.memory.stop()
         if batch_idx >= self.first_steps and (batch_idx - self.first_steps) % (self.steps + 1) == 0:
             self.run_others()
 
@@ -260,9 +329,9 @@ class StepTimer(pl.Callback):
         if place == 0:
             self.start_time, self.faults_at_start = time.perf_counter(), count_page_faults()
         else:
-            self.seconds.append((time.perf_counter() - self.start_time) / self.steps)
-            self.page_faults.append((count_page_faults() - self.faults_at_start) / self.steps)
-            trainer.should_stop = len(self.seconds) == self.rounds
+            self.timing.seconds.append((time.perf_counter() - self.start_time) / self.steps)
+            self.timing.page_faults.append((count_page_faults() - self.faults_at_start) / self.steps)
+            trainer.should_stop = len(self.timing.seconds) == self.rounds
 
 
 def run_trainer(cfg: DictConfig, method: Method, images: Images, timer: StepTimer) -> None:

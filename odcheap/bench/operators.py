@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odcheap.bench.timing import time_calls
+from odcheap.bench.measurement import compare_times, time_calls
 from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import DW, Group
 from odcheap.layers.norm_act import batch_norm_act, block_norm_act, conv_norm_act
@@ -21,6 +21,7 @@ LAYERS = {
     "block of two depth-wise pairs": 18,
 }
 DTYPES = (torch.float32, torch.bfloat16)
+FORMS: tuple[kernels.Mode, ...] = ("off", "auto")  # PyTorch's operators, and the fused ones
 CALLS = 7  # of a measurement, after two that warm up
 MEMORY_BYTES = 2**28  # of a copy that comes from memory: no cache is as large
 
@@ -59,15 +60,12 @@ def measure_operators(device: torch.device, batch_size: int, rounds: int) -> lis
             copy_ms = time_call(lambda target=target, x=x: target.copy_(x))
             memory_ms = memory_ms_per_byte * x.numel() * x.element_size()
             for layer, run in make_layers(x.requires_grad_(), residual.requires_grad_(), gradient).items():
-                times = [[time_form(run, mode) for mode in ("off", "auto")] for _ in range(rounds)]
-                plain, fused = (statistics.median(t) for t in zip(*times, strict=True))
-                ratios = [a / b for a, b in times]
-                rows.append(
-                    {"layer": layer, "map": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-                    | {"copy_ms": copy_ms, "memory_copy_ms": memory_ms, "plain_ms": plain, "fused_ms": fused}
-                    | {"pass_over_copy": fused / LAYERS[layer] / memory_ms}
-                    | {"speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}}
-                )
+                turns = list(zip(*([time_form(run, mode) for mode in FORMS] for _ in range(rounds)), strict=True))
+                plain, fused = map(statistics.median, turns)
+                row: dict[str, Any] = {"layer": layer, "map": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+                row |= {"copy_ms": copy_ms, "memory_copy_ms": memory_ms, "plain_ms": plain, "fused_ms": fused}
+                row |= {"pass_over_copy": fused / LAYERS[layer] / memory_ms, "speedup": compare_times(*turns)}
+                rows.append(row)
     return rows
 
 

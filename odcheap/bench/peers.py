@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from odcheap.bench.baseline import PillowImages
-from odcheap.bench.loops import LOADER_WORKERS, LR, NUM_CLASSES, CreateLoop, Step
+from odcheap.bench.loops import LOADER_WORKERS, LR, NUM_CLASSES, CreateLoop, Step, make_dataset
 from odcheap.data.in_memory import Images
 from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.base import Method
@@ -97,11 +96,6 @@ def create_torchdistill_loop(cfg: DictConfig, method: Method, images: Images, de
 
     running = steps()
     return lambda: next(running)
-
-
-def make_dataset(cfg: DictConfig, images: Images) -> PillowImages:
-    """Returns the training images as a data set that augments them one by one, as both peers do."""
-    return PillowImages(images.train, images.train_target, tuple(cfg.data.mean), tuple(cfg.data.std))
 
 
 class TemplateModule(pl.LightningModule):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from odcheap.bench.memory import PeakMemory, count_allocated_bytes
+from odcheap.bench.measurement import PeakMemory, count_allocated_bytes
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_the_peak_is_what_was_in_use_at_once():
 
 
 def test_without_glibc_there_is_no_figure(monkeypatch):
-    monkeypatch.setattr("odcheap.bench.memory.count_allocated_bytes", lambda: None)
+    monkeypatch.setattr("odcheap.bench.measurement.count_allocated_bytes", lambda: None)
     memory = PeakMemory(CPU)
     memory.start()
     assert memory.stop() is None
