@@ -150,7 +150,7 @@ def run_job(cfg: "DictConfig") -> Any:
 
     Returns:
         The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
-        if there is none. `StoppedRun` if a signal has stopped the run in a process of joblib.
+        if there is none. `Stopped` if a signal has stopped the run in a process of joblib.
     """
     # Options are checked before PyTorch and Lightning are imported, which takes seconds.
     with exit_on_signals():
@@ -159,9 +159,8 @@ def run_job(cfg: "DictConfig") -> Any:
         from odcheap.config import options, resolvers
         from odcheap.config.messages import describe_hydra_error
         from odcheap.config.signatures import read_signature
-        from odcheap.distributed import process_counts  # noqa: F401 - registers values of the config
+        from odcheap.distributed import cluster  # noqa: F401 - registers values of the config
         from odcheap.runs.settings import RunConfig
-        from odcheap.training.builders import BUILDERS
         from odcheap.utils.console import print_error
         from odcheap.utils.errors import OptionError
 
@@ -170,7 +169,7 @@ def run_job(cfg: "DictConfig") -> Any:
             try:
                 options.check_added_options(config)
                 with resolvers.unread_precision():
-                    options.check_options(config, resolvers.given_config_dirs(), BUILDERS, read_signature)
+                    options.check_options(config, resolvers.given_config_dirs(), read_signature)
                     options.check_files(config.cfg)
                     if config.cfg.resume is None:
                         options.check_complete(config.cfg)

@@ -31,6 +31,12 @@ from odcheap.utils.parts import CALL_KEYS, list_parts, read_part
 LIST_GROUPS = ("logger", "experiment")  # groups in which several names may be chosen
 # Groups whose parts are classes of libraries: these have more options than their files in conf/ list.
 LIBRARY_GROUPS = ("trainer", "logger", "optimizer", "scheduler")
+# The functions that build the parts of some groups. Each part of such a group has the keyword-only parameters of this
+# function as options, in addition to those of its class.
+BUILDERS = {
+    "optimizer": "odcheap.training.optim.build_optimizer",
+    "scheduler": "odcheap.training.optim.build_scheduler",
+}
 PATH_NAMES = ("job_dir", "data_dir", "resume", "weights", "pretrained", "teacher_weights")
 MAX_INT = 2**53  # larger whole numbers cannot all be represented as floats
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, 2.0**127  # the range of normal numbers in float32, in which networks compute
@@ -135,7 +141,6 @@ def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]])
 def check_options(
     config: RunConfig,
     config_dirs: Sequence[Path] = (),
-    builders: Mapping[str, str] | None = None,
     find_signature: FindSignature = import_signature,
 ) -> None:
     """Checks that each option exists, and that its value has the right type and range.
@@ -146,9 +151,6 @@ def check_options(
     Args:
         config: The config of the run.
         config_dirs: The user's own `conf` directories.
-        builders: The Python paths of the functions that build the parts of a group, such as that of `build_optimizer`
-            for "optimizer". Each part of the group has the keyword-only parameters of this function as options, in
-            addition to those of its class.
         find_signature: The function that returns the parameters of a class or function: `import_signature`, or
             `read_signature`, which is faster and does not know all of them.
 
@@ -158,7 +160,7 @@ def check_options(
     check_root_options(config)
     values = to_dict(config.cfg)
     common = {"trainer": get_type_hints(TrainerOptions, include_extras=True)}
-    for group, builder in (builders or {}).items():
+    for group, builder in BUILDERS.items():
         signature = find_signature(group, builder)
         common[group] = {name: signature.annotations.get(name, Any) for name in signature.keyword_only}
     for group, name in config.parts.items():

@@ -15,8 +15,8 @@ from lightning_fabric.plugins.environments import (
 )
 from omegaconf import DictConfig
 
-from odcheap.distributed import slurm
-from odcheap.distributed.process_counts import count_nodes, is_torchrun, processes_per_node
+from odcheap.distributed import cluster
+from odcheap.distributed.cluster import count_nodes, is_torchrun, processes_per_node
 from odcheap.distributed.signals import SignalListener, Stopped
 from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
@@ -31,8 +31,8 @@ def make_cluster_environment() -> ClusterEnvironment:
     # Lightning's own choice would mistake the script of a Slurm job for a process that srun has started.
     if is_torchrun():
         return TorchElasticEnvironment()
-    if slurm.count_tasks() > 1:
-        slurm.prepare_environment()
+    if cluster.count_tasks() > 1:
+        cluster.prepare_environment()
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
 
@@ -43,7 +43,7 @@ def limit_threads() -> None:
     Nothing changes outside of Slurm, or if `OMP_NUM_THREADS` is set.
     """
     # Slurm may not bind the process to its cores: PyTorch would use all cores of the machine.
-    cores = slurm.cores_per_task()
+    cores = cluster.cores_per_task()
     if cores and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
 
@@ -67,7 +67,7 @@ def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
         option, value = ("trainer", "gpu") if trainer == "gpu" else ("trainer.accelerator", cfg.trainer.accelerator)
         allowed = "PyTorch finds no GPU that it can use; trainer=cpu trains on the CPU, trainer=auto on what there is"
         raise OptionError(option, value, allowed)
-    if trainer == "multinode" and not is_torchrun() and not slurm.is_step():
+    if trainer == "multinode" and not is_torchrun() and not cluster.is_step():
         allowed = "start it with torchrun --nnodes=N --nproc-per-node=M, or with srun; trainer=ddp is for one machine"
         raise OptionError("trainer", trainer, allowed)
     if cfg.trainer.num_nodes != 1 and count_nodes() == 1:
@@ -91,7 +91,7 @@ def count_processes(cfg: DictConfig) -> int:
 def needs_launch(cfg: DictConfig) -> bool:
     """Returns whether a run has several processes on this machine that have not been started yet."""
     is_local = cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1
-    return is_local and not is_torchrun() and slurm.count_tasks() == 1
+    return is_local and not is_torchrun() and cluster.count_tasks() == 1
 
 
 def launch_processes(start: Start, config_dirs: Sequence[Path], listener: SignalListener) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from odcheap.distributed import slurm
+from odcheap.distributed import cluster
 from odcheap.runs import status
 from odcheap.runs.checkpoint_io import list_checkpoints
 from odcheap.runs.folder import is_run_folder
@@ -37,27 +37,16 @@ class Stopped(SystemExit):
         signum: The number of the signal.
     """
 
+    # In a process of joblib a run returns this exception: if the run raised it, joblib would end the other processes at
+    # once, and they could not save. The sweeper of Optuna converts the value of a run to a float. This raises the
+    # exception in the process that has started the others, so that the run does not count as a failed trial.
+
     def __init__(self, signum: int):
         super().__init__(signum)  # sets `args`, from which pickle builds the exception again in another process
         self.code, self.signum, self.name = 128 + signum, signum, signal.Signals(signum).name
 
-
-class StoppedRun:
-    """The return value of a run in a process of joblib that a signal has stopped.
-
-    Args:
-        signum: The number of the signal.
-    """
-
-    # If the run raised `Stopped`, joblib would end the other processes at once, and they could not save. The sweeper of
-    # Optuna converts the value of a run to a float. This raises `Stopped` in the process that has started the others,
-    # so that the run does not count as a failed trial.
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
     def __float__(self) -> float:
-        raise Stopped(self.signum)
+        raise self
 
 
 class SignalListener:
@@ -125,10 +114,6 @@ class SignalListener:
                     self.has_given_up = True
                     signal.pthread_kill(threading.main_thread().ident or 0, self.received)
             time.sleep(POLL_SECONDS)
-
-    def requeue_by_submitit(self) -> None:
-        """Calls submitit's own signal handler, which requeues the job; in the job's first process it also exits."""
-        self.previous_handlers[SUBMITIT_SIGNAL](SUBMITIT_SIGNAL, None)
 
     def handle(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner_pid:  # a worker of the data loader, which its owner will stop
@@ -236,6 +221,6 @@ def _report_stop(
         text = f"saved; {again} continues" if list_checkpoints(job_dir) else "nothing was saved yet"
         requeues = may_requeue and stop.signum != signal.SIGINT and not listener.submitit_requeues
         hint = " (no batch of images came; see data.workers and /dev/shm)" if listener.has_given_up else ""
-        print(f"{stop.name}{hint}: {text}{slurm.requeue_job() if requeues else ''}", flush=True)
-    if listener.submitit_requeues:
-        listener.requeue_by_submitit()
+        print(f"{stop.name}{hint}: {text}{cluster.requeue_job() if requeues else ''}", flush=True)
+    if listener.submitit_requeues:  # submitit's own handler requeues the job; in the job's first process it also exits
+        listener.previous_handlers[SUBMITIT_SIGNAL](SUBMITIT_SIGNAL, None)

@@ -17,8 +17,8 @@ from odcheap.config.messages import (
     explained_errors,
     hide_library_warnings,
 )
-from odcheap.distributed import launch, slurm
-from odcheap.distributed.signals import SignalListener, Stopped, StoppedRun, report_stop
+from odcheap.distributed import cluster, launch
+from odcheap.distributed.signals import SignalListener, Stopped, report_stop
 from odcheap.models.build import build_network, check_state_dict
 from odcheap.models.exportable import find_export_problem
 from odcheap.runs import status
@@ -27,7 +27,6 @@ from odcheap.runs.overrides import override_key
 from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig, select_student_settings
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
-from odcheap.training.builders import BUILDERS
 from odcheap.training.experiment import Experiment, check_finished
 from odcheap.training.summary import PARTS
 from odcheap.utils.allocator import keep_freed_memory
@@ -37,15 +36,15 @@ from odcheap.utils.errors import OptionError, describe_external_failure, first_l
 from odcheap.utils.parts import is_own_part, use_config_dirs
 from odcheap.utils.signals import find_parent, stop_with_parent
 
-stopped_runs: list[StoppedRun] = []  # the run that a signal has stopped, if this is a process of joblib
+stopped_runs: list[Stopped] = []  # the run that a signal has stopped, if this is a process of joblib
 
 
-def run_job(config: RunConfig) -> float | StoppedRun | None:
+def run_job(config: RunConfig) -> float | Stopped | None:
     """Carries out one run, which may be one of a sweep.
 
     Returns:
         The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
-        if there is none. `StoppedRun` if a signal has stopped the run and this is a process of joblib.
+        if there is none. `Stopped` if a signal has stopped the run and this is a process of joblib.
     """
     hide_library_warnings()
     keep_freed_memory()
@@ -62,8 +61,8 @@ def run_job(config: RunConfig) -> float | StoppedRun | None:
         try:
             return carry_out_run(config)
         except Stopped as stop:
-            stopped_runs.append(StoppedRun(stop.signum))
-            return stopped_runs[0]
+            stopped_runs.append(stop)
+            return stop
 
 
 def carry_out_run(config: RunConfig) -> float | None:
@@ -73,13 +72,13 @@ def carry_out_run(config: RunConfig) -> float | None:
         The top-1 accuracy of the selected student on the held-out images; None if there is none.
     """
     # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
-    in_worker = current_process().name != "MainProcess" or launch.is_torchrun()
+    in_worker = current_process().name != "MainProcess" or cluster.is_torchrun()
     with SignalListener() as listener, stop_with_parent(find_parent()) if in_worker else nullcontext():
         if resolvers.is_sweep():
             outcome = run_in_sweep(lambda: train(config, listener))
         else:
             outcome = run_alone(lambda: train(config, listener))
-            if outcome.text == "finished" and not config.cfg.test_only and not launch.is_torchrun():
+            if outcome.text == "finished" and not config.cfg.test_only and not cluster.is_torchrun():
                 for line in describe_next_steps(outcome.job_dir, resolvers.given_config_dirs()):
                     say(line)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
@@ -181,16 +180,16 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
 
     def compose(overrides: Sequence[str]) -> RunConfig:
         composed = options.compose(overrides)
-        options.check_options(composed, config_dirs, BUILDERS)
+        options.check_options(composed, config_dirs)
         return composed
 
     # The checks come first: an error must not leave a folder behind.
     options.check_added_options(config)
-    options.check_options(config, config_dirs, BUILDERS)
+    options.check_options(config, config_dirs)
     launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
     launch.limit_threads()
-    default_resume = "auto" if in_sweep or slurm.is_restarted() else None
-    start = plan_start(config, compose, default_resume, slurm.is_restarted())
+    default_resume = "auto" if in_sweep or cluster.is_restarted() else None
+    start = plan_start(config, compose, default_resume, cluster.is_restarted())
     if start.is_finished:
         check_finished(start)
         say(f"{start.job_dir} holds this run, which is finished: nothing to do")
@@ -256,7 +255,7 @@ def carry_out(start: Start, listener: SignalListener) -> Outcome:
     # The experiment is built here in any case, so that errors are printed once.
     options.check_complete(start.cfg)
     experiment = Experiment.build(start, listener)
-    if not start.cfg.test_only and start.checkpoint is None and not launch.is_torchrun():
+    if not start.cfg.test_only and start.checkpoint is None and not cluster.is_torchrun():
         report_own_parts(experiment)
     if launch.needs_launch(start.cfg):
         experiment.build_trainer()  # an error of Lightning is printed once here, and not by each new process

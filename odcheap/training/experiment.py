@@ -27,7 +27,7 @@ from torch import nn
 from odcheap.config.messages import explained_errors
 from odcheap.data.base import SELECT_BY, ImageData, Process, limit_batches
 from odcheap.data.mixing import build_mixing
-from odcheap.distributed import launch, rendezvous
+from odcheap.distributed import cluster, launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
 from odcheap.layers.fuse import fold_branches_inside
@@ -246,7 +246,7 @@ class Experiment:
         check_run(self.method.students.run, device)
         # Lightning converts the module after loading a checkpoint into it, which would round the loaded weights.
         trainer.precision_plugin.convert_module(self.module)
-        if trainer.world_size > 1 and launch.is_torchrun() and not torch.distributed.is_initialized():
+        if trainer.world_size > 1 and cluster.is_torchrun() and not torch.distributed.is_initialized():
             rendezvous.join_process_group("nccl" if device.type == "cuda" else "gloo")
         return trainer
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import odcheap.config
-import odcheap.distributed.process_counts  # noqa: F401  the same
+import odcheap.distributed.cluster  # noqa: F401  the same
 from odcheap.layers.cheap_conv import DW, CheapConv, Standard
 from odcheap.methods.students import RUNS, Students
 from odcheap.models.cifar import CifarResNet

@@ -8,6 +8,7 @@ from hydra import initialize_config_dir
 
 from odcheap.config.messages import list_groups
 from odcheap.config.options import (
+    BUILDERS,
     check_choices,
     check_complete,
     check_options,
@@ -17,7 +18,6 @@ from odcheap.config.options import (
 from odcheap.config.resolvers import find_source
 from odcheap.config.signatures import Signature, import_signature, read_signature
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
-from odcheap.training.builders import BUILDERS
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import find_conf_dir, list_parts, read_part
 
@@ -29,7 +29,7 @@ def check():
 
         def run(*overrides, config_dirs=()):
             config = compose(["job_dir=unused", "data=digits", *overrides])
-            check_options(config, config_dirs, BUILDERS)
+            check_options(config, config_dirs)
             return config
 
         yield run

@@ -7,7 +7,7 @@ from conftest import Begun
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from odcheap.distributed import launch
+from odcheap.distributed import cluster, launch
 from odcheap.distributed.launch import needs_launch
 from odcheap.distributed.signals import SignalListener
 from odcheap.runs.overrides import quote_override
@@ -118,19 +118,19 @@ def trainer(devices, nodes):
 
 
 def test_processes_that_torchrun_or_srun_has_started_are_counted(alone, monkeypatch):
-    assert (launch.count_nodes(), launch.processes_per_node()) == (1, 1)
+    assert (cluster.count_nodes(), cluster.processes_per_node()) == (1, 1)
     with pytest.raises(OptionError, match="trainer=multinode: start it with torchrun --nnodes=N .* or with srun"):
         launch.check_trainer(trainer(1, 1), "multinode", in_sweep=False)
     for name, value in {"STEP_ID": 0, "STEP_NUM_TASKS": 6, "STEP_NUM_NODES": 3}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert (launch.count_nodes(), launch.processes_per_node()) == (3, 2)
+    assert (cluster.count_nodes(), cluster.processes_per_node()) == (3, 2)
     launch.check_trainer(trainer(2, 3), "multinode", in_sweep=False)
     launch.check_trainer(trainer(2, 3), "multinode", in_sweep=True)  # a task of submitit's
     with pytest.raises(OptionError, match="trainer=auto: 6 processes were started; trainer=multinode makes them one"):
         launch.check_trainer(trainer(1, 1), "auto", in_sweep=False)
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert (launch.count_nodes(), launch.processes_per_node()) == (4, 8)
+    assert (cluster.count_nodes(), cluster.processes_per_node()) == (4, 8)
     with pytest.raises(OptionError, match="trainer=ddp: a sweep starts its processes itself"):
         launch.check_trainer(trainer(8, 4), "ddp", in_sweep=True)
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 import train
-from odcheap.distributed import slurm
+from odcheap.distributed import cluster
 from odcheap.utils.errors import OptionError
 
 NAMES = (
@@ -40,21 +40,36 @@ def said(monkeypatch):
 
 
 def test_outside_of_slurm_and_in_a_batch_script_there_is_one_process(said):
-    assert (slurm.count_tasks(), slurm.count_nodes(), slurm.tasks_per_node(), slurm.cores_per_task()) == (1, 1, 1, None)
+    assert (cluster.count_tasks(), cluster.count_nodes(), cluster.processes_per_node(), cluster.cores_per_task()) == (
+        1,
+        1,
+        1,
+        None,
+    )
     said(NTASKS=4, NNODES=2, CPUS_ON_NODE=8, JOB_ID=1)
-    assert (slurm.count_tasks(), slurm.count_nodes(), slurm.tasks_per_node(), slurm.cores_per_task()) == (1, 1, 1, 8)
-    assert not slurm.is_restarted()
+    assert (cluster.count_tasks(), cluster.count_nodes(), cluster.processes_per_node(), cluster.cores_per_task()) == (
+        1,
+        1,
+        1,
+        8,
+    )
+    assert not cluster.is_restarted()
 
 
 def test_tasks_and_cores_of_a_step(said):
     said(STEP_ID=0, STEP_NUM_TASKS=6, STEP_NUM_NODES=2, CPUS_ON_NODE=12, RESTART_COUNT=1)
-    assert (slurm.count_tasks(), slurm.count_nodes(), slurm.tasks_per_node(), slurm.cores_per_task()) == (6, 2, 3, 4)
-    assert slurm.is_restarted()
+    assert (cluster.count_tasks(), cluster.count_nodes(), cluster.processes_per_node(), cluster.cores_per_task()) == (
+        6,
+        2,
+        3,
+        4,
+    )
+    assert cluster.is_restarted()
     said(CPUS_PER_TASK=2)
-    assert slurm.cores_per_task() == 2
+    assert cluster.cores_per_task() == 2
     said(STEP_NUM_TASKS=5)
     with pytest.raises(OptionError, match="srun --ntasks=5: must be divisible by the number of nodes, 2"):
-        slurm.tasks_per_node()
+        cluster.processes_per_node()
 
 
 @pytest.mark.parametrize(
@@ -68,10 +83,10 @@ grep -q requeue {tmp_path}/asked && echo "JobState=PENDING" || echo "JobState={s
     (tmp_path / "scontrol").write_text(script)
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert slurm.requeue_job() == ""
+    assert cluster.requeue_job() == ""
     said(JOB_ID=7, ARRAY_TASK_ID=3)
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
-    assert slurm.requeue_job() == ("; job 7_3 is back in the queue" if asked else "")
+    assert cluster.requeue_job() == ("; job 7_3 is back in the queue" if asked else "")
     assert ("requeue 7_3" in (tmp_path / "asked").read_text()) == asked
 
 

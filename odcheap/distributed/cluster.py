@@ -1,11 +1,21 @@
-"""Slurm: what its environment variables say about this process, and how its jobs are requeued."""
+"""What torchrun, srun and Slurm say about this process in environment variables, and how a job of Slurm is requeued.
+
+Importing this module also defines the numbers of machines and processes for configs, as `${nodes:}` and `${devices:}`.
+"""
 
 import os
 import re
 import socket
 import subprocess
 
+from omegaconf import OmegaConf
+
 from odcheap.utils.errors import OptionError
+
+
+def is_torchrun() -> bool:
+    """Returns whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_step() -> bool:
@@ -20,12 +30,20 @@ def count_tasks() -> int:
 
 
 def count_nodes() -> int:
-    """Returns the number of machines on which srun has started processes; 1 without srun."""
+    """Returns the number of machines on which torchrun or srun has started this run; 1 if neither has started it."""
+    if is_torchrun():
+        return int(os.environ["GROUP_WORLD_SIZE"])
     return int(os.environ["SLURM_STEP_NUM_NODES"]) if is_step() else 1
 
 
-def tasks_per_node() -> int:
-    """Returns the number of processes on each machine; raises `OptionError` if it is not the same on all machines."""
+def processes_per_node() -> int:
+    """Returns the number of processes that torchrun or srun has started on each machine; 1 if neither has.
+
+    Raises:
+        OptionError: srun has not started the same number of processes on all machines.
+    """
+    if is_torchrun():
+        return int(os.environ["LOCAL_WORLD_SIZE"])
     each, rest = divmod(count_tasks(), count_nodes())
     if rest:
         raise OptionError("srun --ntasks", count_tasks(), f"must be divisible by the number of nodes, {count_nodes()}")
@@ -37,7 +55,7 @@ def cores_per_task() -> int | None:
     if "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
     if "SLURM_CPUS_ON_NODE" in os.environ:
-        return max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // tasks_per_node())
+        return max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // processes_per_node())
     return None
 
 
@@ -45,7 +63,7 @@ def prepare_environment() -> None:
     """Sets the environment variables `SLURM_NTASKS_PER_NODE` and `MASTER_ADDR`, which Lightning reads."""
     # The first one is missing after `srun --ntasks`. The second one must be an address that Slurm knows: the name that
     # Slurm has for a node need not be the name of a host.
-    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks_per_node())
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(processes_per_node())
     if "MASTER_ADDR" not in os.environ:
         first = ask_slurm("scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split("\n")[0]
         os.environ["MASTER_ADDR"] = find_address(first)
@@ -105,3 +123,7 @@ def ask_slurm(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+OmegaConf.register_new_resolver("nodes", count_nodes, replace=True)
+OmegaConf.register_new_resolver("devices", processes_per_node, replace=True)
