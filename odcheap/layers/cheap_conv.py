@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from odcheap.layers.norm_act import fused_pair
-from odcheap.layers.spatial import Pair, RepDepthwise, Shift2d, Window, to_pair
+from odcheap.layers.spatial import RepDepthwise, Shift2d, Window
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 
@@ -48,7 +48,12 @@ class CheapConv(nn.Sequential):
         super().__init__()
         self.spatial = spatial
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
-        self.window = window or Window()
+        # The attributes of the standard convolution that the module replaces.
+        self.window = window = window or Window()
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.kernel_size, self.padding, self.dilation = window.kernel_size, window.padding, window.dilation
+        self.stride = (window.stride[0] * stride, window.stride[1] * stride)
+        self.padding_mode = window.padding_mode
 
     @property
     def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
@@ -60,39 +65,6 @@ class CheapConv(nn.Sequential):
         """
         is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
         return (self.spatial, self.pointwise, is_shift) if len(self) == 2 and type(self) is CheapConv else None
-
-    @property
-    def in_channels(self) -> int:
-        return self.pointwise.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.pointwise.out_channels
-
-    @property
-    def kernel_size(self) -> Pair:
-        return self.window.kernel_size
-
-    @property
-    def stride(self) -> Pair:
-        rows, columns = to_pair(self.pointwise.stride)
-        return self.window.stride[0] * rows, self.window.stride[1] * columns
-
-    @property
-    def padding(self) -> Pair | str:
-        return self.window.padding
-
-    @property
-    def dilation(self) -> Pair:
-        return self.window.dilation
-
-    @property
-    def padding_mode(self) -> str:
-        return self.window.padding_mode
-
-    @property
-    def groups(self) -> int:
-        return 1  # that of the equivalent dense convolution
 
     @property
     def bias(self) -> Tensor | None:

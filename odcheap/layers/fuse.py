@@ -11,25 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from odcheap.layers.cheap_conv import CheapConv, spatial_kernel
-from odcheap.layers.spatial import RepDepthwise, to_pair
+from odcheap.layers.spatial import RepDepthwise
 
 
-def replace_pairs(network: nn.Module, change: Callable[[CheapConv], nn.Module]) -> nn.Module:
-    """Returns a copy of a network in which each `CheapConv` (spatial operator, then 1 x 1 convolution) is replaced.
+def replace_modules(network: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]) -> nn.Module:
+    """Replaces, in place, each module of a class in a network.
 
     Args:
-        network: The network; it is not changed.
-        change: A function that takes a `CheapConv` and returns the module to put in its place. It gets a copy, which it
-            may change.
+        network: The network.
+        kind: The class of the modules to replace.
+        change: A function that takes such a module and returns the module to put in its place.
+
+    Returns:
+        The network; or, if it is itself of this class, what `change` returns for it.
     """
-    changed = copy.deepcopy(network)
-    if isinstance(changed, CheapConv):
-        return change(changed)
-    for parent in list(changed.modules()):
+    if isinstance(network, kind):
+        return change(network)
+    for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, CheapConv):
+            if isinstance(child, kind):
                 setattr(parent, name, change(child))
-    return changed
+    return network
 
 
 def has_pairs(network: nn.Module) -> bool:
@@ -42,28 +44,19 @@ def has_branches(network: nn.Module) -> bool:
     return any(isinstance(module, RepDepthwise) for module in network.modules())
 
 
-def fold_branches(network: nn.Module) -> nn.Module:
-    """Returns a copy of the network in which each `RepDepthwise` is replaced by the equal depth-wise convolution.
+def fold_branches(network: nn.Module, in_place: bool = False) -> nn.Module:
+    """Replaces each `RepDepthwise` of a network by the equal depth-wise convolution.
 
-    In eval mode the outputs are the same. The copy should not be trained: it lacks the batch norms of the branches.
-    """
-    folded = copy.deepcopy(network)
-    if isinstance(folded, RepDepthwise):
-        return folded.fold()
-    fold_branches_inside(folded)
-    return folded
-
-
-def fold_branches_inside(network: nn.Module) -> None:
-    """Replaces, in place, each `RepDepthwise` of a network by the equal depth-wise convolution; see `fold_branches`.
+    In eval mode the outputs are the same. The result should not be trained: it lacks the batch norms of the branches.
 
     Args:
-        network: The network; it must not itself be a `RepDepthwise`, which cannot be replaced in place.
+        network: The network.
+        in_place: Whether to change the network; otherwise a copy of it is changed.
+
+    Returns:
+        The changed network.
     """
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, RepDepthwise):
-                setattr(parent, name, child.fold())
+    return replace_modules(network if in_place else copy.deepcopy(network), RepDepthwise, RepDepthwise.fold)
 
 
 def cheap_form(network: nn.Module) -> nn.Module:
@@ -73,20 +66,15 @@ def cheap_form(network: nn.Module) -> nn.Module:
     same, but the spatial operator does not compute pixels that a 1 x 1 convolution with a stride would skip. Branches
     are folded, see `fold_branches`.
     """
-    return replace_pairs(fold_branches(network), _move_stride)
+    return replace_modules(fold_branches(network), CheapConv, _move_stride)
 
 
 def _move_stride(pair: CheapConv) -> CheapConv:
     spatial: Any = pair.spatial
     if hasattr(spatial, "stride"):
-        spatial.stride = _total_stride(pair)
+        spatial.stride = pair.stride
         pair.pointwise.stride = (1, 1)
     return pair
-
-
-def _total_stride(pair: CheapConv) -> tuple[int, int]:
-    rows, columns = to_pair(getattr(pair.spatial, "stride", 1))
-    return rows * pair.pointwise.stride[0], columns * pair.pointwise.stride[1]
 
 
 def standard_form(network: nn.Module) -> nn.Module:
@@ -94,12 +82,12 @@ def standard_form(network: nn.Module) -> nn.Module:
 
     A `CheapConv` is a spatial operator, then a 1 x 1 convolution. The weights of the new convolutions are random.
     """
-    return replace_pairs(network, _make_standard)
+    return replace_modules(copy.deepcopy(network), CheapConv, _make_standard)
 
 
 def _make_standard(pair: CheapConv) -> nn.Conv2d:
     conv = pair.window.make_conv(pair.in_channels, pair.out_channels, bias=pair.bias is not None)
-    conv.stride = _total_stride(pair)
+    conv.stride = pair.stride
     return conv.to(pair.pointwise.weight).train(pair.training)
 
 
@@ -109,7 +97,7 @@ def dense_form(network: nn.Module) -> nn.Module:
     A `CheapConv` is not replaced if its spatial operator breaks the rules of `BlockType`: if it is not linear, or if an
     output channel depends on another input channel. The outputs are those of the network in eval mode.
     """
-    return replace_pairs(fold_branches(network), _fuse)
+    return replace_modules(fold_branches(network), CheapConv, _fuse)
 
 
 @torch.no_grad()
@@ -121,7 +109,7 @@ def _fuse(pair: CheapConv) -> nn.Module:
         own = pointwise.weight.flatten(1) @ spatial.bias
         bias = own if bias is None else bias + own
     conv = pair.window.make_conv(kernel.shape[1], kernel.shape[0], bias=bias is not None).to(kernel)
-    conv.stride = _total_stride(pair)
+    conv.stride = pair.stride
     conv.weight.copy_(kernel)
     if conv.bias is not None and bias is not None:
         conv.bias.copy_(bias)

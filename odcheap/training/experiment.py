@@ -30,7 +30,7 @@ from odcheap.data.mixing import build_mixing
 from odcheap.distributed import cluster, launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
-from odcheap.layers.fuse import fold_branches_inside
+from odcheap.layers.fuse import fold_branches
 from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
 from odcheap.methods.students import check_run
@@ -612,7 +612,7 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
             allowed = "holds a folded network, which cannot be trained; the run's own student.safetensors can"
             raise OptionError("weights", cfg.weights, allowed)
         for network in method.candidates():  # in place, since the method may have hooks on parts of them
-            fold_branches_inside(network)
+            fold_branches(network, in_place=True)
     say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
     if weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")
