@@ -54,9 +54,7 @@ class Classifier:
         file: The name of the ONNX file in this folder that classifies the images, such as "student.onnx".
 
     Attributes:
-        preprocess: The content of the export's `preprocess.json`.
-        classes: The names of the classes, in the order of the logits.
-        predictor: A function that maps images (n, C, H, W) in [0, 1] to logits (n, K).
+        export: The network, see `predict.load_export`.
         description: What the page says about the network: a dict with `title` (the network's name), `accuracy` (a line
             of text, which may be empty), `file` and `classes`.
 
@@ -65,17 +63,11 @@ class Classifier:
     """
 
     def __init__(self, folder: Path, file: str):
-        self.preprocess, self.classes = predict.read_export(folder)
-        session = predict.create_session(predict.read_verified(folder, file))
-        predict.check_input_size(session, self.preprocess)
-        self.predictor = predict.create_predictor(session)
+        self.export = predict.load_export(folder, file)
         title, accuracy = read_card(folder)
-        self.description = {"title": title, "accuracy": accuracy, "file": file, "classes": self.classes}
-        channels, (height, width) = predict.count_channels(self.preprocess), self.preprocess["size"]
-        outputs = self.predictor(np.zeros((1, channels, height, width), np.float32)).shape[1]
-        if outputs != len(self.classes):
-            names = f"{predict.LABELS_FILE} {len(self.classes)} names"
-            raise predict.PredictError(f"{folder / file}: has {outputs} outputs, and {names}")
+        self.description = {"title": title, "accuracy": accuracy, "file": file, "classes": self.export.classes}
+        channels, (height, width) = self.export.preprocess["channels"], self.export.preprocess["size"]
+        self.export.predictor(np.zeros((1, channels, height, width), np.float32))  # shows now if it cannot be run
 
     def classify(self, content: bytes, name: str) -> list[tuple[str, float]]:
         """Returns the five most likely classes of an image with their probabilities.
@@ -91,11 +83,13 @@ class Classifier:
         Raises:
             predict.PredictError: The image cannot be read, or the network cannot be run on it.
         """
-        image = predict.decode_content(content, name, self.preprocess.get("bit_depth"))
-        (logits,) = self.predictor(predict.resize_image(image, self.preprocess, name)[None])
-        if not np.isfinite(logits).all():
-            raise predict.PredictError(f"{name}: the model's outputs are not finite numbers")
-        return predict.rank_classes(logits, self.classes, SHOWN_CLASSES)
+        preprocess, classes, predictor, _ = self.export
+        image = predict.decode_content(content, name, preprocess.get("bit_depth"))
+        (logits,) = predictor(predict.resize_image(image, preprocess, name)[None])
+        logits = predict.check_logits(name, logits)
+        if isinstance(logits, predict.ImageError):
+            raise logits
+        return predict.rank_classes(logits, classes, SHOWN_CLASSES)
 
 
 def read_card(folder: Path) -> tuple[str, str]:

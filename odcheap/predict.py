@@ -52,6 +52,7 @@ CHECKSUM_LINE = re.compile(r"^([0-9a-f]{64})  (\S+)$", re.MULTILINE)  # in the m
 # Folders that file servers and archives leave beside images, such as thumbnails.
 JUNK_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
 USAGE = "[-h] [--model FILE] [--json] [--bench] [EXPORT_DIR] IMAGE_OR_FOLDER..."
+EVALUATION_USAGE = "--evaluate [--model FILE] [--json] [--csv FILE] [--known-only] [EXPORT_DIR] FOLDER"
 PART_FOLDERS = ("test", "val", "train")  # of a data set; the images of `test` are evaluated
 NOT_PREDICTED = -1  # instead of the predicted class of an image that cannot be read
 NORMAL_95 = 1.959964  # standard deviations around the mean that hold 95 % of a normal distribution
@@ -70,7 +71,7 @@ class PredictError(ValueError):
 
 
 class ImageError(PredictError):
-    """The error that an image file is damaged, is not an image, or has pixels whose range is not known."""
+    """The error that an image cannot be classified: it cannot be decoded, or its logits are not finite numbers."""
 
 
 class LabeledImages(NamedTuple):
@@ -80,14 +81,29 @@ class LabeledImages(NamedTuple):
         folder: The folder that contains the class folders.
         files: The image files.
         target: The label of each file: the position of its class in the list of all classes.
-        left_out: Files that are not images, and folders that are not classes (these end with "/"), as paths relative to
-            `folder`.
+        left_out: Lines of text about files that are not images, and about folders that are not classes.
     """
 
     folder: Path
     files: list[Path]
     target: list[int]
     left_out: list[str]
+
+
+class Export(NamedTuple):
+    """A network that was exported, as `load_export` loads it.
+
+    Attributes:
+        preprocess: The content of `preprocess.json`, which says how images are resized and cropped.
+        classes: The names of the K classes, in the order of the logits.
+        predictor: A function that maps any number of images (n, C, H, W) in [0, 1] to logits (n, K).
+        batch_size: The number of images that the network takes at a time; None if it takes any number.
+    """
+
+    preprocess: dict[str, Any]
+    classes: list[str]
+    predictor: Predictor
+    batch_size: int | None
 
 
 class Timing(NamedTuple):
@@ -349,7 +365,7 @@ def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -
         ImageError: The resized image would have too many pixels.
     """
     (height, width), shorter = preprocess["size"], preprocess["shorter_side"]
-    image = convert_channels(image, count_channels(preprocess))
+    image = convert_channels(image, preprocess.get("channels", 3))
     smaller = min(image.size)
     scaled = [shorter if side == smaller else int(shorter * side / smaller) for side in image.size]
     if scaled[0] * scaled[1] > MAX_PIXELS:
@@ -359,16 +375,6 @@ def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32).reshape(height, width, -1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(255)
-
-
-def count_channels(preprocess: dict[str, Any]) -> int:
-    """Returns the number of channels of the images that an exported network takes, 3 (RGB) or 1 (gray).
-
-    Args:
-        preprocess: The content of the export's `preprocess.json`. Exports of earlier versions do not say the number
-            there; it is 3 then.
-    """
-    return preprocess.get("channels", 3)
 
 
 def create_session(model: bytes, threads: int = 0) -> Any:
@@ -389,8 +395,6 @@ def create_session(model: bytes, threads: int = 0) -> Any:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised; it would print them too
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except PredictError:
-        raise
     except Exception as error:  # its errors have no common base class
         raise PredictError(f"ONNX Runtime cannot load the model ({first_line(error)})") from error
 
@@ -459,20 +463,6 @@ def get_input_shape(session: Any) -> list[int | None]:
     return shape
 
 
-def check_input_size(session: Any, preprocess: dict[str, Any]) -> None:
-    """Raises `PredictError` if a model takes images of another size than `preprocess.json` says.
-
-    Args:
-        session: The model's session of ONNX Runtime, see `create_session`.
-        preprocess: The content of the `preprocess.json` of the same export.
-    """
-    expected = [count_channels(preprocess), *preprocess["size"]]
-    given = get_input_shape(session)[1:]
-    if any(size not in (None, wanted) for size, wanted in zip(given, expected)):
-        shapes = [" x ".join("any" if size is None else str(size) for size in shape) for shape in (given, expected)]
-        raise PredictError(f"the model takes images of {shapes[0]}, and {PREPROCESS_FILE} makes them {shapes[1]}")
-
-
 def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
     """Returns a function that takes any number of images, and calls a function that takes exactly `batch_size` images.
 
@@ -505,14 +495,11 @@ def predict_files(
 
 
 def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | ImageError:
-    """Decodes an image file and prepares the image for the network, as `preprocess_image` does.
+    """Returns the image that `preprocess_image` makes from a file, or the `ImageError` that it raises.
 
     Args:
         path: The image file.
         preprocess: The content of the export's `preprocess.json`.
-
-    Returns:
-        The image (C, height, width), or the `ImageError` that `preprocess_image` raises.
     """
     try:
         return preprocess_image(path, preprocess)
@@ -535,14 +522,23 @@ def predict_images(
     height, width = preprocess["size"]
     batch_size = max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // (height * width)))
     remaining = iter(images)
-    while True:
-        batch = list(islice(remaining, batch_size))
-        if not batch:
-            return
+    while batch := list(islice(remaining, batch_size)):
         readable = [image for _, image in batch if isinstance(image, np.ndarray)]
-        logits = list(predictor(np.stack(readable))) if readable else []
+        logits = iter(predictor(np.stack(readable)) if readable else ())
         for name, image in batch:
-            yield name, logits.pop(0) if isinstance(image, np.ndarray) else image
+            yield name, next(logits) if isinstance(image, np.ndarray) else image
+
+
+def check_logits(name: object, logits: np.ndarray | ImageError) -> np.ndarray | ImageError:
+    """Returns the logits of an image, or an `ImageError` if they are not finite numbers.
+
+    Args:
+        name: The name of the image.
+        logits: Its logits (K,), or the `ImageError` if it could not be read, which is returned; see `predict_images`.
+    """
+    if isinstance(logits, ImageError) or np.isfinite(logits).all():
+        return logits
+    return ImageError(f"{name}: the model's outputs are not finite numbers")
 
 
 def read_verified(folder: Path, name: str) -> bytes:
@@ -569,6 +565,11 @@ def read_verified(folder: Path, name: str) -> bytes:
     return content
 
 
+def is_export(folder: str | Path) -> bool:
+    """Returns whether a folder has the files by which an export is known: `preprocess.json` and the model card."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (PREPROCESS_FILE, CARD_FILE))
+
+
 def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Returns the content of two files of an export.
 
@@ -583,29 +584,17 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
         PredictError: A file was changed after the export, or a field of it is missing or wrong.
     """
     # The checksums show changes by accident, but a stranger may have computed them: the values are checked, too.
-    contents: list[Any] = []
-    for name in (PREPROCESS_FILE, LABELS_FILE):
-        try:
-            contents.append(json.loads(read_verified(folder, name)))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, PredictError):
-                raise
-            raise PredictError(f"{folder / name}: is not valid JSON ({first_line(error)})") from error
-    preprocess, labels = contents
+    preprocess, labels = (read_verified_json(folder, name) for name in (PREPROCESS_FILE, LABELS_FILE))
     if not isinstance(preprocess, dict):
         raise PredictError(f"{folder / PREPROCESS_FILE}: must be an object, not a {type(preprocess).__name__}")
+    preprocess.setdefault("channels", 3)
     size, depth = preprocess.get("size"), preprocess.get("bit_depth")
+    is_size = isinstance(size, list) and len(size) == 2 and all(map(is_side, size))
     checks = {
-        "channels": (count_channels(preprocess) in (1, 3), "1 or 3"),
-        "size": (
-            isinstance(size, list) and len(size) == 2 and all(map(is_side, size)),
-            f"two whole numbers from 1 to {MAX_SIDE}",
-        ),
+        "channels": (preprocess["channels"] in (1, 3), "1 or 3"),
+        "size": (is_size, f"two whole numbers from 1 to {MAX_SIDE}"),
         "shorter_side": (is_side(preprocess.get("shorter_side")), f"a whole number from 1 to {MAX_SIDE}"),
-        "interpolation": (
-            preprocess.get("interpolation") in INTERPOLATIONS,
-            f"one of {', '.join(INTERPOLATIONS)}",
-        ),
+        "interpolation": (preprocess.get("interpolation") in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
         "bit_depth": (depth is None or (type(depth) is int and 8 <= depth <= 16), "null, or 8 to 16"),
     }
     for name, (is_valid, allowed) in checks.items():
@@ -617,14 +606,48 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return preprocess, labels
 
 
-def is_export(folder: str | Path) -> bool:
-    """Returns whether a folder has the files by which an export is known: `preprocess.json` and the model card."""
-    return all(os.path.isfile(os.path.join(folder, name)) for name in (PREPROCESS_FILE, CARD_FILE))
+def read_verified_json(folder: Path, name: str) -> Any:
+    """Returns the content of a JSON file of an export, whose checksum is compared, see `read_verified`."""
+    content = read_verified(folder, name)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PredictError(f"{folder / name}: is not valid JSON ({first_line(error)})") from error
 
 
 def is_side(value: Any) -> bool:
     """Returns whether a value in `preprocess.json` is an allowed number of pixels."""
     return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+def load_export(folder: Path, model: str, threads: int = 0) -> Export:
+    """Loads an ONNX file of an export with ONNX Runtime.
+
+    Args:
+        folder: The folder that `odcheap export` has written.
+        model: The name of the ONNX file.
+        threads: The number of threads; 0 to use all cores.
+
+    Raises:
+        PredictError: A file is missing, was changed after the export, or does not fit the other files.
+    """
+    preprocess, classes = read_export(folder)
+    session = create_session(read_verified(folder, model), threads)
+    batch_size, *given = get_input_shape(session)
+    expected = [preprocess["channels"], *preprocess["size"]]
+    if any(size not in (None, wanted) for size, wanted in zip(given, expected)):
+        shapes = [" x ".join("any" if size is None else str(size) for size in shape) for shape in (given, expected)]
+        raise PredictError(f"the model takes images of {shapes[0]}, and {PREPROCESS_FILE} makes them {shapes[1]}")
+    run = create_predictor(session)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        logits = run(images)
+        if logits.shape[1] != len(classes):
+            names = f"{LABELS_FILE} {len(classes)} names"
+            raise PredictError(f"{folder / model}: has {logits.shape[1]} outputs, and {names}")
+        return logits
+
+    return Export(preprocess, classes, predict, batch_size)
 
 
 def is_image_file(folder: str, name: str) -> bool:
@@ -649,11 +672,56 @@ def find_images(paths: list[str]) -> Iterator[Path]:
     A path that cannot be opened is yielded too, so that the caller reports an error when it reads the path.
     """
     for top in paths:
-        files: list[Path] = []
-        for parent, _, names in os.walk(top, onerror=lambda error, files=files: files.append(Path(error.filename))):
-            images = (Path(parent, name) for name in names if is_image_file(parent, name))
-            files += filter(os.path.isfile, images)
-        yield from sorted(files)
+        failed: list[Path] = []  # among them `top`, if it is a file
+        images, _ = list_images(top, lambda error, failed=failed: failed.append(Path(error.filename)))
+        yield from sorted([*failed, *(Path(top, name) for name in images)])
+
+
+def list_images(top: str, report: Callable[[OSError], object] | None = None) -> tuple[list[str], list[str]]:
+    """Lists the files in a folder and in all folders below it, except hidden ones, which begin with a period.
+
+    Links to folders are not followed, since they may form a circle. A link that leads nowhere is an image if its name
+    is that of an image, so that decoding reports it.
+
+    Args:
+        top: The folder.
+        report: A function that is called with the error if a folder cannot be listed. None to raise the error.
+
+    Returns:
+        The image files, sorted; and everything else: other files, and the folders of `JUNK_FOLDERS`, which end with
+        "/". All are paths relative to `top`.
+    """
+    images, others, folders = [], [], [""]
+    while folders:
+        below = folders.pop()
+        try:
+            entries = [entry for entry in os.scandir(os.path.join(top, below)) if entry.name[0] != "."]
+        except OSError as error:
+            if report is None:
+                raise
+            report(error)
+            continue
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            is_dead_link = entry.is_symlink() and not os.path.exists(entry.path)
+            if entry.is_dir(follow_symlinks=False) and entry.name in JUNK_FOLDERS:
+                others.append(f"{name}/")
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif (entry.is_file() or is_dead_link) and is_image_file(os.path.join(top, below), entry.name):
+                images.append(name)
+            else:  # also a pipe, a device or a socket
+                others.append(name)
+    return sorted(images), sorted(others)
+
+
+def list_folders(folder: str | Path) -> list[str]:
+    """Returns the names of the folders in a folder, sorted.
+
+    Hidden folders are left out, and those in `JUNK_FOLDERS`, which file servers and archives create.
+    """
+    names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return sorted(name for name in names if name[0] != "." and name not in JUNK_FOLDERS)
 
 
 def escape_control_chars(text: object) -> str:
@@ -666,22 +734,17 @@ def escape_control_chars(text: object) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
-def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -> int:
+def classify_images(export: Export, paths: list[str], as_json: bool) -> int:
     """Prints the three most likely classes of each image.
 
     Args:
-        folder: The folder of an export, which `odcheap export` has written.
-        model: The name of an ONNX file in it.
+        export: The network, see `load_export`.
         paths: Image files, and folders with images.
         as_json: Whether to print JSON; otherwise a table is printed.
 
     Returns:
         The exit status: 1 if an image could not be classified, otherwise 0.
     """
-    preprocess, labels = read_export(folder)
-    session = create_session(read_verified(folder, model))
-    check_input_size(session, preprocess)
-    predictor = create_predictor(session)
     files = list(dict.fromkeys(find_images(paths)))
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES)[:6])
@@ -689,16 +752,12 @@ def classify_images(folder: Path, model: str, paths: list[str], as_json: bool) -
 
     # An image that cannot be read is named, and the others are classified.
     rows = []
-    for path, logits in predict_files(predictor, files, preprocess):
+    for path, logits in predict_files(export.predictor, files, export.preprocess):
+        logits = check_logits(path, logits)
         if isinstance(logits, ImageError):
             print(f"error: {escape_control_chars(logits)}", file=sys.stderr)
-            continue
-        if len(logits) != len(labels):
-            raise PredictError(f"{folder / model}: has {len(logits)} outputs, and {LABELS_FILE} {len(labels)} names")
-        if not np.isfinite(logits).all():
-            print(f"error: {escape_control_chars(path)}: the model's outputs are not finite numbers", file=sys.stderr)
-            continue
-        rows.append((path, rank_classes(logits, labels, 3)))
+        else:
+            rows.append((path, rank_classes(logits, export.classes, 3)))
     if as_json:
         results = [{"path": str(path), "label": top[0][0], "probability": top[0][1]} for path, top in rows]
         print(json.dumps(results, indent=1))
@@ -740,63 +799,43 @@ def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: boo
         PredictError: There are no class folders or no images in them, or a folder does not have the name of a class.
     """
     folder = Path(top)
+    files: list[Path] = []
+    target: list[int] = []
     try:
-        names = list_class_folders(folder)
+        names = list_folders(folder)
         if "test" in names and not set(names).intersection(classes):
             folder = folder / "test"
-            names = list_class_folders(folder)
-        known, unknown = ([name for name in names if (name in classes) is wanted] for wanted in (True, False))
-        if not known:
-            parts = [name for name in PART_FOLDERS if name in names]
-            hint = f"; name the folder of a part, such as {folder / parts[0]}" if parts else ""
-            raise PredictError(
-                f"{folder}: must have folders that are named like the classes ({list_names(classes)}), and has "
-                f"{list_names(names) or 'no folders'}{hint}"
-            )
-        if unknown and not known_only:
-            raise PredictError(
-                f"{folder}: its folder {unknown[0]} is none of the {len(classes)} classes ({list_names(classes)}); "
-                "--known-only leaves such folders out"
-            )
-        left_out = [f"{name}/" for name in unknown]
-        left_out += [name for name in sorted(os.listdir(folder)) if is_image_file(str(folder), name)]
-        files: list[Path] = []
-        target: list[int] = []
-        labels = {name: label for label, name in enumerate(classes)}
+            names = list_folders(folder)
+        known = [name for name in names if name in classes]
+        unknown = [name for name in names if name not in classes]
+        others = [name for name in sorted(os.listdir(folder)) if is_image_file(str(folder), name)]
         for name in known:
-            images, others = list_files_below(folder / name)
-            files += images
-            target += [labels[name]] * len(images)
-            left_out += [os.path.relpath(path, folder) for path in others]
+            images, rest = list_images(str(folder / name))
+            files += [folder / name / image for image in images]
+            target += [classes.index(name)] * len(images)
+            others += [f"{name}/{other}" for other in rest if not other.endswith("/")]
     except OSError as error:
         raise PredictError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+    if not known:
+        parts = [name for name in PART_FOLDERS if name in names]
+        hint = f"; name the folder of a part, such as {folder / parts[0]}" if parts else ""
+        raise PredictError(
+            f"{folder}: must have folders that are named like the classes ({list_names(classes)}), and has "
+            f"{list_names(names) or 'no folders'}{hint}"
+        )
+    if unknown and not known_only:
+        raise PredictError(
+            f"{folder}: its folder {unknown[0]} is none of the {len(classes)} classes ({list_names(classes)}); "
+            "--known-only leaves such folders out"
+        )
     if not files:
         raise PredictError(f"{folder}: no images found in the folders of its classes")
+    kinds = (
+        ([f"{name}/" for name in unknown], "folders that are no class"),
+        (others, "files that are no image or are in no class's folder"),
+    )
+    left_out = [f"left out: {what} ({len(names):,}): {list_names(names)}" for names, what in kinds if names]
     return LabeledImages(folder, files, target, left_out)
-
-
-def list_class_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted.
-
-    Hidden folders are left out, and those in `JUNK_FOLDERS`, which file servers and archives create.
-    """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return [name for name in names if not name.startswith(".") and name not in JUNK_FOLDERS]
-
-
-def list_files_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the image files in a folder and all folders below it, and the other files; hidden files are ignored."""
-    images, others = [], []
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in JUNK_FOLDERS)
-        for name in sorted(names):
-            if not name.startswith("."):
-                (images if is_image_file(parent, name) else others).append(Path(parent, name))
-    return images, others
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -804,34 +843,24 @@ def list_names(names: Sequence[str]) -> str:
     return ", ".join([name[:40] for name in names[:3]] + ["..."] * (len(names) > 3))
 
 
-def collect_predictions(
-    results: Iterable[tuple[Any, np.ndarray | ImageError]], classes: int
-) -> tuple[list[int], list[str]]:
+def collect_predictions(results: Iterable[tuple[Any, np.ndarray | ImageError]]) -> tuple[list[int], list[str]]:
     """Returns the predicted labels of images.
 
     Args:
         results: The name of each image with its logits (K,), or with an `ImageError`; see `predict_files`.
-        classes: The number of classes, K.
 
     Returns:
         The predicted label of each image, -1 if it could not be classified, and a line of text about each image that
         could not be classified.
-
-    Raises:
-        PredictError: The model has another number of classes.
     """
     predicted, failures = [], []
     for name, logits in results:
+        logits = check_logits(name, logits)
         if isinstance(logits, ImageError):
             failures.append(str(logits))
-        elif len(logits) != classes:
-            raise PredictError(f"the model has {len(logits)} outputs, and there are {classes} classes")
-        elif not np.isfinite(logits).all():
-            failures.append(f"{name}: the model's outputs are not finite numbers")
+            predicted.append(NOT_PREDICTED)
         else:
             predicted.append(int(logits.argmax()))
-            continue
-        predicted.append(NOT_PREDICTED)
     return predicted, failures
 
 
@@ -905,28 +934,18 @@ def summarize_counts(of_class: Sequence[int], correct: Sequence[int], classes: S
         The dict of `summarize_confusion`, with `images`, `correct`, `top1`, `top1_interval`, `balanced_accuracy`,
         `largest_class` and `classes`; only `predicted` is missing in the entries of `classes`.
     """
-    images, right = sum(of_class), sum(correct)
-    largest = max(range(len(classes)), key=of_class.__getitem__)
+    images, right, most = sum(of_class), sum(correct), max(of_class)
     by_class: dict[str, Any] = {}
     for name, there, hits in zip(classes, of_class, correct):
-        by_class[name] = {
-            "images": there,
-            "correct": hits,
-            "recall": hits / there if there else None,
-            "recall_interval": list(compute_interval(hits, there)) if there else None,
-        }
-    recalls = [hits / there for there, hits in zip(of_class, correct) if there]
+        recall, interval = (hits / there, list(compute_interval(hits, there))) if there else (None, None)
+        by_class[name] = {"images": there, "correct": hits, "recall": recall, "recall_interval": interval}
     return {
         "images": images,
         "correct": right,
         "top1": right / images,
         "top1_interval": list(compute_interval(right, images)),
-        "balanced_accuracy": statistics.mean(recalls),
-        "largest_class": {
-            "name": classes[largest],
-            "images": of_class[largest],
-            "share": of_class[largest] / images,
-        },
+        "balanced_accuracy": statistics.mean(hits / there for there, hits in zip(of_class, correct) if there),
+        "largest_class": {"name": classes[of_class.index(most)], "images": most, "share": most / images},
         "classes": by_class,
     }
 
@@ -961,22 +980,20 @@ def describe_accuracy(figures: dict[str, Any]) -> list[str]:
         figures: The metrics, as `summarize_confusion` returns them.
     """
     low, high = figures["top1_interval"]
+    entries = figures["classes"].items()
     lines = [
         f"top-1 {percent(figures['top1'])} % (95 % interval {percent(low)} to {percent(high)}): "
         f"{figures['correct']:,} of {figures['images']:,} images; "
-        f"balanced accuracy {percent(figures['balanced_accuracy'])} %"
+        f"balanced accuracy {percent(figures['balanced_accuracy'])} %",
+        describe_guessing(figures),
     ]
-    lines.append(describe_guessing(figures))
-    answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]
+    answers = [name for name, entry in entries if entry["predicted"]]
     if len(answers) == 1:
         lines.append(f"every image was classified as {answers[0]}")
-    never = [name for name, entry in figures["classes"].items() if entry["images"] and not entry["correct"]]
-    if never:
-        lines.append(f"classes of which no image is classified correctly ({len(never)}): {list_names(never)}")
-    absent = [name for name, entry in figures["classes"].items() if not entry["images"]]
-    if absent:
-        lines.append(f"classes that have no images here ({len(absent)}): {list_names(absent)}")
-    return lines
+    never = [name for name, entry in entries if entry["images"] and not entry["correct"]]
+    absent = [name for name, entry in entries if not entry["images"]]
+    kinds = ((never, "classes of which no image is classified correctly"), (absent, "classes that have no images here"))
+    return lines + [f"{what} ({len(names)}): {list_names(names)}" for names, what in kinds if names]
 
 
 def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -989,18 +1006,15 @@ def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[
     Returns:
         A row of texts for each class, after a row with the names of the columns.
     """
-    rows: list[tuple[str, ...]] = [
-        ("class", "images", "correct", "recall, %", "95 % interval", "predicted", "most often taken for")
-    ]
     names = list(figures["classes"])
+    header = ("class", "images", "correct", "recall, %", "95 % interval", "predicted", "most often taken for")
+    rows: list[tuple[str, ...]] = [header]
     for k, (name, entry) in enumerate(figures["classes"].items()):
         wrong = np.array(counts[k])
         wrong[k] = 0
         other = f"{names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
-        recall, interval = "-", "-"
-        if entry["images"]:
-            recall = percent(entry["recall"])
-            interval = " to ".join(map(percent, entry["recall_interval"]))
+        recall = percent(entry["recall"]) if entry["images"] else "-"
+        interval = " to ".join(map(percent, entry["recall_interval"])) if entry["images"] else "-"
         numbers = str(entry["images"]), str(entry["correct"]), recall, interval, str(entry["predicted"])
         rows.append((name, *numbers, other))
     return rows
@@ -1051,22 +1065,11 @@ def describe_read(images: int, failures: int) -> str:
     return f"{images - failures:,} of {images:,} images could be read"
 
 
-def describe_left_out(images: LabeledImages) -> list[str]:
-    """Returns lines of text about the files and folders in `images.left_out`, which were not evaluated."""
-    folders = [name for name in images.left_out if name.endswith("/")]
-    files = [name for name in images.left_out if not name.endswith("/")]
-    kinds = ((folders, "folders that are no class"), (files, "files that are no image or are in no class's folder"))
-    return [f"left out: {what} ({len(names):,}): {list_names(names)}" for names, what in kinds if names]
-
-
-def evaluate_folder(
-    folder: Path, model: str, paths: list[str], as_json: bool, csv_file: str | None, known_only: bool
-) -> int:
+def evaluate_folder(export: Export, paths: list[str], as_json: bool, csv_file: str | None, known_only: bool) -> int:
     """Prints the accuracy on images of known classes.
 
     Args:
-        folder: The folder of an export, which `odcheap export` has written.
-        model: The name of an ONNX file in it.
+        export: The network, see `load_export`.
         paths: A list with the folder of the images; see `list_labeled_images`.
         as_json: Whether to print JSON; otherwise text is printed.
         csv_file: The file to which the confusion matrix is written; None for none.
@@ -1079,12 +1082,8 @@ def evaluate_folder(
         raise PredictError(f"--evaluate: needs one folder with a folder of images for each class, not {len(paths)}")
     if csv_file is not None and os.path.lexists(csv_file):
         raise PredictError(f"--csv={csv_file}: exists, name another file")
-    preprocess, classes = read_export(folder)
-    session = create_session(read_verified(folder, model))
-    check_input_size(session, preprocess)
-    images = list_labeled_images(paths[0], classes, known_only)
-    results = predict_files(create_predictor(session), images.files, preprocess)
-    predicted, failures = collect_predictions(results, len(classes))
+    images, classes = list_labeled_images(paths[0], export.classes, known_only), export.classes
+    predicted, failures = collect_predictions(predict_files(export.predictor, images.files, export.preprocess))
     for line in failures:
         print(f"error: {escape_control_chars(line)}", file=sys.stderr)
     if len(failures) == len(images.files):
@@ -1096,7 +1095,7 @@ def evaluate_folder(
     if as_json:
         print(json.dumps({**figures, "confusion": counts.tolist()}, indent=1))
     else:
-        for line in describe_left_out(images):
+        for line in images.left_out:
             print(escape_control_chars(line))
         print_evaluation(counts, figures)
         print(f"\n{NO_TRAINING_LIST}")
@@ -1183,19 +1182,14 @@ def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
     Returns:
         The exit status 0.
     """
-    preprocess, _ = read_export(folder)
-    height, width = preprocess["size"]
-    size = (count_channels(preprocess), height, width)
     functions: dict[Any, Callable[[], object]] = {}
     for path, threads in [(path, threads) for path in sorted(folder.glob("*.onnx")) for threads in (1, 0)]:
-        session = create_session(read_verified(folder, path.name), threads)
-        check_input_size(session, preprocess)
-        fixed = get_input_shape(session)[0]
-        for batch in TIMED_BATCH_SIZES if fixed is None else (fixed,):
-            if batch * height * width > MAX_BATCH_PIXELS and batch > 1:
-                continue
-            images, predictor = random_images(batch, size), create_predictor(session)
-            functions[path.name, batch, threads] = partial(predictor, images)
+        export = load_export(folder, path.name, threads)
+        channels, (height, width) = export.preprocess["channels"], export.preprocess["size"]
+        for batch in TIMED_BATCH_SIZES if export.batch_size is None else (export.batch_size,):
+            if batch == 1 or batch * height * width <= MAX_BATCH_PIXELS:
+                images = random_images(batch, (channels, height, width))
+                functions[path.name, batch, threads] = partial(export.predictor, images)
     print(f"{len(functions)} timings of {seconds:g} s each", file=sys.stderr)
     rows: list[tuple[str, ...]] = [("file", "images", "threads", "median ms", "95 % below", "rounds' medians")]
     for (name, batch, threads), timing in time_alternately(functions, seconds).items():
@@ -1216,33 +1210,18 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error, which includes an image that could not be read.
     """
-    parser = argparse.ArgumentParser(
-        prog,
-        usage="%(prog)s " + USAGE + "\n"
-        "       %(prog)s --evaluate [--model FILE] [--json] [--csv FILE] [--known-only] [EXPORT_DIR] FOLDER",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="[EXPORT_DIR] IMAGE_OR_FOLDER",
-        help="EXPORT_DIR (if this file is not in an export itself), then image files and folders with images",
-    )
-    parser.add_argument(
-        "--model", metavar="FILE", default="student.onnx", help="another ONNX file of the export (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print a list of {path, label, probability}, or the figures of --evaluate"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="measure the accuracy on FOLDER/<class>/* or FOLDER/test/<class>/*"
-    )
-    parser.add_argument("--csv", metavar="FILE", help="with --evaluate: write the confusion matrix to a new file")
-    parser.add_argument(
-        "--known-only", action="store_true", help="with --evaluate: leave out folders that are no class"
-    )
-    parser.add_argument("--bench", action="store_true", help="time every ONNX file of the export on this machine")
+    usage = f"%(prog)s {USAGE}\n       %(prog)s {EVALUATION_USAGE}"
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, usage=usage, description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    paths = "EXPORT_DIR (if this file is not in an export itself), then image files and folders with images"
+    add("paths", nargs="*", metavar="[EXPORT_DIR] IMAGE_OR_FOLDER", help=paths)
+    add("--model", metavar="FILE", default="student.onnx", help="another ONNX file (default: %(default)s)")
+    add("--json", action="store_true", help="print a list of {path, label, probability}, or the figures of --evaluate")
+    add("--evaluate", action="store_true", help="measure the accuracy on FOLDER/<class>/* or FOLDER/test/<class>/*")
+    add("--csv", metavar="FILE", help="with --evaluate: write the confusion matrix to a new file")
+    add("--known-only", action="store_true", help="with --evaluate: leave out folders that are no class")
+    add("--bench", action="store_true", help="time every ONNX file of the export on this machine")
     options = parser.parse_intermixed_args(arguments)  # EXPORT_DIR --evaluate FOLDER
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
@@ -1265,10 +1244,10 @@ def main(arguments: list[str], prog: str | None = None) -> int:
             raise PredictError("--csv and --known-only: need --evaluate")
         if options.bench:
             return benchmark_models(folder)
+        export = load_export(folder, options.model)
         if options.evaluate:
-            given = options.json, options.csv, options.known_only
-            return evaluate_folder(folder, options.model, paths, *given)
-        return classify_images(folder, options.model, paths, options.json)
+            return evaluate_folder(export, paths, options.json, options.csv, options.known_only)
+        return classify_images(export, paths, options.json)
     except (PredictError, OSError) as error:
         line = str(error)
     except MemoryError:

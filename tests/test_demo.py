@@ -72,9 +72,8 @@ def photo(tmp_path_factory):
 
 def expect(export, path):
     """The classes with their probabilities as the page must show them, from `predict.py`."""
-    session = predict.create_session((export / "student.onnx").read_bytes())
-    preprocess, classes = predict.read_export(export)
-    ((_, logits),) = predict.predict_files(predict.create_predictor(session), [path], preprocess)
+    preprocess, classes, predictor, _ = predict.load_export(export, "student.onnx")
+    ((_, logits),) = predict.predict_files(predictor, [path], preprocess)
     return [[name, f"{100 * p:.1f} %"] for name, p in predict.rank_classes(logits, classes, 5)]
 
 

@@ -74,6 +74,8 @@ def test_a_folder_and_pictures_of_all_kinds_are_answered(export, tmp_path, capsy
     paths = [noise(tmp_path / "in" / name, mode=mode) for name, mode in (("a.png", "LA"), ("b.jpg", "CMYK"))]
     paths.append(noise(tmp_path / "c.webp", (64, 200)))
     (tmp_path / "in" / "no picture.txt").write_text("?")
+    for name in ("@eaDir", ".thumbnails"):  # folders that are no part of the training data either
+        noise(tmp_path / "in" / name / "a.png")
     assert predict.main([str(export), str(tmp_path / "in"), str(paths[2]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["path"] for entry in found] == [str(path) for path in paths]
@@ -142,13 +144,15 @@ def test_without_its_card_nothing_is_believed(export, tmp_path, capsys):
 def test_what_cannot_be_looked_into_is_named_and_the_others_are_done(export, tmp_path, capsys, monkeypatch, soon):
     good = noise(tmp_path / "open" / "a.png")
     os.mkfifo(tmp_path / "open" / "pipe.png")
-    walk = os.walk
+    (tmp_path / "open" / "locked").mkdir()
+    scandir = os.scandir
 
-    def locked(top, onerror):
-        yield from walk(top, onerror=onerror)
-        onerror(PermissionError(13, "Permission denied", f"{top}/locked"))
+    def refuse(folder):
+        if folder.endswith("locked"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
 
-    monkeypatch.setattr(predict.os, "walk", locked)
+    monkeypatch.setattr(predict.os, "scandir", refuse)
     assert predict.main([str(export), str(tmp_path / "open"), "x" * 5000, "--json"]) == 1
     out, err = capsys.readouterr()
     assert [entry["path"] for entry in json.loads(out)] == [str(good)]

@@ -87,7 +87,7 @@ def read_export(folder: Path) -> Export:
         names = {name for files in FILES.values() for name in files.values()}
         contents = {name: predict.read_verified(folder, name) for name in sorted(names) if (folder / name).exists()}
         batch = predict.get_input_shape(predict.create_session(contents["student.onnx"]))[0] or 1
-        shape = batch, predict.count_channels(preprocess), *preprocess["size"]
+        shape = batch, preprocess["channels"], *preprocess["size"]
         return Export(str(results["network"]), contents, dict(results["top1"]), shape)
     except (ValueError, KeyError, TypeError) as error:  # a PredictError is a ValueError, and names the file
         raise OptionError(OPTION, folder, f"is not an export with all files ({error})") from error

@@ -27,7 +27,8 @@ from odcheap.predict import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     escape_control_chars,
-    is_image_file,
+    list_folders,
+    list_images,
     open_regular,
     read_regular,
 )
@@ -263,15 +264,6 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
     return found
 
 
-def list_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted.
-
-    Hidden folders are left out, and those in `JUNK_FOLDERS`, which file servers and archives create.
-    """
-    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(name for name in names if name[0] != "." and name not in JUNK_FOLDERS)
-
-
 def is_flat(folder: Path) -> bool:
     """Returns whether a folder contains no class folders: no folder at all, or only one with the name "images"."""
     return list_folders(folder) in ([], ["images"])
@@ -351,32 +343,12 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
     Raises:
         OptionError: A folder cannot be read.
     """
-    found, folders = [], [folder]
-    while folders:
-        below = folders.pop()
-        try:
-            entries = [entry for entry in os.scandir(root / below) if entry.name[0] != "."]
-        except OSError as error:
-            raise OptionError("data_dir", root / below, f"cannot be read ({error.strerror})") from error
-        for entry in entries:
-            name = os.path.join(below, entry.name)
-            # Links to folders are not followed, since they may form a circle. A link that leads nowhere is listed, so
-            # that decoding reports it. Pipes, devices and sockets are skipped.
-            if entry.is_dir(follow_symlinks=False):
-                if entry.name in JUNK_FOLDERS:
-                    skipped.append(f"{name}/")
-                else:
-                    folders.append(name)
-            elif (entry.is_file() or is_dead_link(entry)) and is_image_file(str(root / below), entry.name):
-                found.append(name)
-            else:
-                skipped.append(name)
-    return sorted(found)
-
-
-def is_dead_link(entry: os.DirEntry) -> bool:
-    """Returns whether an entry of a folder is a symbolic link to a file that does not exist."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
+    try:
+        images, others = list_images(str(root / folder))
+    except OSError as error:
+        raise OptionError("data_dir", Path(error.filename), f"cannot be read ({error.strerror})") from error
+    skipped += [os.path.join(folder, name) for name in others]
+    return [os.path.join(folder, name) for name in images]
 
 
 def hash_ends(files: Files, split_seed: int) -> list[bytes]:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from odcheap import __version__, predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.evaluate.arguments import parse_arguments
-from odcheap.evaluate.images import EvaluatedImages, list_images
-from odcheap.evaluate.model import Model, load_model, to_bytes
+from odcheap.evaluate.inputs import MODEL_OPTION, EvaluatedImages, Model, list_images, load_model, to_bytes
 from odcheap.runs.training_images import find_known_images, hash_file_contents, hash_image
 from odcheap.utils.confusion_plot import plot_confusion, render_png
-from odcheap.utils.console import console, keep_going_without_output, print_error, say
+from odcheap.utils.console import keep_going_without_output, print_error, say, show_progress
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_csv, write_json
@@ -63,10 +61,10 @@ def evaluate(options: argparse.Namespace) -> int:
     """
     # The model, the images and the folder are checked before anything is computed.
     if not options.model.is_dir():
-        raise OptionError("RUN_OR_EXPORT", options.model, "no such folder")
-    model = load_model(options.model, options.student, options.file, options.config_dir)
-    images = list_images(options.images, model.classes, options.data_dir, options.known_only, options.config_dir)
-    out = prepare_folder(options.out, default_folder(options.model, options.images), options)
+        raise OptionError(MODEL_OPTION, options.model, "no such folder")
+    model = load_model(options)
+    images = list_images(options, model.classes)
+    out = prepare_folder(options)
     say(f"{options.model}: {model.title}")
     say(f"{images.title}: {len(images.names):,} images")
     for line in images.remarks:
@@ -111,26 +109,24 @@ def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[
         not be classified; and the hashes of each image, with which training images of the run are recognized, or None
         if they cannot be compared with the run's images.
     """
-    digests, pixels = model.digests, []
+    digests = model.digests
+    pixel_hashes: list[set[bytes]] = []
 
     def iterate() -> Iterator[tuple[str, np.ndarray | predict.ImageError]]:
-        out = console()
         prepared = images.iterate_prepared(model.preprocess)
-        count = len(images.names)
-        for name, image in track(
-            prepared, "classified", count, console=out, transient=True, disable=not out.is_terminal
-        ):
+        for name, image in show_progress(prepared, len(images.names), "classified"):
             if digests is not None and digests.kind == "pixels":
                 is_read = isinstance(image, np.ndarray)
-                pixels.append(hash_image(to_bytes(image), digests.key) if is_read else set())
+                pixel_hashes.append(hash_image(to_bytes(image), digests.key) if is_read else set())
             yield name, image
 
     # Hashes of pixels are computed while the images are classified, those of files afterwards.
-    results = predict.predict_images(model.predictor, iterate(), model.preprocess)
-    predicted, failures = predict.collect_predictions(results, len(model.classes))
-    if digests is None or digests.kind == "pixels":
-        return predicted, failures, None if digests is None else pixels
-    if images.files is None:
+    predicted, failures = predict.collect_predictions(
+        predict.predict_images(model.predictor, iterate(), model.preprocess)
+    )
+    if digests is not None and digests.kind == "pixels":
+        return predicted, failures, pixel_hashes
+    if digests is None or images.files is None:
         return predicted, failures, None
     read = [k for k, label in enumerate(predicted) if label != predict.NOT_PREDICTED]
     contents = dict(zip(read, hash_file_contents([images.files[k] for k in read], digests.key), strict=True))
@@ -211,51 +207,48 @@ def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
         `model`, the folder of the run or export; `file`, the name of the ONNX file, or None for a run; and `images`,
         the folder of the images or the name of the data set.
     """
-    is_folder = os.path.isdir(options.images)
+    onnx_file = "student.onnx" if predict.is_export(options.model) else None
     return {
         "model": os.path.realpath(options.model),
-        "file": options.file or ("student.onnx" if predict.is_export(options.model) else None),
-        "images": os.path.realpath(options.images) if is_folder else options.images,
+        "file": options.file or onnx_file,
+        "images": os.path.realpath(options.images) if os.path.isdir(options.images) else options.images,
     }
 
 
-def default_folder(model: Path, images: str) -> Path:
+def default_folder(options: argparse.Namespace) -> Path:
     """Returns the default folder for the result: in the folder of a run, or beside that of an export.
 
     Args:
-        model: The folder of the run or export.
-        images: The folder of the images, or the name of the data set.
+        options: The arguments of the command, as `parse_arguments` returns them.
     """
-    # Nothing is written into an export, whose model card lists all its files.
-    *_, above, name = ["", "root", *Path(os.path.realpath(images)).parts[1:]]
+    *_, above, name = ["", "root", *Path(os.path.realpath(options.images)).parts[1:]]
     name = f"{above}-{name}" if name in predict.PART_FOLDERS else name  # `photos-test` for photos/test
-    folder = Path(os.path.realpath(model))
-    return (folder.with_name(f"{folder.name}-evaluation") if predict.is_export(model) else model / "evaluation") / name
+    # Nothing is written into an export, whose model card lists all its files.
+    folder = Path(os.path.realpath(options.model))
+    is_export = predict.is_export(options.model)
+    return (folder.with_name(f"{folder.name}-evaluation") if is_export else options.model / "evaluation") / name
 
 
-def prepare_folder(out: Path | None, default: Path, options: argparse.Namespace) -> Path:
+def prepare_folder(options: argparse.Namespace) -> Path:
     """Makes the folder of the result, and returns it.
 
     Args:
-        out: The folder that the user has given; None for the default.
-        default: The default.
-        options: The options of the command.
+        options: The arguments of the command, as `parse_arguments` returns them.
 
     Raises:
         OptionError: The folder cannot be made, or contains files with the names of the result that are not the result
             of the same evaluation.
     """
-    folder = default if out is None else out
-    if out is None and (default.is_symlink() or default.parent.is_symlink()):
-        raise OptionError("--out", default, "is a link to elsewhere: name the folder to write with --out")
+    folder = options.out or default_folder(options)
+    if options.out is None and (folder.is_symlink() or folder.parent.is_symlink()):
+        raise OptionError("--out", folder, "is a link to elsewhere: name the folder to write with --out")
     # Only the result of the same evaluation is replaced.
     there = [name for name in (RESULT, TABLE, PICTURE) if os.path.lexists(folder / name)]
     if there:
         inputs = read_inputs(folder / RESULT)
         if inputs is None or any((folder / name).is_dir() for name in there):
-            raise OptionError(
-                "--out", folder, f"holds a {there[0]} that no evaluation has written: name another folder"
-            )
+            allowed = f"holds a {there[0]} that no evaluation has written: name another folder"
+            raise OptionError("--out", folder, allowed)
         if inputs != describe_inputs(options):
             raise OptionError("--out", folder, "holds the evaluation of another model or other images: name another")
     try:

@@ -33,7 +33,7 @@ from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
 from odcheap.runs.folder import TEMPORARY
 from odcheap.training import summary
-from odcheap.utils.console import keep_going_without_output, print_error, say
+from odcheap.utils.console import keep_going_without_output, print_error, say, show_progress
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_json, write_text
 from odcheap.utils.text import format_accuracy, hide_folders
@@ -459,7 +459,7 @@ def iterate_training_batches(data: verify.LabeledImages, epoch: int, size: int) 
     """
     count = len(data.labels["train"])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
-    images = verify.show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
+    images = show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
     for chunk in verify.split_batches(images, size):
         if len(chunk) == size:
             yield stack_images(chunk)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 
 from odcheap import predict
@@ -28,7 +27,7 @@ from odcheap.export import executorch, openvino
 from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent
 from odcheap.export.onnx import MAX_DIFFERENCE
-from odcheap.utils.console import console, say
+from odcheap.utils.console import say, show_progress
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.parts import build_part, read_part
 from odcheap.utils.text import escape_control_chars, format_accuracy
@@ -205,18 +204,6 @@ def save_image(image: Tensor, path: Path) -> Path:
     """Writes an image (C, H, W) uint8 to a file whose suffix names the format, and returns the path."""
     Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(path)
     return path
-
-
-def show_progress(items: Iterator, count: int, description: str) -> Iterable:
-    """Yields the items, and shows a progress bar if the output is a terminal.
-
-    Args:
-        items: The items.
-        count: The number of items.
-        description: The text before the bar.
-    """
-    out = console()
-    return track(items, description, total=count, console=out, transient=True, disable=not out.is_terminal)
 
 
 def verify_files(

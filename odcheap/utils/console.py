@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
@@ -51,6 +51,20 @@ def show_steps() -> Generator[Callable[[str], None]]:
         return
     with console().status("") as status:
         yield lambda text: status.update(Text(escape_control_chars(text)))
+
+
+def show_progress(items: Iterable, count: int, description: str) -> Iterable:
+    """Yields the items, and shows a progress bar if the output is a terminal.
+
+    Args:
+        items: The items.
+        count: The number of items.
+        description: The text before the bar.
+    """
+    from rich.progress import track  # here, since most commands start without it
+
+    out = console()
+    return track(items, description, total=count, console=out, transient=True, disable=not out.is_terminal)
 
 
 def say(text: object) -> None:
