@@ -171,8 +171,9 @@ def light(monkeypatch):
     from odcheap.export import command as export_command
     from odcheap.export import onnx as onnx_export
     from odcheap.export import verify
-    from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
-    from odcheap.export.model_card import STANDARD, STUDENT
+    from odcheap.export.card_speed import STANDARD, STUDENT
+    from odcheap.export.latency import Key
+    from odcheap.export.runtimes import ONNX_RUNTIME, PYTORCH
 
     convert_once(monkeypatch, onnx_export, "export_program", digest)
     convert_once(monkeypatch, onnx_export, "to_onnx", id)

@@ -211,7 +211,7 @@ def measure_inference(
     Args:
         build: A function that builds the backbone.
         convs: The block types by name; one of them is "Standard".
-        seconds: The time for the measurement of each network; see `latency.time_networks`.
+        seconds: The time for the measurement of each network, in seconds.
 
     Returns:
         For each block type a dict with `block_type`, its name, and for calls with 1 and with 64 images `ms_1` and
@@ -220,7 +220,8 @@ def measure_inference(
     """
     networks = {name: build_comparable(build, conv, NUM_CLASSES) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
-    ms = latency.time_networks(networks, size, BATCHES, seconds)
+    timings = latency.measure_timings(networks, size, BATCHES, seconds)
+    ms = {key: 1000 * timing.p50 for key, timing in timings.items()}
     return [
         {"block_type": name}
         | {f"ms_{batch}": ms[name, batch] for batch in BATCHES}

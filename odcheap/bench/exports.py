@@ -11,12 +11,20 @@ import pandas as pd
 import torch
 
 from odcheap import predict
-from odcheap.export import card_accuracy, executorch, openvino
-from odcheap.export.executorch import PTE, PTE_INT8
-from odcheap.export.latency import EXECUTORCH, ONNX_RUNTIME
-from odcheap.export.openvino import OPENVINO
-from odcheap.export.results import RESULTS_FILE
-from odcheap.export.verify import INT8, name_in_openvino
+from odcheap.export import card_accuracy, executorch
+from odcheap.export.model_card import RESULTS_FILE
+from odcheap.export.runtimes import (
+    EXECUTORCH,
+    INT8,
+    ONNX,
+    ONNX_RUNTIME,
+    OPENVINO,
+    PTE,
+    PTE_INT8,
+    create_predictor,
+    is_installed,
+)
+from odcheap.export.verify import name_in_openvino
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import write_json, write_text
@@ -24,7 +32,7 @@ from odcheap.utils.text import format_accuracy
 
 OPTION = "--exports"
 FLOATS, INTEGERS = "float", "int8"
-ONNX_FILES = {FLOATS: "student.onnx", INTEGERS: INT8}
+ONNX_FILES = {FLOATS: ONNX, INTEGERS: INT8}
 FILES = {ONNX_RUNTIME: ONNX_FILES, OPENVINO: ONNX_FILES, EXECUTORCH: {FLOATS: PTE, INTEGERS: PTE_INT8}}
 
 
@@ -93,35 +101,6 @@ def read_export(folder: Path) -> Export:
         raise OptionError(OPTION, folder, f"is not an export with all files ({error})") from error
 
 
-def list_runtimes() -> list[str]:
-    """Returns the names of the runtimes that are installed."""
-    checks = {OPENVINO: openvino.check_installed, EXECUTORCH: executorch.check_installed}
-    runtimes = [ONNX_RUNTIME]
-    for runtime, check in checks.items():
-        try:
-            check()
-        except Failure:
-            continue
-        runtimes.append(runtime)
-    return runtimes
-
-
-def create_predictor(runtime: str, content: bytes, batch: int, threads: int) -> predict.Predictor:
-    """Returns a function that runs a file of an export: images (n, C, H, W) in [0, 1] to logits (n, K).
-
-    Args:
-        runtime: The name of the runtime: "ONNX Runtime", "OpenVINO" or "ExecuTorch".
-        content: The content of the file.
-        batch: For ExecuTorch, the number of images for which the program was written.
-        threads: The number of CPU threads. It has no effect on ExecuTorch, for which `executorch.set_threads` sets it.
-    """
-    if runtime == EXECUTORCH:
-        return executorch.create_predictor(content, batch)
-    if runtime == OPENVINO:
-        return openvino.create_predictor(content, threads)
-    return predict.create_predictor(predict.create_session(content, threads))
-
-
 def measure_exports(
     folders: Sequence[Path], seconds: float, threads: int, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
@@ -143,7 +122,7 @@ def measure_exports(
     Raises:
         OptionError: A folder is not an export, or one of its files was changed.
     """
-    exports, runtimes = [read_export(folder) for folder in folders], list_runtimes()
+    exports, runtimes = [read_export(folder) for folder in folders], list(filter(is_installed, FILES))
     if EXECUTORCH in runtimes and any(PTE in export.contents for export in exports):
         executorch.set_threads(threads)
     calls: dict[Any, Callable[[], object]] = {}

@@ -1,24 +1,29 @@
 """What a model card says about accuracy: of the student, of its classes, of guessing; the training data; the limits."""
 
-import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from odcheap import predict
 from odcheap.export.load_run import RunStudent
-from odcheap.export.verify import INT8, Verification
+from odcheap.export.runtimes import INT8, ONNX
+from odcheap.export.verify import Verification
 from odcheap.utils.text import MISSING, escape_markdown, format_accuracy, format_code, format_count
 
 MAX_ROWS = 50  # classes in a table; of more classes, those with the lowest recall are shown
 MAX_NAMES = 10  # of classes in a sentence
 FEW_IMAGES = 30  # of a class, for which its recall is known roughly only
 MAX_P_VALUE = 0.05  # below which a difference counts as resolved
+PARTS = {"train": "images for the training", "val": "held out", "test": "test images"}
 SELECTED_ON = {
     "val": "on held-out images",
     "last": "by no images: it is student 0 after the last epoch",
     "test": "**on the test images**, so that the test accuracy is too high an estimate",
 }
+
+Figures = dict[str, Any] | None  # see `compute_figures`
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -26,18 +31,17 @@ def to_markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
 
 
-def compute_figures(run: RunStudent, verification: Verification) -> dict[str, Any] | None:
-    """Returns the student's figures on the test images.
-
-    They are those of the checks. Without test images they are those in the run's summary.
+def compute_figures(run: RunStudent, verification: Verification) -> Figures:
+    """Returns the student's figures on the test images: those of the checks, otherwise those of the run's summary.
 
     Args:
         run: The exported student.
         verification: The results of the checks.
 
     Returns:
-        The dict of `predict.summarize_confusion`, with `images`, `correct`, `top1` and so on; None if neither checks
-        nor summary have the figures. The entries `predicted` of the classes are None for figures of the summary.
+        The dict of `predict.summarize_confusion`, with `images`, `correct`, `top1` and so on; None if neither the
+        checks nor the summary have the figures. The entries `predicted` of the classes are None for figures of the
+        summary.
     """
     classes = run.settings["classes"]
     if verification.confusion is not None:
@@ -54,24 +58,31 @@ def compute_figures(run: RunStudent, verification: Verification) -> dict[str, An
     return figures
 
 
-def describe_accuracy(run: RunStudent, verification: Verification) -> list[str]:
-    """Returns lines of Markdown with the test accuracy, its origin, its interval, and what guessing would give."""
-    figures = compute_figures(run, verification)
-    lines, top1 = [], verification.top1.get("student.onnx")
+def describe_accuracy(run: RunStudent, verification: Verification, figures: Figures) -> list[str]:
+    """Returns lines of Markdown with the test accuracy, its origin, its interval, and what guessing would give.
+
+    Args:
+        run: The exported student.
+        verification: The results of the checks.
+        figures: What `compute_figures` has returned for them.
+    """
+    lines, interval = [], ""
     if run.job_dir is not None and run.summary is None:
         lines.append("**The run has not finished**: a later epoch may be better.")
-    by_summary, interval = f"{format_accuracy(run.test_top1)} % by the run's summary", format_interval(figures)
+    if figures is not None:
+        interval = " (95 % interval {} to {})".format(*map(format_accuracy, figures["top1_interval"]))
+    by_summary = f"{format_accuracy(run.test_top1)} % by the run's summary"
     if verification.on_data:
         precision = escape_markdown(run.config.get("trainer", {}).get("precision"))
         own = f"; {by_summary}, in {precision}" if run.test_top1 is not None else ""
-        lines.append(f"Test accuracy {format_accuracy(top1)} %{interval} on {verification.images:,} images{own}.")
+        top1 = format_accuracy(verification.top1[ONNX])
+        lines.append(f"Test accuracy {top1} %{interval} on {verification.images:,} images{own}.")
     elif run.test_top1 is not None:
         lines.append(f"Test accuracy {by_summary}{interval}; **not verified on data** here.")
     else:
         lines.append("**Not verified on data**: no test accuracy is known.")
     if figures is not None:
-        lines.append(describe_guessing(figures))
-        lines += describe_failing_classes(figures)
+        lines += [describe_guessing(figures), *describe_failing_classes(figures)]
     for name, changes in sorted(verification.changes.items()):
         where = "" if name == INT8 else f" ({format_code(name)})"
         change = describe_change(*changes, verification.images)
@@ -92,39 +103,10 @@ def describe_change(gained: int, lost: int, images: int) -> str:
     more = gained - lost
     text = f"{abs(more):,} of {images:,} images {'more' if more > 0 else 'fewer'}" if more else "as many images"
     text += f" {'is' if abs(more) == 1 else 'are'} classified correctly ({gained:,} gained, {lost:,} lost)"
-    p_value = compute_sign_test(gained, lost)
+    p_value = binomtest(gained, gained + lost).pvalue  # for paired answers this is McNemar's exact test
     verdict = "a difference that is resolved" if p_value < MAX_P_VALUE else "a difference that is **not resolved**"
     digits = f"p = {p_value:.2f}" if p_value >= 0.01 else "p < 0.01"
     return f"{text}, {verdict} (exact sign test, {digits})"
-
-
-def compute_sign_test(gained: int, lost: int) -> float:
-    """Returns the two-sided p-value of the exact sign test, which for paired answers is McNemar's exact test.
-
-    Source: Q. McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
-
-    Args:
-        gained: The number of images that are classified correctly only after a change.
-        lost: The number of images that are classified correctly only before it.
-
-    Example:
-        >>> [compute_sign_test(*changes) for changes in ((1, 0), (3, 2), (0, 6))]
-        [1.0, 1.0, 0.03125]
-    """
-    count = gained + lost
-    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**count)
-
-
-def format_interval(figures: dict[str, Any] | None) -> str:
-    """Returns the 95 % interval of the accuracy in parentheses; empty without figures.
-
-    Args:
-        figures: What `compute_figures` returned.
-    """
-    return (
-        "" if figures is None else " (95 % interval {} to {})".format(*map(format_accuracy, figures["top1_interval"]))
-    )
 
 
 def describe_guessing(figures: dict[str, Any]) -> str:
@@ -156,9 +138,8 @@ def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
     untested = [name for name in figures["classes"] if name not in tested]
     lines = [f"**Every test image was classified as {format_code(answers[0])}.**"] if len(answers) == 1 else []
     if never:
-        lines.append(
-            f"**No test image of {len(never)} of the {len(tested)} classes is recognized**: {list_classes(never)}."
-        )
+        which = f"{len(never)} of the {len(tested)} classes"
+        lines.append(f"**No test image of {which} is recognized**: {list_classes(never)}.")
     if untested:
         lines.append(f"Classes without test images: {list_classes(untested)}.")
     return lines
@@ -169,36 +150,38 @@ def list_classes(names: list[str]) -> str:
     return ", ".join([format_code(name) for name in names[:MAX_NAMES]] + ["..."] * (len(names) > MAX_NAMES))
 
 
-def tabulate_classes(run: RunStudent, verification: Verification) -> list[str]:
-    """Returns lines of Markdown with a table of the classes: numbers of images, recall, and what they are taken for."""
-    figures, by_class = compute_figures(run, verification), (run.summary or {}).get("classes") or {}
-    confusion, names, rows = verification.confusion, run.settings["classes"], []
-    order, lines = list(range(len(names))), []
+def tabulate_classes(run: RunStudent, verification: Verification, figures: Figures) -> list[str]:
+    """Returns lines of Markdown with a table of the classes: numbers of images, recall, and what they are taken for.
+
+    Args:
+        run: The exported student.
+        verification: The results of the checks.
+        figures: What `compute_figures` has returned for them.
+    """
+    names, by_class, lines = run.settings["classes"], (run.summary or {}).get("classes"), []
+    table = pd.DataFrame({"class": [format_code(name) for name in names]})
+    if by_class:
+        for part, title in (("train", "training images"), ("val", "held out")):
+            table[title] = [format_count((by_class.get(name) or {}).get(part)) for name in names]
+    if figures is not None:
+        entries = [figures["classes"][name] for name in names]
+        intervals = [map(format_accuracy, entry["recall_interval"] or ()) for entry in entries]
+        table["test images"] = [format_count(entry["images"]) for entry in entries]
+        table["recall, %"] = [format_accuracy(entry["recall"]) for entry in entries]
+        table["95 % interval"] = [" to ".join(limits) or MISSING for limits in intervals]
+        if verification.confusion is not None:
+            wrong = verification.confusion * (1 - np.eye(len(names), dtype=int))
+            most = [(names[other], wrong[k, other]) for k, other in enumerate(wrong.argmax(1))]
+            table["times predicted"] = [format_count(entry["predicted"]) for entry in entries]
+            table["most often taken for"] = [f"{format_code(name)} ({n:,})" if n else "" for name, n in most]
     if len(names) > MAX_ROWS:
         which = "that come first"
         if figures is not None:
-            which, recalls = "with the lowest recall", [figures["classes"][name]["recall"] for name in names]
-            order.sort(key=lambda k: 2.0 if recalls[k] is None else recalls[k])
-        order = order[:MAX_ROWS]
+            recalls = pd.Series([entry["recall"] for entry in entries], dtype=float)
+            which, table = "with the lowest recall", table.loc[recalls.sort_values(kind="stable").index]
+        table = table[:MAX_ROWS]
         lines = [f"These are the {MAX_ROWS} of {len(names):,} classes {which}; `labels.json` has all names.", ""]
-    for k in order:
-        name = names[k]
-        counts = by_class.get(name) or {}
-        row: dict[str, str] = {"class": format_code(name)}
-        if by_class:
-            row |= {"training images": format_count(counts.get("train")), "held out": format_count(counts.get("val"))}
-        if figures is not None:
-            entry = figures["classes"][name]
-            row |= {"test images": format_count(entry["images"]), "recall, %": format_accuracy(entry["recall"])}
-            limits = entry["recall_interval"]
-            row["95 % interval"] = " to ".join(map(format_accuracy, limits)) if limits else MISSING
-        if figures is not None and confusion is not None:
-            wrong = [0 if other == k else int(count) for other, count in enumerate(confusion[k])]
-            row["times predicted"] = format_count(figures["classes"][name]["predicted"])
-            most = max(range(len(names)), key=wrong.__getitem__)
-            row["most often taken for"] = f"{format_code(names[most])} ({wrong[most]:,})" if wrong[most] else ""
-        rows.append(row)
-    return [*lines, to_markdown(pd.DataFrame(rows))]
+    return [*lines, to_markdown(table)]
 
 
 def describe_training_data(run: RunStudent) -> list[str]:
@@ -220,26 +203,9 @@ def describe_training_data(run: RunStudent) -> list[str]:
     return lines
 
 
-PARTS = {"train": "images for the training", "val": "held out", "test": "test images"}
-
-
-def describe_limits(run: RunStudent, verification: Verification) -> list[str]:
-    """Returns lines of Markdown: for what the student is not suited, as far as that follows from how it was made."""
-    classes, figures = run.settings["classes"], compute_figures(run, verification)
-    size, shorter = run.settings["image_size"][1:], run.settings["shorter_side"]
-    lines = [
-        f"- It answers one of its {len(classes):,} classes for every image, also for an image of something else.",
-        "- Its accuracy holds for images like the test images. Measure it on yours: "
-        "`python predict.py --evaluate FOLDER`, with the images of each class in FOLDER/&lt;class&gt;/.",
-        "- The probabilities that `predict.py` prints are the softmax of the outputs; nobody has checked whether a "
-        "probability of 0.9 is right in nine of ten cases.",
-        f"- It sees {size[0]} x {size[1]} pixels from the middle of an image that is reduced to {shorter} pixels on "
-        "its shorter side: what is lost by that does not count.",
-    ]
-    few = [name for name, entry in (figures or {"classes": {}})["classes"].items() if entry["images"] < FEW_IMAGES]
-    if few:
-        known = (
-            f"- Of these classes there are fewer than {FEW_IMAGES} test images, so their recall is known roughly only"
-        )
-        lines.append(f"{known}: {list_classes(few)}.")
-    return [*lines, "- The card does not know the license of the training images, nor whom they show."]
+def describe_rare_classes(figures: Figures) -> str:
+    """Returns a line of Markdown that names the classes with few test images; an empty text if there are none."""
+    entries = {} if figures is None else figures["classes"]
+    few = [name for name, entry in entries.items() if entry["images"] < FEW_IMAGES]
+    known = f"there are fewer than {FEW_IMAGES} test images, so their recall is known roughly only"
+    return f"- Of these classes {known}: {list_classes(few)}.\n" if few else ""

@@ -8,44 +8,52 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
-from odcheap.data.base import ImageData, LabeledImage
+from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.export import executorch, latency, model_card, onnx, openvino, qat, quantize, speedup, verify
+from odcheap.export import executorch, latency, model_card, onnx, verify
 from odcheap.export.arguments import parse_arguments
-from odcheap.export.executorch import PTE, PTE_INT8
+from odcheap.export.card_speed import STANDARD, STUDENT
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
-from odcheap.export.model_card import DENSE, STANDARD, STUDENT
-from odcheap.export.quantize import count_epochs
-from odcheap.export.results import RESULTS_FILE, describe_results
-from odcheap.export.snippets import PROGRAM, STUDENT_FILE
+from odcheap.export.quantize import CALIBRATION_IMAGES, iterate_calibration_batches, quantize_student, timed_batches
+from odcheap.export.runtimes import (
+    DENSE,
+    EXECUTORCH,
+    INT8,
+    ONNX,
+    ONNX_RUNTIME,
+    OPENVINO,
+    PT2,
+    PTE,
+    PTE_INT8,
+    WEIGHTS,
+    check_installed,
+)
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
 from odcheap.runs.folder import TEMPORARY
 from odcheap.training import summary
-from odcheap.utils.console import keep_going_without_output, print_error, say, show_progress
+from odcheap.utils.console import keep_going_without_output, print_error, say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_atomic, write_json, write_text
 from odcheap.utils.text import format_accuracy, hide_folders
 
 OLDEST_INT8_OPSET = 13  # the first with a scale for each channel
 MAX_CARD = 1 << 20  # characters of a model card that are read
-CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
 MAX_LOST_TOP1 = 0.005  # by 8-bit integers; if they lose more, a line names the fine-tuning
 TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
-
-FILES = ("student.onnx", DENSE, verify.INT8, PTE, PTE_INT8, PROGRAM, STUDENT_FILE, "predict.py")
-FILES += (predict.PREPROCESS_FILE, predict.LABELS_FILE, RESULTS_FILE, predict.CARD_FILE)
+PREDICT = "predict.py"
+FILES = (ONNX, DENSE, INT8, PTE, PTE_INT8, PT2, WEIGHTS, PREDICT, predict.PREPROCESS_FILE, predict.LABELS_FILE)
+FILES += (model_card.RESULTS_FILE, predict.CARD_FILE)
 
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
@@ -65,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with keep_going_without_output(), SignalListener():
             options.out = resolve_out(options.job_dir, options.out)
             older = check_options(options)
-            export(load_run_student(options.job_dir, options.student, options.config_dir), options, older)
+            run = load_run_student(options.job_dir, options.student, options.config_dir)
+            say(f"{run.job_dir}: {run.title}")
+            write_export(run, options, older, *load_test_data(run, options))
     except (Failure, predict.PredictError) as error:
         return print_error(str(error))
     except Stopped as stop:
@@ -111,27 +121,25 @@ def check_options(options: argparse.Namespace) -> Versions | None:
         OptionError: A value is not allowed, or the folder must not be replaced.
         Failure: An option needs a package that is not installed.
     """
-    batch, opset, out = options.batch, options.opset, options.out
-
-    # Values.
-    if batch is not None and batch < 1:
-        raise OptionError("--batch", batch, "must be 1 or more")
+    batch, opset, epochs, out = options.batch, options.opset, options.qat, options.out
     calibrated = "--int8" if options.int8 else "--executorch" if options.executorch else ""
-    if calibrated and (batch or 1) > CALIBRATION_IMAGES:
-        allowed = f"must be at most {CALIBRATION_IMAGES} with {calibrated}, which calibrates on that many images"
-        raise OptionError("--batch", batch, allowed)
-    if options.int8 and opset is not None and opset < OLDEST_INT8_OPSET:
-        raise OptionError("--opset", opset, f"must be {OLDEST_INT8_OPSET} or more with --int8")
-    if options.qat < 0:
-        raise OptionError("--qat", options.qat, "must be 1 or more epochs")
-    if options.qat and not options.int8:
-        raise OptionError("--qat", options.qat, "needs --int8")
-    if not options.seconds > 0:
-        raise OptionError("--seconds", options.seconds, "must be above 0")
+    many = f"must be at most {CALIBRATION_IMAGES} with {calibrated}, which calibrates on that many images"
+    old = f"must be {OLDEST_INT8_OPSET} or more with --int8"
+    checks = (
+        (batch is None or batch >= 1, "--batch", batch, "must be 1 or more"),
+        (not calibrated or (batch or 1) <= CALIBRATION_IMAGES, "--batch", batch, many),
+        (not options.int8 or opset is None or opset >= OLDEST_INT8_OPSET, "--opset", opset, old),
+        (epochs >= 0, "--qat", epochs, "must be 1 or more epochs"),
+        (not epochs or options.int8, "--qat", epochs, "needs --int8"),
+        (options.seconds > 0, "--seconds", options.seconds, "must be above 0"),
+    )
+    for is_allowed, option, value, allowed in checks:
+        if not is_allowed:
+            raise OptionError(option, value, allowed)
     if options.executorch:
-        executorch.check_installed()
+        check_installed(EXECUTORCH)
     if options.openvino:
-        openvino.check_installed()
+        check_installed(OPENVINO)
 
     # The folder: only an export is ever replaced, and only if nobody has put other files into it.
     if out.is_mount():
@@ -140,7 +148,8 @@ def check_options(options: argparse.Namespace) -> Versions | None:
         return None
     versions = read_versions(out)  # read first, so that a later change is noticed
     exported = list_exported(out)
-    others = sorted(path.name for path in out.iterdir() if not is_exported(path, exported)) if out.is_dir() else []
+    files = {path.name for path in out.iterdir() if path.is_file() and not path.is_symlink()} if exported else set()
+    others = sorted(versions.keys() - (files & exported))
     if not exported or others:
         which = f" ({others[0]} is not a file of an export)" if exported else ""
         raise OptionError("--out", out, f"exists and is not an export{which}: name another folder")
@@ -155,11 +164,6 @@ def read_versions(folder: Path) -> Versions:
     return {name: (entry.st_ino, entry.st_mtime_ns) for name, entry in entries.items()}
 
 
-def is_exported(path: Path, names: set[str]) -> bool:
-    """Returns whether a path is a regular file with one of these names, and not a folder or a link."""
-    return path.name in names and path.is_file() and not path.is_symlink()
-
-
 def list_exported(folder: Path) -> set[str]:
     """Returns the names of the files that a folder's model card lists, and that of the card; empty without a card."""
     path = folder / predict.CARD_FILE
@@ -169,18 +173,6 @@ def list_exported(folder: Path) -> set[str]:
             text = file.read(MAX_CARD)
     names = {match[2] for match in predict.CHECKSUM_LINE.finditer(text)}
     return names | {predict.CARD_FILE} if predict.PREPROCESS_FILE in names else set()
-
-
-def export(run: RunStudent, options: argparse.Namespace, older: Versions | None) -> None:
-    """Exports the student of a run, with the run's own images.
-
-    Args:
-        run: The student.
-        options: The options of the command.
-        older: The files of an older export that is replaced; see `check_options`.
-    """
-    say(f"{run.job_dir}: {run.title}")
-    write_export(run, options, older, *load_test_data(run, options))
 
 
 def write_export(
@@ -209,9 +201,9 @@ def write_export(
             del files[DENSE]
             timings = {key: timing for key, timing in timings.items() if key.name != DENSE}
         verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch, options.openvino)
+        write_json(folder / model_card.RESULTS_FILE, model_card.describe_results(run, verification))
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
-        graph = describe_graph(folder / "student.onnx")
-        write_json(folder / RESULTS_FILE, describe_results(run, verification))
+        graph = onnx.describe_graph((folder / ONNX).read_bytes())
         text = model_card.write_card(run, folder, files, timings, verification, cpu, graph)
         write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:
@@ -231,7 +223,7 @@ def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> st
         A line for the user with the option that does it, if the network in 8-bit integers is less accurate than in
         floats by more than half a point; otherwise None.
     """
-    floats, integers = (verification.top1.get(name) for name in ("student.onnx", verify.INT8))
+    floats, integers = (verification.top1.get(name) for name in (ONNX, INT8))
     if floats is None or integers is None or floats - integers <= MAX_LOST_TOP1:
         return None
     option, points = "--qat" if run.job_dir else "qat=3", format_accuracy(floats - integers)
@@ -363,121 +355,27 @@ def write_files(
         folder: The folder to write.
     """
     if run.has_settings:
-        summary.write_student(folder / STUDENT_FILE, run.network, run.settings)
+        summary.write_student(folder / WEIGHTS, run.network, run.settings)
     write_json(folder / predict.PREPROCESS_FILE, preprocess)
     write_json(folder / predict.LABELS_FILE, run.settings["classes"])
-    shutil.copyfile(predict.__file__, folder / "predict.py")
+    shutil.copyfile(predict.__file__, folder / PREDICT)
     cheap = add_normalization(cheap_form(run.network), run)
     program = onnx.export_program(cheap, run.image_size, options.batch)
-    contents = {"student.onnx": onnx.to_onnx(program, options.opset)}
-    if options.pt2:
-        contents[PROGRAM] = onnx.to_pt2(program)
-    forms = {"student.onnx": cheap}
+    contents = {ONNX: onnx.to_onnx(program, options.opset)}
     if has_pairs(run.network):
-        forms[DENSE] = dense = add_normalization(dense_form(run.network), run)
+        dense = add_normalization(dense_form(run.network), run)
         contents[DENSE] = onnx.to_onnx(onnx.export_program(dense, run.image_size, options.batch), options.opset)
     if options.int8 and data is not None:
         say(f"8-bit integers, calibrated on up to {CALIBRATION_IMAGES} training images")
-        contents[verify.INT8] = quantize_student(contents["student.onnx"], run, options, data)
-        forms[verify.INT8] = cheap
+        contents[INT8] = quantize_student(contents[ONNX], run.image_size, options, data)
     if options.executorch:
-        programs = convert_to_executorch(program, run, options, data)
-        contents |= programs
-        forms |= dict.fromkeys(programs, cheap)
+        contents |= convert_to_executorch(program, run, options, data)
+    forms = {name: dense if name == DENSE else cheap for name in contents}
+    if options.pt2:
+        contents[PT2] = onnx.to_pt2(program)
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))
     return forms
-
-
-def quantize_student(content: bytes, run: RunStudent, options: argparse.Namespace, data: verify.LabeledImages) -> bytes:
-    """Returns the content of the ONNX file with 8-bit integers, in the form that ONNX Runtime runs faster here.
-
-    With `--openvino` it is the QDQ form, since OpenVINO cannot run the other one.
-
-    Args:
-        content: The content of `student.onnx`.
-        run: The student.
-        options: The options of the command.
-        data: The data set with training images.
-    """
-    batches = list(iterate_calibration_batches(data, options.batch))
-    prepared = quantize.prepare_model(content)
-    scales: dict[str, qat.Scale] = {}
-    if options.qat:
-        prepared, scales = fine_tune_student(prepared, batches, options, data)
-    forms = [quantize.QDQ] if options.openvino else list(quantize.FORMATS)
-    contents = {form: quantize.quantize_model(prepared, batches, form, scales) for form in forms}
-    form = forms[0]
-    if len(forms) > 1:
-        form = quantize.choose_form(contents, run.image_size, timed_batches(options), options.seconds)
-    return quantize.write_epochs(contents[form], options.qat) if scales else contents[form]
-
-
-def fine_tune_student(
-    prepared: bytes, batches: Sequence[np.ndarray], options: argparse.Namespace, data: verify.LabeledImages
-) -> tuple[bytes, dict[str, qat.Scale]]:
-    """Fine-tunes a network with the rounding of 8-bit integers, and keeps the result if it is not worse.
-
-    The accuracies on the held-out images are compared; if there are none, the result is kept.
-
-    Args:
-        prepared: The content of the ONNX file with floats, from `quantize.prepare_model`.
-        batches: Batches of images for the calibration.
-        options: The options of the command.
-        data: The data set.
-
-    Returns:
-        The content of the ONNX file with floats to quantize, and the learned scales of its feature maps; those given
-        and an empty dict if the fine-tuning did not help.
-    """
-    calibrated = quantize.quantize_model(prepared, batches, quantize.QDQ)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = qat.RoundedNetwork(prepared, calibrated, device)
-    count = len(data.labels["train"])
-    size = min(qat.BATCH_SIZE, count)
-    say(f"fine-tuning with the rounding of 8-bit integers, {count_epochs(options.qat)} of {count:,} training images")
-    epochs = (iterate_training_batches(data, epoch, size) for epoch in range(options.qat))
-    teacher = predict.create_predictor(predict.create_session(prepared))
-    tuned, scales = qat.fine_tune(network, teacher, epochs, options.qat * (count // size))
-    if not len(data.labels.get("val", ())):
-        return tuned, scales
-    files = {"calibrated": calibrated, "fine-tuned": quantize.quantize_model(tuned, batches, quantize.QDQ, scales)}
-    top1 = {name: measure_held_out_top1(content, data) for name, content in {"floats": prepared, **files}.items()}
-    figures = ", ".join(f"{format_accuracy(value)} % {name}" for name, value in top1.items())
-    is_better = top1["fine-tuned"] >= top1["calibrated"]
-    say(f"on the held-out images: {figures}; {'the fine-tuned' if is_better else 'the calibrated'} integers are kept")
-    return (tuned, scales) if is_better else (prepared, {})
-
-
-def iterate_training_batches(data: verify.LabeledImages, epoch: int, size: int) -> Iterator[np.ndarray]:
-    """Yields batches of training images (n, C, H, W), float32 in [0, 1], in an order that depends on the epoch.
-
-    Args:
-        data: The data set.
-        epoch: The number of the epoch, from 0.
-        size: The number of images in a batch; images that do not fill the last batch are left out.
-    """
-    count = len(data.labels["train"])
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
-    images = show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
-    for chunk in verify.split_batches(images, size):
-        if len(chunk) == size:
-            yield stack_images(chunk)
-
-
-def measure_held_out_top1(content: bytes, data: verify.LabeledImages) -> float:
-    """Returns the accuracy of an ONNX file on the held-out images."""
-    predictor, correct, count = predict.create_predictor(predict.create_session(content)), 0, 0
-    for chunk in verify.split_batches(verify.iterate_samples(data, "val"), verify.BATCH_SIZE):
-        predicted = predictor(stack_images(chunk)).argmax(1)
-        correct += int((predicted == [sample.label for sample in chunk]).sum())
-        count += len(chunk)
-    return correct / max(count, 1)
-
-
-def stack_images(samples: Sequence[LabeledImage]) -> np.ndarray:
-    """Returns the images of samples as a batch (n, C, H, W), float32 in [0, 1]."""
-    return np.stack([sample.image.numpy() for sample in samples]).astype(np.float32) / np.float32(255)
 
 
 def convert_to_executorch(
@@ -508,25 +406,9 @@ def convert_to_executorch(
     return {name: file.content for name, file in files.items()}
 
 
-def timed_batches(options: argparse.Namespace) -> tuple[int, ...]:
-    """Returns the numbers of images in a call that are timed."""
-    return predict.TIMED_BATCH_SIZES if options.batch is None else (options.batch,)
-
-
 def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
     """Returns a network, in eval mode, that normalizes images in [0, 1] as `run` does, then calls the given network."""
     return NormalizedNetwork(network, run.settings["mean"], run.settings["std"]).eval()
-
-
-def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -> Iterator[np.ndarray]:
-    """Yields batches of training images (n, C, H, W), float32 in [0, 1].
-
-    If `batch` is given, for a static graph, all batches have this number of images.
-    """
-    samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
-    for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):
-        if batch is None or len(chunk) == batch:
-            yield stack_images(chunk)
 
 
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
@@ -540,7 +422,7 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
         files: The names of the files.
         folder: The folder of these files.
     """
-    size, standard, batches = run.image_size, add_normalization(run.standard, run), timed_batches(options)
+    size, standard, batches = run.image_size, add_normalization(run.standard, run), timed_batches(options.batch)
     contents = {name: (folder / name).read_bytes() for name in files}
     programs = {name: content for name, content in contents.items() if name.endswith(".pte")}
     models = {name: content for name, content in contents.items() if name not in programs}
@@ -550,10 +432,10 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
         say("the standard network, for ExecuTorch")
         programs[STANDARD] = executorch.to_pte(traced, size, options.batch).content
     networks = {STUDENT: add_normalization(run.network, run), STANDARD: standard}
-    calls = latency.onnx_calls(models, size, batches) | latency.torch_calls(networks, size, batches)
-    calls |= latency.executorch_calls(programs, size, options.batch)
+    calls = latency.file_calls(ONNX_RUNTIME, models, size, batches) | latency.torch_calls(networks, size, batches)
+    calls |= latency.file_calls(EXECUTORCH, programs, size, batches[:1])
     if options.openvino:
-        calls |= openvino.openvino_calls(models, size, batches)
+        calls |= latency.file_calls(OPENVINO, models, size, batches)
     say(f"{len(calls)} timings of {options.seconds:g} s each")
     return predict.time_alternately(calls, options.seconds)
 
@@ -562,22 +444,8 @@ def is_faster(timings: latency.Timings, name: str) -> bool:
     """Returns whether an ONNX file is faster than `student.onnx` for at least one number of images in a call.
 
     Args:
-        timings: The times of the files and of the standard network.
+        timings: The times of both files.
         name: The name of the file.
     """
-    own, cheap = (
-        speedup.compute_speedups(timings, file, STANDARD, latency.ONNX_RUNTIME) for file in (name, "student.onnx")
-    )
-    return any(own[batch].value > cheap[batch].value for batch in own)
-
-
-def describe_graph(path: Path) -> str:
-    """Describes an ONNX file's input and operators: `(n, 3, height, width), any number of images; ONNX opset 18`."""
-    (images,) = predict.create_session(path.read_bytes()).get_inputs()
-    shape, batch = ", ".join(map(str, images.shape)), images.shape[0]
-    count = (
-        f"a static graph for exactly {model_card.count_images(batch)}"
-        if isinstance(batch, int)
-        else "any number of images"
-    )
-    return f"({shape}), {count}; ONNX opset {onnx.read_opset(path)}"
+    speedups = latency.compute_speedups(timings, (name, ONNX_RUNTIME), (ONNX, ONNX_RUNTIME))
+    return any(speedup.value > 1 for speedup in speedups.values())

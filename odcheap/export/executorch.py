@@ -5,11 +5,10 @@ ExecuTorch.
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from odcheap.models.exportable import quiet_exporters
 from odcheap.predict import Predictor, pad_batches
 from odcheap.utils.errors import Failure
 
-PTE, PTE_INT8 = "student.pte", "student-int8.pte"
-PACKAGES = ("executorch", "torchao")
 EXPORTED_BATCH = 1  # images of a program if no other number is asked for
 
 
@@ -38,17 +35,6 @@ class ExecuTorchFile(NamedTuple):
 
     content: bytes
     portable: tuple[str, ...]
-
-
-def find_missing() -> list[str]:
-    """Returns the names of those packages of the extra `executorch` that are not installed."""
-    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-
-
-def check_installed() -> None:
-    """Raises `Failure` if ExecuTorch is not installed."""
-    if find_missing():
-        raise Failure("--executorch: ExecuTorch is not installed; pip install 'odcheap[executorch]' installs it")
 
 
 @contextlib.contextmanager
@@ -201,15 +187,12 @@ def set_threads(count: int) -> None:
         _unsafe_reset_threadpool(count)
 
 
-def load_method(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function that runs an ExecuTorch program.
+def create_predictor(content: bytes, batch: int | None) -> Predictor:
+    """Returns a function that maps any number of images (n, C, H, W) to logits (n, K) with an ExecuTorch program.
 
     Args:
         content: The content of the `.pte` file.
-
-    Returns:
-        A function that maps images (n, C, H, W), float32 in [0, 1], to logits (n, K). The number n and the size of the
-        images must be those for which the program was written.
+        batch: The number of images for which the program was written; None for one image.
 
     Raises:
         Failure: ExecuTorch cannot load the program.
@@ -222,21 +205,7 @@ def load_method(content: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     except Exception as error:  # ExecuTorch raises errors of several types
         raise Failure(f"ExecuTorch cannot load the file ({error})") from error
 
-    def run(images: torch.Tensor, program: Any = program) -> torch.Tensor:  # the program has to live while it runs
-        return method.execute([images])[0]
+    def run(images: np.ndarray, program: Any = program) -> np.ndarray:  # the program has to live while it runs
+        return method.execute([torch.from_numpy(images)])[0].numpy()
 
-    return run
-
-
-def create_predictor(content: bytes, batch: int | None) -> Predictor:
-    """Returns a function that maps any number of images (n, C, H, W) to logits (n, K) with an ExecuTorch program.
-
-    Args:
-        content: The content of the `.pte` file.
-        batch: The number of images for which the program was written; None for one image.
-
-    Raises:
-        Failure: ExecuTorch cannot load the program.
-    """
-    method = load_method(content)
-    return pad_batches(lambda images: method(torch.from_numpy(images)).numpy(), batch or EXPORTED_BATCH)
+    return pad_batches(run, batch or EXPORTED_BATCH)

@@ -1,7 +1,9 @@
-"""Measures the inference time of networks, in ONNX Runtime and ExecuTorch on the CPU, and in PyTorch also on a GPU."""
+"""Measures how long networks take in their runtimes, and how many times as fast one is as another."""
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -9,11 +11,15 @@ import torch
 from torch import nn
 
 from odcheap import predict
-from odcheap.export import executorch
 from odcheap.export.onnx import export_program, to_onnx
+from odcheap.export.runtimes import EXECUTORCH, ONNX_RUNTIME, PYTORCH, create_predictor
 from odcheap.layers.fuse import cheap_form
+from odcheap.predict import Timing
 
-ONNX_RUNTIME, PYTORCH, EXECUTORCH = "ONNX Runtime", "PyTorch", "ExecuTorch"
+# A speedup is not stated if the quartiles of the rounds' ratios differ by a larger factor than this one, or if the
+# calls with one thread ran in a smaller fraction of the time: other programs used the cores then.
+MAX_SPREAD = 1.25
+MIN_RUNNING = 0.75
 
 
 class Key(NamedTuple):
@@ -33,14 +39,38 @@ class Key(NamedTuple):
 
 
 Calls = dict[Key, Callable[[], object]]
-Timings = dict[Key, predict.Timing]
+Timings = dict[Key, Timing]
 
 
-def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run ONNX files on the CPU, with one thread and with all threads.
+class Speedup(NamedTuple):
+    """The time of one network divided by the time of another, which is as many times as fast.
+
+    Attributes:
+        value: The median of the ratios of all rounds of the measurement.
+        low, high: The quartiles of these ratios.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether both quartiles agree on which network is faster."""
+        return self.low > 1 or self.high < 1
+
+
+def file_calls(
+    runtime: str, contents: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]
+) -> Calls:
+    """Returns functions that run exported files in a runtime on the CPU, with one thread and with all threads.
+
+    ExecuTorch has one pool of threads in a process, and programs that are loaded do not survive a change of it. So its
+    files are run with the threads that it takes by itself, one for each fast core.
 
     Args:
-        models: The contents of ONNX files by name.
+        runtime: The name of the runtime.
+        contents: The contents of the files by name.
         size: The shape (C, H, W) of an image.
         batches: The numbers of images in a call; there is a function for each.
 
@@ -48,35 +78,12 @@ def onnx_calls(models: Mapping[str, bytes], size: tuple[int, int, int], batches:
         A dict from each `Key` to a function without arguments, which runs one file once on random images.
     """
     calls: Calls = {}
-    for name, model in models.items():
-        for threads in (1, 0):
-            predictor = predict.create_predictor(predict.create_session(model, threads))
+    for name, content in contents.items():
+        for threads in (0,) if runtime == EXECUTORCH else (1, 0):
+            predictor = create_predictor(runtime, content, batches[0], threads)
             for batch in batches:
-                images = predict.random_images(batch, size)
-                calls[Key(name, ONNX_RUNTIME, batch, threads)] = partial(predictor, images)
+                calls[Key(name, runtime, batch, threads)] = partial(predictor, predict.random_images(batch, size))
     return calls
-
-
-def executorch_calls(programs: Mapping[str, bytes], size: tuple[int, int, int], batch: int | None) -> Calls:
-    """Returns functions that run ExecuTorch programs on the CPU with the threads that ExecuTorch takes by itself.
-
-    That is a thread for each fast core. ExecuTorch has one pool of threads in a process, and programs that are loaded
-    do not survive a change of it, so that one thread cannot be timed beside it.
-
-    Args:
-        programs: The contents of `.pte` files by name.
-        size: The shape (C, H, W) of an image.
-        batch: The number of images for which the programs were written; None for one image.
-
-    Returns:
-        A dict from each `Key` to a function without arguments, which runs one program once on random images.
-    """
-    count = batch or executorch.EXPORTED_BATCH
-    images = torch.from_numpy(predict.random_images(count, size))
-    return {
-        Key(name, EXECUTORCH, count, 0): partial(executorch.load_method(content), images)
-        for name, content in programs.items()
-    }
 
 
 def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
@@ -126,8 +133,8 @@ def torch_call(network: nn.Module, images: torch.Tensor, threads: int = 0) -> Ca
     return call
 
 
-def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Timing:
-    """Returns the timing with the number of threads that was fastest.
+def fastest(timings: Timings, name: str, runtime: str, batch: int) -> Timing:
+    """Returns the timing of a network in a runtime with the number of threads that was fastest.
 
     Args:
         timings: The timings of all calls.
@@ -139,27 +146,9 @@ def fastest(timings: Timings, name: str, runtime: str, batch: int) -> predict.Ti
     return min(timing for key, timing in timings.items() if key[:3] == (name, runtime, batch))
 
 
-def time_networks(
-    networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
-) -> dict[tuple[str, int], float]:
-    """Times networks as ONNX files alternately on the CPU, and returns the median times.
-
-    Args:
-        networks: The networks by name.
-        size: The shape (C, H, W) of an image.
-        batches: The numbers of images in a call.
-        seconds: The time for each measurement, in seconds.
-
-    Returns:
-        The milliseconds of a call by (name, number of images), with the number of threads that was faster.
-    """
-    timings = measure_timings(networks, size, batches, seconds)
-    return {key: 1000 * timing.p50 for key, timing in timings.items()}
-
-
 def measure_timings(
     networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
-) -> dict[tuple[str, int], predict.Timing]:
+) -> dict[tuple[str, int], Timing]:
     """Times networks as ONNX files alternately on the CPU.
 
     Args:
@@ -172,5 +161,54 @@ def measure_timings(
         The seconds of a call by (name, number of images), with the number of threads that was faster.
     """
     models = {name: to_onnx(export_program(cheap_form(network), size)) for name, network in networks.items()}
-    timings = predict.time_alternately(onnx_calls(models, size, batches), seconds)
+    timings = predict.time_alternately(file_calls(ONNX_RUNTIME, models, size, batches), seconds)
     return {(n, b): fastest(timings, n, ONNX_RUNTIME, b) for n in networks for b in batches}
+
+
+def compare_timings(slow: Timing, fast: Timing) -> Speedup:
+    """Returns how many times as fast the second network is as the first, from ratios of each round of a measurement.
+
+    Args:
+        slow: The times of the network that is compared with, such as the standard network.
+        fast: The times of the other network, such as the student, in the same rounds.
+    """
+    pairs = list(zip(slow.rounds, fast.rounds, strict=True)) or [(slow.p50, fast.p50)]
+    ratios = [theirs / ours for theirs, ours in pairs]
+    # Quartiles and not extremes: in one of many rounds another program may have used the cores.
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    return Speedup(median, low, high)
+
+
+def compute_speedups(timings: Timings, network: tuple[str, str], other: tuple[str, str]) -> dict[int, Speedup]:
+    """Returns how many times as fast one network is as another, by the number of images in a call.
+
+    Args:
+        timings: The times of both networks.
+        network: The name of the network or file, and its runtime.
+        other: The name and the runtime of the one that it is compared with.
+
+    Returns:
+        The speedups; empty if `network` was not timed.
+    """
+    batches = sorted({key.batch for key in timings if key[:2] == network})
+    return {
+        batch: compare_timings(fastest(timings, *other, batch), fastest(timings, *network, batch)) for batch in batches
+    }
+
+
+def describe_disturbance(speedups: Iterable[Speedup], timings: Timings) -> str:
+    """Returns why speedups are too uncertain to be stated, as part of a sentence; empty if nothing is wrong.
+
+    Args:
+        speedups: The speedups.
+        timings: All times that were measured with them.
+    """
+    # The system's load is no measure of this: it is a mean over a minute in which this program itself was busy.
+    known = [t.running for key, t in timings.items() if key.threads == 1 and not math.isnan(t.running)]
+    running, reasons = statistics.mean(known or [1.0]), []
+    if running < MIN_RUNNING:
+        waited = f"{100 * (1 - running):.0f} % of the time"
+        reasons.append(f"the machine was busy (the calls waited for other programs for {waited})")
+    if any(speedup.high > MAX_SPREAD * speedup.low for speedup in speedups):
+        reasons.append("the rounds of the measurement disagree")
+    return ", and ".join(reasons)

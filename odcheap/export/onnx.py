@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Generator
-from pathlib import Path
 from typing import NamedTuple
 
 import onnx
@@ -15,6 +14,7 @@ from torch.fx import GraphModule
 
 from odcheap.models.exportable import describe_exporter_error, quiet_exporters
 from odcheap.utils.errors import Failure, OptionError, first_line
+from odcheap.utils.text import count_things
 
 INPUT, OUTPUT = "images", "logits"
 DIMENSIONS = ("n", "height", "width")
@@ -246,7 +246,12 @@ def set_opset(model: onnx.ModelProto, opset: int) -> None:
         raise OptionError("--opset", opset, reason) from error
 
 
-def read_opset(path: Path) -> int:
-    """Returns the version of ONNX's operators in a file."""
-    model = onnx.load(path)
-    return next(entry.version for entry in model.opset_import if entry.domain == "")
+def describe_graph(content: bytes) -> str:
+    """Describes an ONNX file's input and operators: `(n, 3, height, width), any number of images; ONNX opset 18`."""
+    model = onnx.load_from_string(content)
+    (images,) = model.graph.input
+    shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
+    batch = shape[0]
+    exactly = f"a static graph for exactly {count_things(batch, 'image')}" if isinstance(batch, int) else ""
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
+    return f"({', '.join(map(str, shape))}), {exactly or 'any number of images'}; ONNX opset {opset}"

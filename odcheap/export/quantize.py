@@ -1,6 +1,6 @@
-"""Converts ONNX files to 8-bit integers, in the form that ONNX Runtime runs faster here."""
+"""Converts the ONNX file of a student to 8-bit integers, in the form that ONNX Runtime runs faster here."""
 
-import math
+import argparse
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,21 +8,135 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from odcheap import predict
-from odcheap.export.latency import ONNX_RUNTIME, Timings, fastest, onnx_calls
+from odcheap.data.base import LabeledImage
+from odcheap.export import qat, verify
+from odcheap.export.latency import compute_speedups, file_calls
 from odcheap.export.onnx import INPUT
-from odcheap.export.qat import Scale
-from odcheap.utils.console import say
+from odcheap.export.runtimes import ONNX_RUNTIME, create_predictor
+from odcheap.utils.console import say, show_progress
+from odcheap.utils.text import count_things, format_accuracy
 
 # The two forms of an ONNX file with 8-bit integers. In the first, each layer is one operator of integers, as ONNX
 # Runtime runs it; the second has the operators of the float network, between pairs of QuantizeLinear and
 # DequantizeLinear, which other runtimes and compilers can read too.
 QOPERATOR, QDQ = "QOperator", "QDQ"
-EPOCHS = "odcheap.fine_tuned_epochs"  # a property of an ONNX file
 FORMATS = {QOPERATOR: QuantFormat.QOperator, QDQ: QuantFormat.QDQ}
+EPOCHS = "odcheap.fine_tuned_epochs"  # a property of an ONNX file
+CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit feature maps
+
+
+def quantize_student(
+    model: bytes, image_size: tuple[int, int, int], options: argparse.Namespace, data: verify.LabeledImages
+) -> bytes:
+    """Returns the ONNX file of a student with 8-bit integers, in the form that ONNX Runtime runs faster here.
+
+    With `--openvino` it is the QDQ form, since OpenVINO cannot run the other one.
+
+    Args:
+        model: The content of `student.onnx`.
+        image_size: The shape (C, H, W) of an image.
+        options: The options of the command, of which `batch`, `qat`, `openvino` and `seconds` are read.
+        data: The data set with training images.
+    """
+    batches = list(iterate_calibration_batches(data, options.batch))
+    prepared = prepare_model(model)
+    scales: dict[str, qat.Scale] = {}
+    if options.qat:
+        prepared, scales = fine_tune_student(prepared, batches, options.qat, data)
+    forms = (QDQ,) if options.openvino else (QOPERATOR, QDQ)
+    contents = {form: quantize_model(prepared, batches, form, scales) for form in forms}
+    form = choose_form(contents, image_size, timed_batches(options.batch), options.seconds)
+    return write_epochs(contents[form], options.qat) if scales else contents[form]
+
+
+def timed_batches(batch: int | None) -> tuple[int, ...]:
+    """Returns the numbers of images in a call that are timed: `batch`, or 1 and 64 if that is None."""
+    return predict.TIMED_BATCH_SIZES if batch is None else (batch,)
+
+
+def fine_tune_student(
+    prepared: bytes, batches: Sequence[np.ndarray], epochs: int, data: verify.LabeledImages
+) -> tuple[bytes, dict[str, qat.Scale]]:
+    """Fine-tunes a network with the rounding of 8-bit integers, and keeps the result if it is not worse.
+
+    The accuracies on the held-out images are compared; if there are none, the result is kept.
+
+    Args:
+        prepared: The content of the ONNX file with floats, from `prepare_model`.
+        batches: Batches of images for the calibration.
+        epochs: The number of epochs.
+        data: The data set.
+
+    Returns:
+        The content of the ONNX file with floats to quantize, and the learned scales of its feature maps; those given
+        and an empty dict if the fine-tuning did not help.
+    """
+    calibrated = quantize_model(prepared, batches, QDQ)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = qat.RoundedNetwork(prepared, calibrated, device)
+    count = len(data.labels["train"])
+    size = min(qat.BATCH_SIZE, count)
+    say(
+        f"fine-tuning with the rounding of 8-bit integers, {count_things(epochs, 'epoch')} of {count:,} training images"
+    )
+    batches_of_epochs = (iterate_training_batches(data, epoch, size) for epoch in range(epochs))
+    teacher = create_predictor(ONNX_RUNTIME, prepared)
+    tuned, scales = qat.fine_tune(network, teacher, batches_of_epochs, epochs * (count // size))
+    if not len(data.labels.get("val", ())):
+        return tuned, scales
+    files = {"calibrated": calibrated, "fine-tuned": quantize_model(tuned, batches, QDQ, scales)}
+    top1 = {name: measure_held_out_top1(content, data) for name, content in {"floats": prepared, **files}.items()}
+    figures = ", ".join(f"{format_accuracy(value)} % {name}" for name, value in top1.items())
+    is_better = top1["fine-tuned"] >= top1["calibrated"]
+    say(f"on the held-out images: {figures}; {'the fine-tuned' if is_better else 'the calibrated'} integers are kept")
+    return (tuned, scales) if is_better else (prepared, {})
+
+
+def iterate_training_batches(data: verify.LabeledImages, epoch: int, size: int) -> Iterator[np.ndarray]:
+    """Yields batches of training images (n, C, H, W), float32 in [0, 1], in an order that depends on the epoch.
+
+    Args:
+        data: The data set.
+        epoch: The number of the epoch, from 0.
+        size: The number of images in a batch; images that do not fill the last batch are left out.
+    """
+    count = len(data.labels["train"])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    images = show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
+    for chunk in verify.split_batches(images, size):
+        if len(chunk) == size:
+            yield stack_images(chunk)
+
+
+def measure_held_out_top1(content: bytes, data: verify.LabeledImages) -> float:
+    """Returns the accuracy of an ONNX file on the held-out images."""
+    predictor, correct, count = create_predictor(ONNX_RUNTIME, content), 0, 0
+    for chunk in verify.split_batches(verify.iterate_samples(data, "val"), verify.BATCH_SIZE):
+        predicted = predictor(stack_images(chunk)).argmax(1)
+        correct += int((predicted == [sample.label for sample in chunk]).sum())
+        count += len(chunk)
+    return correct / max(count, 1)
+
+
+def stack_images(samples: Sequence[LabeledImage]) -> np.ndarray:
+    """Returns the images of samples as a batch (n, C, H, W), float32 in [0, 1]."""
+    return np.stack([sample.image.numpy() for sample in samples]).astype(np.float32) / np.float32(255)
+
+
+def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -> Iterator[np.ndarray]:
+    """Yields batches of training images (n, C, H, W), float32 in [0, 1].
+
+    If `batch` is given, for a static graph, all batches have this number of images.
+    """
+    samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
+    for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):
+        if batch is None or len(chunk) == batch:
+            yield stack_images(chunk)
 
 
 class BatchReader(CalibrationDataReader):
@@ -57,7 +171,7 @@ def prepare_model(model: bytes) -> bytes:
 
 
 def quantize_model(
-    model: bytes, batches: Sequence[np.ndarray], form: str, scales: Mapping[str, Scale] | None = None
+    model: bytes, batches: Sequence[np.ndarray], form: str, scales: Mapping[str, qat.Scale] | None = None
 ) -> bytes:
     """Returns an ONNX file with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
 
@@ -101,31 +215,19 @@ def choose_form(
     """Returns the form, "QOperator" or "QDQ", in which ONNX Runtime runs a quantized network faster on this machine.
 
     Args:
-        contents: The contents of the network's ONNX files in both forms, by "QOperator" and "QDQ".
+        contents: The contents of the network's ONNX files, by "QOperator" and "QDQ" or only one of them.
         size: The shape (C, H, W) of an image.
         batches: The numbers of images in a call that are timed. The geometric mean of their ratios of times decides.
         seconds: The time for each measurement, in seconds.
     """
-    ratio = compare_forms(predict.time_alternately(onnx_calls(contents, size, batches), seconds))
+    if len(contents) == 1:
+        return next(iter(contents))
+    timings = predict.time_alternately(file_calls(ONNX_RUNTIME, contents, size, batches), seconds)
+    speedups = compute_speedups(timings, (QOPERATOR, ONNX_RUNTIME), (QDQ, ONNX_RUNTIME))
+    ratio = statistics.geometric_mean(speedup.value for speedup in speedups.values())
     form, other = (QOPERATOR, QDQ) if ratio > 1 else (QDQ, QOPERATOR)
     say(f"the {form} form of the 8-bit integers is kept, {max(ratio, 1 / ratio):.2f} times as fast as {other}")
     return form
-
-
-def compare_forms(timings: Timings) -> float:
-    """Returns how many times as fast the QOperator form is as the QDQ form in ONNX Runtime.
-
-    Args:
-        timings: The times of both forms, whose names in the keys are "QOperator" and "QDQ".
-
-    Returns:
-        The geometric mean, over the numbers of images in a call, of the ratio of the median times.
-    """
-    batches = sorted({key.batch for key in timings})
-    times = {form: [fastest(timings, form, ONNX_RUNTIME, batch).p50 for batch in batches] for form in (QDQ, QOPERATOR)}
-    return math.exp(
-        statistics.mean(math.log(slow / fast) for slow, fast in zip(times[QDQ], times[QOPERATOR], strict=True))
-    )
 
 
 def read_form(content: bytes) -> str:
@@ -146,11 +248,6 @@ def write_epochs(content: bytes, epochs: int) -> bytes:
     return model.SerializeToString()
 
 
-def count_epochs(epochs: int) -> str:
-    """Returns a number of epochs as text, such as "1 epoch" or "3 epochs"."""
-    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
-
-
 def describe_origin(content: bytes) -> str:
     """Returns a text about an ONNX file with 8-bit integers, such as "QOperator form, fine-tuned for 3 epochs".
 
@@ -158,5 +255,5 @@ def describe_origin(content: bytes) -> str:
         content: The content of the file.
     """
     properties = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
-    tuned = f", fine-tuned for {count_epochs(int(properties[EPOCHS]))}" if EPOCHS in properties else ""
+    tuned = f", fine-tuned for {count_things(int(properties[EPOCHS]), 'epoch')}" if EPOCHS in properties else ""
     return f"{read_form(content)} form{tuned}"

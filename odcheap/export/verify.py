@@ -23,20 +23,18 @@ from odcheap import predict
 from odcheap.data.base import ImageData, LabeledImage
 from odcheap.data.image_folder import evaluation_transform
 from odcheap.data.transforms import Normalization
-from odcheap.export import executorch, openvino
-from odcheap.export.executorch import PTE, PTE_INT8
 from odcheap.export.load_run import RunStudent
 from odcheap.export.onnx import MAX_DIFFERENCE
+from odcheap.export.runtimes import EXECUTORCH, FLOAT_FILES, ONNX, ONNX_RUNTIME, OPENVINO, PYTORCH, create_predictor
 from odcheap.utils.console import say, show_progress
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.parts import build_part, read_part
 from odcheap.utils.text import escape_control_chars, format_accuracy
 
-INT8 = "student-int8.onnx"
-FLOAT_FILES = {INT8: "student.onnx", PTE_INT8: PTE}  # for each file with 8-bit integers, the one with floats
 NOISE_IMAGES = 64
 BATCH_SIZE = 250
-SUFFIXES = (".onnx", ".pt2", ".pte", ".safetensors")
+BARE = "a bare process"  # with PyTorch and odcheap
+RUNTIMES = {".onnx": ONNX_RUNTIME, ".pt2": PYTORCH, ".pte": EXECUTORCH, ".safetensors": BARE}
 # Runs a student.safetensors in a new process that cannot import Lightning, Hydra or ONNX Runtime.
 BARE_PROCESS = """
 import json, sys
@@ -80,36 +78,35 @@ class Reference(NamedTuple):
     labels: np.ndarray | None
     logits: np.ndarray
 
-    def top1(self, logits: np.ndarray) -> float | None:
-        """Returns the top-1 accuracy of logits (N, K); None if there are no labels."""
-        return None if self.labels is None else float((logits.argmax(1) == self.labels).mean())
-
 
 class Verification(NamedTuple):
-    """The results of the checks.
+    """The results of the checks of an export. All but the first two are empty or None if there were no test images.
 
     Attributes:
         images: The number of images.
-        on_data: Whether these were the test images of the run.
         differences: For each file, the largest difference between one of its logits and the trained network's. A file
             that was also run in OpenVINO has a second entry; see `name_in_openvino`.
-        top1: For each file, its top-1 accuracy; None if there are no labels. There are entries for OpenVINO, too.
-        reason: Why there were no test images; empty if there were.
-        confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones; None without labels.
+        top1: For each file, its top-1 accuracy. There are entries for OpenVINO, too.
+        reason: Why the files were checked on images of noise; empty if they were checked on the run's test images.
+        confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones.
         agreement: For each file with 8-bit integers, the share of the images for which it predicts the class that the
             trained network predicts.
         changes: For each file with 8-bit integers, the number of images that only it classifies correctly, and of those
-            that only the file with floats classifies correctly, see `FLOAT_FILES`; empty without labels.
+            that only the file with floats classifies correctly, see `FLOAT_FILES`.
     """
 
     images: int
-    on_data: bool
-    differences: dict[str, float]
-    top1: dict[str, float | None]
-    reason: str
+    differences: Mapping[str, float]
+    top1: Mapping[str, float] = {}
+    reason: str = ""
     confusion: np.ndarray | None = None
     agreement: Mapping[str, float] = {}
     changes: Mapping[str, tuple[int, int]] = {}
+
+    @property
+    def on_data(self) -> bool:
+        """Whether the files were checked on the run's test images."""
+        return not self.reason
 
 
 def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
@@ -231,41 +228,36 @@ def verify_files(
     Raises:
         Failure: A file does not compute the same as the network.
     """
-    # The accuracy of the trained network itself is compared with that of its run first.
-    differences, top1, confusion, agreement = {}, {}, None, {}
-    correct: dict[str, np.ndarray] = {}
+    differences, predicted = {}, {}
     with tempfile.TemporaryDirectory() as images:
+        # The accuracy of the trained network itself is compared with that of its run first.
         if data is None:
             reference = compute_noise_reference(run.settings, run.network, Path(images))
         else:
             reference = compute_test_reference(data, run.network, Path(images))
             check_accuracy(run, reference)
-        for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
+        for path in sorted(path for path in folder.iterdir() if path.suffix in RUNTIMES):
             say(f"checking {path.name} on {len(reference.files):,} images")
-            logits = compute_logits(path, preprocess, reference, batch, run.config_dirs)
-            top1[path.name] = reference.top1(logits)
+            runtimes = {path.name: RUNTIMES[path.suffix]}
             if with_openvino and path.suffix == ".onnx":
-                name = name_in_openvino(path.name)
-                own = compute_logits_in_openvino(path, preprocess, reference)
-                top1[name] = reference.top1(own)
+                runtimes[name_in_openvino(path.name)] = OPENVINO
+            for name, runtime in runtimes.items():
+                logits = compute_logits(path, runtime, preprocess, reference, batch, run.config_dirs)
+                predicted[name] = logits.argmax(1)
                 if path.name not in FLOAT_FILES:
-                    differences[name] = check_logits(name, own, reference)
-            if reference.labels is not None:
-                correct[path.name] = logits.argmax(1) == reference.labels
-            if path.name not in FLOAT_FILES:
-                differences[path.name] = check_logits(path.name, logits, reference)
-            else:
-                agreement[path.name] = float((logits.argmax(1) == reference.logits.argmax(1)).mean())
-            if path.name == "student.onnx" and reference.labels is not None:
-                confusion = predict.count_confusion(
-                    reference.labels.tolist(), logits.argmax(1).tolist(), logits.shape[1]
-                )
-    changes = {}
-    for name in FLOAT_FILES.keys() & correct.keys():
-        int8, own = correct[name], correct[FLOAT_FILES[name]]
-        changes[name] = int((int8 & ~own).sum()), int((own & ~int8).sum())
+                    differences[name] = check_logits(name, logits, reference)
+    labels, expected = reference.labels, reference.logits.argmax(1)
+    if labels is None:
+        return Verification(len(reference.files), differences, reason=reason)
+    is_right = {name: classes == labels for name, classes in predicted.items()}
+    pairs = {name: (is_right[name], is_right[own]) for name, own in FLOAT_FILES.items() if name in is_right}
     return Verification(
-        len(reference.files), data is not None, differences, top1, reason, confusion, agreement, changes
+        len(reference.files),
+        differences,
+        top1={name: float(right.mean()) for name, right in is_right.items()},
+        confusion=predict.count_confusion(labels.tolist(), predicted[ONNX].tolist(), reference.logits.shape[1]),
+        agreement={name: float((predicted[name] == expected).mean()) for name in pairs},
+        changes={name: (int((int8 & ~own).sum()), int((own & ~int8).sum())) for name, (int8, own) in pairs.items()},
     )
 
 
@@ -286,7 +278,7 @@ def check_accuracy(run: RunStudent, reference: Reference) -> None:
     exact = is_32_bit and trainer.get("accelerator") == "cpu"
     gap = 1e-3 if exact else 0.03 * (ordered[:, -1] - ordered[:, 0])
     ties = (ordered[:, -1] - ordered[:, -2] < gap).mean()
-    top1 = reference.top1(reference.logits) or 0.0
+    top1 = float((reference.logits.argmax(1) == reference.labels).mean())
     if abs(top1 - run.test_top1) > ties + (0 if is_32_bit else 0.005) + 1e-6:
         here, known = format_accuracy(top1), format_accuracy(run.test_top1)
         line = f"the network's test accuracy is {here} % here, {known} % in the run's summary"
@@ -313,12 +305,18 @@ def check_logits(name: str, logits: np.ndarray, reference: Reference) -> float:
 
 
 def compute_logits(
-    path: Path, preprocess: dict[str, Any], reference: Reference, batch: int | None, config_dirs: Sequence[Path] = ()
+    path: Path,
+    runtime: str,
+    preprocess: dict[str, Any],
+    reference: Reference,
+    batch: int | None,
+    config_dirs: Sequence[Path] = (),
 ) -> np.ndarray:
-    """Returns the logits (N, K) of an exported file, which is run in its own runtime.
+    """Returns the logits (N, K) of an exported file for image files.
 
     Args:
         path: The exported file.
+        runtime: The runtime in which it is run; see `RUNTIMES`.
         preprocess: The content of `preprocess.json`.
         reference: The image files.
         batch: The number of images that a static graph takes; None if the number may vary.
@@ -327,66 +325,19 @@ def compute_logits(
     Raises:
         Failure: The file cannot be loaded or run.
     """
-    # The runtimes: a new process with PyTorch and odcheap, PyTorch alone, ExecuTorch, and ONNX Runtime.
-    if path.suffix == ".safetensors":
+    if runtime == BARE:
         return run_in_bare_process(path, preprocess, reference, config_dirs)
-    if path.suffix == ".pt2":
-        graph = torch.export.load(path).module()
-
-        def run(images: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                return graph(torch.from_numpy(images)).numpy()
-
-        predictor = predict.pad_batches(run, batch)
-    elif path.suffix == ".pte":
-        try:
-            predictor = executorch.create_predictor(path.read_bytes(), batch)
-        except Failure as error:
-            raise Failure(f"{path.name}: {error}") from error
-    else:
-        try:
-            predictor = predict.create_predictor(predict.create_session(path.read_bytes()))
-        except predict.PredictError as error:
-            raise Failure(f"{path.name}: {error}") from error
-    return run_predictor(predictor, path.name, preprocess, reference)
-
-
-def run_predictor(
-    predictor: predict.Predictor, name: str, preprocess: dict[str, Any], reference: Reference
-) -> np.ndarray:
-    """Returns the logits (N, K) of image files.
-
-    Args:
-        predictor: A function that runs the network.
-        name: The name of the file with the network, which is shown beside the progress.
-        preprocess: The content of `preprocess.json`.
-        reference: The image files.
-    """
+    try:
+        predictor = create_predictor(runtime, path.read_bytes(), batch)
+    except (Failure, predict.PredictError) as error:
+        raise Failure(f"{path.name}: {error}") from error
     results = predict.predict_files(predictor, reference.files, preprocess)
-    return np.stack([logits for _, logits in show_progress(results, len(reference.files), name)])
+    return np.stack([logits for _, logits in show_progress(results, len(reference.files), path.name)])
 
 
 def name_in_openvino(name: str) -> str:
     """Returns the name under which the results of a file in OpenVINO are kept, such as "student.onnx in OpenVINO"."""
-    return f"{name} in {openvino.OPENVINO}"
-
-
-def compute_logits_in_openvino(path: Path, preprocess: dict[str, Any], reference: Reference) -> np.ndarray:
-    """Returns the logits (N, K) of an ONNX file, which is run in OpenVINO.
-
-    Args:
-        path: The ONNX file.
-        preprocess: The content of `preprocess.json`.
-        reference: The image files.
-
-    Raises:
-        Failure: OpenVINO cannot load the file.
-    """
-    try:
-        predictor = openvino.create_predictor(path.read_bytes())
-    except Failure as error:
-        raise Failure(f"{path.name}: {error}") from error
-    return run_predictor(predictor, name_in_openvino(path.name), preprocess, reference)
+    return f"{name} in {OPENVINO}"
 
 
 def run_in_bare_process(

@@ -9,6 +9,7 @@ from process_server import popen
 
 from odcheap.bench import command, operators
 from odcheap.export import latency
+from odcheap.predict import Timing
 
 SMALL = ["backbone=resnet20", "backbone.depth=8", "num_stu=2", "data.batch_size=8", "trainer=cpu", "data_dir=none"]
 
@@ -21,9 +22,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(operators, "MEMORY_BYTES", 2**20)
 
     def times(networks, size, batches, seconds):
-        return {(name, batch): batch * (2.0 if name == "Standard" else 1.0) for name in networks for batch in batches}
+        ms = {(name, batch): batch * (2.0 if name == "Standard" else 1.0) for name in networks for batch in batches}
+        return {key: Timing(time / 1000, time / 1000) for key, time in ms.items()}
 
-    monkeypatch.setattr(latency, "time_networks", times)
+    monkeypatch.setattr(latency, "measure_timings", times)
 
 
 def test_it_measures_prints_and_writes(quick, tmp_path, capsys):

@@ -112,10 +112,10 @@ def test_another_student_static_and_in_integers(trained, tmp_path, capsys):
 @pytest.mark.parametrize(("int8", "lost"), [(0.83, None), (0.82, "1.00")])
 def test_integers_that_lose_much_accuracy_name_the_fine_tuning(tmp_path, int8, lost):
     run = load_run_student(write_run(tmp_path / "run"))
-    seen = verify.Verification(100, True, {}, {"student.onnx": 0.83, "student-int8.onnx": int8}, "")
+    seen = verify.Verification(100, {}, {"student.onnx": 0.83, "student-int8.onnx": int8}, "")
     expected = f"8-bit integers lose {lost} percentage points: --qat fine-tunes the network with their rounding"
     assert command.advise_fine_tuning(run, seen) == (expected if lost else None)
-    assert command.advise_fine_tuning(run, verify.Verification(64, False, {}, {}, "")) is None
+    assert command.advise_fine_tuning(run, verify.Verification(64, {}, {}, "no data")) is None
 
 
 def test_a_stopped_run_is_exported_as_far_as_it_came_and_one_without_an_epoch_is_not(trained, light, capsys):
@@ -138,9 +138,9 @@ def test_every_kind_of_file_is_held_against_the_trained_network(trained, light, 
     job_dir = trained("trainer.max_epochs=1")
     compute_logits = verify.compute_logits
 
-    def wrong(path, preprocess, reference, *given):
+    def wrong(path, runtime, preprocess, reference, *given):
         is_slow = path.suffix == ".safetensors"
-        logits = reference.logits if is_slow else compute_logits(path, preprocess, reference, *given)
+        logits = reference.logits if is_slow else compute_logits(path, runtime, preprocess, reference, *given)
         return logits + 0.01 * (path.suffix == f".{suffix}")
 
     monkeypatch.setattr(verify, "compute_logits", wrong)

@@ -11,11 +11,12 @@ from layers.test_fuse import settled
 
 from odcheap import cheapen, export_student, predict
 from odcheap.bench import command as bench_command
-from odcheap.export import command, verify
+from odcheap.export import command, runtimes, verify
 from odcheap.export import executorch as executorch_export
 from odcheap.export import onnx as onnx_export
-from odcheap.export.latency import EXECUTORCH, ONNX_RUNTIME, Key
-from odcheap.export.model_card import STANDARD, describe_executorch_speed
+from odcheap.export.card_speed import STANDARD, describe_further_speeds
+from odcheap.export.latency import Key
+from odcheap.export.runtimes import EXECUTORCH, ONNX_RUNTIME
 from odcheap.layers.cheap_conv import DW, Group, RepDW, Shift, Standard
 from odcheap.layers.fuse import cheap_form
 from odcheap.models.cifar import CifarResNet
@@ -23,7 +24,7 @@ from odcheap.models.wrappers import TorchvisionBackbone
 from odcheap.utils.errors import Failure, OptionError
 
 needs_executorch = pytest.mark.skipif(
-    executorch_export.find_missing() != [], reason="the extra executorch is not installed"
+    not runtimes.is_installed(EXECUTORCH), reason="the extra executorch is not installed"
 )
 
 
@@ -92,12 +93,12 @@ def test_xnnpack_runs_every_layer_with_the_network_s_logits(block_type, backbone
 def test_a_file_that_is_no_program_is_one_line(tmp_path):
     (tmp_path / "student.pte").write_bytes(b"no program" * 20)
     with pytest.raises(Failure, match=r"^student.pte: ExecuTorch cannot load the file \(.*\)$") as caught:
-        verify.compute_logits(tmp_path / "student.pte", {}, None, None)
+        verify.compute_logits(tmp_path / "student.pte", EXECUTORCH, {}, None, None)
     assert "\n" not in str(caught.value)
 
 
 def test_without_executorch_a_line_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(executorch_export, "PACKAGES", ("no_such_package",))
+    monkeypatch.setitem(runtimes.PACKAGES, EXECUTORCH, ("no_such_package",))
     with pytest.raises(Failure, match=r"^--executorch: .* pip install 'odcheap\[executorch\]'"):
         command.check_options(command.parse_arguments(["run", "--executorch", "--out", str(tmp_path / "out")]))
     with pytest.raises(OptionError, match=r"--batch=600: must be at most 512 with --executorch"):
@@ -115,21 +116,23 @@ def timings(program, int8, standard, spread=1.0):
 
 
 def test_the_card_has_the_speed_in_executorch_beside_onnx_runtime():
-    lines = describe_executorch_speed(timings(0.3, 0.4, 0.9))
+    lines = describe_further_speeds(timings(0.3, 0.4, 0.9))
     assert lines == [
-        "Compared with the standard network, in ExecuTorch `student.pte` is 3.00 (3.00 to 3.00) times as fast with one "
-        "image.",
-        "**Slower than `student.pte` in ExecuTorch here**: compared with `student.pte`, in ExecuTorch "
-        "`student-int8.pte` takes 1.33 (1.33 to 1.33) times as long with one image.",
-        "Times of one image in ExecuTorch, with the number of threads that it takes by itself: 0.9 ms for the standard "
+        "Compared with the standard network on this CPU, `student.pte` in ExecuTorch is 3.00 (3.00 to 3.00) times as "
+        "fast with 1 image.",
+        "**Slower than `student.pte` here**: `student-int8.pte` in ExecuTorch takes 1.33 (1.33 to 1.33) times as long "
+        "with 1 image.",
+        "Times of 1 image in ExecuTorch, with the number of threads that it takes by itself: 0.9 ms for the standard "
         "network, 0.3 ms for `student.pte`, 0.4 ms for `student-int8.pte`, 0.2 ms for `student.onnx` in ONNX Runtime.",
     ]
-    assert describe_executorch_speed({}) == []
+    assert describe_further_speeds({}) == []
 
 
 def test_an_uncertain_speed_in_executorch_is_not_stated():
     uncertain = timings(0.3, 0.4, 0.9) | {
         key: timing for key, timing in timings(0.3, 0.4, 0.9, spread=3).items() if key.name == STANDARD
     }
-    (line,) = describe_executorch_speed(uncertain)
-    assert line.startswith("**The speed in ExecuTorch could not be measured**: the rounds of the measurement disagree")
+    line, *_ = describe_further_speeds(uncertain)
+    assert line.startswith(
+        "**The speed of `student.pte` in ExecuTorch could not be measured**: the rounds of the measurement disagree"
+    )

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from export.test_load_run import SETTINGS, write_run
 from markdown_it import MarkdownIt
-from scipy.stats import binomtest
 
-from odcheap.export import card_accuracy, model_card
-from odcheap.export.latency import ONNX_RUNTIME, PYTORCH, Key
+from odcheap.export import card_accuracy, card_speed, model_card
+from odcheap.export.card_speed import STANDARD
+from odcheap.export.latency import Key
 from odcheap.export.load_run import load_run_student
-from odcheap.export.model_card import DENSE, STANDARD
-from odcheap.export.openvino import OPENVINO
-from odcheap.export.verify import INT8, Verification
+from odcheap.export.runtimes import DENSE, INT8, ONNX_RUNTIME, OPENVINO, PYTORCH
+from odcheap.export.verify import Verification
 from odcheap.layers.cheap_conv import DW, Standard
 from odcheap.models import flops
 from odcheap.models.cifar import CifarResNet
@@ -46,10 +45,9 @@ def pair(conv):
 
 
 def test_a_faster_student_says_how_much():
-    (line,) = model_card.describe_speed(pair(DW()), found((1, 20), (3, 50)))
+    (line,) = card_speed.describe_speed(pair(DW()), found((1, 20), (3, 50)))
     assert (
-        "in ONNX Runtime on this CPU the student is 3.00 (3.00 to 3.00) times as fast with one image and is 2.50"
-        in line
+        "in ONNX Runtime on this CPU the student is 3.00 (3.00 to 3.00) times as fast with 1 image and is 2.50" in line
     )
     assert "ranges: quartiles of 3 rounds" in line
     assert "could not be measured" not in line
@@ -89,26 +87,26 @@ RATIO = re.compile(r"times as (fast|long)")
 )
 def test_an_uncertain_speed_is_not_stated(timings, running, reason):
     run, timings = pair(DW()), slow_process(timings, running)
-    text = "\n".join(model_card.describe_speed(run, timings))
+    text = "\n".join(card_speed.describe_speed(run, timings))
     assert f"**The speed could not be measured**: {reason}" in text
     assert not RATIO.search(text)
     student, standard = (flops.count_macs(network, run.image_size) for network in (run.network, run.standard))
     assert f"needs {standard / student:.1f} times fewer multiply-accumulates" in text
     assert "On a quiet machine, `odcheap export JOB_DIR --overwrite` measures the speed" in text
     assert "`python predict.py --bench`" in text
-    assert f"**The times are uncertain**: {reason}" in model_card.mark_times(run, timings)
+    assert f"{card_speed.find_disturbance(run, timings)}.".startswith(reason)
     of_python = SimpleNamespace(**vars(run) | {"job_dir": None})
-    assert "`export_student` with `overwrite=True`" in "\n".join(model_card.describe_speed(of_python, timings))
+    assert "`export_student` with `overwrite=True`" in "\n".join(card_speed.describe_speed(of_python, timings))
 
 
 def test_a_quiet_machine_has_no_mark():
     timings = slow_process(found((1, 20), (3, 50)), 0.9)
-    assert RATIO.search("\n".join(model_card.describe_speed(pair(DW()), timings)))
-    assert model_card.mark_times(pair(DW()), timings) == ""
+    assert RATIO.search("\n".join(card_speed.describe_speed(pair(DW()), timings)))
+    assert card_speed.find_disturbance(pair(DW()), timings) == ""
 
 
 def test_the_card_of_a_busy_machine_has_no_ratio(tmp_path):
-    seen = Verification(64, False, {}, {}, "")
+    seen = Verification(64, {}, {}, "no data")
     text = write_card(tmp_path, seen, running=0.2)
     assert "**The speed could not be measured**: the machine was busy" in text.split("```")[0]
     assert "**The times are uncertain**: the machine was busy" in section(text, "Size and speed")
@@ -117,31 +115,27 @@ def test_the_card_of_a_busy_machine_has_no_ratio(tmp_path):
 
 def test_where_pytorch_says_the_opposite_the_headline_says_both():
     timings = slow_down(found((1, 20), (3, 50)), "the student", (3.8, 3.6, 4.2), PYTORCH)
-    (line,) = model_card.describe_speed(pair(DW()), timings)
-    assert "3.00 (3.00 to 3.00) times as fast with one image" in line
-    assert (
-        "**In PyTorch on this CPU it is the opposite**: it takes 3.8 (3.7 to 4.0) times as long with one image" in line
-    )
+    (line,) = card_speed.describe_speed(pair(DW()), timings)
+    assert "3.00 (3.00 to 3.00) times as fast with 1 image" in line
+    assert "**In PyTorch on this CPU it is the opposite**: it takes 3.8 (3.7 to 4.0) times as long with 1 image" in line
     faster = slow_down(found((4, 60), (3, 50)), STANDARD, (2, 2, 2), PYTORCH)
-    (line,) = model_card.describe_speed(pair(DW()), faster)
+    (line,) = card_speed.describe_speed(pair(DW()), faster)
     assert line.startswith("**Not faster than the standard network here**")
-    assert (
-        "**In PyTorch on this CPU it is the opposite**: it is 2.00 (2.00 to 2.00) times as fast with one image" in line
-    )
+    assert "**In PyTorch on this CPU it is the opposite**: it is 2.00 (2.00 to 2.00) times as fast with 1 image" in line
 
 
 @pytest.mark.parametrize("slow", [(4, 20), (1, 60)])
 def test_a_slower_one_says_so_first_and_names_what_is_faster(slow):
-    first, second = model_card.describe_speed(pair(DW()), found(slow, (3, 50), dense=(2, 40)))
+    first, second = card_speed.describe_speed(pair(DW()), found(slow, (3, 50), dense=(2, 40)))
     assert first.startswith("**Not faster than the standard network here**")
     assert "student-dense.onnx" in second
     assert (
-        "is 1.50 (1.50 to 1.50) times as fast with one image and is 1.25 (1.25 to 1.25) times as fast with 64" in second
+        "is 1.50 (1.50 to 1.50) times as fast with 1 image and is 1.25 (1.25 to 1.25) times as fast with 64" in second
     )
 
 
 def add_int8(timings, times, runtime=ONNX_RUNTIME):
-    """The timings with those of 8-bit integers: milliseconds of one image and of 64."""
+    """The timings with those of 8-bit integers: milliseconds of 1 image and of 64."""
     made = {
         key._replace(name=INT8, runtime=runtime): t._replace(rounds=tuple(ms * part / 1e3 for part in (0.98, 1, 1.01)))
         for key, t in timings.items()
@@ -156,21 +150,20 @@ def add_int8(timings, times, runtime=ONNX_RUNTIME):
     [
         (
             (1.3, 16),
-            "**8-bit integers are slower than floats in ONNX Runtime here**: compared with `student.onnx`, in ONNX "
-            "Runtime on this CPU `student-int8.onnx` takes 1.3",
+            "**Slower than `student.onnx` here**: `student-int8.onnx` in ONNX Runtime takes 1.3",
         ),
-        ((0.5, 16), "Compared with `student.onnx`, in ONNX Runtime on this CPU `student-int8.onnx` is 2.0"),
+        ((0.5, 16), "Compared with `student.onnx` on this CPU, `student-int8.onnx` in ONNX Runtime is 2.0"),
     ],
 )
 def test_the_card_says_if_8_bit_integers_are_slower_than_floats(times, line):
-    (text,) = model_card.describe_int8_speed(add_int8(found((1, 20), (3, 50)), times))
+    (text,) = card_speed.describe_further_speeds(add_int8(found((1, 20), (3, 50)), times))
     assert text.startswith(line)
     assert "times as fast with 64 images." in text
-    assert model_card.describe_int8_speed(found((1, 20), (3, 50))) == []
+    assert card_speed.describe_further_speeds(found((1, 20), (3, 50))) == []
 
 
 def add_openvino(timings, times):
-    """The timings with those of OpenVINO: milliseconds of `student.onnx` and of the standard network for one image."""
+    """The timings with those of OpenVINO: milliseconds of `student.onnx` and of the standard network for 1 image."""
     rounds = {"student.onnx": times[0], STANDARD: times[1]}
     made = {
         Key(name, OPENVINO, 1, 1): Timing(ms / 1e3, ms / 500, rounds=tuple(ms * part / 1e3 for part in (0.98, 1, 1.01)))
@@ -181,29 +174,29 @@ def add_openvino(timings, times):
 
 def test_the_card_compares_openvino_with_onnx_runtime():
     timings = add_openvino(found((1, 20), (3, 50)), (4, 3))
-    (line,) = model_card.describe_openvino_speed(timings)
-    start = "Compared with ONNX Runtime on this CPU, `student.onnx` in OpenVINO takes "
-    assert re.fullmatch(re.escape(start) + r"4\.\d+ \([\d.]+ to [\d.]+\) times as long with one image\.", line)
-    assert model_card.describe_openvino_speed(found((1, 20), (3, 50))) == []
-    (line,) = model_card.describe_speed(pair(DW()), timings)
+    (line,) = card_speed.describe_further_speeds(timings)
+    start = "**Slower than ONNX Runtime here**: `student.onnx` in OpenVINO takes "
+    assert re.fullmatch(re.escape(start) + r"4\.\d+ \([\d.]+ to [\d.]+\) times as long with 1 image\.", line)
+    assert card_speed.describe_further_speeds(found((1, 20), (3, 50))) == []
+    (line,) = card_speed.describe_speed(pair(DW()), timings)
     assert "**In OpenVINO on this CPU it is the opposite**: it takes 1.3" in line
 
 
 def test_a_busy_machine_has_no_line_about_integers_and_openvino():
     timings = add_openvino(add_int8(found((1, 20), (3, 50)), (1, 20)), (4, 3))
-    assert len(model_card.describe_further_speeds(slow_process(timings, 0.9))) == 2
-    assert model_card.describe_further_speeds(slow_process(timings, 0.4)) == []
+    assert len(card_speed.describe_further_speeds(slow_process(timings, 0.9))) == 2
+    assert card_speed.describe_further_speeds(slow_process(timings, 0.4)) == []
 
 
 def test_an_uncertain_speed_of_8_bit_integers_is_not_stated():
     timings = slow_down(add_int8(found((1, 20), (3, 50)), (1, 20)), INT8, (1, 2, 3))
-    (text,) = model_card.describe_int8_speed(timings)
-    assert text.startswith("**The speed of 8-bit integers in ONNX Runtime could not be measured**: the rounds of")
+    (text,) = card_speed.describe_further_speeds(timings)
+    assert text.startswith("**The speed of `student-int8.onnx` in ONNX Runtime could not be measured**: the rounds of")
     assert not RATIO.search(text)
 
 
 def test_the_standard_network_is_not_held_against_itself():
-    assert model_card.describe_speed(pair(Standard()), found((4, 20), (3, 50))) == [
+    assert card_speed.describe_speed(pair(Standard()), found((4, 20), (3, 50))) == [
         "This is the standard network itself."
     ]
 
@@ -228,7 +221,7 @@ def write_card(tmp_path, verification, settings=SETTINGS, running=1.0):
 
 def test_the_card_says_what_was_checked_and_on_what(tmp_path):
     top1 = {"student.onnx": 0.5, "student-int8.onnx": 0.47}
-    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, {INT8: 0.9}, {INT8: (3, 14)})
+    seen = Verification(360, {"student.onnx": 1e-6}, top1, "", None, {INT8: 0.9}, {INT8: (3, 14)})
     text = write_card(tmp_path, seen)
     opening = text.split("```")[0]
     assert "Test accuracy 50.00 % on 360 images; 50.00 % by the run's summary, in 32-true." in opening
@@ -240,14 +233,14 @@ def test_the_card_says_what_was_checked_and_on_what(tmp_path):
 
 
 def test_without_data_it_says_so_twice(tmp_path):
-    text = write_card(tmp_path, Verification(64, False, {}, {}, "data_dir=x: no such\nfolder"))
+    text = write_card(tmp_path, Verification(64, {}, {}, "data_dir=x: no such\nfolder"))
     assert "Test accuracy 50.00 % by the run's summary; **not verified on data** here." in text.split("```")[0]
     assert "**Not verified on data**: `data_dir=x: no such\\nfolder`." in text
 
 
 def test_a_strangers_settings_are_shown_harmlessly(tmp_path):
     split = "x`\n\n# Owned\x1b[2J<img src=x>"
-    text = write_card(tmp_path, Verification(64, False, {}, {}, ""), SETTINGS | {"split": split})
+    text = write_card(tmp_path, Verification(64, {}, {}, "no data"), SETTINGS | {"split": split})
     assert "# Owned" not in text.replace("\\n\\n# Owned", "")
     assert "\x1b" not in text
     assert "`x'\\n\\n# Owned\\x1b[2J<img src=x>`" in text
@@ -272,7 +265,7 @@ def test_nothing_that_others_have_written_is_markup_in_the_card(tmp_path, monkey
     run.summary.update(data=HOSTILE, epochs=HOSTILE, versions={"torch": HOSTILE})
     timings = found((1, 20), (3, 50))
     for on_data in (True, False):
-        seen = Verification(64, on_data, {}, {"student.onnx": 0.5} if on_data else {}, HOSTILE)
+        seen = Verification(64, {}, {"student.onnx": 0.5} if on_data else {}, "" if on_data else HOSTILE)
         text = model_card.write_card(run, tmp_path / "run", {}, timings, seen, HOSTILE, "(n, 3, height, width)")
         parts = parse_markdown(text)
         assert {kind for kind, _ in parts}.isdisjoint({"link_open", "image", "html_inline", "em_open"})
@@ -293,7 +286,7 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path):
     path = write_run(tmp_path / "zqparent" / "run", config=json.dumps(options | {"trainer": {"precision": 32}}))
     run = load_run_student(path)._replace(job_dir=Path("zqparent/run"))  # as it is given on the command line
     run.summary.update(data="/home/zqme/flowers")
-    seen = Verification(64, False, {}, {}, "data_dir=/home/zqme/flowers: no such folder")
+    seen = Verification(64, {}, {}, "data_dir=/home/zqme/flowers: no such folder")
     text = model_card.write_card(run, path, {}, found((1, 20), (3, 50)), seen, "a machine", "(n, 3, height, width)")
     assert "zq" not in text
     assert str(tmp_path) not in text
@@ -319,7 +312,7 @@ def section(text, title):
 
 
 def test_a_student_that_says_one_class_to_everything_is_known_from_the_first_lines(tmp_path):
-    seen = Verification(19, True, {}, {"student.onnx": 7 / 19}, "", CONFUSION)
+    seen = Verification(19, {}, {"student.onnx": 7 / 19}, "", CONFUSION)
     text = write_card(tmp_path, seen)
     opening = text.split("```")[0]
     assert "Test accuracy 36.84 % (95 % interval 19.15 to 58.96) on 19 images" in opening
@@ -338,10 +331,10 @@ def test_a_student_that_says_one_class_to_everything_is_known_from_the_first_lin
 
 def test_a_better_student_is_called_so_only_if_the_images_show_it(tmp_path):
     counts = np.array([[5, 1, 0], [1, 3, 0], [0, 0, 2]])
-    seen = Verification(12, True, {}, {"student.onnx": 10 / 12}, "", counts)
+    seen = Verification(12, {}, {"student.onnx": 10 / 12}, "", counts)
     assert "is 83.06 %." not in write_card(tmp_path, seen)  # the interval begins at 55 %, above 50 %
     assert "the balanced accuracy (mean recall of the classes) is 86.11 %." in write_card(tmp_path, seen)
-    few = Verification(4, True, {}, {"student.onnx": 0.75}, "", np.array([[2, 0, 0], [0, 1, 0], [1, 0, 0]]))
+    few = Verification(4, {}, {"student.onnx": 0.75}, "", np.array([[2, 0, 0], [0, 1, 0], [1, 0, 0]]))
     assert "so few test images do not show that the student is better" in write_card(tmp_path, few)
 
 
@@ -354,7 +347,7 @@ def test_without_data_the_card_has_the_recalls_of_the_summary(tmp_path):
     run.summary["unreadable"] = ["/home/zqme/x.png"]
     run = run._replace(recall={"cat": 1.0, "dog": 0.25, "bird": 0.0})
     text = model_card.write_card(
-        run, tmp_path / "run", {}, found((1, 20), (3, 50)), Verification(64, False, {}, {}, "no"), "a machine", "(n)"
+        run, tmp_path / "run", {}, found((1, 20), (3, 50)), Verification(64, {}, {}, "no"), "a machine", "(n)"
     )
     assert "Test accuracy 50.00 % by the run's summary (95 % interval 23.66 to 76.34); **not verified" in text
     assert "**No test image of 1 of the 3 classes is recognized**: `bird`." in text
@@ -371,21 +364,19 @@ def test_without_data_the_card_has_the_recalls_of_the_summary(tmp_path):
 
 def test_limits_of_use_follow_from_how_the_student_was_made(tmp_path):
     limits = section(
-        write_card(tmp_path, Verification(19, True, {}, {"student.onnx": 7 / 19}, "", CONFUSION)), "Limits of use"
+        write_card(tmp_path, Verification(19, {}, {"student.onnx": 7 / 19}, "", CONFUSION)), "Limits of use"
     )
     assert "one of its 3 classes for every image, also for an image of something else" in limits
     assert "sees 16 x 16 pixels from the middle of an image that is reduced to 18 pixels" in limits
     assert "fewer than 30 test images, so their recall is known roughly only: `cat`, `dog`, `bird`" in limits
     many = np.diag([100, 100, 100])
-    limits = section(
-        write_card(tmp_path, Verification(300, True, {}, {"student.onnx": 1.0}, "", many)), "Limits of use"
-    )
+    limits = section(write_card(tmp_path, Verification(300, {}, {"student.onnx": 1.0}, "", many)), "Limits of use")
     assert "fewer than" not in limits
 
 
 def test_eight_bits_are_among_the_checks_with_their_loss(tmp_path):
     top1 = {"student.onnx": 0.5, "student-int8.onnx": 0.47}
-    seen = Verification(360, True, {"student.onnx": 1e-6}, top1, "", None, {INT8: 0.9125})
+    seen = Verification(360, {"student.onnx": 1e-6}, top1, "", None, {INT8: 0.9125}, {INT8: (3, 14)})
     checks = section(write_card(tmp_path, seen), "Checks")
     assert "- `student-int8.onnx`: accuracy 47.00 %, -3.00 percentage points against `student.onnx`" in checks
     assert "the same class as the trained network for 91.25 % of them" in checks
@@ -405,19 +396,13 @@ def test_a_change_of_a_few_images_is_not_resolved(gained, lost, text):
     assert card_accuracy.describe_change(gained, lost, 24).startswith(text)
 
 
-@pytest.mark.parametrize(("gained", "lost"), [(1, 0), (2, 2), (0, 6), (3, 14), (700, 500)])
-def test_the_sign_test_is_the_binomial_test(gained, lost):
-    expected = binomtest(gained, gained + lost).pvalue
-    assert card_accuracy.compute_sign_test(gained, lost) == pytest.approx(expected)
-
-
 def test_of_very_many_classes_those_with_the_lowest_recall_are_shown(tmp_path):
     names = [f"class {k}" for k in range(200)]
     network = CifarResNet(8, DW(), 200)
     run = load_run_student(write_run(tmp_path / "run", network, SETTINGS | {"classes": names}))
     counts = 10 * np.eye(200, dtype=int)
     counts[150, 150:152] = 0, 10
-    seen = Verification(2000, True, {}, {"student.onnx": 0.995}, "", counts)
+    seen = Verification(2000, {}, {"student.onnx": 0.995}, "", counts)
     text = model_card.write_card(run, tmp_path / "run", {}, found((1, 20), (3, 50)), seen, "a machine", "(n)")
     rows = [line for line in section(text, "Accuracy by class").splitlines() if line.startswith("| `")]
     assert len(rows) == 50

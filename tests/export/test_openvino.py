@@ -11,9 +11,10 @@ import torch
 from layers.test_fuse import settled
 
 from odcheap import predict
-from odcheap.export import command, openvino, quantize
+from odcheap.export import command, quantize, runtimes
 from odcheap.export import onnx as onnx_export
-from odcheap.export.latency import Key
+from odcheap.export.latency import Key, file_calls
+from odcheap.export.runtimes import OPENVINO, create_predictor
 from odcheap.layers.cheap_conv import DW
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import Failure
@@ -34,8 +35,8 @@ def test_a_file_computes_the_same_as_the_network(batch):
     with torch.no_grad():
         expected = network(torch.from_numpy(images)).numpy()
     # On a CPU with 16-bit floats this needs OpenVINO's hint, without which the differences are about 1e-2.
-    np.testing.assert_allclose(openvino.create_predictor(content)(images), expected, atol=1e-4)
-    calls = openvino.openvino_calls({"student.onnx": content}, (3, 16, 16), (batch or 2,))
+    np.testing.assert_allclose(create_predictor(OPENVINO, content)(images), expected, atol=1e-4)
+    calls = file_calls(OPENVINO, {"student.onnx": content}, (3, 16, 16), (batch or 2,))
     assert list(calls) == [Key("student.onnx", "OpenVINO", batch or 2, threads) for threads in (1, 0)]
     assert all(call().shape == (batch or 2, 10) for call in calls.values())
 
@@ -60,8 +61,13 @@ def test_an_export_is_checked_in_openvino_and_the_code_in_its_card_runs(trained,
 
 @needs_openvino
 def test_a_file_that_computes_something_else_in_openvino_is_an_error(trained, light, capsys, monkeypatch):
-    create = openvino.create_predictor
-    monkeypatch.setattr(openvino, "create_predictor", lambda model: lambda images: create(model)(images) + 0.01)
+    create = runtimes.create_openvino_predictor
+
+    def compute_other_logits(model, threads):
+        predictor = create(model, threads)
+        return lambda images: predictor(images) + 0.01
+
+    monkeypatch.setattr(runtimes, "create_openvino_predictor", compute_other_logits)
     job_dir = trained("trainer.max_epochs=1")
     assert command.main([str(job_dir), *QUICK, "--openvino"]) == 1
     assert "error: student.onnx in OpenVINO: a logit differs from the trained network's" in capsys.readouterr().err
@@ -71,7 +77,7 @@ def test_a_file_that_computes_something_else_in_openvino_is_an_error(trained, li
 @needs_openvino
 def test_a_file_that_openvino_cannot_load_is_one_line():
     with pytest.raises(Failure, match=r"^OpenVINO cannot load the model: .*$"):
-        openvino.create_predictor(b"?")
+        create_predictor(OPENVINO, b"?")
 
 
 def test_without_openvino_the_option_is_refused(trained, capsys, monkeypatch):
