@@ -8,9 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from odcheap import cli
+from odcheap.config.compose import default_precision
 from odcheap.config.help import GROUPS, describe_part, is_root_reference, list_part
 from odcheap.config.messages import describe_error
-from odcheap.config.resolvers import default_precision
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import find_conf_dir, list_parts

@@ -1,16 +1,15 @@
 """Converts the command-line arguments of `odcheap train` to the form that Hydra needs."""
 
-import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from odcheap.config.options import LIST_GROUPS, is_path_option
+from odcheap.config.options import LIST_GROUPS, PATH_NAMES
 from odcheap.runs.checkpoint_io import CHECKPOINT_NAME
 from odcheap.runs.folder import CONFIG, read_config
 from odcheap.runs.overrides import override_key, quote_override
@@ -18,18 +17,6 @@ from odcheap.runs.saved_options import EXPERIMENT_GROUPS
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import PART_NAME
-
-
-def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Returns the directories that `--config-dir` and `hydra.searchpath` give; those of packages are left out."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    folder = parser.parse_known_args(list(arguments))[0].config_dir
-    search = [argument for argument in arguments if argument.startswith("hydra.searchpath=")]
-    entries = OverridesParser.create().parse_override(search[0]).value() if search else []
-    paths = [str(entry) for entry in entries] if isinstance(entries, list) else []
-    files = [Path(path.removeprefix("file://")) for path in paths if path.startswith("file://")]
-    return [folder, *files] if folder else files
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -76,6 +63,30 @@ def check_single_values(arguments: Sequence[str]) -> None:
             name, _, value = argument.partition("=")
             both = f", or write {name}=[{value}] to have all of them in one run" if name in LIST_GROUPS else ""
             raise Failure(f"{argument}: several values need a sweep: add -m{both}")
+
+
+def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """Checks that the values of config groups, such as `method=od`, are names.
+
+    Args:
+        arguments: The command-line arguments.
+        groups: The names that can be chosen in each config group.
+
+    Raises:
+        OptionError: The value of a group is not a name, as in `method=3`.
+    """
+    # Hydra's own error about this has many lines.
+    choices = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
+    for override in OverridesParser.create().parse_overrides(choices):
+        group, value = override.key_or_group, override.value()
+        for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+            if group == "experiment" and choice == []:
+                continue
+            names = choice if isinstance(choice, list) and group in LIST_GROUPS and choice else [choice]
+            if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
+                none = "; logger=csv writes metrics.csv only" if group == "logger" else ""
+                allowed = f"must be one of {', '.join(groups[group])}{none}"
+                raise OptionError(group, str(override.input_line).partition("=")[2], allowed)
 
 
 def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
@@ -170,3 +181,9 @@ def prepare_argument(argument: str, conf: Path) -> str:
         return quote_override(argument)
     has_own_file = argument.startswith("hydra/") and (conf / f"{argument.replace('=', '/')}_sweep.yaml").is_file()
     return f"{argument}_sweep" if has_own_file else argument
+
+
+def is_path_option(argument: str) -> bool:
+    """Returns whether a command-line argument sets a path."""
+    key = override_key(argument)
+    return key.rpartition(".")[2] in PATH_NAMES or key == "hydra.sweep.dir"

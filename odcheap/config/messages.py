@@ -4,8 +4,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, cast
 
 import hydra
@@ -14,12 +13,11 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from odcheap.config.command_line import find_config_dirs
-from odcheap.config.compose import compose_config
+from odcheap.config.compose import compose_config, find_config_dirs, list_groups
 from odcheap.config.signatures import read_signature
 from odcheap.runs.settings import flatten
 from odcheap.utils.errors import Failure, first_line
-from odcheap.utils.parts import OWN_PART, find_conf_dir, list_parts
+from odcheap.utils.parts import OWN_PART, find_conf_dir
 
 ADDABLE_GROUPS = ("trainer", "optimizer", "scheduler")  # classes of libraries, with more options than conf/ lists
 
@@ -132,10 +130,3 @@ def find_similar_options(name: str) -> list[str]:
     close = [folded[match] for match in difflib.get_close_matches(fold_name(name), folded, n=3)]
     close += [folded[by_last[match]] for match in difflib.get_close_matches(last, by_last, n=3)]
     return list(dict.fromkeys(same or close))[:3]
-
-
-def list_groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Returns the names that can be chosen in each config group, from odcheap's `conf` and from `config_dirs`."""
-    folders = [folder.relative_to(conf) for conf in (find_conf_dir(), *config_dirs) for folder in conf.rglob("*/")]
-    groups = sorted({str(folder) for folder in folders if folder.parts and folder.parts[0] != "hydra"})
-    return {group: list_parts(group, config_dirs) for group in groups}

@@ -13,16 +13,13 @@ from pathlib import Path
 from types import GenericAlias, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sweep
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
+from odcheap.config.messages import suggest_options
 from odcheap.config.signatures import NO_PARAMETERS, Signature, import_signature
 from odcheap.models.student_shapes import GROUPS, read_shapes
-from odcheap.runs.overrides import override_key, quote_override
+from odcheap.runs.overrides import override_key
 from odcheap.runs.settings import RunConfig, to_dict
 from odcheap.utils.arguments import StudentCount, check_value
 from odcheap.utils.errors import OptionError
@@ -99,43 +96,6 @@ class TrainerOptions:
     enable_checkpointing: bool
     enable_progress_bar: bool
     enable_model_summary: bool
-
-
-def compose(overrides: Sequence[str]) -> RunConfig:
-    """Composes the config of a run from overrides; Hydra must be initialized, as it is within a run."""
-    # Of the running command only `--config-dir` applies to this config too; the search path is given again.
-    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
-    search = [override for override in given if override_key(override) == "hydra.searchpath"]
-    quoted = [quote_override(override) for override in overrides]
-    cfg = hydra.compose("config", overrides=[*search, *quoted], return_hydra_config=True)
-    parts = to_dict(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return RunConfig(cfg, parts, overrides)
-
-
-def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
-    """Checks that the values of config groups, such as `method=od`, are names.
-
-    Args:
-        arguments: The command-line arguments.
-        groups: The names that can be chosen in each config group.
-
-    Raises:
-        OptionError: The value of a group is not a name, as in `method=3`.
-    """
-    # Hydra's own error about this has many lines.
-    choices = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
-    for override in OverridesParser.create().parse_overrides(choices):
-        group, value = override.key_or_group, override.value()
-        for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
-            if group == "experiment" and choice == []:
-                continue
-            names = choice if isinstance(choice, list) and group in LIST_GROUPS and choice else [choice]
-            if not all(isinstance(name, str | QuotedString | Sweep | Glob) for name in names):
-                none = "; logger=csv writes metrics.csv only" if group == "logger" else ""
-                allowed = f"must be one of {', '.join(groups[group])}{none}"
-                raise OptionError(group, str(override.input_line).partition("=")[2], allowed)
 
 
 def check_options(
@@ -215,8 +175,6 @@ def check_added_options(config: RunConfig) -> None:
     Raises:
         OptionError: Nothing reads one of them; the message names it and similar options.
     """
-    from odcheap.config.messages import suggest_options  # which imports this module
-
     known = {*get_type_hints(RootOptions), *config.parts, *LIST_GROUPS}
     for override in config.overrides:
         key, _, value = override.partition("=")
@@ -372,10 +330,8 @@ def check_option(option: str, value: Any, annotation: Any) -> None:
             quoted = f"{option}='\"{str(value).lower()}\"'"
             raise OptionError(option, value, f"must be a string; write it in quotes: {quoted}") from error
         if option == "trainer.devices":
-            raise OptionError(
-                option, value, f"{str(error).partition(': ')[2]}; CUDA_VISIBLE_DEVICES chooses the GPUs"
-            ) from error
-        raise OptionError(option, value, str(error).partition(": ")[2]) from error
+            raise OptionError(option, value, f"{error.allowed}; CUDA_VISIBLE_DEVICES chooses the GPUs") from error
+        raise OptionError(option, value, error.allowed) from error
 
 
 def check_plain(option: str, value: Any, whole: Any) -> None:
@@ -444,9 +400,3 @@ def check_files(cfg: DictConfig) -> None:
                 raise OptionError(name, cfg[name], "no such file") from error
             except (OSError, ValueError):
                 continue  # what reads it explains it
-
-
-def is_path_option(argument: str) -> bool:
-    """Returns whether a command-line argument sets a path."""
-    key = override_key(argument)
-    return key.rpartition(".")[2] in PATH_NAMES or key == "hydra.sweep.dir"

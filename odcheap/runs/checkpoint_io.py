@@ -30,8 +30,7 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
     try:  # a file from an untrusted source may have a correct checksum
         validate(Checkpoint, content, path, option)
     except OptionError as error:
-        reason = str(error).partition(f"{path}: ")[2]
-        raise OptionError(option, path, f"not a checkpoint of an odcheap run ({reason})") from error
+        raise OptionError(option, path, f"not a checkpoint of an odcheap run ({error.allowed})") from error
     return content
 
 

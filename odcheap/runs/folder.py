@@ -160,7 +160,7 @@ def read_summary(job_dir: Path) -> dict[str, Any] | None:
         content = read_json(path, "job_dir")
         return content if validate(Summary, content, path, "job_dir").finished else None
     except OptionError as error:
-        reason = str(error).partition(f"{SUMMARY}: ")[2].removeprefix("cannot be read ")
+        reason = error.allowed.removeprefix("cannot be read ")
         raise OptionError("job_dir", job_dir, f"its {SUMMARY} cannot be read: {reason}") from error
 
 
@@ -180,8 +180,7 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
     try:
         validate(Config, content, path, option)
     except OptionError as error:
-        reason = str(error).partition(f"{path}: ")[2]
-        raise OptionError(option, path, f"is not the config of a run ({reason})") from error
+        raise OptionError(option, path, f"is not the config of a run ({error.allowed})") from error
     return content
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from odcheap.config import options, resolvers
+from odcheap.config import compose, options
 from odcheap.config.messages import (
     describe_error,
     explained_errors,
@@ -48,9 +48,9 @@ def run_job(config: RunConfig) -> float | Stopped | None:
     """
     hide_library_warnings()
     keep_freed_memory()
-    if not resolvers.is_sweep():
+    if not compose.is_sweep():
         return carry_out_run(config)
-    name, position = name_position(*resolvers.sweep_position())
+    name, position = name_position(*compose.sweep_position())
     if current_process().name == "MainProcess":
         say(f"{position}: {name}")
         return carry_out_run(config)
@@ -74,12 +74,12 @@ def carry_out_run(config: RunConfig) -> float | None:
     # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
     in_worker = current_process().name != "MainProcess" or cluster.is_torchrun()
     with SignalListener() as listener, stop_with_parent(find_parent()) if in_worker else nullcontext():
-        if resolvers.is_sweep():
+        if compose.is_sweep():
             outcome = run_in_sweep(lambda: train(config, listener))
         else:
             outcome = run_alone(lambda: train(config, listener))
             if outcome.text == "finished" and not config.cfg.test_only and not cluster.is_torchrun():
-                for line in describe_next_steps(outcome.job_dir, resolvers.given_config_dirs()):
+                for line in describe_next_steps(outcome.job_dir, compose.given_config_dirs()):
                     say(line)
     return ((outcome.summary or {}).get("selected") or {}).get("val_top1")
 
@@ -132,7 +132,7 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
     An error is printed and written to the run's `status.json`. The outcome then says that the run failed, and the sweep
     continues with the next run.
     """
-    job_dir = Path(resolvers.default_job_dir())
+    job_dir = Path(compose.default_job_dir())
     try:
         return job()
     except explained_errors() as error:
@@ -161,7 +161,7 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
         config: The config of the run.
         listener: The listener that receives signals.
     """
-    config_dirs = resolvers.given_config_dirs()
+    config_dirs = compose.given_config_dirs()
     with use_config_dirs(config_dirs):  # a teacher may have parts of the user too
         return start_or_continue(config, listener, config_dirs)
 
@@ -176,10 +176,10 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
         listener: The listener that receives signals.
         config_dirs: The user's own `conf` directories.
     """
-    in_sweep = resolvers.is_sweep()
+    in_sweep = compose.is_sweep()
 
-    def compose(overrides: Sequence[str]) -> RunConfig:
-        composed = options.compose(overrides)
+    def compose_checked(overrides: Sequence[str]) -> RunConfig:
+        composed = compose.compose_run(overrides)
         options.check_options(composed, config_dirs)
         return composed
 
@@ -189,7 +189,7 @@ def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: 
     launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
     launch.limit_threads()
     default_resume = "auto" if in_sweep or cluster.is_restarted() else None
-    start = plan_start(config, compose, default_resume, cluster.is_restarted())
+    start = plan_start(config, compose_checked, default_resume, cluster.is_restarted())
     if start.is_finished:
         check_finished(start)
         say(f"{start.job_dir} holds this run, which is finished: nothing to do")
@@ -206,7 +206,7 @@ def report_own_parts(experiment: Experiment) -> None:
 
     A part of the user is a file such as `block_type/mine.yaml` in a `conf` directory that the user has given.
     """
-    start, config_dirs = experiment.start, resolvers.given_config_dirs()
+    start, config_dirs = experiment.start, compose.given_config_dirs()
     parts = start.config.parts
     for folder in config_dirs:
         for group, name in parts.items():
@@ -263,7 +263,7 @@ def carry_out(start: Start, listener: SignalListener) -> Outcome:
         if not start.cfg.test_only:
             with status.lock_folder(start.job_dir):  # the first of the new processes takes it then
                 claim_folder(start)
-        launch.launch_processes(start, resolvers.given_config_dirs(), listener)
+        launch.launch_processes(start, compose.given_config_dirs(), listener)
         result = start.job_dir / (TEST if start.cfg.test_only else SUMMARY)
         return Outcome(str(start.job_dir), "finished", read_json(result, "job_dir"))
     summary = experiment.run_test_only() if start.cfg.test_only else experiment.run()

@@ -32,25 +32,26 @@ class OptionError(Failure, ValueError):
     """
 
     def __init__(self, option: str, value: object, allowed: str):
-        as_written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-        super().__init__(f"{option}={as_written}: {allowed}")
+        as_written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        super().__init__(option, as_written, allowed)
+
+    def __str__(self) -> str:
+        option, value, allowed = self.args
+        return f"{option}={value}: {allowed}"
+
+    @property
+    def allowed(self) -> str:
+        """The text that says what is allowed, or what is wrong with the value."""
+        return self.args[2]
 
     def with_group(self, group: str) -> "OptionError":
         """Returns the same error with a config group before the option's name, such as `backbone.init` for `init`."""
-        return _restore_option_error(f"{group}.{self}")
+        option, value, allowed = self.args
+        return OptionError(f"{group}.{option}", value, allowed)
 
     def without_dashes(self) -> "OptionError":
         """Returns the same error with the names of flags as arguments in Python, such as `out` for `--out`."""
-        return _restore_option_error(re.sub(r"--([a-z]\w*)", r"\1", str(self)))
-
-    def __reduce__(self):  # for pickle, whose default would call `__init__` with the finished line
-        return _restore_option_error, self.args
-
-
-def _restore_option_error(line: str) -> OptionError:
-    error = OptionError.__new__(OptionError)
-    error.args = (line,)
-    return error
+        return OptionError(*(re.sub(r"--([a-z]\w*)", r"\1", text) for text in self.args))
 
 
 class WriteError(OSError):

@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from odcheap.config.messages import list_groups
-from odcheap.config.options import (
-    BUILDERS,
-    check_choices,
-    check_complete,
-    check_options,
-    compose,
-    is_path_option,
-)
-from odcheap.config.resolvers import find_source
+from odcheap.config.command_line import check_choices, is_path_option
+from odcheap.config.compose import compose_run, find_source, list_groups
+from odcheap.config.options import BUILDERS, check_complete, check_options
 from odcheap.config.signatures import Signature, import_signature, read_signature
 from odcheap.distributed import launch  # noqa: F401 - registers values of trainer=multinode
 from odcheap.utils.errors import OptionError
@@ -28,7 +21,7 @@ def check():
     with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
 
         def run(*overrides, config_dirs=()):
-            config = compose(["job_dir=unused", "data=digits", *overrides])
+            config = compose_run(["job_dir=unused", "data=digits", *overrides])
             check_options(config, config_dirs)
             return config
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-import odcheap.config.resolvers  # noqa: F401 - registers what the config computes
+import odcheap.config.compose  # noqa: F401 - registers what the config computes
 from odcheap import predict
 from odcheap.export import verify
 from odcheap.export.onnx import MAX_DIFFERENCE
