@@ -82,7 +82,8 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         return groups
 
     def check_classes(self, classes: list[str]) -> None:
-        self.teacher.check_classes(classes)
+        for teacher in self.teacher.teachers:
+            teacher.check_classes(classes)
 
     def may_have_seen(self, split: str) -> bool:
         return self.teacher.split != split
@@ -156,9 +157,9 @@ def build_offline_distillation(
         OptionError: A file is of another kind, its weights do not fit the network, or the teacher does not suit the
             classes or channels of the students.
     """
-    expected = teacher_mean, teacher_std, teacher_size
     paths = [teacher_weights] if isinstance(teacher_weights, str) else teacher_weights
-    teachers = [load_teacher(path, teacher_network, students.num_classes, *expected, mean, std) for path in paths]
+    expected = (mean, std), teacher_mean, teacher_std, teacher_size
+    teachers = [load_teacher(path, teacher_network, students.num_classes, *expected) for path in paths]
     teacher = teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers, temperature)
     options = {"loss": loss, "loss_weights": loss_weights, "feature": feature, "feature_weight": feature_weight}
     return OfflineDistillation(students, teacher, temperature, alpha, average_decay=average_decay, **options)

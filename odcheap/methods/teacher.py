@@ -16,7 +16,6 @@ from odcheap.layers.cheap_conv import Standard
 from odcheap.models.build import load_network, read_student_settings
 from odcheap.models.input_channels import RGB
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
-from odcheap.utils.arguments import check_arguments
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import read_safetensors
@@ -178,15 +177,6 @@ class TeacherEnsemble(nn.Module):
         mean = torch.stack(predictions).logsumexp(0) - math.log(len(predictions))
         return mean * self.temperature
 
-    def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if the names of one teacher's classes are known and differ from those of the data.
-
-        Args:
-            classes: The names of the classes of the data, in the order of the labels.
-        """
-        for teacher in self.teachers:
-            teacher.check_classes(classes)
-
 
 def check_teacher_count(
     teacher: Teacher | TeacherEnsemble, state_dict: Mapping[str, Any], prefix: str, *_: object
@@ -218,72 +208,54 @@ def digest_weights(network: nn.Module) -> Tensor:
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-@check_arguments("method")
 def load_teacher(
-    teacher_weights: str,
-    teacher_network: str | None,
+    path: str,
+    network_name: str | None,
     num_classes: int,
-    teacher_mean: Means | None,
-    teacher_std: Stds | None,
-    teacher_size: ImageSide | None,
-    mean: Sequence[float],
-    std: Sequence[float],
+    images_norm: tuple[Sequence[float], Sequence[float]],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
 ) -> Teacher:
     """Loads a teacher from a run, or from a local file of published weights.
 
     Args:
-        teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights.
-        teacher_network: The network that published weights belong to, such as `torchvision/resnet50` or
-            `timm/resnet18d`; None for a run.
+        path: A run's folder, its `student.safetensors`, or a file of published weights.
+        network_name: The network that published weights belong to, such as `torchvision/resnet50` or `timm/resnet18d`;
+            None for a run.
         num_classes: The number of classes of the data, K.
-        teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
-            run, or that of ImageNet for published weights.
-        teacher_std: The standard deviation, of each channel; None as for `teacher_mean`.
-        teacher_size: The side, in pixels, of the images that the teacher expects; None for that of its run, or 224 for
+        images_norm: The mean and the standard deviation, of each channel, with which the students' images are
+            normalized.
+        mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its run, or
+            that of ImageNet for published weights.
+        std: The standard deviation, of each channel; None as for `mean`.
+        size: The side, in pixels, of the images that the teacher expects; None for that of its run, or 224 for
             published weights.
-        mean: The mean, of each channel, with which the students' images are normalized.
-        std: The standard deviation of each channel, for the same images.
 
     Raises:
-        OptionError: The file is of another kind, its weights do not fit the network, or the network has another number
-            of classes than the data.
+        OptionError: The file is of another kind, its weights do not fit the network, the network has another number of
+            classes than the data, or a mean or a standard deviation does not have one number for each channel.
     """
-    path = teacher_weights
-    # Published weights: no file says what images the network expects, so ImageNet's values are the default.
-    if teacher_network is not None:
-        network = load_published_network(teacher_network, path, num_classes)
-        check_channels(RGB, teacher_mean, teacher_std)
-        expected = teacher_mean or IMAGENET_NORM[0], teacher_std or IMAGENET_NORM[1], teacher_size or IMAGENET_SIZE
-        return Teacher(network, (mean, std), *expected)
-
-    # A student of a run: its settings build the network and say what images it expects.
-    file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
-    tensors, metadata = read_safetensors(file, OPTION)
-    hint = f"{path} (for published weights method.teacher_network names the network)"
-    settings = read_student_settings(metadata, OPTION, hint)
-    network = load_network(settings, tensors, OPTION, path)
-    if len(settings["classes"]) != num_classes:
-        allowed = f"the teacher has {len(settings['classes'])} classes, the data {num_classes}"
-        raise OptionError(OPTION, path, allowed)
-    check_channels(settings["image_size"][0], teacher_mean, teacher_std)
-    own_norm = teacher_mean or settings["mean"], teacher_std or settings["std"]
-    size = teacher_size or settings["image_size"][-1]
-    about = settings["classes"], settings["split"], read_training_costs(file), path
-    return Teacher(network, (mean, std), *own_norm, size, *about)
-
-
-def check_channels(channels: int, teacher_mean: Sequence[float] | None, teacher_std: Sequence[float] | None) -> None:
-    """Raises `OptionError` if a mean or a standard deviation does not have one number for each channel.
-
-    Args:
-        channels: The number of channels of the teacher's images.
-        teacher_mean: The mean of each channel; None if it is not given.
-        teacher_std: The standard deviation of each channel; None if it is not given.
-    """
-    for option, values in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
+    about: dict[str, Any] = {}
+    if network_name is not None:  # no file says what images the network expects, so ImageNet's values are the default
+        network = load_published_network(network_name, path, num_classes)
+        norm, channels, side = IMAGENET_NORM, RGB, IMAGENET_SIZE
+    else:  # a student of a run: its settings build the network and say what images it expects
+        file = Path(path) / "student.safetensors" if Path(path).is_dir() else Path(path)
+        tensors, metadata = read_safetensors(file, OPTION)
+        hint = f"{path} (for published weights method.teacher_network names the network)"
+        settings = read_student_settings(metadata, OPTION, hint)
+        network = load_network(settings, tensors, OPTION, path)
+        if len(settings["classes"]) != num_classes:
+            allowed = f"the teacher has {len(settings['classes'])} classes, the data {num_classes}"
+            raise OptionError(OPTION, path, allowed)
+        norm, (channels, *_, side) = (settings["mean"], settings["std"]), settings["image_size"]
+        about = {name: settings[name] for name in ("classes", "split")} | {"history": read_training_costs(file)}
+    for option, values in (("teacher_mean", mean), ("teacher_std", std)):
         if values is not None and len(values) != channels:
             allowed = f"must have {count_things(channels, 'number')}, one for each channel of the teacher's images"
             raise OptionError(f"method.{option}", list(values), allowed)
+    return Teacher(network, images_norm, mean or norm[0], std or norm[1], size or side, path=path, **about)
 
 
 def read_training_costs(student: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def run(tmp_path):
 
 
 def read(path, published=None, num_classes=3, mean=None, std=None, size=None):
-    return load_teacher(str(path), published, num_classes, mean, std, size, MEAN, STD)
+    return load_teacher(str(path), published, num_classes, (MEAN, STD), mean, std, size)
 
 
 @pytest.mark.parametrize("side", [16, 24])
@@ -86,7 +86,7 @@ def test_other_classes_are_refused(run):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_with_other_channels_than_the_students_have_are_refused(run, channels):
     with pytest.raises(OptionError, match=f"takes images with 3 channels; the data have {channels}"):
-        load_teacher(str(run[0]), None, 3, None, None, None, [0.5] * channels, [0.2] * channels)
+        load_teacher(str(run[0]), None, 3, ([0.5] * channels, [0.2] * channels))
 
 
 def test_a_teacher_of_gray_images(tmp_path):
@@ -94,7 +94,7 @@ def test_a_teacher_of_gray_images(tmp_path):
     own = {"image_size": [1, 16, 16], "mean": [0.1], "std": [0.5]}
     write_student(tmp_path / "student.safetensors", network, SETTINGS | own)
     pixels = torch.rand(4, 1, 16, 16)
-    teacher = load_teacher(str(tmp_path), None, 3, None, None, None, [0.4], [0.2])
+    teacher = load_teacher(str(tmp_path), None, 3, ([0.4], [0.2]))
     with torch.no_grad():
         expected = network.eval()((pixels - 0.1) / 0.5)
     torch.testing.assert_close(teacher((pixels - 0.4) / 0.2), expected, rtol=1e-4, atol=1e-4)
@@ -125,8 +125,10 @@ def test_libraries_are_named(name, run):
     ("option", "value"), [("mean", [0.5]), ("std", [0.0, 0.0, 0.0]), ("std", [1, 1, -1]), ("size", 0), ("size", 10**6)]
 )
 def test_numbers_that_no_picture_has_are_refused(run, option, value):
+    given = Students(lambda: CifarResNet(8, Standard(), 3), 1, seed=0)
+    expected = {f"teacher_{name}": value if name == option else None for name in ("mean", "std", "size")}
     with pytest.raises(OptionError, match=f"method.teacher_{option}="):
-        read(run[0], **{option: value})
+        build_offline_distillation(given, str(run[0]), None, mean=MEAN, std=STD, **expected)
 
 
 def test_other_files_are_refused(tmp_path):
