@@ -30,8 +30,7 @@ from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, RunStudents, Students, run_auto
-from odcheap.models.backbone import Backbone
-from odcheap.models.input_channels import RGB
+from odcheap.models.backbone import RGB, Backbone
 from odcheap.runs.resume import Start
 from odcheap.runs.settings import RunConfig
 from odcheap.training.experiment import Experiment

@@ -33,7 +33,7 @@ from odcheap.methods.base import (
 from odcheap.methods.losses import FeatureDistance, FeatureName, LossName, LossWeights, Temperature
 from odcheap.methods.students import AverageDecay, Students
 from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, TeacherEnsemble, TeacherWeights, load_teacher
-from odcheap.models.stages import StageRecorder
+from odcheap.models.backbone import StageRecorder
 from odcheap.utils.arguments import check_arguments
 
 Alpha = Annotated[float, Field(ge=0, le=1)]

@@ -48,7 +48,7 @@ from odcheap.methods.base import (
 )
 from odcheap.methods.losses import Temperature, soft_kl, to_single_precision
 from odcheap.methods.students import Students
-from odcheap.models.stages import StageRecorder
+from odcheap.models.backbone import StageRecorder
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import OptionError
 

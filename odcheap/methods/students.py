@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from odcheap.models.backbone import Backbone
-from odcheap.models.wrapped_network import WrappedNetwork, to_backbone
+from odcheap.models.backbone import Backbone, WrappedNetwork, to_backbone
 from odcheap.utils.arguments import StudentCount, check_arguments
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import derive_seed, seed_generators, temporary_seed

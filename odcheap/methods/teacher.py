@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
+from odcheap.models.backbone import RGB
 from odcheap.models.build import load_network, read_student_settings
-from odcheap.models.input_channels import RGB
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
 from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError

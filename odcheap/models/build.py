@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.layers.fuse import fold_branches
-from odcheap.models.backbone import Backbone
+from odcheap.models.backbone import RGB, Backbone, adapt_input, to_backbone
 from odcheap.models.cifar import CifarResNet
-from odcheap.models.input_channels import RGB, adapt_input
-from odcheap.models.wrapped_network import to_backbone
 from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors

@@ -3,7 +3,7 @@
 A cheap convolution, also called a pair, is a `CheapConv`: a spatial operator, then a 1 x 1 convolution.
 """
 
-import copy
+import contextlib
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,14 @@ from torch import nn
 from odcheap.layers.cheap_conv import BlockType, CheapConv, check_block_type
 from odcheap.layers.spatial import Window
 from odcheap.models import flops
+from odcheap.models.backbone import (
+    copy_network,
+    copy_to_meta,
+    find_convs,
+    find_stem_channels,
+    make_trial_images,
+    record_calls,
+)
 from odcheap.utils.errors import OptionError, first_line
 from odcheap.utils.parts import build_part, read_part
 
@@ -82,14 +90,16 @@ def cheapen(
     fit = init == "fit" or (init == "auto" and looks_trained(model))
     reasons = find_reasons_to_keep(model, block_type, keep)
     converted = replace_convs(model, block_type, fit, reasons)
-    shape = find_input_shape(model)
-    if shape is None:
+    trial = try_usual_shapes(model)
+    if trial is None:
         return converted
 
     # Code that reads a layer's weights and does not call the layer fails with a pair: keep such layers, and try again.
+    shape, called = trial
     error = find_error(converted, shape)
     if error is not None:
-        reasons |= dict.fromkeys(find_uncalled_convs(model, shape) - reasons.keys(), "only its weights are used")
+        uncalled = find_spatial_convs(model).keys() - called - reasons.keys()
+        reasons |= dict.fromkeys(uncalled, "only its weights are used")
         converted = replace_convs(model, block_type, fit, reasons)
         error = find_error(converted, shape)
     if error is not None and not isinstance(error, NotImplementedError):  # raised by operators without a meta form
@@ -133,78 +143,34 @@ def replace_convs(model: nn.Module, block_type: BlockType, fit: bool, reasons: M
     return converted
 
 
-def copy_network(model: nn.Module) -> Any:
-    """Returns a deep copy of a network.
+def try_usual_shapes(model: nn.Module) -> tuple[tuple[int, int, int], set[str]] | None:
+    """Returns the first usual image size (C, H, W) that a network takes, and the names of the modules that it calls.
 
-    Tensors that are computed from parameters, as by the old `weight_norm`, are detached: PyTorch cannot copy them
-    otherwise.
+    The result is None if the network takes none of these sizes.
     """
-    computed: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                computed[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, computed)
-
-
-def prepare_for_shapes(model: nn.Module) -> nn.Module:
-    """Returns a copy of a network on the meta device, in eval mode and without hooks.
-
-    Hooks of PyTorch that compute weights are kept, since the forward pass needs them.
-    """
-    network = copy_network(model).to("meta").eval()
-    for module in network.modules():
-        module._forward_hooks.clear()
-        own = [key for key, hook in module._forward_pre_hooks.items() if not is_weight_hook(hook)]
-        for key in own:
-            del module._forward_pre_hooks[key]
-        # A computed weight is an attribute and no parameter, so `to` has not moved it.
-        if not isinstance(vars(module).get("weight"), nn.Parameter) and "weight" in vars(module):
-            module.weight = vars(module)["weight"].to("meta")
-    return network
-
-
-def is_weight_hook(hook: Any) -> bool:
-    """Returns whether a hook belongs to PyTorch's functions that compute the weights of a layer (`torch.nn.utils`)."""
-    return type(hook).__module__.startswith("torch.nn.utils")
-
-
-def find_input_shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """Returns the first of some usual image sizes (C, H, W) that a network takes; None if it takes none of them."""
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    shapes = ((stem.in_channels, side, side) for side in PROBE_SIDES)
-    return next((shape for shape in shapes if find_error(model, shape) is None), None)
+    for side in PROBE_SIDES:
+        shape = (find_stem_channels(model), side, side)
+        with contextlib.suppress(Exception):  # the network's own code may raise anything
+            return shape, list_called_modules(model, shape)
+    return None
 
 
 def find_error(model: nn.Module, shape: tuple[int, int, int]) -> Exception | None:
-    """Runs a copy of a network on the meta device, and returns the error that it raises, or None.
-
-    Args:
-        model: The network.
-        shape: (C, H, W) of the image.
-    """
+    """Returns the error that a network raises for an image with the shape (C, H, W), or None."""
     try:
-        run_for_shapes(prepare_for_shapes(model), shape)
+        list_called_modules(model, shape)
     except Exception as error:  # the network's own code may raise anything
         return error
     return None
 
 
-@torch.no_grad()
-def run_for_shapes(network: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Runs a network on the meta device, as `prepare_for_shapes` returns it, on one image with the shape (C, H, W)."""
-    example = next(network.parameters())
-    network(torch.empty(1, *shape, dtype=example.dtype, device="meta"))
+def list_called_modules(model: nn.Module, shape: tuple[int, int, int]) -> set[str]:
+    """Returns the names of the modules that a network calls for an image with the shape (C, H, W).
 
-
-def find_uncalled_convs(model: nn.Module, shape: tuple[int, int, int]) -> set[str]:
-    """Returns the names of the K x K convolutions that a forward pass of an image (C, H, W) does not call."""
-    network, called = prepare_for_shapes(model), set()
-    convs = find_spatial_convs(network)
-    for name, conv in convs.items():
-        conv.register_forward_hook(lambda *_, name=name: called.add(name))
-    run_for_shapes(network, shape)
-    return convs.keys() - called
+    A copy is run on the meta device, which computes shapes only.
+    """
+    network = copy_to_meta(model)
+    return {call.name for call in record_calls(network, make_trial_images(network, 1, *shape))[0]}
 
 
 def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
@@ -224,8 +190,7 @@ def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init:
 
 def find_spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Returns the convolutions with a kernel larger than 1 x 1 by their names, in the network's order."""
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    return {name: conv for name, conv in convs.items() if max(conv.kernel_size) > 1}
+    return {name: conv for name, conv in find_convs(model).items() if max(conv.kernel_size) > 1}
 
 
 def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable[str] | None) -> dict[str, str]:
@@ -237,7 +202,7 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
         keep: Names of layers to leave as they are, or patterns such as `layer1.*`; see `cheapen`.
     """
     convs = find_spatial_convs(model)
-    chosen = find_stem(model) if keep is None else match_names(list(convs), keep)
+    chosen = set([*find_convs(model)][:1]) if keep is None else match_names(list(convs), keep)
     # A parameter that several modules have is counted several times.
     reasons = {}
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
@@ -261,11 +226,6 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
         elif reason := block_type.reason_to_keep(conv.in_channels, Window.from_conv(conv)):
             reasons[name] = reason
     return reasons
-
-
-def find_stem(model: nn.Module) -> set[str]:
-    """Returns a set with the name of the network's first convolution; an empty set if there is none."""
-    return set([name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:1])
 
 
 def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:

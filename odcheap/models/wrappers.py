@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import BlockType, CheapConv, check_block_type
 from odcheap.layers.spatial import Window
-from odcheap.models.backbone import Backbone
+from odcheap.models.backbone import RGB, Backbone, WrappedNetwork, find_split_map, find_stem_channels
 from odcheap.models.build import check_state_dict
 from odcheap.models.convert import Init, cheapen, check_conversion_options, find_spatial_convs
-from odcheap.models.wrapped_network import WrappedNetwork, find_stem_channels
 from odcheap.utils.arguments import check_arguments
 from odcheap.utils.errors import Failure, OptionError, first_line
 from odcheap.utils.files import read_safetensors, read_torch
@@ -143,17 +142,14 @@ class LibraryBackbone(Backbone):
         self.network, self.num_classes = network, num_classes
         self.classifier = f"network.{find_last_layer(network, num_classes)}"
         # Try the two parts on one image: together they must compute what the network itself computes.
-        x = torch.linspace(-2, 2, 3 * PROBE_SIZE * PROBE_SIZE).view(1, 3, PROBE_SIZE, PROBE_SIZE)
         allowed = "has no 4-D last feature map (N, C, H, W) before its head (a transformer?): the teacher needs one"
         error = OptionError("backbone.name", name, allowed)
         self.eval()
         try:
-            with torch.no_grad():
-                features = self.features(x)
-                is_split = features.ndim == 4 and torch.allclose(self.head(features), network(x), atol=1e-5, rtol=1e-4)
+            features = find_split_map(self, network, RGB, PROBE_SIZE)
         except (RuntimeError, ValueError, AssertionError, TypeError) as reason:
             raise error from reason
-        if not is_split or features.shape[1] != getattr(network, "num_features", features.shape[1]):
+        if features is None:
             raise error
         self.num_features = features.shape[1]
         self.train()

@@ -10,9 +10,8 @@ from torch import nn
 from odcheap.layers.cheap_conv import BlockType, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students
-from odcheap.models.backbone import Backbone
+from odcheap.models.backbone import RGB, Backbone
 from odcheap.models.build import build_comparable, build_directly
-from odcheap.models.input_channels import RGB
 from odcheap.models.student_shapes import GROUPS, Shape, name_shape
 from odcheap.models.wrappers import check_image_size, find_map_size
 from odcheap.runs.resume import Start

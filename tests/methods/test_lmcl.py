@@ -5,8 +5,8 @@ from methods.formulas import CLASSES, IMAGES, TARGET, ce, check, logits, reached
 
 from odcheap.methods.lmcl import LayerwiseMutualContrastiveLearning, Projection
 from odcheap.methods.students import Students
+from odcheap.models.backbone import StageRecorder
 from odcheap.models.cifar import wide_resnet
-from odcheap.models.stages import StageRecorder
 from odcheap.utils.errors import OptionError
 
 STAGES = 3

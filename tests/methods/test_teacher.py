@@ -9,8 +9,8 @@ from odcheap.layers.cheap_conv import Standard
 from odcheap.methods.kd import build_offline_distillation
 from odcheap.methods.students import Students
 from odcheap.methods.teacher import Teacher, load_teacher, read_training_costs
+from odcheap.models.backbone import adapt_input
 from odcheap.models.cifar import CifarResNet
-from odcheap.models.input_channels import adapt_input
 from odcheap.training.summary import write_student
 from odcheap.utils.errors import OptionError
 

@@ -1,4 +1,4 @@
-"""Networks of other libraries, and hand-written ones, as students."""
+"""Networks of other libraries, and hand-written ones, as students: last map, stages, and channels of the images."""
 
 import copy
 import warnings
@@ -9,9 +9,11 @@ import torchvision
 from torch import nn
 
 from odcheap import OnlineDistillation, Students, add_weight_noise, cheapen
-from odcheap.layers.cheap_conv import DW
-from odcheap.models.cifar import CifarResNet
-from odcheap.models.wrapped_network import WrappedNetwork, to_backbone
+from odcheap.layers.cheap_conv import DW, Shift, Standard
+from odcheap.models.backbone import StageRecorder, WrappedNetwork, adapt_input, to_backbone
+from odcheap.models.build import build_network
+from odcheap.models.cifar import CifarResNet, densenet, vgg16, wide_resnet
+from odcheap.models.wrappers import TorchvisionBackbone, find_stride
 from odcheap.utils.errors import OptionError
 
 
@@ -230,3 +232,104 @@ def test_the_channels_must_be_those_that_the_network_names():
         OptionError, match=r"its num_features=7 are not the channels of its last feature map \(N, 8, 14, 14\)"
     ):
         to_backbone(Other())
+
+
+RESNET18 = ["layer1", "layer2", "layer3", "layer4"]
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "names", "sides"),
+    [
+        (lambda: CifarResNet(14, Shift(), 10), 32, ["layer1", "layer2", "layer3"], [32, 16, 8]),
+        (lambda: CifarResNet(8, Standard(), 10), 8, ["layer1", "layer2", "layer3"], [8, 4, 2]),
+        (lambda: wide_resnet(10, 1, 10), 32, ["body.1", "body.2", "body"], [32, 16, 8]),
+        (lambda: densenet(10, 4, 10), 32, ["body.4", "body.9", "body"], [32, 16, 8]),
+        (lambda: vgg16(10), 32, ["body.5", "body.12", "body.22", "body.32", "body.42"], [32, 16, 8, 4, 2]),
+        (lambda: TorchvisionBackbone("resnet18", DW(), 10), 64, [f"network.{n}" for n in RESNET18], [16, 8, 4, 2]),
+        (lambda: WrappedNetwork(torchvision.models.resnet18()), 64, [f"network.{n}" for n in RESNET18], [16, 8, 4, 2]),
+    ],
+)
+def test_a_stage_ends_where_the_maps_shrink(build, side, names, sides):
+    network = build()
+    recorder = StageRecorder([network], "method", "x")
+    assert [call.name for call in recorder.calls[0]] == names
+    with recorder.record() as maps:
+        network.features_and_logits(torch.randn(2, 3, side, side))
+    assert [m.shape for m in maps[0]] == [(2, c, s, s) for c, s in zip(recorder.channels[0], sides, strict=True)]
+    assert all(m.requires_grad for m in maps[0])
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_a_transformer_has_none():
+    with pytest.raises(OptionError, match="method=x: needs feature maps .* and SwinTransformer has none"):
+        StageRecorder([torchvision.models.swin_t()], "method", "x")
+
+
+def test_a_module_that_is_called_several_times_is_recorded_at_the_right_call():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.ReLU()
+            self.pool, self.fc = torch.nn.AvgPool2d(2), torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            for _ in range(2):
+                x = self.act(self.conv(self.act(self.conv(x))))
+                x = self.pool(x)
+            return self.fc(x.mean((2, 3)))
+
+    network = Twice()
+    recorder = StageRecorder([network], "method", "x")
+    assert [(call.name, call.number) for call in recorder.calls[0]] == [("act", 1), ("act", 3)]
+    x = torch.randn(1, 3, 8, 8)
+    with recorder.record() as maps:
+        network(x)
+    first = network.act(network.conv(network.act(network.conv(x))))
+    torch.testing.assert_close(maps[0][0], first)
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "cifar":
+        return CifarResNet(8, DW(), 4).eval()
+    return to_backbone(torchvision.models.squeezenet1_1(num_classes=4)).eval()
+
+
+@pytest.mark.parametrize("kind", ["cifar", "of a library"])
+def test_a_gray_image_gives_the_logits_that_it_gave_in_three_channels(kind):
+    gray = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = build(kind)(gray.expand(-1, 3, -1, -1))
+    network = adapt_input(build(kind), 1)
+    torch.testing.assert_close(network(gray), expected, rtol=1e-4, atol=1e-5)
+    network(gray).square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert find_stride(network) == find_stride(build(kind))
+
+
+def test_more_channels_repeat_the_weights():
+    before, after = (next(m for m in network.modules() if isinstance(m, nn.Conv2d)).weight for network in both(5))
+    torch.testing.assert_close(after, torch.cat([before, before[:, :2]], dim=1) * 0.6)
+
+
+def both(channels):
+    return build("cifar"), adapt_input(build("cifar"), channels)
+
+
+def test_three_channels_and_a_network_that_fits_stay_as_they_are():
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in both(3)), strict=True))
+    own = nn.Sequential(nn.Conv2d(2, 4, 3))
+    assert adapt_input(own, 2)[0].weight is own[0].weight
+
+
+@pytest.mark.parametrize("network", [nn.Linear(3, 2), nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(4, 6, 3)])
+def test_a_first_convolution_that_cannot_be_changed_is_refused(network):
+    with pytest.raises(OptionError, match="data.channels=1: must be 3: the first convolution"):
+        adapt_input(network, 1)
+
+
+def test_settings_build_the_network_for_their_images():
+    settings = {"backbone": {"part": "resnet20", "depth": 8}, "block_type": {"part": "Shift"}, "classes": ["a", "b"]}
+    assert build_network(settings, "path", "file").conv1.in_channels == 3
+    for block_type in (None, Shift()):
+        network = build_network(settings | {"image_size": [1, 8, 8]}, "path", "file", block_type)
+        assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 2)
