@@ -1,39 +1,106 @@
-"""Lightning callbacks: metrics, selection and checkpoints of a run, its progress, and its interruption by a signal.
+"""Lightning callbacks for a run: they check its steps, record and select, save checkpoints, print, and obey signals.
 
 The candidates of a method are the networks of which the best one is selected: the students, then the moving averages of
 their weights if there are any.
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import CheckpointIO
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from odcheap.data.base import Batch
 from odcheap.distributed import rendezvous
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.runs.checkpoint_io import epoch_path, prune_checkpoints, step_path
+from odcheap.runs.checkpoint_io import epoch_path, prune_checkpoints, read_checkpoint, step_path
 from odcheap.training.module import DistillationModule, Figures
-from odcheap.training.nonfinite import CHECK_EVERY, NonfiniteGuard
 from odcheap.training.summary import name_figures
-from odcheap.utils.files import write_csv
+from odcheap.training.train_step import StepResult
+from odcheap.utils.console import say
+from odcheap.utils.errors import Failure
+from odcheap.utils.files import write_checkpoint, write_csv
 from odcheap.utils.text import count_things, format_accuracy, format_seconds
 
+CHECK_EVERY = 10  # batches between two looks at the gradients or the clock, for which a process waits for others
 WARM_UP_STEPS, TIMED_STEPS = 5, 20  # the expected time is measured on 20 steps, after 5 that allocate memory
 REPORT_EVERY = 30  # seconds between lines of progress if the output is not a terminal
+
+
+class NonfiniteGuard(pl.Callback):
+    """Ends the run after a training step whose gradients are not finite, or counts such steps if they are skipped.
+
+    On a GPU the steps are checked every `CHECK_EVERY` batches, and always before a checkpoint is written. All processes
+    have the same gradients, so they make the same decision.
+
+    Args:
+        skip: Whether such a step does not update the weights, and the run goes on.
+        limit: The number of steps that may be skipped in the whole run; one more raises `Failure`.
+    """
+
+    def __init__(self, skip: bool, limit: int):
+        self.skip, self.limit, self.skipped = skip, limit, 0
+        self.pending: list[tuple[str, Tensor, dict[str, Tensor]]] = []  # step, whether finite, loss terms
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped = state_dict["skipped"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        result: StepResult = outputs["result"]
+        if result.finite is not None:
+            place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
+            # They are copied, since a CUDA graph overwrites its results at the next batch.
+            terms = {name: term.clone() for name, term in result.terms.items() if name != "loss"}
+            self.pending.append((place, result.finite.clone(), terms))
+        if self.skip or pl_module.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY == 0:
+            self.check()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Checks the gradients of all steps since the last call for NaN and infinity.
+
+        Raises:
+            Failure: The gradients of a step are not finite, and skipping is off or too many steps have been skipped.
+        """
+        # One transfer from the device for all steps; most often that is all.
+        pending, self.pending = self.pending, []
+        if not pending or torch.stack([finite for _, finite, _ in pending]).all():
+            return
+        # The message names the loss terms of the first such step that are not finite.
+        place, _, terms = next(step for step in pending if not step[1])
+        names = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "a gradient"
+        self.skipped += 1
+        if not self.skip or self.skipped > self.limit:
+            what = f"on_nonfinite={'skip' if self.skip else 'stop'}: {place}: {names} is not finite"
+            more = f" (more than max_skipped={self.limit} times)" if self.skip else ""
+            raise Failure(f"{what}{more}; the last checkpoint is kept; try a lower optimizer.lr")
+        say(f"skipped {place}: {names} is not finite ({self.skipped} of {self.limit})")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """A plugin of Lightning that writes checkpoints atomically: a crash never leaves an incomplete file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, checkpoint)
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
 
 
 class Record(pl.Callback):
@@ -178,29 +245,6 @@ class Record(pl.Callback):
             prune_checkpoints(self.job_dir, self.keep, epoch_path(self.job_dir, self.selected["epoch"]))
 
 
-class LoggerRuns(pl.Callback):
-    """Saves in each checkpoint the run ids of the loggers, so that a resumed run continues under the same ids.
-
-    Args:
-        names: The names of the loggers in `conf/logger`, in the order of the trainer's loggers.
-    """
-
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.ids: dict[str, str] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and len(trainer.loggers) == len(self.names):
-            found = zip(self.names, trainer.loggers, strict=True)
-            self.ids |= {name: str(logger.version) for name, logger in found if logger.version}
-
-    def state_dict(self) -> dict[str, str]:
-        return self.ids
-
-    def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        self.ids = dict(state_dict)
-
-
 class ProgressReporter(pl.Callback):
     """Prints a line for each epoch, the expected time of the run, and on a terminal also a progress bar.
 
@@ -222,12 +266,12 @@ class ProgressReporter(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.steps = 0
-        self.best = max((describe_best_student(row)[2] for row in self.record.history), default=0.0)
+        self.best = max((find_best_candidate(row)[2] for row in self.record.history), default=0.0)
         if self.console.is_terminal and trainer.is_global_zero:
-            batches, epochs = int(trainer.num_training_batches), trainer.max_epochs or 1
-            done = trainer.current_epoch * batches + trainer.fit_loop.batch_idx + 1
-            bar = self.start_bar()
-            self.training = bar.add_task("training", total=batches * epochs, completed=max(0, done))
+            batches = int(trainer.num_training_batches)
+            done = max(0, trainer.current_epoch * batches + trainer.fit_loop.batch_idx + 1)
+            total = batches * (trainer.max_epochs or 1)
+            self.training = self.start_bar().add_task("training", total=total, completed=done)
 
     def start_bar(self, transient: bool = False) -> Progress:
         """Returns the display of bars, which is started if there is none yet.
@@ -236,8 +280,7 @@ class ProgressReporter(pl.Callback):
             transient: Whether the display vanishes at its end.
         """
         if self.bar is None:
-            columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=None)]
-            columns += [MofNCompleteColumn(), TimeRemainingColumn()]
+            columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, console=self.console, expand=True, transient=transient)
             self.bar.start()
         return self.bar
@@ -249,22 +292,21 @@ class ProgressReporter(pl.Callback):
             return
         # The expected time is measured on the first steps, without those that allocate memory.
         self.steps += 1
-        now = time.perf_counter()
-        done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
+        now, batches, epochs = time.perf_counter(), int(trainer.num_training_batches), trainer.max_epochs or 1
+        done = trainer.current_epoch * batches + batch_idx + 1
         if self.steps == WARM_UP_STEPS:
             self.timed_from = self.reported = now
         if self.steps == WARM_UP_STEPS + TIMED_STEPS:
-            epochs = trainer.max_epochs or 1
-            left = trainer.num_training_batches * epochs - done
-            self.report_expected_time(left * (now - self.timed_from) / TIMED_STEPS, epochs, pl_module.device)
+            seconds = (batches * epochs - done) * (now - self.timed_from) / TIMED_STEPS
+            self.report_expected_time(seconds, epochs, pl_module.device)
 
         # The progress bar, or on other outputs than a terminal a line now and then.
         if self.bar is not None and self.training is not None:
-            self.bar.update(self.training, completed=done, description=self.describe_epoch(trainer))
+            text = f"epoch {trainer.current_epoch + 1}/{epochs}{self.describe_latest_epoch()}"
+            self.bar.update(self.training, completed=done, description=text)
         elif self.steps > WARM_UP_STEPS and now - self.reported > REPORT_EVERY:
             self.reported = now
-            place = f"batch {batch_idx + 1}/{trainer.num_training_batches} of epoch {trainer.current_epoch + 1}"
-            self.console.print(f"  {place}")
+            self.console.print(f"  batch {batch_idx + 1}/{batches} of epoch {trainer.current_epoch + 1}")
 
     def report_expected_time(self, seconds: float, epochs: int, device: torch.device) -> None:
         """Prints how long the training will still take.
@@ -275,37 +317,35 @@ class ProgressReporter(pl.Callback):
             device: The device of the training. If it is a CPU and the time is long, options of shorter runs are named.
         """
         hint = f"; shorter: {self.shorter}" if seconds > 3600 and device.type == "cpu" else ""
-        self.console.print(
-            f"  about {format_seconds(seconds)} to go for {count_things(epochs, 'epoch')}{hint}", soft_wrap=True
-        )
+        text = f"  about {format_seconds(seconds)} to go for {count_things(epochs, 'epoch')}{hint}"
+        self.console.print(text, soft_wrap=True)
 
-    def describe_epoch(self, trainer: pl.Trainer) -> str:
-        """Returns the text of the progress bar: the current epoch, and speed and accuracies of the one before."""
-        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        if self.record.history:
-            row = self.record.history[-1]
-            stage, student, accuracy, teacher = describe_best_student(row)
-            text += f"  {row['images_per_second']:,.0f} images/s"
-            text += f"  {stage} top-1: {student} {format_accuracy(accuracy)} %{teacher}"
-            text += f"  best so far {format_accuracy(self.best)} %"
-        return text
+    def describe_latest_epoch(self) -> str:
+        """Returns speed and accuracies of the latest epoch as text; an empty text before the first epoch has ended."""
+        if not self.record.history:
+            return ""
+        row = self.record.history[-1]
+        stage, name, accuracy = find_best_candidate(row)
+        teacher = row.get(f"{stage}/teacher/top1")
+        text = f"  {row['images_per_second']:,.0f} images/s  {stage} top-1: {name} {format_accuracy(accuracy)} %"
+        text += "" if teacher is None else f"  teacher {format_accuracy(teacher)} %"
+        return f"{text}  best so far {format_accuracy(self.best)} %"
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            row = self.record.history[-1]
-            stage, student, accuracy, teacher = describe_best_student(row)
-            text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            text += f"  loss {row['train/loss']:.4f}" if "train/loss" in row else "  every step was skipped"
-            text += f"  {row['images_per_second']:,.0f} images/s"
-            text += f"  {stage} top-1: {student} {format_accuracy(accuracy)} %{teacher}"
-            self.best = max(self.best, accuracy)
-            text += f"  best so far {format_accuracy(self.best)} %"
-            self.console.print(text, soft_wrap=True)
+            row, epoch = self.record.history[-1], f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self.best = max(self.best, find_best_candidate(row)[2])
+            figures = self.describe_latest_epoch()
+            loss = f"  loss {row['train/loss']:.4f}" if "train/loss" in row else "  every step was skipped"
+            self.console.print(f"{epoch}{loss}{figures}", soft_wrap=True)
             if self.bar is not None and self.training is not None:  # so that the finished bar has the last figures
-                self.bar.update(self.training, description=self.describe_epoch(trainer))
+                self.bar.update(self.training, description=f"{epoch}{figures}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start_evaluation(trainer, "validation", trainer.num_val_batches)
+        self.reported = time.perf_counter()
+        if self.console.is_terminal and trainer.is_global_zero:
+            name, batches = describe_evaluation(trainer)
+            self.evaluation = self.start_bar(transient=True).add_task(name, total=batches)
 
     def on_validation_batch_end(
         self,
@@ -316,94 +356,53 @@ class ProgressReporter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.advance_evaluation(trainer, "validation", batch_idx + 1, trainer.num_val_batches)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.end_evaluation()
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start_evaluation(trainer, "test", trainer.num_test_batches)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.advance_evaluation(trainer, "test", batch_idx + 1, trainer.num_test_batches)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.end_evaluation()
-
-    def start_evaluation(self, trainer: pl.Trainer, name: str, batches: Sequence[float]) -> None:
-        """Starts the bar of an evaluation.
-
-        Args:
-            trainer: The trainer.
-            name: The text before the bar: "validation" or "test".
-            batches: The number of batches of each data loader; there is one loader.
-        """
-        self.reported = time.perf_counter()
-        if self.console.is_terminal and trainer.is_global_zero:
-            self.evaluation = self.start_bar(transient=True).add_task(name, total=batches[0])
-
-    def advance_evaluation(self, trainer: pl.Trainer, name: str, done: int, batches: Sequence[float]) -> None:
-        """Shows how many batches of an evaluation are done.
-
-        Args:
-            trainer: The trainer.
-            name: The text before the bar: "validation" or "test".
-            done: The number of batches that are done.
-            batches: The number of batches of each data loader; there is one loader.
-        """
         now = time.perf_counter()
         if self.bar is not None and self.evaluation is not None:
-            self.bar.update(self.evaluation, completed=done)
+            self.bar.update(self.evaluation, completed=batch_idx + 1)
         elif trainer.is_global_zero and now - self.reported > REPORT_EVERY:
             self.reported = now
-            self.console.print(f"  batch {done}/{batches[0]} of the {name}")
+            name, batches = describe_evaluation(trainer)
+            self.console.print(f"  batch {batch_idx + 1}/{batches} of the {name}")
 
-    def end_evaluation(self) -> None:
-        """Removes the bar of an evaluation from the display."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.bar is not None and self.evaluation is not None:
             self.bar.remove_task(self.evaluation)
             self.evaluation = None
             if self.training is None:
                 self.stop()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop()
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.stop()
-
-    def stop(self) -> None:
+    def stop(self, *_: Any, **__: Any) -> None:
         """Ends the display of bars, if there is one."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = self.training = self.evaluation = None
 
+    on_train_end = on_exception = stop
 
-def describe_best_student(row: dict[str, Any]) -> tuple[str, str, float, str]:
-    """Describes the candidate with the best top-1 accuracy in an epoch, for the progress line.
+
+def describe_evaluation(trainer: pl.Trainer) -> tuple[str, float]:
+    """Returns the name of the current evaluation, "validation" or "test", and its number of batches."""
+    name, batches = ("test", trainer.num_test_batches) if trainer.testing else ("validation", trainer.num_val_batches)
+    return name, batches[0]  # there is one loader
+
+
+def find_best_candidate(row: dict[str, Any]) -> tuple[str, str, float]:
+    """Finds the candidate with the best top-1 accuracy in an epoch.
 
     Args:
         row: The metrics of the epoch by name.
 
     Returns:
-        The stage whose accuracies are compared ("val", otherwise "test" or "train"), the name and the accuracy of the
-        best candidate, and a text with the teacher's accuracy, which is empty if there is none.
+        The stage whose accuracies are compared ("val", otherwise "test" or "train"), and the name and the accuracy of
+        the best candidate.
     """
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
     prefixes = (f"{stage}/student_", f"{stage}/average_")
     candidates = {name: value for name, value in row.items() if name.startswith(prefixes) and name.endswith("/top1")}
     best = max(candidates, key=lambda name: candidates[name])
-    teacher = row.get(f"{stage}/teacher/top1")
-    text = "" if teacher is None else f"  teacher {format_accuracy(teacher)} %"
-    return stage, best.split("/")[1].replace("_", " "), candidates[best], text
+    return stage, best.split("/")[1].replace("_", " "), candidates[best]
 
 
 class Interruption(pl.Callback):
@@ -429,36 +428,16 @@ class Interruption(pl.Callback):
             self.group = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo"))
             rendezvous.check_same_start(trainer.current_epoch, trainer.global_step, self.group)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.set_waiting(True)
+    def start_waiting(self, *_: Any, **__: Any) -> None:
+        """Tells the listener that the training waits for a batch from now on."""
+        self.listener.waiting_since = time.monotonic()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.set_waiting(False)
+    def end_waiting(self, *_: Any, **__: Any) -> None:
+        """Tells the listener that the training does not wait for a batch."""
+        self.listener.waiting_since = None
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.set_waiting(True)
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.set_waiting(False)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.set_waiting(batch_idx + 1 < trainer.num_val_batches[dataloader_idx])
-
-    def set_waiting(self, is_waiting: bool) -> None:
-        """Tells the listener whether the training waits for a batch from now on."""
-        self.listener.waiting_since = time.monotonic() if is_waiting else None
+    on_train_epoch_start = on_validation_epoch_start = on_validation_batch_end = start_waiting
+    on_train_batch_start = on_validation_batch_start = on_validation_epoch_end = end_waiting
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.listener.install_handlers()
@@ -467,11 +446,13 @@ class Interruption(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = batch_idx + 1
-        if done < trainer.num_training_batches and (signum := self.agree_on_signal()):
+        if done == trainer.num_training_batches:
+            return
+        if signum := self.agree_on_signal():
             self.guard.check()
             self.record.save(trainer, step_path(self.record.job_dir, trainer.current_epoch, done))
             raise Stopped(signum)
-        self.set_waiting(done < trainer.num_training_batches)
+        self.start_waiting()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if signum := self.agree_on_signal():  # `Record` has just saved a checkpoint

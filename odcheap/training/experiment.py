@@ -6,10 +6,8 @@ ensemble. The candidates are those that may be selected: students and moving ave
 
 import logging
 import os
-import re
-import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,6 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from torch import nn
 
@@ -42,10 +39,14 @@ from odcheap.runs.resume import Start, prepare_folder
 from odcheap.runs.settings import select_student_settings
 from odcheap.runs.training_images import write_digests
 from odcheap.training import summary, trackers
-from odcheap.training.atomic_checkpoint import AtomicCheckpointIO
-from odcheap.training.callbacks import Interruption, LoggerRuns, ProgressReporter, Record
+from odcheap.training.callbacks import (
+    AtomicCheckpointIO,
+    Interruption,
+    NonfiniteGuard,
+    ProgressReporter,
+    Record,
+)
 from odcheap.training.module import DistillationModule
-from odcheap.training.nonfinite import NonfiniteGuard
 from odcheap.training.optim import build_optimization
 from odcheap.training.student_networks import (
     build_standards,
@@ -54,11 +55,11 @@ from odcheap.training.student_networks import (
     list_builders,
     name_students,
 )
-from odcheap.training.trackers import StepLosses
+from odcheap.training.trackers import LoggerRuns, StepLosses
 from odcheap.training.train_step import GradientOptions
 from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
-from odcheap.utils.errors import Failure, OptionError, describe_external_failure, first_line
+from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_csv, write_json, write_text
 from odcheap.utils.seeds import temporary_seed
 from odcheap.utils.text import escape_control_chars
@@ -66,14 +67,7 @@ from odcheap.utils.threads import describe_load
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # the device is in the first line of odcheap
 
-GRAPH_PRECISIONS = (
-    "32-true",
-    "32",
-    "bf16-mixed",
-    "bf16-true",
-)  # float16 scales the loss by a changing factor
-RUN_ID_OPTIONS = {"mlflow": "run_id", "wandb": "id"}  # the option of a logger that names the run to continue
-RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+GRAPH_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 scales the loss by a changing factor
 # Options of Lightning's that switch off, or shorten, what a run's results are made from, or that odcheap sets itself.
 OWN_OPTIONS = {"barebones", "callbacks", "fast_dev_run", "limit_predict_batches", "limit_test_batches"}
 OWN_OPTIONS |= {"limit_val_batches", "logger", "overfit_batches", "plugins"}
@@ -171,12 +165,13 @@ class Experiment:
             cfg.seed,
             summary.describe_run(self.start.config, self.data),
             gradients,
-            (refuse_eager if cfg.capture is True else report_eager) if uses_graphs(cfg) else None,
+            partial(report_eager, cfg.capture) if uses_graphs(cfg) else None,
             teacher_saw_val=cfg.select != "test" and self.method.may_have_seen(self.data.fingerprint),
             mixing=build_mixing(self.data.policy, len(self.data.classes), cfg.seed),
         )
         self.check_evaluations(steps)
         figure = SELECT_BY[self.data.select_by]
+        self.logger_runs = LoggerRuns()
         self.record = Record(self.start.job_dir, cfg.select, figure, cfg.checkpoint_every, cfg.checkpoint_keep)
 
     @classmethod
@@ -210,11 +205,8 @@ class Experiment:
         load_start_weights(start, method, data)
         return cls(start, data, method, optimizer, scheduler, listener, build_standards(start, builders, classes))
 
-    def build_trainer(self, logger: Iterable[Logger] | bool = False) -> pl.Trainer:
+    def build_trainer(self) -> pl.Trainer:
         """Builds Lightning's `Trainer`; if torchrun has started several processes, they form their process group here.
-
-        Args:
-            logger: The loggers; False for none.
 
         Raises:
             OptionError: The device does not support an option.
@@ -228,14 +220,14 @@ class Experiment:
             # The guard comes first, so that a step is checked before another callback saves a checkpoint.
             callbacks=[
                 guard,
-                LoggerRuns(list(self.cfg.logger)),
+                self.logger_runs,
                 self.record,
                 progress,
                 StepLosses(lambda: self.record.lr),
                 Interruption(self.listener, self.record, guard),
                 *self.callbacks,
             ],
-            logger=logger,
+            logger=False,  # `run` adds the loggers
             plugins=[AtomicCheckpointIO(), launch.make_cluster_environment()],
             limit_val_batches=1.0 if self.watches_images else 0,
         )
@@ -289,20 +281,19 @@ class Experiment:
         """
         # Only the first process writes to the folder; it holds the folder's lock until the run has ended.
         self.check_selected()
-        loggers = build_loggers(self.start)
-        trainer = self.build_trainer(list(loggers.values()))
-        job_dir = self.start.job_dir
+        loggers = trackers.build_loggers(self.start)
+        trainer = self.build_trainer()
+        job_dir, is_first = self.start.job_dir, trainer.is_global_zero
         make_folder(job_dir)
-        with status.lock_folder(job_dir) if trainer.is_global_zero else nullcontext(), finish_loggers(loggers):
-            if trainer.is_global_zero:
+        with status.lock_folder(job_dir) if is_first else nullcontext(), trackers.finish_loggers(loggers):
+            if is_first:
                 prepare_folder(self.start)
-                loggers = start_loggers(self.start, loggers)
-                trainer.loggers = list(loggers.values())
                 settings = self.start.config.to_settings()
                 text = OmegaConf.to_yaml(settings)
+                loggers = trackers.start_loggers(self.start, loggers, settings, text)
+                trainer.loggers = list(loggers.values())
+                self.logger_runs.ids = {name: str(logger.version) for name, logger in loggers.items() if logger.version}
                 write_text(job_dir / CONFIG, text)
-                continued = [name for name in loggers if saved_logger_run(self.start, name)]
-                trackers.log_start(loggers, settings, text, continued)
             self.print_introduction(trainer)
 
             # The weights of the last epoch are in memory; those of the selected one are read from its checkpoint.
@@ -314,7 +305,7 @@ class Experiment:
             selected = self.test(trainer, fit.row(fit.epoch))
 
             content = self.summarize(fit, selected, last)
-            if trainer.is_global_zero:
+            if is_first:
                 confusion, steps = selected.confusion[fit.candidate], fit.history[-1]["step"]
                 if loggers:
                     trackers.log_result(loggers, content, confusion, self.data.classes, steps)
@@ -703,80 +694,16 @@ def uses_graphs(cfg: DictConfig) -> bool:
     return cfg.capture is not False and not reasons
 
 
-def report_eager(reason: str) -> None:
-    """Prints that training steps are not recorded as a CUDA graph, and the reason."""
-    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")
-
-
-def refuse_eager(reason: str) -> None:
-    """Raises the `OptionError` that `capture=true` is not possible, with the reason."""
-    raise OptionError("capture", True, f"is not possible: {reason}")
-
-
-def saved_logger_run(start: Start, name: str) -> dict[str, str]:
-    """Returns the argument, a run id, with which a logger continues its earlier run when a training is resumed.
+def report_eager(capture: bool | str, reason: str) -> None:
+    """Prints that training steps are not recorded as a CUDA graph, and the reason.
 
     Args:
-        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
-        name: The name of the logger in `conf/logger`.
-
-    Returns:
-        A dict with the name of the argument and the saved run id. It is empty for a new run, for a run that continues
-        in another folder, and if the user has given an id.
-    """
-    # A checkpoint may come from a stranger: only an id that looks like one is used.
-    if start.content is None or not start.in_own_folder or name not in RUN_ID_OPTIONS:
-        return {}
-    saved = start.content["callbacks"].get(LoggerRuns.__name__) or {}
-    own = RUN_ID_OPTIONS[name]
-    is_given = start.cfg.logger[name].get(own) is not None
-    return {own: saved[name]} if name in saved and RUN_ID.fullmatch(saved[name]) and not is_given else {}
-
-
-def build_loggers(start: Start) -> dict[str, Any]:
-    """Builds the loggers, by their names in `conf/logger`; a run that continues in its folder keeps its run ids."""
-    chosen = {name: part for name, part in start.cfg.logger.items() if part}
-    return {name: instantiate(part, **saved_logger_run(start, name)) for name, part in chosen.items()}
-
-
-@contextmanager
-def finish_loggers(loggers: dict[str, Any]) -> Generator[None]:
-    """A context manager that ends the run of W&B in the end, if there is one.
-
-    Otherwise the next run in this process, such as the next one of a sweep, would be recorded in the same W&B run.
-    """
-    try:
-        yield
-    finally:
-        if "wandb" in loggers and "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
-
-
-def start_loggers(start: Start, loggers: dict[str, Any]) -> dict[str, Any]:
-    """Starts the loggers, and returns them by name.
-
-    If a logger should continue a run that does not exist any more, it starts a new one, and a line is printed.
-
-    Args:
-        start: The run's config.
-        loggers: The loggers by their names in `conf/logger`.
+        capture: The option `capture`.
+        reason: The reason.
 
     Raises:
-        OptionError: A logger cannot be started.
+        OptionError: `capture` is true, so that eager steps are not allowed.
     """
-    # The libraries of loggers raise errors of many classes, most of them because of an option.
-    started = {}
-    for name, logger in loggers.items():
-        try:
-            try:
-                _ = logger.experiment
-            except Exception as error:
-                if not saved_logger_run(start, name):
-                    raise
-                say(f"logger={name}: starts a new run, since the earlier one is not there ({first_line(error)})")
-                logger = instantiate(start.cfg.logger[name])
-                _ = logger.experiment
-        except Exception as error:
-            raise OptionError("logger", name, f"cannot be started: {first_line(error)}") from error
-        started[name] = logger
-    return started
+    if capture is True:
+        raise OptionError("capture", True, f"is not possible: {reason}")
+    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")

@@ -1,4 +1,4 @@
-"""What TensorBoard, W&B and MLflow get besides the metrics of each epoch.
+"""Starts loggers (TensorBoard, W&B, MLflow), and logs what they get besides the metrics of each epoch.
 
 At the start these are the hyperparameters and the config as text, in each n-th step the loss and the learning rate, and
 at the end the final figures and the confusion matrix as a picture. Other loggers get the hyperparameters and all
@@ -6,21 +6,28 @@ numbers. `logger.log_metrics` of `Record` writes the metrics of each epoch.
 """
 
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+from hydra.utils import instantiate
 from PIL import Image
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from odcheap.runs.resume import Start
 from odcheap.runs.settings import flatten
 from odcheap.utils.confusion_plot import plot_confusion, render_png
 from odcheap.utils.console import say
-from odcheap.utils.errors import first_line
+from odcheap.utils.errors import OptionError, first_line
 
 LOSS_EVERY = 50  # steps between two losses
 CONFIG, CONFUSION = "config", "selected/confusion"  # names of the text and of the picture
+RUN_ID_OPTIONS = {"mlflow": "run_id", "wandb": "id"}  # the option of a logger that names the run to continue
+RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 FINAL_FIGURES = ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
 
 
@@ -50,21 +57,102 @@ class StepLosses(pl.Callback):
                 logger.log_metrics(values, step=trainer.global_step)
 
 
-def log_start(
-    loggers: Mapping[str, Logger], settings: Mapping[str, Any], text: str, continued: Collection[str] = ()
-) -> None:
-    """Logs the hyperparameters and the config.
+class LoggerRuns(pl.Callback):
+    """Saves in each checkpoint the run ids of the loggers, so that a resumed run continues under the same ids.
+
+    Attributes:
+        ids: The run ids by the names of the loggers in `conf/logger`. Set those of loggers that have been started.
+    """
+
+    def __init__(self) -> None:
+        self.ids: dict[str, str] = {}
+
+    def state_dict(self) -> dict[str, str]:
+        return self.ids
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        self.ids = state_dict | self.ids  # those of the checkpoint include loggers that are not used now
+
+
+def saved_logger_run(start: Start, name: str) -> dict[str, str]:
+    """Returns the argument, a run id, with which a logger continues its earlier run when a training is resumed.
 
     Args:
-        loggers: The loggers by name.
+        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
+        name: The name of the logger in `conf/logger`.
+
+    Returns:
+        A dict with the name of the argument and the saved run id. It is empty for a new run, for a run that continues
+        in another folder, and if the user has given an id.
+    """
+    # A checkpoint may come from a stranger: only an id that looks like one is used.
+    if start.content is None or not start.in_own_folder or name not in RUN_ID_OPTIONS:
+        return {}
+    saved = start.content["callbacks"].get(LoggerRuns.__name__) or {}
+    own = RUN_ID_OPTIONS[name]
+    is_given = start.cfg.logger[name].get(own) is not None
+    return {own: saved[name]} if name in saved and RUN_ID.fullmatch(saved[name]) and not is_given else {}
+
+
+def build_loggers(start: Start) -> dict[str, Any]:
+    """Builds the loggers, by their names in `conf/logger`; a run that continues in its folder keeps its run ids."""
+    chosen = {name: part for name, part in start.cfg.logger.items() if part}
+    return {name: instantiate(part, **saved_logger_run(start, name)) for name, part in chosen.items()}
+
+
+def start_loggers(start: Start, loggers: Mapping[str, Any], settings: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Starts the loggers; those that do not continue a recorded run get the hyperparameters and the config.
+
+    If a logger should continue a run that does not exist any more, it starts a new one, and a line is printed.
+
+    Args:
+        start: The run's config.
+        loggers: The loggers by their names in `conf/logger`.
         settings: The config of the run, as nested dicts.
         text: The config as YAML.
-        continued: Names of loggers that continue a recorded run, which has them already.
+
+    Returns:
+        The loggers by name.
+
+    Raises:
+        OptionError: A logger cannot be started.
     """
+    # The libraries of loggers raise errors of many classes, most of them because of an option.
+    started = {}
     for name, logger in loggers.items():
-        if name not in continued:
+        is_continued = bool(saved_logger_run(start, name))
+        try:
+            try:
+                _ = logger.experiment
+            except Exception as error:
+                if not is_continued:
+                    raise
+                say(f"logger={name}: starts a new run, since the earlier one is not there ({first_line(error)})")
+                logger, is_continued = instantiate(start.cfg.logger[name]), False
+                _ = logger.experiment
+        except Exception as error:
+            raise OptionError("logger", name, f"cannot be started: {first_line(error)}") from error
+        started[name] = logger
+        if not is_continued:
             attempt(name, lambda logger=logger: logger.log_hyperparams(flatten(dict(settings))))
             attempt(name, lambda logger=logger: log_text(logger, text))
+    return started
+
+
+@contextmanager
+def finish_loggers(loggers: Collection[str]) -> Generator[None]:
+    """A context manager that ends the run of W&B in the end, if there is one.
+
+    Otherwise the next run in this process, such as the next one of a sweep, would be recorded in the same W&B run.
+
+    Args:
+        loggers: The names of the loggers in `conf/logger`.
+    """
+    try:
+        yield
+    finally:
+        if "wandb" in loggers and "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
 
 
 def log_result(

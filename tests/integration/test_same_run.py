@@ -13,7 +13,7 @@ from odcheap.config.command_line import prepare_arguments
 from odcheap.runs.overrides import name_run
 from odcheap.runs.resume import Start
 from odcheap.runs.settings import RunConfig
-from odcheap.training.experiment import saved_logger_run
+from odcheap.training.trackers import saved_logger_run
 from odcheap.utils.parts import find_conf_dir
 
 PICTURES = ["data=imagefolder", "data.image_size=16", "data.val_size=4", "data.load.test_size=6", "data.workers=0"]
@@ -108,7 +108,7 @@ def test_the_folder_of_images_is_in_a_name_only_if_it_is_varied():
 def test_a_continued_run_is_the_same_run_for_mlflow(command, tmp_path):
     pytest.importorskip("mlflow")
     # MLflow keeps databases open by their names, so a relative name would be the database of an earlier test's folder.
-    mlflow = ["logger=mlflow", f"logger.mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    mlflow = ["logger=[csv,mlflow]", f"logger.mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
     assert command(*TINY[:-1], *mlflow, f"job_dir={tmp_path}/run", "trainer.max_epochs=1").status == 0
     result = command(f"resume={tmp_path}/run", "trainer.max_epochs=2", "logger=csv")
     assert result.status == 0, result.err

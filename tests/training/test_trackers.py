@@ -1,13 +1,17 @@
 """What the trackers of experiments show of a run."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
+from omegaconf import OmegaConf
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from odcheap.runs.resume import Start
+from odcheap.runs.settings import RunConfig
 from odcheap.training import trackers
 
 FINAL = {"selected/val_top1", "selected/test_top1", "selected/test_top5", "selected/ensemble_test_top1"}
@@ -55,6 +59,8 @@ def wandb_logger():
         def __init__(self):
             self.got = SimpleNamespace(metrics={}, text=None, images=None, params=None)
 
+        experiment = None
+
         def log_metrics(self, metrics, step=None):
             self.got.metrics |= metrics
 
@@ -75,7 +81,8 @@ SUMMARY = {"selected": {"val_top1": 0.5, "test_top1": 0.25, "test_top5": None}, 
 
 def test_wandb_gets_text_picture_and_figures(wandb_logger):
     settings = {"trainer": {"max_epochs": 2}, "seed": 0}
-    trackers.log_start({"wandb": wandb_logger}, settings, "seed: 0\n")
+    start = Start(RunConfig(OmegaConf.create(), {}, []), Path("run"))
+    assert trackers.start_loggers(start, {"wandb": wandb_logger}, settings, "seed: 0\n") == {"wandb": wandb_logger}
     assert wandb_logger.got.params == {"trainer.max_epochs": 2, "seed": 0}
     assert wandb_logger.got.text == ("config", ["config.yaml"], [["seed: 0\n"]])
     trackers.log_result({"wandb": wandb_logger}, SUMMARY, [[3, 1], [0, 4]], ["cat", "dog"], step=7)
