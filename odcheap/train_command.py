@@ -134,7 +134,7 @@ def show_outcomes() -> int:
     outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
     searches = [(sweep.path, sweep.search) for sweep in started_sweeps if sweep.search is not None]
     if outcomes:
-        from odcheap.report.console_tables import show_sweep
+        from odcheap.report.tables import show_sweep
 
         show_sweep(console(), outcomes, is_search=bool(searches))
     for sweep in started_sweeps:

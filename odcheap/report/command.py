@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from odcheap.config.messages import describe_error
-from odcheap.report.console_tables import build_table, shorten_names
 from odcheap.report.load_runs import RunFolder, list_planned_runs, load_runs
+from odcheap.report.tables import build_console_table, shorten_names
 from odcheap.utils.console import console, print_error
 from odcheap.utils.errors import Failure
 
@@ -79,7 +79,7 @@ def show_status(folders: list[RunFolder]) -> int:
     ]
     if shared:
         console().print(f"all runs have {shared}", soft_wrap=True)
-    console().print(build_table(rows, left=("run", "state", "details")))
+    console().print(build_console_table(rows, left=("run", "state", "details")))
     counts = Counter(entry.state for entry in folders)
     console().print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return int("failed" in counts)

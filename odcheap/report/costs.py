@@ -13,7 +13,7 @@ from odcheap.config.compose import compose_config
 from odcheap.models import flops
 from odcheap.models.build import build_comparable
 from odcheap.models.wrappers import MAX_SMALL_SIZE
-from odcheap.report.console_tables import build_table
+from odcheap.report.tables import build_console_table
 from odcheap.utils.console import console, print_error, say, show_steps
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import list_parts
@@ -86,7 +86,7 @@ def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> in
         if not cost.refused
     ]
     console().print(TITLE)
-    console().print(build_table(rows, ("backbone", "block_type"), console().width, OPTIONAL))
+    console().print(build_console_table(rows, ("backbone", "block_type"), console().width, OPTIONAL))
     for cost in costs:
         if cost.refused:
             console().print(f"{cost.backbone}: {cost.refused}")

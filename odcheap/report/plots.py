@@ -351,7 +351,7 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
     figure, (axes,) = create_figure(0.75 + sum(heights))
     for place, row in zip(places, shown.to_dict("records"), strict=True):
         gain: Spread = row["gain"]
-        error = None if gain.interval is None else 100 * (gain.interval[1] - gain.mean)
+        error = None if gain.margin is None else 100 * gain.margin
         color, marker = colors[row["method"]], markers[row["setting"]]["marker"]
         look: dict[str, Any] = {
             "color": color,

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 
 from odcheap.report import latency, plots, tables
-from odcheap.report.console_tables import show_comparison
 from odcheap.report.load_runs import RunFolder
 from odcheap.report.statistics import BASELINE, Latencies, Latency, summarize_runs, tabulate_runs
 from odcheap.utils.console import console, say, show_steps
@@ -73,7 +72,7 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     description = "Held-out images" if options.val else "Test images"
     write_text(out / "report.md", tables.format_report(folders, runs, table, captions, description, baseline))
     write_text(out / "report.csv", tables.to_csv(table))
-    show_comparison(console(), table, baseline, images)
+    tables.show_comparison(console(), table, baseline, images)
     files = ", ".join(["report.csv", *(f"{name}.png" for name in captions)])
     count = f"{count_things(len(finished), 'finished run')} of {len(folders)}"
     line = f"{count}; written: {escape_control_chars(out)}/report.md, {files}"

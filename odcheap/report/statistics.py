@@ -39,20 +39,26 @@ class Spread(NamedTuple):
     deviation: float | None
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the mean by Student's t-distribution; None for one value."""
+    def margin(self) -> float | None:
+        """Half the width of the mean's 95 % confidence interval by Student's t-distribution; None for one value."""
         if self.deviation is None:
             return None
-        if self.deviation == 0:  # which scipy answers with NaN
-            return self.mean, self.mean
-        error = self.deviation / math.sqrt(self.n)
-        low, high = scipy.stats.t.interval(0.95, self.n - 1, loc=self.mean, scale=error)
-        return float(low), float(high)
+        return float(scipy.stats.t.ppf(0.975, self.n - 1)) * self.deviation / math.sqrt(self.n)
+
+    @property
+    def low(self) -> float | None:
+        """The lower end of the confidence interval; None for one value."""
+        return None if self.margin is None else self.mean - self.margin
+
+    @property
+    def high(self) -> float | None:
+        """The upper end of the confidence interval; None for one value."""
+        return None if self.margin is None else self.mean + self.margin
 
     @property
     def is_resolved(self) -> bool:
         """Whether the confidence interval does not contain zero; false for one value."""
-        return self.interval is not None and (self.interval[0] > TOLERANCE or self.interval[1] < -TOLERANCE)
+        return self.margin is not None and abs(self.mean) - self.margin > TOLERANCE
 
 
 class Latency(NamedTuple):

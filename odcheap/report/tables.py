@@ -1,20 +1,40 @@
-"""Writes the text of a report: its tables in Markdown and CSV, and what a reader must know about them."""
+"""The tables of a report for Markdown, CSV and the console, the text around them, and the tables of a sweep's runs."""
 
+import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from odcheap.report.load_runs import RunFolder
-from odcheap.report.statistics import ACCURACIES, COSTS, GAINS, Latencies, Latency, Spread
+from odcheap.report.load_runs import FinishedRun, RunFolder, read_options
+from odcheap.report.statistics import (
+    ACCURACIES,
+    BASELINE,
+    COSTS,
+    GAINS,
+    Latencies,
+    Latency,
+    Spread,
+    summarize_runs,
+    tabulate_runs,
+)
+from odcheap.runs.sweep import Outcome
+from odcheap.utils.errors import OptionError
 from odcheap.utils.text import (
     count_things,
     escape_control_chars,
     escape_markdown,
     format_accuracy,
     format_code,
+    format_count,
     format_macs,
     format_mean_deviation,
     format_seconds,
@@ -25,8 +45,13 @@ COLUMNS = ["mean student", "gain", "selected", "selected gain", "ensemble"]
 COLUMNS += [name for name in (*ACCURACIES, *COSTS) if name not in COLUMNS]
 WHOLE_NUMBERS = ("params", "macs", "epochs", "training macs")
 LATENCIES = ("latency ms", "standard ms")
-QUARTILES = {"": "median", " p25": "low", " p75": "high"}  # columns of the CSV file, and what they are of a latency
 HEADINGS = {"macs": "MACs", "training macs": "training MACs", "training seconds": "training time"}
+# The columns of the CSV file for a value of several numbers: the end of the heading, and the name of the number.
+CSV_COLUMNS: dict[type, dict[str, str]] = {
+    Latency: {"": "median", " p25": "low", " p75": "high"},
+    Spread: {" n": "n", " mean": "mean", " deviation": "deviation"},
+}
+INTERVAL_COLUMNS = {" low": "low", " high": "high"}  # further columns for a gain
 READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
 students after the last epoch, without any selection. *Selected* is the student that was best on held-out images; for
 `alone` it is the best of independent students. Gains over {baseline} are paired by seed, in percentage points, with
@@ -36,6 +61,18 @@ those of the whole training. Teachers of different kinds cannot be compared."""
 LATENCY_READING = """ Milliseconds are medians for one image in ONNX Runtime on this machine, of the student and of the
 standard network. Their quartiles are in `report.csv`."""
 SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
+COMPARISON_TITLE = (
+    "{images} top-1 in percent, mean ± standard deviation over n seeds; gain over {baseline}, paired by seed, with its "
+    "95 % interval\nmean student: of all students after the last epoch; selected: the one that each run selected"
+)
+# The columns of a comparison on the console that may be left out, the most important one first.
+IMPORTANCE = (*COLUMNS[: -len(COSTS)], "params", "MACs", *LATENCIES, "training time", "epochs", "training MACs")
+# The columns of a sweep's runs that may be left out.
+RUN_IMPORTANCE = ("test top-1 %", "val top-1 %", "teacher test %", "MACs", "parameters")
+# Groups whose choice says enough without the name of the group.
+PART_GROUPS = ("augment", "backbone", "block_type", "data", "experiment", "method", "optimizer", "scheduler")
+BORDERS = 3  # characters that a column needs besides its cells
+MAX_TEXT = 24  # characters: longer text may be wrapped
 
 
 def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.DataFrame:
@@ -84,7 +121,9 @@ def format_cell(column: str, value: Any, is_console: bool = False) -> str:
     if value is None:
         return ""
     if isinstance(value, Spread):
-        return format_gain(value, "\n" if is_console else " ") if column in GAINS else format_spread(value)
+        if column in GAINS:
+            return format_gain(value, "\n" if is_console else " ")
+        return format_mean_deviation(value.mean, value.deviation)
     if isinstance(value, Latency):
         return f"{value.median:#.3g}".rstrip(".")
     if column in ("macs", "training macs"):
@@ -96,11 +135,6 @@ def format_cell(column: str, value: Any, is_console: bool = False) -> str:
     return escape_control_chars(value) if is_console else escape_markdown(value)
 
 
-def format_spread(spread: Spread) -> str:
-    """Returns a mean accuracy in percent as text, with its standard deviation if there is more than one seed."""
-    return format_mean_deviation(spread.mean, spread.deviation)
-
-
 def format_gain(gain: Spread, before_note: str) -> str:
     """Returns a gain in percentage points as text, with its confidence interval and a note if it is not resolved.
 
@@ -108,9 +142,10 @@ def format_gain(gain: Spread, before_note: str) -> str:
         gain: The gain.
         before_note: The text between the numbers and the note, such as a space.
     """
-    interval = gain.interval and " [{}, {}]".format(*(format_accuracy(end, "+") for end in gain.interval))
-    note = "" if gain.is_resolved else "(not resolved)"
-    return f"{format_accuracy(gain.mean, '+')}{interval or ''}{before_note if note else ''}{note}"
+    text = format_accuracy(gain.mean, "+")
+    if gain.low is not None:
+        text += f" [{format_accuracy(gain.low, '+')}, {format_accuracy(gain.high, '+')}]"
+    return text if gain.is_resolved else f"{text}{before_note}(not resolved)"
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -126,17 +161,10 @@ def to_csv(table: pd.DataFrame) -> str:
     """
     columns: dict[str, Any] = {}
     for name, values in table.items():
-        if any(isinstance(value, Latency) for value in values):
-            columns |= {f"{name}{end}": [getattr(v, part, None) for v in values] for end, part in QUARTILES.items()}
-            continue
-        if not any(isinstance(value, Spread) for value in values):
-            columns[str(name)] = values
-            continue
-        for part in Spread._fields:
-            columns[f"{name} {part}"] = [getattr(value, part, None) for value in values]
-        if name in GAINS:
-            intervals = [getattr(value, "interval", None) or (None, None) for value in values]
-            columns |= {f"{name} low": [low for low, _ in intervals], f"{name} high": [high for _, high in intervals]}
+        kinds = {type(value) for value in values} & CSV_COLUMNS.keys()
+        parts = (CSV_COLUMNS[kinds.pop()] if kinds else {}) | (INTERVAL_COLUMNS if name in GAINS else {})
+        columns |= {f"{name}{end}": [getattr(value, part, None) for value in values] for end, part in parts.items()}
+        columns |= {} if parts else {str(name): values}
     columns = {name: [escape_formula(cell) for cell in cells] for name, cells in columns.items()}
     return pd.DataFrame(columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
@@ -147,6 +175,73 @@ def escape_formula(cell: Any) -> Any:
     Numbers are not changed. Source: OWASP, "CSV Injection".
     """
     return f"'{cell}" if isinstance(cell, str) and cell.lstrip()[:1] in tuple("=+-@") else cell
+
+
+def build_console_table(
+    rows: Sequence[dict[str, str]],
+    left: Sequence[str],
+    width: int | None = None,
+    optional: Sequence[str] = (),
+) -> Table:
+    """Returns a table of text for the console, in which nothing is interpreted as markup.
+
+    Args:
+        rows: For each row the text of its cells by column; all rows have the columns of the first one.
+        left: The columns that are aligned left and wrapped if they are long; all others are aligned right.
+        width: The largest width of the table in characters; None for any width.
+        optional: The columns that may be left out if the table is too wide, the most important one first. A line below
+            the table names the columns that are left out.
+    """
+    columns = list(rows[0])
+    left_out: list[str] = []
+    while width is not None and measure_width(rows, columns, left) > width:
+        dispensable = [column for column in optional if column in columns]
+        if not dispensable:
+            break
+        columns.remove(dispensable[-1])
+        left_out.insert(0, dispensable[-1])
+    caption = f"left out for lack of width: {', '.join(left_out)}" if left_out else None
+    table = Table(caption=caption, caption_justify="left", caption_style="")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    for row in rows:
+        cells = ("\n".join(map(escape_control_chars, row[column].split("\n"))) for column in columns)
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: Sequence[str]) -> int:
+    """Returns the width, in characters, that a table of these columns needs.
+
+    Args:
+        rows: For each row the text of its cells by column.
+        columns: The columns of the table.
+        left: Those columns whose text can be wrapped. Each of them needs at most 24 characters, or the width of its
+            heading.
+    """
+    widths = []
+    for column in columns:
+        lines = [column, *(line for row in rows for line in row[column].split("\n"))]
+        width = max(map(cell_len, lines))
+        widths.append(min(width, max(MAX_TEXT, cell_len(column))) if column in left else width)
+    return sum(widths) + BORDERS * len(columns) + 1
+
+
+def show_comparison(console: Console, table: pd.DataFrame, baseline: str, images: str) -> None:
+    """Prints the table of a report, with as many columns as fit.
+
+    Args:
+        console: The console to print on.
+        table: The table of `tables.build_table`.
+        baseline: The method with which the others are compared, or the `name` of a row (method and setting).
+        images: The images on which the accuracies were measured: `test` or `val`.
+    """
+    rows = format_table(table, is_console=True).to_dict("records")
+    title = COMPARISON_TITLE.format(
+        images={"val": "held-out"}.get(images, images), baseline=escape_control_chars(baseline)
+    )
+    console.print(title)
+    console.print(build_console_table(rows, ("setting", "method"), console.width, IMPORTANCE))
 
 
 def format_report(
@@ -248,3 +343,110 @@ def hide_host(text: str, host: str | None) -> str:
     for name in filter(None, (host, socket.gethostname())):
         text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "HOST", text)
     return text
+
+
+def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = False) -> None:
+    """Prints a table of the runs of a sweep and, if methods or seeds can be compared, a table of the methods.
+
+    Args:
+        console: The console to print on.
+        outcomes: The outcomes of the runs.
+        is_search: Whether the runs are trials of a search for options. No accuracy on test images is printed then: it
+            would be too high for a trial that was chosen by it.
+    """
+    names, shared = shorten_names([Path(outcome.job_dir) for outcome in outcomes])
+    runs = [describe_outcome(name, outcome) for name, outcome in zip(names, outcomes, strict=True)]
+    if is_search:
+        runs = [{column: cell for column, cell in run.items() if "test" not in column} for run in runs]
+    console.print(f"sweep; all runs have {shared}" if shared else "sweep", soft_wrap=True)
+    console.print(build_console_table(runs, ("run", "outcome"), console.width, RUN_IMPORTANCE))
+    if is_search:
+        return
+    rows = summarize_runs(tabulate_runs(finished_runs(outcomes)))
+    if not rows.empty and (rows["n"].max() > 1 or rows["method"].nunique() > 1):
+        show_comparison(console, build_table(rows, {}), BASELINE, "test")
+
+
+def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
+    """Returns those runs of a sweep that have finished their training, with options and summary."""
+    found = [(o.summary, Path(o.job_dir) / "config.yaml") for o in outcomes if o.summary and "last" in o.summary]
+    runs = []
+    for summary, path in found:
+        with suppress(OptionError):  # a config that cannot be read: the run's row is in the first table anyway
+            runs.append(FinishedRun(read_options(path), summary))
+    return runs
+
+
+def shorten_names(folders: Sequence[Path]) -> tuple[list[str], str]:
+    """Returns a short name for the folder of each run, and the overrides that the names of all folders contain.
+
+    A short name has only the overrides that differ between the runs, without their groups: `DW` for `block_type=DW`,
+    `max_epochs=5` for `trainer.max_epochs=5`. If the runs are in different folders, it also has the folder.
+
+    Args:
+        folders: The folders of the runs. Their names consist of overrides, such as `block_type=DW,seed=0`.
+
+    Returns:
+        The short names, in the order of `folders`, and the overrides that all names contain, joined by commas.
+    """
+    if not folders:
+        return [], ""
+    parts = [split_overrides(folder.name) for folder in folders]
+    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    own = [[part for part in mine if part not in shared] or mine for mine in parts]
+    names = [",".join(map(shorten_override, mine)) for mine in own]
+    if len(set(names)) < len(set(folders)):  # the groups that were left out tell them apart
+        names = [",".join(mine) for mine in own]
+    parents = [os.path.abspath(folder.parent) for folder in folders]
+    if len(set(parents)) > 1:
+        top = os.path.commonpath(parents)
+        prefixes = [os.path.relpath(parent, top) for parent in parents]
+        names = [name if prefix == "." else f"{prefix}/{name}" for prefix, name in zip(prefixes, names, strict=True)]
+    return names, ",".join(part for part in parts[0] if part in shared)
+
+
+def split_overrides(name: str) -> list[str]:
+    """Returns the overrides in the name of a folder, which is split at its commas, but not at those in a list.
+
+    Example:
+        >>> split_overrides("block_type=DW,experiment=[od,short],seed=0")
+        ['block_type=DW', 'experiment=[od,short]', 'seed=0']
+    """
+    return re.split(r",(?![^\[\]]*\])", name)
+
+
+def shorten_override(override: str) -> str:
+    """Returns an override without its config group.
+
+    Example:
+        >>> [shorten_override(o) for o in ("block_type=DW", "trainer.max_epochs=5", "seed=0", "my-run")]
+        ['DW', 'max_epochs=5', 'seed=0', 'my-run']
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    return value if key in PART_GROUPS and value else f"{key.rpartition('.')[2]}={value}"
+
+
+def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
+    """Returns the row of a run in the table of a sweep: its name, its outcome, its accuracies and its costs.
+
+    Args:
+        name: The short name of the run; see `shorten_names`.
+        outcome: How the run ended.
+
+    Returns:
+        The texts of the cells, by the headings of the columns.
+    """
+    summary = outcome.summary or {}
+    # A run that did not finish has no figures, and one with test_only=true has no costs.
+    selected, teacher, cost = (summary.get(key) or {} for key in ("selected", "teacher", "cost"))
+    return {
+        "run": name,
+        "outcome": outcome.text,
+        "val top-1 %": format_accuracy(selected.get("val_top1")),
+        "test top-1 %": format_accuracy(selected.get("test_top1")),
+        "teacher test %": format_accuracy(teacher.get("test_top1")),
+        "parameters": format_count(cost.get("params")),
+        "MACs": format_macs(cost.get("macs")),
+    }

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import train
 from odcheap.report.command import main as report
-from odcheap.report.console_tables import show_sweep
+from odcheap.report.tables import show_sweep
 from odcheap.runs.sweep import KILLED, Outcome, SweepFolder
 from odcheap.training.experiment import Experiment
 

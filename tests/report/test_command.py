@@ -60,6 +60,10 @@ def test_the_report(sweep, capsys):
     with open(out / "report.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["alone", "dml", "od"]
+    parts = dict.fromkeys(("mean student", "selected", "ensemble", "teacher (head)"), ("n", "mean", "deviation"))
+    parts |= dict.fromkeys(("gain", "selected gain"), ("n", "mean", "deviation", "low", "high"))
+    spreads = {f"{name} {part}" for name, own in parts.items() for part in own}
+    assert {name for name in rows[0] if name.endswith((" n", " mean", " deviation", " low", " high"))} == spreads
     assert float(rows[2]["gain mean"]) == pytest.approx(0.1)
     assert float(rows[1]["gain low"]) == pytest.approx(-0.02484, abs=1e-5)  # t(0.975, 2) = 4.3027, of 0.01 / sqrt(3)
     assert [rows[0][name] for name in ("gain mean", "latency ms", "standard ms")] == ["", "0.5", "1.5"]

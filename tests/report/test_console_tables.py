@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from odcheap.report.console_tables import build_table, shorten_names
+from odcheap.report.tables import build_console_table, shorten_names
 
 
 def shorten(*names):
@@ -54,7 +54,7 @@ ROWS = [{"run": "a" * 30, "gain": "1.00\n(not resolved)", "cost": "7", "time": "
 def test_columns_are_dropped_in_the_order_of_importance(width, shown, left_out):
     out = io.StringIO()
     # 24 characters of the name, which may be wrapped, 14 + 4 + 5 of the others, three for each column, and one.
-    table = build_table(ROWS, left=("run",), width=width, optional=("gain", "cost", "time"))
+    table = build_console_table(ROWS, left=("run",), width=width, optional=("gain", "cost", "time"))
     Console(file=out, width=width, markup=False).print(table)
     heading = out.getvalue().splitlines()[1]
     assert [name for name in ("gain", "cost", "time") if name in heading] == shown

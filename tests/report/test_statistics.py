@@ -143,8 +143,8 @@ def test_a_gain_is_resolved_if_its_interval_leaves_zero_out(values, resolved):
 
 
 def test_the_interval_is_student_s():
-    low, high = compute_spread(pd.Series([1.05, 1.38])).interval
-    assert (low, high) == (pytest.approx(1.215 - 12.7062 * 0.165), pytest.approx(1.215 + 12.7062 * 0.165))
+    spread = compute_spread(pd.Series([1.05, 1.38]))
+    assert (spread.low, spread.high) == (pytest.approx(1.215 - 12.7062 * 0.165), pytest.approx(1.215 + 12.7062 * 0.165))
 
 
 def test_a_method_as_the_baseline_is_compared_within_each_setting():
