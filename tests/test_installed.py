@@ -15,7 +15,7 @@ from conftest import TINY
 
 import odcheap
 from odcheap import load_student
-from odcheap.data.digits import load_digits
+from odcheap.data.in_memory import load_digits
 from odcheap.utils.parts import find_conf_dir
 
 

@@ -1,7 +1,7 @@
 """The interface of data sets that training and export use, and the order of training batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -11,8 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from odcheap.data.policies import Policy
+from odcheap.data.splits import Split, hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import Normalization
 from odcheap.utils.arguments import check_arguments
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import make_generator
 
@@ -199,7 +201,8 @@ class ResumableBatches(ABC):
 class ImageData(ABC):
     """A data set for classification with three parts: "train", "val" (held out for validation) and "test".
 
-    A new data set is a subclass whose method `read` reads the images and sets the attributes.
+    A new data set is a subclass whose method `read` reads the images, sets the attributes `classes`, `image_size` and
+    `shorter_side`, and calls `divide`, which sets most others.
 
     Args:
         name: The name of the data set.
@@ -218,6 +221,9 @@ class ImageData(ABC):
 
     Attributes:
         classes: The names of the classes; the position of a name is the label.
+        labels: The labels (N,) of the images in each part of the data: a dict with the keys "train", "val" and "test".
+        index: The positions of the images of each part: for "train" and "val" among the images to train on, before
+            some of them were held out; for "test" among the test images.
         fingerprint: A hash (hexadecimal) of the training images, their labels, and which of them are held out.
         image_size: (C, H, W) of the images.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
@@ -230,6 +236,8 @@ class ImageData(ABC):
     """
 
     classes: list[str]
+    labels: dict[str, np.ndarray]
+    index: dict[str, np.ndarray]
     fingerprint: str
     image_size: tuple[int, int, int]
     shorter_side: int
@@ -261,10 +269,64 @@ class ImageData(ABC):
     def read(self) -> None:
         """Reads the images or lists their files, and holds out some of them; a second call does nothing."""
 
-    @property
-    @abstractmethod
-    def labels(self) -> dict[str, np.ndarray]:
-        """The labels (N,) of the images in each part of the data: a dict with the keys "train", "val" and "test"."""
+    def divide(
+        self,
+        digests: list[bytes],
+        target: np.ndarray,
+        test_target: np.ndarray,
+        hash_test: Callable[[], list[bytes]],
+        held_out: int | None = None,
+    ) -> None:
+        """Holds out training images, and leaves out images of all parts if the run is limited (`limit`).
+
+        It sets the attributes `index`, `labels` and `fingerprint`.
+
+        Args:
+            digests: A hash of each training image; it decides which of them are held out.
+            target: The labels (N,) of the training images.
+            test_target: The labels (M,) of the test images.
+            hash_test: A function that returns a hash of each test image; it is called only if the run is limited.
+            held_out: The number of training images at the end of the list that are the held-out ones; None to hold out
+                as many as `val_size` says.
+        """
+        if held_out is None:
+            split = split_stratified(digests, target, self.val_size)
+        else:
+            # The order of the images depends on their contents, so that the run does not change if files are renamed.
+            count = len(digests) - held_out
+            order, val = sorted(range(count), key=digests.__getitem__), np.arange(count, len(digests))
+            split = Split(np.array(order), val, hash_split(digests, target, val))
+        self.fingerprint = split.fingerprint
+        index = {"train": split.train, "val": split.val, "test": np.arange(len(test_target))}
+
+        def hash_part(part: str) -> list[bytes]:
+            return hash_test() if part == "test" else [digests[k] for k in index[part]]
+
+        own = {"train": target, "val": target, "test": test_target}
+        kept = limit_parts({part: own[part][index[part]] for part in index}, hash_part, self.limit)
+        self.index = {part: index[part][kept[part]] for part in index}
+        self.labels = {part: own[part][self.index[part]] for part in index}
+
+    def keep_digests(self, kind: Literal["files", "pixels"], digests: list[bytes]) -> None:
+        """Sets the attribute `digests`, by which training images and held-out images are recognized later.
+
+        Args:
+            kind: What was hashed, see `ImageDigests`.
+            digests: A hash of each training image, as for `divide`.
+        """
+        used = (join_digests(digests[k] for k in self.index[part]) for part in ("train", "val"))
+        self.digests = ImageDigests(kind, self.split_seed, *used)
+
+    def warn_of_duplicates(self, twice: Sequence[object], unit: str) -> None:
+        """Prints a warning if test images are also training images, which makes the test accuracy too high.
+
+        Args:
+            twice: The names of these test images.
+            unit: What is equal, "byte" or "pixel".
+        """
+        if twice:
+            what = f"test images are also training images, {unit} for {unit}, such as {twice[0]}"
+            say(f"warning: {len(twice):,} {what}")
 
     @abstractmethod
     def train_loader(self, process: Process, views: int = 1) -> ResumableBatches:

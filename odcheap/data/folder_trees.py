@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field
 from torchvision.datasets import imagenet as archives
 
@@ -65,6 +64,11 @@ class Files(NamedTuple):
     def subset(self, index: np.ndarray) -> "Files":
         """Returns some of the files with their labels, by their positions (from 0) in the list."""
         return Files(self.root, self.names[index], self.target[index])
+
+    def join(self, other: "Files") -> "Files":
+        """Returns these files, followed by other ones of the same data set."""
+        names, target = (np.concatenate(pair) for pair in zip(self[1:], other[1:], strict=True))
+        return Files(self.root, names, target)
 
 
 @dataclass(frozen=True)
@@ -138,9 +142,7 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
 
     # Take the test images from the training images, or from all images.
     whole = found["train" if there else "."]
-    split = split_stratified(
-        hash_files(whole, split_seed), torch.from_numpy(whole.target), test_size, "data.load.test_size"
-    )
+    split = split_stratified(hash_files(whole, split_seed), whole.target, test_size, "data.load.test_size")
     if not len(split.val):
         raise OptionError(
             "data.load.test_size", test_size, "there is no test folder, and no images are split off for testing"

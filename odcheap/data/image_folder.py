@@ -17,19 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from odcheap.data.base import (
-    Batch,
-    BatchOrder,
-    ImageData,
-    ImageDigests,
-    LabeledImage,
-    Process,
-    ResumableBatches,
-    join_digests,
-)
+from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
 from odcheap.data.folder_trees import Files, Tree, find_duplicates, hash_ends, hash_files
 from odcheap.data.policies import Policy
-from odcheap.data.splits import hash_split, limit_parts, split_stratified
 from odcheap.data.transforms import LARGEST_SIDE, Normalization, augmentation_stream, stack_views
 from odcheap.predict import (
     ImageError,
@@ -58,7 +48,8 @@ class Sample(NamedTuple):
     """An image, or a batch of images, from a loader process.
 
     Attributes:
-        image: (C, H, W) or (N, C, H, W), uint8; with S augmentations of each image (S, C, H, W) or (S, N, C, H, W).
+        image: S augmentations of the image, (S, C, H, W) uint8, or of each image of the batch, (S, N, C, H, W). Without
+            augmentation, and with one, S is 1.
         target: The label, or labels (N,); -1 for an image that cannot be read.
         broken: The file and the reason for each image that could not be read.
     """
@@ -154,7 +145,7 @@ class TrainImages(Dataset):
         files: The training files and their labels.
         transform: The random crop and flip.
         seed: The seed of the run.
-        views: The number of independent augmentations of each image, S; if it is above 1, images are (S, C, H, W).
+        views: The number of independent augmentations of each image, S.
         bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
         policy: The operations that follow the crop and the flip; None for none.
         color: The color (C,), uint8, of rectangles that the policy erases; None for black.
@@ -179,18 +170,16 @@ class TrainImages(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         # Try this image, then those that follow it. The random numbers are those of `image_index` in each case.
         epoch, image_index = index
-        broken = []
-        for k in range(min(MAX_TRIES, len(self.files.names))):
-            i = (image_index + k) % len(self.files.names)
+        broken, count, size = [], len(self.files.names), self.transform.size
+        for i in range(image_index, image_index + min(MAX_TRIES, count)):
+            path = self.files.path(i % count)
             try:
-                views = self.load_views(self.files.path(i), epoch, image_index)
+                views = self.load_views(path, epoch, image_index)
             except ImageError as error:
-                broken.append((str(self.files.path(i)), str(error)))
+                broken.append((str(path), str(error)))
                 continue
-            return Sample(
-                torch.stack(views) if self.views > 1 else views[0], torch.tensor(self.files.target[i]), broken
-            )
-        return empty_sample((self.channels, self.transform.size, self.transform.size), broken, self.views)
+            return Sample(torch.stack(views), torch.tensor(self.files.target[i % count]), broken)
+        return empty_sample((self.views, self.channels, size, size), broken)
 
     def load_views(self, path: Path, epoch: int, image_index: int) -> list[Tensor]:
         """Decodes an image file, and returns S random augmentations of the image, (C, size, size) uint8 each.
@@ -271,23 +260,21 @@ class EvalImages(Dataset):
         self.files, self.transform, self.image_size, self.bit_depth = files, transform, image_size, bit_depth
 
     def __getitem__(self, index: int) -> Sample:
+        path = self.files.path(index)
         try:
-            image = decode_image(self.files.path(index), self.bit_depth)
+            image = convert_channels(decode_image(path, self.bit_depth), self.image_size[0])
         except ImageError as error:
-            return empty_sample(self.image_size, [(str(self.files.path(index)), str(error))])
-        image = convert_channels(image, self.image_size[0])
-        return Sample(self.transform(image), torch.tensor(self.files.target[index]), [])
+            return empty_sample((1, *self.image_size), [(str(path), str(error))])
+        return Sample(self.transform(image)[None], torch.tensor(self.files.target[index]), [])
 
 
-def empty_sample(image_size: tuple[int, int, int], broken: list[tuple[str, str]], views: int = 1) -> Sample:
+def empty_sample(shape: tuple[int, int, int, int], broken: list[tuple[str, str]]) -> Sample:
     """Returns a sample with a black image and the label -1, in place of an image that cannot be read.
 
     Args:
-        image_size: (C, H, W) of the image.
+        shape: (S, C, H, W) for S augmentations of the image.
         broken: The file and the reason for each image that could not be read.
-        views: The number of augmentations of each image, S; if it is above 1, the image is (S, C, H, W).
     """
-    shape = (views, *image_size) if views > 1 else image_size
     return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
 
 
@@ -295,14 +282,13 @@ def collate(samples: list[Sample]) -> Sample:
     """Joins samples of one image each to one sample with a batch of images; it is the `collate_fn` of the loader.
 
     Args:
-        samples: N samples with images (C, H, W), or (S, C, H, W) with S augmentations of each image.
+        samples: N samples with images (S, C, H, W), for S augmentations of each image.
 
     Returns:
-        A sample with images (N, C, H, W) or (S, N, C, H, W), in channels-last memory format.
+        A sample with images (S, N, C, H, W), in which each augmentation (N, C, H, W) has channels-last memory format.
     """
-    # The images become the fourth dimension from the end, so that the views S stay first. The channels are moved to
-    # the end before, so that the result is channels-last after one copy.
-    images = torch.stack([sample.image.movedim(-3, -1) for sample in samples], dim=-4).movedim(-1, -3)
+    # The channels are moved to the end before, so that the result is channels-last after one copy.
+    images = torch.stack([sample.image.movedim(1, -1) for sample in samples], dim=1).movedim(-1, 2)
     broken = [entry for sample in samples for entry in sample.broken]
     return Sample(images, torch.stack([sample.target for sample in samples]), broken)
 
@@ -425,10 +411,9 @@ class Stream:
             images, target = sample.image, sample.target
             readable = target != NO_TARGET  # on the CPU, so that nothing waits for the GPU
             if not readable.all():
-                images, target = images[..., readable, :, :, :], target[readable]
+                images, target = images[:, readable], target[readable]
             images, target = (t.to(self.device, non_blocking=True) for t in (images, target))
-            views = images if images.ndim == 5 else images[None]
-            yield Batch(stack_views([self.norm.apply(view) for view in views]), target)
+            yield Batch(stack_views([self.norm.apply(view) for view in images]), target)
 
 
 class TrainStream(ResumableBatches):
@@ -547,46 +532,22 @@ class ImageFolderData(ImageData):
             listed = ", ".join(folders[:3])
             say(f"skipped {len(folders):,} folders of thumbnails, copies, or images without labels, such as {listed}")
 
-        # Hold out some training files, unless there is a folder of held-out files.
+        # Hold out some training files, unless there is a folder of held-out files. Test files are hashed as a whole
+        # only if the run is limited.
         ends = hash_ends(tree.train, self.split_seed)
-        digests = hash_files(tree.train, self.split_seed, ends)
-        if tree.val is None:
-            split = split_stratified(digests, torch.from_numpy(tree.train.target), self.val_size)
-            self.fingerprint = split.fingerprint
-            self.parts = {"train": tree.train.subset(split.train), "val": tree.train.subset(split.val)}
-            part_digests = {"train": [digests[k] for k in split.train], "val": [digests[k] for k in split.val]}
-        else:
-            # The order of the files depends on their contents, so that the run does not change if files are renamed.
-            order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
-            val_digests = hash_files(tree.val, self.split_seed)
-            target = np.concatenate([tree.train.target, tree.val.target])
-            count = len(digests) + len(val_digests)
-            self.fingerprint = hash_split(digests + val_digests, target, np.arange(len(digests), count))
-            self.parts = {"train": tree.train.subset(order), "val": tree.val}
-            part_digests = {"train": [digests[k] for k in order], "val": val_digests}
-        self.parts["test"] = tree.test
-
-        # Leave out images of each part if the run is limited. Test images are hashed only then.
-        def hash_part(part: str) -> list[bytes]:
-            return hash_files(tree.test, self.split_seed) if part == "test" else part_digests[part]
-
-        kept = limit_parts(self.labels, hash_part, self.limit)
-        self.parts = {part: files.subset(kept[part]) for part, files in self.parts.items()}
-        used = (join_digests(part_digests[part][k] for k in kept[part]) for part in ("train", "val"))
-        self.digests = ImageDigests("files", self.split_seed, *used)
-
-        # Test images that were trained on would make the test accuracy too high.
+        digests, files, held_out = hash_files(tree.train, self.split_seed, ends), tree.train, None
+        if tree.val is not None:
+            digests += hash_files(tree.val, self.split_seed)
+            files, held_out = tree.train.join(tree.val), len(tree.val.names)
+        self.divide(digests, files.target, tree.test.target, lambda: hash_files(tree.test, self.split_seed), held_out)
+        own = {"train": files, "val": files, "test": tree.test}
+        self.parts = {part: own[part].subset(index) for part, index in self.index.items()}
+        self.keep_digests("files", digests)
         twice = find_duplicates(tree.train, tree.test, (ends, hash_ends(tree.test, self.split_seed)))
-        if twice:
-            first = os.fsdecode(tree.test.names[twice[0]])
-            say(f"warning: {len(twice):,} test images are also training images, byte for byte, such as {first}")
+        self.warn_of_duplicates([os.fsdecode(tree.test.names[k]) for k in twice], "byte")
         if self.bit_depth is None:
             refuse_16_bits(self.parts["train"])
         self.check()
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        return {part: files.target for part, files in self.parts.items()}
 
     def unreadable(self) -> list[str]:
         return self.broken.gather()
@@ -623,4 +584,4 @@ class ImageFolderData(ImageData):
         for k in index:
             sample = images[k]
             if int(sample.target) != NO_TARGET:
-                yield LabeledImage(sample.image, int(sample.target), files.path(k))
+                yield LabeledImage(sample.image[0], int(sample.target), files.path(k))

@@ -11,21 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from odcheap.data.base import (
-    Batch,
-    BatchOrder,
-    ImageData,
-    ImageDigests,
-    LabeledImage,
-    Process,
-    ResumableBatches,
-    join_digests,
-)
+from odcheap.data.base import Batch, BatchOrder, ImageData, LabeledImage, Process, ResumableBatches
 from odcheap.data.policies import BatchDraws, Policy
-from odcheap.data.splits import Split, hash_pixels, limit_parts, split_stratified
+from odcheap.data.splits import hash_pixels
 from odcheap.data.transforms import Augmentation, Normalization, augmentation_stream, stack_views
 from odcheap.utils.arguments import check_arguments
-from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.seeds import make_generator
 
@@ -144,7 +134,7 @@ class EvalBatches:
 
 
 def convert_channels(images: Tensor, channels: int | None) -> Tensor:
-    """Converts RGB images to gray ones, or gray images to RGB ones, as Pillow does.
+    """Converts RGB images to gray ones, or gray images to RGB ones, with the weights and the rounding of Pillow.
 
     Args:
         images: (N, C, H, W), uint8.
@@ -161,13 +151,11 @@ def convert_channels(images: Tensor, channels: int | None) -> Tensor:
     if (own, channels) != (3, 1):
         allowed = "must be 1 (gray) or 3 (RGB)" if own in (1, 3) else f"must be {own}, the channels of the images"
         raise OptionError("data.channels", channels, allowed)
-    return torch.cat([convert_to_gray(part) for part in images.split(1000)])  # whole numbers need four times the memory
-
-
-def convert_to_gray(images: Tensor) -> Tensor:
-    """Returns RGB images as gray ones, (N, 1, H, W) uint8, with the weights and the rounding of Pillow."""
-    red, green, blue = images.int().split(1, dim=1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)
+    gray = []
+    for part in images.split(1000):  # whole numbers need four times the memory
+        red, green, blue = part.int().split(1, dim=1)
+        gray.append(((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8))
+    return torch.cat(gray)
 
 
 @check_arguments("data")
@@ -198,8 +186,6 @@ class InMemoryData(ImageData):
         super().__init__(**options)
         self.load, self.augment, self.channels = load, Augmentation(flip, crop_padding), channels
         self.images: Images
-        self.split: Split
-        self.index: dict[str, np.ndarray]  # the images of each part: "train" and "val" are training images
 
     def read(self) -> None:
         if hasattr(self, "images"):
@@ -217,35 +203,15 @@ class InMemoryData(ImageData):
             raise OptionError("data.crop_padding", self.augment.crop_padding, allowed)
 
         # Hold out images by the hashes of their pixels, before their channels are converted: the split stays the same.
-        digests = hash_pixels(images.train, self.split_seed)
-        self.split = split_stratified(digests, images.train_target, self.val_size)
-        self.fingerprint = self.split.fingerprint
-        self.index = {"train": self.split.train, "val": self.split.val, "test": np.arange(len(images.test))}
-        test_digests = hash_pixels(images.test, self.split_seed)
-
-        def hash_part(part: str) -> list[bytes]:
-            if part == "test":
-                return test_digests
-            return [digests[k] for k in self.index[part]]
-
-        kept = limit_parts(self.labels, hash_part, self.limit)
-        self.index = {part: index[kept[part]] for part, index in self.index.items()}
-        own = digests if train is images.train else hash_pixels(train, self.split_seed)
-        used = (join_digests(own[k] for k in self.index[part]) for part in ("train", "val"))
-        self.digests = ImageDigests("pixels", self.split_seed, *used)
-
-        # Test images that were trained on would make the test accuracy too high.
+        digests, test_digests = (hash_pixels(part, self.split_seed) for part in (images.train, images.test))
+        self.divide(digests, images.train_target.numpy(), images.test_target.numpy(), lambda: test_digests)
+        self.keep_digests("pixels", digests if train is images.train else hash_pixels(train, self.split_seed))
+        names = images.test_files or [f"number {k} (from 0)" for k in range(len(test_digests))]
         trained_on = set(digests)
-        twice = [k for k, digest in enumerate(test_digests) if digest in trained_on]
-        if twice:
-            first = images.test_files[twice[0]] if images.test_files else f"number {twice[0]} (from 0)"
-            say(f"warning: {len(twice):,} test images are also training images, pixel for pixel, such as {first}")
+        self.warn_of_duplicates(
+            [name for name, digest in zip(names, test_digests, strict=True) if digest in trained_on], "pixel"
+        )
         self.check()
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        train, test = self.images.train_target.numpy(), self.images.test_target.numpy()
-        return {part: (test if part == "test" else train)[index] for part, index in self.index.items()}
 
     def select_part(self, part: str) -> tuple[Tensor, Tensor]:
         """Returns the images (N, C, H, W) uint8 and the labels (N,) of "train", "val" or "test"."""
@@ -267,3 +233,18 @@ class InMemoryData(ImageData):
         files = self.images.test_files if part == "test" else None
         for k in index:
             yield LabeledImage(images[k], int(target[k]), files[self.index[part][k]] if files else None)
+
+
+def load_digits() -> Images:
+    """Returns scikit-learn's handwritten digits: 1,797 gray images of 8 x 8 pixels as RGB, without a download.
+
+    Every fifth of them (360 images) is a test image.
+    """
+    from sklearn.datasets import load_digits as load  # here, since no other data set needs scikit-learn
+
+    raw = load()
+    gray = torch.from_numpy(np.round(raw.images * 255 / 16).astype(np.uint8))
+    images = gray[:, None].expand(-1, 3, -1, -1).contiguous()
+    target = torch.from_numpy(raw.target.astype(np.int64))
+    test = torch.arange(len(target)) % 5 == 0
+    return Images(images[~test], target[~test], images[test], target[test], [str(name) for name in raw.target_names])

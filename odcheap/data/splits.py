@@ -41,12 +41,12 @@ def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest() for image in images.numpy()]
 
 
-def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name: str = "data.val_size") -> Split:
+def split_stratified(digests: list[bytes], labels: np.ndarray, val_size: float, name: str = "data.val_size") -> Split:
     """Chooses the images that are held out: those with the smallest hashes, of each class in proportion to its size.
 
     Args:
         digests: A hash of each image, such as `hash_pixels` returns.
-        target: Labels (N,).
+        labels: The label of each image, (N,).
         val_size: The number of images to hold out, or a fraction of all images below 1.
         name: The name of the option with the value `val_size`, for messages.
 
@@ -54,7 +54,6 @@ def split_stratified(digests: list[bytes], target: Tensor, val_size: float, name
         OptionError: `val_size` leaves no training images, or is not a number of images.
     """
     # The images in the order of their hashes, and the number to hold out in each class.
-    labels = target.numpy()
     total = count_held_out(val_size, len(labels), name)
     order = sort_by_digest(digests, labels)
     held_out = mark_smallest(order, labels, total)
@@ -135,11 +134,10 @@ def count_held_out(val_size: float, available: int, name: str) -> int:
     Raises:
         OptionError: The value is not such a number, or no images would be left to train on.
     """
-    if not isinstance(val_size, int | float) or not math.isfinite(val_size):
+    is_number = isinstance(val_size, int | float) and math.isfinite(val_size) and val_size >= 0
+    if not is_number or (val_size >= 1 and val_size != int(val_size)):
         raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
-    count = round(val_size * available) if 0 < val_size < 1 else int(val_size)
-    if val_size < 0 or (count != val_size and val_size >= 1):
-        raise OptionError(name, val_size, "must be a count of images, or a fraction below 1")
+    count = round(val_size * available) if val_size < 1 else int(val_size)
     if count >= available:
         raise OptionError(name, val_size, f"must leave images to train on: there are {available}")
     return count

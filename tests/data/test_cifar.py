@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from odcheap.data.cifar import load_cifar
-from odcheap.data.digits import load_digits
+from odcheap.data.in_memory import load_digits
 from odcheap.data.splits import hash_pixels, split_stratified
 from odcheap.utils.errors import OptionError
 
@@ -47,7 +47,7 @@ def test_every_source_of_the_same_images_gives_the_same_split(tmp_path):
         file.rename(file.with_name(f"{9 - int(file.stem)}.bmp"))
     renamed = read(tmp_path / "b")
     assert not torch.equal(one.train, renamed.train)
-    splits = [split_stratified(hash_pixels(i.train, 0), i.train_target, 2) for i in (one, two, renamed)]
+    splits = [split_stratified(hash_pixels(i.train, 0), i.train_target.numpy(), 2) for i in (one, two, renamed)]
     assert len({split.fingerprint for split in splits}) == 1
     for images, split in zip((two, renamed), splits[1:], strict=True):
         assert torch.equal(one.train[splits[0].val], images.train[split.val])
@@ -151,6 +151,6 @@ def test_official_files_come_first_and_give_the_tree_s_images(tmp_path, monkeypa
     official = read(tmp_path / "b")
     assert official.classes == tree.classes
     assert torch.equal(official.test, tree.test)
-    splits = [split_stratified(hash_pixels(i.train, 0), i.train_target, 4) for i in (tree, official)]
+    splits = [split_stratified(hash_pixels(i.train, 0), i.train_target.numpy(), 4) for i in (tree, official)]
     assert splits[0].fingerprint == splits[1].fingerprint
     assert torch.equal(tree.train[splits[0].train], official.train[splits[1].train])

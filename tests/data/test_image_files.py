@@ -239,21 +239,21 @@ def test_the_next_readable_picture_takes_a_broken_one_s_place(tmp_path):
     assert data[0, 1].target == 1
     assert not data[0, 1].broken
     sample = data[0, 2]
-    assert (sample.target, sample.image.shape) == (4, (3, 8, 8))
+    assert (sample.target, sample.image.shape) == (4, (1, 3, 8, 8))
     assert [path for path, _ in sample.broken] == [str(tmp_path / f"{k}.png") for k in (2, 3)]
 
 
 def test_nothing_but_broken_pictures_gives_no_label(tmp_path):
     data = TrainImages(files(tmp_path, 3, broken=(0, 1, 2)), TrainingTransform(8, 0.5, False), seed=0)
     sample = data[0, 2]
-    assert (sample.target, sample.image.shape, len(sample.broken)) == (-1, (3, 8, 8), 3)
+    assert (sample.target, sample.image.shape, len(sample.broken)) == (-1, (1, 3, 8, 8), 3)
 
 
 def test_evaluation_leaves_a_broken_picture_out(tmp_path):
     data = EvalImages(files(tmp_path, 3, broken=(1,)), image_folder.evaluation_transform(8, 9), (3, 8, 8))
     batch = image_folder.collate([data[k] for k in range(3)])
     assert batch.target.tolist() == [0, -1, 2]
-    assert batch.image.shape == (3, 3, 8, 8)
+    assert batch.image.shape == (1, 3, 3, 8, 8)
     assert batch.broken[0][0].endswith("1.png")
 
 
@@ -276,7 +276,7 @@ def test_flipping_can_be_turned_off_and_takes_every_second_picture(tmp_path):
 
     def bright_left(flip):
         data = TrainImages(listed, TrainingTransform(16, 1.0, flip), seed=0)
-        return [bool(data[epoch, 0].image[0, 8, 0] > 100) for epoch in range(200)]
+        return [bool(data[epoch, 0].image[0, 0, 8, 0] > 100) for epoch in range(200)]
 
     assert all(bright_left(False))
     assert 70 < sum(bright_left(True)) < 130
@@ -312,7 +312,7 @@ def compare_with_full_decode(listed, size, epochs=40, views=1):
         transform.seen.clear()
         sample = data[epoch, 0]
         assert [crop for _, _, crop in transform.seen] == data.draw_crops(full.size, epoch, 0)
-        for made, (decoded, reduction, crop) in zip(sample.image.view(-1, 3, size, size), transform.seen, strict=True):
+        for made, (decoded, reduction, crop) in zip(sample.image, transform.seen, strict=True):
             whole = TrainingTransform.apply(transform, full, crop)
             # The crop's edges were rounded: this changes less than a shift by half a pixel in both directions does.
             shifts = sum(whole.float().diff(dim=dim).abs().mean() for dim in (1, 2))
@@ -386,7 +386,7 @@ def test_evaluation_decodes_jpegs_whole(tmp_path):
     listed = photograph(tmp_path, "x.jpg")
     transform = image_folder.evaluation_transform(60, 68)
     with Image.open(listed.path(0)) as image:
-        assert torch.equal(EvalImages(listed, transform, (3, 60, 60))[0].image, transform(image))
+        assert torch.equal(EvalImages(listed, transform, (3, 60, 60))[0].image[0], transform(image))
 
 
 def test_crops_are_those_of_torchvision_on_pillow_images(tmp_path):
@@ -406,10 +406,10 @@ def test_a_batch_is_channels_last_with_one_view_and_with_several(tmp_path):
         data = TrainImages(photograph(tmp_path, "x.jpg"), TrainingTransform(60, 0.08, True), seed=0, views=views)
         samples = [data[epoch, 0] for epoch in range(3)]
         batch = image_folder.collate(samples).image
-        assert batch.shape == ((3, 3, 60, 60) if views == 1 else (2, 3, 3, 60, 60))
-        for view, images in enumerate(batch.view(views, 3, 3, 60, 60)):
+        assert batch.shape == (views, 3, 3, 60, 60)
+        for view, images in enumerate(batch):
             assert images.is_contiguous(memory_format=torch.channels_last)
-            expected = [sample.image.view(views, 3, 60, 60)[view] for sample in samples]
+            expected = [sample.image[view] for sample in samples]
             assert torch.equal(images, torch.stack(expected))
 
 
@@ -432,7 +432,7 @@ def test_grey_and_odd_sized_pictures_train(tmp_path):
     listed = Files(str(tmp_path), np.array([b"0.jpg", b"1.jpg"]), np.array([0, 1]))
     data = TrainImages(listed, TrainingTransform(32, 0.08, True), seed=0)
     batch = image_folder.collate([data[0, k] for k in (0, 1)])
-    assert batch.image.shape == (2, 3, 32, 32)
+    assert batch.image.shape == (1, 2, 3, 32, 32)
     assert batch.image.dtype == torch.uint8
 
 

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from odcheap.data.base import BatchOrder, Process
-from odcheap.data.digits import load_digits
-from odcheap.data.in_memory import EvalBatches, Images, InMemoryData, TrainBatches, convert_channels
+from odcheap.data.in_memory import EvalBatches, Images, InMemoryData, TrainBatches, convert_channels, load_digits
 from odcheap.data.policies import RandAugment, TrivialAugment
 from odcheap.data.transforms import Augmentation, Normalization
 from odcheap.utils.errors import OptionError
@@ -154,7 +153,7 @@ def test_channels_are_converted_as_pillow_does_and_the_split_stays():
 
 def test_the_split_ignores_the_seed_and_the_batch_size_is_global():
     one, two = digits_data(seed=0), digits_data(seed=1, batch_size=32)
-    assert one.split.fingerprint == two.split.fingerprint
+    assert one.fingerprint == two.fingerprint
     assert len(two.train_loader(ALONE)) == two.steps_per_epoch() == 38  # 1,200 / 32, rounded up
     loader = two.train_loader(Process(world_size=2))
     assert len(loader) == two.steps_per_epoch(2) == 38

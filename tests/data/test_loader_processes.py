@@ -23,7 +23,7 @@ class Fixed(Dataset):
 
     def __getitem__(self, index):
         time.sleep(self.seconds)
-        return Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor(0), self.broken)
+        return Sample(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor(0), self.broken)
 
 
 def iterate(images):

@@ -15,7 +15,7 @@ def some_images(count=60, seed=0):
 
 
 def split(images, target, val_size, split_seed=0):
-    return split_stratified(hash_pixels(images, split_seed), target, val_size)
+    return split_stratified(hash_pixels(images, split_seed), target.numpy(), val_size)
 
 
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=6), share=st.floats(0.05, 0.9))

@@ -14,7 +14,7 @@ from recorder import Recorder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from odcheap.data.digits import load_digits
+from odcheap.data.in_memory import load_digits
 from odcheap.data.splits import hash_pixels, split_stratified
 from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import DW, RepDW
@@ -101,7 +101,7 @@ def test_the_chosen_student_is_the_one_that_was_exported_and_tested(finished):
     network.load_state_dict(load_file(finished / "student.safetensors"))
     found = summary(finished)
     assert accuracy(network) == pytest.approx(found["selected"]["test_top1"], abs=1e-9)
-    split = split_stratified(hash_pixels(load_digits().train, 0), load_digits().train_target, 1000)
+    split = split_stratified(hash_pixels(load_digits().train, 0), load_digits().train_target.numpy(), 1000)
     assert accuracy(network, split.val) == pytest.approx(found["selected"]["val_top1"], abs=1e-9)
     with open(finished / "confusion.csv", newline="") as file:
         rows = [[int(n) for n in row[1:]] for row in list(csv.reader(file))[1:]]
