@@ -1,6 +1,7 @@
 """The base classes of methods, and loss terms that several methods share."""
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -326,12 +327,11 @@ def cross_entropy_terms(logits: Tensor, target: Tensor, name: str, smoothing: fl
         name: The name of the terms, before the student's number.
         smoothing: The fraction of each label's probability that is divided among all classes.
     """
-    losses = (F.cross_entropy(student, target, label_smoothing=smoothing) for student in logits)
-    return {f"{name}_{k}": value for k, value in enumerate(losses)}
+    return student_terms([F.cross_entropy(student, target, label_smoothing=smoothing) for student in logits], name)
 
 
-def student_terms(values: Tensor, name: str) -> dict[str, Tensor]:
-    """Splits a tensor (S,), one value for each student, into a dict with the keys `<name>_0`, `<name>_1`, ..."""
+def student_terms(values: Iterable[Tensor], name: str) -> dict[str, Tensor]:
+    """Returns the values of the students, such as a tensor (S,), as a dict with the keys `<name>_0`, `<name>_1`, ..."""
     return {f"{name}_{k}": value for k, value in enumerate(values)}
 
 

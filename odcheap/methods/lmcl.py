@@ -31,6 +31,7 @@ with itself in the soft terms either; in the authors' code it is. Batches are dr
 images of each class. An image whose label no other one has, in the batch of its process, does not count in VCL and ICL.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, cast
 
 import torch
@@ -112,9 +113,8 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
     ):
         super().__init__(students, temperature, **options)
         self.contrast_temperature = contrast_temperature
-        self.vcl_weight, self.icl_weight = vcl_weight, icl_weight
-        self.soft_vcl_weight, self.soft_icl_weight = soft_vcl_weight, soft_icl_weight
-        if not any((vcl_weight, icl_weight, soft_vcl_weight, soft_icl_weight)):
+        self.weights = {"vcl": vcl_weight, "icl": icl_weight, "soft_vcl": soft_vcl_weight, "soft_icl": soft_icl_weight}
+        if not any(self.weights.values()):
             allowed = "leaves no contrastive term, since the other three weights are 0 too; method=dml has none"
             raise OptionError("method.soft_icl_weight", soft_icl_weight, allowed)
         self.stages = StageRecorder(students.members, "method", "lmcl")
@@ -125,10 +125,10 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
 
     def check_soft_labels(self) -> None:
         super().check_soft_labels()
-        for name, weight in (("vcl_weight", self.vcl_weight), ("icl_weight", self.icl_weight)):
-            if weight:
+        for name in ("vcl", "icl"):
+            if self.weights[name]:
                 allowed = "needs one label for each image, which augment.mixup and augment.cutmix do not give"
-                raise OptionError(f"method.{name}", weight, f"{allowed}; 0 leaves this term out")
+                raise OptionError(f"method.{name}_weight", self.weights[name], f"{allowed}; 0 leaves this term out")
 
     def forward(self, images: Tensor) -> Outputs:
         if not self.training:
@@ -161,34 +161,41 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
                 self.check_soft_labels()
             contrast = compare_vectors(outputs["embeddings"]) / self.contrast_temperature
             for name, values in self.contrastive_losses(contrast, target).items():
-                terms |= student_terms(values, name)
+                terms |= student_terms(values, f"L_{name}")
         return add_total(terms)
 
     def contrastive_losses(self, contrast: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Returns the contrastive terms, each (S,) with a value for each student, multiplied by their weights.
 
-        The keys are `L_vcl`, `L_icl`, `L_soft_vcl` and `L_soft_icl`; a term whose weight is 0 is left out.
+        The keys are `vcl`, `icl`, `soft_vcl` and `soft_icl`; a term whose weight is 0 is left out.
 
         Args:
             contrast: The logits of the contrastive distributions, (S, S, M, N, N - 1); see `compare_vectors`.
             target: Labels (N,).
         """
-        terms: dict[str, Tensor] = {}
         own = contrast.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # (S, M, N, N - 1): those of a student with itself
-        if self.vcl_weight:
-            terms["L_vcl"] = self.vcl_weight * contrastive_loss(own, target).sum(-1)
-        if self.icl_weight:
-            # Row a has the anchors of student a; the mean is over the rows, and it should be over the columns.
-            pairs = contrastive_loss(contrast, target).sum(-1)
-            terms["L_icl"] = self.icl_weight * mean_of_others(pairs.T)
-        scale = self.temperature**2
-        if self.soft_vcl_weight:
-            pairs = soft_kl(own[None], own.detach()[:, None], self.temperature).sum(-1)
-            terms["L_soft_vcl"] = scale * self.soft_vcl_weight * mean_of_others(pairs)
-        if self.soft_icl_weight:
-            pairs = soft_kl(contrast, contrast.detach().transpose(0, 1), self.temperature).sum(-1)
-            terms["L_soft_icl"] = scale * self.soft_icl_weight * mean_of_others(pairs.T)
-        return terms
+        fixed, fixed_own = contrast.detach().transpose(0, 1), own.detach()[:, None]
+        # The values of each two students, row by column. In `contrast` row a has the anchors of student a, so that the
+        # means of `icl` and `soft_icl` are over the rows, and those of the others over the columns.
+        losses: dict[str, Callable[[], Tensor]] = {
+            "vcl": lambda: contrastive_loss(own, target).sum(-1),
+            "icl": lambda: mean_of_others(contrastive_loss(contrast, target).sum(-1).T),
+            "soft_vcl": lambda: mean_of_others(self.compare_distributions(own[None], fixed_own)),
+            "soft_icl": lambda: mean_of_others(self.compare_distributions(contrast, fixed).T),
+        }
+        return {name: weight * losses[name]() for name, weight in self.weights.items() if weight}
+
+    def compare_distributions(self, contrast: Tensor, imitated: Tensor) -> Tensor:
+        """Returns T^2 times the KL from one contrastive distribution to another one, summed over the stages.
+
+        Args:
+            contrast: The logits of the distribution that learns, (S, S, M, N, N - 1); the first S may be 1.
+            imitated: The logits of the one that it imitates, of the same shape; the second S may be 1.
+
+        Returns:
+            (S, S).
+        """
+        return self.temperature**2 * soft_kl(contrast, imitated, self.temperature).sum(-1)
 
 
 def compare_vectors(embeddings: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import BlockType, CheapConv, check_block_type
+from odcheap.layers.fuse import replace_modules
 from odcheap.layers.spatial import Window
 from odcheap.models.backbone import RGB, Backbone, WrappedNetwork, find_split_map, find_stem_channels
 from odcheap.models.build import check_state_dict
@@ -225,15 +226,17 @@ class MobileNetV2(TorchvisionBackbone):
         stages += [[6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
         network: Any = torchvision.models.MobileNetV2(num_classes, inverted_residual_setting=stages)
         network.features[0][0].stride = (1, 1)
-        for block in list(network.modules()):  # before any are replaced: a spatial operator may hold convolutions, too
-            for name, layer in list(block.named_children()):
-                if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                    spatial = conv.make_spatial(layer.in_channels, Window.from_conv(layer))
-                    for parameter in spatial.parameters():
-                        if parameter.ndim > 1:
-                            nn.init.kaiming_normal_(parameter, mode="fan_out")  # as torchvision does
-                    setattr(block, name, spatial)
-        self.set_network(network, num_classes, "mobilenetv2")
+
+        def make_spatial(layer: nn.Conv2d) -> nn.Module:
+            if layer.groups == 1:
+                return layer
+            spatial = conv.make_spatial(layer.in_channels, Window.from_conv(layer))
+            for parameter in spatial.parameters():
+                if parameter.ndim > 1:
+                    nn.init.kaiming_normal_(parameter, mode="fan_out")  # as torchvision does
+            return spatial
+
+        self.set_network(replace_modules(network, nn.Conv2d, make_spatial), num_classes, "mobilenetv2")
 
 
 class TimmBackbone(LibraryBackbone):
@@ -301,14 +304,12 @@ def load_pretrained(
             content = content[key]
             break
     tensors = {update_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
-    tensors = strip_prefixes(tensors, network.state_dict().keys())
+    own, classifier = network.state_dict(), find_last_layer(network, num_classes)
+    tensors = strip_prefixes(tensors, own.keys())
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(AUXILIARY_HEADS)}
 
     # The classifier may be that of other classes, and old files have no counters of batches.
-    own = network.state_dict()
-    head = {
-        name: tensor for name, tensor in own.items() if name.startswith(f"{find_last_layer(network, num_classes)}.")
-    }
+    head = {name: tensor for name, tensor in own.items() if name.startswith(f"{classifier}.")}
     if new_head and any(name in state and state[name].shape != tensor.shape for name, tensor in head.items()):
         state |= head
     counters = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
@@ -410,55 +411,49 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
         image_size: (C, H, W) of the images.
         name: The name of the backbone in `conf/backbone`, for the message.
     """
+    _, height, width = image_size
     if isinstance(backbone, WrappedNetwork):  # a network of the user, of which only a trial says what it takes
         try:
-            _features_on_meta(backbone, *image_size[1:])
+            find_map_size(backbone, image_size)
         except Exception as error:  # the network's own code may raise anything
-            allowed = f"cannot be run on pictures of {image_size[1]} x {image_size[2]} ({first_line(error)})"
+            allowed = f"cannot be run on pictures of {height} x {width} ({first_line(error)})"
             raise OptionError("backbone", name, allowed) from error
         return
     # Too large: the network would work, but on maps that are much larger than those for which it was designed.
-    _, height, width = image_size
     native = backbone.native_size
     if native <= MAX_SMALL_SIZE < max(height, width):
         allowed = f"is made for {native} x {native} pictures, and these have {height} x {width}"
         raise OptionError("backbone", name, f"{allowed}; resnet18 and its like are made for larger ones")
     # Too small: the last feature map would have less than one pixel.
     stride = find_stride(backbone)
-    fits = min(height, width) >= stride
-    if fits:
-        try:
-            _features_on_meta(backbone, height, width)
-        except RuntimeError:  # a convolution or pool without padding has no pixels left
-            fits = False
+    try:
+        find_map_size(backbone, image_size)
+        fits = min(height, width) >= stride
+    except RuntimeError:  # a convolution or pool without padding has no pixels left
+        fits = False
     if not fits:
         raise OptionError("backbone", name, f"pictures of {height} x {width} are too small: its stride is {stride}")
 
 
+@torch.no_grad()
 def find_map_size(backbone: Backbone, image_size: tuple[int, int, int]) -> tuple[int, int]:
     """Returns the height and the width of a network's last feature map.
+
+    A copy of the network runs on the meta device, where PyTorch computes shapes only; or on the CPU, if its code reads
+    values, which no tensor on that device has.
 
     Args:
         backbone: The network.
         image_size: (C, H, W) of the images.
     """
-    height, width = _features_on_meta(backbone, *image_size[1:]).shape[2:]
-    return height, width
+    network = copy.deepcopy(backbone).eval()
+    try:
+        features = copy.deepcopy(network).to("meta").features(torch.empty(1, *image_size, device="meta"))
+    except RuntimeError:  # also raised if the images are too small, and then again on the CPU
+        features = network.cpu().features(torch.zeros(1, *image_size))
+    return features.shape[2], features.shape[3]
 
 
 def find_stride(backbone: Backbone) -> int:
     """Returns the total stride of a network: the side of an image divided by the side of the last feature map."""
-    return 1024 // _features_on_meta(backbone, 1024, 1024).shape[-1]
-
-
-def _features_on_meta(backbone: Backbone, height: int, width: int) -> Tensor:
-    """Returns the last feature map on the meta device, where PyTorch computes shapes only.
-
-    A network whose code reads values, which no tensor on that device has, runs on the CPU.
-    """
-    network, channels = copy.deepcopy(backbone).eval(), find_stem_channels(backbone)
-    try:
-        return copy.deepcopy(network).to("meta").features(torch.empty(1, channels, height, width, device="meta"))
-    except RuntimeError:  # also raised if the images are too small, and then again on the CPU
-        with torch.no_grad():
-            return network.cpu().features(torch.zeros(1, channels, height, width))
+    return 1024 // find_map_size(backbone, (find_stem_channels(backbone), 1024, 1024))[1]
