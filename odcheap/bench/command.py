@@ -27,7 +27,7 @@ from odcheap.config.messages import describe_error, explained_errors, hide_libra
 from odcheap.export import latency
 from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
-from odcheap.models.build import build_comparable
+from odcheap.models.build import build_backbone
 from odcheap.training.summary import describe_machine, list_versions
 from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import print_error
@@ -218,7 +218,7 @@ def measure_inference(
         `ms_64`, the milliseconds of a call, and `speedup_1` and `speedup_64`, how many times as fast as the standard
         network it is.
     """
-    networks = {name: build_comparable(build, conv, NUM_CLASSES) for name, conv in convs.items()}
+    networks = {name: build_backbone(build, conv, NUM_CLASSES, for_comparison=True) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
     timings = latency.measure_timings(networks, size, BATCHES, seconds)
     ms = {key: 1000 * timing.p50 for key, timing in timings.items()}

@@ -215,9 +215,9 @@ def build_network(
             backbone = backbone | {"pretrained": None}  # the weights come from the file itself
         conv = block_type or build_part("block_type", checked.block_type, config_dirs=folders)
         build = build_part("backbone", backbone, config_dirs=folders)
-        make = build_comparable if block_type is not None else build_directly
         channels = checked.image_size[0] if checked.image_size else RGB
-        network = make(build, conv, len(checked.classes), channels)
+        is_compared = block_type is not None
+        network = build_backbone(build, conv, len(checked.classes), channels, for_comparison=is_compared)
         return fold_branches(network) if checked.folded else network
     except ImportError as error:
         raise OptionError(
@@ -231,7 +231,14 @@ def build_network(
         raise OptionError(option, path, f"its settings build no network ({reason})") from error
 
 
-def build_directly(build: Callable[..., nn.Module], conv: BlockType, num_classes: int, channels: int = RGB) -> Backbone:
+def build_backbone(
+    build: Callable[..., nn.Module],
+    conv: BlockType,
+    num_classes: int,
+    channels: int = RGB,
+    *,
+    for_comparison: bool = False,
+) -> Backbone:
     """Builds the network of a backbone with a block type.
 
     Args:
@@ -239,26 +246,13 @@ def build_directly(build: Callable[..., nn.Module], conv: BlockType, num_classes
         conv: The block type, which builds the convolutions.
         num_classes: The number of classes, K.
         channels: The number of channels of the images; see `adapt_input`.
-    """
-    return adapt_input(to_backbone(build(conv=conv, num_classes=num_classes)), channels)
-
-
-def build_comparable(
-    build: Callable[..., nn.Module], conv: BlockType, num_classes: int, channels: int = RGB
-) -> Backbone:
-    """Builds the network of a backbone with a block type, or the standard network with which it is compared.
-
-    It differs from `build_directly` for a `CifarResNet` with the block type Standard, which gets expansion=1.
-
-    Args:
-        build: The backbone, a function that takes `conv` and `num_classes` and returns a network.
-        conv: The block type.
-        num_classes: The number of classes, K.
-        channels: The number of channels of the images; see `adapt_input`.
+        for_comparison: Whether networks of one backbone with several block types are compared. The standard one of
+            `CifarResNet`, which has no expansion, then gets expansion=1; otherwise another expansion is an error.
     """
     own = getattr(build, "func", build)
-    is_wide = isinstance(own, type) and issubclass(own, CifarResNet) and not conv.is_cheap
-    return build_directly(partial(build, expansion=1) if is_wide else build, conv, num_classes, channels)
+    if for_comparison and not conv.is_cheap and isinstance(own, type) and issubclass(own, CifarResNet):
+        build = partial(build, expansion=1)
+    return adapt_input(to_backbone(build(conv=conv, num_classes=num_classes)), channels)
 
 
 def check_state_dict(

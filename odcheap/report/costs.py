@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from odcheap.config.compose import compose_config
 from odcheap.models import flops
-from odcheap.models.build import build_comparable
+from odcheap.models.build import build_backbone
 from odcheap.models.wrappers import MAX_SMALL_SIZE
 from odcheap.report.tables import build_console_table
 from odcheap.utils.console import console, print_error, say, show_steps
@@ -131,9 +131,9 @@ def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
     # The number of classes is that of the usual data set for the size of images.
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)
     try:
-        network = build_comparable(build, conv, FEW_CLASSES)
+        network = build_backbone(build, conv, FEW_CLASSES, for_comparison=True)
         if network.native_size > MAX_SMALL_SIZE:
-            network = build_comparable(build, conv, MANY_CLASSES)
+            network = build_backbone(build, conv, MANY_CLASSES, for_comparison=True)
     except Failure as error:
         return Cost(backbone, block_type, refused=str(error))
     pixels, params = network.native_size, flops.count_params(network)

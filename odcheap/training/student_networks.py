@@ -11,7 +11,7 @@ from odcheap.layers.cheap_conv import BlockType, Standard
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students
 from odcheap.models.backbone import RGB, Backbone
-from odcheap.models.build import build_comparable, build_directly
+from odcheap.models.build import build_backbone
 from odcheap.models.student_shapes import GROUPS, Shape, name_shape
 from odcheap.models.wrappers import check_image_size, find_map_size
 from odcheap.runs.resume import Start
@@ -46,7 +46,7 @@ class StudentBuilder(NamedTuple):
             OptionError: An option of the student is wrong; the message names it as the user can give it.
         """
         try:
-            return build_directly(self.build, self.make_conv(), num_classes, self.channels)
+            return build_backbone(self.build, self.make_conv(), num_classes, self.channels)
         except OptionError as error:
             raise self.explain(error) from error
 
@@ -117,8 +117,9 @@ def build_standards(start: Start, builders: Sequence[StudentBuilder], num_classe
     built: dict[Any, Backbone] = {}
     for builder in builders:
         if builder.build not in built:
+            options = Standard(), num_classes, builder.channels
             with temporary_seed(start.cfg.seed, "standard"):
-                built[builder.build] = build_comparable(builder.build, Standard(), num_classes, builder.channels)
+                built[builder.build] = build_backbone(builder.build, *options, for_comparison=True)
     return [built[builder.build] for builder in builders]
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from odcheap.layers.cheap_conv import DW, Group, RepDW, Shift, Standard
 from odcheap.models import flops
-from odcheap.models.build import build_comparable
+from odcheap.models.build import build_backbone
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
 
@@ -109,9 +109,9 @@ def test_the_middle_of_an_expanded_block_is_wider():
 
 def test_the_standard_network_of_a_comparison_has_the_width_and_no_expansion():
     build = partial(CifarResNet, 8, expansion=3, width=12)
-    standard = build_comparable(build, Standard(), 5)
+    standard = build_backbone(build, Standard(), 5, for_comparison=True)
     assert str(standard) == str(CifarResNet(8, Standard(), 5, width=12))
-    assert str(build_comparable(build, DW(), 5)) == str(build(DW(), 5))
+    assert str(build_backbone(build, DW(), 5, for_comparison=True)) == str(build(DW(), 5))
 
 
 @pytest.mark.parametrize(
