@@ -4,8 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from odcheap.utils.performance import shorten_waiting
 from odcheap.utils.signals import exit_on_signals
-from odcheap.utils.threads import shorten_waiting
 
 HELP = """usage: odcheap COMMAND [ARGUMENTS]
 

@@ -21,13 +21,14 @@ from odcheap.config.help import format_help
 from odcheap.config.messages import describe_hydra_error
 from odcheap.config.signatures import read_signature
 from odcheap.distributed import cluster  # noqa: F401 - registers values of the config
-from odcheap.runs import study
 from odcheap.runs.folder import make_folder
 from odcheap.runs.settings import RunConfig
 from odcheap.runs.sweep import (
     SweepFolder,
     check_runs,
     check_sweep_folder,
+    describe_best,
+    find_search,
     name_status_command,
     plan_sweep,
     started_sweeps,
@@ -142,7 +143,7 @@ def show_outcomes() -> int:
             runs = f"{sweep.count_others} run{'s' if sweep.count_others > 1 else ''} of other sweeps"
             say(f"also in this folder: {runs} ({name_status_command(sweep.path)} lists them)")
     for folder, overrides in searches:
-        say(study.describe_best(folder, overrides) or "no trial is complete")
+        say(describe_best(folder, overrides) or "no trial is complete")
     return int(any(outcome.summary is None for outcome in outcomes))
 
 
@@ -163,8 +164,7 @@ class SweepStart(Callback):
             sys.exit(print_error(str(error)))
         except (HydraException, OmegaConfBaseException) as error:
             sys.exit(print_error(describe_hydra_error(error)))
-        search = study.list_overrides(config) if study.is_kept(config) else None
-        started_sweeps.append(SweepFolder(folder, search, plan.runs))
+        started_sweeps.append(SweepFolder(folder, find_search(config), plan.runs))
         if "joblib" in str(config.hydra.launcher.get("_target_")) and config.hydra.launcher.get("n_jobs") != 1:
             started_sweeps[-1].signals.install()
         done = f" ({plan.done} are finished)" if plan.done else ""

@@ -29,11 +29,11 @@ from odcheap.layers.cheap_conv import BlockType
 from odcheap.models.backbone import Backbone
 from odcheap.models.build import build_backbone
 from odcheap.training.summary import describe_machine, list_versions
-from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import print_error
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.files import write_json, write_text
 from odcheap.utils.parts import build_part
+from odcheap.utils.performance import keep_freed_memory
 
 BLOCK_TYPES = ("DW", "Shift", "Group")
 BATCHES = (1, 64)  # images of an inference call

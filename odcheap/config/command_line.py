@@ -10,11 +10,9 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString, Sw
 from hydra.errors import HydraException
 
 from odcheap.config.options import LIST_GROUPS, PATH_NAMES
-from odcheap.runs.checkpoint_io import CHECKPOINT_NAME
-from odcheap.runs.folder import CONFIG, read_config
-from odcheap.runs.overrides import override_key, quote_override
+from odcheap.runs.folder import CHECKPOINT_NAME, CONFIG, read_config
 from odcheap.runs.saved_options import EXPERIMENT_GROUPS
-from odcheap.runs.settings import flatten
+from odcheap.runs.settings import flatten, override_key, quote_override
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import PART_NAME
 

@@ -16,8 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from odcheap.runs.overrides import name_run, override_key, quote_override
-from odcheap.runs.settings import RunConfig, to_dict
+from odcheap.runs.settings import RunConfig, name_run, override_key, quote_override, to_dict
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import OWN_PACKAGE, find_conf_dir, list_parts
 

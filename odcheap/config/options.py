@@ -19,8 +19,7 @@ from pydantic import Field
 from odcheap.config.messages import suggest_options
 from odcheap.config.signatures import NO_PARAMETERS, Signature, import_signature
 from odcheap.models.student_shapes import GROUPS, read_shapes
-from odcheap.runs.overrides import override_key
-from odcheap.runs.settings import RunConfig, to_dict
+from odcheap.runs.settings import RunConfig, override_key, to_dict
 from odcheap.utils.arguments import StudentCount, check_value
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import CALL_KEYS, list_parts, read_part

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from odcheap.distributed import cluster
 from odcheap.distributed.cluster import count_nodes, is_torchrun, processes_per_node
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.runs.overrides import override_key, quote_override
 from odcheap.runs.resume import Start
+from odcheap.runs.settings import override_key, quote_override
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.signals import PARENT_VARIABLE, STOP_SIGNALS
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from odcheap.distributed import cluster
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import list_checkpoints
-from odcheap.runs.folder import is_run_folder
+from odcheap.runs.folder import is_run_folder, list_checkpoints
 from odcheap.utils.console import process_rank
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure, first_line
 from odcheap.utils.signals import STOP_SIGNALS

@@ -15,9 +15,8 @@ from odcheap.evaluate.inputs import MODEL_OPTION, EvaluatedImages, Model, list_i
 from odcheap.runs.training_images import find_known_images, hash_file_contents, hash_image
 from odcheap.utils.confusion_plot import plot_confusion, render_png
 from odcheap.utils.console import keep_going_without_output, print_error, say, show_progress
-from odcheap.utils.documents import read_json
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
-from odcheap.utils.files import write_atomic, write_csv, write_json
+from odcheap.utils.files import read_json, write_atomic, write_csv, write_json
 from odcheap.utils.text import hide_folders
 
 RESULT, TABLE, PICTURE = "evaluation.json", "confusion.csv", "confusion.png"

@@ -11,7 +11,7 @@ from odcheap.layers.cheap_conv import Standard
 from odcheap.layers.fuse import fold_branches, has_branches
 from odcheap.models.build import build_network, load_network, read_student_settings
 from odcheap.runs import folder
-from odcheap.runs.checkpoint_io import epoch_path, find_newest_usable, read_checkpoint
+from odcheap.runs.folder import epoch_path, find_newest_usable, read_checkpoint
 from odcheap.runs.load import STUDENT, strip_prefix
 from odcheap.runs.settings import select_student_settings
 from odcheap.utils.errors import OptionError

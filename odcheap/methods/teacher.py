@@ -16,9 +16,8 @@ from odcheap.layers.cheap_conv import Standard
 from odcheap.models.backbone import RGB
 from odcheap.models.build import load_network, read_student_settings
 from odcheap.models.wrappers import TimmBackbone, TorchvisionBackbone, load_pretrained
-from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import read_safetensors
+from odcheap.utils.files import read_json, read_safetensors
 from odcheap.utils.text import count_things
 
 OPTION = "method.teacher_weights"

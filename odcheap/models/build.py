@@ -18,9 +18,8 @@ from odcheap.layers.cheap_conv import BlockType
 from odcheap.layers.fuse import fold_branches
 from odcheap.models.backbone import RGB, Backbone, adapt_input, to_backbone
 from odcheap.models.cifar import CifarResNet
-from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import Failure, OptionError, first_line
-from odcheap.utils.files import read_safetensors
+from odcheap.utils.files import parse_json, read_safetensors
 from odcheap.utils.hub import download_student, is_hub_address
 from odcheap.utils.parts import OWN_PACKAGE, build_part
 

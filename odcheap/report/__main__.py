@@ -1,7 +1,7 @@
 """Runs `python -m odcheap.report`."""
 
+from odcheap.utils.performance import shorten_waiting
 from odcheap.utils.signals import exit_on_signals
-from odcheap.utils.threads import shorten_waiting
 
 shorten_waiting()
 with exit_on_signals():

@@ -12,11 +12,10 @@ import pandas as pd
 
 from odcheap.models.student_shapes import GROUPS, name_shape
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import list_checkpoints
-from odcheap.runs.folder import read_options, read_summary
+from odcheap.runs.folder import list_checkpoints, read_options, read_summary
 from odcheap.runs.sweep import PLAN, read_plans
-from odcheap.utils.documents import read_text
 from odcheap.utils.errors import OptionError, first_line
+from odcheap.utils.files import read_text
 from odcheap.utils.text import count_things, escape_control_chars
 
 MAX_BYTES = 64 << 20  # of metrics.csv

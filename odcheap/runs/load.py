@@ -13,9 +13,8 @@ from odcheap.methods.base import Method
 from odcheap.models.build import check_state_dict
 from odcheap.runs.reference import get_state_dict, is_reference, translate_reference
 from odcheap.runs.schemas import SavedWeights, validate
-from odcheap.utils.documents import parse_json
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import read_safetensors, read_torch
+from odcheap.utils.files import parse_json, read_safetensors, read_torch
 
 STUDENT = "method.students.members."  # the prefix of the students' tensors in a checkpoint
 

@@ -13,25 +13,22 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from odcheap.runs.checkpoint_io import (
-    CHECKPOINT_NAME,
-    epoch_path,
-    find_newest_usable,
-    list_checkpoints,
-    read_checkpoint,
-)
 from odcheap.runs.folder import (
+    CHECKPOINT_NAME,
     check_unoccupied,
     check_usable,
+    epoch_path,
+    find_newest_usable,
     is_run_folder,
+    list_checkpoints,
+    read_checkpoint,
     read_summary,
     read_versions,
     remove_outputs,
     remove_partial_files,
 )
-from odcheap.runs.overrides import find_override, override_key
 from odcheap.runs.saved_options import DATA_FOLDERS, READ_ONLY, find_values, is_file_or_folder, select_saved_overrides
-from odcheap.runs.settings import RunConfig, flatten, to_dict
+from odcheap.runs.settings import RunConfig, find_override, flatten, override_key, to_dict
 from odcheap.runs.status import write_status
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError

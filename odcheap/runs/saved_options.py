@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 
-from odcheap.runs.overrides import override_key
+from odcheap.runs.settings import override_key
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import PART_NAME
 

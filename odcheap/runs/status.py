@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from odcheap.runs.schemas import State, Status, validate
-from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_json
+from odcheap.utils.files import read_json, write_json
 
 FILE_NAME = "status.json"
 LOCK = ".lock"

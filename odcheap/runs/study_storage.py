@@ -14,7 +14,7 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from odcheap.runs import study
+from odcheap.runs import sweep
 from odcheap.runs.schemas import Search, Trial
 from odcheap.utils.errors import OptionError, first_line
 
@@ -32,7 +32,7 @@ class StudyStorage(InMemoryStorage):
 
     def __init__(self, folder: str, overrides: Sequence[str], params: dict[str, str] | None = None):
         super().__init__()
-        self.folder, self.overrides = Path(folder), study.describe_search(overrides, params)
+        self.folder, self.overrides = Path(folder), sweep.describe_search(overrides, params)
         self.is_loaded = False
 
     def set_study_directions(self, study_id: int, directions: Sequence[StudyDirection]) -> None:
@@ -40,12 +40,12 @@ class StudyStorage(InMemoryStorage):
         if not self.is_loaded:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # `create_trial` may change in later versions
-                for trial in study.read_search(self.folder, self.overrides).trials:
+                for trial in sweep.read_search(self.folder, self.overrides).trials:
                     try:
                         self.create_new_trial(study_id, template_trial=restore_trial(trial))
                     except (ValueError, TypeError, KeyError, AttributeError) as error:  # as Optuna raises them
                         allowed = f"has a trial that Optuna does not take ({first_line(error)})"
-                        raise OptionError("hydra.sweep.dir", self.folder / study.FILE_NAME, allowed) from error
+                        raise OptionError("hydra.sweep.dir", self.folder / sweep.STUDY, allowed) from error
             self.is_loaded = True
 
     def set_trial_state(self, trial_id: int, state: TrialState) -> bool:
@@ -62,7 +62,7 @@ class StudyStorage(InMemoryStorage):
     def save(self, trial_id: int) -> None:
         """Writes all trials of the search to which a trial belongs."""
         trials = self.get_all_trials(self.get_study_id_from_trial_id(trial_id), deepcopy=False)
-        study.write_search(self.folder, Search(overrides=self.overrides, trials=[*map(describe_trial, trials)]))
+        sweep.write_search(self.folder, Search(overrides=self.overrides, trials=[*map(describe_trial, trials)]))
 
 
 def describe_trial(trial: FrozenTrial) -> Trial:

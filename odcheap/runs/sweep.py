@@ -1,4 +1,8 @@
-"""Sweeps: the plan of a sweep, and the outcomes of its runs, which are read from their folders."""
+"""Sweeps: the plan of a sweep, and the outcomes of its runs, which are read from their folders.
+
+A search for options by Optuna is a sweep whose runs are its trials. They are saved in `study.json`, so that it can be
+continued. A search is identified by the overrides with which it was started.
+"""
 
 import itertools
 import os
@@ -15,22 +19,23 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf, read_write
 from pydantic import BaseModel
 
-from odcheap.runs import status, study
+from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST
-from odcheap.runs.overrides import STORAGE_OPTIONS, name_run, override_key
-from odcheap.runs.schemas import Summary, SweepPlan, SweepPlans, Test, validate
+from odcheap.runs.schemas import Search, Study, Summary, SweepPlan, SweepPlans, Test, Trial, validate
+from odcheap.runs.settings import STORAGE_OPTIONS, name_run, override_key
 from odcheap.utils.console import name_command
-from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_json
+from odcheap.utils.files import read_json, write_json
 from odcheap.utils.signals import WorkerSignals
+from odcheap.utils.text import format_accuracy
 
-PLAN = "sweep.json"
+PLAN, STUDY = "sweep.json", "study.json"
+STORAGE = "odcheap.runs.study_storage.StudyStorage"
 MAX_PLANS = 20  # of sweeps in one folder, so that the file stays small
 # How the folders of the runs are named: by their overrides, with those of the storage options that the sweep varies.
 NAMED_OPTIONS: dict[str, tuple[str, ...]] = {"${run_name:}": (), "${run_name:data_dir}": ("data_dir",)}
 # How the files of a sweep begin. Hydra writes `multirun.yaml`.
-OWN_FILES = {"multirun.yaml": b"hydra:", PLAN: b'{ "count":', study.FILE_NAME: b'{ "searches":'}
+OWN_FILES = {"multirun.yaml": b"hydra:", PLAN: b'{ "count":', STUDY: b'{ "searches":'}
 KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
 
@@ -86,8 +91,8 @@ class SweepFolder:
         if self.runs:
             own = {self.path / name for name in self.runs} & folders
         elif self.search is not None:  # its earlier trials belong to it
-            trials = study.read_search(self.path, self.search).trials
-            own = {self.path / study.name_trial(trial) for trial in trials} | {path.parent for path in changed}
+            trials = read_search(self.path, self.search).trials
+            own = {self.path / name_trial(trial) for trial in trials} | {path.parent for path in changed}
         self.count_others = len(folders - own)
         outcomes = [read_outcome(folder, changed) for folder in sorted(own)]
         return [outcome for outcome in outcomes if outcome is not None] + self.unwritten
@@ -169,7 +174,8 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
     overrides = read_overrides(config)
     swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
     if "n_trials" in sweeper:
-        done = continue_search(config) if study.is_kept(config) else 0
+        search = find_search(config)
+        done = 0 if search is None else continue_search(config, search)
         return SweepPlan(count=done + sweeper.n_trials, done=done, swept=swept)
     runs = list(itertools.chain.from_iterable(BasicSweeper.split_arguments(overrides, None)))
     subdir = str(cast(dict[str, Any], OmegaConf.to_container(config.hydra.sweep, resolve=False))["subdir"])
@@ -178,10 +184,10 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
     return SweepPlan(count=len(runs), swept=swept, runs=names)
 
 
-def continue_search(config: DictConfig) -> int:
+def continue_search(config: DictConfig, search: list[str]) -> int:
     """Reduces the number of trials in the config to those that are left; returns the number of complete trials."""
     sweeper = config.hydra.sweeper
-    trials = study.read_search(Path(config.hydra.sweep.dir), study.list_overrides(config)).trials
+    trials = read_search(Path(config.hydra.sweep.dir), search).trials
     done = sum(trial.state == "COMPLETE" for trial in trials)
     with read_write(config):
         sweeper.n_trials = max(0, sweeper.n_trials - done)
@@ -282,3 +288,81 @@ def read_checked(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
     content = read_json(path, "job_dir")
     validate(schema, content, path, "job_dir")
     return content
+
+
+def find_search(config: DictConfig) -> list[str] | None:
+    """Returns the overrides that identify a search whose trials are saved in `study.json`.
+
+    With other overrides in the same folder, a new search begins.
+
+    Args:
+        config: The config of the sweep, with the options of Hydra under `hydra`.
+
+    Returns:
+        The overrides; None if the sweep is no search, or if its trials are saved in a storage of the user's own.
+    """
+    storage = config.hydra.sweeper.get("storage")
+    is_kept = OmegaConf.is_dict(storage) and storage.get("_target_") == STORAGE
+    return describe_search(storage.overrides, storage.params) if is_kept else None
+
+
+def describe_search(overrides: Sequence[str], params: dict[str, str] | None) -> list[str]:
+    """Returns the overrides that identify a search, as texts, sorted.
+
+    Args:
+        overrides: The overrides of the command line.
+        params: Further overrides from the config of the sweeper, by the names of the options.
+    """
+    return sorted([*map(str, overrides), *(f"{key}={value}" for key, value in (params or {}).items())])
+
+
+def read_study(folder: Path) -> Study:
+    """Returns the content of `study.json` in the folder of a sweep; it has no searches if there is no such file.
+
+    Raises:
+        OptionError: The file is damaged, or another program has written it.
+    """
+    path = folder / STUDY
+    return validate(Study, read_json(path, "hydra.sweep.dir"), path, "hydra.sweep.dir") if path.exists() else Study()
+
+
+def read_search(folder: Path, overrides: Sequence[str]) -> Search:
+    """Returns the search in a folder that these overrides identify; it has no trials if it is new.
+
+    Args:
+        folder: The folder of the sweep.
+        overrides: The overrides as `describe_search` returns them.
+
+    Raises:
+        OptionError: The file `study.json` in the folder is damaged, or another program has written it.
+    """
+    known = (search for search in read_study(folder).searches if search.overrides == list(overrides))
+    return next(known, Search(overrides=list(overrides), trials=[]))
+
+
+def write_search(folder: Path, search: Search) -> None:
+    """Writes a search into `study.json`; other searches in the file are not changed."""
+    others = [other for other in read_study(folder).searches if other.overrides != search.overrides]
+    write_json(folder / STUDY, Study(searches=[*others, search]).model_dump())
+
+
+def describe_best(folder: Path, overrides: Sequence[str]) -> str | None:
+    """Returns a line of text about the trial with the highest accuracy; None if no trial is complete.
+
+    Args:
+        folder: The folder of the sweep.
+        overrides: The overrides that identify the search, as `describe_search` returns them.
+    """
+    trials = read_search(folder, overrides).trials
+    complete = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]
+    if not complete:
+        return None
+    best = max(complete, key=lambda trial: trial.value or 0.0)
+    values = ", ".join(f"{name}={value}" for name, value in best.params.items())
+    run = folder / name_trial(best)
+    return f"best of {len(complete)} trials: {values}, {format_accuracy(best.value)} % on held-out images ({run})"
+
+
+def name_trial(trial: Trial) -> str:
+    """Returns the name of a trial's folder."""
+    return name_run([f"{name}={value}" for name, value in (trial.params | trial.user_attrs).items()])

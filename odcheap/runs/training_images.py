@@ -19,9 +19,8 @@ from odcheap.data.folder_trees import Files, hash_ends, hash_whole
 from odcheap.data.splits import hash_pixels
 from odcheap.runs.folder import TRAINING_IMAGES
 from odcheap.runs.schemas import Schema, validate
-from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError
-from odcheap.utils.files import write_json
+from odcheap.utils.files import read_json, write_json
 
 
 class SavedDigests(Schema):

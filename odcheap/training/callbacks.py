@@ -18,7 +18,7 @@ from torch import Tensor
 from odcheap.data.base import Batch
 from odcheap.distributed import rendezvous
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.runs.checkpoint_io import epoch_path, prune_checkpoints, read_checkpoint, step_path
+from odcheap.runs.folder import epoch_path, prune_checkpoints, read_checkpoint, step_path
 from odcheap.training.module import DistillationModule, Figures
 from odcheap.training.summary import name_figures
 from odcheap.training.train_step import StepResult

@@ -23,17 +23,16 @@ from odcheap.models.build import build_network, check_state_dict
 from odcheap.models.exportable import find_export_problem
 from odcheap.runs import status
 from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_summary
-from odcheap.runs.overrides import override_key
 from odcheap.runs.resume import Start, claim_folder, plan_start
-from odcheap.runs.settings import RunConfig, select_student_settings
+from odcheap.runs.settings import RunConfig, override_key, select_student_settings
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
 from odcheap.training.experiment import Experiment, check_finished
 from odcheap.training.summary import PARTS
-from odcheap.utils.allocator import keep_freed_memory
 from odcheap.utils.console import name_command, prefix_lines, print_error, say
-from odcheap.utils.documents import read_json
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line
+from odcheap.utils.files import read_json
 from odcheap.utils.parts import is_own_part, use_config_dirs
+from odcheap.utils.performance import keep_freed_memory
 from odcheap.utils.signals import find_parent, stop_with_parent
 
 stopped_runs: list[Stopped] = []  # the run that a signal has stopped, if this is a process of joblib

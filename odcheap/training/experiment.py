@@ -32,8 +32,7 @@ from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
 from odcheap.methods.students import check_run
 from odcheap.runs import status
-from odcheap.runs.checkpoint_io import epoch_path, read_checkpoint
-from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, make_folder
+from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, epoch_path, make_folder, read_checkpoint
 from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.runs.settings import select_student_settings
@@ -61,9 +60,9 @@ from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
 from odcheap.utils.files import write_csv, write_json, write_text
+from odcheap.utils.performance import describe_load
 from odcheap.utils.seeds import temporary_seed
 from odcheap.utils.text import escape_control_chars
-from odcheap.utils.threads import describe_load
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # the device is in the first line of odcheap
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from odcheap.utils.documents import PlainLoader
 from odcheap.utils.errors import OptionError
+from odcheap.utils.files import PlainLoader
 
 PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 GROUP_NAME = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*")

@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 from odcheap.distributed import cluster, launch
 from odcheap.distributed.launch import needs_launch
 from odcheap.distributed.signals import SignalListener
-from odcheap.runs.overrides import quote_override
 from odcheap.runs.resume import Start
-from odcheap.runs.settings import RunConfig
+from odcheap.runs.settings import RunConfig, quote_override
 from odcheap.utils.errors import OptionError
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from odcheap import cli
 from odcheap.runs import status
 from odcheap.runs.folder import read_versions
-from odcheap.runs.overrides import name_run
+from odcheap.runs.settings import name_run
 from odcheap.training import experiment
 
 NAMES = ("config.yaml", "metrics.csv", "summary.json", "test.json", "student.safetensors", "status.json", ".lock")

@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from odcheap.config.command_line import prepare_arguments
-from odcheap.runs.overrides import name_run
 from odcheap.runs.resume import Start
-from odcheap.runs.settings import RunConfig
+from odcheap.runs.settings import RunConfig, name_run
 from odcheap.training.trackers import saved_logger_run
 from odcheap.utils.parts import find_conf_dir
 

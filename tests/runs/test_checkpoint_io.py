@@ -4,7 +4,7 @@ import functools
 import pytest
 import torch
 
-from odcheap.runs.checkpoint_io import (
+from odcheap.runs.folder import (
     epoch_path,
     find_newest_usable,
     list_checkpoints,

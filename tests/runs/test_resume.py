@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from odcheap.runs.folder import check_unoccupied
-from odcheap.runs.overrides import name_run, override_key
 from odcheap.runs.resume import reapply_overrides
-from odcheap.runs.settings import RunConfig, complete_settings, flatten
+from odcheap.runs.settings import RunConfig, complete_settings, flatten, name_run, override_key
 from odcheap.utils.errors import OptionError
 
 

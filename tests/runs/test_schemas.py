@@ -15,11 +15,10 @@ from odcheap.report.load_runs import load_run, read_history
 from odcheap.runs import schemas
 from odcheap.runs.folder import is_run_folder, read_config, read_options, read_summary
 from odcheap.runs.status import is_alive, read_status
-from odcheap.runs.study import read_study
-from odcheap.runs.sweep import read_plans
+from odcheap.runs.sweep import read_plans, read_study
 from odcheap.runs.training_images import SavedDigests, read_digests
-from odcheap.utils.documents import MAX_BYTES, read_json
 from odcheap.utils.errors import OptionError
+from odcheap.utils.files import MAX_BYTES, read_json
 
 SCHEMAS = [schemas.Status, schemas.Summary, schemas.Test, schemas.Config, schemas.Checkpoint, schemas.SavedWeights]
 SCHEMAS += [schemas.SweepPlan, schemas.Study, SavedDigests]
