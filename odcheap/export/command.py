@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,24 +19,11 @@ from odcheap import predict
 from odcheap.config.messages import hide_library_warnings
 from odcheap.data.base import ImageData
 from odcheap.distributed.signals import SignalListener, Stopped
-from odcheap.export import executorch, latency, model_card, onnx, verify
+from odcheap.export import executorch, latency, model_card, onnx, runtimes, verify
 from odcheap.export.arguments import parse_arguments
 from odcheap.export.card_speed import STANDARD, STUDENT
 from odcheap.export.load_run import RunStudent, describe_preprocessing, load_run_student
 from odcheap.export.quantize import CALIBRATION_IMAGES, iterate_calibration_batches, quantize_student, timed_batches
-from odcheap.export.runtimes import (
-    DENSE,
-    EXECUTORCH,
-    INT8,
-    ONNX,
-    ONNX_RUNTIME,
-    OPENVINO,
-    PT2,
-    PTE,
-    PTE_INT8,
-    WEIGHTS,
-    check_installed,
-)
 from odcheap.layers.fuse import cheap_form, dense_form, has_pairs
 from odcheap.models.build import NormalizedNetwork
 from odcheap.runs.folder import TEMPORARY
@@ -52,8 +38,8 @@ MAX_CARD = 1 << 20  # characters of a model card that are read
 MAX_LOST_TOP1 = 0.005  # by 8-bit integers; if they lose more, a line names the fine-tuning
 TEMPORARY_NAME = re.compile(r"\.[a-z0-9_]{8}\.part", re.ASCII)  # after the dot and the name of the folder to write
 PREDICT = "predict.py"
-FILES = (ONNX, DENSE, INT8, PTE, PTE_INT8, PT2, WEIGHTS, PREDICT, predict.PREPROCESS_FILE, predict.LABELS_FILE)
-FILES += (model_card.RESULTS_FILE, predict.CARD_FILE)
+FILES = {*runtimes.FILES, PREDICT, predict.PREPROCESS_FILE, predict.LABELS_FILE, predict.CARD_FILE}
+FILES |= {model_card.RESULTS_FILE}
 
 Versions = dict[str, tuple[int, int]]  # see `read_versions`
 
@@ -137,9 +123,9 @@ def check_options(options: argparse.Namespace) -> Versions | None:
         if not is_allowed:
             raise OptionError(option, value, allowed)
     if options.executorch:
-        check_installed(EXECUTORCH)
+        runtimes.check_installed(runtimes.EXECUTORCH)
     if options.openvino:
-        check_installed(OPENVINO)
+        runtimes.check_installed(runtimes.OPENVINO)
 
     # The folder: only an export is ever replaced, and only if nobody has put other files into it.
     if out.is_mount():
@@ -191,19 +177,18 @@ def write_export(
         data: The data set with test images, and with training images for 8-bit integers; None if it is not available.
         reason: Why it is not available.
     """
-    preprocess = describe_preprocessing(run.settings)
     with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
-        files = write_files(run, options, data, preprocess, folder)
+        files = write_files(run, options, data, folder)
         timings = time_files(run, options, files, folder)
-        if DENSE in files and not is_faster(timings, DENSE):
-            (folder / DENSE).unlink()
-            del files[DENSE]
-            timings = {key: timing for key, timing in timings.items() if key.name != DENSE}
-        verification = verify.verify_files(run, data, reason, preprocess, folder, options.batch, options.openvino)
+        if runtimes.DENSE in files and not is_faster(timings, runtimes.DENSE):
+            (folder / runtimes.DENSE).unlink()
+            del files[runtimes.DENSE]
+            timings = {key: timing for key, timing in timings.items() if key.name != runtimes.DENSE}
+        verification = verify.verify_files(run, data, reason, folder, options.batch, options.openvino)
         write_json(folder / model_card.RESULTS_FILE, model_card.describe_results(run, verification))
         cpu = f"{summary.describe_machine(torch.device('cpu'))['cpu']}, {os.cpu_count()} cores"
-        graph = onnx.describe_graph((folder / ONNX).read_bytes())
+        graph = onnx.describe_graph((folder / runtimes.ONNX).read_bytes())
         text = model_card.write_card(run, folder, files, timings, verification, cpu, graph)
         write_text(folder / predict.CARD_FILE, text)
     for line in [*model_card.extract_opening(text).split("\n"), f"written: {options.out}"]:
@@ -223,7 +208,7 @@ def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> st
         A line for the user with the option that does it, if the network in 8-bit integers is less accurate than in
         floats by more than half a point; otherwise None.
     """
-    floats, integers = (verification.top1.get(name) for name in (ONNX, INT8))
+    floats, integers = (verification.top1.get(name) for name in (runtimes.ONNX, runtimes.INT8))
     if floats is None or integers is None or floats - integers <= MAX_LOST_TOP1:
         return None
     option, points = "--qat" if run.job_dir else "qat=3", format_accuracy(floats - integers)
@@ -339,11 +324,7 @@ def is_partial_file(path: Path) -> bool:
 
 
 def write_files(
-    run: RunStudent,
-    options: argparse.Namespace,
-    data: verify.LabeledImages | None,
-    preprocess: dict[str, Any],
-    folder: Path,
+    run: RunStudent, options: argparse.Namespace, data: verify.LabeledImages | None, folder: Path
 ) -> dict[str, nn.Module]:
     """Writes all files except the model card, and returns the networks in those files that are timed, by their names.
 
@@ -351,28 +332,28 @@ def write_files(
         run: The student.
         options: The options of the command.
         data: The data set with training images for 8-bit integers; None if it is not available.
-        preprocess: The content of `preprocess.json`.
         folder: The folder to write.
     """
-    if run.has_settings:
-        summary.write_student(folder / WEIGHTS, run.network, run.settings)
-    write_json(folder / predict.PREPROCESS_FILE, preprocess)
+    write_json(folder / predict.PREPROCESS_FILE, describe_preprocessing(run.settings))
     write_json(folder / predict.LABELS_FILE, run.settings["classes"])
     shutil.copyfile(predict.__file__, folder / PREDICT)
+    if run.job_dir is not None:  # the settings of a run build the network again
+        summary.write_student(folder / runtimes.WEIGHTS, run.network, run.settings)
     cheap = add_normalization(cheap_form(run.network), run)
     program = onnx.export_program(cheap, run.image_size, options.batch)
-    contents = {ONNX: onnx.to_onnx(program, options.opset)}
+    contents = {runtimes.ONNX: onnx.to_onnx(program, options.opset)}
     if has_pairs(run.network):
         dense = add_normalization(dense_form(run.network), run)
-        contents[DENSE] = onnx.to_onnx(onnx.export_program(dense, run.image_size, options.batch), options.opset)
+        traced = onnx.export_program(dense, run.image_size, options.batch)
+        contents[runtimes.DENSE] = onnx.to_onnx(traced, options.opset)
     if options.int8 and data is not None:
         say(f"8-bit integers, calibrated on up to {CALIBRATION_IMAGES} training images")
-        contents[INT8] = quantize_student(contents[ONNX], run.image_size, options, data)
+        contents[runtimes.INT8] = quantize_student(contents[runtimes.ONNX], run.image_size, options, data)
     if options.executorch:
         contents |= convert_to_executorch(program, run, options, data)
-    forms = {name: dense if name == DENSE else cheap for name in contents}
+    forms = {name: dense if name == runtimes.DENSE else cheap for name in contents}
     if options.pt2:
-        contents[PT2] = onnx.to_pt2(program)
+        contents[runtimes.PT2] = onnx.to_pt2(program)
     for name, content in contents.items():
         write_atomic(folder / name, lambda file, content=content: file.write(content))
     return forms
@@ -392,14 +373,14 @@ def convert_to_executorch(
     Returns:
         The contents by the names of the files, `student.pte` and `student-int8.pte`.
     """
-    say(f"{PTE}, for ExecuTorch")
-    files = {PTE: executorch.to_pte(program, run.image_size, options.batch)}
+    say(f"{runtimes.PTE}, for ExecuTorch")
+    files = {runtimes.PTE: executorch.to_pte(program, run.image_size, options.batch)}
     if data is not None and len(data.labels["train"]):
-        say(f"{PTE_INT8}, calibrated on up to {CALIBRATION_IMAGES} training images")
+        say(f"{runtimes.PTE_INT8}, calibrated on up to {CALIBRATION_IMAGES} training images")
         batches = iterate_calibration_batches(data, options.batch)
-        files[PTE_INT8] = executorch.to_int8_pte(program, run.image_size, batches, options.batch)
+        files[runtimes.PTE_INT8] = executorch.to_int8_pte(program, run.image_size, batches, options.batch)
     else:
-        say(f"{PTE_INT8} is not written: there are no training images for its calibration")
+        say(f"{runtimes.PTE_INT8} is not written: there are no training images for its calibration")
     for name, file in files.items():
         if file.portable:
             say(f"warning: XNNPACK does not run these operators of {name}, which are slow: {', '.join(file.portable)}")
@@ -414,7 +395,7 @@ def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
     """Times alternately: the files in their runtimes, the standard network in the same, and both networks in PyTorch.
 
-    With `--openvino` the ONNX files are also timed in OpenVINO.
+    With `--openvino` the runtimes.ONNX files are also timed in OpenVINO.
 
     Args:
         run: The student, with its standard network.
@@ -432,20 +413,22 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
         say("the standard network, for ExecuTorch")
         programs[STANDARD] = executorch.to_pte(traced, size, options.batch).content
     networks = {STUDENT: add_normalization(run.network, run), STANDARD: standard}
-    calls = latency.file_calls(ONNX_RUNTIME, models, size, batches) | latency.torch_calls(networks, size, batches)
-    calls |= latency.file_calls(EXECUTORCH, programs, size, batches[:1])
+    calls = latency.file_calls(runtimes.ONNX_RUNTIME, models, size, batches) | latency.torch_calls(
+        networks, size, batches
+    )
+    calls |= latency.file_calls(runtimes.EXECUTORCH, programs, size, batches[:1])
     if options.openvino:
-        calls |= latency.file_calls(OPENVINO, models, size, batches)
+        calls |= latency.file_calls(runtimes.OPENVINO, models, size, batches)
     say(f"{len(calls)} timings of {options.seconds:g} s each")
     return predict.time_alternately(calls, options.seconds)
 
 
 def is_faster(timings: latency.Timings, name: str) -> bool:
-    """Returns whether an ONNX file is faster than `student.onnx` for at least one number of images in a call.
+    """Returns whether an runtimes.ONNX file is faster than `student.onnx` for at least one number of images in a call.
 
     Args:
         timings: The times of both files.
         name: The name of the file.
     """
-    speedups = latency.compute_speedups(timings, (name, ONNX_RUNTIME), (ONNX, ONNX_RUNTIME))
+    speedups = latency.compute_speedups(timings, (name, runtimes.ONNX_RUNTIME), (runtimes.ONNX, runtimes.ONNX_RUNTIME))
     return any(speedup.value > 1 for speedup in speedups.values())

@@ -19,7 +19,6 @@ from odcheap.utils.files import read_safetensors
 
 OPTION = "JOB_DIR"
 AVERAGED = "method.averages.members."  # names of the averaged students' weights in a checkpoint
-READ_ERRORS = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # of files that were edited by hand
 
 
 class RunStudent(NamedTuple):
@@ -49,11 +48,6 @@ class RunStudent(NamedTuple):
     test_top1: float | None
     config_dirs: Sequence[Path] = ()
     recall: dict[str, float | None] | None = None
-
-    @property
-    def has_settings(self) -> bool:
-        """Whether the network can be built from the settings, so that `load_student` can load its weights."""
-        return self.job_dir is not None
 
     @property
     def image_size(self) -> tuple[int, int, int]:
@@ -90,7 +84,7 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
             test_top1, recall = float(figures["test_top1"]), figures.get("recall")
     except OptionError:
         raise
-    except READ_ERRORS as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # of files that were edited by hand
         raise OptionError(OPTION, job_dir, f"its files are not as odcheap writes them ({error!r})") from error
     network = load_network(settings, tensors, OPTION, job_dir, config_dirs).eval()
     if has_branches(network):

@@ -41,18 +41,6 @@ class Scale(NamedTuple):
     zero_point: int
 
 
-class FineTuned(NamedTuple):
-    """The result of a fine-tuning.
-
-    Attributes:
-        model: The content of the ONNX file with the trained weights, still as floats.
-        scales: The learned scale of each feature map that will be quantized, by the name of its tensor.
-    """
-
-    model: bytes
-    scales: dict[str, Scale]
-
-
 class RoundToUint8(torch.autograd.Function):
     """Rounds a tensor to the 256 numbers that 8-bit integers stand for, with gradients for the tensor and the scale.
 
@@ -153,10 +141,8 @@ def run_graph(
     for node in nodes:
         operator = OPERATORS.get(node.op_type)
         if operator is None:
-            allowed = ", ".join(sorted(OPERATORS))
-            raise Failure(
-                f"--qat: the network has the operator {node.op_type}, which cannot be trained; known: {allowed}"
-            )
+            line = f"--qat: the network has the operator {node.op_type}, which cannot be trained"
+            raise Failure(f"{line}; known: {', '.join(OPERATORS)}")
         inputs = [tensors[name] if name else None for name in node.input]
         tensors[node.output[0]] = change(node.output[0], operator(read_attributes(node), *inputs))
     return tensors[OUTPUT]
@@ -176,24 +162,24 @@ def pad_images(options: dict[str, Any], x: Tensor, fill: float = 0.0) -> Tensor:
 
 def convolve(options: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes the ONNX operator Conv in two dimensions, from the attributes of a node (`options`) and its inputs."""
-    strides, dilations = options.get("strides", (1, 1)), options.get("dilations", (1, 1))
     top, left, bottom, right = options.get("pads", (0, 0, 0, 0))
-    padding = (top, left)
+    padding: Any = (top, left)
     if padding != (bottom, right):
-        x, padding = pad_images(options, x), (0, 0)
+        x, padding = pad_images(options, x), 0
+    strides, dilations = options.get("strides", 1), options.get("dilations", 1)
     return F.conv2d(x, weight, bias, strides, padding, dilations, options.get("group", 1))
 
 
 def pool_maximum(options: dict[str, Any], x: Tensor) -> Tensor:
     """Computes the ONNX operator MaxPool, from the attributes of a node (`options`) and its input (n, C, H, W)."""
-    strides, dilations = options.get("strides", (1, 1)), options.get("dilations", (1, 1))
-    padded = pad_images(options, x, -math.inf)
-    return F.max_pool2d(padded, options["kernel_shape"], strides, 0, dilations, bool(options.get("ceil_mode", 0)))
+    padded, is_ceil = pad_images(options, x, -math.inf), bool(options.get("ceil_mode", 0))
+    strides, dilations = options.get("strides", 1), options.get("dilations", 1)
+    return F.max_pool2d(padded, options["kernel_shape"], strides, 0, dilations, is_ceil)
 
 
 def pool_average(options: dict[str, Any], x: Tensor) -> Tensor:
     """Computes the ONNX operator AveragePool, from the attributes of a node (`options`) and its input (n, C, H, W)."""
-    kernel, strides = options["kernel_shape"], options.get("strides", (1, 1))
+    kernel, strides = options["kernel_shape"], options.get("strides", 1)
     padded, is_ceil = pad_images(options, x), bool(options.get("ceil_mode", 0))
     pooled = F.avg_pool2d(padded, kernel, strides, 0, is_ceil)
     if options.get("count_include_pad", 0) or padded is x:
@@ -215,36 +201,21 @@ def reshape(options: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape(x.shape[0], *sizes[1:])  # the number of images is that of the training, also for a static graph
 
 
-def normalize(
-    options: dict[str, Any], x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
-) -> Tensor:
-    """Computes the ONNX operator BatchNormalization in eval mode; `options` are the attributes of the node."""
-    return F.batch_norm(x, mean, variance, scale, bias, eps=options.get("epsilon", 1e-5))
-
-
-def clip(options: dict[str, Any], x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Computes the ONNX operator Clip: limits x to [low, high]; a limit that is None does not apply."""
-    return x.clamp(low, high)
-
-
-def hard_sigmoid(options: dict[str, Any], x: Tensor) -> Tensor:
-    """Computes the ONNX operator HardSigmoid: alpha x + beta, limited to [0, 1]; `options` has alpha and beta."""
-    return (options.get("alpha", 0.2) * x + options.get("beta", 0.5)).clamp(0, 1)
-
-
 # The operators of convolutional networks after `quantize.prepare_model`: functions of a node's attributes and inputs.
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Add": lambda options, a, b: a + b,
     "AveragePool": pool_average,
-    "BatchNormalization": normalize,
-    "Clip": clip,
+    "BatchNormalization": lambda options, x, scale, bias, mean, variance: F.batch_norm(
+        x, mean, variance, scale, bias, eps=options.get("epsilon", 1e-5)
+    ),
+    "Clip": lambda options, x, low=None, high=None: x.clamp(low, high),
     "Concat": lambda options, *parts: torch.cat(parts, options["axis"]),
     "Conv": convolve,
     "Div": lambda options, a, b: a / b,
     "Flatten": lambda options, x: x.flatten(options.get("axis", 1)),
     "Gemm": multiply_matrices,
     "GlobalAveragePool": lambda options, x: x.mean((2, 3), keepdim=True),
-    "HardSigmoid": hard_sigmoid,
+    "HardSigmoid": lambda options, x: (options.get("alpha", 0.2) * x + options.get("beta", 0.5)).clamp(0, 1),
     "HardSwish": lambda options, x: F.hardswish(x),
     "Identity": lambda options, x: x,
     "MatMul": multiply_matrices,
@@ -296,8 +267,8 @@ class RoundedNetwork:
         assert isinstance(rounded, Tensor)
         return rounded
 
-    def finish(self) -> FineTuned:
-        """Returns the file with the trained weights, and the learned scales."""
+    def finish(self) -> tuple[bytes, dict[str, Scale]]:
+        """Returns the ONNX file with the trained weights, still as floats, and the learned scales of feature maps."""
         for tensor in self.proto.graph.initializer:
             if tensor.name in self.weights:
                 array = self.weights[tensor.name].detach().cpu().numpy()
@@ -306,7 +277,7 @@ class RoundedNetwork:
             name: Scale(start.scale * math.exp(self.log_scales[name].item()), start.zero_point)
             for name, start in self.start.items()
         }
-        return FineTuned(self.proto.SerializeToString(), scales)
+        return self.proto.SerializeToString(), scales
 
 
 def fine_tune(
@@ -314,7 +285,7 @@ def fine_tune(
     teacher: Callable[[np.ndarray], np.ndarray],
     epochs: Iterable[Iterator[np.ndarray]],
     steps: int,
-) -> FineTuned:
+) -> tuple[bytes, dict[str, Scale]]:
     """Trains a rounded network to predict what the float network predicts.
 
     Args:
@@ -324,7 +295,8 @@ def fine_tune(
         steps: The number of batches of all epochs together, after which the learning rate is zero.
 
     Returns:
-        The ONNX file with the trained weights, and the learned scales.
+        The content of the ONNX file with the trained weights, still as floats, and the learned scale of each feature
+        map that will be quantized, by the name of its tensor.
     """
     weights, scales = list(network.weights.values()), list(network.log_scales.values())
     device = weights[0].device

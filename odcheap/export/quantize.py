@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,25 +107,8 @@ def iterate_training_batches(data: verify.LabeledImages, epoch: int, size: int) 
     """
     count = len(data.labels["train"])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
-    images = show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
-    for chunk in verify.split_batches(images, size):
-        if len(chunk) == size:
-            yield stack_images(chunk)
-
-
-def measure_held_out_top1(content: bytes, data: verify.LabeledImages) -> float:
-    """Returns the accuracy of an ONNX file on the held-out images."""
-    predictor, correct, count = create_predictor(ONNX_RUNTIME, content), 0, 0
-    for chunk in verify.split_batches(verify.iterate_samples(data, "val"), verify.BATCH_SIZE):
-        predicted = predictor(stack_images(chunk)).argmax(1)
-        correct += int((predicted == [sample.label for sample in chunk]).sum())
-        count += len(chunk)
-    return correct / max(count, 1)
-
-
-def stack_images(samples: Sequence[LabeledImage]) -> np.ndarray:
-    """Returns the images of samples as a batch (n, C, H, W), float32 in [0, 1]."""
-    return np.stack([sample.image.numpy() for sample in samples]).astype(np.float32) / np.float32(255)
+    samples = show_progress(data.iterate_images("train", order), count, f"epoch {epoch + 1}")
+    return (images for images, _ in iterate_batches(samples, size) if len(images) == size)
 
 
 def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -> Iterator[np.ndarray]:
@@ -134,9 +117,23 @@ def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -
     If `batch` is given, for a static graph, all batches have this number of images.
     """
     samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
-    for chunk in verify.split_batches(samples, batch or predict.BATCH_SIZE):
-        if batch is None or len(chunk) == batch:
-            yield stack_images(chunk)
+    batches = iterate_batches(samples, batch or predict.BATCH_SIZE)
+    return (images for images, _ in batches if batch is None or len(images) == batch)
+
+
+def iterate_batches(samples: Iterable[LabeledImage], size: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Yields images (n, C, H, W), float32 in [0, 1], with their labels in batches; the last one may be smaller."""
+    for chunk in verify.split_batches(samples, size):
+        images = np.stack([sample.image.numpy() for sample in chunk])
+        yield images.astype(np.float32) / np.float32(255), [sample.label for sample in chunk]
+
+
+def measure_held_out_top1(content: bytes, data: verify.LabeledImages) -> float:
+    """Returns the accuracy of an ONNX file on the held-out images."""
+    predictor, right = create_predictor(ONNX_RUNTIME, content), []
+    for images, labels in iterate_batches(verify.iterate_samples(data, "val"), verify.BATCH_SIZE):
+        right += (predictor(images).argmax(1) == labels).tolist()
+    return sum(right) / max(len(right), 1)
 
 
 class BatchReader(CalibrationDataReader):

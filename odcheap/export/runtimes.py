@@ -14,6 +14,7 @@ from odcheap.utils.errors import Failure, first_line
 
 ONNX, DENSE, INT8 = "student.onnx", "student-dense.onnx", "student-int8.onnx"
 PTE, PTE_INT8, PT2, WEIGHTS = "student.pte", "student-int8.pte", "student.pt2", "student.safetensors"
+FILES = (ONNX, DENSE, INT8, PTE, PTE_INT8, PT2, WEIGHTS)
 FLOAT_FILES = {INT8: ONNX, PTE_INT8: PTE}  # for each file with 8-bit integers, the one with floats
 ONNX_RUNTIME, OPENVINO, EXECUTORCH, PYTORCH = "ONNX Runtime", "OpenVINO", "ExecuTorch", "PyTorch"
 PACKAGES = {OPENVINO: ("openvino",), EXECUTORCH: ("executorch", "torchao")}  # of the extras

@@ -23,7 +23,7 @@ from odcheap import predict
 from odcheap.data.base import ImageData, LabeledImage
 from odcheap.data.image_folder import evaluation_transform
 from odcheap.data.transforms import Normalization
-from odcheap.export.load_run import RunStudent
+from odcheap.export.load_run import RunStudent, describe_preprocessing
 from odcheap.export.onnx import MAX_DIFFERENCE
 from odcheap.export.runtimes import EXECUTORCH, FLOAT_FILES, ONNX, ONNX_RUNTIME, OPENVINO, PYTORCH, create_predictor
 from odcheap.utils.console import say, show_progress
@@ -207,7 +207,6 @@ def verify_files(
     run: RunStudent,
     data: LabeledImages | None,
     reason: str,
-    preprocess: dict[str, Any],
     folder: Path,
     batch: int | None,
     with_openvino: bool = False,
@@ -220,7 +219,6 @@ def verify_files(
         run: The exported student.
         data: The data set with the test images; None if they are not available.
         reason: Why they are not available; empty if they are.
-        preprocess: The content of `preprocess.json`.
         folder: The folder of the exported files.
         batch: The number of images that a static graph takes; None if the number may vary.
         with_openvino: Whether the ONNX files are also run in OpenVINO.
@@ -228,7 +226,7 @@ def verify_files(
     Raises:
         Failure: A file does not compute the same as the network.
     """
-    differences, predicted = {}, {}
+    preprocess, differences, predicted = describe_preprocessing(run.settings), {}, {}
     with tempfile.TemporaryDirectory() as images:
         # The accuracy of the trained network itself is compared with that of its run first.
         if data is None:

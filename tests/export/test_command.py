@@ -195,7 +195,7 @@ def test_an_export_that_a_signal_ends_leaves_nothing(tmp_path, capsys, monkeypat
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     files = sorted(folder.rglob("*"))
 
-    def write(run, options, data, preprocess, part):
+    def write(run, options, data, part):
         (part / "student.onnx").touch()
         os.kill(os.getpid(), signum)
 
