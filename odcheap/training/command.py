@@ -138,8 +138,10 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
         line = describe_error(error)
         print_error(line)
     except Exception as error:
-        line = describe_external_failure(error) or f"{type(error).__name__}: {first_line(error)}"
-        traceback.print_exc() if describe_external_failure(error) is None else None
+        line = describe_external_failure(error)
+        if line is None:
+            line = f"{type(error).__name__}: {first_line(error)}"
+            traceback.print_exc()
     outcome = Outcome(str(job_dir), f"failed: {line}", None)
     try:
         check_usable(job_dir)
@@ -160,44 +162,30 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
         config: The config of the run.
         listener: The listener that receives signals.
     """
-    config_dirs = compose.given_config_dirs()
-    with use_config_dirs(config_dirs):  # a teacher may have parts of the user too
-        return start_or_continue(config, listener, config_dirs)
-
-
-def start_or_continue(config: RunConfig, listener: SignalListener, config_dirs: Sequence[Path]) -> Outcome:
-    """Checks the options, decides whether the run starts or continues, and carries it out.
-
-    `train` calls this function after it has made the user's parts known.
-
-    Args:
-        config: The config of the run.
-        listener: The listener that receives signals.
-        config_dirs: The user's own `conf` directories.
-    """
-    in_sweep = compose.is_sweep()
+    in_sweep, config_dirs = compose.is_sweep(), compose.given_config_dirs()
 
     def compose_checked(overrides: Sequence[str]) -> RunConfig:
         composed = compose.compose_run(overrides)
         options.check_options(composed, config_dirs)
         return composed
 
-    # The checks come first: an error must not leave a folder behind.
-    options.check_added_options(config)
-    options.check_options(config, config_dirs)
-    launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
-    launch.limit_threads()
-    default_resume = "auto" if in_sweep or cluster.is_restarted() else None
-    start = plan_start(config, compose_checked, default_resume, cluster.is_restarted())
-    if start.is_finished:
-        check_finished(start)
-        say(f"{start.job_dir} holds this run, which is finished: nothing to do")
-        return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
-    if start.cfg.test_only:
-        return carry_out(start, listener)
-    loggers = [o for o in start.config.overrides if override_key(o).split(".")[0] == "logger"]
-    with report_stop(start.job_dir, listener, not start.cfg.overwrite, repeated=loggers):
-        return carry_out(start, listener)
+    with use_config_dirs(config_dirs):  # a teacher may have parts of the user too
+        # The checks come first: an error must not leave a folder behind.
+        options.check_added_options(config)
+        options.check_options(config, config_dirs)
+        launch.check_trainer(config.cfg, config.parts["trainer"], in_sweep)
+        launch.limit_threads()
+        default_resume = "auto" if in_sweep or cluster.is_restarted() else None
+        start = plan_start(config, compose_checked, default_resume, cluster.is_restarted())
+        if start.is_finished:
+            check_finished(start)
+            say(f"{start.job_dir} holds this run, which is finished: nothing to do")
+            return Outcome(str(start.job_dir), "was finished", read_summary(start.job_dir))
+        if start.cfg.test_only:
+            return carry_out(start, listener)
+        loggers = [o for o in start.config.overrides if override_key(o).split(".")[0] == "logger"]
+        with report_stop(start.job_dir, listener, not start.cfg.overwrite, repeated=loggers):
+            return carry_out(start, listener)
 
 
 def report_own_parts(experiment: Experiment) -> None:
@@ -211,37 +199,37 @@ def report_own_parts(experiment: Experiment) -> None:
         for group, name in parts.items():
             if (folder / group / f"{name}.yaml").is_file() and not is_own_part(group, name):
                 say(f"warning: {folder / group / name}.yaml is not used: odcheap has a {group} of this name")
-    chosen: dict[str, tuple[nn.Module, dict[str, Any]]] = {}  # a student of each shape
+    tried = []
     for number, student in enumerate(experiment.method.students.members):
         settings = select_student_settings(experiment.module.about, number)
-        chosen.setdefault(repr([settings[group] for group in PARTS]), (student, settings))
-    for student, settings in chosen.values():
-        report_export_problem(experiment, student, settings)
+        network = {group: settings[group] for group in PARTS}
+        names = {group: network[group]["part"] for group in PARTS if is_own_part(group, network[group]["part"])}
+        if names and network not in tried:
+            tried.append(network)
+            problem = find_problem(experiment, student, settings, list(names))
+            shown = ", ".join(f"{group}={part}" for group, part in names.items())
+            if problem is not None:
+                say(f"warning: {shown}: this network can be trained but not exported ({problem})")
 
 
-def report_export_problem(experiment: Experiment, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Prints a warning if a student cannot be exported; only students with parts of the user are tried.
-
-    A part of the user is a backbone or block type that odcheap does not have.
+def find_problem(
+    experiment: Experiment, student: nn.Module, settings: dict[str, Any], own: Sequence[str]
+) -> str | None:
+    """Returns why a student with parts of the user cannot be exported; None if it can be.
 
     Args:
         experiment: The run.
         student: The student.
         settings: The settings from which the student is built; see `StudentSettings`.
+        own: Those of the groups "backbone" and "block_type" whose part is the user's.
     """
-    parts = {group: settings[group]["part"] for group in PARTS}
-    own = [group for group in PARTS if is_own_part(group, parts[group])]
-    if not own:
-        return
-    names = ", ".join(f"{group}={parts[group]}" for group in own)
+    part = settings[own[0]]["part"]
     try:
-        same = build_network(settings, own[0], parts[own[0]])
-        check_state_dict(student.state_dict(), same.state_dict(), parts[own[0]], "built again, it differs", own[0])
-        problem = find_export_problem(student, experiment.data.image_size, whole="backbone" in own)
+        same = build_network(settings, own[0], part)
+        check_state_dict(student.state_dict(), same.state_dict(), part, "built again, it differs", own[0])
+        return find_export_problem(student, experiment.data.image_size, whole="backbone" in own)
     except OptionError as error:
-        problem = str(error)
-    if problem is not None:
-        say(f"warning: {names}: this network can be trained but not exported ({problem})")
+        return str(error)
 
 
 def carry_out(start: Start, listener: SignalListener) -> Outcome:
