@@ -4,7 +4,6 @@ import hashlib
 import os
 import socket
 import urllib.error
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -145,18 +144,18 @@ def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool =
             allowed = f"data.load.{part}_images={expected} images are expected, {found} are there (half unpacked?)"
             raise OptionError("data_dir", tree / part, allowed)
 
-    def decode() -> dict[str, Tensor]:
+    # The cache is used as long as no file has been added, removed or written.
+    key = hash_file_stats(paths["train"] + paths["test"])
+    cache = tree.parent / f".{tree.name}.safetensors"
+    tensors = read_cache(cache, key, {part: torch.from_numpy(files.target) for part, files in parts.items()})
+    if tensors is None:
         count = train_images + test_images
         print(f"reading {count:,} images below {escape_control_chars(tree)}, once", flush=True)  # takes 20 s for CIFAR
         train, train_target = decode_images(parts["train"])
         test, test_target = decode_images(parts["test"])
-        return {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
-
-    # The cache is used as long as no file has been added, removed or written.
-    key = hash_file_stats(paths["train"] + paths["test"])
-    cache = tree.parent / f".{tree.name}.safetensors"
-    target = {part: torch.from_numpy(files.target) for part, files in parts.items()}
-    tensors = load_cached(cache, key, decode, not read_only, lambda cached: is_valid_cache(cached, target))
+        tensors = {"train": train, "train_target": train_target, "test": test, "test_target": test_target}
+        if not read_only:
+            write_cache(cache, key, tensors)
     return Images(**tensors, classes=classes, test_files=paths["test"])
 
 
@@ -217,36 +216,34 @@ def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> boo
     return len(sizes) == 1 and sizes.pop()[0] == 3
 
 
-def load_cached(
-    path: Path,
-    key: str,
-    create: Callable[[], dict[str, Tensor]],
-    write: bool = True,
-    is_valid: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
-) -> dict[str, Tensor]:
-    """Returns the tensors of a cache file, or creates and caches them if the file is missing, outdated or damaged.
+def read_cache(path: Path, key: str, target: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Returns the images and labels in a cache file; None if the file is missing, outdated or damaged.
 
     Args:
         path: The cache file, in safetensors format.
-        key: A text that says what the tensors were made from; a file with another key is outdated.
-        create: A function that returns the tensors, by name.
-        write: Whether the tensors that `create` returns are written. If that fails, a line is printed.
-        is_valid: A function that returns whether the tensors of the file are as expected.
+        key: A text that says from which files the images were decoded; a cache with another key is outdated.
+        target: The expected labels (N,) of the images in "train" and in "test".
     """
-    # A damaged file is not the user's fault: a line says that the images are decoded again.
-    if path.is_file():
-        try:
-            tensors, metadata = read_safetensors(path)
-            if metadata.get("key") == key and is_valid(tensors):
-                return tensors
-        except OptionError as error:
-            print(f"decoding again: {error}", flush=True)
-    tensors = create()
-    if not write:
-        return tensors
+    if not path.is_file():
+        return None
+    try:
+        tensors, metadata = read_safetensors(path)
+    except OptionError as error:  # a damaged cache is not the user's fault
+        print(f"decoding again: {error}", flush=True)
+        return None
+    return tensors if metadata.get("key") == key and is_valid_cache(tensors, target) else None
+
+
+def write_cache(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    """Writes a cache file, see `read_cache`; if that fails, a line is printed.
+
+    Args:
+        path: The cache file.
+        key: A text that says from which files the images were decoded.
+        tensors: The images and labels.
+    """
     content = save(tensors, metadata={"key": key})
     try:
         write_atomic(path, lambda file: file.write(content))
     except OSError as error:
         print(f"not cached for the next start: {path} cannot be written ({error.strerror})", flush=True)
-    return tensors

@@ -1,47 +1,218 @@
-"""Augmentation policies: operations that follow the crop and the flip, with a draw of their own for each image."""
+"""Augmentation policies: operations that follow the crop and the flip, with a draw of their own for each image.
+
+The operations, such as `adjust_contrast`, take a batch of images (N, H, W, C), uint8, with a value of its own for every
+image. An image's result does not depend on the other images of the batch: sums are computed in whole numbers, which
+have no rounding. The operations are those of `torchvision.transforms.v2`, where a call has one value for all images.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torchvision.transforms import v2
 
-from odcheap.data import image_operations as ops
 from odcheap.utils.arguments import check_arguments
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
 Operation = Callable[[Tensor, Tensor], Tensor]
 
+GRAY = (2989, 5870, 1140)  # ITU-R BT.601, in 1/10,000: the parts of red, green and blue in the brightness
 LEVELS = 31  # of an operation's strength, from 0 to the strongest
+ERASED_AREA = (0.02, 0.33)  # of an image: the smallest and the largest share
+ERASED_SHAPE = (0.3, 3.3)  # height / width
+TRIES = 10  # draws of a rectangle that fits into the image
+
+
+def resample(images: Tensor, values: Tensor) -> Tensor:
+    """Moves the pixels of each image by an affine map; pixels from outside of the image are 0.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, 6): a, b, c, d, e, f for each image. The pixel at (x, y), counted from the center of the image, is
+            read from the nearest pixel to (a x + b y + c, d x + e y + f).
+    """
+    count, height, width, channels = images.shape
+    across = torch.arange(width, device=images.device) - (width - 1) / 2
+    down = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
+    a, b, c, d, e, f = values.T[:, :, None, None]
+    column = (a * across + b * down + c + (width - 1) / 2).round().long()
+    row = (d * across + e * down + f + (height - 1) / 2).round().long()
+    is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    first = torch.arange(count, device=images.device)[:, None, None] * (height * width)
+    index = first + row.clamp_(0, height - 1) * width + column.clamp_(0, width - 1)
+    return images.reshape(-1, channels)[index] * is_inside[..., None]
+
+
+def blend(images: Tensor, others: Tensor | int, values: Tensor) -> Tensor:
+    """Returns `values * images + (1 - values) * others`, limited to 0 to 255 and rounded down.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        others: Images of the same shape or one that can be broadcast to it, or one number for all pixels.
+        values: (N, 1), the factor for each image.
+    """
+    # In this form pixels that are equal in both images stay as they are.
+    share = (1 - values).view(-1, 1, 1, 1)
+    return ((others - images.int()) * share + images).clamp_(0, 255).to(torch.uint8)
+
+
+def adjust_brightness(images: Tensor, values: Tensor) -> Tensor:
+    """Changes the brightness of each image.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor by which its pixels are multiplied.
+    """
+    return blend(images, 0, values[:, :1])
+
+
+def to_gray(images: Tensor) -> Tensor:
+    """Returns the brightness of each pixel: a weighted mean of red, green and blue.
+
+    For images with another number of channels than three, it is the plain mean of the channels.
+
+    Args:
+        images: (N, H, W, C), uint8.
+
+    Returns:
+        (N, H, W, 1), int32.
+    """
+    if images.shape[-1] == 1:
+        return images.int()
+    if images.shape[-1] != 3:
+        return images.sum(-1, keepdim=True, dtype=torch.int32) // images.shape[-1]
+    red, green, blue = images.int().split(1, dim=-1)
+    return (GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue) // 10_000
+
+
+def adjust_color(images: Tensor, values: Tensor) -> Tensor:
+    """Changes the saturation of each image; images without three channels are returned unchanged.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor: 0 for gray, 1 for no change.
+    """
+    return blend(images, to_gray(images), values[:, :1]) if images.shape[-1] == 3 else images
+
+
+def adjust_contrast(images: Tensor, values: Tensor) -> Tensor:
+    """Changes the contrast of each image.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor: 0 for the mean brightness at all pixels, 1 for no
+            change.
+    """
+    gray = to_gray(images)
+    mean = gray.sum((1, 2, 3), keepdim=True) / gray[0].numel()
+    return blend(images, mean, values[:, :1])
+
+
+def adjust_sharpness(images: Tensor, values: Tensor) -> Tensor:
+    """Changes the sharpness of each image; the pixels at its edges do not change.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the factor: 0 for a blurred image, 1 for no change.
+    """
+    if min(images.shape[1:3]) <= 2:
+        return images
+    # The blurred pixel is the mean of its 3 x 3 neighbors, in which it counts five times: a sum over 13, rounded.
+    whole = images.int()
+    rows = whole[:, :-2] + whole[:, 1:-1] + whole[:, 2:]
+    inner = whole[:, 1:-1, 1:-1]
+    blurred = (2 * (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * inner) + 13) // 26
+    result = images.clone()
+    result[:, 1:-1, 1:-1] = blend(inner, blurred, values[:, :1])
+    return result
+
+
+def posterize(images: Tensor, values: Tensor) -> Tensor:
+    """Keeps the upper bits of the pixels of each image, and sets the others to 0.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the number of bits to keep, 1 to 8.
+    """
+    mask = 256 - 2 ** (8 - values[:, 0])
+    return images & mask.to(torch.uint8).view(-1, 1, 1, 1)
+
+
+def solarize(images: Tensor, values: Tensor) -> Tensor:
+    """Inverts the pixels of each image that are not below a threshold.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: (N, ...); the first value of each image is the threshold, 0 to 255.
+    """
+    return torch.where(images >= values[:, :1, None, None], 255 - images, images)
+
+
+def auto_contrast(images: Tensor, values: Tensor) -> Tensor:
+    """Stretches each channel of each image to the range 0 to 255; a channel with a single value does not change.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: Not used; all operations have this argument.
+    """
+    least, most = images.amin((1, 2), keepdim=True).int(), images.amax((1, 2), keepdim=True).int()
+    stretched = (images.int() - least) * 255 // (most - least).clamp_(min=1)
+    return torch.where(most > least, stretched, images).to(torch.uint8)
+
+
+def equalize(images: Tensor, values: Tensor) -> Tensor:
+    """Makes the histogram of each channel of each image nearly uniform.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        values: Not used; all operations have this argument.
+    """
+    return v2.functional.equalize(images.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+
+
+def erase(images: Tensor, boxes: Tensor, color: Tensor) -> Tensor:
+    """Fills a rectangle of each image with a color.
+
+    Args:
+        images: (N, H, W, C), uint8.
+        boxes: (N, 4): top, left, bottom and right edge of each rectangle in pixels, the last two exclusive; an empty
+            rectangle leaves the image as it is.
+        color: (C,), uint8.
+    """
+    top, left, bottom, right = boxes.T[:, :, None, None]
+    row = torch.arange(images.shape[1], device=images.device)[:, None]
+    column = torch.arange(images.shape[2], device=images.device)
+    is_erased = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    return torch.where(is_erased[..., None], color, images)
+
+
 # The operations in the order of the papers: the name, the function, whether the strength has a random sign.
 OPERATIONS: tuple[tuple[str, Operation | None, bool], ...] = (
     ("Identity", None, False),
-    ("ShearX", ops.resample, True),
-    ("ShearY", ops.resample, True),
-    ("TranslateX", ops.resample, True),
-    ("TranslateY", ops.resample, True),
-    ("Rotate", ops.resample, True),
-    ("Brightness", ops.adjust_brightness, True),
-    ("Color", ops.adjust_color, True),
-    ("Contrast", ops.adjust_contrast, True),
-    ("Sharpness", ops.adjust_sharpness, True),
-    ("Posterize", ops.posterize, False),
-    ("Solarize", ops.solarize, False),
-    ("AutoContrast", ops.auto_contrast, False),
-    ("Equalize", ops.equalize, False),
+    ("ShearX", resample, True),
+    ("ShearY", resample, True),
+    ("TranslateX", resample, True),
+    ("TranslateY", resample, True),
+    ("Rotate", resample, True),
+    ("Brightness", adjust_brightness, True),
+    ("Color", adjust_color, True),
+    ("Contrast", adjust_contrast, True),
+    ("Sharpness", adjust_sharpness, True),
+    ("Posterize", posterize, False),
+    ("Solarize", solarize, False),
+    ("AutoContrast", auto_contrast, False),
+    ("Equalize", equalize, False),
 )
 NAMES = [name for name, _, _ in OPERATIONS]
+FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")  # their strength is the difference of a factor from 1
 # The functions, in the order in which the images of a batch are sorted by them; operations may share a function.
 KERNELS = list(dict.fromkeys(function for _, function, _ in OPERATIONS))
 KERNEL_NUMBERS = torch.tensor([KERNELS.index(function) for _, function, _ in OPERATIONS])
 IS_SIGNED = torch.tensor([is_signed for _, _, is_signed in OPERATIONS])
-
-ERASED_AREA = (0.02, 0.33)  # of an image: the smallest and the largest share
-ERASED_SHAPE = (0.3, 3.3)  # height / width
-TRIES = 10  # draws of a rectangle that fits into the image
 
 
 class Draws(NamedTuple):
@@ -50,7 +221,7 @@ class Draws(NamedTuple):
     Attributes:
         kernels: (N, R), the position in `KERNELS` of the function of each of R successive operations.
         values: (N, R, 6), float32, the values that the function takes.
-        boxes: (N, 4), the erased rectangles, see `image_operations.erase`; (N, 0) if nothing is ever erased.
+        boxes: (N, 4), the erased rectangles, see `erase`; (N, 0) if nothing is ever erased.
     """
 
     kernels: Tensor
@@ -94,6 +265,45 @@ class BatchDraws(NamedTuple):
     boxes: Tensor
 
 
+class Strengths(NamedTuple):
+    """The strength of each kind of operation at the highest level, 30; at level 0 an operation changes nothing.
+
+    Attributes:
+        shear: The shear: how many pixels a row or column is moved further than the one before.
+        shift: The shift in x and y, as a fraction of the width or the height.
+        most_pixels: The largest shift in pixels.
+        angle: The angle of a rotation, in degrees.
+        factor: The difference of the factors of brightness, color, contrast and sharpness from 1.
+        lost_bits: The number of bits that `Posterize` leaves out.
+    """
+
+    shear: float = 0.0
+    shift: float = 0.0
+    most_pixels: float = math.inf
+    angle: float = 0.0
+    factor: float = 0.0
+    lost_bits: int = 0
+
+    def tabulate(self, size: tuple[int, int]) -> Tensor:
+        """Returns the strength of each of the 14 operations at each of the 31 levels, (14, 31).
+
+        Args:
+            size: The height and the width of the images in pixels.
+        """
+
+        def rise(most: float) -> Tensor:
+            return torch.linspace(0.0, most, LEVELS)
+
+        down, across = (rise(min(self.most_pixels, self.shift * side)).trunc() for side in size)
+        strengths = dict.fromkeys(NAMES, torch.zeros(LEVELS))
+        strengths |= dict.fromkeys(FACTORS, rise(self.factor))
+        strengths |= {"ShearX": rise(self.shear), "ShearY": rise(self.shear), "Rotate": rise(self.angle)}
+        strengths |= {"TranslateX": across, "TranslateY": down}
+        strengths["Posterize"] = 8 - (torch.arange(LEVELS) * self.lost_bits / (LEVELS - 1)).round()
+        strengths["Solarize"] = 255 * torch.linspace(1.0, 0.0, LEVELS)
+        return torch.stack([strengths[name] for name in NAMES])
+
+
 @check_arguments("augment")
 class Policy:
     """The policy `standard`: no operations after the crop and the flip, except random erasing.
@@ -109,6 +319,8 @@ class Policy:
     """
 
     operations = 0  # of each image, R
+    magnitude: int | None = 0  # the level of all operations, from 0 to 30; None to draw a level for each of them
+    strongest = Strengths()
 
     def __init__(self, erasing: Probability = 0.0, mixup: Alpha = 0.0, cutmix: Alpha = 0.0):
         self.erasing, self.mixup, self.cutmix = erasing, mixup, cutmix
@@ -126,30 +338,15 @@ class Policy:
             size: The height and the width of the images in pixels.
             generator: The generator of random numbers.
         """
-        operation = torch.randint(len(OPERATIONS), (count, self.operations), generator=generator)
-        level = self.draw_levels(operation.shape, generator)
-        sign = 2 * torch.randint(2, operation.shape, generator=generator) - 1
-        strength = self.list_strengths(size)[operation, level]
+        shape = (count, self.operations)
+        operation = torch.randint(len(OPERATIONS), shape, generator=generator)
+        fixed = self.magnitude
+        level = torch.randint(LEVELS, shape, generator=generator) if fixed is None else torch.tensor(fixed)
+        sign = 2 * torch.randint(2, shape, generator=generator) - 1
+        strength = self.strongest.tabulate(size)[operation, level]
         values = compute_values(operation, torch.where(IS_SIGNED[operation], sign * strength, strength), size)
         boxes = draw_boxes(count, size, self.erasing, generator) if self.erasing else torch.zeros(count, 0).long()
         return Draws(KERNEL_NUMBERS[operation], values, boxes)
-
-    def draw_levels(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Returns how strong each operation is, as a level from 0 (weakest) to 30; this default returns zeros.
-
-        Args:
-            shape: (N, R) for R operations of each of N images, the shape of the result.
-            generator: The generator of random numbers.
-        """
-        return torch.zeros(shape, dtype=torch.long)
-
-    def list_strengths(self, size: tuple[int, int]) -> Tensor:
-        """Returns the strength of each of the 14 operations at each of the 31 levels, (14, 31).
-
-        Args:
-            size: The height and the width of the images in pixels.
-        """
-        return torch.zeros(len(OPERATIONS), LEVELS)
 
     def apply(self, images: Tensor, drawn: BatchDraws, color: Tensor) -> Tensor:
         """Returns the augmented images, (N, C, H, W) uint8, in channels-last memory format.
@@ -167,34 +364,19 @@ class Policy:
             pixels = torch.empty_like(pixels, memory_format=torch.contiguous_format)
             pixels[order] = torch.cat(done)
         if drawn.boxes.shape[1]:
-            pixels = ops.erase(pixels, drawn.boxes, color)
+            pixels = erase(pixels, drawn.boxes, color)
         return pixels.permute(0, 3, 1, 2)
 
 
-@check_arguments("augment")
 class TrivialAugment(Policy):
     """The policy `trivial`: one operation, drawn from 14 with equal probability, at one of 31 strengths.
 
     Source: Müller, Hutter, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", 2021, table 6 (wide).
-    Images are moved by up to 32 pixels, and by at most their side.
-
-    Args:
-        erasing: The probability with which a random rectangle of an image is filled with the mean color.
-        mixup: The parameter alpha of the Beta distribution of mixup's weights; 0 for no mixup.
-        cutmix: The parameter alpha of the Beta distribution of cutmix's areas; 0 for no cutmix.
+    Images are moved by up to 32 pixels, and by at most their side. The arguments are those of `Policy`.
     """
 
-    operations = 1
-
-    def __init__(self, erasing: Probability = 0.0, mixup: Alpha = 0.0, cutmix: Alpha = 0.0):
-        super().__init__(erasing, mixup, cutmix)
-
-    def draw_levels(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randint(LEVELS, shape, generator=generator)
-
-    def list_strengths(self, size: tuple[int, int]) -> Tensor:
-        height, width = size
-        return strength_table(0.99, (min(32.0, width), min(32.0, height)), angle=135.0, blend=0.99, lost_bits=6)
+    operations, magnitude = 1, None
+    strongest = Strengths(shear=0.99, shift=1.0, most_pixels=32.0, angle=135.0, factor=0.99, lost_bits=6)
 
 
 @check_arguments("augment")
@@ -207,56 +389,23 @@ class RandAugment(Policy):
     Args:
         num_ops: The number of operations of each image, N in the paper.
         magnitude: The strength of all operations, 0 to 30, M in the paper.
-        erasing: The probability with which a random rectangle of an image is filled with the mean color.
-        mixup: The parameter alpha of the Beta distribution of mixup's weights; 0 for no mixup.
-        cutmix: The parameter alpha of the Beta distribution of cutmix's areas; 0 for no cutmix.
+        **options: The arguments of `Policy`.
     """
+
+    strongest = Strengths(shear=0.3, shift=150 / 331, angle=30.0, factor=0.9, lost_bits=4)
 
     def __init__(
         self,
         num_ops: Annotated[int, Field(ge=1, le=14)] = 2,
         magnitude: Annotated[int, Field(ge=0, lt=LEVELS)] = 9,
-        erasing: Probability = 0.0,
-        mixup: Alpha = 0.0,
-        cutmix: Alpha = 0.0,
+        **options: Any,
     ):
-        super().__init__(erasing, mixup, cutmix)
+        super().__init__(**options)
         self.operations, self.magnitude = num_ops, magnitude
-
-    def draw_levels(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.full(shape, self.magnitude)
-
-    def list_strengths(self, size: tuple[int, int]) -> Tensor:
-        height, width = size
-        shift = 150 / 331
-        return strength_table(0.3, (shift * width, shift * height), angle=30.0, blend=0.9, lost_bits=4)
-
-
-def strength_table(shear: float, shift: tuple[float, float], angle: float, blend: float, lost_bits: int) -> Tensor:
-    """Returns the strength of each operation at each level, (14, 31).
-
-    Args:
-        shear: The largest shear: how many pixels a row or column is moved further than the one before.
-        shift: The largest shifts in x and y, in pixels.
-        angle: The largest angle of a rotation, in degrees.
-        blend: The largest difference of the factors of brightness, color, contrast and sharpness from 1.
-        lost_bits: The largest number of bits that `Posterize` leaves out.
-    """
-
-    def rise(most: float) -> Tensor:
-        return torch.linspace(0.0, most, LEVELS)
-
-    strengths = dict.fromkeys(NAMES, torch.zeros(LEVELS))
-    strengths |= {"ShearX": rise(shear), "ShearY": rise(shear), "Rotate": rise(angle)}
-    strengths |= {"TranslateX": rise(shift[0]).trunc(), "TranslateY": rise(shift[1]).trunc()}
-    strengths |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), rise(blend))
-    strengths |= {"Posterize": 8 - (torch.arange(LEVELS) / ((LEVELS - 1) / lost_bits)).round()}
-    strengths |= {"Solarize": 255 * torch.linspace(1.0, 0.0, LEVELS)}
-    return torch.stack([strengths[name] for name in NAMES])
 
 
 def compute_values(operation: Tensor, strength: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns the argument `values` of the functions of `image_operations`, six numbers for each operation.
+    """Returns the argument `values` of the operations, six numbers for each operation.
 
     Args:
         operation: The positions of the operations in the list `OPERATIONS`, (...).
@@ -278,15 +427,14 @@ def compute_values(operation: Tensor, strength: Tensor, size: tuple[int, int]) -
         "Rotate": (cos, -sin, zero, sin, cos, zero),
     }
     # All other functions take one value: factors around 1, bits, or a threshold.
-    factors = ("Brightness", "Color", "Contrast", "Sharpness")
-    rows |= dict.fromkeys(factors, (1 + strength, zero, zero, zero, zero, zero))
+    rows |= dict.fromkeys(FACTORS, (1 + strength, zero, zero, zero, zero, zero))
     rows |= {name: (strength, zero, zero, zero, zero, zero) for name in NAMES if name not in rows}
     table = torch.stack([torch.stack(rows[name], dim=-1) for name in NAMES])  # (14, ..., 6)
     return table.gather(0, operation[None, ..., None].expand(1, *operation.shape, 6))[0].float()
 
 
 def draw_boxes(count: int, size: tuple[int, int], probability: float, generator: torch.Generator) -> Tensor:
-    """Draws the rectangles that random erasing fills, (N, 4); see `image_operations.erase`.
+    """Draws the rectangles that random erasing fills, (N, 4); see `erase`.
 
     Args:
         count: The number of images, N.

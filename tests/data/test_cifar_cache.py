@@ -9,57 +9,49 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from odcheap.data.cifar import hash_file_stats, is_valid_cache, load_cached, load_cifar
+from odcheap.data.cifar import hash_file_stats, is_valid_cache, load_cifar, read_cache, write_cache
 
-TENSORS = {"x": torch.arange(6, dtype=torch.uint8).view(2, 3), "y": torch.tensor([1, 2])}
-
-
-@pytest.fixture
-def made():
-    """Counts how often the images had to be made."""
-    calls = []
-
-    def make():
-        calls.append(1)
-        return TENSORS
-
-    make.calls = calls
-    return make
+TARGET = {"train": torch.tensor([0, 1, 0, 1]), "test": torch.tensor([0, 1])}
+TENSORS = {
+    "train": torch.arange(4 * 12, dtype=torch.uint8).view(4, 3, 2, 2),
+    "test": torch.zeros(2, 3, 2, 2, dtype=torch.uint8),
+}
+TENSORS |= {f"{part}_target": labels for part, labels in TARGET.items()}
 
 
-def test_what_was_made_once_is_read_again(tmp_path, made):
-    for _ in range(2):
-        tensors = load_cached(tmp_path / "kept", "key", made)
-        assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
-    assert len(made.calls) == 1
+def test_a_cache_is_read_as_it_was_written_until_the_key_changes(tmp_path):
+    path = tmp_path / "kept"
+    assert read_cache(path, "key", TARGET) is None
+    write_cache(path, "key", TENSORS)
+    found = read_cache(path, "key", TARGET)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert read_cache(path, "another", TARGET) is None
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
 
 
-def test_another_key_and_damage_make_it_again(tmp_path, made, capsys):
-    load_cached(tmp_path / "kept", "key", made)
-    load_cached(tmp_path / "kept", "another", made)
-    assert len(made.calls) == 2
-    whole = (tmp_path / "kept").read_bytes()
+def test_a_damaged_cache_is_not_used_and_a_line_says_so(tmp_path, capsys):
+    path = tmp_path / "kept"
+    write_cache(path, "key", TENSORS)
+    whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:20], b"", b"\x80\x04pickle"):
-        (tmp_path / "kept").write_bytes(damaged)
-        made.calls.clear()
-        load_cached(tmp_path / "kept", "another", made)
-        assert len(made.calls) == 1
+        path.write_bytes(damaged)
+        assert read_cache(path, "key", TARGET) is None
         assert "decoding again: " in capsys.readouterr().out
-        assert len((tmp_path / "kept").read_bytes()) == len(whole)
+        write_cache(path, "key", TENSORS)
+        assert path.read_bytes() == whole
 
 
-def test_where_it_cannot_be_written_all_goes_on(tmp_path, made, capsys):
-    tensors = load_cached(tmp_path / "no such folder" / "kept", "key", made)
-    assert torch.equal(tensors["x"], TENSORS["x"])
+def test_where_it_cannot_be_written_a_line_says_so(tmp_path, capsys):
+    write_cache(tmp_path / "no such folder" / "kept", "key", TENSORS)
     assert "not cached for the next start" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_a_folder_or_a_pipe_in_its_place_stays_and_all_goes_on(tmp_path, made, make, soon):
+def test_a_folder_or_a_pipe_in_its_place_stays_and_all_goes_on(tmp_path, make, soon):
     make(tmp_path / "kept")
-    tensors = load_cached(tmp_path / "kept", "key", made)
-    assert torch.equal(tensors["x"], TENSORS["x"])
+    assert read_cache(tmp_path / "kept", "key", TARGET) is None
+    write_cache(tmp_path / "kept", "key", TENSORS)
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
 
 
@@ -131,12 +123,9 @@ NAMES = ("train", "train_target", "test", "test_target")
     missing=st.sets(st.sampled_from(NAMES)),
 )
 def test_any_tensors_in_a_cache_fit_or_do_not(odd, missing):
-    right = {"train": torch.zeros(4, 3, 2, 2, dtype=torch.uint8), "test": torch.zeros(2, 3, 2, 2, dtype=torch.uint8)}
-    target = {"train": torch.tensor([0, 1, 0, 1]), "test": torch.tensor([0, 1])}
-    right |= {f"{part}_target": labels for part, labels in target.items()}
-    found = {name: tensor for name, tensor in (right | odd).items() if name not in missing}
-    same = found.keys() == right.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in right.items()
+    found = {name: tensor for name, tensor in (TENSORS | odd).items() if name not in missing}
+    same = found.keys() == TENSORS.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in TENSORS.items()
     )
-    assert is_valid_cache(found, target) or not same
-    assert is_valid_cache(right, target)
+    assert is_valid_cache(found, TARGET) or not same
+    assert is_valid_cache(TENSORS, TARGET)

@@ -48,7 +48,7 @@ def test_each_operation_equals_torchvision_s(ours, theirs, channels):
     operation = torch.arange(len(NAMES)).repeat_interleave(2 * len(levels))[:, None]
     level = levels.repeat(2 * len(NAMES))[:, None]
     sign = torch.tensor([1, -1]).repeat_interleave(len(levels)).repeat(len(NAMES))[:, None]
-    strength = ours.list_strengths((32, 32))[operation, level]
+    strength = ours.strongest.tabulate((32, 32))[operation, level]
     strength = torch.where(IS_SIGNED[operation], sign * strength, strength)
     count = len(operation)
     draws = Draws(KERNEL_NUMBERS[operation], compute_values(operation, strength, (32, 32)), torch.zeros(count, 0))
@@ -83,9 +83,9 @@ def test_operations_levels_and_signs_are_equally_frequent():
 
 
 def test_small_images_are_not_moved_out_of_their_frame_by_more_than_their_side():
-    strengths = TrivialAugment().list_strengths((8, 8))
+    strengths = TrivialAugment().strongest.tabulate((8, 8))
     assert strengths[NAMES.index("TranslateX")].max() == 8
-    assert TrivialAugment().list_strengths((64, 64))[NAMES.index("TranslateX")].max() == 32
+    assert TrivialAugment().strongest.tabulate((64, 64))[NAMES.index("TranslateX")].max() == 32
 
 
 def test_erased_rectangles_are_distributed_as_torchvision_s():
