@@ -168,31 +168,20 @@ def read_history(folder: Path) -> pd.DataFrame:
     if not rows or "epoch" not in rows[0] or len(set(rows[0])) < len(rows[0]):
         raise OptionError("DIR", path, "its first row must name the columns, each once, with an epoch among them")
     names, *values = rows
-    table = [
-        [read_figure(path, number, row, names, k) for k in range(len(names))] for number, row in enumerate(values, 2)
-    ]
+    table = []
+    for number, row in enumerate(values, 2):
+        figures = [to_figure(text) for text in row] if len(row) == len(names) else [math.inf]
+        if math.inf in figures:
+            column = escape_control_chars(names[figures.index(math.inf)])[:60]
+            raise OptionError("DIR", path, f"row {number}, column {column}: must be a number or empty")
+        table.append(figures)
     return pd.DataFrame(table, columns=names, dtype=float)
 
 
-def read_figure(path: Path, number: int, row: list[str], names: list[str], k: int) -> float:
-    """Returns the number in a cell of `metrics.csv`; NaN if the cell is empty.
-
-    Args:
-        path: The file, for messages.
-        number: The number of the row in the file, from 1, for messages.
-        row: The cells of the row.
-        names: The names of the columns.
-        k: The position of the cell in the row.
-
-    Raises:
-        OptionError: The cell is not a number, or the row has another number of cells than the first row.
-    """
-    text = row[k] if len(row) == len(names) else None
+def to_figure(text: str) -> float:
+    """Returns the number in a cell, NaN for an empty cell, and infinity for what is not a number that can be drawn."""
     try:
-        value = float(text or "nan") if text is not None else math.inf
+        value = float(text or "nan")
     except ValueError:
-        value = math.inf
-    if abs(value) > MAX_FIGURE:
-        where = f"row {number}, column {escape_control_chars(names[k])[:60]}"
-        raise OptionError("DIR", path, f"{where}: must be a number or empty")
-    return value
+        return math.inf
+    return math.inf if abs(value) > MAX_FIGURE else value

@@ -81,7 +81,7 @@ def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
     """
     if not name:
         return next(iter(known.values()))
-    return known[name] if name in known else others[zlib.crc32(name.encode()) % len(others)]
+    return known.get(name) or others[zlib.crc32(name.encode()) % len(others)]
 
 
 def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
@@ -93,16 +93,15 @@ def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
     Returns:
         A dict from each entry of the column `method`, such as "od temperature=2", to a color such as "#0072b2".
     """
-    parts = dict(zip(rows["method"], rows["method part"], strict=True))
     colors = {}
-    for part in dict.fromkeys(parts.values()):
-        labels = sorted((label for label in parts if parts[label] == part), key=lambda label: (label != part, label))
+    for part, names in rows.groupby("method part", sort=False)["method"]:
+        labels = sorted(set(names), key=lambda label: (label != part, label))
+        rgb = to_rgb(pick(str(part), METHOD_COLORS, OTHER_COLORS))
         for k, label in enumerate(labels):
             share = 0.7 * k / max(1, len(labels) - 1)  # of white
-            rgb = to_rgb(pick(part, METHOD_COLORS, OTHER_COLORS))
             red, green, blue = (value + share * (1 - value) for value in rgb)
             colors[label] = to_hex((red, green, blue))
-    return {label: colors[label] for label in parts}
+    return {label: colors[label] for label in rows["method"]}
 
 
 def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -116,17 +115,14 @@ def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     Returns:
         A dict from each entry of the column `setting` to a dict with the keys `marker` and `fillstyle`.
     """
-    types = dict(zip(rows["setting"], rows["block type"], strict=True))
-    markers = {}
-    for block_type in dict.fromkeys(types.values()):
-        settings = [setting for setting in types if types[setting] == block_type]
-        first = pick(block_type, BLOCK_MARKERS, OTHER_MARKERS)
-        shapes = [first, *(marker for marker in OTHER_MARKERS if marker != first)]
-        looks = product(shapes, FILLS)
-        for setting in settings:
+    markers: dict[str, dict[str, Any]] = {}
+    for block_type, settings in rows.groupby("block type", sort=False)["setting"]:
+        first = pick(str(block_type), BLOCK_MARKERS, OTHER_MARKERS)
+        looks = product([first, *(marker for marker in OTHER_MARKERS if marker != first)], FILLS)
+        for setting in settings.unique():
             marker, fill = next(looks, (first, "full"))
             markers[setting] = {"marker": marker, "fillstyle": fill}
-    return {setting: markers[setting] for setting in types}
+    return {setting: markers[setting] for setting in rows["setting"]}
 
 
 def name_settings(rows: pd.DataFrame) -> dict[str, str]:
@@ -164,7 +160,7 @@ def describe_data(runs: Iterable[FinishedRun]) -> str:
 @rc_context(STYLE)
 def plot_tradeoff(
     rows: pd.DataFrame,
-    costs: pd.DataFrame,
+    costs: Sequence[Latency | None],
     label: str,
     data: str,
     images: str = "test",
@@ -176,8 +172,7 @@ def plot_tradeoff(
 
     Args:
         rows: The table of `summarize_runs`, with a row for each combination of setting and method.
-        costs: The cost of each row, with the index of `rows` and the columns `median`, `low` and `high` (quartiles, NaN
-            if there are none). Rows without a cost or an accuracy are left out.
+        costs: The cost of each row, or None. Rows without a cost or an accuracy are left out.
         label: The name of the cost and its unit.
         data: The data set, for the title; see `describe_data`.
         images: The images on which the accuracy was measured: `test` or `val`.
@@ -187,34 +182,35 @@ def plot_tradeoff(
     """
     # The points with their error bars.
     colors, markers = assign_colors(rows), assign_markers(rows)
-    is_shown = costs["median"].notna() & rows["selected"].notna()
-    shown, costs = rows[is_shown], costs[is_shown].astype(float)
+    is_shown = [c is not None and s is not None for c, s in zip(costs, rows["selected"], strict=True)]
+    shown = rows[is_shown]
+    points = [cost for cost, is_drawn in zip(costs, is_shown, strict=True) if cost is not None and is_drawn]
+    medians = [cost.median for cost in points]
     figure, (axes,) = create_figure(2.4)
     artists: list[list[Artist]] = []
-    for row, cost in zip(shown.to_dict("records"), costs.itertuples(), strict=True):
+    for row, cost in zip(shown.to_dict("records"), points, strict=True):
         accuracy: Spread = row["selected"]
         color, place = colors[row["method"]], (cost.median, 100 * accuracy.mean)
-        sides = None if math.isnan(cost.low) else [[cost.median - cost.low], [cost.high - cost.median]]
         error = None if accuracy.deviation is None else 100 * accuracy.deviation
-        bars = axes.errorbar(*place, error, sides, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5, zorder=2)
+        bars = axes.errorbar(*place, error, cost.bars, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5, zorder=2)
         look = markers[row["setting"]]
         edge = "white" if look["fillstyle"] == "full" else color  # tells points apart that are close to each other
-        points = axes.plot(*place, color=color, **look, markeredgecolor=edge, markeredgewidth=0.6, zorder=3)
-        artists.append([*bars.get_children(), *points])
+        lines = axes.plot(*place, color=color, **look, markeredgecolor=edge, markeredgewidth=0.6, zorder=3)
+        artists.append([*bars.get_children(), *lines])
 
     # The axes, the Pareto front, the standard networks, and the legend.
-    drawn = [network for network in standard if network.median <= MAX_STRETCH * costs["median"].max()]
-    set_cost_axis(axes, [*costs["median"], *(network.median for network in drawn)])
+    drawn = [network for network in standard if network.median <= MAX_STRETCH * max(medians)]
+    set_cost_axis(axes, [*medians, *(network.median for network in drawn)])
     axes.margins(y=0.12)
     limit_to_hundred(axes)
     notes = [label]
-    if spread_sideways(axes, artists, costs["median"], shown["selected"]):
+    if spread_sideways(axes, artists, medians, shown["selected"]):
         notes.append("(points of about equal cost are side by side)")
     if len(drawn) < len(standard):
         beyond = ", ".join(f"{network.median:.3g}" for network in standard if network not in drawn)
         notes.append(shorten_label(f"(standard network, not drawn: {beyond})", MAX_NOTE))
     handles = legend_of_methods(shown, colors, markers)
-    front = pareto_front([(c, 100 * s.mean) for c, s in zip(costs["median"], shown["selected"], strict=True)])
+    front = pareto_front([(c, 100 * s.mean) for c, s in zip(medians, shown["selected"], strict=True)])
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), ls=":", color=GRAY, zorder=1)
         handles.append(Line2D([], [], ls=":", color=GRAY, label="Pareto front"))
@@ -303,15 +299,8 @@ def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
     """
     bottom = axes.get_ylim()[0]
     for network in networks:
-        sides = None if math.isnan(network.low) else [[network.median - network.low], [network.high - network.median]]
-        look: dict[str, Any] = {
-            "color": GRAY,
-            "marker": STANDARD_MARKER,
-            "markersize": 6,
-            "elinewidth": 0.8,
-            "capsize": 1.5,
-        }
-        bars = axes.errorbar(network.median, bottom, xerr=sides, **look, zorder=4)
+        look: dict[str, Any] = {"color": GRAY, "marker": STANDARD_MARKER, "markersize": 6}
+        bars = axes.errorbar(network.median, bottom, xerr=network.bars, **look, elinewidth=0.8, capsize=1.5, zorder=4)
         for artist in bars.get_children():
             artist.set_clip_on(False)
     axes.set_ylim(bottom=bottom)
@@ -353,11 +342,8 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
         gain: Spread = row["gain"]
         error = None if gain.margin is None else 100 * gain.margin
         color, marker = colors[row["method"]], markers[row["setting"]]["marker"]
-        look: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "markerfacecolor": color if gain.is_resolved else "white",
-        }
+        face = color if gain.is_resolved else "white"
+        look: dict[str, Any] = {"color": color, "marker": marker, "markerfacecolor": face}
         axes.errorbar(100 * gain.mean, place, xerr=error, **look, capsize=1.5, elinewidth=0.8)
     axes.axvline(0, color="#444444", lw=0.8, zorder=1)
     axes.margins(x=0.08)

@@ -1,7 +1,6 @@
-"""Writes the files of a report: its tables, and figures as PNG, SVG and PDF."""
+"""Writes the files of a report: its tables, and figures as PNG, SVG and PDF; times the students for it."""
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from odcheap.report import latency, plots, tables
-from odcheap.report.load_runs import RunFolder
+from odcheap.export.latency import measure_timings
+from odcheap.layers.cheap_conv import Standard
+from odcheap.models.build import build_network, load_network, read_student_settings
+from odcheap.predict import Timing
+from odcheap.report import plots, tables
+from odcheap.report.load_runs import FinishedRun, RunFolder
 from odcheap.report.statistics import BASELINE, Latencies, Latency, summarize_runs, tabulate_runs
 from odcheap.utils.console import console, say, show_steps
 from odcheap.utils.errors import Failure, OptionError
-from odcheap.utils.files import write_atomic, write_text
+from odcheap.utils.files import read_safetensors, write_atomic, write_text
 from odcheap.utils.text import count_things, escape_control_chars
 
 REPORT_START = re.compile(rb"# Report\n\n\d+ finished runs? on ")
@@ -38,6 +41,7 @@ CURVES_CAPTION = (
     "Top-1 on the {images} images by epoch: means over seeds. Bands: standard deviation over seeds. "
     "The first epochs may be below the axis."
 )
+STUDENT = "student.safetensors"
 FIGURES, SUFFIXES = ("accuracy_macs", "accuracy_latency", "gains", "curves"), ("png", "svg", "pdf")
 
 
@@ -66,7 +70,7 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
         show_step(f"{count_things(len(finished), 'finished run')} of {len(folders)} read")
         latencies = {}
         if not options.no_latency:
-            latencies = latency.measure_latencies(runs, options.config_dir, show_step=show_step)
+            latencies = measure_latencies(runs, options.config_dir, show_step=show_step)
         table = tables.build_table(rows, latencies)
         captions = draw_figures(runs, rows, latencies, baseline, images, out, show_step)
     description = "Held-out images" if options.val else "Test images"
@@ -143,7 +147,7 @@ def draw_figures(
         "accuracy_macs": collect_macs(rows),
         "accuracy_latency": collect_latencies(rows, latencies),
     }.items():
-        if (cost["median"].notna() & rows["selected"].notna()).any():
+        if any(c is not None and s is not None for c, s in zip(cost, rows["selected"], strict=True)):
             show_step(f"drawing {name}")
             figures[name] = plots.plot_tradeoff(rows, cost, COST_LABELS[name], data, images, standard)
             captions[name] = TRADEOFF_CAPTION + (LATENCY_CAPTION if name == "accuracy_latency" else "")
@@ -168,48 +172,102 @@ def draw_figures(
     return captions
 
 
-def collect_macs(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Latency]]:
+def collect_macs(rows: pd.DataFrame) -> tuple[list[Latency | None], list[Latency]]:
     """Returns the multiply-accumulates, in millions, of all rows, and of standard networks that are in no row.
 
     Args:
         rows: The table of `summarize_runs`.
-
-    Returns:
-        A table as `to_costs` returns it, and the costs of the standard networks.
     """
-    own = [None if spread is None else spread.mean / 1e6 for spread in rows["macs"]]
-    standard = {macs / 1e6 for macs in rows["standard macs"].dropna()} - set(own)
-    return to_costs([(macs, None, None) for macs in own], rows), [
-        Latency(m, math.nan, math.nan) for m in sorted(standard)
-    ]
+    own = [None if spread is None else Latency(spread.mean / 1e6) for spread in rows["macs"]]
+    standard = {Latency(macs / 1e6) for macs in rows["standard macs"].dropna()}
+    known = {cost.median for cost in own if cost is not None}
+    return own, sorted(cost for cost in standard if cost.median not in known)
 
 
-def collect_latencies(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> tuple[pd.DataFrame, list[Latency]]:
+def collect_latencies(
+    rows: pd.DataFrame, latencies: Mapping[str, Latencies]
+) -> tuple[list[Latency | None], list[Latency]]:
     """Returns the latencies, in milliseconds, of all rows, and of standard networks that are in no row.
 
     Args:
         rows: The table of `summarize_runs`.
         latencies: The latencies of the student and of the standard network, by the `name` of a row.
-
-    Returns:
-        A table as `to_costs` returns it, and the latencies of the standard networks.
     """
-    own = [latencies[name].student if name in latencies else (None, None, None) for name in rows["name"]]
-    is_trained = (rows["block type"] == "Standard").any()
+    own = [latencies[name].student if name in latencies else None for name in rows["name"]]
+    if (rows["block type"] == "Standard").any():
+        return own, []
     # The standard network is timed beside each student; one of these timings stands for all of them.
-    by_macs = {
-        macs: latencies[name].standard
-        for name, macs in zip(rows["name"][::-1], rows["standard macs"][::-1], strict=True)
-        if name in latencies
-    }
-    return to_costs(own, rows), [] if is_trained else sorted(by_macs.values())
+    timed = rows[rows["name"].isin(latencies.keys())].drop_duplicates("standard macs")
+    return own, sorted(latencies[name].standard for name in timed["name"])
 
 
-def to_costs(values: Sequence[tuple[float | None, ...]], rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns costs as a table with the index of `rows` and the columns `median`, `low` and `high`.
+def measure_latencies(
+    runs: pd.DataFrame,
+    config_dirs: Sequence[Path] = (),
+    seconds: float = 1.0,
+    show_step: Callable[[str], None] = lambda text: None,
+) -> dict[str, Latencies]:
+    """Times one student of each setting and method in ONNX Runtime on the CPU; equal networks are timed once.
 
     Args:
-        values: For each row the cost as (median, lower quartile, upper quartile); None for what is not known.
-        rows: The table of `summarize_runs`.
+        runs: The table of `tabulate_runs`.
+        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+        seconds: The time for each network.
+        show_step: A function that is called with a line of text that says what is timed next.
+
+    Returns:
+        The latencies by the `name` in the table. A student that cannot be built is left out, and a line is printed that
+        says why: for example, it is of an earlier version, or its block type is in none of `config_dirs`.
     """
-    return pd.DataFrame(values, index=rows.index, columns=["median", "low", "high"], dtype=float)
+    # Networks are equal if the options of backbone and block type are.
+    has_student = [(run.folder / STUDENT).is_file() for run in runs["run"]]
+    firsts = runs[has_student].drop_duplicates("name")
+    rows_of_networks: dict[str, list[tuple[str, FinishedRun]]] = {}
+    for name, run in zip(firsts["name"], firsts["run"], strict=True):
+        shape = [(k, v) for k, v in run.options.items() if k.startswith(("backbone", "block_type", "students"))]
+        network = repr((sorted(shape), find_network(run)))
+        rows_of_networks.setdefault(network, []).append((name, run))
+    latencies = {}
+    for number, rows in enumerate(rows_of_networks.values(), 1):
+        name, run = rows[0]
+        show_step(f"timing network {number} of {len(rows_of_networks)} in ONNX Runtime ({name})")
+        try:
+            found = time_student(run, config_dirs, seconds)
+        except Failure as error:
+            say(f"no latency of {'; '.join(name for name, _ in rows)}: {error}")
+        else:
+            latencies |= {name: found for name, _ in rows}
+    return latencies
+
+
+def find_network(run: FinishedRun) -> str | None:
+    """Returns the name of the selected student's network if the students have different shapes, otherwise None."""
+    students, selected = run.summary.get("students") or [], run.summary.get("selected") or {}
+    number = selected.get("student") or 0
+    return students[number].get("network") if number < len(students) else None
+
+
+def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies:
+    """Measures the latencies of a run's student and of the standard network.
+
+    Args:
+        run: The run, whose folder contains a `student.safetensors`.
+        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+        seconds: The time for each measurement.
+
+    Raises:
+        Failure: The student cannot be read or built.
+    """
+    path = run.folder / STUDENT
+    tensors, metadata = read_safetensors(path)
+    settings = read_student_settings(metadata, "student", path)
+    student = load_network(settings, tensors, "student", path, config_dirs)
+    standard = build_network(settings, "student", path, Standard(), config_dirs).eval()
+    networks = {"student": student, "standard": standard}
+    times = measure_timings(networks, tuple(settings["image_size"]), (1,), seconds)
+    return Latencies(to_milliseconds(times["student", 1]), to_milliseconds(times["standard", 1]))
+
+
+def to_milliseconds(timing: Timing) -> Latency:
+    """Returns the median and the quartiles of a timing, which are in seconds, in milliseconds."""
+    return Latency(1000 * timing.p50, 1000 * timing.p25, 1000 * timing.p75)

@@ -62,11 +62,22 @@ class Spread(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """The inference time of one image in milliseconds: the median, the lower and the upper quartile of all calls."""
+    """The inference time of one image in milliseconds, or another cost of it.
+
+    Attributes:
+        median: The median of all calls.
+        low: The lower quartile; NaN for a cost without a spread, such as a number of multiply-accumulates.
+        high: The upper quartile, or NaN.
+    """
 
     median: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def bars(self) -> list[list[float]] | None:
+        """The distances of the quartiles from the median, as matplotlib takes them for error bars; None if NaN."""
+        return None if math.isnan(self.low) else [[self.median - self.low], [self.high - self.median]]
 
 
 class Latencies(NamedTuple):

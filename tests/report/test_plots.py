@@ -1,5 +1,4 @@
 import io
-import math
 import statistics
 import time
 
@@ -48,7 +47,7 @@ def test_a_curve_is_the_mean_of_students_and_seeds_as_far_as_all_go():
 
 
 def costs(*medians):
-    return pd.DataFrame({"median": medians, "low": math.nan, "high": math.nan}, dtype=float)
+    return [None if median is None else Latency(median) for median in medians]
 
 
 def legend(figure):
@@ -136,7 +135,7 @@ def test_the_standard_network_is_a_point_on_the_axis_unless_it_was_trained():
 
 def test_a_standard_network_that_would_stretch_the_axis_is_only_a_number():
     rows = summarize_runs(tabulate_runs(runs()))
-    standard = [Latency(40.84, math.nan, math.nan)]
+    standard = [Latency(40.84)]
     figure = plot_tradeoff(rows, costs(2, 2, 3, 3), "MACs", "CIFAR-10", standard=standard)
     axes = figure.axes[0]
     assert axes.get_xlim()[1] < 4
@@ -177,8 +176,8 @@ def test_an_axis_of_costs_begins_at_zero_or_is_logarithmic():
 
 def test_quartiles_are_drawn_as_horizontal_bars():
     rows = summarize_runs(tabulate_runs(runs(seeds=[0])))
-    table = pd.DataFrame({"median": [2.0, 2.0, 3.0, 3.0], "low": [1.5] * 4, "high": [2.5, 2.5, 4.0, 4.0]})
-    axes = plot_tradeoff(rows, table, "ms", "CIFAR-10").axes[0]
+    own = [Latency(2, 1.5, 2.5)] * 2 + [Latency(3, 1.5, 4)] * 2
+    axes = plot_tradeoff(rows, own, "ms", "CIFAR-10").axes[0]
     segments = [bars.lines[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers]
     assert segments == [[1.5, 2.5], [1.5, 2.5], [1.5, 4.0], [1.5, 4.0]]
 
