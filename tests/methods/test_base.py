@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from methods.formulas import CLASSES, reached, students
-from methods.test_kd import teacher
+from methods.formulas import CLASSES, Patches, reached, students
+from methods.test_kd import HALF, teacher
 
 from odcheap.data.base import Batch
 from odcheap.layers.cheap_conv import Standard
@@ -16,8 +16,6 @@ from odcheap.methods.teacher import Teacher
 from odcheap.models.cifar import CifarResNet, wide_resnet
 from odcheap.training.train_step import EagerStep
 from odcheap.utils.errors import OptionError
-
-HALF = (0.5,) * 3
 
 
 def test_the_ramp_grows_over_its_part_of_the_epochs():
@@ -118,20 +116,9 @@ def test_adapting_convolutions_are_trained_and_clipped_with_their_student():
     assert all(not torch.equal(a, b) for a, b in zip(before, method.features.parameters(), strict=True))
 
 
-class Transformer(torch.nn.Module):
-    """A convolution to patches, and layers without maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches, self.fc = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Linear(8, CLASSES)
-
-    def forward(self, x):
-        return self.fc(self.patches(x).flatten(2).mean(2))
-
-
 def test_networks_without_stages_are_refused():
-    given = Teacher(Transformer(), (HALF, HALF), HALF, HALF, 8)
-    line = "method.feature=attention: needs feature maps .* and Transformer has none"
+    given = Teacher(Patches(), (HALF, HALF), HALF, HALF, 8)
+    line = "method.feature=attention: needs feature maps .* and Patches has none"
     with pytest.raises(OptionError, match=line):
         OfflineDistillation(students(1), given, feature="attention")
 

@@ -1,7 +1,20 @@
 import numpy as np
 import pytest
 import torch
-from methods.formulas import CLASSES, IMAGES, TARGET, ce, check, logits, reached, soft, softmax, students, terms
+from methods.formulas import (
+    CLASSES,
+    IMAGES,
+    TARGET,
+    Patches,
+    ce,
+    check,
+    logits,
+    reached,
+    soft,
+    softmax,
+    students,
+    terms,
+)
 
 from odcheap.methods.lmcl import LayerwiseMutualContrastiveLearning, Projection
 from odcheap.methods.students import Students
@@ -140,17 +153,6 @@ def test_students_of_different_shapes_exchange_their_last_stages():
     given.members[1] = wide_resnet(10, 2, CLASSES)
     method = LayerwiseMutualContrastiveLearning(given)
     assert method(torch.randn(2, 3, 8, 8))["embeddings"].shape == (2, STAGES, 2, 128)
-
-
-class Patches(torch.nn.Module):
-    """A convolution to patches, and layers without maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches, self.fc = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Linear(8, CLASSES)
-
-    def forward(self, x):
-        return self.fc(self.patches(x).flatten(2).mean(2))
 
 
 def test_networks_without_stages_are_refused():

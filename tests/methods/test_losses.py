@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from methods import formulas
-from methods.formulas import CLASSES, DISTANCES, IMAGES, TARGET, reached, students
+from methods.formulas import CLASSES, DISTANCES, IMAGES, TARGET, reached, softmax, students
 
 from odcheap.layers.cheap_conv import DW
 from odcheap.methods.dml import DeepMutualLearning
@@ -20,12 +20,6 @@ from odcheap.methods.pcl import PeerCollaborativeLearning
 from odcheap.methods.students import Students
 from odcheap.models.cifar import CifarResNet
 from odcheap.utils.errors import OptionError
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
 
 logits = arrays(np.float64, (3, 5), elements=st.floats(-20, 20))
 
