@@ -32,8 +32,9 @@ from odcheap.methods.base import (
 )
 from odcheap.methods.losses import FeatureDistance, FeatureName, LossName, LossWeights, Temperature
 from odcheap.methods.students import AverageDecay, Students
-from odcheap.methods.teacher import ImageSide, Means, Stds, Teacher, TeacherEnsemble, TeacherWeights, load_teacher
+from odcheap.methods.teacher import Stds, Teacher, TeacherEnsemble, TeacherWeights, load_teacher
 from odcheap.models.backbone import StageRecorder
+from odcheap.models.build import Numbers, Side
 from odcheap.utils.arguments import check_arguments
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
@@ -117,9 +118,9 @@ def build_offline_distillation(
     students: Students,
     teacher_weights: TeacherWeights,
     teacher_network: str | None,
-    teacher_mean: Means | None,
+    teacher_mean: Numbers | None,
     teacher_std: Stds | None,
-    teacher_size: ImageSide | None,
+    teacher_size: Side | None,
     mean: Sequence[float],
     std: Sequence[float],
     temperature: Temperature = 4.0,

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odcheap.data.transforms import LARGEST_SIDE
 from odcheap.layers.cheap_conv import Standard
 from odcheap.models.backbone import RGB
 from odcheap.models.build import load_network, read_student_settings
@@ -24,10 +23,8 @@ OPTION = "method.teacher_weights"
 LIBRARIES = {"torchvision": TorchvisionBackbone, "timm": TimmBackbone}
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224  # pixels
-Means = Annotated[list[float], Field(min_length=1)]
 Stds = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
 TeacherWeights = str | Annotated[list[str], Field(min_length=1)]
-ImageSide = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
 class Teacher(nn.Module):

@@ -377,10 +377,8 @@ def describe_layer(layer: nn.Module) -> str:
         return f"{describe_layer(layer.spatial)} + 1 x 1"
     if not isinstance(layer, nn.Conv2d):
         return getattr(layer, "description", type(layer).__name__)
-    rows, columns = layer.kernel_size
-    if layer.groups == 1:
-        kind = f"{rows} x {columns}"
-    else:
-        kind = "depth-wise" if layer.groups == layer.in_channels else f"groups {layer.groups}"
-    reason = getattr(layer, "reason_kept", None)
-    return f"kept: {reason}" if reason else kind
+    if hasattr(layer, "reason_kept"):
+        return f"kept: {layer.reason_kept}"
+    if layer.groups > 1:
+        return "depth-wise" if layer.groups == layer.in_channels else f"groups {layer.groups}"
+    return f"{layer.kernel_size[0]} x {layer.kernel_size[1]}"

@@ -1,6 +1,7 @@
 """Backbones that are standard networks (ours, torchvision's or timm's) with cheap convolutions, made by `cheapen`."""
 
 import argparse
+import contextlib
 import copy
 import difflib
 import importlib.util
@@ -144,14 +145,12 @@ class LibraryBackbone(Backbone):
         self.classifier = f"network.{find_last_layer(network, num_classes)}"
         # Try the two parts on one image: together they must compute what the network itself computes.
         allowed = "has no 4-D last feature map (N, C, H, W) before its head (a transformer?): the teacher needs one"
-        error = OptionError("backbone.name", name, allowed)
+        features = None
         self.eval()
-        try:
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError, TypeError):
             features = find_split_map(self, network, RGB, PROBE_SIZE)
-        except (RuntimeError, ValueError, AssertionError, TypeError) as reason:
-            raise error from reason
         if features is None:
-            raise error
+            raise OptionError("backbone.name", name, allowed)
         self.num_features = features.shape[1]
         self.train()
 
