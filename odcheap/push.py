@@ -170,9 +170,8 @@ def upload_files(repository: str, contents: dict[str, bytes], is_private: bool) 
         found = predict.list_names(sorted(older - set(HUB_FILES)))
         raise OptionError(OPTION, repository, f"has other files than an export ({found}): name another repository")
     operations: list[Any] = [hub.CommitOperationAdd(name, content) for name, content in contents.items()]
-    operations += [
-        hub.CommitOperationDelete(name) for name in filter(OWN_FILES.fullmatch, sorted(older - contents.keys()))
-    ]
+    outdated = filter(OWN_FILES.fullmatch, sorted(older - contents.keys()))
+    operations += map(hub.CommitOperationDelete, outdated)
     api.create_commit(repository, operations, commit_message="Export of odcheap")
     return bool(api.model_info(repository).private)
 
@@ -200,13 +199,13 @@ def describe_model(repository: str, results: dict[str, Any], data_sets: Sequence
         "datasets": known,
     }
     if test is not None:
-        metadata["metrics"] = ["accuracy"]
         result = {
             "task": {"type": TASK},
             "dataset": {"type": known[0] if known else data or "unknown", "name": data or "unknown", "split": "test"},
             "metrics": [{"type": "accuracy", "value": round(test["top1"], 6), "name": "Test accuracy"}],
         }
-        metadata["model-index"] = [{"name": repository.partition("/")[2], "results": [result]}]
+        index = [{"name": repository.partition("/")[2], "results": [result]}]
+        metadata |= {"metrics": ["accuracy"], "model-index": index}
     return {name: value for name, value in metadata.items() if value}
 
 

@@ -3,57 +3,22 @@
 import argparse
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odcheap import predict
-from odcheap.data.base import LabeledImage
-from odcheap.data.image_folder import evaluation_transform
 from odcheap.data.transforms import Normalization
 from odcheap.export.command import check_options, write_export
 from odcheap.export.load_run import RunStudent
+from odcheap.export.verify import ImageFiles, Sample
 from odcheap.layers.cheap_conv import CheapConv
 from odcheap.layers.fuse import fold_branches, standard_form
 from odcheap.models.convert import describe_layer
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
-
-Sample = tuple[str | Path, int]
-
-
-class ImageFiles:
-    """Image files with labels, with which an export is checked.
-
-    Args:
-        parts: The pairs of a file and its label, by the name of the part: "test", and "train" for the calibration of
-            8-bit integers.
-        image_size: The side, in pixels, of the images that the network takes.
-        shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
-            cropped.
-        norm: The normalization that the network expects.
-    """
-
-    def __init__(self, parts: Mapping[str, Sequence[Sample]], image_size: int, shorter_side: int, norm: Normalization):
-        self.parts, self.norm = parts, norm
-        self.transform = evaluation_transform(image_size, shorter_side)
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        return {part: np.array([label for _, label in samples], dtype=int) for part, samples in self.parts.items()}
-
-    def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
-        for k in index:
-            path, label = self.parts[part][k]
-            try:
-                image = predict.convert_channels(predict.decode_image(path), len(self.norm.mean))
-            except predict.ImageError as error:
-                raise OptionError("samples", path, first_line(error)) from error
-            yield LabeledImage(self.transform(image), label, Path(path))
 
 
 def export_student(
@@ -159,18 +124,16 @@ def export_student(
         "std": list(norm.std),
     }
     student = RunStudent(None, name, network, standard_form(network).eval(), settings, {}, None, None)
-    options = argparse.Namespace(
-        out=Path(out).resolve(),
-        batch=batch,
-        opset=opset,
-        qat=qat,
-        openvino=openvino,
-        pt2=pt2,
-        executorch=executorch,
-        seconds=seconds,
-        int8=bool(calibration),
-        overwrite=overwrite,
-    )
+    forms = {
+        "batch": batch,
+        "opset": opset,
+        "qat": qat,
+        "int8": bool(calibration),
+        "pt2": pt2,
+        "executorch": executorch,
+    }
+    others = {"out": Path(out).resolve(), "overwrite": overwrite, "openvino": openvino, "seconds": seconds}
+    options = argparse.Namespace(**forms, **others)
     parts = {"test": samples, "train": [(path, 0) for path in calibration]}
     data = ImageFiles(parts, image_size, shorter_side, norm) if samples else None
     try:

@@ -53,6 +53,8 @@ with torch.inference_mode():
     numpy.save(out, numpy.stack([logits for _, logits in results]))
 """
 
+Sample = tuple[str | Path, int]  # an image file and its label
+
 
 class LabeledImages(Protocol):
     """The attributes and methods of a data set that the checks use; see `ImageData`."""
@@ -63,6 +65,36 @@ class LabeledImages(Protocol):
     def labels(self) -> dict[str, np.ndarray]: ...
 
     def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]: ...
+
+
+class ImageFiles:
+    """Image files with labels, with which an export is checked; see `LabeledImages`.
+
+    Args:
+        parts: The pairs of a file and its label, by the name of the part: "test", and "train" for the calibration of
+            8-bit integers.
+        image_size: The side, in pixels, of the images that the network takes.
+        shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
+            cropped.
+        norm: The normalization that the network expects.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Sample]], image_size: int, shorter_side: int, norm: Normalization):
+        self.parts, self.norm = parts, norm
+        self.transform = evaluation_transform(image_size, shorter_side)
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        return {part: np.array([label for _, label in samples], dtype=int) for part, samples in self.parts.items()}
+
+    def iterate_images(self, part: str, index: Iterable[int]) -> Iterator[LabeledImage]:
+        for k in index:
+            path, label = self.parts[part][k]
+            try:
+                image = predict.convert_channels(predict.decode_image(path), len(self.norm.mean))
+            except predict.ImageError as error:
+                raise OptionError("samples", path, first_line(error)) from error
+            yield LabeledImage(self.transform(image), label, Path(path))
 
 
 class Reference(NamedTuple):
@@ -80,7 +112,9 @@ class Reference(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """The results of the checks of an export. All but the first two are empty or None if there were no test images.
+    """The results of the checks of an export.
+
+    Without test images there are only `images`, `differences` and `reason`.
 
     Attributes:
         images: The number of images.
@@ -176,7 +210,6 @@ def compute_test_reference(data: LabeledImages, network: nn.Module, folder: Path
     return Reference(files, np.array(labels), torch.cat(logits).numpy())
 
 
-@torch.inference_mode()
 def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder: Path) -> Reference:
     """Computes the logits of images of noise, whose contrast increases, with the trained network.
 
@@ -189,12 +222,10 @@ def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder
     contrast = torch.linspace(0.1, 1, NOISE_IMAGES)[:, None, None, None]
     noise = 2 * torch.rand(NOISE_IMAGES, *size, generator=generator) - 1
     images = (127.5 + 127.5 * contrast * noise).round().byte()
-    files = [save_image(image, folder / f"{k:06d}.png") for k, image in enumerate(images)]
-    transform = evaluation_transform(size[-1], settings["shorter_side"])
-    decoded = (predict.convert_channels(predict.decode_image(file), size[0]) for file in files)
-    inputs = torch.stack([transform(image) for image in decoded])
+    samples = [(save_image(image, folder / f"{k:06d}.png"), 0) for k, image in enumerate(images)]
     norm = Normalization(tuple(settings["mean"]), tuple(settings["std"]))
-    return Reference(files, None, network(norm.apply(inputs)).numpy())
+    data = ImageFiles({"test": samples}, size[-1], settings["shorter_side"], norm)
+    return compute_test_reference(data, network, folder)._replace(labels=None)
 
 
 def save_image(image: Tensor, path: Path) -> Path:
