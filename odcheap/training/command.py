@@ -26,7 +26,8 @@ from odcheap.runs.folder import SUMMARY, TEST, check_usable, make_folder, read_s
 from odcheap.runs.resume import Start, claim_folder, plan_start
 from odcheap.runs.settings import RunConfig, override_key, select_student_settings
 from odcheap.runs.sweep import Outcome, name_position, started_sweeps
-from odcheap.training.experiment import Experiment, check_finished
+from odcheap.training.experiment import Experiment
+from odcheap.training.student_networks import check_finished
 from odcheap.training.summary import PARTS
 from odcheap.utils.console import name_command, prefix_lines, print_error, say
 from odcheap.utils.errors import OptionError, describe_external_failure, first_line

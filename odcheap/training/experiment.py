@@ -5,7 +5,6 @@ ensemble. The candidates are those that may be selected: students and moving ave
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
@@ -27,13 +26,11 @@ from odcheap.data.mixing import build_mixing
 from odcheap.distributed import cluster, launch, rendezvous
 from odcheap.distributed.signals import SignalListener
 from odcheap.layers import kernels
-from odcheap.layers.fuse import fold_branches
 from odcheap.layers.kernels.cpu_library import needs_compilation
 from odcheap.methods.base import Method
 from odcheap.methods.students import check_run
 from odcheap.runs import status
 from odcheap.runs.folder import CONFIG, STUDENT, SUMMARY, TEST, check_usable, epoch_path, make_folder, read_checkpoint
-from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start, prepare_folder
 from odcheap.runs.settings import select_student_settings
 from odcheap.runs.training_images import write_digests
@@ -52,10 +49,11 @@ from odcheap.training.student_networks import (
     build_students,
     check_networks,
     list_builders,
+    load_start_weights,
     name_students,
 )
 from odcheap.training.trackers import LoggerRuns, StepLosses
-from odcheap.training.train_step import GradientOptions
+from odcheap.training.train_step import GradientOptions, report_eager, uses_graphs
 from odcheap.utils.console import console as build_console
 from odcheap.utils.console import say
 from odcheap.utils.errors import Failure, OptionError, describe_external_failure
@@ -66,7 +64,6 @@ from odcheap.utils.text import escape_control_chars
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # the device is in the first line of odcheap
 
-GRAPH_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 scales the loss by a changing factor
 # Options of Lightning's that switch off, or shorten, what a run's results are made from, or that odcheap sets itself.
 OWN_OPTIONS = {"barebones", "callbacks", "fast_dev_run", "limit_predict_batches", "limit_test_batches"}
 OWN_OPTIONS |= {"limit_val_batches", "logger", "overfit_batches", "plugins"}
@@ -426,7 +423,10 @@ class Experiment:
             if line := describe_load(torch.get_num_threads()):
                 say(line)
             if cfg.kernels == "auto":
-                prepare_cpu_kernels()
+                if needs_compilation():
+                    say("compiling fused operators for this processor, once; this takes some seconds")
+                if reason := kernels.reason_for_plain_layers("cpu"):
+                    say(f"training with PyTorch's own operators, which takes longer: {reason}")
         if line := describe_few_images(data):
             say(line)
         if self.start.checkpoint:
@@ -580,42 +580,6 @@ def loading_process(trainer: pl.Trainer) -> Process:
     return Process(trainer.strategy.root_device, trainer.global_rank, trainer.world_size, trainer.num_devices)
 
 
-def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
-    """Loads the option `weights` into the students of a new run; checks that a continued run has the same data.
-
-    Args:
-        start: The run's config, and the checkpoint from which it continues, if there is one.
-        method: The method, whose weights are changed in place.
-        data: The data set.
-
-    Raises:
-        OptionError: The data are other ones than before, or the weights do not fit.
-    """
-    cfg = start.cfg
-    method.check_classes(data.classes)
-    check_same_images(start, data)
-    if cfg.weights is None or start.checkpoint is not None:
-        return
-    weights = read_weights(cfg.weights)
-    if weights.folded:
-        if not cfg.test_only:
-            allowed = "holds a folded network, which cannot be trained; the run's own student.safetensors can"
-            raise OptionError("weights", cfg.weights, allowed)
-        for network in method.candidates():  # in place, since the method may have hooks on parts of them
-            fold_branches(network, in_place=True)
-    say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
-    if weights.split not in (None, data.fingerprint):
-        say("warning: the weights were selected under another split; held-out images may have been trained on")
-
-
-def prepare_cpu_kernels() -> None:
-    """Compiles the fused CPU operators if no process has done so before, and prints why they cannot be used, if so."""
-    if needs_compilation():
-        say("compiling fused operators for this processor, once; this takes some seconds")
-    if reason := kernels.reason_for_plain_layers("cpu"):
-        say(f"training with PyTorch's own operators, which takes longer: {reason}")
-
-
 def describe_few_images(data: ImageData) -> str:
     """Returns a warning if classes have fewer than two training or held-out images; empty if none has."""
     few = []
@@ -626,83 +590,3 @@ def describe_few_images(data: ImageData) -> str:
             few.append(f"{count} of {len(counts)} classes have fewer than 2 {name} images")
     limit = "" if data.limit is None else f" (data.limit={data.limit})"
     return f"warning: {', and '.join(few)}{limit}; their accuracies say little" if few else ""
-
-
-def check_finished(start: Start) -> None:
-    """Reads the data set, and checks that a finished run was trained on these images.
-
-    Args:
-        start: The run's config, and its newest checkpoint.
-
-    Raises:
-        OptionError: The run was trained on other images, or the images cannot be read.
-    """
-    data = instantiate(start.cfg.data)
-    data.read()
-    check_same_images(start, data)
-
-
-def check_same_images(start: Start, data: ImageData) -> None:
-    """Checks that a checkpoint was trained with these data: the same classes, images and split.
-
-    Args:
-        start: The run's config, and the checkpoint; nothing is checked if there is none.
-        data: The data set; its method `read` has been called.
-
-    Raises:
-        OptionError: The data are other ones.
-    """
-    cfg = start.cfg
-    if start.content is not None and start.content["odcheap"]["classes"] != list(data.classes):
-        own, given = describe_classes(data.classes), describe_classes(start.content["odcheap"]["classes"])
-        allowed = f"has {own}, the checkpoint {given}; weights=CHECKPOINT matches classes by their names"
-        raise OptionError("data_dir", cfg.data_dir, allowed)
-    if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
-        allowed = "has other images than those with which the resumed run was started"
-        if cfg.test_only:
-            run = cfg.resume if os.path.isdir(cfg.resume) else "RUN"
-            allowed = f"has other images than the run; odcheap evaluate {run} FOLDER evaluates all images of a folder"
-        raise OptionError("data_dir", cfg.data_dir, allowed)
-
-
-def uses_graphs(cfg: DictConfig) -> bool:
-    """Returns whether training steps are recorded as CUDA graphs.
-
-    They are if the run has one GPU and no option needs the CPU within a step.
-
-    Raises:
-        OptionError: The options say `capture=true`, but steps cannot be recorded.
-    """
-    # Each reason for eager steps, as text for the user, and whether it holds.
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    obstacles = {
-        f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
-        "several processes average their gradients in each step": cfg.trainer.devices != 1
-        or cfg.trainer.num_nodes != 1
-        or cfg.trainer.strategy != "auto",
-        "on_nonfinite=skip checks the gradients before each step": cfg.on_nonfinite == "skip",
-        "trainer.gradient_clip_val needs eager steps": cfg.trainer.get("gradient_clip_val") is not None,
-        "trainer.accumulate_grad_batches needs eager steps": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
-        f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in GRAPH_PRECISIONS,
-    }
-    if cfg.test_only:
-        return False
-    reasons = [reason for reason, holds in obstacles.items() if holds]
-    if cfg.capture is True and reasons:
-        raise OptionError("capture", True, f"is not possible: {reasons[0]}")
-    return cfg.capture is not False and not reasons
-
-
-def report_eager(capture: bool | str, reason: str) -> None:
-    """Prints that training steps are not recorded as a CUDA graph, and the reason.
-
-    Args:
-        capture: The option `capture`.
-        reason: The reason.
-
-    Raises:
-        OptionError: `capture` is true, so that eager steps are not allowed.
-    """
-    if capture is True:
-        raise OptionError("capture", True, f"is not possible: {reason}")
-    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")

@@ -311,14 +311,13 @@ class DistillationModule(pl.LightningModule):
         self.val_terms.reset()
         self.share_buffers()
 
-    def on_test_epoch_start(self) -> None:
-        self.share_buffers()
-
     def share_buffers(self) -> None:
         """Copies the batch norm statistics of process 0 to all processes: checkpoints contain those of process 0."""
         if self.trainer.world_size > 1:
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+
+    on_test_epoch_start = share_buffers
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         outputs = to_single_precision(self.method(batch.images))
@@ -328,11 +327,8 @@ class DistillationModule(pl.LightningModule):
         self.stage_scores("val").update(self.member_logits(outputs), batch.target)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.stage_scores("test").update(self.evaluate(batch), batch.target)
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Returns the logits (M, N, K) of all M members for the images of a batch."""
-        return self.member_logits(to_single_precision(self.method(batch.images)))
+        outputs = to_single_precision(self.method(batch.images))
+        self.stage_scores("test").update(self.member_logits(outputs), batch.target)
 
     def on_validation_epoch_end(self) -> None:
         self.compute_figures("val")

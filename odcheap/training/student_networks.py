@@ -1,5 +1,9 @@
-"""Builds the students of a run, which may have different shapes, and the standard networks for comparison."""
+"""Builds the students of a run, which may have different shapes, loads the weights with which they start, and checks.
 
+The networks with standard convolutions, with which costs are compared, are built here too.
+"""
+
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,14 +11,18 @@ from typing import Any, NamedTuple
 from hydra.utils import instantiate
 from torch import nn
 
+from odcheap.data.base import ImageData
 from odcheap.layers.cheap_conv import BlockType, Standard
+from odcheap.layers.fuse import fold_branches
 from odcheap.methods.base import Method
 from odcheap.methods.students import RUNS, Students
 from odcheap.models.backbone import RGB, Backbone
 from odcheap.models.build import build_backbone
 from odcheap.models.student_shapes import GROUPS, Shape, name_shape
 from odcheap.models.wrappers import check_image_size, find_map_size
+from odcheap.runs.load import describe_classes, load_weights, read_weights
 from odcheap.runs.resume import Start
+from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import build_part
 from odcheap.utils.seeds import temporary_seed
@@ -151,3 +159,68 @@ def name_students(start: Start) -> list[str] | None:
     """Returns a short name of each student of a run, such as "DW resnet20"; None if all have the same shape."""
     shapes = start.config.student_shapes()
     return None if shapes is None else [name_shape(shape, shapes) for shape in shapes]
+
+
+def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
+    """Loads the option `weights` into the students of a new run; checks that a continued run has the same data.
+
+    Args:
+        start: The run's config, and the checkpoint from which it continues, if there is one.
+        method: The method, whose weights are changed in place.
+        data: The data set.
+
+    Raises:
+        OptionError: The data are other ones than before, or the weights do not fit.
+    """
+    cfg = start.cfg
+    method.check_classes(data.classes)
+    check_same_images(start, data)
+    if cfg.weights is None or start.checkpoint is not None:
+        return
+    weights = read_weights(cfg.weights)
+    if weights.folded:
+        if not cfg.test_only:
+            allowed = "holds a folded network, which cannot be trained; the run's own student.safetensors can"
+            raise OptionError("weights", cfg.weights, allowed)
+        for network in method.candidates():  # in place, since the method may have hooks on parts of them
+            fold_branches(network, in_place=True)
+    say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
+    if weights.split not in (None, data.fingerprint):
+        say("warning: the weights were selected under another split; held-out images may have been trained on")
+
+
+def check_finished(start: Start) -> None:
+    """Reads the data set, and checks that a finished run was trained on these images.
+
+    Args:
+        start: The run's config, and its newest checkpoint.
+
+    Raises:
+        OptionError: The run was trained on other images, or the images cannot be read.
+    """
+    data = instantiate(start.cfg.data)
+    data.read()
+    check_same_images(start, data)
+
+
+def check_same_images(start: Start, data: ImageData) -> None:
+    """Checks that a checkpoint was trained with these data: the same classes, images and split.
+
+    Args:
+        start: The run's config, and the checkpoint; nothing is checked if there is none.
+        data: The data set; its method `read` has been called.
+
+    Raises:
+        OptionError: The data are other ones.
+    """
+    cfg = start.cfg
+    if start.content is not None and start.content["odcheap"]["classes"] != list(data.classes):
+        own, given = describe_classes(data.classes), describe_classes(start.content["odcheap"]["classes"])
+        allowed = f"has {own}, the checkpoint {given}; weights=CHECKPOINT matches classes by their names"
+        raise OptionError("data_dir", cfg.data_dir, allowed)
+    if start.content is not None and start.content["odcheap"]["split"] != data.fingerprint:
+        allowed = "has other images than those with which the resumed run was started"
+        if cfg.test_only:
+            run = cfg.resume if os.path.isdir(cfg.resume) else "RUN"
+            allowed = f"has other images than the run; odcheap evaluate {run} FOLDER evaluates all images of a folder"
+        raise OptionError("data_dir", cfg.data_dir, allowed)

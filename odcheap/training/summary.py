@@ -34,6 +34,7 @@ from odcheap.utils.text import escape_control_chars, format_accuracy, format_mac
 
 PARTS = ("backbone", "block_type")  # what is built from the settings of a student
 FIGURES = ("top1", "top5", "balanced_accuracy")
+FINAL_FIGURES = ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
 
 
 def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, float | None]:
@@ -191,13 +192,11 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
         each; see `select_student_settings`.
     """
     settings = config.to_settings()
-    about = {"overrides": config.overrides, "config": settings, "split": data.fingerprint, "classes": data.classes}
-    student = {key: settings[key] for key in PARTS}
-    student |= {key: about[key] for key in ("classes", "split")}
-    student |= {"image_size": list(data.image_size), "shorter_side": data.shorter_side}
-    student["bit_depth"] = data.bit_depth
-    student |= {"mean": list(data.norm.mean), "std": list(data.norm.std)}
-    about |= {"student": student}
+    known = {"classes": data.classes, "split": data.fingerprint}
+    images = {"image_size": list(data.image_size), "shorter_side": data.shorter_side, "bit_depth": data.bit_depth}
+    norm = {"mean": list(data.norm.mean), "std": list(data.norm.std)}
+    student = {group: settings[group] for group in PARTS} | known | images | norm
+    about = {"overrides": config.overrides, "config": settings, **known, "student": student}
     shapes = settings.get("students")
     return about if shapes is None else about | {"students": [student | shape for shape in shapes]}
 
@@ -251,18 +250,16 @@ def build_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     # A row for each student, each moving average, the teacher and the ensemble.
     members = [(f"student {k}", value) for k, value in enumerate(summary["students"])]
-    networks = {f"student {k}": value.get("network") for k, value in enumerate(summary["students"])}
     members += [(f"average of student {k}", value) for k, value in enumerate(summary["averages"] or [])]
     if summary["teacher"]:
         members.append((f"teacher ({summary['teacher']['kind']})", summary["teacher"]))
     for name, value in [*members, ("ensemble of the students", summary["ensemble"])]:
-        chosen = name == name_candidate(choice)
-        figures = [
-            format_accuracy(value[figure])
-            for figure in ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
-        ]
-        shown = f"{name} ({networks[name]})" if networks.get(name) else name
-        table.add_row(f"{shown} <- chosen" if chosen else shown, *figures, style="bold" if chosen else None)
+        figures = [format_accuracy(value[figure]) for figure in FINAL_FIGURES]
+        shown = f"{name} ({value['network']})" if value.get("network") else name
+        if name == name_candidate(choice):
+            table.add_row(f"{shown} <- chosen", *figures, style="bold")
+        else:
+            table.add_row(shown, *figures)
     return table
 
 

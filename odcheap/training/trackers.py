@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 from odcheap.runs.resume import Start
 from odcheap.runs.settings import flatten
+from odcheap.training.summary import FINAL_FIGURES
 from odcheap.utils.confusion_plot import plot_confusion, render_png
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError, first_line
@@ -28,7 +29,6 @@ LOSS_EVERY = 50  # steps between two losses
 CONFIG, CONFUSION = "config", "selected/confusion"  # names of the text and of the picture
 RUN_ID_OPTIONS = {"mlflow": "run_id", "wandb": "id"}  # the option of a logger that names the run to continue
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-FINAL_FIGURES = ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
 
 
 class StepLosses(pl.Callback):
@@ -134,8 +134,8 @@ def start_loggers(start: Start, loggers: Mapping[str, Any], settings: Mapping[st
             raise OptionError("logger", name, f"cannot be started: {first_line(error)}") from error
         started[name] = logger
         if not is_continued:
-            attempt(name, lambda logger=logger: logger.log_hyperparams(flatten(dict(settings))))
-            attempt(name, lambda logger=logger: log_text(logger, text))
+            attempt(name, logger.log_hyperparams, flatten(dict(settings)))
+            attempt(name, log_text, logger, text)
     return started
 
 
@@ -177,23 +177,23 @@ def log_result(
     figures = {name: value for name, value in figures.items() if value is not None}
     picture = Image.open(io.BytesIO(render_png(plot_confusion(confusion, classes))))
     for name, logger in loggers.items():
-        attempt(name, lambda logger=logger: logger.log_metrics(figures, step=step))
-        attempt(name, lambda logger=logger: log_picture(logger, picture.convert("RGB"), step))
+        attempt(name, logger.log_metrics, figures, step)
+        attempt(name, log_picture, logger, picture.convert("RGB"), step)
         if isinstance(logger, TensorBoardLogger):  # the figure by which its tab of hyperparameters compares runs
-            own = {"hp_metric": figures["selected/test_top1"]}
-            attempt(name, lambda logger=logger, own=own: logger.log_metrics(own, step=step))
+            attempt(name, logger.log_metrics, {"hp_metric": figures["selected/test_top1"]}, step)
             attempt(name, logger.experiment.flush)
 
 
-def attempt(name: str, log: Callable[[], object]) -> None:
+def attempt(name: str, log: Callable[..., object], *arguments: Any) -> None:
     """Calls a function that logs; an error becomes a printed warning, so that it does not end the training.
 
     Args:
         name: The name of the logger in `conf/logger`, for the warning.
         log: The function.
+        *arguments: Its arguments.
     """
     try:
-        log()
+        log(*arguments)
     except Exception as error:  # the libraries of the trackers raise errors of any kind
         say(f"warning: logger={name}: something could not be logged ({first_line(error)})")
 

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
 from odcheap.data.base import Batch
 from odcheap.methods.base import Method
-from odcheap.utils.errors import first_line
+from odcheap.utils.console import say
+from odcheap.utils.errors import OptionError, first_line
 
 # The largest relative difference allowed between a replay and an eager step. Rounding in bfloat16 and another order of
 # sums give far smaller differences; a part of the computation that is outdated or missing gives far larger ones.
 TOLERANCE = 0.05
+GRAPH_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true")  # float16 scales the loss by a changing factor
 WARM_UP = 3  # eager steps with each batch shape before recording: libraries choose kernels, momentum is allocated
 
 
@@ -346,3 +349,46 @@ def relative_difference(measured: list[Tensor], expected: list[Tensor]) -> float
     difference = get_total_norm([a - b for a, b in zip(measured, expected, strict=True)])
     norm = get_total_norm(expected)
     return (difference / norm).item() if norm > 0 else difference.item()
+
+
+def uses_graphs(cfg: DictConfig) -> bool:
+    """Returns whether training steps are recorded as CUDA graphs.
+
+    They are if the run has one GPU and no option needs the CPU within a step.
+
+    Raises:
+        OptionError: The options say `capture=true`, but steps cannot be recorded.
+    """
+    # Each reason for eager steps, as text for the user, and whether it holds.
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    obstacles = {
+        f"trainer.accelerator={cfg.trainer.accelerator}: there is no CUDA device to use": not on_gpu,
+        "several processes average their gradients in each step": cfg.trainer.devices != 1
+        or cfg.trainer.num_nodes != 1
+        or cfg.trainer.strategy != "auto",
+        "on_nonfinite=skip checks the gradients before each step": cfg.on_nonfinite == "skip",
+        "trainer.gradient_clip_val needs eager steps": cfg.trainer.get("gradient_clip_val") is not None,
+        "trainer.accumulate_grad_batches needs eager steps": cfg.trainer.get("accumulate_grad_batches", 1) != 1,
+        f"trainer.precision={cfg.trainer.precision}": str(cfg.trainer.precision) not in GRAPH_PRECISIONS,
+    }
+    if cfg.test_only:
+        return False
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    if cfg.capture is True and reasons:
+        raise OptionError("capture", True, f"is not possible: {reasons[0]}")
+    return cfg.capture is not False and not reasons
+
+
+def report_eager(capture: bool | str, reason: str) -> None:
+    """Prints that training steps are not recorded as a CUDA graph, and the reason.
+
+    Args:
+        capture: The option `capture`.
+        reason: The reason.
+
+    Raises:
+        OptionError: `capture` is true, so that eager steps are not allowed.
+    """
+    if capture is True:
+        raise OptionError("capture", True, f"is not possible: {reason}")
+    say(f"the step runs without a CUDA graph: {reason} (capture=false skips the attempt)")

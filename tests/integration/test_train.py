@@ -20,9 +20,8 @@ from odcheap.layers import kernels
 from odcheap.layers.cheap_conv import DW, RepDW
 from odcheap.layers.fuse import fold_branches
 from odcheap.models.cifar import CifarResNet
-from odcheap.training.experiment import uses_graphs
 from odcheap.training.summary import write_student
-from odcheap.training.train_step import WARM_UP, GraphStep
+from odcheap.training.train_step import WARM_UP, GraphStep, uses_graphs
 from odcheap.utils.errors import OptionError
 from odcheap.utils.files import write_checkpoint
 from odcheap.utils.parts import find_conf_dir
