@@ -186,7 +186,7 @@ def plot_tradeoff(
     shown = rows[is_shown]
     points = [cost for cost, is_drawn in zip(costs, is_shown, strict=True) if cost is not None and is_drawn]
     medians = [cost.median for cost in points]
-    figure, (axes,) = create_figure(2.4)
+    figure, (axes,) = create_figure(f"{data}: selected student", 2.4)
     artists: list[list[Artist]] = []
     for row, cost in zip(shown.to_dict("records"), points, strict=True):
         accuracy: Spread = row["selected"]
@@ -220,7 +220,6 @@ def plot_tradeoff(
         handles.append(Line2D([], [], color=GRAY, marker=STANDARD_MARKER, ls="", markersize=6, label=name))
     axes.set_xlabel("\n".join(notes), loc="right")  # in the center, a long line would be cut off at the right
     axes.set_ylabel(f"{STAGES[images]} top-1, %")
-    set_title(figure, f"{data}: selected student")
     add_legend(figure, handles)
     return figure
 
@@ -337,7 +336,8 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
     heights = [0.09 + 0.12 * len(lines) for lines in labels]  # inches
     places = [sum(heights[:k]) + height / 2 for k, height in enumerate(heights)]
     colors, markers = assign_colors(rows), assign_markers(rows)
-    figure, (axes,) = create_figure(0.75 + sum(heights))
+    title = f"{data}: gain over {shorten_label(baseline, MAX_TITLE_NAME)}"
+    figure, (axes,) = create_figure(title, 0.75 + sum(heights))
     for place, row in zip(places, shown.to_dict("records"), strict=True):
         gain: Spread = row["gain"]
         error = None if gain.margin is None else 100 * gain.margin
@@ -357,7 +357,6 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
         bars = "one seed: no intervals, not resolved"
     # Centered below the axis, it would be cut off at the right if the labels of the rows are long.
     axes.set_xlabel(f"gain of the mean student, percentage points\n({bars})", loc="right")
-    set_title(figure, f"{data}: gain over {shorten_label(baseline, MAX_TITLE_NAME)}")
     return figure
 
 
@@ -396,7 +395,7 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
     columns = min(2, len(settings))
     lines_of = {r"^{}/student_\d+/top1$": "-", r"^{}/teacher/top1$": "--"}
     titles = [wrap_label(setting, MAX_LABEL // columns, 4) for setting in settings]
-    figure, panels = create_figure(1.8 + 0.12 * (max(map(len, titles)) - 1), len(settings), columns)
+    figure, panels = create_figure(data, 1.8 + 0.12 * (max(map(len, titles)) - 1), len(settings), columns)
     drawn, last_epoch = set(), 1.0
     for _, runs in table.groupby(["setting", "method"], sort=False):
         setting, method = runs["setting"].iloc[0], runs["method"].iloc[0]
@@ -423,7 +422,6 @@ def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.set_xlim(max(0.5, 1 - 0.03 * last_epoch), 1.03 * last_epoch)  # there is no epoch 0
     figure.supylabel(f"{STAGES[stage]} top-1, %", fontsize=STYLE["axes.labelsize"])
-    set_title(figure, data)
     handles = [Line2D([], [], color=color, label=shorten_label(method)) for method, color in colors.items()]
     names = {"-": "mean student", "--": "teacher"}
     handles += [Line2D([], [], color=GRAY, ls=style, label=names[style]) for style in names if style in drawn]
@@ -451,16 +449,18 @@ def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.DataFrame:
     return pd.DataFrame({"mean": together.mean(axis=1), "deviation": together.std(axis=1)})
 
 
-def create_figure(height: float, count: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+def create_figure(title: str, height: float, count: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
     """Returns a figure as wide as a column of a paper, and its panels, which share their axes.
 
     Args:
+        title: The text at the top on the left.
         height: The height of a panel in inches.
         count: The number of panels.
         columns: The number of panels beside each other.
     """
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=STYLE["axes.titlesize"])
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axes in panels[count:]:
         axes.remove()
@@ -479,11 +479,6 @@ def render(figure: Figure, suffix: str) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format=suffix, dpi=300)
     return image.getvalue()
-
-
-def set_title(figure: Figure, text: str) -> None:
-    """Writes a title at the left edge of a figure."""
-    figure.suptitle(text, x=0.02, ha="left", fontsize=STYLE["axes.titlesize"])
 
 
 def legend_of_methods(

@@ -238,7 +238,7 @@ def test_long_names_of_rows_are_whole_and_do_not_touch_each_other():
 @pytest.mark.parametrize("labels", [["a"] * 9, ["od", "alone", "a longer name of a method", "b"], ["x" * 44] * 3])
 @rc_context(plots.STYLE)
 def test_a_legend_is_not_wider_than_the_figure(labels):
-    figure, _ = plots.create_figure(2)
+    figure, _ = plots.create_figure("title", 2)
     plots.add_legend(figure, [Line2D([], [], label=label) for label in labels])
     plots.render(figure, "png")
     (legend,) = figure.legends

@@ -146,7 +146,7 @@ def load_operators(device_type: str) -> Any:
     Args:
         device_type: "cuda" or "cpu", the `type` of a `torch.device`.
     """
-    return try_to_load("gpu" if device_type == "cuda" or is_interpreted() else "cpu")[0]
+    return try_to_load(device_type)[0]
 
 
 def reason_for_plain_layers(device_type: str) -> str | None:
@@ -155,19 +155,17 @@ def reason_for_plain_layers(device_type: str) -> str | None:
     Args:
         device_type: "cuda" or "cpu", the `type` of a `torch.device`.
     """
-    return try_to_load("gpu" if device_type == "cuda" or is_interpreted() else "cpu")[1]
+    return try_to_load(device_type)[1]
 
 
 @lru_cache
-def try_to_load(name: Literal["gpu", "cpu"]) -> tuple[Any, str | None]:
-    """Imports the module with the fused operators for GPUs or for CPUs.
-
-    Args:
-        name: "gpu" for `odcheap.layers.kernels.gpu`, "cpu" for `odcheap.layers.kernels.cpu`.
+def try_to_load(device_type: str) -> tuple[Any, str | None]:
+    """Imports the module with the fused operators for a kind of device; see `load_operators`.
 
     Returns:
         The module and None; or, if it cannot be imported, None and the reason in one line.
     """
+    name = "gpu" if device_type == "cuda" or is_interpreted() else "cpu"
     if name == "gpu" and importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed"
     try:
@@ -175,3 +173,10 @@ def try_to_load(name: Literal["gpu", "cpu"]) -> tuple[Any, str | None]:
     except (ImportError, OSError, RuntimeError, CompileError) as error:
         # An installation without a working compiler or driver.
         return None, str(error).strip().partition("\n")[0]
+
+
+def empty_output(x: Tensor, channels: int, stride: int) -> Tensor:
+    """Returns a new channels-last tensor, without values, for the output of a convolution of x with a stride."""
+    images, _, height, width = x.shape
+    shape = (images, channels, -(-height // stride), -(-width // stride))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from odcheap.layers.kernels import ACT_ADD, NO_RESIDUAL, Pair
+from odcheap.layers.kernels import ACT_ADD, NO_RESIDUAL, Pair, empty_output
 from odcheap.layers.kernels.cpu_library import load_library
 
 # What `pairs_norm_act` supports.
@@ -87,19 +87,18 @@ class PairsNormAct(torch.autograd.Function):
         pairs: Sequence[Pair],
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        images, channels, height, width = x.shape
         source, before = x, (None, None, None)  # of a pair: its input, and the batch norm that it applies to it
         saved: list[Tensor | None] = []
         ctx.sizes = []
         for k, pair in enumerate(pairs):
+            images, channels, height, width = source.shape
             kernel, weight, gamma, beta = (None if t is None else t.contiguous() for t in parameters[4 * k : 4 * k + 4])
             features, norm = len(weight), pair.norm
             per_group = 0 if kernel is None else kernel.shape[1]
             sizes = (images, height, width, channels, features, pair.stride, per_group and channels // per_group)
-            height, width = -(-height // pair.stride), -(-width // pair.stride)
             # A grouped convolution takes longer to compute again than to read.
-            s = empty_map(images, channels, height, width, x.dtype) if per_group > 1 else None
-            z = empty_map(images, features, height, width, x.dtype)
+            s = torch.empty_like(source) if per_group > 1 else None
+            z = empty_output(source, features, pair.stride)
             statistics = torch.empty(2, features, dtype=norm.weight.dtype)
             buffers = tuple(norm.buffers())
             tensors = (source, *before, kernel, weight, *buffers, s, z, statistics)
@@ -108,10 +107,10 @@ class PairsNormAct(torch.autograd.Function):
             torch.autograd.graph.increment_version(buffers)
             ctx.sizes.append(sizes)
             saved += [kernel, weight, gamma, beta, s, z, statistics]
-            source, before, channels = z, (statistics, gamma, beta), features
+            source, before = z, (statistics, gamma, beta)
         y, added = torch.empty_like(source), x if adds_input else residual
         order = NO_RESIDUAL if added is None else ACT_ADD
-        call("normalize", x.dtype, source, added, y, gamma, beta, statistics, y.numel() // channels, channels, order)
+        call("normalize", x.dtype, source, added, y, gamma, beta, statistics, y.numel() // features, features, order)
         # The second output is the input again, so that its gradient arrives here and can be added to dx. It is None,
         # not zeros, if nothing reads that output.
         ctx.set_materialize_grads(False)
@@ -152,11 +151,6 @@ class PairsNormAct(torch.autograd.Function):
             gradients = [dkernel, dweight, dgamma, dbeta, *gradients]
             dy, (dgamma, dbeta) = dx, dbefore
         return dy, dresidual, None, None, *gradients
-
-
-def empty_map(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Returns a new feature map (images, channels, height, width) in channels-last memory format, without values."""
-    return torch.empty((images, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
 
 
 def pairs_norm_act(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from odcheap.layers.kernels import ACT_ADD, NO_RESIDUAL, Pair, is_interpreted
+from odcheap.layers.kernels import ACT_ADD, NO_RESIDUAL, Pair, empty_output, is_interpreted
 from odcheap.layers.kernels.norm_kernels import chunk_gradients, chunk_statistics, input_gradient, normalize
 from odcheap.layers.kernels.pair_kernels import pair_backward, pair_forward, spatial_backward
 from odcheap.layers.kernels.spatial_kernels import depthwise_backward, spatial_forward, sum_chunks
@@ -338,12 +338,6 @@ def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> Pair
     chunks = triton.cdiv(rows, tiles * tile_rows)
     sizes = (height, width, channels, out_channels, padded_in, padded_out)
     return PairPlan(rows, chunks, int(is_shift), stride, *sizes, tile_rows, tiles)
-
-
-def empty_output(x: Tensor, channels: int, stride: int) -> Tensor:
-    """Returns a new channels-last tensor, without values, for the output of a convolution of x with a stride."""
-    shape = (len(x), channels, triton.cdiv(x.shape[2], stride), triton.cdiv(x.shape[3], stride))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 class PairNormAct(torch.autograd.Function):
