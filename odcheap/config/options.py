@@ -148,24 +148,15 @@ def check_students(config: RunConfig, config_dirs: Sequence[Path], find_signatur
     for k, shape in enumerate(shapes):
         for group, settings in shape.items():
             default = read_part(group, settings["part"], config_dirs)
-            calls = {key: value for key, value in default.items() if key in CALL_KEYS}
-            node = merge(default, {key: value for key, value in settings.items() if key != "part"}) | calls
-            check_part(
-                group, f"students.{k}.{group}", {"students": {str(k): {group: node}}}, default, {}, find_signature
-            )
+            node = {key: value for key, value in settings.items() if key != "part"}
+            values = {"students": {str(k): {group: node}}}
+            check_part(group, f"students.{k}.{group}", values, default, {}, find_signature)
     # A part that the user has named and no student has is a mistake.
     for group in GROUPS:
         part = config.parts.get(group)
         given = next((o for o in config.overrides if override_key(o) == group), None)
         if given is not None and all(shape[group]["part"] != part for shape in shapes):
             raise OptionError(group, part, "is not used: each entry of students names another one")
-
-
-def merge(below: Any, above: Any) -> Any:
-    """Returns nested dicts with the values of `above` in place of those of `below`."""
-    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
-        return above
-    return {**below, **{key: merge(below.get(key), value) for key, value in above.items()}}
 
 
 def check_added_options(config: RunConfig) -> None:
@@ -325,12 +316,12 @@ def check_option(option: str, value: Any, annotation: Any) -> None:
     try:
         check_value(option, to_annotated(value, annotation), annotation)
     except OptionError as error:
+        allowed = error.allowed
         if annotation in (str, str | None) and isinstance(value, int | float):
-            quoted = f"{option}='\"{str(value).lower()}\"'"
-            raise OptionError(option, value, f"must be a string; write it in quotes: {quoted}") from error
-        if option == "trainer.devices":
-            raise OptionError(option, value, f"{error.allowed}; CUDA_VISIBLE_DEVICES chooses the GPUs") from error
-        raise OptionError(option, value, error.allowed) from error
+            allowed = f"must be a string; write it in quotes: {option}='\"{str(value).lower()}\"'"
+        elif option == "trainer.devices":
+            allowed += "; CUDA_VISIBLE_DEVICES chooses the GPUs"
+        raise OptionError(option, value, allowed) from error
 
 
 def check_plain(option: str, value: Any, whole: Any) -> None:

@@ -27,8 +27,15 @@ from odcheap.runs.folder import (
     remove_outputs,
     remove_partial_files,
 )
-from odcheap.runs.saved_options import DATA_FOLDERS, READ_ONLY, find_values, is_file_or_folder, select_saved_overrides
-from odcheap.runs.settings import RunConfig, find_override, flatten, override_key, to_dict
+from odcheap.runs.saved_options import (
+    DATA_FOLDERS,
+    PATH_OPTIONS,
+    READ_ONLY,
+    find_values,
+    is_file_or_folder,
+    select_saved_overrides,
+)
+from odcheap.runs.settings import STORAGE_OPTIONS, RunConfig, find_override, flatten, override_key, to_dict
 from odcheap.runs.status import write_status
 from odcheap.utils.console import say
 from odcheap.utils.errors import OptionError
@@ -36,29 +43,8 @@ from odcheap.utils.files import write_atomic
 from odcheap.utils.text import escape_control_chars
 
 # Options that may differ when a run is resumed: they determine where it runs, but not its results.
-CHANGEABLE_OPTIONS = (
-    "trainer",
-    "data_dir",
-    "job_dir",
-    "logger",
-    "resume",
-    "overwrite",
-    "test_only",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "on_nonfinite",
-    "max_skipped",
-    "data.load.data_dir",
-    "data.load.read_only",
-    "data.workers",
-    "data.max_broken",
-    "experiment",
-    "backbone.pretrained",
-    "together",
-    "capture",
-    "kernels",
-    "method.teacher_weights",
-)
+CHANGEABLE_OPTIONS = (*STORAGE_OPTIONS, *PATH_OPTIONS, "trainer", "experiment", "on_nonfinite", "max_skipped")
+CHANGEABLE_OPTIONS += ("data.load.read_only", "data.workers", "data.max_broken", "together", "capture", "kernels")
 FIXED_OPTIONS = ("trainer.limit_train_batches",)  # an exception: a checkpoint may be from the middle of an epoch
 
 

@@ -25,10 +25,8 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class Status(Schema):
+class Status(Schema, extra="forbid"):
     """The content of `status.json`: the state of the run, the reason of a failure, and the process that wrote it."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
     state: State
     reason: str = ""
@@ -114,7 +112,7 @@ class Cost(Schema):
 
 
 class Test(Members):
-    """The metrics of a test with `test_only=true`, as saved in `test.json`."""
+    """The content of `test.json`: the metrics of a test with `test_only=true`."""
 
     __test__ = False  # pytest would take the class for a test case
 
@@ -123,11 +121,10 @@ class Test(Members):
     versions: dict[str, str] | None = None
 
 
-class Summary(Members):
+class Summary(Test):
     """The content of `summary.json`: the results of a run; see `training.experiment.Experiment.summarize`."""
 
     finished: bool = False
-    selected: Selected | None = None
     last: Members | None = None
     cost: Cost | None = None
     images_per_second: Figure | None = None
@@ -138,14 +135,10 @@ class Summary(Members):
     images: dict[str, Count] | None = None
     classes: dict[str, dict[str, Count]] | None = None
     num_stu: Index | None = None
-    split: str | None = None
-    versions: dict[str, str] | None = None
 
 
-class Config(Schema):
+class Config(Schema, extra="allow"):
     """The content of `config.yaml`: the options of a run by name, nested as in `conf/`."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
     job_dir: str | None = None
     data: dict[str, Any] | None = None

@@ -24,12 +24,11 @@ def is_hub_address(path: str | Path) -> bool:
     return str(path).startswith(HUB_PREFIX)
 
 
-def parse_address(address: str, option: str = "path") -> tuple[str, str | None]:
+def parse_address(address: str) -> tuple[str, str | None]:
     """Returns the repository and the revision that an address names.
 
     Args:
         address: `hf://user/name`, or `hf://user/name@REVISION` with a branch, a tag or a commit.
-        option: The name of the option with which the user gave the address, for error messages.
 
     Raises:
         OptionError: The address has another form.
@@ -40,7 +39,7 @@ def parse_address(address: str, option: str = "path") -> tuple[str, str | None]:
     """
     name, at, revision = address.removeprefix(HUB_PREFIX).partition("@")
     if not REPOSITORY.fullmatch(name) or (at and not revision):
-        raise OptionError(option, address, "must be hf://user/name, or hf://user/name@REVISION")
+        raise OptionError("path", address, "must be hf://user/name, or hf://user/name@REVISION")
     return name, revision or None
 
 

@@ -73,16 +73,15 @@ def find_folders(config_dirs: Sequence[Path] = ()) -> list[Path]:
     return list(dict.fromkeys([find_conf_dir(), *map(Path, config_dirs), *_own_dirs]))
 
 
-def is_own_part(group: str, name: str, config_dirs: Sequence[Path] = ()) -> bool:
-    """Returns whether a YAML file `<group>/<name>.yaml` is in a directory of the user, and not in odcheap's `conf`.
+def is_own_part(group: str, name: str) -> bool:
+    """Returns whether a part is in a directory of `use_config_dirs`, and not in odcheap's own `conf`.
 
     Args:
         group: The config group, such as `block_type`.
         name: The name of a part of this group, such as `DW`.
-        config_dirs: The user's `conf` directories; those of `use_config_dirs` are searched too.
     """
-    first = next((path for path in find_folders(config_dirs) if (path / group / f"{name}.yaml").is_file()), None)
-    return first is not None and first != find_conf_dir()
+    own, *others = [(folder / group / f"{name}.yaml").is_file() for folder in find_folders()]
+    return any(others) and not own
 
 
 def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:

@@ -94,19 +94,18 @@ def format_accuracy(value: float | None, sign: str = "") -> str:
     return MISSING if value is None else f"{100 * value:{sign}.2f}"
 
 
-def format_mean_deviation(mean: float | None, deviation: float | None, sign: str = "") -> str:
+def format_mean_deviation(mean: float | None, deviation: float | None) -> str:
     """Returns a mean accuracy and its standard deviation, if there is one, in percent as text.
 
     Args:
-        mean: The mean accuracy or difference of accuracies, a fraction; the text is `-` for None.
+        mean: The mean accuracy, a fraction; the text is `-` for None.
         deviation: The standard deviation, a fraction; None for none.
-        sign: "+" to write a plus sign before a mean that is not negative.
 
     Example:
         >>> format_mean_deviation(0.91, 0.002)
         '91.00 ± 0.20'
     """
-    text = format_accuracy(mean, sign)
+    text = format_accuracy(mean)
     return text if mean is None or deviation is None else f"{text} ± {format_accuracy(deviation)}"
 
 
