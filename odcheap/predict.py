@@ -1237,9 +1237,8 @@ def main(arguments: list[str], prog: str | None = None) -> int:
             raise PredictError(f"no images are given; usage: {parser.prog} {USAGE}")
         require_version("Pillow", PIL.__version__, MIN_PILLOW)
         if not (folder / PREPROCESS_FILE).is_file():
-            raise PredictError(
-                f"EXPORT_DIR={(paths or [''])[0]}: is not an export; `odcheap export JOB_DIR` writes one"
-            )
+            given = (paths or [""])[0]
+            raise PredictError(f"EXPORT_DIR={given}: is not an export; `odcheap export JOB_DIR` writes one")
         if not options.evaluate and (options.csv is not None or options.known_only):
             raise PredictError("--csv and --known-only: need --evaluate")
         if options.bench:

@@ -137,16 +137,15 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
     found, classes, skipped = list_parts(root, there)
     skipped += ["test/"] if unlabeled else []
     if len(there) > 1:
-        val = found["val"] if "test" in found and "val" in found else None
-        return Tree(classes, found["train"], val, found["test" if "test" in found else "val"], skipped)
+        test = found.pop("test" if "test" in found else "val")
+        return Tree(classes, found["train"], found.get("val"), test, skipped)
 
     # Take the test images from the training images, or from all images.
     whole = found["train" if there else "."]
     split = split_stratified(hash_files(whole, split_seed), whole.target, test_size, "data.load.test_size")
     if not len(split.val):
-        raise OptionError(
-            "data.load.test_size", test_size, "there is no test folder, and no images are split off for testing"
-        )
+        allowed = "there is no test folder, and no images are split off for testing"
+        raise OptionError("data.load.test_size", test_size, allowed)
     return Tree(classes, whole.subset(split.train), None, whole.subset(split.val), skipped)
 
 
@@ -201,9 +200,8 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
         if by_part[other].keys() != by_part[first].keys():
             odd = sorted(by_part[first].keys() ^ by_part[other].keys())
             only = first if odd[0] in by_part[first] else other
-            raise OptionError(
-                "data_dir", root, f"{first} and {other} must have the same classes: {odd[0]} is only in {only}"
-            )
+            allowed = f"{first} and {other} must have the same classes: {odd[0]} is only in {only}"
+            raise OptionError("data_dir", root, allowed)
 
     # One class only: perhaps the real classes are one level deeper.
     if len(classes) < 2:

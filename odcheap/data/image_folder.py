@@ -212,20 +212,13 @@ class TrainImages(Dataset):
         views = [self.transform.apply(image, crop, reduction) for crop in crops]
         if self.policy.is_empty:
             return views
-        return [self.apply_policy(image, epoch, image_index, view) for view, image in enumerate(views)]
-
-    def apply_policy(self, image: Tensor, epoch: int, image_index: int, view: int) -> Tensor:
-        """Applies the random operations of the policy to an image, (C, size, size) uint8, and returns the result.
-
-        Args:
-            image: The image, after crop and flip.
-            epoch: The number of the epoch, from 0.
-            image_index: The number of the image in the data set, from 0.
-            view: The number of the augmentation (from 0), if each image is augmented several times.
-        """
-        random = make_generator(self.seed, *augmentation_stream(epoch, image_index, view, purpose="policy"))
-        drawn = self.policy.draw(1, (self.transform.size, self.transform.size), random)
-        return self.policy.apply(image[None], drawn.for_batches([torch.arange(1)], image.device)[0], self.color)[0]
+        # The policy takes a batch: each view is one of a single image, with random numbers of its own.
+        for view, pixels in enumerate(views):
+            random = make_generator(self.seed, *augmentation_stream(epoch, image_index, view, purpose="policy"))
+            drawn = self.policy.draw(1, (self.transform.size, self.transform.size), random)
+            (batch,) = drawn.for_batches([torch.arange(1)], pixels.device)
+            views[view] = self.policy.apply(pixels[None], batch, self.color)[0]
+        return views
 
     def draw_crops(self, image_size: tuple[int, int], epoch: int, image_index: int) -> list[Crop]:
         """Draws a random crop for each of the S augmentations of an image.
@@ -525,12 +518,12 @@ class ImageFolderData(ImageData):
         tree = self.load()
         self.classes = tree.classes
         folders = [name for name in tree.skipped if name.endswith("/")]
-        skipped = [name for name in tree.skipped if not name.endswith("/")]
-        if skipped:
-            say(f"skipped {len(skipped):,} files whose names are not those of images, such as {skipped[0]}")
+        others = [name for name in tree.skipped if not name.endswith("/")]
+        if others:
+            say(f"skipped {len(others):,} files whose names are not those of images, such as {others[0]}")
         if folders:
-            listed = ", ".join(folders[:3])
-            say(f"skipped {len(folders):,} folders of thumbnails, copies, or images without labels, such as {listed}")
+            what = "folders of thumbnails, copies, or images without labels"
+            say(f"skipped {len(folders):,} {what}, such as {', '.join(folders[:3])}")
 
         # Hold out some training files, unless there is a folder of held-out files. Test files are hashed as a whole
         # only if the run is limited.

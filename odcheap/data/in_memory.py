@@ -208,9 +208,8 @@ class InMemoryData(ImageData):
         self.keep_digests("pixels", digests if train is images.train else hash_pixels(train, self.split_seed))
         names = images.test_files or [f"number {k} (from 0)" for k in range(len(test_digests))]
         trained_on = set(digests)
-        self.warn_of_duplicates(
-            [name for name, digest in zip(names, test_digests, strict=True) if digest in trained_on], "pixel"
-        )
+        twice = [name for name, digest in zip(names, test_digests, strict=True) if digest in trained_on]
+        self.warn_of_duplicates(twice, "pixel")
         self.check()
 
     def select_part(self, part: str) -> tuple[Tensor, Tensor]:

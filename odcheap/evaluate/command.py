@@ -120,9 +120,8 @@ def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[
             yield name, image
 
     # Hashes of pixels are computed while the images are classified, those of files afterwards.
-    predicted, failures = predict.collect_predictions(
-        predict.predict_images(model.predictor, iterate(), model.preprocess)
-    )
+    results = predict.predict_images(model.predictor, iterate(), model.preprocess)
+    predicted, failures = predict.collect_predictions(results)
     if digests is not None and digests.kind == "pixels":
         return predicted, failures, pixel_hashes
     if digests is None or images.files is None:
