@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import composed_configs
 import pytest
 import torch
 from hydra._internal.hydra import Hydra
@@ -24,6 +25,7 @@ from odcheap.layers import kernels
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
 TINY += ["trainer.max_epochs=2", "logger=csv"]
+composed_configs.install()
 
 
 def pytest_collection_finish():
@@ -107,13 +109,20 @@ def read_mode_if_given(hydra, config_name, overrides):
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """`command("num_stu=2", ...)` is `python train.py num_stu=2 ...` in an empty folder, without a new process."""
+    """`command("num_stu=2", ...)` is `python train.py num_stu=2 ...` in an empty folder, without a new process.
+
+    A resumed run does not take its logger from the checkpoint. `default_logger` is that of a test which names none:
+    TensorBoard, the default of odcheap, draws the confusion matrix, which takes as long as a tiny training.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Hydra, "get_mode", read_mode_if_given)
 
-    def run(*arguments: str) -> Result:
+    def run(*arguments: str, default_logger: str | None = "csv") -> Result:
         monkeypatch.setattr(sys, "argv", ["train.py"])
         capsys.readouterr()
+        is_resumed = any(argument.startswith("resume=") for argument in arguments)
+        if default_logger and is_resumed and not any("logger" in argument for argument in arguments):
+            arguments = (*arguments, f"logger={default_logger}")
         try:
             status = cli.main(["train", *arguments])
         except SystemExit as stop:

@@ -37,7 +37,7 @@ PACKAGES = (
     "rich.table",
     "safetensors.torch",
 )
-READ_AT_START = ("OMP_NUM_", "MKL_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")  # environment variables
+READ_AT_START = ("OMP_NUM_", "MKL_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")  # environment variables, but PYTHONPATH
 ROOM = 2**14  # bytes of a process's command line, which `ps` and `pgrep` read
 SET_CHILD_SUBREAPER = 36  # from Linux' prctl.h
 start_python = subprocess._fork_exec
@@ -79,6 +79,7 @@ class Starter:
             name
             for name in environment | SERVER_ENVIRONMENT
             if name.startswith(READ_AT_START) and environment.get(name) != SERVER_ENVIRONMENT.get(name)
+            if name != "PYTHONPATH"
         }
         program = command[2] if command[1] == "-u" else command[1]
         is_ours = command[0] == sys.executable and (program == "-m" or program.endswith("/train.py"))
@@ -126,8 +127,15 @@ def begin(request, *files):
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    given = [path for path in sys.path[1:] if path not in list_paths(SERVER_ENVIRONMENT)]
+    sys.path[1:] = [*list_paths(os.environ), *given]
     rank = [f"RANK={os.environ['RANK']}"] if "RANK" in os.environ else []  # for tests, which cannot read it elsewhere
     set_command_line([*rank, sys.executable, *request["command"]])
+
+
+def list_paths(environment):
+    """Returns the folders of PYTHONPATH, in which a process finds the packages that its server has not imported."""
+    return [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def set_command_line(words):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from process_server import ONE_THREAD, popen
 
 import odcheap
 from odcheap import load_student
@@ -29,10 +29,12 @@ def test_a_sweep_with_a_run_of_two_processes_and_a_report_need_no_clone(tmp_path
     (tmp_path / "empty").mkdir()
 
     def run(*arguments):
-        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "odcheap", *arguments]
-        where = {"cwd": tmp_path / "empty", "env": environment}
-        return subprocess.run(command, **where, capture_output=True, text=True, timeout=250)
+        where = {"cwd": tmp_path / "empty", "env": ONE_THREAD | {"PYTHONPATH": str(tmp_path / "site")}}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with popen(command, **where, **pipes) as process:
+            out, err = process.communicate(timeout=250)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     several = ("num_stu=2", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "hydra.sweep.dir=sweep")
     done = run("train", "-m", *TINY, *several)

@@ -179,7 +179,7 @@ def test_a_run_beats_chance_and_resumes_exactly(command, options, name, tmp_path
     found = json.loads((straight / "summary.json").read_text())
     assert found["selected"]["test_top1"] > 0.4
     assert found["last"]["ensemble"]["test_top1"] > 0.4
-    place = straight / "checkpoints" / "epoch-0001-step-0000010.ckpt"
+    place = straight / "checkpoints" / "epoch-0002-step-0000010.ckpt"
     assert command(f"resume={place}", f"job_dir={again}").status == 0
     one, two = (torch.load(job / "checkpoints" / "epoch-0002.ckpt", weights_only=True) for job in (straight, again))
     for key, tensor in one["state_dict"].items():
@@ -218,7 +218,7 @@ def test_a_run_with_other_terms_learns_resumes_exactly_and_exports(command, opti
     assert result.status == 0, result.err
     found = json.loads((straight / "summary.json").read_text())
     assert found["last"]["ensemble"]["test_top1"] > 0.4
-    place = straight / "checkpoints" / "epoch-0001-step-0000010.ckpt"
+    place = straight / "checkpoints" / "epoch-0002-step-0000010.ckpt"
     result = command(f"resume={place}", f"job_dir={again}")
     assert result.status == 0, result.err
     one, two = (torch.load(job / "checkpoints" / "epoch-0002.ckpt", weights_only=True) for job in (straight, again))

@@ -130,7 +130,7 @@ def test_a_continued_run_is_the_same_run_for_wandb_and_resume_says_which_logger_
     logger = ["logger=wandb", "logger.wandb.offline=true"]
     assert command(*TINY[:-1], *logger, f"job_dir={tmp_path}/run", "trainer.max_epochs=1").status == 0
     for given, epochs in (([], 2), (logger, 3)):
-        result = command(f"resume={tmp_path}/run", f"trainer.max_epochs={epochs}", *given)
+        result = command(f"resume={tmp_path}/run", f"trainer.max_epochs={epochs}", *given, default_logger=None)
         assert result.status == 0, result.err
         assert ("logger=wandb" in result.out.partition("(give them again to have them)")[0]) == (not given)
     runs = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]

@@ -196,7 +196,7 @@ GRAY = ("data.channels=1", "data.mean=[0.305]", "data.std=[0.376]")
         (("block_type=Shift", "trainer.precision=bf16-mixed", *GRAY), ("epoch-0001-step-0000010",)),
         (
             ("block_type=Group", "select=last", "data.val_size=0.5", "trainer.precision=64-true"),
-            ("epoch-0000", "epoch-0001-step-0000010"),
+            ("epoch-0001-step-0000010",),
         ),
     ],
 )

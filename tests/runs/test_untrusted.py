@@ -130,7 +130,7 @@ def test_what_is_outside_the_closed_list_is_left_out(hostile, command, tmp_path,
     # An option that is given replaces the one in the checkpoint, so the one that is tested is not given.
     names = {override.partition("=")[0] for override in overrides}
     given = [option for option in ("trainer=cpu", "logger=csv") if option.partition("=")[0] not in names]
-    result = command(f"resume={tmp_path}/run", *given)
+    result = command(f"resume={tmp_path}/run", *given, default_logger=None)
     left_out = result.out.partition("not taken from the checkpoint: ")[2].partition(" (give them again")[0]
     for override in overrides:
         assert override.partition("OUT")[0].partition("URL")[0] in left_out
