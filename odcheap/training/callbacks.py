@@ -104,7 +104,9 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class Record(pl.Callback):
-    """Records the metrics of each epoch, selects the best candidate and epoch, and saves checkpoints.
+    """Records the metrics of each epoch, selects the best student and epoch, and saves checkpoints.
+
+    A candidate, of which one is selected, is a student or the moving average of a student's weights.
 
     Args:
         job_dir: The run's folder.
@@ -221,12 +223,13 @@ class Record(pl.Callback):
         return row
 
     def select_best(self, epoch: int, figures: Figures | None, candidates: int) -> None:
-        """Selects the best candidate of an epoch if it is better than the candidate that was selected before.
+        """Selects the best student, or moving average of one, of an epoch if it is better than all of earlier epochs.
 
         Args:
             epoch: The number of the epoch, from 0.
-            figures: The metrics of all members; None if no images were evaluated.
-            candidates: The number of candidates; they are the first members.
+            figures: The metrics of all networks that are evaluated: students, moving averages of their weights, teacher
+                and ensemble. None if no images were evaluated.
+            candidates: The number of students and moving averages, of which one is selected. Their metrics come first.
         """
         # "Better" excludes equal, so that the earlier epoch and the lower candidate stay selected.
         if self.select == "last":
@@ -389,14 +392,14 @@ def describe_evaluation(trainer: pl.Trainer) -> tuple[str, float]:
 
 
 def find_best_candidate(row: dict[str, Any]) -> tuple[str, str, float]:
-    """Finds the candidate with the best top-1 accuracy in an epoch.
+    """Finds the student, or moving average of a student's weights, with the best top-1 accuracy in an epoch.
 
     Args:
-        row: The metrics of the epoch by name.
+        row: The metrics of the epoch by name, such as `val/student_0/top1`.
 
     Returns:
-        The stage whose accuracies are compared ("val", otherwise "test" or "train"), and the name and the accuracy of
-        the best candidate.
+        The stage whose accuracies are compared ("val", otherwise "test" or "train"), and the name, such as "student 0",
+        and the accuracy of the best one.
     """
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
     prefixes = (f"{stage}/student_", f"{stage}/average_")

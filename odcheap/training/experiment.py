@@ -96,8 +96,9 @@ class TestResult:
     """The result of a test.
 
     Attributes:
-        members: The accuracies of all members; see `summarize_members`.
-        confusion: The confusion matrix of each member: a row for each true class, a column for each predicted class.
+        members: The accuracies of students, moving averages, teacher and ensemble; see `summary.summarize_members`.
+        confusion: The confusion matrix of each of these networks, in this order: a row for each true class, a column
+            for each predicted class.
     """
 
     __test__ = False  # pytest would take the class for a test case

@@ -38,11 +38,11 @@ FINAL_FIGURES = ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
 
 
 def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, float | None]:
-    """Returns the metrics of all members, with names such as `val/student_0/top1`.
+    """Returns the metrics of all networks that are evaluated, with names such as `val/student_0/top1`.
 
     Args:
         stage: "train", "val" or "test".
-        members: The names of the members.
+        members: The names of the networks, such as "student_0", "teacher" and "ensemble".
         figures: Their metrics.
     """
     return {f"{stage}/{who}/{f}": getattr(figures, f)[k] for f in FIGURES for k, who in enumerate(members)}
@@ -51,11 +51,11 @@ def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, 
 def summarize_members(
     members: list[str], test: Figures, val: dict[str, Any], teacher_kind: str | None
 ) -> dict[str, Any]:
-    """Returns the entries of `summary.json` about the members of a method.
+    """Returns the entries of `summary.json` about the networks that are evaluated: students, teacher and so on.
 
     Args:
-        members: The names of the members.
-        test: The metrics of the members on the test images.
+        members: The names of the networks, such as "student_0", "average_0", "teacher" and "ensemble".
+        test: Their metrics on the test images.
         val: The metrics on the held-out images with the same weights, with names such as `val/student_0/top1`.
         teacher_kind: What the teacher is, such as "head" or "frozen"; None if the method has none. See `Method`.
 
@@ -239,7 +239,7 @@ def print_summary(console: Console, summary: dict[str, Any], title: str) -> None
 
 
 def build_table(summary: dict[str, Any]) -> Table:
-    """Returns a table of the accuracies of all members at the selected epoch; the selected member is marked.
+    """Returns a table of the accuracies of students, teacher and ensemble; it marks the student that was selected.
 
     Args:
         summary: The content of `summary.json` or `test.json`.
