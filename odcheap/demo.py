@@ -115,10 +115,12 @@ class RequestHandler(BaseHTTPRequestHandler):
     server_version, sys_version = "odcheap", ""
     timeout = SECONDS_WITHOUT_DATA
 
+    def parse_request(self) -> bool:
+        """Reads the line and the headers of a request; returns False, after an answer, if it is not to be handled."""
+        return super().parse_request() and self.check_origin()
+
     def do_GET(self) -> None:
         """Sends a file of the page, or for `/export.json` the description of the network (`Classifier.description`)."""
-        if not self.check_origin():
-            return
         path = urlsplit(self.path).path
         if path == "/export.json":
             self.answer(HTTPStatus.OK, self.server.classifier.description)
@@ -133,8 +135,6 @@ class RequestHandler(BaseHTTPRequestHandler):
 
         Each entry of `classes` has a `label` and a `probability`.
         """
-        if not self.check_origin():
-            return
         length = self.headers.get("Content-Length", "")
         if urlsplit(self.path).path != "/classify":
             self.answer(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
