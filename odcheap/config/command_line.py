@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 from odcheap.config.options import LIST_GROUPS, PATH_NAMES
 from odcheap.runs.folder import CHECKPOINT_NAME, CONFIG, read_config
-from odcheap.runs.saved_options import EXPERIMENT_GROUPS
+from odcheap.runs.resume import EXPERIMENT_GROUPS
 from odcheap.runs.settings import flatten, override_key, quote_override
 from odcheap.utils.errors import Failure, OptionError
 from odcheap.utils.parts import PART_NAME
