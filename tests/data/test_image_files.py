@@ -168,12 +168,6 @@ def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
         decode_image(tmp_path / "x.png")
 
 
-def test_heic_is_named(tmp_path):
-    (tmp_path / "x.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    with pytest.raises(ImageError, match="HEIC: convert it to JPEG or PNG"):
-        decode_image(tmp_path / "x.jpg")
-
-
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_pixels_of_unknown_range_are_refused_not_made_black(tmp_path, kind):
     Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "x.tif")
@@ -197,10 +191,18 @@ def test_a_photograph_stands_upright(tmp_path):
     assert image.getpixel((4, 10))[0] < 50
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_picture_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "its content is none of JPEG"),
+        (b"not a picture", "its content is none of JPEG"),
+        (b"\x89PNG\r\n\x1a\n", ""),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC: convert it to JPEG or PNG"),
+    ],
+)
+def test_what_is_no_picture_is_named(tmp_path, content, reason):
     (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(ImageError, match=r"x.jpg cannot be read as an image"):
+    with pytest.raises(ImageError, match=rf"x.jpg cannot be read as an image \(.*{reason}"):
         decode_image(tmp_path / "x.jpg")
 
 

@@ -180,12 +180,8 @@ def test_the_processes_together_see_the_pictures_of_one(flat):
 
 def test_the_parts_are_stratified_and_the_split_ignores_seed_and_names(flat):
     data = made(flat)
-    assert [np.bincount(data.labels[part]).tolist() for part in ("train", "val", "test")] == [
-        [4, 6, 17],  # blue, green, red
-        [1, 2, 6],
-        [1, 4, 7],
-    ] or all(len(np.bincount(data.labels[part])) == 3 for part in ("train", "val", "test"))
-    assert len(data.labels["val"]) == 9
+    counts = {part: np.bincount(labels).tolist() for part, labels in data.labels.items()}  # blue, green, red
+    assert counts == {"train": [3, 7, 17], "val": [1, 2, 6], "test": [2, 3, 7]}
     other = made(flat, seed=5, batch_size=4)
     assert (other.fingerprint, list(other.rows())) == (data.fingerprint, list(data.rows()))
     assert made(flat, split_seed=1).fingerprint != data.fingerprint
