@@ -24,8 +24,9 @@ FeatureWeight = Annotated[float, Field(gt=0)]
 class Method(nn.Module):
     """The base class of training methods: it holds the students (networks), and computes their outputs and the loss.
 
-    A new method is a subclass with `loss`, in most cases also with `forward`, and a YAML file. `loss` returns its terms
-    under the names that they have in the paper, each with its factor: what is logged is what is summed.
+    A new method is a subclass with `loss`, in most cases also with `teacher_logits` or `forward`, and a YAML file.
+    `loss` returns its terms under the names that they have in the paper, each with its factor: what is logged is what
+    is summed.
 
     Args:
         students: The S students.
@@ -58,7 +59,7 @@ class Method(nn.Module):
         self.averages = None if average_decay is None else AveragedStudents(students, average_decay)
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns the outputs by name; this default is for methods without a teacher.
+        """Returns the outputs by name; the teacher's logits are those that `teacher_logits` returns.
 
         Args:
             images: (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation.
@@ -67,8 +68,20 @@ class Method(nn.Module):
             At least `student_logits` (S, N, K) and `teacher_logits`, (N, K) or None, for N images and K classes. If the
             method keeps moving averages of the students' weights, also `average_logits` (S, N, K).
         """
-        outputs = {"student_logits": self.students(images)[1], "teacher_logits": None}
+        features, logits = self.students(images)
+        outputs = {"student_logits": logits, "teacher_logits": self.teacher_logits(features, logits)}
         return outputs | self.average_outputs(images)
+
+    def teacher_logits(self, features: list[Tensor], logits: Tensor) -> Tensor | None:
+        """Returns the logits (N, K) of a teacher that is computed from the students' outputs, or None.
+
+        This default returns None.
+
+        Args:
+            features: The last feature map (N, C, h, w) of each student.
+            logits: The students' logits (S, N, K).
+        """
+        return None
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name, and their sum under the name `loss`; all are scalars.

@@ -29,8 +29,9 @@ class FeatureFusion(RampedDistillation):
 
     Args:
         students: Two or more students.
-        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
-            `loss`, `loss_weights` and `average_decay`; see `RampedDistillation` and `LogitDistillation`.
+        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
+            which the weight of the distillation terms rises to 1), `loss`, `loss_weights` and `average_decay`; see
+            `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "head"
@@ -47,11 +48,8 @@ class FeatureFusion(RampedDistillation):
         self.fusion = nn.Sequential(*layers)
         self.fc = nn.Linear(fused, students.num_classes)
 
-    def forward(self, images: Tensor) -> Outputs:
-        features, logits = self.students(images)
-        fused = self.fusion(torch.cat(features, dim=1))
-        outputs = {"student_logits": logits, "teacher_logits": self.fc(fused.mean((2, 3)))}
-        return outputs | self.average_outputs(images)
+    def teacher_logits(self, features: list[Tensor], logits: Tensor) -> Tensor:
+        return self.fc(self.fusion(torch.cat(features, dim=1)).mean((2, 3)))
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.

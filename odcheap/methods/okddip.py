@@ -29,8 +29,9 @@ class DiversePeers(RampedDistillation):
 
     Args:
         students: Two or more students; the last one is the leader, the others are the peers.
-        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
-            `loss`, `loss_weights` and `average_decay`; see `RampedDistillation` and `LogitDistillation`.
+        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
+            which the weight of the distillation terms rises to 1), `loss`, `loss_weights` and `average_decay`; see
+            `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "mean"

@@ -28,8 +28,9 @@ class NativeEnsemble(RampedDistillation):
 
     Args:
         students: Two or more students.
-        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
-            `loss`, `loss_weights` and `average_decay`; see `RampedDistillation` and `LogitDistillation`.
+        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
+            which the weight of the distillation terms rises to 1), `loss`, `loss_weights` and `average_decay`; see
+            `RampedDistillation` and `LogitDistillation`.
     """
 
     teacher_kind = "gated"
@@ -40,11 +41,9 @@ class NativeEnsemble(RampedDistillation):
         gate = [nn.Linear(students.total_features, count), nn.BatchNorm1d(count), nn.ReLU(), nn.Softmax(-1)]
         self.gate = nn.Sequential(*gate)
 
-    def forward(self, images: Tensor) -> Outputs:
-        features, logits = self.students(images)
+    def teacher_logits(self, features: list[Tensor], logits: Tensor) -> Tensor:
         gates = self.gate(torch.cat([f.mean((2, 3)) for f in features], dim=1))  # (N, S)
-        outputs = {"student_logits": logits, "teacher_logits": (gates.T[..., None] * logits).sum(0)}
-        return outputs | self.average_outputs(images)
+        return (gates.T[..., None] * logits).sum(0)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.

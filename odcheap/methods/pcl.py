@@ -39,8 +39,9 @@ class PeerCollaborativeLearning(RampedDistillation):
     Args:
         students: Two or more students.
         average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
-        **options: `temperature` (T, 3.0), `ramp_up` (the fraction of the run's epochs in which w rises to 1, 80/300),
-            `loss` and `loss_weights`; see `RampedDistillation` and `LogitDistillation`.
+        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
+            which the weight of the distillation terms rises to 1), `loss` and `loss_weights`; see `RampedDistillation`
+            and `LogitDistillation`.
     """
 
     teacher_kind = "head"
@@ -50,10 +51,8 @@ class PeerCollaborativeLearning(RampedDistillation):
         super().__init__(students, average_decay=average_decay, **options)
         self.fc = nn.Linear(students.total_features, students.num_classes)
 
-    def forward(self, images: Tensor) -> Outputs:
-        features, logits = self.students(images)
-        teacher = self.fc(torch.cat([f.mean((2, 3)) for f in features], dim=1))
-        return {"student_logits": logits, "teacher_logits": teacher} | self.average_outputs(images)
+    def teacher_logits(self, features: list[Tensor], logits: Tensor) -> Tensor:
+        return self.fc(torch.cat([f.mean((2, 3)) for f in features], dim=1))
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
