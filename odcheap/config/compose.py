@@ -5,8 +5,8 @@ These are `${job_dir:}`, `${run_name:}` and `${precision:...}`.
 
 import argparse
 import importlib.util
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from odcheap.runs.settings import RunConfig, name_run, override_key, quote_override, to_dict
+from odcheap.runs.settings import RunConfig, name_run, override_key, quote_override, replace_resolver, to_dict
 from odcheap.utils.errors import OptionError
 from odcheap.utils.parts import OWN_PACKAGE, find_conf_dir, list_parts
 
@@ -143,14 +143,9 @@ def default_precision(accelerator: str) -> str:
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-@contextmanager
-def unread_precision() -> Generator[None]:
+def unread_precision() -> AbstractContextManager[None]:
     """A context in which the default precision is 32-true: to ask the device for it, PyTorch would be imported."""
-    OmegaConf.register_new_resolver("precision", lambda accelerator: "32-true", replace=True)
-    try:
-        yield
-    finally:
-        OmegaConf.register_new_resolver("precision", default_precision, replace=True)
+    return replace_resolver("precision", lambda accelerator: "32-true", default_precision)
 
 
 OmegaConf.register_new_resolver("precision", default_precision, replace=True)

@@ -116,7 +116,9 @@ def check_options(
     Raises:
         OptionError: An option is wrong; the message names the first one, its value, and what is allowed.
     """
-    check_root_options(config)
+    for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
+        if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
+            check_option(name, to_plain(config.cfg[name]), annotation)
     values = to_dict(config.cfg)
     common = {"trainer": get_type_hints(TrainerOptions, include_extras=True)}
     for group, builder in BUILDERS.items():
@@ -176,13 +178,6 @@ def check_added_options(config: RunConfig) -> None:
         if not re.search(rf"\$\{{{re.escape(root)}\b", OmegaConf.to_yaml(others)):
             suggestion = suggest_options(override_key(override))
             raise OptionError(key, value, f"no part of the run reads this option{suggestion}")
-
-
-def check_root_options(config: RunConfig) -> None:
-    """Raises `OptionError` if an option that belongs to no group, such as `num_stu`, has a wrong type or value."""
-    for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
-        if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
-            check_option(name, to_plain(config.cfg[name]), annotation)
 
 
 def to_plain(value: Any) -> Any:

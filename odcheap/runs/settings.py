@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -139,7 +139,7 @@ class RunConfig:
         The chosen parts are given by their names in `conf/`, not by Python paths. References to environment variables
         (`${oc.env:NAME}`) are not resolved, since the values may be secret.
         """
-        with unread_environment():
+        with replace_resolver("oc.env", lambda *names: f"${{oc.env:{','.join(map(str, names))}}}", env):
             settings = to_dict(self.cfg)
         for group, name in self.parts.items():
             settings[group] = part_settings(settings[group], name)
@@ -208,13 +208,19 @@ def select_student_settings(about: Mapping[str, Any], number: int) -> dict[str, 
 
 
 @contextmanager
-def unread_environment() -> Generator[None]:
-    """A context manager in which `${oc.env:NAME}` resolves to this text itself, and not to the variable's value."""
-    OmegaConf.register_new_resolver("oc.env", lambda *names: f"${{oc.env:{','.join(map(str, names))}}}", replace=True)
+def replace_resolver(name: str, resolver: Callable[..., Any], default: Callable[..., Any]) -> Generator[None]:
+    """A context manager in which a function other than the default one computes the values `${name:...}` of configs.
+
+    Args:
+        name: The name of the resolver, such as "oc.env".
+        resolver: The function that is used in the context.
+        default: The function that is used afterwards.
+    """
+    OmegaConf.register_new_resolver(name, resolver, replace=True)
     try:
         yield
     finally:
-        OmegaConf.register_new_resolver("oc.env", env, replace=True)
+        OmegaConf.register_new_resolver(name, default, replace=True)
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -46,11 +46,9 @@ def is_alive(status: Mapping[str, Any]) -> bool:
     """
     if status.get("host") != socket.gethostname():
         return True
-    if status.get("pid") is None:
-        return False
     try:
         os.kill(status["pid"], 0)
-    except ProcessLookupError:
+    except (KeyError, TypeError, ProcessLookupError):  # no process is named, or it has ended
         return False
     except PermissionError:  # another user's process
         return True
