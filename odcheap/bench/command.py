@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from odcheap.bench.arguments import parse_arguments
 from odcheap.bench.exports import bench_exports
 from odcheap.bench.loops import LOOPS, NUM_CLASSES, PRECISIONS, LoopTiming, compare_loops
-from odcheap.bench.measurement import compare_times
+from odcheap.bench.measurement import compare_times, report_progress
 from odcheap.bench.operators import measure_operators
 from odcheap.bench.peers import PEER_LOOPS, PEERS, build_distillation, has_torchdistill
 from odcheap.config.compose import compose_config
@@ -42,7 +42,6 @@ One student that learns from a standard network (kd), batch {batch_size}, images
 
 {peers}
 """
-STARTED = time.perf_counter()
 # Ends the process at the first optimizer step, by a public hook of PyTorch.
 EXIT_AT_FIRST_STEP = """
 import os, sys
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") ->
         if options.peers and not has_torchdistill():
             raise Failure("--peers needs torchdistill: pip install 'odcheap[bench]'")
         if options.exports:
-            return bench_exports(options, report_progress)
+            return bench_exports(options)
         for result in measure(options.overrides, options.quick, options.peers, options.config_dir):
             # Written after each part, so that the measurements stay if a later part fails.
             options.out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,7 @@ def measure(
         for block_type, precision in product(block_types, precisions):
             report_progress(f"{title}, {block_type}, {precision}: {rounds} rounds")
             own = compose(f"block_type={block_type}", f"trainer.precision={precision}")
-            timings = compare_loops(own, device, steps, rounds, report_progress, *loops)
+            timings = compare_loops(own, device, steps, rounds, *loops)
             row = {"block_type": block_type, "precision": precision}
             yield timings, row | summarize(timings, own.data.batch_size)
 
@@ -177,11 +176,6 @@ def measure(
     report_progress("start-up")
     result["start_seconds"] = measure_start()
     yield result
-
-
-def report_progress(text: str) -> None:
-    """Prints a line of text on stderr, after the seconds since the start of the command."""
-    print(f"  {time.perf_counter() - STARTED:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:

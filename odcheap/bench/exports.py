@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from odcheap import predict
+from odcheap.bench.measurement import report_progress
 from odcheap.export import card_accuracy, executorch
 from odcheap.export.model_card import RESULTS_FILE
 from odcheap.export.runtimes import (
@@ -36,12 +37,11 @@ ONNX_FILES = {FLOATS: ONNX, INTEGERS: INT8}
 FILES = {ONNX_RUNTIME: ONNX_FILES, OPENVINO: ONNX_FILES, EXECUTORCH: {FLOATS: PTE, INTEGERS: PTE_INT8}}
 
 
-def bench_exports(options: argparse.Namespace, report: Callable[[str], None]) -> int:
+def bench_exports(options: argparse.Namespace) -> int:
     """Times the files of exports in every runtime, writes and prints the result, and returns the exit status 0.
 
     Args:
         options: The options of the command, of which `exports`, `seconds`, `threads`, `out` and `overrides` are read.
-        report: A function that takes lines of text about the progress.
 
     Raises:
         OptionError: The value of an option is not allowed.
@@ -53,7 +53,7 @@ def bench_exports(options: argparse.Namespace, report: Callable[[str], None]) ->
     if options.threads < 1:
         raise OptionError("--threads", options.threads, "must be 1 or more")
     machine = describe_machine(torch.device("cpu"))
-    rows = measure_exports(options.exports, options.seconds, options.threads, report)
+    rows = measure_exports(options.exports, options.seconds, options.threads)
     text = format_exports(rows, options.threads, machine["cpu"])
     options.out.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "versions": list_versions(), "threads": options.threads, "exports": rows}
@@ -101,9 +101,7 @@ def read_export(folder: Path) -> Export:
         raise OptionError(OPTION, folder, f"is not an export with all files ({error})") from error
 
 
-def measure_exports(
-    folders: Sequence[Path], seconds: float, threads: int, report: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measure_exports(folders: Sequence[Path], seconds: float, threads: int) -> list[dict[str, Any]]:
     """Times the files of exports alternately in every runtime that is installed.
 
     Args:
@@ -111,7 +109,6 @@ def measure_exports(
         seconds: The time for each measurement.
         threads: The number of CPU threads of each runtime. ExecuTorch's pool of threads is changed, so that no program
             may have been loaded before.
-        report: A function that takes lines of text about the progress.
 
     Returns:
         A dict for each export and each precision that it has. Its entries are `network` (the name), `precision`
@@ -139,7 +136,7 @@ def measure_exports(
                 try:
                     predictor = create_predictor(runtime, export.contents[name], len(images), threads)
                 except Failure as error:  # such as OpenVINO, which does not run all forms of 8-bit integers
-                    report(f"{export.name}: {name}: {error}")
+                    report_progress(f"{export.name}: {name}: {error}")
                     continue
                 row["bytes"][runtime] = len(export.contents[name])
                 own = name_in_openvino(name) if runtime == OPENVINO else name
@@ -147,7 +144,7 @@ def measure_exports(
                 calls[len(rows), runtime] = partial(predictor, images)
             if row["bytes"]:
                 rows.append(row)
-    report(f"{len(calls)} timings of {seconds:g} s each")
+    report_progress(f"{len(calls)} timings of {seconds:g} s each")
     for (row_index, runtime), timing in predict.time_alternately(calls, seconds).items():
         rows[row_index]["ms"][runtime] = [1000 * time for time in (timing.p25, timing.p50, timing.p75)]
     return rows

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from odcheap.bench.measurement import WARM_UP_CALLS, PeakMemory, count_page_faults, time_calls
+from odcheap.bench.measurement import WARM_UP_CALLS, PeakMemory, count_page_faults, report_progress, time_calls
 from odcheap.data.base import Batch, Process
 from odcheap.data.in_memory import Images, InMemoryData
 from odcheap.distributed.signals import SignalListener
@@ -69,7 +69,6 @@ def compare_loops(
     device: torch.device,
     steps: int,
     rounds: int,
-    report: Callable[[str], None],
     build: BuildMethod | None = None,
     others: dict[str, CreateLoop] | None = None,
 ) -> dict[str, LoopTiming]:
@@ -80,7 +79,6 @@ def compare_loops(
         device: The device on which it is trained.
         steps: The number of steps of each loop that are timed in a round, after a warm-up.
         rounds: The number of rounds; in each round one loop after the other takes its steps.
-        report: A function that is called with a line of text after each round.
         build: A function that builds the method for each loop; None for the method of the config.
         others: Functions that create the other loops, by name; None for those of `LOOPS`.
 
@@ -109,7 +107,7 @@ def compare_loops(
             faults = count_page_faults()
             timings[name].seconds.append(time_calls(step, steps))
             timings[name].page_faults.append((count_page_faults() - faults) / (steps + WARM_UP_CALLS))
-        report(f"round {max(len(timing.seconds) for timing in timings.values())} of {rounds}")
+        report_progress(f"round {max(len(timing.seconds) for timing in timings.values())} of {rounds}")
 
     # The training of odcheap cannot be interrupted from outside: its callback runs the other loops.
     timer = StepTimer(first_steps, steps, rounds, run_other_loops, device)

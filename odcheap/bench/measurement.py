@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import statistics
+import sys
 import threading
 import time
 import timeit
@@ -11,6 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 WARM_UP_CALLS = 2
+STARTED = time.perf_counter()
+
+
+def report_progress(text: str) -> None:
+    """Prints a line of text on stderr, after the seconds since the start of the command."""
+    print(f"  {time.perf_counter() - STARTED:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def time_calls(run: Callable[[], object], count: int) -> float:

@@ -61,7 +61,8 @@ class Shift2d(nn.Module):
     With k x k offsets and C channels, output pixel (h, w) of channel `c < k*k*floor(C / (k*k))` is the input pixel in
     row `h + d*(floor(c/k) mod k - floor(k/2))` and column `w + d*(c mod k - floor(k/2))`; the remaining channels are
     copied. Source: Wu et al., "Shift: a zero FLOP, zero parameter alternative to spatial convolutions", 2018; the order
-    of the offsets is that of the method's 2019 reference code.
+    of the offsets is that of the 2019 code of "Training convolutional neural networks with cheap convolutions and
+    online distillation".
 
     It is computed as a depth-wise convolution with one-hot kernels. The result is exact in every dtype, and the
     gradient is the opposite shift. On two CPU cores (channels-last, forward and backward) this is 2 to 8 times as fast

@@ -107,7 +107,8 @@ def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
 def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the marker and the fill style of each setting in a table, as arguments of matplotlib.
 
-    The marker is that of the block type; settings with the same block type have different fill styles.
+    A setting is given by the options outside of the method that differ between the runs. The marker is that of its
+    block type (the kind of cheap convolution); settings with the same block type have different fill styles.
 
     Args:
         rows: The table of `tabulate_runs` or of `summarize_runs`; its columns `setting` and `block type` are used.
@@ -123,20 +124,6 @@ def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
             marker, fill = next(looks, (first, "full"))
             markers[setting] = {"marker": marker, "fillstyle": fill}
     return {setting: markers[setting] for setting in rows["setting"]}
-
-
-def name_settings(rows: pd.DataFrame) -> dict[str, str]:
-    """Returns the text that a legend shows for each setting in a table.
-
-    Args:
-        rows: The table of `tabulate_runs` or of `summarize_runs`. Its column `setting` has the options outside of the
-            method that differ between the runs, such as "Shift num_stu=2", or an empty text if no such option differs.
-
-    Returns:
-        A dict from each entry of the column `setting` to this text itself, or to the block type if it is empty. A
-        setting without both is left out.
-    """
-    return {s: s or b for s, b in zip(rows["setting"], rows["block type"], strict=True) if s or b}
 
 
 def shorten_label(name: Any, limit: int = MAX_LABEL) -> str:
@@ -322,8 +309,9 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
     """Draws the gain of each setting and method over the baseline, with its 95 % confidence interval.
 
-    The gain is the difference between the mean accuracies of all students, in runs with the same seed. The marker
-    is hollow if the gain is not resolved: its interval contains zero, or there is only one seed.
+    A setting is given by the options outside of the method that differ between the runs. The gain is the difference
+    between the mean accuracies of all students, in runs with the same seed. The marker is hollow if the gain is not
+    resolved: its interval contains zero, or there is only one seed.
 
     Args:
         rows: The table of `summarize_runs`, with a row for each combination of setting and method.
@@ -380,7 +368,7 @@ def wrap_label(name: Any, width: int, max_lines: int) -> list[str]:
 
 @rc_context(STYLE)
 def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
-    """Draws the top-1 accuracy by epoch, in a panel for each setting.
+    """Draws the top-1 accuracy by epoch, in a panel for each setting (the options that differ, except the method's).
 
     Solid lines are the mean of the students, dashed lines the teacher. Lines are means over seeds, and bands are one
     sample standard deviation on each side.
@@ -493,7 +481,9 @@ def legend_of_methods(
     """
     methods = dict.fromkeys(rows["method"])
     handles = [Line2D([], [], color=colors[name], lw=3, label=shorten_label(name)) for name in methods]
-    for setting, label in name_settings(rows).items():
+    # The setting is an empty text if no option differs between the runs; the block type is shown then.
+    labels = {s: s or b for s, b in zip(rows["setting"], rows["block type"], strict=True) if s or b}
+    for setting, label in labels.items():
         handles.append(Line2D([], [], color=GRAY, ls="", **markers[setting], label=shorten_label(label)))
     return handles
 

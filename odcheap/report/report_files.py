@@ -207,7 +207,9 @@ def measure_latencies(
     seconds: float = 1.0,
     show_step: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Latencies]:
-    """Times one student of each setting and method in ONNX Runtime on the CPU; equal networks are timed once.
+    """Times one student of each row of a report in ONNX Runtime on the CPU; equal networks are timed once.
+
+    A row has all runs that differ in the seed only.
 
     Args:
         runs: The table of `tabulate_runs`.

@@ -200,7 +200,7 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
 
 
 def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table with a row for each setting and method, in the order of the given table.
+    """Returns a table with a row for all runs that differ in the seed only, in the order of the given table.
 
     Args:
         table: The table of `tabulate_runs`, with a row for each run.

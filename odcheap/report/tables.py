@@ -76,7 +76,7 @@ MAX_TEXT = 24  # characters: longer text may be wrapped
 
 
 def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.DataFrame:
-    """Returns the table of a report, with a row for each setting and method, without empty columns.
+    """Returns the table of a report, with a row for all runs that differ in the seed only, without empty columns.
 
     Args:
         rows: The table of `summarize_runs`.

@@ -95,14 +95,6 @@ def kernel_gradient(x_ptr, ds, row, rows, channel, STRIDE, H, W, C, BLOCK, ACC):
 
 
 @triton.jit
-def store_taps(at, dkernel, channel, C):
-    """Writes the first nine rows of dkernel (16, BLOCK) to an array (9, C) at the address `at`."""
-    taps = tl.arange(0, 16)
-    real = (taps < 9)[:, None] & (channel < C)[None, :]
-    tl.store(at + taps[:, None] * C + channel[None, :], dkernel, mask=real)
-
-
-@triton.jit
 def pair_backward(
     dy_ptr,
     z_ptr,
@@ -170,7 +162,9 @@ def pair_backward(
             dkernel += kernel_gradient(x_ptr, ds.to(ACC), row, rows, channel, STRIDE, H, W, C_IN, IN, ACC)
     tl.store(partial_ptr + chunk * COLUMNS + matrix, dweight, mask=known)
     if not SHIFT:
-        store_taps(partial_ptr + chunk * COLUMNS + C_OUT * C_IN, dkernel, channel, C_IN)
+        taps = tl.arange(0, 16)
+        at = partial_ptr + chunk * COLUMNS + C_OUT * C_IN + taps[:, None] * C_IN + channel[None, :]
+        tl.store(at, dkernel, mask=(taps < 9)[:, None] & (channel < C_IN)[None, :])
 
 
 @triton.jit
