@@ -75,9 +75,11 @@ def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
         builder = StudentBuilder(start.config.parts["backbone"], own, lambda: instantiate(cfg.block_type), channels)
         return [builder] * cfg.num_stu
 
+    built: dict[str, Callable[..., nn.Module]] = {}
+
     def list_one(number: int, shape: Shape) -> StudentBuilder:
-        loaded = forgotten if "pretrained" in shape["backbone"] else {}
-        build = build_part("backbone", shape["backbone"] | loaded)
+        backbone = shape["backbone"] | (forgotten if "pretrained" in shape["backbone"] else {})
+        build = built.setdefault(repr(backbone), build_part("backbone", backbone))  # so that equal backbones are equal
         make_conv = partial(build_part, "block_type", shape["block_type"])
         explain = partial(name_entry, number, shape, start.config.own_shape())
         return StudentBuilder(shape["backbone"]["part"], build, make_conv, channels, explain)

@@ -1,13 +1,18 @@
+from pathlib import Path
+
 import pytest
+from hydra import compose, initialize_config_dir
 
 from odcheap.layers.cheap_conv import DW
 from odcheap.methods.alone import Alone
 from odcheap.methods.ffl import FeatureFusion
 from odcheap.methods.od import OnlineDistillation
 from odcheap.methods.students import Students
-from odcheap.training.student_networks import StudentBuilder, check_networks
+from odcheap.runs.resume import Start
+from odcheap.runs.settings import RunConfig
+from odcheap.training.student_networks import StudentBuilder, build_standards, check_networks, list_builders
 from odcheap.utils.errors import OptionError
-from odcheap.utils.parts import build_part
+from odcheap.utils.parts import build_part, find_conf_dir
 
 BUILDERS = [StudentBuilder(name, build_part("backbone", {"part": name}), DW) for name in ("resnet20", "vgg16")]
 
@@ -26,3 +31,12 @@ def test_joined_maps_must_have_equal_sizes():
             check_networks(method(students), BUILDERS, (3, 32, 32))
     with pytest.raises(OptionError, match="backbone=vgg16: pictures of 16 x 16 are too small"):
         check_networks(Alone(students), BUILDERS, (3, 16, 16))
+
+
+def test_students_with_one_backbone_share_the_standard_network():
+    given = ["students=[DW,Shift,{backbone:{depth:8}}]", "backbone=resnet20", "job_dir=x"]
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
+        config = RunConfig(compose("config", given), {"backbone": "resnet20", "block_type": "DW"}, given)
+    start = Start(config, Path("x"))
+    standards = build_standards(start, list_builders(start, 3), 10)
+    assert [standards.index(network) for network in standards] == [0, 0, 2]
