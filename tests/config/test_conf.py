@@ -94,7 +94,7 @@ def test_data_modules_build(composed, data):
     assert made.name == data
     if data == "digits":
         made.read()
-        assert len(made.split.val) == 237
+        assert len(made.labels["val"]) == 237
 
 
 @pytest.mark.parametrize("optimizer", options("optimizer"))
