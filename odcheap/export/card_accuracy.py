@@ -1,4 +1,4 @@
-"""What a model card says about accuracy: of the student, of its classes, of guessing; the training data; the limits."""
+"""What a model card says about the accuracy of the student and of its classes, and about its training images."""
 
 from typing import Any
 
@@ -32,16 +32,18 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def compute_figures(run: RunStudent, verification: Verification) -> Figures:
-    """Returns the student's figures on the test images: those of the checks, otherwise those of the run's summary.
+    """Returns the student's accuracies on the test images.
+
+    They are those that the export has measured. If it had no test images, they are those in the run's summary.
 
     Args:
         run: The exported student.
-        verification: The results of the checks.
+        verification: The results of the checks of the export.
 
     Returns:
-        The dict of `predict.summarize_confusion`, with `images`, `correct`, `top1` and so on; None if neither the
-        checks nor the summary have the figures. The entries `predicted` of the classes are None for figures of the
-        summary.
+        A dict as `predict.summarize_confusion` returns it, with keys such as `images`, `correct`, `top1` and `classes`.
+        The entry `predicted` of each class is None if the figures come from the summary. None in place of the dict if
+        neither the checks nor the summary have the figures.
     """
     classes = run.settings["classes"]
     if verification.confusion is not None:
@@ -63,8 +65,8 @@ def describe_accuracy(run: RunStudent, verification: Verification, figures: Figu
 
     Args:
         run: The exported student.
-        verification: The results of the checks.
-        figures: What `compute_figures` has returned for them.
+        verification: The results of the checks of the export.
+        figures: What `compute_figures` has returned for these two arguments.
     """
     lines, interval = [], ""
     if run.job_dir is not None and run.summary is None:
@@ -91,11 +93,11 @@ def describe_accuracy(run: RunStudent, verification: Verification, figures: Figu
 
 
 def describe_change(gained: int, lost: int, images: int) -> str:
-    """Returns as text by how many images the number of correct ones changed, and whether that is more than chance.
+    """Returns a text that compares the correct predictions of two networks, with an exact sign test.
 
     Args:
-        gained: The number of images that are classified correctly only after the change.
-        lost: The number of images that are classified correctly only before it.
+        gained: The number of images that only the new network, such as that with 8-bit integers, classifies correctly.
+        lost: The number of images that only the old network classifies correctly.
         images: The number of all images.
     """
     if not gained and not lost:
@@ -127,7 +129,9 @@ def describe_guessing(figures: dict[str, Any]) -> str:
 
 
 def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
-    """Returns sentences that say if all images get one answer, and which classes are never recognized or not tested.
+    """Returns sentences about classes that fail; an empty list if none does.
+
+    They say if all images are classified as one class, and which classes are never recognized or have no test images.
 
     Args:
         figures: What `compute_figures` returned.
@@ -151,12 +155,12 @@ def list_classes(names: list[str]) -> str:
 
 
 def tabulate_classes(run: RunStudent, verification: Verification, figures: Figures) -> list[str]:
-    """Returns lines of Markdown with a table of the classes: numbers of images, recall, and what they are taken for.
+    """Returns lines of Markdown with a table of the classes: images, recall, and the most frequent wrong prediction.
 
     Args:
         run: The exported student.
-        verification: The results of the checks.
-        figures: What `compute_figures` has returned for them.
+        verification: The results of the checks of the export.
+        figures: What `compute_figures` has returned for these two arguments.
     """
     names, by_class, lines = run.settings["classes"], (run.summary or {}).get("classes"), []
     table = pd.DataFrame({"class": [format_code(name) for name in names]})

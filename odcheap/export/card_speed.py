@@ -13,11 +13,14 @@ STANDARD, STUDENT = "the standard network", "the student"  # their names in timi
 
 
 def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
-    """Returns how many times as fast as the standard network the student is, for all figures that a card states.
+    """Returns how many times as fast the student is as the standard network (the same with standard convolutions).
 
     Returns:
-        For "student.onnx" and "student-dense.onnx", if they were timed, the speedups by the number of images in a call.
-        The same for each other runtime, such as "PyTorch", in which another network is faster than in ONNX Runtime.
+        A dict of dicts. The inner dict maps the number of images in a call to the speedup. The keys of the outer dict:
+
+        - "student.onnx" and "student-dense.onnx", if they were timed: the speedups of these files in ONNX Runtime;
+        - other runtimes, such as "PyTorch", if there the student is slower although it is faster in ONNX Runtime, or
+          faster although it is slower in ONNX Runtime.
     """
     reference = STANDARD, ONNX_RUNTIME
     own = compute_speedups(timings, (ONNX, ONNX_RUNTIME), reference)
@@ -30,11 +33,11 @@ def compare_with_standard(timings: Timings) -> dict[str, dict[int, Speedup]]:
 
 
 def find_opposites(first: Mapping[int, Speedup], second: Mapping[int, Speedup]) -> dict[int, Speedup]:
-    """Returns the entries of `second` in which another network is faster than in `first`.
+    """Returns the speedups in `second` that are clearly above 1 while those in `first` are below 1, or the reverse.
 
     Args:
-        first: Speedups by the number of images in a call; see `compute_speedups`.
-        second: The same in another runtime.
+        first: Speedups in one runtime, by the number of images in a call.
+        second: Speedups of the same network in another runtime, in the same form.
     """
     return {
         batch: speedup
@@ -44,12 +47,12 @@ def find_opposites(first: Mapping[int, Speedup], second: Mapping[int, Speedup]) 
 
 
 def is_standard(run: RunStudent) -> bool:
-    """Returns whether the exported student is the standard network itself."""
+    """Returns whether the exported student already has standard convolutions only, so that there is no speedup."""
     return str(run.network) == str(run.standard)
 
 
 def find_disturbance(run: RunStudent, timings: Timings) -> str:
-    """Returns why the student's speedups are too uncertain to be stated; empty if they are not."""
+    """Returns why the student's speedups are too uncertain for the card, as text; empty if they are certain enough."""
     compared = {} if is_standard(run) else compare_with_standard(timings)
     return describe_disturbance([speedup for part in compared.values() for speedup in part.values()], timings)
 
@@ -57,8 +60,8 @@ def find_disturbance(run: RunStudent, timings: Timings) -> str:
 def describe_speed(run: RunStudent, timings: Timings) -> list[str]:
     """Returns lines of Markdown that compare the student with the standard network in ONNX Runtime.
 
-    A slower student is stated in bold. If it is the opposite in PyTorch, that is stated too. If the measurement is
-    uncertain, the lines say why, and they have the multiply-accumulates in place of ratios of times.
+    The text is bold if the student is slower. A runtime in which the opposite is true is named, too. If the times are
+    too uncertain, the lines say why, and compare numbers of multiply-accumulates in place of times.
     """
     if is_standard(run):
         return ["This is the standard network itself."]
@@ -83,7 +86,7 @@ def describe_unmeasured_speed(run: RunStudent, reason: str) -> list[str]:
 
     Args:
         run: The exported student.
-        reason: Why no speedup could be measured, as part of a sentence; see `speedup.describe_disturbance`.
+        reason: Why no speedup could be measured, as part of a sentence, from `describe_disturbance`.
     """
     standard, student = (flops.count_macs(network, run.image_size) for network in (run.standard, run.network))
     ratio = f"{standard / student:.1f} times fewer" if student <= standard else f"{student / standard:.1f} times more"
@@ -97,9 +100,9 @@ def describe_unmeasured_speed(run: RunStudent, reason: str) -> list[str]:
 
 
 def describe_further_speeds(timings: Timings) -> list[str]:
-    """Returns lines of Markdown about 8-bit integers, OpenVINO and ExecuTorch; none if the machine was busy.
+    """Returns lines of Markdown about the speed of 8-bit integers, and in OpenVINO and ExecuTorch.
 
-    That the machine was busy is said elsewhere in the card, for all times.
+    The list is empty if the machine was too busy for exact times, which another part of the card then says.
     """
     if describe_disturbance((), timings):
         return []
@@ -140,19 +143,19 @@ def describe_executorch_times(timings: Timings) -> list[str]:
 
 
 def format_name(name: str) -> str:
-    """Returns the name of a file as code, and that of the standard network as it is."""
+    """Returns the name of a file as code in Markdown; "the standard network" is returned unchanged."""
     return name if name == STANDARD else format_code(name)
 
 
 def format_speedups(speedups: Mapping[int, Speedup]) -> str:
-    """Returns speedups, by the number of images, as text: "is 2.9 (2.8 to 3.0) times as fast with one image"."""
+    """Returns speedups, by the number of images, as text: "is 2.9 (2.8 to 3.0) times as fast with 1 image"."""
     return " and ".join(
         f"{format_speedup(speedup)} with {count_things(batch, 'image')}" for batch, speedup in speedups.items()
     )
 
 
 def format_speedup(speedup: Speedup) -> str:
-    """Describes a speedup with the quartiles of its rounds, rounded to what the range leaves known.
+    """Returns a text about a speedup and its quartiles, with only those digits that the quartiles leave certain.
 
     Example:
         >>> format_speedup(Speedup(2.884, 2.81, 2.97))
@@ -176,14 +179,14 @@ def format_speedup(speedup: Speedup) -> str:
 
 
 def round_to_known(low: float, high: float, values: Iterable[float]) -> list[str]:
-    """Returns values as text with the digits that a range leaves known: one more than those that change in it.
+    """Returns values as text, rounded to the first digit that changes between `low` and `high`.
 
-    The smallest value keeps one digit at least, and no value has more than two decimals.
+    `low` keeps one digit at least, and no value has more than two decimals.
 
     Args:
-        low: The lower end of the range.
-        high: The upper end.
-        values: The values to write.
+        low: The lower end of the range of the measured values.
+        high: The upper end of this range.
+        values: The values to write, such as the median and the two ends of the range.
     """
     width = max(high - low, 0.01 * low)
     step = min(math.floor(math.log10(width)), math.floor(math.log10(low)))

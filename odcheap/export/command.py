@@ -76,16 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def resolve_out(job_dir: Path, out: Path | None) -> Path:
-    """Returns the folder to write. A link that the user names is followed; one in the run's folder is refused.
+    """Returns the absolute path of the folder to write, in which all symbolic links are resolved.
 
-    Links are resolved here, because the folder is renamed at the end and a link would be replaced by it.
+    Links are resolved because a temporary folder takes the place of this path at the end. It would otherwise replace
+    the link and not the folder to which the link leads.
 
     Args:
         job_dir: The run's folder.
         out: The folder that the user has given; None for `export` in the run's folder.
 
     Raises:
-        OptionError: `export` in the run's folder is a link.
+        OptionError: `out` is None, and `export` in the run's folder is a link.
     """
     default = job_dir / "export"
     if out is None and default.is_symlink():
@@ -94,17 +95,17 @@ def resolve_out(job_dir: Path, out: Path | None) -> Path:
 
 
 def check_options(options: argparse.Namespace) -> Versions | None:
-    """Checks the values of the options, and that the folder may be written.
+    """Checks the options of an export, and returns which files will be replaced.
 
     Args:
         options: The options of the command, of which `batch`, `opset`, `int8`, `qat`, `executorch`, `openvino`,
             `seconds`, `out` and `overwrite` are read.
 
     Returns:
-        The files of the older export that will be replaced; None if there is none.
+        The files of the older export that will be replaced, as `read_versions` returns them; None if there is none.
 
     Raises:
-        OptionError: A value is not allowed, or the folder must not be replaced.
+        OptionError: The value of an option is not allowed, or `out` contains files that must not be replaced.
         Failure: An option needs a package that is not installed.
     """
     batch, opset, epochs, out = options.batch, options.opset, options.qat, options.out
@@ -145,13 +146,13 @@ def check_options(options: argparse.Namespace) -> Versions | None:
 
 
 def read_versions(folder: Path) -> Versions:
-    """Returns, for each name in a folder, its inode and modification time, which change if it is written again."""
+    """Returns the inode and the modification time (ns) of each file in a folder, by name, to notice later changes."""
     entries = {path.name: path.lstat() for path in folder.iterdir()} if folder.is_dir() else {}
     return {name: (entry.st_ino, entry.st_mtime_ns) for name, entry in entries.items()}
 
 
 def list_exported(folder: Path) -> set[str]:
-    """Returns the names of the files that a folder's model card lists, and that of the card; empty without a card."""
+    """Returns the names of a model card and of the files that it lists; empty if the folder has no model card."""
     path = folder / predict.CARD_FILE
     text = ""
     if path.is_file():
@@ -168,14 +169,15 @@ def write_export(
     data: verify.LabeledImages | None,
     reason: str,
 ) -> None:
-    """Writes the folder of an export, which is made only after all files have been checked.
+    """Writes, times and checks the files of an export. The folder `options.out` appears only if all checks succeed.
 
     Args:
-        run: The student.
-        options: The options of the command.
-        older: The files of an older export that is replaced; see `check_options`.
-        data: The data set with test images, and with training images for 8-bit integers; None if it is not available.
-        reason: Why it is not available.
+        run: The student to export.
+        options: The options of the command, as `parse_arguments` returns them.
+        older: The files of an older export that are replaced, as `check_options` returned them; None if there are none.
+        data: The data set with test images, and with training images for 8-bit integers. If it is None, the files are
+            checked on images of noise.
+        reason: Why `data` is None, as text for the model card; empty if it is not None.
     """
     with replace_folder(options.out, older) as folder:
         # The dense form stays only if it is faster here.
@@ -198,15 +200,15 @@ def write_export(
 
 
 def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> str | None:
-    """Returns the advice to fine-tune the network with the rounding of 8-bit integers, if its accuracy makes it useful.
+    """Returns advice to use quantization-aware training if 8-bit integers lose more than half a percentage point.
 
     Args:
         run: The student that is exported.
-        verification: The accuracies of the exported files, as the checks have measured them.
+        verification: The results of the checks, of which the accuracies are read.
 
     Returns:
-        A line for the user with the option that does it, if the network in 8-bit integers is less accurate than in
-        floats by more than half a point; otherwise None.
+        A line for the user that names the option. None if the 8-bit integers lose less, or if either accuracy is not
+        known.
     """
     floats, integers = (verification.top1.get(name) for name in (runtimes.ONNX, runtimes.INT8))
     if floats is None or integers is None or floats - integers <= MAX_LOST_TOP1:
@@ -223,7 +225,7 @@ def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageD
         options: The options of the command, of which `data_dir` and `int8` are used.
 
     Returns:
-        The data set and an empty text; or, if it is not available and no option needs it, None and the reason.
+        The data set and an empty text. If the data set is not available and no option needs it, None and the reason.
 
     Raises:
         OptionError: `data_dir` was given, but is not a folder with the images of the run.
@@ -251,14 +253,17 @@ def load_test_data(run: RunStudent, options: argparse.Namespace) -> tuple[ImageD
 
 @contextmanager
 def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
-    """Yields a temporary folder. At the end it takes the place of `out`; after an error nothing of it is left.
+    """A context manager that yields a temporary folder, which takes the place of `out` at the end.
+
+    After an error the temporary folder is removed, and `out` stays unchanged.
 
     Args:
         out: The folder to write.
-        older: The files of an older export in `out`, which are removed; None if `out` does not exist or is empty.
+        older: The files of an older export in `out`, as `read_versions` returned them before; they are removed. None
+            if `out` does not exist or is empty.
 
     Raises:
-        OptionError: The folder cannot be written, or another process has written there meanwhile; those files are kept.
+        OptionError: The folder cannot be written, or another process has written to `out` meanwhile.
     """
     changed = OptionError("--out", out, "another process has written here meanwhile, which is kept")
     try:
@@ -296,9 +301,9 @@ def replace_folder(out: Path, older: Versions | None = None) -> Generator[Path]:
 
 
 def remove_partial_exports(out: Path) -> None:
-    """Removes the temporary folders of exports to `out` that were killed; a folder that a process has locked stays.
+    """Removes the temporary folders that killed exports to `out` have left.
 
-    A folder with other files than those of an export belongs to somebody else, and stays too.
+    A folder stays if a running export has locked it, or if it contains a file that is not part of an export.
     """
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
         if not TEMPORARY_NAME.fullmatch(folder.name.removeprefix(f".{out.name}")):
@@ -318,7 +323,7 @@ def remove_partial_exports(out: Path) -> None:
 
 
 def is_partial_file(path: Path) -> bool:
-    """Returns whether an export may have written the file, perhaps not to its end."""
+    """Returns whether a path is a file with the name of an exported file, or with the temporary form of such a name."""
     match = TEMPORARY.fullmatch(path.name)
     return path.is_file() and not path.is_symlink() and (match["name"] if match else path.name) in FILES
 
@@ -326,13 +331,16 @@ def is_partial_file(path: Path) -> bool:
 def write_files(
     run: RunStudent, options: argparse.Namespace, data: verify.LabeledImages | None, folder: Path
 ) -> dict[str, nn.Module]:
-    """Writes all files except the model card, and returns the networks in those files that are timed, by their names.
+    """Writes all files of an export except `results.json` and the model card.
 
     Args:
         run: The student.
         options: The options of the command.
         data: The data set with training images for 8-bit integers; None if it is not available.
-        folder: The folder to write.
+        folder: The existing folder to which the files are written.
+
+    Returns:
+        For each file that will be timed, by its name, the PyTorch network that the file contains.
     """
     write_json(folder / predict.PREPROCESS_FILE, describe_preprocessing(run.settings))
     write_json(folder / predict.LABELS_FILE, run.settings["classes"])
@@ -362,7 +370,7 @@ def write_files(
 def convert_to_executorch(
     program: onnx.Program, run: RunStudent, options: argparse.Namespace, data: verify.LabeledImages | None
 ) -> dict[str, bytes]:
-    """Returns the contents of the files for ExecuTorch: with floats, and with 8-bit integers if there are images.
+    """Returns the contents of the files for ExecuTorch.
 
     Args:
         program: The traced student.
@@ -371,7 +379,8 @@ def convert_to_executorch(
         data: The data set with training images for 8-bit integers; None if it is not available.
 
     Returns:
-        The contents by the names of the files, `student.pte` and `student-int8.pte`.
+        A dict from the name of a file to its content: `student.pte` with floats and, if there are training images,
+        `student-int8.pte` with 8-bit integers.
     """
     say(f"{runtimes.PTE}, for ExecuTorch")
     files = {runtimes.PTE: executorch.to_pte(program, run.image_size, options.batch)}
@@ -388,19 +397,20 @@ def convert_to_executorch(
 
 
 def add_normalization(network: nn.Module, run: RunStudent) -> nn.Module:
-    """Returns a network, in eval mode, that normalizes images in [0, 1] as `run` does, then calls the given network."""
+    """Returns a network in eval mode that normalizes images in [0, 1] as the student of `run`, then calls `network`."""
     return NormalizedNetwork(network, run.settings["mean"], run.settings["std"]).eval()
 
 
 def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str], folder: Path) -> latency.Timings:
-    """Times alternately: the files in their runtimes, the standard network in the same, and both networks in PyTorch.
+    """Measures how long exported files take in their runtimes, and the standard network in the same runtimes.
 
-    With `--openvino` the runtimes.ONNX files are also timed in OpenVINO.
+    The student and the standard network are also timed in PyTorch, and with `--openvino` the ONNX files in OpenVINO.
+    All calls are timed alternately, so that a change of the machine's speed affects all of them.
 
     Args:
-        run: The student, with its standard network.
-        options: The options of the command.
-        files: The names of the files.
+        run: The student, with its standard network: the same network with standard convolutions.
+        options: The options of the command, of which `batch`, `opset`, `openvino` and `seconds` are read.
+        files: The names of the exported files to time.
         folder: The folder of these files.
     """
     size, standard, batches = run.image_size, add_normalization(run.standard, run), timed_batches(options.batch)
@@ -424,11 +434,11 @@ def time_files(run: RunStudent, options: argparse.Namespace, files: Iterable[str
 
 
 def is_faster(timings: latency.Timings, name: str) -> bool:
-    """Returns whether an runtimes.ONNX file is faster than `student.onnx` for at least one number of images in a call.
+    """Returns whether an ONNX file is faster than `student.onnx` for at least one number of images in a call.
 
     Args:
-        timings: The times of both files.
-        name: The name of the file.
+        timings: The times of both files in ONNX Runtime.
+        name: The name of the ONNX file, such as "student-dense.onnx".
     """
     speedups = latency.compute_speedups(timings, (name, runtimes.ONNX_RUNTIME), (runtimes.ONNX, runtimes.ONNX_RUNTIME))
     return any(speedup.value > 1 for speedup in speedups.values())

@@ -30,7 +30,7 @@ class ExecuTorchFile(NamedTuple):
     Attributes:
         content: The content of the `.pte` file.
         portable: The names of the operators that XNNPACK does not have, so that ExecuTorch's slow "portable" operators
-            run them; empty if XNNPACK runs the whole network.
+            run them. Empty if XNNPACK runs the whole network.
     """
 
     content: bytes
@@ -47,7 +47,7 @@ def quiet_executorch() -> Generator[None]:
 
 @contextlib.contextmanager
 def quiet_descriptor() -> Generator[None]:
-    """A context manager in which what C++ writes to stderr is dropped; it writes to the descriptor of the process."""
+    """A context manager that drops all text that C++ code writes to stderr, by redirecting file descriptor 2."""
     if sys.__stderr__ is None:  # the process was started without one, and its number may be that of another file
         yield
         return
@@ -66,8 +66,8 @@ def to_pte(program: Program, image_size: tuple[int, int, int], batch: int | None
     """Returns an ExecuTorch program whose layers are run by XNNPACK.
 
     Args:
-        program: The traced network. Tensors that do not depend on the images, such as the kernels of a shift, must be
-            constants of its graph, since XNNPACK takes only constants as weights.
+        program: The traced network, from `export_program`. Weights must be constants of its graph, and not be computed
+            in the graph, since XNNPACK takes only constants as weights.
         image_size: (C, H, W) of an image.
         batch: The number of images in each call of the program; None for one image.
 
@@ -81,17 +81,17 @@ def to_pte(program: Program, image_size: tuple[int, int, int], batch: int | None
 def to_int8_pte(
     program: Program, image_size: tuple[int, int, int], batches: Iterable[np.ndarray], batch: int | None = None
 ) -> ExecuTorchFile:
-    """Returns an ExecuTorch program with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
+    """Quantizes a network to 8-bit weights and feature maps, and returns it as an ExecuTorch program.
 
-    This is PyTorch's post-training quantization ("PT2E") with XNNPACK's rules.
+    This is PyTorch's post-training quantization ("PT2E") with XNNPACK's rules. Weights have a scale for each channel.
 
     Args:
-        program: The traced network. Tensors that do not depend on the images must be constants of its graph.
+        program: The traced network, from `export_program`. Weights must be constants of its graph.
         image_size: (C, H, W) of an image.
         batches: Batches of images (n, C, H, W), float32 in [0, 1], with which the ranges of the feature maps are
             measured.
-        batch: The number of images in each call of the program, and in each of `batches`. None for one image; the
-            batches may then have any number of images.
+        batch: The number of images in each call of the program. All `batches` must then have this number of images.
+            None for one image in a call; the batches may then have any number.
 
     Raises:
         Failure: The network cannot be quantized, or ExecuTorch cannot write it.
@@ -114,10 +114,10 @@ def to_int8_pte(
 
 
 def keep_pooled_dimensions(program: Program, image_size: tuple[int, int, int], batch: int | None) -> GraphModule:
-    """Returns a network's graph in a form in which XNNPACK can run the global average pooling.
+    """Returns a network's graph, changed so that XNNPACK can run the global average pooling; outputs stay the same.
 
-    XNNPACK has no mean over height and width that drops these two dimensions. So each such mean keeps them in the new
-    graph, and a flatten after it removes them: (n, C, 1, 1) -> (n, C). The outputs are the same.
+    XNNPACK has no mean over height and width that drops these two dimensions. Each such mean is replaced by a mean that
+    keeps them, (n, C, 1, 1), and a flatten to (n, C).
 
     Args:
         program: The traced network, which is not changed.
@@ -142,7 +142,7 @@ def keep_pooled_dimensions(program: Program, image_size: tuple[int, int, int], b
 
 
 def lower(graph: GraphModule, image_size: tuple[int, int, int], batch: int | None) -> ExecuTorchFile:
-    """Returns the ExecuTorch program of a graph, in which XNNPACK runs as many layers as possible.
+    """Converts a graph to an ExecuTorch program in which XNNPACK runs as many layers as possible.
 
     Args:
         graph: The graph of a network, which maps images (n, C, H, W) to logits (n, K).
@@ -175,7 +175,7 @@ def load_runtime() -> Any:
 def set_threads(count: int) -> None:
     """Sets the number of CPU threads of ExecuTorch in this process.
 
-    Programs that were loaded before cannot be run any more.
+    After this call, programs that were loaded before it cannot be run any more.
 
     Args:
         count: The number of threads.

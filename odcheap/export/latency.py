@@ -43,11 +43,11 @@ Timings = dict[Key, Timing]
 
 
 class Speedup(NamedTuple):
-    """The time of one network divided by the time of another, which is as many times as fast.
+    """How many times as fast one network is as another: the time of the other network divided by its own time.
 
     Attributes:
-        value: The median of the ratios of all rounds of the measurement.
-        low, high: The quartiles of these ratios.
+        value: The median of the ratios of all rounds of the measurement, such as 2.0 for half the time.
+        low, high: The lower and the upper quartile of these ratios.
     """
 
     value: float
@@ -63,19 +63,20 @@ class Speedup(NamedTuple):
 def file_calls(
     runtime: str, contents: Mapping[str, bytes], size: tuple[int, int, int], batches: tuple[int, ...]
 ) -> Calls:
-    """Returns functions that run exported files in a runtime on the CPU, with one thread and with all threads.
+    """Returns functions to time exported files in a runtime on the CPU, with one thread and with all threads.
 
-    ExecuTorch has one pool of threads in a process, and programs that are loaded do not survive a change of it. So its
-    files are run with the threads that it takes by itself, one for each fast core.
+    Files for ExecuTorch are run only with the number of threads that ExecuTorch chooses, one for each fast core. It
+    cannot be changed while programs are loaded.
 
     Args:
-        runtime: The name of the runtime.
+        runtime: The name of the runtime, such as "ONNX Runtime".
         contents: The contents of the files by name.
         size: The shape (C, H, W) of an image.
-        batches: The numbers of images in a call; there is a function for each.
+        batches: The numbers of images in a call, such as (1, 64). There is a function for each number.
 
     Returns:
-        A dict from each `Key` to a function without arguments, which runs one file once on random images.
+        A dict from a `Key` (file, runtime, number of images and of threads) to a function without arguments, which runs
+        the file once on random images.
     """
     calls: Calls = {}
     for name, content in contents.items():
@@ -87,15 +88,16 @@ def file_calls(
 
 
 def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...]) -> Calls:
-    """Returns functions that run networks in PyTorch: on the CPU with one thread and all, and on a GPU if there is one.
+    """Returns functions to time networks in PyTorch on the CPU, with one thread and all, and on a GPU if there is one.
 
     Args:
         networks: The networks by name, in eval mode on the CPU.
         size: The shape (C, H, W) of an image.
-        batches: The numbers of images in a call; there is a function for each.
+        batches: The numbers of images in a call, such as (1, 64). There is a function for each number.
 
     Returns:
-        A dict from each `Key` to a function without arguments, which runs one network once on random images.
+        A dict from a `Key` (network, runtime, number of images and of threads) to a function without arguments, which
+        runs the network once on random images.
     """
     calls: Calls = {}
     for name, network in networks.items():
@@ -111,7 +113,7 @@ def torch_calls(networks: Mapping[str, nn.Module], size: tuple[int, int, int], b
 
 
 def torch_call(network: nn.Module, images: torch.Tensor, threads: int = 0) -> Callable[[], None]:
-    """Returns a function that runs a network on images with a number of CPU threads, which it restores afterwards.
+    """Returns a function that runs a network once on images. PyTorch's number of threads is the same before and after.
 
     Args:
         network: The network.
@@ -149,16 +151,17 @@ def fastest(timings: Timings, name: str, runtime: str, batch: int) -> Timing:
 def measure_timings(
     networks: Mapping[str, nn.Module], size: tuple[int, int, int], batches: tuple[int, ...], seconds: float
 ) -> dict[tuple[str, int], Timing]:
-    """Times networks as ONNX files alternately on the CPU.
+    """Exports networks to ONNX and measures how long they take in ONNX Runtime on the CPU.
 
     Args:
         networks: The networks by name.
         size: The shape (C, H, W) of an image.
-        batches: The numbers of images in a call.
-        seconds: The time for each measurement.
+        batches: The numbers of images in a call, such as (1, 64).
+        seconds: The time for each measurement, in seconds.
 
     Returns:
-        The seconds of a call by (name, number of images), with the number of threads that was faster.
+        The timing of each network for each number of images, by (name, number of images). One thread and all threads
+        were tried, and it is the timing of the faster.
     """
     models = {name: to_onnx(export_program(cheap_form(network), size)) for name, network in networks.items()}
     timings = predict.time_alternately(file_calls(ONNX_RUNTIME, models, size, batches), seconds)
@@ -166,11 +169,11 @@ def measure_timings(
 
 
 def compare_timings(slow: Timing, fast: Timing) -> Speedup:
-    """Returns how many times as fast the second network is as the first, from ratios of each round of a measurement.
+    """Returns how many times as fast the second network is as the first; below 1 if the second is slower.
 
     Args:
-        slow: The times of the network that is compared with, such as the standard network.
-        fast: The times of the other network, such as the student, in the same rounds.
+        slow: The times of the first network, such as the standard network.
+        fast: The times of the second network, such as the student, in the same rounds of measurement.
     """
     pairs = list(zip(slow.rounds, fast.rounds, strict=True)) or [(slow.p50, fast.p50)]
     ratios = [theirs / ours for theirs, ours in pairs]
@@ -180,15 +183,15 @@ def compare_timings(slow: Timing, fast: Timing) -> Speedup:
 
 
 def compute_speedups(timings: Timings, network: tuple[str, str], other: tuple[str, str]) -> dict[int, Speedup]:
-    """Returns how many times as fast one network is as another, by the number of images in a call.
+    """Returns how many times as fast `network` is as `other`.
 
     Args:
         timings: The times of both networks.
-        network: The name of the network or file, and its runtime.
-        other: The name and the runtime of the one that it is compared with.
+        network: The name of a network or file, and its runtime.
+        other: The name and the runtime of the network or file with which it is compared.
 
     Returns:
-        The speedups; empty if `network` was not timed.
+        The speedups by the number of images in a call; empty if `network` was not timed.
     """
     batches = sorted({key.batch for key in timings if key[:2] == network})
     return {
@@ -197,11 +200,13 @@ def compute_speedups(timings: Timings, network: tuple[str, str], other: tuple[st
 
 
 def describe_disturbance(speedups: Iterable[Speedup], timings: Timings) -> str:
-    """Returns why speedups are too uncertain to be stated, as part of a sentence; empty if nothing is wrong.
+    """Returns why speedups are too uncertain to be stated, as part of a sentence; empty if they are certain enough.
+
+    They are too uncertain if other programs used the CPU, or if the rounds of the measurement differ too much.
 
     Args:
-        speedups: The speedups.
-        timings: All times that were measured with them.
+        speedups: The speedups to judge.
+        timings: All times of the same measurement, which say whether the CPU was busy.
     """
     # The system's load is no measure of this: it is a mean over a minute in which this program itself was busy.
     known = [t.running for key, t in timings.items() if key.threads == 1 and not math.isnan(t.running)]

@@ -26,16 +26,20 @@ class RunStudent(NamedTuple):
 
     Attributes:
         job_dir: The run's folder; None if there is no run.
-        title: A text that says which student of which epoch it is, or which network.
-        network: The network in eval mode, which takes normalized images. It is in its folded form, see `fold_branches`.
-        standard: The same architecture with standard convolutions and random weights, in eval mode.
-        settings: The settings from which the student is built and its images are prepared; see `StudentSettings`. If
-            there is no run, `backbone` and `block_type` only describe the network, which cannot be built from them.
+        title: A text for users that names the network, such as "student 0 of epoch 15".
+        network: The network in eval mode, which takes normalized images. Each `RepDepthwise` in it is already replaced
+            by the equal depth-wise convolution.
+        standard: The same architecture with standard convolutions and random weights, in eval mode. The costs of
+            `network` are compared with it.
+        settings: The settings from which the student is built and its images are prepared, a dict with the keys of
+            `StudentSettings`. If there is no run, `backbone` and `block_type` only describe the network, which cannot
+            be built from them.
         config: The content of the run's `config.yaml`; empty if there is no run.
-        summary: The content of the run's `summary.json`; None if the run has not finished.
-        test_top1: The test accuracy of the student in the summary; None if the run has not finished.
-        config_dirs: Further `conf` directories, with parts of the run that odcheap does not have.
-        recall: The recall of each class in the summary; None for a student that was not selected.
+        summary: The content of the run's `summary.json`; None if there is no run, or the run has not finished.
+        test_top1: The student's test accuracy in `summary`, as a fraction; None if `summary` is None.
+        config_dirs: The user's own `conf` directories, if the run needs config files that odcheap does not have.
+        recall: The recall of each class in `summary`, by the name of the class. None if `summary` does not have it for
+            this student, which is so for all students but the selected one.
     """
 
     job_dir: Path | None
@@ -61,8 +65,8 @@ def load_run_student(job_dir: Path, number: int | None = None, config_dirs: Sequ
 
     Args:
         job_dir: The run's folder.
-        number: The number of the student, from 0; None for the selected student.
-        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+        number: The index of the student in the run, from 0. None loads the student that the run has selected.
+        config_dirs: The user's own `conf` directories, if the run needs config files that odcheap does not have.
 
     Raises:
         OptionError: The folder contains no run, no completed epoch, or no student with this number.
@@ -109,11 +113,19 @@ def read_config(job_dir: Path) -> dict[str, Any]:
 
 
 def read_checkpoint_student(job_dir: Path, number: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Returns a student at the epoch selected so far: its weights, its settings (`StudentSettings`) and a title.
+    """Reads a student from the checkpoint of the epoch that the run has selected so far.
 
     Args:
         job_dir: The run's folder.
-        number: The number of the student, from 0; None for the selected student, or moving average of its weights.
+        number: The index of the student, from 0. None for what the run has selected, which is a student or the moving
+            average of its weights.
+
+    Returns:
+        The student's weights by name, its settings (a dict with the keys of `StudentSettings`), and a title such as
+        "student 0 of epoch 15".
+
+    Raises:
+        OptionError: The run has no usable checkpoint, or no student with this number.
     """
     newest = find_newest_usable(job_dir)
     if newest is None or not newest[1]["callbacks"]["Record"]["history"]:
@@ -139,16 +151,19 @@ def describe_student(student: int, epoch: int, is_averaged: bool) -> str:
     Args:
         student: The number of the student, from 0.
         epoch: The number of the epoch, from 0; the text counts epochs from 1.
-        is_averaged: Whether it is the moving average of the student's weights.
+        is_averaged: Whether the text is about the moving average of the student's weights.
     """
     return f"{'the average of ' if is_averaged else ''}student {student} of epoch {epoch + 1}"
 
 
 def describe_preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of `preprocess.json` from the settings of a student.
+    """Returns the content of `preprocess.json`, which says how an image file becomes the input of a student.
+
+    Args:
+        settings: The settings of the student, a dict with the keys of `StudentSettings`.
 
     Raises:
-        OptionError: The images have other channels than image files have.
+        OptionError: The student takes neither RGB nor gray images, so image files cannot be its input.
     """
     channels = settings["image_size"][0]
     if channels not in (1, 3):

@@ -45,7 +45,7 @@ def export_student(
     """Writes a network as files for a device, as `odcheap export` does for the student of a run.
 
     The folder contains `student.onnx`, `preprocess.json`, `labels.json`, `predict.py` and the model card `README.md`
-    with checksums. It is made only if every file computes the same as the network.
+    with checksums. The folder appears only if every file with floats computes the same as the network.
 
     Args:
         network: A network that maps normalized images (N, 3, H, W), or gray ones (N, 1, H, W), to logits (N, K); it is
@@ -53,36 +53,37 @@ def export_student(
         classes: The names of the K classes, in the order of the logits.
         out: The folder to write.
         image_size: The side, in pixels, of the square images that the network takes.
-        mean: The mean of each channel of images in [0, 1], with which the network's input is normalized: three numbers
-            for RGB images, one for gray images; (0, 0, 0) or (0,) if it is not normalized. It has no default, since a
-            wrong one would lower the accuracy silently.
-        std: The standard deviation of each channel, for the same images; (1, 1, 1) or (1,) if the input is not
-            normalized.
+        mean: The mean of each channel, on the scale [0, 1], with which images are normalized for the network. Give
+            three numbers for RGB images or one for gray images, and zeros if the network takes images in [0, 1].
+        std: The standard deviation of each channel with which images are normalized, in the same form as `mean`. Give
+            ones if the network takes images in [0, 1].
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped; None for `image_size`.
         samples: Test images as pairs of a file and its label, such as `torchvision.datasets.ImageFolder(...).samples`.
             The exported files are checked on them, and the model card states the accuracy. If there are none, the files
-            are checked on noise.
+            are checked on images of random noise.
         calibration: Files of training images. If they are given, `student-int8.onnx` with 8-bit integers is written,
-            too; the ranges of its feature maps are measured on these images.
+            too. The ranges of its feature maps are measured on these images. `samples` must then be given as well.
         name: The name of the network in the model card; None for the name of its class.
-        batch: The number of images of a static graph, for a device's compiler; None if any number can be given.
+        batch: The fixed number of images in a call, for compilers that need a static graph. None allows any number.
         opset: The version of ONNX's operators; None for 18, if possible.
-        qat: The number of epochs for which the network is first fine-tuned with the rounding of 8-bit integers, on the
-            images of `calibration`; a copy is trained. It needs no labels, but more images than a calibration.
-        openvino: Whether the ONNX files are also checked and timed in OpenVINO, which must be installed.
-        pt2: Whether `student.pt2` is written, too, for `torch.export.load`. This format can contain pickled Python
+        qat: The number of epochs of quantization-aware training before the conversion to 8-bit integers; 0 for none. A
+            copy of the network is trained on the images of `calibration`, which should then be many; labels are not
+            needed.
+        openvino: True to check and time the ONNX files in OpenVINO, too, which must be installed.
+        pt2: True to write `student.pt2`, too, for `torch.export.load`. This format can contain pickled Python
             objects, so the people to whom you give the file have to trust you.
-        executorch: Whether `student.pte` for ExecuTorch is written, too, and with `calibration` also
-            `student-int8.pte`, which has 8-bit integers. It needs the extra `executorch`.
+        executorch: True to write `student.pte` for ExecuTorch, too, and with `calibration` also `student-int8.pte`,
+            which has 8-bit integers. This needs the extra `executorch`.
         seconds: The time for each measurement of speed, in seconds.
-        overwrite: Whether an older export in `out` is replaced.
+        overwrite: True to replace an older export in `out`; otherwise an older export is an error.
 
     Returns:
-        The folder.
+        The absolute path of the folder.
 
     Raises:
-        OptionError: An argument is not allowed, or the network does not return one logit for each class.
+        OptionError: An argument is not allowed, a file does not exist, or the network does not return one logit for
+            each class.
         Failure: A file does not compute the same as the network, or a package that an argument needs is not installed.
             Nothing is written then.
 
@@ -145,14 +146,14 @@ def export_student(
 
 
 def read_channels(option: str, values: Any) -> tuple[float, ...]:
-    """Checks the mean or the standard deviation of the channels, and returns it as a tuple.
+    """Returns the mean or the standard deviation of the channels as a tuple of one or three floats.
 
     Args:
         option: The name of the argument, "mean" or "std".
         values: Its value.
 
     Raises:
-        OptionError: The value is not a sequence of three finite numbers or of one.
+        OptionError: `values` is not a sequence of one or three finite numbers.
     """
     try:
         channels = () if isinstance(values, str) else tuple(map(float, values))
@@ -168,7 +169,7 @@ def read_channels(option: str, values: Any) -> tuple[float, ...]:
 def check_images(
     image_size: int, shorter_side: int, samples: list[Sample], calibration: list[str | Path], classes: int
 ) -> None:
-    """Raises `OptionError` if an argument of `export_student` is wrong: a size or a label, or a file does not exist.
+    """Checks the sizes, labels and files that were given to `export_student`. It returns nothing if all are allowed.
 
     Args:
         image_size: The side, in pixels, of the images that the network takes.
@@ -176,6 +177,10 @@ def check_images(
         samples: Test images as pairs of a file and its label.
         calibration: Files of training images.
         classes: The number of classes.
+
+    Raises:
+        OptionError: A size is not a positive integer; `shorter_side` is less than `image_size`; `calibration` is given
+            without `samples`; a label is not in 0 to `classes` - 1; or a file does not exist.
     """
     for option, side in (("image_size", image_size), ("shorter_side", shorter_side)):
         if not isinstance(side, int) or side < 1:
@@ -195,12 +200,15 @@ def check_images(
 
 @torch.inference_mode()
 def check_network(network: nn.Module, image_size: tuple[int, int, int], classes: int) -> None:
-    """Raises `OptionError` if a network does not map images to logits with one entry for each class.
+    """Runs a network on two black images, and raises `OptionError` if the result is not logits (2, `classes`).
 
     Args:
         network: The network in eval mode, on the CPU.
         image_size: (C, H, W) of the images.
         classes: The number of classes.
+
+    Raises:
+        OptionError: The network cannot be run on such images, or it returns something else than these logits.
     """
     try:
         logits = network(torch.zeros(2, *image_size))
@@ -214,10 +222,11 @@ def check_network(network: nn.Module, image_size: tuple[int, int, int], classes:
 
 
 def describe_pairs(network: nn.Module) -> dict[str, str]:
-    """Returns which kinds of `CheapConv` a network has, in the form of a block type's settings.
+    """Returns a dict that names the kinds of cheap convolution (`CheapConv`) in a network.
 
     Returns:
-        A dict with the key `part`, such as `{"part": "depth-wise + 1 x 1"}`; empty if there is no `CheapConv`.
+        A dict with the only key `part`, such as `{"part": "depth-wise + 1 x 1"}`. Several kinds are joined by "and".
+        The dict is empty if the network has no `CheapConv`.
     """
     kinds = {describe_layer(module): None for module in network.modules() if isinstance(module, CheapConv)}
     return {"part": " and ".join(kinds)} if kinds else {}
