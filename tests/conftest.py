@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import composed_configs
 import pytest
 import torch
 from hydra._internal.hydra import Hydra
@@ -25,7 +24,6 @@ from odcheap.layers import kernels
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = ["data=digits", "data.val_size=1000", "backbone=resnet20", "backbone.depth=8", "num_stu=2", "trainer=cpu"]
 TINY += ["trainer.max_epochs=2", "logger=csv"]
-composed_configs.install()
 
 
 def pytest_collection_finish():
