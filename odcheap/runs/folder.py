@@ -24,14 +24,14 @@ CHECKPOINT_NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{7,}))?\.ckpt", re.ASCI
 
 
 def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
-    """Reads a checkpoint of a run, and checks its checksum and its entries.
+    """Reads a checkpoint of a run, and checks its checksum and the types of its main entries.
 
     Args:
         path: The file.
         option: The name of the option that gave the file, for messages.
 
     Returns:
-        The content of the checkpoint, with the entries of `schemas.Checkpoint` and others.
+        The content of the checkpoint as Lightning has saved it. It has at least the entries of `schemas.Checkpoint`.
 
     Raises:
         OptionError: The file is damaged, or it is not a checkpoint of an odcheap run.
@@ -46,19 +46,25 @@ def read_checkpoint(path: str | Path, option: str = "resume") -> dict[str, Any]:
 
 
 def epoch_path(job_dir: Path, epoch: int) -> Path:
-    """Returns the path of the checkpoint at the end of an epoch, by the epoch's number from 0."""
+    """Returns the path of the checkpoint that is written at the end of an epoch; `epoch` is counted from 0."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}.ckpt"
 
 
 def step_path(job_dir: Path, epoch: int, step: int) -> Path:
-    """Returns the path of a checkpoint within an epoch (from 0), after `step` of its batches."""
+    """Returns the path of a checkpoint that is written in the middle of an epoch.
+
+    Args:
+        job_dir: The run's folder.
+        epoch: The number of the epoch, from 0.
+        step: The number of batches of this epoch that have been used.
+    """
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
 
 
 def checkpoint_order(path: Path) -> tuple[int, float]:
-    """Returns the epoch and the step in a checkpoint's name, as the key by which checkpoints are sorted.
+    """Returns the epoch and the step in the name of a checkpoint file, as a key by which checkpoints are sorted.
 
-    The step of a checkpoint at the end of an epoch is infinity.
+    The name of a checkpoint at the end of an epoch contains no step; infinity is returned for it.
 
     Example:
         >>> checkpoint_order(Path("epoch-9999.ckpt")) < checkpoint_order(Path("epoch-10000-step-0000007.ckpt"))
@@ -71,19 +77,22 @@ def checkpoint_order(path: Path) -> tuple[int, float]:
 
 
 def list_checkpoints(job_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, the oldest one first; files with other names are ignored."""
+    """Returns the paths of all checkpoints of a run, sorted from the oldest to the newest.
+
+    Files with other names in the folder `checkpoints` are ignored.
+    """
     folder = job_dir / "checkpoints"
     paths = [path for path in folder.glob("epoch-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(paths, key=checkpoint_order)
 
 
 def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
-    """Removes the oldest checkpoints of a run.
+    """Removes the older checkpoints of a run, and keeps the newest ones.
 
     Args:
         job_dir: The run's folder.
-        keep: The number of checkpoints that are kept, the newest ones.
-        selected: A checkpoint that is kept in addition; None for none.
+        keep: The number of checkpoints to keep.
+        selected: A checkpoint that is kept even if it is old; None if there is none.
     """
     for path in list_checkpoints(job_dir)[:-keep]:
         if path != selected:
@@ -91,9 +100,15 @@ def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
 
 
 def find_newest_usable(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the newest checkpoint that can be read, and its content; None if no checkpoint can be read.
+    """Returns the newest checkpoint of a run that can be read.
 
-    For each newer checkpoint that cannot be read, a line is printed that says why.
+    If a newer checkpoint is damaged, it is skipped, and a line that says why is printed.
+
+    Args:
+        job_dir: The run's folder.
+
+    Returns:
+        The path of the checkpoint and its content; None if the run has no checkpoint that can be read.
     """
     for path in reversed(list_checkpoints(job_dir)):
         try:
@@ -124,8 +139,8 @@ def make_folder(folder: Path, option: str = "job_dir") -> None:
 def is_run_folder(folder: Path) -> bool:
     """Returns whether a run of odcheap has written into the folder.
 
-    This is recognized by `status.json`, or by `test.json` after `test_only=true`. A file that another program has
-    written under one of these names is ignored, since it does not fit the schema.
+    Every run writes `status.json`, except an evaluation with `test_only=true`, which writes `test.json`. The content of
+    these files is checked, since another program may use the same file names. No exception is raised.
     """
     try:
         if status.read_status(folder).get("pid") is not None:
@@ -140,12 +155,14 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_usable(job_dir: Path) -> None:
-    """Checks that a run may write into a folder: it does not exist, it is empty, or a run has written into it before.
+    """Checks that a run may write into a folder.
 
-    Files whose names begin with a dot are ignored.
+    It may if the folder does not exist, if the folder is empty (files whose names begin with a dot do not count), or if
+    a run has written into it before.
 
     Raises:
-        OptionError: The folder contains files that no run has written, or a link in it would let a run write elsewhere.
+        OptionError: The folder contains files but no run has written into it, or it contains a symbolic link that would
+            let a run write elsewhere.
     """
     if not job_dir.is_dir():  # new, or `make_folder` says what is wrong
         return
@@ -168,7 +185,7 @@ def check_usable(job_dir: Path) -> None:
 
 
 def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
-    """Raises `OptionError` if the folder contains a run and the option `overwrite` is false."""
+    """Raises `OptionError` if the folder contains a run, finished or not, and `overwrite` is false."""
     if overwrite:
         return
     if read_summary(job_dir) is not None:
@@ -178,16 +195,21 @@ def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
 
 
 def list_outputs(job_dir: Path) -> list[Path]:
-    """Returns the existing files of a run, except its status: results, checkpoints, and events of TensorBoard."""
+    """Returns the paths of the files that a run has written: results, checkpoints and events of TensorBoard.
+
+    `status.json` is not among them.
+    """
     paths = list_checkpoints(job_dir) + sorted((job_dir / "tensorboard").glob(EVENTS))
     paths += [job_dir / name for name in OUTPUTS]
     return [path for path in paths if os.path.lexists(path)]
 
 
 def read_versions(job_dir: Path) -> dict[str, tuple[int, int]]:
-    """Returns, for each existing file of a run, its inode and modification time, which change if it is written again.
+    """Returns the inode and the modification time of each file of a run, which show later whether a file has changed.
 
-    The keys are paths relative to `job_dir`.
+    Returns:
+        A dict from the path of a file, relative to `job_dir`, to its inode and its modification time (in nanoseconds).
+        It is empty if there are no files.
     """
     versions = {}
     for path in list_outputs(job_dir):
@@ -197,7 +219,10 @@ def read_versions(job_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def remove_partial_files(job_dir: Path) -> None:
-    """Removes the temporary files of runs that were killed while they wrote; `.*.part` files of others are kept."""
+    """Removes the temporary files that runs have left in a folder when they were killed while writing.
+
+    Files of other programs are kept, even if their names have the form `.*.part`, too.
+    """
     for folder in (job_dir, job_dir / "checkpoints"):
         for path in folder.glob(".*.part"):
             match = TEMPORARY.fullmatch(path.name)
@@ -211,12 +236,12 @@ def remove_partial_files(job_dir: Path) -> None:
 
 
 def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
-    """Removes the files of an earlier run.
+    """Removes the files of an earlier run from its folder.
 
     Args:
         job_dir: The folder of the run.
-        keep_until: A checkpoint in the folder: this one, earlier checkpoints and the files of TensorBoard are kept.
-            None to remove all files.
+        keep_until: A checkpoint in the folder. This checkpoint, all earlier checkpoints and the files of TensorBoard
+            are kept, so that the run can continue from it. If it is None, nothing is kept.
     """
     for path in list_outputs(job_dir):
         if keep_until is not None and path.parent != job_dir:
@@ -228,7 +253,10 @@ def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
 
 
 def read_summary(job_dir: Path) -> dict[str, Any] | None:
-    """Returns the content of a run's `summary.json`; None if there is none, or if it says that the run is not finished.
+    """Returns the content of `summary.json`, the results of a finished run.
+
+    Returns:
+        The content; None if there is no such file, or if its entry `finished` is false.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.
@@ -245,10 +273,12 @@ def read_summary(job_dir: Path) -> dict[str, Any] | None:
 
 
 def read_config(path: Path, option: str) -> dict[str, Any]:
-    """Returns the content of a run's `config.yaml`; interpolations such as `${seed}` in it are not resolved.
+    """Reads the `config.yaml` of a run, and returns its options as nested dicts.
+
+    Interpolations such as `${seed}` are returned as text; they are not replaced by their values.
 
     Args:
-        path: The file.
+        path: The path of the `config.yaml`.
         option: The name of the option that gave the file, for messages.
 
     Raises:
@@ -265,14 +295,17 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
 
 
 def read_options(config: Path, option: str = "job_dir") -> dict[str, Any]:
-    """Returns the options in a run's `config.yaml` that determine its results, with dotted names such as `data.name`.
+    """Reads a run's `config.yaml`, and returns those options that determine the results of the run.
 
-    Options that say where and how the run is stored are left out, and options that repeat an option without a group:
-    `data.seed` always equals `seed`.
+    Options that only say where or how the run is stored are left out. An option in a group is also left out if it only
+    repeats an option of the same name without a group: `data.seed` always equals `seed`.
 
     Args:
-        config: The `config.yaml`.
+        config: The path of the `config.yaml`.
         option: The name of the option that gave the file, for messages.
+
+    Returns:
+        A dict from the dotted names of options, such as `data.name`, to their values.
     """
     # Options whose values contain the run's folder say where something is stored, too.
     options = flatten(complete_settings(read_config(config, option)))

@@ -1,6 +1,6 @@
-"""Loads weights into the students of a method.
+"""Loads weights from a file into the students of a training method.
 
-They come from a checkpoint of a run, a `student.safetensors`, or a checkpoint of the method's 2019 reference code.
+The file is a checkpoint of a run, a `student.safetensors`, or a checkpoint of the 2019 code of online distillation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,18 @@ STUDENT = "method.students.members."  # the prefix of the students' tensors in a
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights in a file.
+    """The weights that `read_weights` has read from a file.
 
     Attributes:
         path: The file.
-        students: A state dict for each student.
-        method: The state dict of what else the method has, such as the teacher's classifier; empty if the file contains
-            one student only.
-        split: A hash of the images with which the weights were trained, and of which of them were held out; None if it
-            is not known.
+        students: A state dict for each student in the file.
+        method: The tensors of the training method that belong to no student, such as the weights of the teacher's
+            classifier. It is empty if the file is a `student.safetensors`, which contains one network only.
+        split: A hash that identifies the training images and the held-out images of the run that wrote the file; None
+            if it is not known.
         classes: The names of the classes, in the order of the logits; None if they are not known.
-        folded: Whether they are those of a folded network (see `layers.fuse.fold_branches`), which cannot be trained.
+        folded: True if parallel branches of the network were folded into one convolution (see
+            `layers.fuse.fold_branches`). Such a network cannot be trained further.
     """
 
     path: str
@@ -43,10 +44,10 @@ class Weights:
 
 
 def read_weights(path: str | Path, option: str = "weights") -> Weights:
-    """Reads weights from a file.
+    """Reads the weights of one or more students from a file. No network is built or changed.
 
     Args:
-        path: A checkpoint of a run, a `student.safetensors`, or a checkpoint of the method's 2019 reference code.
+        path: A checkpoint of a run, a `student.safetensors`, or a checkpoint of the 2019 code of online distillation.
         option: The name of the option that gave the file, for messages.
 
     Raises:
@@ -74,25 +75,27 @@ def read_weights(path: str | Path, option: str = "weights") -> Weights:
 
 
 def load_weights(method: Method, weights: Weights, new_head: bool = False, classes: Sequence[str] | None = None) -> str:
-    """Copies weights into the students of a method, and into the rest of the method if it fits.
+    """Copies weights into the students of a training method, and into its other modules if possible.
 
-    If the file contains one student, its weights are copied into student 0, and the other students keep their initial
-    weights. What else the method has, such as the teacher's classifier, is loaded too. It is not loaded if the file
-    contains one student only, if `new_head` is true, or if the file has other classes than `classes` or another order
-    of them.
+    If the weights are those of a single student, they are copied into student 0, and the other students keep their
+    initial weights. The other modules of the method, such as the teacher's classifier, are not loaded in three cases:
+    the file does not contain them, or contains fewer students; `new_head` is true; or the classes of the file differ
+    from `classes`, or have another order.
 
     Args:
-        method: The method, changed in place.
-        weights: The weights from a file.
-        new_head: Whether only the students' bodies are loaded, and their classifiers keep their initial weights.
-        classes: The names of the data's classes, in the order of the labels. If the file has these classes in another
-            order, or more classes, the outputs of its classifiers are selected and sorted by the names.
+        method: The training method. It is changed in place.
+        weights: The weights; see `read_weights`.
+        new_head: If true, only the bodies of the students are loaded, and not their classifiers (last layers). Use it
+            for data with other classes.
+        classes: The names of the data's classes, in the order of the labels. If the file has the same classes in
+            another order, or more classes, the outputs of its classifiers are selected and sorted by the names of the
+            classes. If it is None, the names are not compared.
 
     Returns:
-        One line that says what was loaded.
+        One line of text that says what was loaded.
 
     Raises:
-        OptionError: The shapes or names of the weights do not fit the method. The method is not changed then.
+        OptionError: The shapes or names of the weights do not fit the method. The method is then unchanged.
     """
     matched = not new_head and classes is not None and weights.classes not in (None, list(classes))
     if matched:
@@ -124,12 +127,15 @@ def load_weights(method: Method, weights: Weights, new_head: bool = False, class
 
 
 def select_classes(weights: Weights, classes: list[str], classifiers: list[str]) -> Weights:
-    """Returns the students' weights with the outputs of the classifiers selected and sorted by class names.
+    """Returns weights whose classifiers have only the outputs of the given classes, in the given order.
 
     Args:
-        weights: Weights whose classes are known.
-        classes: The names of the classes that the result has, in their order.
-        classifiers: The name of each student's last layer.
+        weights: The weights; `weights.classes` must not be None.
+        classes: The names of the classes of the result, in the order of its logits.
+        classifiers: For each student, the name of the last layer in its state dict, such as "fc".
+
+    Returns:
+        New weights with the same students and without the tensors of other modules (`method` is empty).
 
     Raises:
         OptionError: The weights do not have one of the classes.
@@ -160,21 +166,24 @@ def describe_classes(classes: Sequence[str]) -> str:
 
 
 def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns those tensors of a method's state dict that belong to no student, such as a teacher's classifier.
+    """Returns the tensors of a training method that belong to no student, such as those of the teacher's classifier.
 
-    The entries of `get_extra_state` are left out: the digest of a frozen teacher.
+    The entries that `get_extra_state` adds to a state dict are left out, since they are not weights.
+
+    Args:
+        state: The state dict of the whole method, whose students have names that begin with `students.`.
     """
     return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
 
 def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_head: bool) -> None:
-    """Raises `OptionError` if a state dict does not fit a student.
+    """Raises `OptionError` if a state dict cannot be loaded into a student, because its names or shapes differ.
 
     Args:
         student: The student.
         state: The state dict in the file.
         path: The file, for messages.
-        new_head: Whether the classifier is not loaded and need not fit.
+        new_head: If true, the tensors of the classifier are not compared.
     """
     # Another number of classes is the most likely difference, and has a message of its own.
     own = student.state_dict()
@@ -190,15 +199,15 @@ def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_h
 
 
 def select_body(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a student's state dict except those of its classifier.
+    """Returns the tensors of a state dict that do not belong to the classifier (the last layer).
 
     Args:
-        student: The student, which has the name of its classifier.
-        state: Its state dict, or another one with the same names.
+        student: The student; its attribute `classifier` is the name of its last layer.
+        state: A state dict of this student, or of a network whose tensors have the same names.
     """
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{student.classifier}.")}
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with a prefix; in the result the names do not have the prefix."""
+    """Returns the tensors whose names begin with `prefix`, under their names without this prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

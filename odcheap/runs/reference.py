@@ -1,4 +1,7 @@
-"""Loads checkpoints of the method's 2019 reference code, which are read by the names and shapes of their tensors."""
+"""Loads checkpoints of the 2019 code of online distillation, the reference for this package.
+
+The architecture is not stored in these checkpoints. It is read from the names and shapes of their tensors.
+"""
 
 import re
 from collections.abc import Mapping
@@ -24,16 +27,16 @@ POINTWISE_NAME = re.compile(r"(layer\d+\.\d+)\.conv([12])\.weight")
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """The weights in a checkpoint of the 2019 reference code, renamed for odcheap's modules.
+    """The weights in a checkpoint of the 2019 code of online distillation, with the names that odcheap's modules use.
 
     Attributes:
-        students: A state dict for each student, for `CifarResNet`.
-        head: The state dict of the teacher, which is batch norm and a linear layer (`norm` and `fc` of
+        students: For each student, a state dict that a `CifarResNet` can load.
+        head: The state dict of the teacher's own layers, which are batch norm and a linear layer (`norm` and `fc` of
             `OnlineDistillation`).
-        block_type: "Shift", "DW" or "Group".
-        depth: The depth of the ResNet.
-        groups: The number of groups of "Group", otherwise 1.
-        expansion: The factor by which blocks are wider in their middle; see `CifarResNet`.
+        block_type: The kind of cheap convolution: "Shift", "DW" or "Group".
+        depth: The depth of the ResNet, such as 56.
+        groups: The number of groups if the block type is "Group"; otherwise 1.
+        expansion: How many times wider than its output a block is in its middle; see `CifarResNet`.
         num_classes: The number of classes, K.
     """
 
@@ -47,7 +50,7 @@ class ReferenceWeights:
 
 
 def get_state_dict(content: dict[str, Any], path: str | Path, option: str = "path") -> dict[str, Tensor]:
-    """Returns the state dict in the content of a checkpoint; it is empty if the checkpoint has none.
+    """Returns the entry `state_dict` of a checkpoint that has been read; an empty dict if there is no such entry.
 
     Args:
         content: The content of the checkpoint.
@@ -55,7 +58,7 @@ def get_state_dict(content: dict[str, Any], path: str | Path, option: str = "pat
         option: The name of the option that gave the file, for messages.
 
     Raises:
-        OptionError: The entry `state_dict` is something else than tensors by name.
+        OptionError: The entry is not a dict from names to tensors.
     """
     state = content.get("state_dict", {})
     if not isinstance(state, dict):
@@ -69,23 +72,24 @@ def get_state_dict(content: dict[str, Any], path: str | Path, option: str = "pat
 
 
 def is_reference(state: Mapping[str, Tensor]) -> bool:
-    """Returns whether the tensors of a state dict have the names of the 2019 reference code."""
+    """Returns whether the tensors of a state dict have the names that the 2019 code of online distillation uses."""
     return any(re.match(r"(module\.)?resnet_m\d+\.", name) for name in state)
 
 
 def translate_reference(tensors: Mapping[str, Tensor], path: str | Path, option: str = "path") -> ReferenceWeights:
-    """Returns the weights of a checkpoint of the method's 2019 reference code, renamed for odcheap's modules.
+    """Renames the tensors of a checkpoint of the 2019 code of online distillation, so that odcheap's modules can load
+    them.
 
-    The result also has the block type, the depth of the network, and the number of groups and classes; they are read
-    from the names and shapes of the tensors.
+    The kind of cheap convolution, the depth of the network, and the numbers of groups and classes are found from the
+    names and shapes of the tensors. They are part of the result.
 
     Args:
-        tensors: The state dict in the checkpoint.
+        tensors: The state dict in the checkpoint; see `is_reference`.
         path: The file of the checkpoint, for messages.
         option: The name of the option that gave the file, for messages.
 
     Raises:
-        OptionError: The checkpoint does not have all tensors.
+        OptionError: The checkpoint lacks tensors that the network of the 2019 code has.
     """
     # The students are called resnet_m1, resnet_m2, ...; `DataParallel` has added a prefix.
     state = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -113,7 +117,7 @@ def translate_reference(tensors: Mapping[str, Tensor], path: str | Path, option:
 
 
 def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """Returns the state dict of student k (from 1) with odcheap's names."""
+    """Returns the state dict of the student with number k (counted from 1), with the names of odcheap's modules."""
     prefix = f"resnet_m{k}."
     renamed = {}
     for name, tensor in state.items():
@@ -124,15 +128,15 @@ def _student_state(state: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 
 
 class ReferenceModel(nn.Module):
-    """The students and the teacher of the method's 2019 reference code, in eval mode.
+    """The students and the teacher of the 2019 code of online distillation, in eval mode.
 
     Args:
-        weights: The weights from a checkpoint.
+        weights: The weights; `translate_reference` reads them from a checkpoint.
 
     Attributes:
-        block_type: "Shift", "DW" or "Group".
-        depth: The depth of the ResNets.
-        groups: The number of groups of "Group", otherwise 1.
+        block_type: The kind of cheap convolution: "Shift", "DW" or "Group".
+        depth: The depth of the ResNets, such as 56.
+        groups: The number of groups if the block type is "Group"; otherwise 1.
         num_stu: The number of students, S.
 
     Shape:
@@ -159,9 +163,9 @@ class ReferenceModel(nn.Module):
         return outputs["student_logits"], outputs["teacher_logits"]
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of the 2019 reference code, a scalar.
+        """Returns the loss of the 2019 code, a scalar: cross-entropy plus distillation with temperature 4.
 
-        The temperature is 4, the KL divergence is averaged over all N x K elements, and the teacher is not detached.
+        The KL divergence is averaged over all N x K elements, and gradients also flow through the teacher's logits.
 
         Args:
             student_logits: (S, N, K).
@@ -172,14 +176,14 @@ class ReferenceModel(nn.Module):
 
 
 def load_reference(path: str | Path) -> ReferenceModel:
-    """Loads a checkpoint of the method's 2019 reference code.
+    """Loads a checkpoint of the 2019 code of online distillation as a module in eval mode.
 
     Args:
-        path: The file. The names of its tensors may have the prefix `module.` of `DataParallel`.
+        path: The file. The names of its tensors may have the prefix `module.`, which `DataParallel` adds.
 
     Returns:
-        A module in eval mode: `module(images)` takes normalized images (N, 3, H, W) and returns the logits of the
-        students (S, N, K) and of the teacher (N, K); `module.loss` is the loss of the reference code.
+        A module. `module(images)` takes normalized images (N, 3, H, W) and returns two tensors: the logits of the
+        students (S, N, K) and those of the teacher (N, K). `module.loss` computes the loss of the 2019 code.
 
     Raises:
         OptionError: The file is not such a checkpoint.

@@ -1,8 +1,8 @@
 """Decides whether a run is resumed, from which checkpoint, and with which options.
 
 Beside Lightning's own state, a checkpoint contains the state of three objects. The loader (`ResumableBatches`) saves
-the position within the epoch. The `DistillationModule` saves the metrics of the epoch so far. The callback `Record`,
-which writes the checkpoints, saves the metrics of earlier epochs and what is selected.
+the position within the epoch. The `DistillationModule` saves the metrics of the current epoch. The callback `Record`,
+which writes the checkpoints, saves the metrics of earlier epochs and which student and epoch are selected so far.
 
 A checkpoint may come from a stranger. Only options in a fixed list are therefore taken from it, and only plain values.
 Options that say where to write, where to connect, or what else to run are taken from the command line and `conf/` only.
@@ -67,16 +67,19 @@ FIXED_OPTIONS = ("trainer.limit_train_batches",)  # an exception: a checkpoint m
 
 @dataclass(frozen=True)
 class Start:
-    """The decision about how a run begins.
+    """How a run begins: anew or from a checkpoint, in which folder, and with which options. `plan_start` returns it.
 
     Attributes:
         config: The run's config. If the run is resumed, this includes the overrides with which it was started.
         job_dir: The run's folder.
         checkpoint: The checkpoint from which the run continues; None for a new run.
         content: The content of the checkpoint; None for a new run.
-        in_own_folder: Whether the checkpoint is in `job_dir`.
-        is_finished: Whether the run is already finished.
-        versions: The run's files that were in the folder when this was decided; see `read_versions`.
+        in_own_folder: True if the checkpoint is in `job_dir`; False for a new run, or if a run continues in another
+            folder.
+        is_finished: True if all epochs of the run are done and its results are written.
+        versions: The files of a run that were in `job_dir` at the time of the decision, with their inodes and
+            modification times as `read_versions` returns them. They show later whether another process has written
+            there since.
     """
 
     config: RunConfig
@@ -94,12 +97,15 @@ class Start:
 
     @property
     def saved_epochs(self) -> Any:
-        """The option `trainer.max_epochs` in the checkpoint; None for a new run."""
+        """The value of the option `trainer.max_epochs` when the checkpoint was written; None for a new run."""
         return flatten(self.content["odcheap"]["config"]).get("trainer.max_epochs") if self.content else None
 
     @property
     def selected_candidate(self) -> int | None:
-        """The candidate that the run has selected: a student, or the average of one; None if it has not selected."""
+        """The number of the network that the run has selected as the best so far; None if no network is selected yet.
+
+        The students have the numbers from 0; then come the moving averages of their weights, if the method has them.
+        """
         if self.content is None or not self.content["callbacks"]["Record"]["history"]:
             return None
         return self.content["callbacks"]["Record"]["selected"]["candidate"]
@@ -111,16 +117,16 @@ def plan_start(
     default_resume: str | None = None,
     is_restarted: bool = False,
 ) -> Start:
-    """Decides whether a new run starts or an earlier run continues.
+    """Decides whether a new run starts or an earlier run continues, and from which checkpoint. Nothing is written.
 
     If a run continues, the overrides with which it was started are applied again.
 
     Args:
         config: The config that was composed from the options on the command line.
         compose: A function that composes a config from overrides and checks it.
-        default_resume: The value of the option `resume` if the user has not given it.
-        is_restarted: Whether a cluster has started the same command before. The newest checkpoint in `job_dir`, if
-            there is one, is then continued, even if `resume` names another one.
+        default_resume: The value to use for the option `resume` if the user has not given it.
+        is_restarted: True if a cluster has interrupted this command and has started it again. If there is a checkpoint
+            in `job_dir`, the run then continues from the newest one, even if `resume` names another checkpoint.
 
     Raises:
         OptionError: An override would change the experiment that is resumed, a checkpoint is missing or damaged, or the
@@ -171,11 +177,14 @@ def plan_start(
 
 
 def find_own_folder(cfg: DictConfig, resume: str) -> Path | None:
-    """Returns the folder of the run that the option `resume` names; None if it names a file outside of such a folder.
+    """Returns the folder of the run to which the value of the option `resume` belongs.
 
     Args:
-        cfg: The config.
-        resume: The value of the option: "auto", the folder of a run, or a checkpoint.
+        cfg: The config of the new command, which gives the folder for "auto".
+        resume: The value of the option: "auto", the folder of a run, or the path of a checkpoint.
+
+    Returns:
+        The folder; None if `resume` is a folder or a file that does not belong to a run's folder.
     """
     if resume == "auto":
         return Path(cfg.job_dir)
@@ -190,16 +199,18 @@ def find_own_folder(cfg: DictConfig, resume: str) -> Path | None:
 
 
 def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """Finds the checkpoint that the option `resume` names.
+    """Reads the checkpoint from which the option `resume` says to continue.
 
-    In the folder of a run it is the newest checkpoint; with `test_only` that of the selected epoch.
+    If the option names the folder of a run, the newest checkpoint that can be read is used. With `test_only`, it is the
+    checkpoint of the epoch that the run has selected.
 
     Args:
         cfg: The config.
-        resume: The value of the option: "auto", the folder of a run, or a checkpoint.
+        resume: The value of the option: "auto" for the folder `job_dir`, the folder of a run, or the path of a
+            checkpoint.
 
     Returns:
-        The checkpoint and its content; None if `resume=auto` finds no checkpoint.
+        The path of the checkpoint and its content; None if `resume` is "auto" and there is no checkpoint.
 
     Raises:
         OptionError: There is no checkpoint that can be read.
@@ -216,7 +227,11 @@ def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path, dict[str, Any
 
 
 def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the checkpoint of the epoch that a run has selected, and its content; None if there is no checkpoint."""
+    """Reads the checkpoint of the epoch that a run has selected as its best.
+
+    Returns:
+        The path of the checkpoint and its content; None if the run has no checkpoint that can be read.
+    """
     newest = find_newest_usable(job_dir)
     if newest is None:
         return None
@@ -225,7 +240,10 @@ def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | Non
 
 
 def check_newest(checkpoint: Path, overwrite: bool) -> None:
-    """Raises `OptionError` if the run of a checkpoint has newer ones, which would be lost, and `overwrite` is false."""
+    """Raises `OptionError` if the folder of a checkpoint contains newer checkpoints of the same run.
+
+    They would be lost if the run continued from the older one. With `overwrite=True` nothing is checked.
+    """
     if not overwrite and checkpoint.name != list_checkpoints(checkpoint.parent.parent)[-1].name:
         ways = "overwrite=true removes the newer ones, another job_dir keeps them"
         raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")
@@ -234,20 +252,21 @@ def check_newest(checkpoint: Path, overwrite: bool) -> None:
 def reapply_overrides(
     saved: Mapping[str, Any], overrides: Sequence[str], job_dir: Path, compose: Callable[[Sequence[str]], RunConfig]
 ) -> RunConfig:
-    """Composes the config of a resumed run from the overrides in its checkpoint and the new ones.
+    """Composes the config of a resumed run from the overrides in its checkpoint and the overrides of the new command.
 
-    The checkpoint may come from a stranger (see the head of this module). If the folder of the images is given in the
-    checkpoint only, nothing is downloaded, unpacked or cached there.
+    If an option is in both, the new command decides. The checkpoint may come from a stranger: only overrides that
+    define the experiment are taken from it. If only the checkpoint says in which folder the images are, nothing is
+    downloaded, unpacked or cached there.
 
     Args:
         saved: The entry `odcheap` of the checkpoint; see `SavedRun`.
-        overrides: The new overrides.
-        job_dir: The run's folder.
+        overrides: The overrides of the new command.
+        job_dir: The folder in which the run continues.
         compose: A function that composes a config from overrides and checks it.
 
     Raises:
-        OptionError: The config differs from the saved one in an option that may not change, a saved override has a
-            value that is not plain, or the folder of the images is not there and no other one is given.
+        OptionError: An option that must not change differs from the saved one; a saved override has a value that is not
+            plain, such as an interpolation; or the folder of the images does not exist.
     """
     # The new overrides come last, so that they replace saved ones.
     kept, left_out = select_saved_overrides(saved["overrides"], overrides)
@@ -287,23 +306,25 @@ def reapply_overrides(
 
 
 def list_image_folders(data: Any) -> list[Any]:
-    """Returns the folders from which a data set reads its images.
+    """Returns the folders that a data set's options give as `data_dir`.
 
     Args:
-        data: The settings of the data set: the entry `data` of a run's config.
+        data: The entry `data` of a run's config, as nested dicts.
     """
     return [value for name, value in flatten(data).items() if name.split(".")[-1] == "data_dir"]
 
 
 def describe_missing_images(folder: Any) -> OptionError:
-    """Returns the error that the folder of a run's images is not there."""
+    """Returns, without raising it, the error that the folder with the images of a resumed run does not exist."""
     relative = "" if Path(str(folder)).is_absolute() else " (relative to where the run was started)"
     allowed = f"the run's images were in this folder{relative}, which is not there now"
     return OptionError("data_dir", folder, f"{allowed}; data_dir=FOLDER says where they are")
 
 
 def claim_folder(start: Start) -> None:
-    """Writes into the run's folder that the run has started. The caller must hold the lock of the folder.
+    """Marks the run's folder as used by this process: its `status.json` says from now on that the run is running.
+
+    The caller must hold the lock of the folder (see `lock_folder`).
 
     Raises:
         OptionError: Files in the folder have changed since `plan_start` read them.
@@ -316,12 +337,15 @@ def claim_folder(start: Start) -> None:
 
 
 def prepare_folder(start: Start) -> None:
-    """Prepares the folder for a training, and removes the files of a run that is overwritten.
+    """Makes the run's folder ready for training.
 
-    The caller must hold the lock of the folder.
+    It marks the folder as used, makes the folder `checkpoints`, and removes incomplete files. With `overwrite=true` it
+    removes the files of the earlier run, too. If a run continues in another folder, it copies the checkpoint of the
+    selected epoch. The caller must hold the lock of the folder (see `lock_folder`).
 
     Raises:
-        OptionError: Files in the folder have changed since `plan_start` read them.
+        OptionError: Files in the folder have changed since `plan_start` read them, or the checkpoint of the selected
+            epoch is missing.
     """
     claim_folder(start)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
@@ -335,10 +359,12 @@ def prepare_folder(start: Start) -> None:
 
 
 def copy_selected_checkpoint(start: Start) -> None:
-    """Copies the checkpoint of the epoch selected so far, if the run continues in another folder.
+    """Copies the checkpoint of the best epoch so far into the new folder, if a run continues in another folder.
+
+    In all other cases it does nothing.
 
     Raises:
-        OptionError: This checkpoint is not beside the one from which the run continues.
+        OptionError: This checkpoint is not in the folder of the checkpoint from which the run continues.
     """
     # If no later epoch is better, the run needs this checkpoint in the end.
     if start.checkpoint is None or start.content is None or start.in_own_folder:
@@ -355,19 +381,19 @@ def copy_selected_checkpoint(start: Start) -> None:
 
 
 def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Selects those overrides in a checkpoint that define its experiment.
+    """Selects from the overrides in a checkpoint those that define the experiment, such as `num_stu=2`.
 
     Args:
         saved: The overrides in the checkpoint.
-        given: The overrides of the current command. A saved override of the same option is neither selected nor
-            reported, since the given one replaces it.
+        given: The overrides of the current command. If both set the same option, the saved override is in neither of
+            the results.
 
     Returns:
-        The selected overrides, written anew from their parsed values, and the overrides that were left out and should
-        be reported.
+        Two lists: the selected overrides, written anew from their parsed values, and the overrides that were left out
+        and of which the user should be told.
 
     Raises:
-        OptionError: The value of a selected option is not plain: it is, for example, an interpolation.
+        OptionError: The value of a selected option is not plain. It is, for example, an interpolation.
 
     Example:
         >>> select_saved_overrides(["num_stu=2", "logger=mlflow", "job_dir=runs/a"], ["num_stu=2"])
@@ -395,10 +421,10 @@ def select_saved_overrides(saved: Sequence[str], given: Sequence[str]) -> tuple[
 
 
 def parse_override(text: str) -> Override:
-    """Returns a parsed override of a checkpoint.
+    """Parses an override from a checkpoint, such as `num_stu=2`.
 
     Raises:
-        OptionError: It is something else than `key=value` with a single value.
+        OptionError: The override cannot be parsed, has several values (for a sweep), or sets a package (`key@package`).
     """
     try:
         override = OverridesParser.create().parse_override(text)
@@ -410,7 +436,7 @@ def parse_override(text: str) -> Override:
 
 
 def find_values(overrides: Sequence[str], keys: Sequence[str]) -> list[Any]:
-    """Returns the values that overrides of a checkpoint give to the options with the names `keys`.
+    """Returns the values of those overrides in a checkpoint that set one of the options `keys`.
 
     Example:
         >>> find_values(["seed=1", "data_dir='my photos'"], ["data_dir"])
@@ -420,19 +446,21 @@ def find_values(overrides: Sequence[str], keys: Sequence[str]) -> list[Any]:
 
 
 def is_experiment_option(key: str) -> bool:
-    """Returns whether an option, by its dotted name such as `optimizer.lr`, may be taken from a checkpoint."""
+    """Returns whether the option with this dotted name, such as `optimizer.lr`, may be taken from a checkpoint."""
     if key in MACHINE_OPTIONS:
         return False
     return key in (*EXPERIMENT_OPTIONS, *PATH_OPTIONS) or key.split(".")[0] in EXPERIMENT_GROUPS
 
 
 def check_plain(key: str, value: Any, depth: int = MAX_DEPTH) -> Any:
-    """Returns a value if it is plain: a number, a text that `is_plain_text` allows, or lists and dicts of these.
+    """Returns the value of an option from a checkpoint, or raises an error if the value is not plain.
+
+    Plain values are None, bools, numbers, texts that `is_plain_text` allows, and nested lists and dicts of these.
 
     Args:
-        key: The name of the option.
-        value: Its value, or an entry of it.
-        depth: How many levels of lists and dicts are still allowed.
+        key: The dotted name of the option.
+        value: Its value, or an entry of its value.
+        depth: How many more levels of nested lists and dicts are allowed.
 
     Raises:
         OptionError: The value is not plain.
@@ -448,10 +476,13 @@ def check_plain(key: str, value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def is_plain_text(key: str, value: str) -> bool:
-    """Returns whether an option may have this text: a name in `conf/`, a path, or a text without special characters.
+    """Returns whether a text from a checkpoint is allowed as the value of an option.
+
+    A path must not contain `$`; a config group must have the name of a file in `conf/`; any other text must not contain
+    special characters.
 
     Args:
-        key: The dotted name of the option, which decides what is allowed.
+        key: The dotted name of the option.
         value: The text.
     """
     if key in PATH_OPTIONS:
@@ -464,12 +495,14 @@ def is_plain_text(key: str, value: str) -> bool:
 
 
 def is_file_or_folder(path: Any) -> bool:
-    """Returns whether a path is that of a regular file or a folder; a pipe or a device would block a reader."""
+    """Returns whether `path` is the path of a regular file or a folder; False for a pipe or a device, and if it is no
+    text.
+    """
     return isinstance(path, str) and (Path(path).is_file() or Path(path).is_dir())
 
 
 def to_grammar(value: Any) -> str:
-    """Returns a plain value as text that Hydra reads as the same value."""
+    """Writes a plain value as text in Hydra's override grammar, so that Hydra reads the same value from it."""
     if isinstance(value, list):
         return f"[{','.join(map(to_grammar, value))}]"
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Schemas of the files in a run's folder, with which files are checked before they are used: strangers may send them.
+"""Schemas (pydantic models) of the files in a run's folder; each file is checked with its schema before it is used.
 
-A metric may be missing, since earlier versions did not write all metrics, but it must not have a wrong type. Entries
-that a schema does not name are ignored.
+Files may come from strangers. A metric may be missing, since earlier versions did not write all metrics, but it must
+not have a wrong type. Entries that a schema does not name are ignored.
 """
 
 from pathlib import Path
@@ -20,13 +20,20 @@ State = Literal["running", "stopped", "failed", "finished"]
 
 
 class Schema(BaseModel):
-    """The base class of all schemas: numbers must be finite, and nothing is converted ("1" is no number)."""
+    """The base class of all schemas. Numbers must be finite, and no type is converted: "1" is not a number."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class Status(Schema, extra="forbid"):
-    """The content of `status.json`: the state of the run, the reason of a failure, and the process that wrote it."""
+    """The content of `status.json`, the state of a run.
+
+    Attributes:
+        state: "running", "stopped", "failed" or "finished".
+        reason: Why the run failed or stopped; empty if there is no reason to give.
+        host: The name of the computer on which the run was started.
+        pid: The number of its process.
+    """
 
     state: State
     reason: str = ""
@@ -37,8 +44,13 @@ class Status(Schema, extra="forbid"):
 class Member(Schema):
     """The metrics of one network: a student, a moving average of a student's weights, the teacher, or the ensemble.
 
-    The accuracies with the prefix `val` are those on held-out images. A teacher has a `kind`, such as "head" or
-    "frozen". Students have `network` (a name), `params` and `macs` if their networks differ.
+    Accuracies are fractions from 0 to 1. The prefix `val` is for the held-out images, `test` for the test images.
+
+    Attributes:
+        kind: What a teacher is, such as "head" or "frozen"; None for other networks.
+        network: The name of the student's network, if the students have different networks.
+        params: The number of parameters of the student, if the students have different networks.
+        macs: The number of multiply-accumulates for one image, if the students have different networks.
     """
 
     val_top1: Accuracy | None = None
@@ -53,9 +65,13 @@ class Member(Schema):
 
 
 class Members(Schema):
-    """The metrics of all networks of a method, measured with the weights of the same epoch.
+    """The metrics of all networks of a training method, measured at the end of the same epoch.
 
-    `averages` are those of the moving averages of the students' weights.
+    Attributes:
+        students: One entry for each student.
+        averages: One entry for the moving average of each student's weights; None if there are no averages.
+        teacher: The metrics of the teacher; None if the method has no teacher.
+        ensemble: The metrics of the mean softmax of all students.
     """
 
     students: list[Member] | None = None
@@ -65,14 +81,15 @@ class Members(Schema):
 
 
 class Selected(Member):
-    """The selected student, or moving average of a student's weights: its number, its epoch and its metrics.
+    """The student that a run has selected as its best, with the epoch and the metrics of this student.
 
     Attributes:
         student: The number of the student, from 0.
-        averaged: Whether the moving average of its weights is selected, and not the student itself.
+        averaged: True if the moving average of the student's weights is selected, and not the student itself.
         epoch: The number of the selected epoch, from 0.
-        selected_on: The images on which it was selected; "last" for student 0 of the last epoch, without any selection.
-        balanced_accuracy: The mean recall of the classes on the test images.
+        selected_on: The images on which it was selected: "val" (held-out images) or "test". "last" means that nothing
+            was compared: it is student 0 of the last epoch.
+        balanced_accuracy: The mean over the classes of the recall on the test images.
         recall: The recall of each class on the test images, by the name of the class; None for a class without images.
     """
 
@@ -85,9 +102,14 @@ class Selected(Member):
 
 
 class NetworkCost(Schema):
-    """The costs of a network: parameters, multiply-accumulates, and for a trained teacher those of its training.
+    """The costs of one network: the standard network (with standard convolutions), or a trained teacher.
 
-    `note` says how the standard network differs from the student in more than its convolutions.
+    Attributes:
+        params: The number of parameters.
+        macs: The number of multiply-accumulates (MACs) for one image.
+        note: How the standard network differs from the student in more than its convolutions; None if it does not.
+        train_seconds: The time of the teacher's training; None for the standard network.
+        training_macs: The MACs of the teacher's whole training; None for the standard network.
     """
 
     params: Count | None = None
@@ -98,9 +120,15 @@ class NetworkCost(Schema):
 
 
 class Cost(Schema):
-    """The costs of a student, of the standard network, of a trained teacher, and of the training.
+    """The costs of the selected student, of the networks that it is compared with, and of the training.
 
-    See `training.summary.summarize_costs`.
+    Attributes:
+        params: The number of parameters of the student.
+        macs: The number of multiply-accumulates (MACs) of the student for one image.
+        standard: The costs of the same network with standard convolutions.
+        teacher: The costs of a teacher that was trained before; None if there is none.
+        training_macs: The MACs of the whole training.
+        training_macs_with_teacher: The same, plus the MACs of the teacher's own training.
     """
 
     params: Count | None = None
@@ -112,7 +140,7 @@ class Cost(Schema):
 
 
 class Test(Members):
-    """The content of `test.json`: the metrics of a test with `test_only=true`."""
+    """The content of `test.json`, which an evaluation with `test_only=true` writes."""
 
     __test__ = False  # pytest would take the class for a test case
 
@@ -122,7 +150,7 @@ class Test(Members):
 
 
 class Summary(Test):
-    """The content of `summary.json`: the results of a run; see `training.experiment.Experiment.summarize`."""
+    """The content of `summary.json`: the results of a run, which are written when its training has finished."""
 
     finished: bool = False
     last: Members | None = None
@@ -138,7 +166,7 @@ class Summary(Test):
 
 
 class Config(Schema, extra="allow"):
-    """The content of `config.yaml`: the options of a run by name, nested as in `conf/`."""
+    """The content of `config.yaml`: all options of a run, nested by config groups like the files in `conf/`."""
 
     job_dir: str | None = None
     data: dict[str, Any] | None = None
@@ -146,13 +174,13 @@ class Config(Schema, extra="allow"):
 
 
 class SavedWeights(Schema):
-    """The description of weights in a file; it is empty in files of other programs.
+    """What a file of weights says about the weights; all entries have their defaults in files of other programs.
 
     Attributes:
-        split: A hash of the images with which the weights were trained, and of which of them were held out.
+        split: A hash that identifies the training images and the held-out images.
         classes: The names of the classes, in the order of the logits.
-        folded: Whether branches were folded into one convolution (see `fold_branches`), so that the network cannot be
-            trained further.
+        folded: True if parallel branches were folded into one convolution (see `fold_branches`). Such a network cannot
+            be trained further.
     """
 
     split: str | None = None
@@ -161,7 +189,16 @@ class SavedWeights(Schema):
 
 
 class SavedRun(Schema):
-    """The entry `odcheap` of a checkpoint, which describes the run; see `training.summary.describe_run`."""
+    """The entry `odcheap` of a checkpoint, which describes the run.
+
+    Attributes:
+        overrides: The options that the user has given, such as `num_stu=4`.
+        config: All options of the run, nested by config groups.
+        split: A hash that identifies the training images and the held-out images.
+        classes: The names of the classes, in the order of the logits.
+        student: The settings from which a student can be built.
+        students: The settings of each student, if the students have different networks; otherwise None.
+    """
 
     overrides: list[str]
     config: dict[str, Any]
@@ -172,13 +209,13 @@ class SavedRun(Schema):
 
 
 class Selection(Schema):
-    """The entry `selected` of the callback `Record` in a checkpoint: what is selected so far.
+    """Which network and epoch a run has selected so far, as a checkpoint stores it.
 
     Attributes:
-        candidate: The number of the selected network, from 0: the students come first, then the moving averages of
+        candidate: The number of the selected network, from 0. The students come first, then the moving averages of
             their weights.
         epoch: The number of the selected epoch, from 0.
-        score: The metric by which it was selected.
+        score: The metric by which the network was selected.
     """
 
     candidate: Index
@@ -187,9 +224,12 @@ class Selection(Schema):
 
 
 class SavedRecord(Schema):
-    """The state of the callback `Record` in a checkpoint: the metrics of each epoch, and what is selected so far.
+    """The state of the callback `Record` in a checkpoint.
 
-    `seconds` is the training time until then.
+    Attributes:
+        history: The metrics of each epoch so far, by name.
+        selected: Which network and epoch are selected so far.
+        seconds: The training time so far.
     """
 
     # Metrics of a run that diverges may be NaN.
@@ -219,9 +259,9 @@ class SweepPlan(Schema):
     """What is known about the runs of a sweep before they start.
 
     Attributes:
-        count: The number of runs.
-        done: The number of runs that were finished when a search was continued.
-        swept: The options that the sweep varies.
+        count: The number of runs, including those in `done`.
+        done: The number of runs that were already finished, if the sweep continues an earlier search; otherwise 0.
+        swept: The names of the options that the sweep varies.
         runs: The names of the runs' folders; empty if they are not known before the runs start.
     """
 
@@ -235,14 +275,17 @@ class SweepPlans(SweepPlan):
     """The content of `sweep.json` in a sweep's folder: the plan of the sweep that was started last.
 
     Attributes:
-        others: The plans of earlier sweeps in this folder that have runs left.
+        others: The plans of earlier sweeps in this folder that have unfinished runs.
     """
 
     others: list[SweepPlan] = []
 
 
 class Trial(Schema):
-    """A trial of a search; the fields have the names of Optuna's properties."""
+    """One trial of a search by Optuna: its state, the values that were tried, and the accuracy that was reached.
+
+    The fields have the names of the properties of Optuna's `FrozenTrial`.
+    """
 
     state: Literal["RUNNING", "WAITING", "COMPLETE", "PRUNED", "FAIL"]
     value: float | None = None
@@ -253,14 +296,14 @@ class Trial(Schema):
 
 
 class Search(Schema):
-    """A search: the overrides with which it was started, and its trials in the order in which they were started."""
+    """A search by Optuna: the overrides with which it was started, and its trials, the earliest first."""
 
     overrides: list[str]
     trials: list[Trial]
 
 
 class Study(Schema):
-    """The content of `study.json` in the folder of a sweep: all searches that were started there."""
+    """The content of `study.json` in the folder of a sweep: all searches by Optuna that were started there."""
 
     searches: list[Search] = []
 
@@ -269,16 +312,17 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def validate(schema: type[S], content: Any, path: str | Path, option: str) -> S:
-    """Returns the content of a file as an object of a schema.
+    """Checks the content of a file with a schema, and returns it as an object of the schema.
 
     Args:
-        schema: The schema.
-        content: The content of the file.
+        schema: The schema: a pydantic model such as `Summary`.
+        content: The content of the file, as dicts and lists.
         path: The file, for messages.
         option: The name of the option that gave the file, for messages.
 
     Raises:
-        OptionError: The content does not fit. The message names the file, the first wrong field, and what is allowed.
+        OptionError: The content does not fit the schema. The message names the file, the first wrong field, and what is
+            allowed.
     """
     try:
         return schema.model_validate(content)

@@ -40,11 +40,14 @@ def override_key(override: str) -> str:
 
 
 def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None:
-    """Returns the key and the value of the override that sets an entry of the config; None if there is none.
+    """Finds the override that sets an entry of the config, either directly or by its group.
 
     Args:
-        overrides: The overrides.
+        overrides: The overrides to look through.
         name: The dotted name of the entry.
+
+    Returns:
+        The key and the value of the first such override, as two texts; None if no override sets the entry.
 
     Example:
         >>> find_override(["seed=1", "block_type=Shift"], "block_type.part")
@@ -58,9 +61,9 @@ def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None
 
 
 def quote_override(override: str) -> str:
-    """Returns an override that sets a path, with the path in quotes if Hydra could not read it otherwise.
+    """Puts quotes around the path in an override such as `data_dir=my images` if Hydra could not read it otherwise.
 
-    A value that is in quotes already, a list, or an interpolation (`${...}`) is not changed. `~` at the beginning of a
+    A value that already has quotes, a list, and an interpolation (`${...}`) are not changed. `~` at the beginning of a
     path is replaced by the home directory.
 
     Example:
@@ -82,13 +85,15 @@ def quote_override(override: str) -> str:
 
 
 def name_run(overrides: Sequence[str], also: Sequence[str] = ()) -> str:
-    """Returns the name of a run's folder: the overrides that determine its results, or "default" if there are none.
+    """Returns the default name of a run's folder, made of the overrides that determine its results.
 
-    Names that are too long are cut, and end with a hash.
+    The name is "default" if there are no such overrides. A name that is too long is cut, and a hash is added at its
+    end.
 
     Args:
-        overrides: The overrides.
-        also: Options in `STORAGE_OPTIONS` that the name contains nevertheless, since a sweep varies them.
+        overrides: The overrides of the run.
+        also: Names of storage options, such as `data_dir`, that shall be part of the name too, since a sweep varies
+            them.
 
     Example:
         >>> name_run(["num_stu=4", "block_type=DW", "resume=auto"])
@@ -107,18 +112,18 @@ def name_run(overrides: Sequence[str], also: Sequence[str] = ()) -> str:
 
 
 class RunConfig:
-    """The config of a run, as Hydra composes it, with the overrides (options such as `num_stu=4`) of the user.
+    """The config of a run that Hydra has composed, together with the options that the user has given.
 
     Args:
-        cfg: The config.
-        parts: The names that were chosen in each config group, as Hydra gives them.
-        overrides: The overrides as the user has given them.
+        cfg: The config, without Hydra's own entry `hydra`.
+        parts: Hydra's `hydra.runtime.choices`: the name of the file that was chosen in each config group.
+        overrides: The options that the user has given, such as `num_stu=4`.
 
     Attributes:
         cfg: The config.
         parts: The name of the file that was chosen in each config group, such as `{"block_type": "DW"}`. Loggers are
-            not included: there may be several, and `cfg.logger` has their names.
-        overrides: The overrides as the user has given them.
+            not included: a run may have several, and `cfg.logger` has their names.
+        overrides: The options that the user has given.
     """
 
     def __init__(self, cfg: DictConfig, parts: Mapping[str, Any], overrides: Sequence[str]):
@@ -134,10 +139,11 @@ class RunConfig:
         self.parts = {group: name for group, name in parts.items() if isinstance(name, str) and is_part(cfg.get(group))}
 
     def to_settings(self) -> dict[str, Any]:
-        """Returns the resolved config as plain dicts and lists, in the form in which it is saved.
+        """Returns the config as plain dicts and lists, as it is saved in `config.yaml` and in checkpoints.
 
-        The chosen parts are given by their names in `conf/`, not by Python paths. References to environment variables
-        (`${oc.env:NAME}`) are not resolved, since the values may be secret.
+        The class of a part, such as a backbone, is replaced by the name of its file: `{"part": "resnet56", ...}`.
+        Interpolations are replaced by their values, except those of environment variables (`${oc.env:NAME}`), whose
+        values may be secret.
         """
         with replace_resolver("oc.env", lambda *names: f"${{oc.env:{','.join(map(str, names))}}}", env):
             settings = to_dict(self.cfg)
@@ -149,9 +155,11 @@ class RunConfig:
         return settings | {"logger": {name: node and part_settings(node, name) for name, node in loggers.items()}}
 
     def student_shapes(self) -> list[Shape] | None:
-        """Returns the backbone and the block type of each student by the option `students`; None if it is not given.
+        """Returns the backbone and the block type of each student, as the option `students` gives them.
 
-        Each entry is a dict like that of `own_shape`.
+        Returns:
+            For each student a dict with the keys `backbone` and `block_type`, like the result of `own_shape`. None if
+            the option is not given; all students then have the backbone and the block type of the run.
         """
         students = self.cfg.get("students")
         if students is None:
@@ -159,11 +167,11 @@ class RunConfig:
         return read_shapes(OmegaConf.to_container(students, resolve=True), self.own_shape())
 
     def own_shape(self) -> Shape:
-        """Returns the settings of the run's backbone and block type.
+        """Returns the options of the run's backbone and of its block type (the kind of cheap convolution, such as DW).
 
         Returns:
             A dict with the keys `backbone` and `block_type`. Each value is a dict of options, in which `part` is the
-            name of the file in `conf/`.
+            name of the file in `conf/`, such as "resnet56".
         """
         nodes = {group: OmegaConf.to_container(self.cfg[group], resolve=True) for group in GROUPS}
         return {group: part_settings(cast(dict[str, Any], node), self.parts[group]) for group, node in nodes.items()}
@@ -174,12 +182,13 @@ NEW_GROUPS = {"augment": "standard"}
 
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns saved settings with the defaults of groups and options that did not exist when they were saved.
+    """Returns a copy of saved settings to which the defaults of newer options and config groups are added.
 
-    So runs of an earlier version have the same settings as later runs that do not use what is new.
+    An option that did not exist when the settings were saved gets its default. The settings of runs of different
+    versions can then be compared.
 
     Args:
-        settings: The config of a run, as `RunConfig.to_settings` of this or an earlier version has returned it.
+        settings: The config of a run, as `RunConfig.to_settings` has returned it in this version or an earlier one.
     """
     completed = {**{group: {"part": name} for group, name in NEW_GROUPS.items()}, **settings}
     for group, node in completed.items():
@@ -192,15 +201,17 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_plain_default(value: Any) -> bool:
-    """Returns whether a default is a plain value: no dict, no reference such as `${seed}`, and not missing ("???")."""
+    """Returns whether a default value can be added to settings: no dict, no reference (`${seed}`), and not missing
+    ("???").
+    """
     return not isinstance(value, Mapping) and "${" not in str(value) and value != "???"
 
 
 def select_student_settings(about: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Returns the settings from which a student can be built.
+    """Returns the settings from which one student of a run can be built (see `models.build`).
 
     Args:
-        about: The description of a run in its checkpoints; see `training.summary.describe_run`.
+        about: The entry `odcheap` of a checkpoint; see `schemas.SavedRun`.
         number: The number of the student, from 0.
     """
     students = about.get("students")
@@ -209,12 +220,12 @@ def select_student_settings(about: Mapping[str, Any], number: int) -> dict[str, 
 
 @contextmanager
 def replace_resolver(name: str, resolver: Callable[..., Any], default: Callable[..., Any]) -> Generator[None]:
-    """A context manager in which a function other than the default one computes the values `${name:...}` of configs.
+    """A context manager that replaces the function with which OmegaConf computes the values of `${name:...}`.
 
     Args:
         name: The name of the resolver, such as "oc.env".
-        resolver: The function that is used in the context.
-        default: The function that is used afterwards.
+        resolver: The function that computes the values within the context.
+        default: The function that computes them after the context.
     """
     OmegaConf.register_new_resolver(name, resolver, replace=True)
     try:
@@ -224,7 +235,7 @@ def replace_resolver(name: str, resolver: Callable[..., Any], default: Callable[
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
-    """Returns the resolved config as plain dicts and lists."""
+    """Returns a config as plain dicts and lists, in which all interpolations are replaced by their values."""
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 

@@ -21,13 +21,23 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems withou
 
 
 def write_status(job_dir: Path, state: State, reason: str = "") -> None:
-    """Writes `status.json`: the state of the run, the reason of a failure, and the host and number of this process."""
+    """Writes `status.json` into a run's folder, with the host name and the process number of this process.
+
+    Args:
+        job_dir: The run's folder.
+        state: "running", "stopped", "failed" or "finished".
+        reason: Why the run has failed or stopped.
+    """
     status = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
     write_json(job_dir / FILE_NAME, status)
 
 
 def read_status(job_dir: Path) -> dict[str, Any]:
-    """Returns the content of `status.json` (see `schemas.Status`), or an empty dict if there is no such file.
+    """Reads `status.json` from a run's folder.
+
+    Returns:
+        A dict with the keys `state`, `reason`, `host` and `pid` (see `schemas.Status`). It is empty if there is no such
+        file.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.
@@ -39,10 +49,12 @@ def read_status(job_dir: Path) -> dict[str, Any]:
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
-    """Returns whether the process that wrote a status still runs; true if it is on another host, as nobody can tell.
+    """Returns whether the process that wrote a `status.json` is still running.
+
+    The result is True if the process is on another host, where this cannot be checked.
 
     Args:
-        status: The content of `status.json`; see `read_status`.
+        status: The content of `status.json`, as `read_status` returns it.
     """
     if status.get("host") != socket.gethostname():
         return True
@@ -57,9 +69,9 @@ def is_alive(status: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def lock_folder(job_dir: Path) -> Generator[None]:
-    """A context manager that holds the lock of a run's folder, so that no other process trains there.
+    """A context manager that locks a run's folder, so that no other process trains in it at the same time.
 
-    The operating system releases the lock if the process dies.
+    The operating system releases the lock if the process dies. On a file system without locks, nothing is locked.
 
     Raises:
         OptionError: Another process holds the lock, or the lock file cannot be opened.
@@ -90,7 +102,9 @@ def lock_folder(job_dir: Path) -> Generator[None]:
 
 
 def name_writer(job_dir: Path) -> str:
-    """Returns a text that names the process that has written the status of a folder, for messages."""
+    """Returns a text for messages that names the process in `status.json`, such as "process 7 on host1, by its
+    status.json".
+    """
     try:
         status = read_status(job_dir)
     except OptionError:

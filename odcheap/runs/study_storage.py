@@ -1,4 +1,4 @@
-"""A storage for Optuna that saves the trials of a search in `study.json`.
+"""A storage for Optuna that keeps the trials of a search in the file `study.json`.
 
 Optuna 2 has a storage in SQLite files, but it does not work with SQLAlchemy 2.
 """
@@ -20,14 +20,15 @@ from odcheap.utils.errors import OptionError, first_line
 
 
 class StudyStorage(InMemoryStorage):
-    """A storage in memory that reads earlier trials from `study.json` and writes every change to this file.
+    """A storage of Optuna that keeps the trials of a search in `study.json`, so that the search can be continued.
 
-    A trial that was interrupted is tried again with the same values, so that its run continues.
+    When the search starts, earlier trials are read from the file. Every change of a trial is written to it. A trial
+    that was interrupted is tried again with the same values, so that its run continues.
 
     Args:
-        folder: The folder of the sweep.
-        overrides: The overrides of the command line.
-        params: Further overrides from the config of the sweeper, by the names of the options.
+        folder: The folder of the sweep, which contains `study.json`.
+        overrides: The overrides of the command line. Together with `params` they identify the search in the file.
+        params: Further overrides from the config of Hydra's sweeper: a dict from the names of options to their values.
     """
 
     def __init__(self, folder: str, overrides: Sequence[str], params: dict[str, str] | None = None):
@@ -60,13 +61,13 @@ class StudyStorage(InMemoryStorage):
         self.save(trial_id)
 
     def save(self, trial_id: int) -> None:
-        """Writes all trials of the search to which a trial belongs."""
+        """Writes all trials of the search to `study.json`; `trial_id` is Optuna's number of any of them."""
         trials = self.get_all_trials(self.get_study_id_from_trial_id(trial_id), deepcopy=False)
         sweep.write_search(self.folder, Search(overrides=self.overrides, trials=[*map(describe_trial, trials)]))
 
 
 def describe_trial(trial: FrozenTrial) -> Trial:
-    """Returns a trial of Optuna in the form in which it is saved."""
+    """Converts a trial of Optuna to the form in which `study.json` contains it."""
     return Trial(
         state=trial.state.name,
         value=trial.values[0] if trial.values else None,
@@ -78,7 +79,10 @@ def describe_trial(trial: FrozenTrial) -> Trial:
 
 
 def restore_trial(trial: Trial) -> FrozenTrial:
-    """Returns a saved trial as a trial of Optuna; one that was interrupted has the state WAITING, to be tried again."""
+    """Converts a trial from `study.json` to a trial of Optuna.
+
+    A trial that was interrupted gets the state WAITING, so that Optuna tries the same values again.
+    """
     if trial.state in ("RUNNING", "WAITING"):
         fixed: dict[str, Any] = {"fixed_params": trial.params or trial.system_attrs.get("fixed_params", {})}
         return create_trial(state=TrialState.WAITING, system_attrs=fixed)

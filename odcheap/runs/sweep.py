@@ -1,7 +1,7 @@
-"""Sweeps: the plan of a sweep, and the outcomes of its runs, which are read from their folders.
+"""Sweeps: the plan of a sweep, and the outcomes of its runs, which are read from the folders of the runs.
 
-A search for options by Optuna is a sweep whose runs are its trials. They are saved in `study.json`, so that it can be
-continued. A search is identified by the overrides with which it was started.
+A search for options by Optuna is a sweep, too. Each of its trials is a run. The trials are saved in `study.json`, so
+that the search can be continued. A search is identified by the overrides with which it was started.
 """
 
 import itertools
@@ -41,7 +41,7 @@ KILLED = "failed: ended without a reason (killed, or out of memory?)"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a run of a sweep.
+    """How one run of a sweep ended.
 
     Attributes:
         job_dir: The run's folder.
@@ -55,17 +55,20 @@ class Outcome:
 
 
 class SweepFolder:
-    """The folder of a sweep, which must be constructed when the sweep begins: it notes which files exist then.
+    """The folder of a sweep, from which the outcomes of its runs are read.
+
+    It must be constructed when the sweep begins. It then lists the files in the folder, so that files which the sweep
+    writes can be told from older ones.
 
     Args:
-        path: The value of the option `hydra.sweep.dir`.
-        search: The overrides of a search by Optuna; None for a sweep over all combinations of values.
+        path: The folder: the value of the option `hydra.sweep.dir`.
+        search: The overrides that identify a search by Optuna, as `find_search` returns them; None for any other sweep.
         runs: The names of the runs' folders; empty if they are not known before the runs start.
 
     Attributes:
-        count_others: The number of runs of other sweeps in the folder, which `read_outcomes` has counted.
-        unwritten: The outcomes of runs whose folder could not be written.
-        signals: The handler of signals while processes of joblib carry out the runs.
+        count_others: The number of runs in the folder that belong to other sweeps; `read_outcomes` sets it.
+        unwritten: The outcomes of runs whose own folder could not be written.
+        signals: The handler of signals for a sweep whose runs are executed by processes of joblib.
     """
 
     def __init__(self, path: Path, search: Sequence[str] | None = None, runs: Sequence[str] = ()):
@@ -75,14 +78,20 @@ class SweepFolder:
         self.unwritten: list[Outcome] = []
 
     def list_files(self) -> dict[Path, tuple[int, int]]:
-        """Returns the files from which outcomes are read, each with its inode and modification time."""
+        """Returns the result and status files in all folders of runs.
+
+        Returns:
+            A dict from the path of a file to its inode and its modification time (in nanoseconds), which change if the
+            file is written again.
+        """
         paths = [path for name in (SUMMARY, TEST, status.FILE_NAME) for path in self.path.rglob(name)]
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     def read_outcomes(self) -> list[Outcome]:
-        """Returns the outcomes of this sweep's runs, sorted by name, without failures from before this sweep.
+        """Reads how the runs of this sweep ended, and returns their outcomes, sorted by the names of their folders.
 
-        If the names of the runs' folders are not known, the runs of other sweeps in the folder are included.
+        Runs that failed before this sweep and were not started again are left out. If the names of the runs' folders
+        are not known, all runs in the folder are included, even those of other sweeps.
         """
         files = self.list_files()
         changed = {path for path, version in files.items() if self.files_before.get(path) != version}
@@ -103,17 +112,17 @@ started_sweeps: list[SweepFolder] = []
 
 
 def name_status_command(folder: Path) -> str:
-    """Returns the command line that lists the runs of the sweep in a folder with their states."""
+    """Returns the command line that prints the state of each run of a sweep; `folder` is the folder of the sweep."""
     return f"{name_command('report')} --status {shlex.quote(str(folder))}"
 
 
 def check_runs(config: DictConfig) -> None:
     """Checks, before a sweep begins, that Hydra can compose the configs of its runs.
 
-    Only as many configs are composed as are needed to try each name in a config group, such as `block_type=DW,Shift`.
+    Each name of a config group is tried once, as in `block_type=DW,Shift`, and not each combination of values.
 
     Args:
-        config: The config of the sweep, with the options of Hydra under `hydra`.
+        config: The config of the sweep, including Hydra's own options under `hydra`.
 
     Raises:
         HydraException: An override cannot be read, or names an option or a part that does not exist.
@@ -128,12 +137,15 @@ def check_runs(config: DictConfig) -> None:
 
 
 def list_values(override: Override, is_group: bool) -> list[str]:
-    """Returns an override with several values as overrides with one value each.
+    """Splits an override with several values, such as `seed=0,1`, into overrides with one value each.
 
     Args:
-        override: The override; it may have one value only.
-        is_group: Whether it chooses names in a config group, as `block_type=DW,Shift` does. All values are returned
-            then, and otherwise the first one at most.
+        override: The override; it may also have a single value.
+        is_group: True if the override chooses names in a config group, as `block_type=DW,Shift` does. All values are
+            then returned. If it is False, only the first value is returned.
+
+    Returns:
+        The overrides as texts, such as `["block_type=DW", "block_type=Shift"]`.
     """
     if not override.is_sweep_override():
         return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
@@ -145,13 +157,13 @@ def list_values(override: Override, is_group: bool) -> list[str]:
 
 
 def read_overrides(config: DictConfig) -> list[Override]:
-    """Returns the parsed overrides of a sweep: those of the sweeper's config, and those of the command line.
+    """Returns the parsed overrides of a sweep: those in `hydra.sweeper.params`, and those of the command line.
 
     Args:
-        config: The config of the sweep, with the options of Hydra under `hydra`.
+        config: The config of the sweep, including Hydra's own options under `hydra`.
 
     Raises:
-        HydraException: They cannot be read.
+        HydraException: The overrides cannot be parsed.
     """
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     given += map(str, config.hydra.overrides.task)
@@ -159,16 +171,17 @@ def read_overrides(config: DictConfig) -> list[Override]:
 
 
 def plan_sweep(config: DictConfig) -> SweepPlan:
-    """Returns what is known about the runs of a sweep before they start, for `sweep.json`.
+    """Returns the number of runs of a sweep, the options that it varies, and the names of its runs' folders.
 
-    If the sweep is a search that is continued, the config is changed to the number of trials that are left.
+    If the sweep continues an earlier search by Optuna, `config` is changed: its number of trials is reduced to those
+    that are left.
 
     Args:
-        config: The config of the sweep, with the options of Hydra under `hydra`.
+        config: The config of the sweep, including Hydra's own options under `hydra`.
 
     Raises:
-        HydraException: The overrides cannot be read.
-        OptionError: The file of a search cannot be read.
+        HydraException: The overrides cannot be parsed.
+        OptionError: The file `study.json` of an earlier search cannot be read.
     """
     sweeper = config.hydra.sweeper
     overrides = read_overrides(config)
@@ -185,7 +198,16 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
 
 
 def continue_search(config: DictConfig, search: list[str]) -> int:
-    """Reduces the number of trials in the config to those that are left; returns the number of complete trials."""
+    """Reads the trials of an earlier search, and reduces the number of trials in `config` to those that are left.
+
+    Args:
+        config: The config of the sweep, which is changed in place. If the sampler has a seed, the seed is changed too,
+            so that it does not draw the same values again.
+        search: The overrides that identify the search, as `find_search` returns them.
+
+    Returns:
+        The number of trials that are complete.
+    """
     sweeper = config.hydra.sweeper
     trials = read_search(Path(config.hydra.sweep.dir), search).trials
     done = sum(trial.state == "COMPLETE" for trial in trials)
@@ -198,19 +220,27 @@ def continue_search(config: DictConfig, search: list[str]) -> int:
 
 
 def write_plan(folder: Path, plan: SweepPlan) -> None:
-    """Writes the plan of a sweep to `sweep.json`, which keeps those plans of other sweeps that have runs left."""
+    """Writes the plan of a sweep to `sweep.json` in the sweep's folder.
+
+    Plans of other sweeps that are already in the file are kept if they have unfinished runs.
+    """
     others = [other for other in read_plans(folder) if other.runs != plan.runs and has_runs_left(folder, other)]
     content = SweepPlans(**plan.model_dump(), others=others[: MAX_PLANS - 1])
     write_json(folder / PLAN, content.model_dump())
 
 
 def has_runs_left(folder: Path, plan: SweepPlan) -> bool:
-    """Returns whether one of the runs that the plan of a sweep names is not finished; `folder` is that of the sweep."""
+    """Returns whether a run that the plan of a sweep names has no results yet; `folder` is the folder of the sweep."""
     return any(not (folder / name / SUMMARY).is_file() and not (folder / name / TEST).is_file() for name in plan.runs)
 
 
 def read_plans(folder: Path) -> list[SweepPlan]:
-    """Returns the plans in `sweep.json`, that of the last sweep first; none if the file cannot be read."""
+    """Reads the plans of sweeps from `sweep.json` in a sweep's folder.
+
+    Returns:
+        The plan of the sweep that was started last, followed by those of earlier sweeps. The list is empty if there is
+        no such file, or if it cannot be read.
+    """
     try:
         plans = validate(SweepPlans, read_json(folder / PLAN, "DIR"), folder / PLAN, "DIR")
     except OptionError:
@@ -219,12 +249,16 @@ def read_plans(folder: Path) -> list[SweepPlan]:
 
 
 def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[str, str]:
-    """Returns a short name of a run, made of the options that the sweep varies, and its position ("run 3 of 8").
+    """Returns a short name of a run, and its position in the sweep, for messages.
 
     Args:
-        folder: The folder of the sweep.
+        folder: The folder of the sweep, whose `sweep.json` is read.
         number: The number of the run in Hydra, from 0.
         overrides: The overrides of the run.
+
+    Returns:
+        The name, which contains only the options that the sweep varies, such as `seed=1`, and a text such as "run 3 of
+        8".
     """
     # Another sweep in this folder may have been started since. A plan without names may be that of any sweep.
     names = {name_run(overrides, also) for also in NAMED_OPTIONS.values()}
@@ -237,7 +271,7 @@ def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[
 
 
 def check_sweep_folder(folder: Path) -> None:
-    """Raises `OptionError` if a sweep would overwrite a user's file in the folder, or write through a link."""
+    """Raises `OptionError` if a sweep in this folder would overwrite a user's file, or would write through a link."""
     for name, start in OWN_FILES.items():
         path = folder / name
         if not os.path.lexists(path):
@@ -252,11 +286,14 @@ def check_sweep_folder(folder: Path) -> None:
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
-    """Returns how the run in a folder ended; None if the folder contains no result and nothing of this sweep.
+    """Reads from a run's folder how the run ended.
 
     Args:
         folder: The run's folder.
-        changed: The files that have been written since the sweep began.
+        changed: The paths of all files that were written since the sweep began.
+
+    Returns:
+        The outcome; None if the folder contains no results and this sweep has written nothing there.
     """
     # A result counts if it was there before; a status counts only if it was written in this sweep.
     try:
@@ -276,7 +313,7 @@ def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
 
 
 def read_checked(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
-    """Returns the content of a JSON file of a run, which is checked with a schema.
+    """Reads a JSON file of a run, and checks its content with a schema.
 
     Args:
         path: The file.
@@ -291,15 +328,17 @@ def read_checked(path: Path, schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def find_search(config: DictConfig) -> list[str] | None:
-    """Returns the overrides that identify a search whose trials are saved in `study.json`.
+    """Returns the overrides in the config of a sweep that identify a search by Optuna.
 
-    With other overrides in the same folder, a new search begins.
+    No file is read: the overrides are taken from `config` only. `read_search` reads the trials of this search from
+    `study.json`. A sweep with other overrides in the same folder is another search.
 
     Args:
-        config: The config of the sweep, with the options of Hydra under `hydra`.
+        config: The config of the sweep, including Hydra's own options under `hydra`.
 
     Returns:
-        The overrides; None if the sweep is no search, or if its trials are saved in a storage of the user's own.
+        The overrides, sorted; None if the sweep is no search, or if the user has chosen another storage than
+        `study.json`.
     """
     storage = config.hydra.sweeper.get("storage")
     is_kept = OmegaConf.is_dict(storage) and storage.get("_target_") == STORAGE
@@ -307,17 +346,20 @@ def find_search(config: DictConfig) -> list[str] | None:
 
 
 def describe_search(overrides: Sequence[str], params: dict[str, str] | None) -> list[str]:
-    """Returns the overrides that identify a search, as texts, sorted.
+    """Joins all overrides of a search by Optuna to one sorted list, which identifies the search in `study.json`.
 
     Args:
         overrides: The overrides of the command line.
-        params: Further overrides from the config of the sweeper, by the names of the options.
+        params: Further overrides, from `hydra.sweeper.params`: a dict from the names of options to their values.
     """
     return sorted([*map(str, overrides), *(f"{key}={value}" for key, value in (params or {}).items())])
 
 
 def read_study(folder: Path) -> Study:
-    """Returns the content of `study.json` in the folder of a sweep; it has no searches if there is no such file.
+    """Reads `study.json` from the folder of a sweep.
+
+    Returns:
+        The content of the file; if there is no such file, a `Study` without searches.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.
@@ -327,31 +369,37 @@ def read_study(folder: Path) -> Study:
 
 
 def read_search(folder: Path, overrides: Sequence[str]) -> Search:
-    """Returns the search in a folder that these overrides identify; it has no trials if it is new.
+    """Reads one search by Optuna from `study.json`.
 
     Args:
         folder: The folder of the sweep.
-        overrides: The overrides as `describe_search` returns them.
+        overrides: The overrides that identify the search, as `describe_search` returns them.
+
+    Returns:
+        The search with its trials. It has no trials if `study.json` does not contain it, or does not exist.
 
     Raises:
-        OptionError: The file `study.json` in the folder is damaged, or another program has written it.
+        OptionError: The file is damaged, or another program has written it.
     """
     known = (search for search in read_study(folder).searches if search.overrides == list(overrides))
     return next(known, Search(overrides=list(overrides), trials=[]))
 
 
 def write_search(folder: Path, search: Search) -> None:
-    """Writes a search into `study.json`; other searches in the file are not changed."""
+    """Writes a search by Optuna into `study.json` in the sweep's folder; other searches in the file are not changed."""
     others = [other for other in read_study(folder).searches if other.overrides != search.overrides]
     write_json(folder / STUDY, Study(searches=[*others, search]).model_dump())
 
 
 def describe_best(folder: Path, overrides: Sequence[str]) -> str | None:
-    """Returns a line of text about the trial with the highest accuracy; None if no trial is complete.
+    """Returns a line of text about the best trial of a search by Optuna: its values, its accuracy, and its folder.
 
     Args:
-        folder: The folder of the sweep.
+        folder: The folder of the sweep, whose `study.json` is read.
         overrides: The overrides that identify the search, as `describe_search` returns them.
+
+    Returns:
+        The text; None if no trial is complete.
     """
     trials = read_search(folder, overrides).trials
     complete = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]
@@ -364,5 +412,5 @@ def describe_best(folder: Path, overrides: Sequence[str]) -> str | None:
 
 
 def name_trial(trial: Trial) -> str:
-    """Returns the name of a trial's folder."""
+    """Returns the name of the folder in which a trial of a search by Optuna runs."""
     return name_run([f"{name}={value}" for name, value in (trial.params | trial.user_attrs).items()])

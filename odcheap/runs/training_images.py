@@ -1,6 +1,6 @@
-"""The file `training_images.json` of a run, with which an evaluation recognizes images that the run was trained on.
+"""The file `training_images.json` of a run, which contains hashes of the training images and of the held-out images.
 
-It contains hashes of the training images and of the held-out images.
+An evaluation of other images reads it, to tell which of these images the run has been trained on.
 """
 
 import base64
@@ -24,7 +24,7 @@ from odcheap.utils.files import read_json, write_json
 
 
 class SavedDigests(Schema):
-    """The content of `training_images.json`: an `ImageDigests` with its hashes in base64."""
+    """The content of `training_images.json`: the fields of `ImageDigests`, with the hashes as texts in base64."""
 
     kind: Literal["files", "pixels"]
     key: int
@@ -34,14 +34,14 @@ class SavedDigests(Schema):
 
 
 def write_digests(job_dir: Path, digests: ImageDigests) -> None:
-    """Writes `training_images.json` into a run's folder."""
+    """Writes hashes of the training images and the held-out images to `training_images.json` in a run's folder."""
     train, val = (base64.b64encode(part).decode() for part in (digests.train, digests.val))
     content = {"kind": digests.kind, "key": digests.key, "digest_bytes": DIGEST_BYTES, "train": train, "val": val}
     write_json(job_dir / TRAINING_IMAGES, content)
 
 
 def read_digests(job_dir: Path, option: str) -> ImageDigests | None:
-    """Reads `training_images.json` from a run's folder.
+    """Reads the hashes of a run's training images and held-out images from `training_images.json`.
 
     Args:
         job_dir: The run's folder.
@@ -67,11 +67,16 @@ def read_digests(job_dir: Path, option: str) -> ImageDigests | None:
 
 
 def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
-    """Returns two hashes for each image file; a run that has used the file has stored one of them.
+    """Returns two hashes for each image file: one of its size, its beginning and its end, and one of its whole content.
+
+    A run that has used the same file has stored one of the two in `training_images.json`.
 
     Args:
         files: The image files.
-        key: The key of the hashes, see `ImageDigests`.
+        key: The key of the hash function; `ImageDigests.key` of the run with which the files are compared.
+
+    Returns:
+        For each file a set with the two hashes, 8 bytes each, for `find_known_images`.
     """
     # A run has stored the hash of a file's size and ends, or that of its whole content if several of its files have the
     # same first hash; see `hash_files`.
@@ -81,24 +86,26 @@ def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
 
 
 def hash_image(image: np.ndarray, key: int) -> set[bytes]:
-    """Returns a set with the hash of an image, for `ImageDigests` of the kind "pixels".
+    """Returns the hash of an image's pixels, as a set with one entry, for `find_known_images`.
+
+    It can be compared with hashes whose `ImageDigests.kind` is "pixels".
 
     Args:
         image: The image, (C, H, W), uint8.
-        key: The key of the hash, see `ImageDigests`.
+        key: The key of the hash function; `ImageDigests.key` of the run with which the image is compared.
     """
     return {hash_pixels(torch.from_numpy(image[None]), key)[0][:DIGEST_BYTES]}
 
 
 def find_known_images(digests: ImageDigests, hashes: Sequence[set[bytes]]) -> tuple[list[int], list[int]]:
-    """Returns which of some images are training images of a run, and which are held-out images.
+    """Finds the images that a run has been trained on, or has held out, by their hashes.
 
     Args:
-        digests: The hashes of the run's images.
-        hashes: The hashes of each image to look for; see `hash_file_contents` and `hash_image`.
+        digests: The hashes of the run's images; see `read_digests`.
+        hashes: A set of hashes for each image to look for, from `hash_file_contents` or `hash_image`.
 
     Returns:
-        The positions of the training images, and the positions of the held-out images, in `hashes`.
+        Two sorted lists of positions in `hashes`: those of the run's training images, and those of its held-out images.
     """
     known = [
         {part[k : k + DIGEST_BYTES] for k in range(0, len(part), DIGEST_BYTES)} for part in (digests.train, digests.val)
