@@ -22,7 +22,7 @@ class Alone(IndependentMethod):
     Args:
         students: The S students.
         label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1).
-        **options: `average_decay`; see `Method`.
+        **options: `average_decay`, the argument of `Method`: the largest decay of moving averages of the weights.
     """
 
     def __init__(self, students: Students, label_smoothing: LabelSmoothing = 0.0, **options: Any):
@@ -30,9 +30,12 @@ class Alone(IndependentMethod):
         self.label_smoothing = label_smoothing
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            `ce_0`, `ce_1`, ...: each student's cross-entropy. `loss`: their sum.
+            A dict of scalars.
+
+            - `ce_0`, `ce_1`, ...: the cross-entropy of each student.
+            - `loss`: their sum.
         """
         return add_total(cross_entropy_terms(outputs["student_logits"], target, "ce", self.label_smoothing))

@@ -36,12 +36,13 @@ from odcheap.utils.errors import OptionError
 
 @check_arguments("method")
 class DeepMutualLearning(FeatureDistillation):
-    """Trains students that imitate each other.
+    """Trains students that learn from the labels and from each other's predictions (deep mutual learning, DML).
 
     Args:
         students: Two or more students.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`; see `FeatureDistillation`.
+        **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`, the arguments of
+            `FeatureDistillation`.
     """
 
     min_students = 2
@@ -65,12 +66,16 @@ class DeepMutualLearning(FeatureDistillation):
         return outputs | {"feature_distances": self.features.compare_mutually(maps)}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            For each student k: `L_C_k`, its cross-entropy; `D_KL_k`, T^2 times the mean KL from the other students'
-            predictions to its own; with another loss than the KL, such as dkd, `D_DKD_k`. `attention_k` or `l2_k`
-            if feature maps are compared too. `loss`: the sum of all terms.
+            A dict of scalars, in which k is the number of a student. Weights are already multiplied in.
+
+            - `L_C_k`: the cross-entropy of student k.
+            - `D_KL_k`: T^2 times KL(another student || student k), averaged over the other students. If the option
+              `loss` is not "kl", the key contains its value, such as `D_DKD_k`.
+            - `attention_k` or `l2_k`: the distance of the feature maps; only if they are compared.
+            - `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         # (S, S): row l has the distances of student l's predictions, the detached targets, from each student.

@@ -25,13 +25,13 @@ from odcheap.methods.students import Students
 
 
 class FeatureFusion(RampedDistillation):
-    """Trains students together with a classifier on their fused feature maps, which is the teacher.
+    """Trains students together with a teacher: a classifier on their fused feature maps (FFL).
 
     Args:
         students: Two or more students.
-        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
-            which the weight of the distillation terms rises to 1), `loss`, `loss_weights` and `average_decay`; see
-            `RampedDistillation` and `LogitDistillation`.
+        **options: The other arguments of `RampedDistillation`: `temperature` (T, by default 3), `ramp_up` (the fraction
+            of the run's epochs, by default 80/300, in which the weight of the distillation terms rises to 1), `loss`,
+            `loss_weights` and `average_decay`.
     """
 
     teacher_kind = "head"
@@ -52,13 +52,17 @@ class FeatureFusion(RampedDistillation):
         return self.fc(self.fusion(torch.cat(features, dim=1)).mean((2, 3)))
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            `L_ce_k`: the cross-entropy of each student k. `L_ce_f`: that of the fused classifier. `L_kl_e`: w T^2 times
-            the KL from the students' mean to the fused classifier. `L_kl_f_k`: w T^2 times the KL from the fused
-            classifier to student k. With another loss than the KL its name stands in place of `kl`. `loss`: the sum of
-            all terms. w is the weight `ramp`, in [0, 1].
+            A dict of scalars, in which k is the number of a student, and w in [0, 1] the current weight of the ramp-up.
+            If the option `loss` is not "kl", its value stands in place of `kl` in the keys.
+
+            - `L_ce_k`: the cross-entropy of student k.
+            - `L_ce_f`: the cross-entropy of the teacher, the classifier on the fused feature maps.
+            - `L_kl_e`: w T^2 KL(mean of the students' logits || teacher).
+            - `L_kl_f_k`: w T^2 KL(teacher || student k).
+            - `loss`: the sum of all terms.
         """
         logits, fused = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_f": F.cross_entropy(fused, target)}

@@ -42,14 +42,16 @@ Alpha = Annotated[float, Field(ge=0, le=1)]
 
 @check_arguments("method")
 class OfflineDistillation(FeatureDistillation, IndependentMethod):
-    """Trains students that learn from the labels and from a trained teacher.
+    """Trains students that learn from the labels and from a trained teacher, which does not change.
 
     Args:
-        students: The students.
-        teacher: The trained network, or several; it is not trained further.
+        students: The S students.
+        teacher: One trained network (`Teacher`), or several of them (`TeacherEnsemble`).
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        alpha: The weight of the teacher's term, in [0, 1]; the labels' term has the weight 1 - alpha.
-        **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`; see `FeatureDistillation`.
+        alpha: The weight of the loss term that compares students with the teacher, in [0, 1]. The cross-entropy has the
+            weight 1 - alpha.
+        **options: `loss`, `loss_weights`, `feature`, `feature_weight` and `average_decay`, the arguments of
+            `FeatureDistillation`.
     """
 
     teacher_kind = "frozen"
@@ -99,12 +101,15 @@ class OfflineDistillation(FeatureDistillation, IndependentMethod):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            For each student k: `ce_k`, (1 - alpha) times its cross-entropy; `kl_k`, alpha T^2 times the KL from the
-            teacher to the student; with another loss than the KL its name stands in place of `kl`. `attention_k` or
-            `l2_k` if feature maps are compared too. `loss`: the sum of all terms.
+            A dict of scalars, in which k is the number of a student. Weights are already multiplied in.
+
+            - `ce_k`: (1 - alpha) times the cross-entropy of student k.
+            - `kl_k`: alpha T^2 KL(teacher || student k). If the option `loss` is not "kl", its value is the name.
+            - `attention_k` or `l2_k`: the distance of the feature maps; only if they are compared.
+            - `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         distances = self.distance(logits, outputs["teacher_logits"], target)
@@ -131,32 +136,32 @@ def build_offline_distillation(
     feature_weight: FeatureWeight = 1.0,
     average_decay: AverageDecay | None = None,
 ) -> OfflineDistillation:
-    """Builds the method with a teacher whose weights are in a file, or with several teachers.
+    """Loads one or several teachers from files, and returns the `OfflineDistillation` of the students from them.
 
     Args:
-        students: The students.
-        teacher_weights: A run's folder, its `student.safetensors`, or a file of published weights; or a list of these,
-            for several teachers, to which the other options apply alike.
-        teacher_network: The network that published weights belong to, `torchvision/NAME` or `timm/NAME`; None for a
-            run.
-        teacher_mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its
-            run, or that of ImageNet for published weights.
-        teacher_std: The standard deviation, of each channel; None as for `teacher_mean`.
-        teacher_size: The side, in pixels, of the images that the teacher expects; None for that of its run, or 224 for
-            published weights.
-        mean: The mean, of each channel, with which the students' images are normalized.
-        std: The standard deviation, of each channel, with which the students' images are normalized.
+        students: The S students.
+        teacher_weights: The folder of a run, its `student.safetensors`, or a file of published weights. A list of these
+            gives several teachers, to all of which the other arguments apply.
+        teacher_network: The network that published weights belong to, `torchvision/NAME` or `timm/NAME`; None for the
+            teacher of a run.
+        teacher_mean: The mean of each channel with which the teacher's images are normalized. None takes the one of the
+            teacher's run, or ImageNet's for published weights.
+        teacher_std: The standard deviation of each channel for the same images; None as for `teacher_mean`.
+        teacher_size: The side, in pixels, of the images that the teacher expects. None takes the one of the teacher's
+            run, or 224 for published weights.
+        mean: The mean of each channel with which the students' images are normalized.
+        std: The standard deviation of each channel with which the students' images are normalized.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        alpha: The weight of the teacher's term, in [0, 1].
-        loss: How predictions are compared; see `LogitDistillation`.
-        loss_weights: The weights of the two parts of the loss; see `LogitDistillation`.
-        feature: How feature maps are compared; see `FeatureDistillation`.
-        feature_weight: The factor of the feature terms; see `FeatureDistillation`.
-        average_decay: The largest decay of the moving averages of the students' weights; see `Method`.
+        alpha: The weight of the loss term that compares students with the teacher, in [0, 1].
+        loss: How predictions are compared: "kl", "dkd", "dist" or "standardized"; see `LogitDistillation`.
+        loss_weights: The weights of the two parts of "dkd" or "dist"; None for the usual ones.
+        feature: How feature maps are compared: "attention" or "l2"; None to compare none.
+        feature_weight: The factor of the loss terms that compare feature maps.
+        average_decay: The largest decay of the moving averages of the students' weights; None for no moving averages.
 
     Raises:
-        OptionError: A file is of another kind, its weights do not fit the network, or the teacher does not suit the
-            classes or channels of the students.
+        OptionError: A file is of another kind, its weights do not fit the network, or the teacher has another number of
+            classes or channels than the students.
     """
     paths = [teacher_weights] if isinstance(teacher_weights, str) else teacher_weights
     expected = (mean, std), teacher_mean, teacher_std, teacher_size

@@ -29,15 +29,16 @@ from odcheap.utils.errors import OptionError
 
 @check_arguments("method")
 class CollaborativeLearning(LogitDistillation):
-    """Trains students that learn from a soft target, which is computed from the logits of all students.
+    """Trains students that learn from the labels and from a soft target, which all students' logits give (KDCL).
 
     Args:
         students: Two or more students.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        weight: The factor of the KL terms.
-        soft_target: "minlogit" takes for each class the smallest difference, over the students, from the label's logit;
-            "naive" takes for each image the logits of the student with the smallest cross-entropy.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`.
+        weight: The factor of the loss terms that compare students with the soft target, in addition to T^2.
+        soft_target: How the soft target is computed for each image. "minlogit" subtracts, in each student, the logit of
+            the label from all logits, and takes the smallest result of each class over the students. "naive" takes the
+            logits of the student with the smallest cross-entropy.
+        **options: `loss`, `loss_weights` and `average_decay`, the arguments of `LogitDistillation`.
     """
 
     has_own_views = True
@@ -62,11 +63,14 @@ class CollaborativeLearning(LogitDistillation):
             raise OptionError("method.soft_target", self.soft_target, f"{allowed}; naive takes mixed labels")
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            For each student k: `L_CE_k`, its cross-entropy; `L_KD_k`, weight * T^2 times the KL from the soft target to
-            the student. `loss`: the sum of all terms.
+            A dict of scalars, in which k is the number of a student.
+
+            - `L_CE_k`: the cross-entropy of student k.
+            - `L_KD_k`: weight T^2 KL(soft target || student k), or the other loss that the option `loss` names.
+            - `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         soft_target = self.make_target(logits.detach(), target)
@@ -75,14 +79,14 @@ class CollaborativeLearning(LogitDistillation):
 
 
 def min_logit_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns, for each image and class, the smallest difference between the class's logit and the label's.
+    """Returns, for each image and class, the smallest value over the students of logit(class) - logit(label).
 
     Args:
         logits: The students' logits (S, N, K).
         target: Labels (N,).
 
     Returns:
-        (N, K), the smallest over the students.
+        (N, K), which serve as the logits of the soft target.
     """
     # (S, N, 1): each student's logit of the image's label.
     label_logits = logits.gather(-1, target.expand(len(logits), -1)[..., None])
@@ -97,7 +101,7 @@ def naive_target(logits: Tensor, target: Tensor) -> Tensor:
         target: Labels (N,), or probabilities of the classes (N, K).
 
     Returns:
-        (N, K).
+        (N, K); different images may have the logits of different students.
     """
     losses = torch.stack([F.cross_entropy(student, target, reduction="none") for student in logits])
     # The index of the best student, (N,), is repeated for all classes, since `gather` picks each element separately.

@@ -58,13 +58,16 @@ ContrastTemperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class Projection(nn.Module):
-    """A projection head: feature maps (N, C, h, w) -> vectors of length 1, (N, size).
+    """A projection head: averages feature maps over their pixels, and maps the result to vectors of norm 1.
 
-    It computes in float32 or float64, whatever the precision of its weights.
+    It computes in float32 or float64, also if its weights have 16 bits.
 
     Args:
-        channels: The number of channels of the feature maps.
-        size: The length of the vectors.
+        channels: The number of channels of the feature maps, C.
+        size: The number of elements of each vector.
+
+    Shape:
+        (N, C, h, w) -> (N, size).
     """
 
     def __init__(self, channels: int, size: int):
@@ -79,22 +82,30 @@ class Projection(nn.Module):
 
 @check_arguments("method")
 class LayerwiseMutualContrastiveLearning(LogitDistillation):
-    """Trains students that imitate each other's predictions and the contrastive distributions of each other's features.
+    """Trains students that imitate each other's predictions and contrastive distributions (LMCL).
+
+    A contrastive distribution says how similar the features of an image are to those of each other image of the batch.
+    It is a softmax of inner products of vectors, which projection heads compute from the last feature map of a stage.
+    One student gives the vector of the image; the same student or another one gives those of the other images.
 
     Args:
-        students: Two or more students. Their stages are paired from the last one backwards.
-        temperature: T, by which logits and similarities are divided before the softmax in the KLs.
-        contrast_temperature: tau, by which the similarities of vectors are divided.
-        embedding_size: The length of the vectors that the projection heads return.
-        vcl_weight: The factor of the terms of vanilla contrastive learning.
-        icl_weight: The factor of the terms of interactive contrastive learning.
-        soft_vcl_weight: The factor of the KLs between the students' own contrastive distributions.
-        soft_icl_weight: The factor of the KLs between the contrastive distributions of pairs of students.
-        **options: `loss`, `loss_weights` and `average_decay`; see `LogitDistillation`. The loss compares the students'
-            predictions; contrastive distributions are always compared by the KL.
+        students: Two or more students. Their last stages are compared with each other, then those before them, and so
+            on; the student with the fewest stages determines how many are compared.
+        temperature: T, by which logits and contrastive logits are divided before the softmax in each KL.
+        contrast_temperature: tau, by which the inner products of the vectors are divided.
+        embedding_size: The number of elements of the vectors.
+        vcl_weight: The factor of vanilla contrastive learning (VCL): in each student, images with the same label should
+            have similar vectors.
+        icl_weight: The factor of interactive contrastive learning (ICL), the same between two students.
+        soft_vcl_weight: The factor of soft VCL: by a KL, the distributions of a student's own vectors imitate those of
+            another student's own vectors.
+        soft_icl_weight: The factor of soft ICL: by a KL, the distributions of the vectors of student k over those of
+            student l imitate the distributions of the vectors of student l over those of student k.
+        **options: `loss`, `loss_weights` and `average_decay`, the arguments of `LogitDistillation`. The loss compares
+            the students' predictions; contrastive distributions are always compared by the KL.
 
     Raises:
-        OptionError: All weights are 0, or a student has no feature maps at the ends of stages.
+        OptionError: The four factors are all 0, or a student has no feature maps at the ends of stages.
     """
 
     min_students = 2
@@ -143,14 +154,21 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         return outputs | {"embeddings": torch.stack(embeddings)}
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            For each student k: `L_ce_k`, its cross-entropy; `L_kl_k`, T^2 times the mean KL from the other students'
-            predictions to its own (with another loss than the KL its name stands in place of `kl`); `L_vcl_k`,
-            `L_icl_k`, `L_soft_vcl_k` and `L_soft_icl_k`, the contrastive terms with their weights, unless the weight
-            is 0. In eval mode there are no contrastive terms, since their size depends on that of the batch. `loss`:
-            the sum of all terms.
+            A dict of scalars for each student k. Terms with l are averaged over the other students l. p_kl are the
+            contrastive distributions of the vectors of student k over those of student l. The last four terms are
+            already multiplied by their weights. They are left out if their weight is 0, and in eval mode.
+
+            - `L_ce_k`: the cross-entropy of student k.
+            - `L_kl_k`: T^2 KL(predictions of l || predictions of k). If the option `loss` is not "kl", its value stands
+              in place of `kl`, such as `L_dkd_k`.
+            - `L_vcl_k`: vanilla contrastive learning, the mean of -log p_kk of images with the same label.
+            - `L_icl_k`: interactive contrastive learning, the mean of -log p_kl of images with the same label.
+            - `L_soft_vcl_k`: T^2 KL(p_ll || p_kk).
+            - `L_soft_icl_k`: T^2 KL(p_lk || p_kl).
+            - `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce")
@@ -165,12 +183,14 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         return add_total(terms)
 
     def contrastive_losses(self, contrast: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Returns the contrastive terms, each (S,) with a value for each student, multiplied by their weights.
+        """Returns a dict of the contrastive terms; each is a tensor (S,) and already multiplied by its weight.
 
-        The keys are `vcl`, `icl`, `soft_vcl` and `soft_icl`; a term whose weight is 0 is left out.
+        The keys are `vcl` (vanilla contrastive learning), `icl` (interactive contrastive learning), `soft_vcl` and
+        `soft_icl`. A term whose weight is 0 is left out.
 
         Args:
-            contrast: The logits of the contrastive distributions, (S, S, M, N, N - 1); see `compare_vectors`.
+            contrast: The logits of the contrastive distributions, (S, S, M, N, N - 1): the result of `compare_vectors`
+                divided by tau.
             target: Labels (N,).
         """
         own = contrast.diagonal(dim1=0, dim2=1).movedim(-1, 0)  # (S, M, N, N - 1): those of a student with itself
@@ -186,14 +206,11 @@ class LayerwiseMutualContrastiveLearning(LogitDistillation):
         return {name: weight * losses[name]() for name, weight in self.weights.items() if weight}
 
     def compare_distributions(self, contrast: Tensor, imitated: Tensor) -> Tensor:
-        """Returns T^2 times the KL from one contrastive distribution to another one, summed over the stages.
+        """Returns T^2 KL(imitated || contrast) of contrastive distributions, (S, S), summed over the M stages.
 
         Args:
-            contrast: The logits of the distribution that learns, (S, S, M, N, N - 1); the first S may be 1.
-            imitated: The logits of the one that it imitates, of the same shape; the second S may be 1.
-
-        Returns:
-            (S, S).
+            contrast: The logits of the distributions that learn, (S, S, M, N, N - 1); the first S may be 1.
+            imitated: The logits of the distributions that are imitated, of the same shape; the second S may be 1.
         """
         return self.temperature**2 * soft_kl(contrast, imitated, self.temperature).sum(-1)
 
@@ -202,18 +219,18 @@ def compare_vectors(embeddings: Tensor) -> Tensor:
     """Returns the inner products of the vectors of each two students, for each two different images.
 
     Args:
-        embeddings: (S, M, N, D): for S students, M stages and N images a vector of D numbers.
+        embeddings: (S, M, N, D): a vector of D elements for each of S students, M stages and N images.
 
     Returns:
-        (S, S, M, N, N - 1). The entry [a, b, m, i] has the products of the vector of student a for image i with the
-        vectors of student b for the other images, in their order, at stage m.
+        (S, S, M, N, N - 1). The entry [a, b, m, i] is for stage m and image i: it has the products of the vector of
+        student a for image i with the vectors of student b for all other images, in the order of the batch.
     """
     products = torch.einsum("amid,bmjd->abmij", embeddings, embeddings)
     return products.gather(-1, list_others(len(products[0, 0, 0]), products.device).expand(*products.shape[:-1], -1))
 
 
 def list_others(count: int, device: torch.device) -> Tensor:
-    """Returns, for each of N images, the numbers of the other images, (N, N - 1).
+    """Returns, for each of N images, the indices of the other images, (N, N - 1).
 
     Args:
         count: N.
@@ -232,11 +249,11 @@ def list_others(count: int, device: torch.device) -> Tensor:
 def contrastive_loss(contrast: Tensor, target: Tensor) -> Tensor:
     """Returns the supervised contrastive loss: the mean of -log p over the pairs of images with the same label.
 
-    p is the softmax of `contrast`. For each image, the mean over its partners (the other images with its label) is
-    taken; then the mean over all images that have a partner. The loss is 0 if no image has a partner.
+    p is the softmax of `contrast`. The partners of an image are the other images with its label. -log p is averaged
+    over the partners of each image, then over all images that have a partner. The loss is 0 if no image has a partner.
 
     Args:
-        contrast: The logits of contrastive distributions, (..., N, N - 1); see `compare_vectors`.
+        contrast: The logits of contrastive distributions, (..., N, N - 1): for each image a logit for each other image.
         target: Labels (N,).
 
     Returns:
