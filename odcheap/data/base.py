@@ -27,12 +27,12 @@ class Batch(NamedTuple):
     """A batch of images and labels on one process.
 
     Attributes:
-        images: (N, C, H, W), float32, augmented in training and normalized; or (S, N, C, H, W) with S independent
-            augmentations of each image.
-        target: Labels (N,), int64; in training with mixup or cutmix the probabilities of the classes (N, K), float32.
-        share: The factor by which the process multiplies its mean loss: N times the number of processes, divided by the
-            size of the global batch. With it the mean of the gradients of all processes is exactly the gradient of the
-            global batch's mean loss, even if the images of the batch cannot be divided evenly among the processes.
+        images: Normalized images (N, C, H, W), float32; training images are augmented. If each image has S independent
+            augmentations, the shape is (S, N, C, H, W).
+        target: Labels (N,), int64. In training with mixup or cutmix they are class probabilities (N, K), float32.
+        share: The factor by which the process multiplies its mean loss. It is N times the number of processes, divided
+            by the number of images in the batches of all processes together. With this factor the mean of all
+            processes' gradients is exactly the gradient of the mean loss of all these images, even if N differs.
     """
 
     images: Tensor
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Process(NamedTuple):
-    """One of the processes that train together: a process loads its own part of each batch, to its own device.
+    """One of the processes that train together; each of them loads its own part of a batch to its own device.
 
     Attributes:
         device: The device on which the process trains.
@@ -57,11 +57,11 @@ class Process(NamedTuple):
 
 
 class LabeledImage(NamedTuple):
-    """An image as it is evaluated, before normalization.
+    """An image for evaluation, which is not normalized yet.
 
     Attributes:
         image: (C, H, W), uint8.
-        label: The number of its class, from 0.
+        label: The number of the image's class, from 0.
         path: The file from which it was read; None if the data set has no image files.
     """
 
@@ -71,12 +71,12 @@ class LabeledImage(NamedTuple):
 
 
 def limit_batches(count: int, limit: float | None) -> int:
-    """Returns the number of batches that an epoch of `count` batches has under `trainer.limit_train_batches`.
+    """Returns how many batches of an epoch are used with the option `trainer.limit_train_batches`.
 
     Args:
-        count: The number of batches of all images.
-        limit: The number of batches if it is an `int`, and a fraction of all batches if it is a `float`, as in
-            Lightning; None for all. At least one batch stays.
+        count: The number of batches without the option.
+        limit: The value of the option. An `int` is a number of batches, and a `float` is a fraction of all batches, of
+            which at least one is used. None stands for all batches.
 
     Example:
         >>> limit_batches(10, 1), limit_batches(10, 1.0), limit_batches(10, 0.25), limit_batches(10, None)
@@ -88,14 +88,14 @@ def limit_batches(count: int, limit: float | None) -> int:
 
 
 class ImageDigests(NamedTuple):
-    """Short hashes of the images that a run uses, with which these images are recognized later.
+    """Short hashes of a run's training images and held-out images, by which `odcheap evaluate` recognizes them later.
 
     Attributes:
-        kind: "files" for hashes of the contents of files (`folder_trees.hash_files`), "pixels" for hashes of pixels
-            (`splits.hash_pixels`).
+        kind: "files" if the contents of image files were hashed (`folder_trees.hash_files`), "pixels" if the pixels of
+            the images were (`splits.hash_pixels`).
         key: The key of the hash function, which is the option `data.split_seed` of the run.
         train: The first 8 bytes of the hash of each training image, joined.
-        val: The same for the held-out images.
+        val: The first 8 bytes of the hash of each held-out image, joined.
     """
 
     kind: Literal["files", "pixels"]
@@ -105,17 +105,18 @@ class ImageDigests(NamedTuple):
 
 
 def join_digests(digests: Iterable[bytes]) -> bytes:
-    """Returns the first 8 bytes of each hash, joined; see `ImageDigests`."""
+    """Returns the first 8 bytes of each hash, joined to one `bytes` object."""
     return b"".join(digest[:DIGEST_BYTES] for digest in digests)
 
 
 class BatchOrder:
-    """Chooses the images of each training batch of one process, in an order that depends on (seed, epoch) only.
+    """Chooses the images of each training batch of one process, in an order that only depends on seed and epoch.
 
-    The last batch of an epoch is left out if it has fewer than two images for each process.
+    If the last batch of an epoch has fewer than two images for each process, it is left out.
 
     Attributes:
-        limit: The number of batches of an epoch, see `limit_batches`.
+        limit: The largest number of batches of an epoch (`int`), or the fraction of its batches that is used (`float`);
+            None to use all.
 
     Args:
         count: The number of training images.
@@ -125,7 +126,7 @@ class BatchOrder:
         world_size: The number of processes.
 
     Raises:
-        OptionError: The batch has fewer than two images for each process.
+        OptionError: `batch_size` is less than two images for each process.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -148,8 +149,8 @@ class BatchOrder:
         """Returns which images this process trains on in each batch of the epoch.
 
         Returns:
-            For each batch the positions (N,) of this process's images among all training images, and the factor of its
-            mean loss; see `Batch.share`.
+            A pair for each batch: the positions (N,) of this process's images among all training images, and the factor
+            by which the process multiplies its mean loss (`Batch.share`).
         """
         # All processes draw the same order, and each takes every world_size-th image of a batch.
         order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
@@ -162,13 +163,13 @@ class ResumableBatches(ABC):
     """The base class of loaders of training batches, which can continue in the middle of an epoch.
 
     Iterating yields the `Batch` objects of one epoch, with images and labels. The state dict contains the number of
-    batches that were yielded in this epoch. After it is loaded, the next iteration begins with the batch that follows.
+    batches that were yielded in this epoch. If a loader loads it, its next iteration skips so many batches.
 
     Args:
         order: The sampler that chooses the images of each batch.
 
     Attributes:
-        sampler: The same sampler. Lightning calls `set_epoch` of an attribute with this name.
+        sampler: The argument `order`. Lightning calls `set_epoch` of a loader's `sampler` before each epoch.
         done: The number of batches of this epoch that have been yielded.
         start: The number of batches that the next iteration skips.
     """
@@ -188,7 +189,7 @@ class ResumableBatches(ABC):
 
     @abstractmethod
     def batches_from(self, start: int) -> Iterator[Batch]:
-        """Yields the `Batch` objects of the epoch from batch number `start` (from 0) on."""
+        """Yields the `Batch` objects of the epoch without the first `start` ones."""
 
     def state_dict(self) -> dict[str, int]:
         return {"done": self.done}
@@ -199,40 +200,41 @@ class ResumableBatches(ABC):
 
 @check_arguments("data")
 class ImageData(ABC):
-    """A data set for classification with three parts: "train", "val" (held out for validation) and "test".
+    """The base class of data sets. The parts of a data set are "train", "val" (held out for validation) and "test".
 
     A new data set is a subclass whose method `read` reads the images, sets the attributes `classes`, `image_size` and
-    `shorter_side`, and calls `divide`, which sets most others.
+    `shorter_side`, and calls `divide`, which sets `labels`, `index` and `fingerprint`.
 
     Args:
         name: The name of the data set.
         seed: The seed of the run, for the order and the augmentation of training images.
-        select: The part on which the best student and epoch are selected: "val" or "test"; or "last" to select nothing.
-        select_by: The metric by which they are selected: "top1", or "balanced", which is the mean recall of the
-            classes.
+        select: The part on which the best student and the best epoch are selected, "val" or "test". With "last" nothing
+            is selected, and student 0 of the last epoch is used.
+        select_by: The metric of this selection: "top1" is the accuracy, "balanced" is the mean recall of the classes.
         batch_size: The number of images in a training batch, on all processes together.
         eval_batch_size: The number of images in an evaluation batch on each process.
-        val_size: The number of training images that are held out as "val", or a fraction of them below 1.
+        val_size: The number of training images to hold out as "val"; a value below 1 is a fraction of all of them.
         split_seed: The seed that decides which images are held out.
-        mean: The mean of each channel of images in [0, 1], for normalization.
-        std: The standard deviation of each channel, for the same images.
-        limit: The number of training images of a short run, see `splits.limit_parts`; None for all.
-        policy: The operations that follow the crop and the flip of training images; None for none.
+        mean: The mean of each channel, for normalization. Pixels are in [0, 1].
+        std: The standard deviation of each channel, for normalization. Pixels are in [0, 1].
+        limit: The largest number of training images; "val" and "test" are reduced by the same factor. None for all.
+        policy: Further augmentation of training images, after the random crop and flip; None for none.
 
     Attributes:
         classes: The names of the classes; the position of a name is the label.
-        labels: The labels (N,) of the images in each part of the data: a dict with the keys "train", "val" and "test".
-        index: The positions of the images of each part: for "train" and "val" among the images to train on, before
-            some of them were held out; for "test" among the test images.
+        labels: A dict with the keys "train", "val" and "test", and the labels (N,) of the images in each part.
+        index: A dict with the same keys, and the positions of the part's images. Those of "train" and "val" are
+            positions among all training images, before some were held out; those of "test" among all test images.
         fingerprint: A hash (hexadecimal) of the training images, their labels, and which of them are held out.
         image_size: (C, H, W) of the images.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped.
-        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
+        bit_depth: In images with 16 bits a channel, the number of bits that are used, such as 12; None without such
+            images.
         digests: Hashes of the training and the held-out images; None if the data set does not compute them.
 
     Raises:
-        OptionError: The options do not suit the images.
+        OptionError: The value of an argument is not allowed.
     """
 
     classes: list[str]
@@ -267,7 +269,7 @@ class ImageData(ABC):
 
     @abstractmethod
     def read(self) -> None:
-        """Reads the images or lists their files, and holds out some of them; a second call does nothing."""
+        """Reads the images or lists their files, and holds out training images; a second call does nothing."""
 
     def divide(
         self,
@@ -277,17 +279,18 @@ class ImageData(ABC):
         hash_test: Callable[[], list[bytes]],
         held_out: int | None = None,
     ) -> None:
-        """Holds out training images, and leaves out images of all parts if the run is limited (`limit`).
+        """Chooses the images of each part, and sets the attributes `index`, `labels` and `fingerprint`.
 
-        It sets the attributes `index`, `labels` and `fingerprint`.
+        Some training images are held out. If the argument `limit` of the class is given, images of all parts are left
+        out.
 
         Args:
-            digests: A hash of each training image; it decides which of them are held out.
+            digests: A hash of each training image, by which images are chosen.
             target: The labels (N,) of the training images.
             test_target: The labels (M,) of the test images.
-            hash_test: A function that returns a hash of each test image; it is called only if the run is limited.
-            held_out: The number of training images at the end of the list that are the held-out ones; None to hold out
-                as many as `val_size` says.
+            hash_test: A function that returns a hash of each test image; it is called only if `limit` is given.
+            held_out: If the last training images of the list must be held out, their number; None to choose the
+                held-out images by their hashes, as many as `val_size` says.
         """
         if held_out is None:
             split = split_stratified(digests, target, self.val_size)
@@ -311,8 +314,8 @@ class ImageData(ABC):
         """Sets the attribute `digests`, by which training images and held-out images are recognized later.
 
         Args:
-            kind: What was hashed, see `ImageDigests`.
-            digests: A hash of each training image, as for `divide`.
+            kind: "files" if the contents of image files were hashed, "pixels" if the pixels were.
+            digests: A hash of each training image, in the order of the argument `digests` of `divide`.
         """
         used = (join_digests(digests[k] for k in self.index[part]) for part in ("train", "val"))
         self.digests = ImageDigests(kind, self.split_seed, *used)
@@ -321,8 +324,8 @@ class ImageData(ABC):
         """Prints a warning if test images are also training images, which makes the test accuracy too high.
 
         Args:
-            twice: The names of these test images.
-            unit: What is equal, "byte" or "pixel".
+            twice: The names of the test images that are also training images; empty for no warning.
+            unit: The unit in which these images are equal, for the message: "byte" or "pixel".
         """
         if twice:
             what = f"test images are also training images, {unit} for {unit}, such as {twice[0]}"
@@ -334,8 +337,8 @@ class ImageData(ABC):
 
         Args:
             process: The process that trains on the batches.
-            views: The number of independent augmentations of each image, S. If it is above 1, images are
-                (S, N, C, H, W).
+            views: The number of independent augmentations of each image, S. If it is above 1, the images of a batch
+                have the shape (S, N, C, H, W).
         """
 
     @abstractmethod
@@ -353,24 +356,26 @@ class ImageData(ABC):
 
         Args:
             part: "train", "val" or "test".
-            index: The positions (from 0) of the images in this part.
+            index: The positions (from 0) in this part of the images to yield.
         """
 
     def val_loader(self, process: Process) -> Iterable[Batch]:
-        """Returns the batches of "val", or of "test" with select="test", which are evaluated after each epoch.
+        """Returns an iterable of the `Batch` objects that one process evaluates after each epoch.
+
+        Their images are from "test" if `select` is "test", otherwise from "val".
 
         Args:
-            process: The process that evaluates the batches; see `eval_loader`.
+            process: The process that evaluates the batches.
         """
         return self.eval_loader(self.watched_part, process)
 
     def test_loader(self, process: Process) -> Iterable[Batch]:
-        """Returns the batches of "test" that one process evaluates; see `eval_loader`."""
+        """Returns an iterable of the `Batch` objects with test images that one process evaluates."""
         return self.eval_loader("test", process)
 
     @property
     def watched_part(self) -> str:
-        """The part of the data that is evaluated after each epoch: "test" with select=test, otherwise "val"."""
+        """The part that is evaluated after each epoch, which is "test" if `select` is "test", and otherwise "val"."""
         return "test" if self.select == "test" else "val"
 
     def train_order(self, process: Process) -> BatchOrder:
@@ -383,21 +388,21 @@ class ImageData(ABC):
         return len(self.train_order(Process(world_size=world_size)))
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yields a tuple of texts for each image file: its path, the name of its class, and "train", "val" or "test".
+        """Yields a tuple (path, class name, part) for each image file; the part is "train", "val" or "test".
 
         It yields nothing if the data set has no image files.
         """
         yield from ()
 
     def unreadable(self) -> list[str]:
-        """Returns the image files that could not be read so far on any of the processes; all processes must call this.
+        """Returns the paths of the image files that one of the processes could not read so far.
 
-        The list is empty if the data set has no image files.
+        All processes must call this together. The list is empty if the data set has no image files.
         """
         return []
 
     def check(self, world_size: int = 1) -> None:
-        """Raises `OptionError` if there are too few images for the options or for `world_size` processes."""
+        """Raises `OptionError` if there are too few images for `world_size` processes, or for the option `select`."""
         # Batch norm needs two training images in each process, and each process evaluates an image at least.
         labels = self.labels
         if len(labels["train"]) < MIN_IMAGES * world_size:

@@ -1,4 +1,4 @@
-"""Loads CIFAR-10 and CIFAR-100 from the official files or from folders of image files; downloads the former."""
+"""Loads CIFAR-10 and CIFAR-100 from the official files, which it can download, or from folders of image files."""
 
 import hashlib
 import os
@@ -39,10 +39,10 @@ def load_cifar(
     Args:
         name: "cifar10" or "cifar100".
         data_dir: The folder that contains the official files, or image files in `<name>/{train,test}/<class>/*`.
-        train_images: The expected number of image files for training.
-        test_images: The expected number of image files for testing.
-        download: Whether the official files are downloaded if the folder contains neither of these.
-        read_only: Whether nothing may be written to the folder: no download, and no cache of decoded images.
+        train_images: The number of image files that must be in the folder `train`, if there are image files.
+        test_images: The number of image files that must be in the folder `test`, if there are image files.
+        download: Whether to download the official files if the folder contains neither these nor image files.
+        read_only: True to write nothing to the folder, neither a download nor a cache of decoded images.
 
     Raises:
         OptionError: The name is unknown, or the images are missing, incomplete or damaged.
@@ -72,7 +72,7 @@ def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
     """Loads the official files with torchvision.
 
     Args:
-        dataset: torchvision's class of the data set.
+        dataset: torchvision's class of the data set, such as `CIFAR10`.
         data_dir: The folder that contains the official files.
 
     Raises:
@@ -88,7 +88,7 @@ def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Image
     """Downloads the official files with torchvision, and loads them.
 
     Args:
-        dataset: torchvision's class of the data set.
+        dataset: torchvision's class of the data set, such as `CIFAR10`.
         data_dir: The folder to which the files are downloaded.
         name: The name of the data set, for messages.
 
@@ -111,12 +111,12 @@ def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Image
 
 
 def missing_error(data_dir: str, name: str, why: str) -> OptionError:
-    """Returns the error, to be raised, that a folder does not contain the images of CIFAR.
+    """Returns the error for a folder that does not contain the images of CIFAR; the caller raises it.
 
     Args:
         data_dir: The folder.
         name: "cifar10" or "cifar100".
-        why: What else the message says, such as why nothing was downloaded.
+        why: The end of the message, such as why nothing was downloaded.
     """
     return OptionError(
         "data_dir", data_dir, f"must hold {name}'s official files or a tree {name}/{{train,test}}/<class>/*; {why}"
@@ -124,16 +124,18 @@ def missing_error(data_dir: str, name: str, why: str) -> OptionError:
 
 
 def load_tree(tree: Path, train_images: int, test_images: int, read_only: bool = False) -> Images:
-    """Loads image files in `{train,test}/<class>/*`; they are decoded once, and cached in a file beside the folder.
+    """Loads CIFAR from image files in `{train,test}/<class>/*`.
+
+    The decoded images are written to a cache file beside the folder, which later calls read.
 
     Args:
         tree: The folder that contains `train` and `test`.
-        train_images: The expected number of image files for training.
-        test_images: The expected number of image files for testing.
-        read_only: Whether the cache must not be written.
+        train_images: The number of image files that must be in `train`.
+        test_images: The number of image files that must be in `test`.
+        read_only: True not to write the cache file.
 
     Raises:
-        OptionError: A folder, a class or an image is missing or damaged.
+        OptionError: A folder or a class is missing, the number of files is wrong, or an image cannot be decoded.
     """
     # A tree with another number of files is often half unpacked or half copied.
     parts, classes, _ = list_parts(tree, ("train", "test"))
@@ -166,10 +168,10 @@ def decode_images(files: Files) -> tuple[Tensor, Tensor]:
         files: The files and their labels.
 
     Returns:
-        Images (N, 3, H, W) uint8, and labels (N,).
+        The images (N, 3, H, W), uint8, and their labels (N,), int64.
 
     Raises:
-        OptionError: A file cannot be decoded or has another size.
+        OptionError: A file cannot be decoded, or its image has another size than the first one.
     """
     pixels = []
     for path in map(files.path, range(len(files.names))):
@@ -185,8 +187,8 @@ def decode_images(files: Files) -> tuple[Tensor, Tensor]:
 def hash_file_stats(paths: list[Path]) -> str:
     """Returns a hash of the names, sizes and modification times of files.
 
-    It changes if a file is added, removed or written, but not if the whole folder is moved: of each path only the last
-    three names are used, such as `train/cat/1.png`.
+    The hash changes if a file is added, removed or written. It does not change if the whole folder is moved, because
+    only the last three names of each path are used, such as `train/cat/1.png`.
     """
     whole = hashlib.blake2b(CACHE_FORMAT.encode(), digest_size=16)
     for path in paths:
@@ -197,11 +199,11 @@ def hash_file_stats(paths: list[Path]) -> str:
 
 
 def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> bool:
-    """Returns whether a cache has images (N, 3, H, W) uint8 of one size, with the expected labels.
+    """Returns whether a cache contains images (N, 3, H, W), uint8, all of the same size, and the expected labels.
 
     Args:
-        tensors: The tensors in the cache, by name.
-        target: The expected labels (N,) of the images in "train" and in "test".
+        tensors: The tensors in the cache by name, which must be "train", "train_target", "test" and "test_target".
+        target: The expected labels, a dict with the keys "train" and "test".
     """
     if tensors.keys() != {"train", "train_target", "test", "test_target"}:
         return False
@@ -217,12 +219,15 @@ def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> boo
 
 
 def read_cache(path: Path, key: str, target: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Returns the images and labels in a cache file; None if the file is missing, outdated or damaged.
+    """Reads a cache file of decoded images; returns None if the file is missing, outdated or damaged.
 
     Args:
         path: The cache file, in safetensors format.
-        key: A text that says from which files the images were decoded; a cache with another key is outdated.
-        target: The expected labels (N,) of the images in "train" and in "test".
+        key: The hash of the image files (`hash_file_stats`). A cache that was written with another key is outdated.
+        target: The expected labels, a dict with the keys "train" and "test".
+
+    Returns:
+        A dict with the images "train" and "test" and their labels "train_target" and "test_target".
     """
     if not path.is_file():
         return None
@@ -235,12 +240,12 @@ def read_cache(path: Path, key: str, target: dict[str, Tensor]) -> dict[str, Ten
 
 
 def write_cache(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-    """Writes a cache file, see `read_cache`; if that fails, a line is printed.
+    """Writes a cache file for `read_cache`. If it cannot be written, a line is printed and nothing is raised.
 
     Args:
         path: The cache file.
-        key: A text that says from which files the images were decoded.
-        tensors: The images and labels.
+        key: The hash of the image files (`hash_file_stats`), which the file stores.
+        tensors: The images "train" and "test", and their labels "train_target" and "test_target".
     """
     content = save(tensors, metadata={"key": key})
     try:

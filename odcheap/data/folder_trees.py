@@ -1,4 +1,4 @@
-"""Lists image files in folders of classes: those of ImageNet, and those of a data set of your own.
+"""Lists the image files of ImageNet, or of a data set of your own, in which each class is a folder.
 
 A part of a data set is "train", "val" or "test". Several functions have an argument `root`, the folder of the data set;
 the paths of files are relative to it.
@@ -66,7 +66,7 @@ class Files(NamedTuple):
         return Files(self.root, self.names[index], self.target[index])
 
     def join(self, other: "Files") -> "Files":
-        """Returns these files, followed by other ones of the same data set."""
+        """Returns a list of these files, followed by the files of `other`, which has the same `root`."""
         names, target = (np.concatenate(pair) for pair in zip(self[1:], other[1:], strict=True))
         return Files(self.root, names, target)
 
@@ -78,9 +78,9 @@ class Tree:
     Attributes:
         classes: The names of the classes; the position of a name is the label.
         train: The files to train on.
-        val: The held-out files for validation; None if they are still to be taken from `train`.
+        val: The held-out files for validation. None if the data set has none; some files of `train` are held out later.
         test: The files to test on.
-        skipped: The paths of files that are not images, and of folders that were skipped; the latter end with "/".
+        skipped: The paths of files that are no images or have no label, and of skipped folders, which end with "/".
     """
 
     classes: list[str]
@@ -91,15 +91,15 @@ class Tree:
 
 
 def list_imagenet(data_dir: str, read_only: bool = False) -> Tree:
-    """Lists the images of ImageNet (ILSVRC-2012); those in `val`, which are published with labels, are the test images.
+    """Lists the images of ImageNet (ILSVRC-2012). The images in its folder `val` are used as test images.
 
     Args:
-        data_dir: The folder that contains `train/<wnid>/*` and `val/<wnid>/*`, or the official archives, which are
-            unpacked then.
-        read_only: Whether archives must not be unpacked.
+        data_dir: The folder that contains the images in `train/<wnid>/*` and `val/<wnid>/*`. If it contains the
+            official archives instead, they are unpacked there.
+        read_only: True not to unpack archives.
 
     Raises:
-        OptionError: The folder contains neither of these, or `train` and `val` have different classes.
+        OptionError: The folder contains neither images nor archives, or `train` and `val` have different classes.
     """
     root = Path(data_dir)
     if not (root / "train").is_dir() and (root / archives.ARCHIVE_META["train"][0]).is_file() and not read_only:
@@ -115,11 +115,11 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
     """Lists the images of a data set of your own, in which each class is a folder of images.
 
     Args:
-        data_dir: The folder that contains the class folders, or `train` with the class folders, and beside it `val`,
-            `test` or both, with the same class folders. If there is `val` without `test`, it is the test set.
-        test_size: The number of test images, or a fraction below 1, that are taken from the training images, from each
-            class in proportion to its size. It is used only if there is neither `val` nor `test`.
-        split_seed: The seed that decides which images are taken.
+        data_dir: The folder that contains the class folders. Or it contains a folder `train`, and beside it `val`,
+            `test` or both, each with the same class folders. If there is `val` and no `test`, `val` is the test set.
+        test_size: The number of images that are taken as test images, from each class in proportion to its size; a
+            value below 1 is a fraction. It is used only if there is neither `val` nor `test`.
+        split_seed: The seed that decides which images become test images.
 
     Raises:
         OptionError: The folder has another layout.
@@ -150,11 +150,13 @@ def list_class_folders(data_dir: str, test_size: Annotated[float, Field(ge=0)], 
 
 
 def check_folder_names(root: Path, there: list[str]) -> None:
-    """Raises `OptionError` if a folder is named almost like "train", "val" or "test": it would be read as a class.
+    """Raises `OptionError` if a folder is named almost like "train", "val" or "test", and would be read as a class.
+
+    It also does so if "train" is missing beside the others, or if one of the three contains no class folders.
 
     Args:
         root: The folder of the data set.
-        there: The folders in it that are named exactly "train", "val" or "test".
+        there: The names of those folders in `root` that are exactly "train", "val" or "test".
     """
     if there and "train" not in there:
         raise OptionError("data_dir", root, f"has {' and '.join(there)} but no train; {LAYOUTS} is expected")
@@ -186,8 +188,8 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
         parts: The names of the folders in `root` that contain the class folders; empty if `root` itself contains them.
 
     Returns:
-        The files of each part, by its name ("." if `parts` is empty); the names of the classes, whose positions are the
-        labels; and the paths of what was skipped (see `Tree`).
+        A tuple of three elements: a dict with the `Files` of each part, by the part's name ("." if `parts` is empty);
+        the names of the classes, whose positions are the labels; and the paths of skipped files and folders.
 
     Raises:
         OptionError: A part is missing, its classes differ from those of another part, or a class has no image.
@@ -222,18 +224,18 @@ def list_parts(root: Path, parts: Iterable[str]) -> tuple[dict[str, Files], list
 
 
 def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[str]]:
-    """Lists the image files of each class in one folder of class folders, such as "train", in alphabetical order.
+    """Lists the image files of each class in one folder of class folders, such as "train".
 
     Args:
         root: The folder of the data set.
         part: The folder that contains the class folders, relative to `root`.
-        skipped: A list to which the paths of what is skipped are added (see `Tree`).
+        skipped: A list to which this function adds the paths of skipped files and folders.
 
     Returns:
-        The files of each class, as paths relative to `root`.
+        A dict from the name of each class, in alphabetical order, to its files, as paths relative to `root`.
 
     Raises:
-        OptionError: A class has no image.
+        OptionError: The folder does not exist, or a class has no image.
     """
     # Some data sets have the images of a part in one folder, and a file with their labels.
     if not (root / part).is_dir():
@@ -265,21 +267,21 @@ def list_classes(root: Path, part: str, skipped: list[str]) -> dict[str, list[st
 
 
 def is_flat(folder: Path) -> bool:
-    """Returns whether a folder contains no class folders: no folder at all, or only one with the name "images"."""
+    """Returns whether a folder has no class folders; a single folder with the name "images" is no class."""
     return list_folders(folder) in ([], ["images"])
 
 
 def group_by_label(root: Path, part: str, names: list[str], skipped: list[str]) -> dict[str, list[str]]:
-    """Groups images that are not in class folders by their labels, which a file of the data set lists.
+    """Groups images that are not in class folders by their classes, which are read from a file of the data set.
 
     Args:
         root: The folder of the data set.
         part: The folder of the images, relative to `root`.
         names: The paths of the images, relative to `root`.
-        skipped: A list to which the paths of images without a label are added.
+        skipped: A list to which this function adds the paths of images without a label.
 
     Returns:
-        The images of each class, as paths relative to `root`.
+        A dict from the name of each class to its images, as paths relative to `root`.
 
     Raises:
         OptionError: There is no file with labels.
@@ -300,14 +302,14 @@ def group_by_label(root: Path, part: str, names: list[str], skipped: list[str]) 
 
 
 def read_labels(root: Path, part: str) -> dict[str, str] | None:
-    """Reads the class of each image from a file of labels, as ImageNet and tiny-imagenet-200 have it.
+    """Reads the classes of images from the file of labels that ImageNet or tiny-imagenet-200 has.
 
     Args:
         root: The folder of the data set.
         part: The folder of the images, relative to `root`, such as "val".
 
     Returns:
-        The name of the class of each image, by the image's file name without suffix; None if there is no file of
+        A dict from the file name of each image, without suffix, to the name of its class; None if there is no file of
         labels.
 
     Raises:
@@ -335,7 +337,7 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
     Args:
         root: The folder of the data set.
         folder: The folder to list, relative to `root`.
-        skipped: A list to which the paths of other files, and of junk folders, are added.
+        skipped: A list to which this function adds the paths of other files, and of folders such as thumbnails.
 
     Returns:
         The paths of the image files, relative to `root`, sorted.
@@ -352,7 +354,7 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
 
 
 def hash_ends(files: Files, split_seed: int) -> list[bytes]:
-    """Returns a hash (16 bytes) of the size, and of the first and last 4,096 bytes, of each file.
+    """Returns a hash (16 bytes) of each file, made from its size and from its first and last 4,096 bytes.
 
     Args:
         files: The files.
@@ -401,7 +403,8 @@ def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[byte
 def hash_files(files: Files, split_seed: int, ends: list[bytes] | None = None) -> list[bytes]:
     """Returns a hash (16 bytes) of each file; files with the same content have the same hash.
 
-    It is that of `hash_ends`, or that of the whole content if the first hash is the same for several files.
+    It is made from the size and the ends of a file (`hash_ends`). If several files have the same such hash, the whole
+    contents of these files are hashed instead.
 
     Args:
         files: The files.

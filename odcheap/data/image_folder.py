@@ -48,10 +48,10 @@ class Sample(NamedTuple):
     """An image, or a batch of images, from a loader process.
 
     Attributes:
-        image: S augmentations of the image, (S, C, H, W) uint8, or of each image of the batch, (S, N, C, H, W). Without
-            augmentation, and with one, S is 1.
-        target: The label, or labels (N,); -1 for an image that cannot be read.
-        broken: The file and the reason for each image that could not be read.
+        image: S augmentations of an image, (S, C, H, W), uint8, or of each image of a batch, (S, N, C, H, W). S is also
+            1 for images that are not augmented.
+        target: The label, or the labels (N,) of a batch. The label of an image that cannot be read is -1.
+        broken: A pair of the path and the reason for each image that could not be read.
     """
 
     image: Tensor
@@ -60,9 +60,9 @@ class Sample(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """A random crop: its left and top edge and its size, in pixels of the image, and whether the crop is flipped.
+    """A random crop of an image, and whether the crop is flipped.
 
-    The image is upright and has its full size, even if it is decoded at a reduced size later.
+    The edges and sizes are in pixels of the upright image at its full size, even if it is decoded at a reduced size.
     """
 
     left: int
@@ -73,7 +73,7 @@ class Crop(NamedTuple):
 
 
 class TrainingTransform:
-    """The augmentation of training images: a random crop, resized to a square, and a random horizontal flip.
+    """The augmentation of training images, which takes a random crop, resizes it to a square, and flips it at random.
 
     Args:
         size: The side of the square in pixels.
@@ -86,16 +86,16 @@ class TrainingTransform:
         self.random_crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))
 
     def draw(self, image_size: tuple[int, int]) -> Crop:
-        """Draws a crop with PyTorch's CPU generator, for an upright image of the size (width, height)."""
+        """Draws a random crop with PyTorch's global CPU generator, for an upright image of the size (width, height)."""
         width, height = image_size
         image = torch.empty(1, height, width, device="meta")  # it has a size and no memory
         box = self.random_crop.make_params([image])
         return Crop(**box, flipped=self.flip and torch.rand(1).item() < 0.5)
 
     def choose_reduction(self, crops: list[Crop]) -> int:
-        """Returns the largest factor by which an image can be reduced when it is decoded: 1, 2, 4 or 8.
+        """Returns the factor (1, 2, 4 or 8) by which the sides of an image can be divided when it is decoded.
 
-        After the reduction every crop still has at least `size` pixels a side, unless the factor is 1.
+        It is the largest factor with which each side of each crop keeps at least `size` pixels; 1 if none does.
 
         Args:
             crops: The crops of this image.
@@ -108,8 +108,8 @@ class TrainingTransform:
 
         Args:
             image: The image, upright, RGB or gray.
-            crop: The crop.
-            reduction: The factor by which the sides of `image` are smaller than those of the image in the file.
+            crop: The crop, in pixels of the image at its full size.
+            reduction: The factor by which the sides of `image` were divided when it was decoded.
 
         Returns:
             (C, size, size), uint8.
@@ -125,10 +125,10 @@ class TrainingTransform:
 
 
 def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
-    """Returns the transform of evaluated images, which takes a PIL image and returns (C, size, size) uint8.
+    """Returns the transform for evaluation, which takes a PIL image and returns a tensor (C, size, size), uint8.
 
     Args:
-        size: The side of the result in pixels, cropped from the center.
+        size: The side, in pixels, of the square that is cropped from the center.
         shorter_side: The number of pixels to which the shorter side is resized before the crop.
     """
     return v2.Compose([v2.Resize(shorter_side), v2.CenterCrop(size), v2.PILToTensor()])
@@ -146,9 +146,9 @@ class TrainImages(Dataset):
         transform: The random crop and flip.
         seed: The seed of the run.
         views: The number of independent augmentations of each image, S.
-        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
-        policy: The operations that follow the crop and the flip; None for none.
-        color: The color (C,), uint8, of rectangles that the policy erases; None for black.
+        bit_depth: In images with 16 bits a channel, the number of bits that are used; None without such images.
+        policy: Further augmentation, after the crop and the flip; None for none.
+        color: The color (C,), uint8, with which the policy fills erased rectangles; None for black.
         channels: The number of channels of the images: 3 for RGB, 1 for gray.
     """
 
@@ -189,8 +189,8 @@ class TrainImages(Dataset):
         Args:
             path: The image file.
             epoch: The number of the epoch, from 0.
-            image_index: The number of the image in the data set, from 0. With the seed and the epoch it determines the
-                random numbers, whichever file is read.
+            image_index: The number of the image in the data set, from 0. The random numbers depend on it, on the seed
+                and on the epoch, but not on `path`.
         """
         crops: list[Crop] = []
         reduction = 1
@@ -242,9 +242,9 @@ class EvalImages(Dataset):
 
     Args:
         files: The image files and their labels.
-        transform: The transform, see `evaluation_transform`.
+        transform: The transform that `evaluation_transform` returns.
         image_size: (C, H, W) of the images, with three channels for RGB and one for gray.
-        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
+        bit_depth: In images with 16 bits a channel, the number of bits that are used; None without such images.
     """
 
     def __init__(
@@ -266,13 +266,13 @@ def empty_sample(shape: tuple[int, int, int, int], broken: list[tuple[str, str]]
 
     Args:
         shape: (S, C, H, W) for S augmentations of the image.
-        broken: The file and the reason for each image that could not be read.
+        broken: A pair of the path and the reason for each image that could not be read.
     """
     return Sample(torch.zeros(shape, dtype=torch.uint8), torch.tensor(NO_TARGET), broken)
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Joins samples of one image each to one sample with a batch of images; it is the `collate_fn` of the loader.
+    """Joins samples of single images to one sample with a batch of images; it is the `collate_fn` of the loader.
 
     Args:
         samples: N samples with images (S, C, H, W), for S augmentations of each image.
@@ -287,7 +287,7 @@ def collate(samples: list[Sample]) -> Sample:
 
 
 def refuse_16_bits(files: Files) -> None:
-    """Raises `OptionError` if files have 16 bits a channel; it reads up to 200 files, spread over the whole list."""
+    """Raises `OptionError` if one of up to 200 files, spread over the whole list, has 16 bits a channel."""
     # The message suggests a bit depth: the smallest usual one that holds the largest value found.
     count = len(files.names)
     sample = [files.path(k) for k in np.unique(np.linspace(0, count - 1, SAMPLED_FILES).astype(int))] if count else []
@@ -301,14 +301,14 @@ def refuse_16_bits(files: Files) -> None:
 
 
 def prepare_loader_process(_: int) -> None:
-    """Prepares a loader process, so that signals and full shared memory do not disturb the run (`worker_init_fn`).
+    """Prepares a loader process for signals and for full shared memory; it is the `worker_init_fn` of the loader.
 
-    The loader process ignores signals that the whole process group gets, from Slurm or by Ctrl-C: the run saves a
-    checkpoint then, for which it needs its loader processes. Only a signal from the run itself, which multiprocessing
-    sends at exit, ends the loader process.
+    Slurm and Ctrl-C send signals to all processes of a run. The loader process ignores these signals, because the run
+    then saves a checkpoint, for which it needs its loader processes. Only a signal from the run itself, which
+    multiprocessing sends at exit, ends the loader process.
 
-    If a batch cannot be passed to the run, because the shared memory is full, the loader process ends, and the run
-    notices that. Otherwise Python would print a traceback and drop the batch, and the run would wait for it forever.
+    If the shared memory is full, a batch cannot be passed to the run. The loader process then ends, and the run notices
+    that. Otherwise Python would print a traceback and drop the batch, and the run would wait for the batch forever.
     """
     # With the start method forkserver, `os.getppid()` is the server and not the run.
     parent = multiprocessing.parent_process()
@@ -329,7 +329,7 @@ class BrokenImages:
     """Collects the image files that could not be read so far on this process, and ends the run if there are too many.
 
     Args:
-        limit: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
+        limit: The number of files that may be unreadable. With one more, `report` raises `OptionError`.
     """
 
     def __init__(self, limit: int):
@@ -339,7 +339,7 @@ class BrokenImages:
         """Adds files that could not be read, and prints a warning for each new one.
 
         Args:
-            found: The file and the reason for each image that could not be read.
+            found: A pair of the path and the reason for each image that could not be read.
 
         Raises:
             OptionError: There are now more than `limit` files.
@@ -356,7 +356,7 @@ class BrokenImages:
                 raise OptionError("data.max_broken", self.limit, allowed)
 
     def gather(self) -> list[str]:
-        """Returns the files that could not be read on any of the processes, sorted; every process must call this."""
+        """Returns the files that one of the processes could not read, sorted; all processes must call this together."""
         seen = [sorted(self.seen)]
         if torch.distributed.is_initialized():
             seen *= torch.distributed.get_world_size()
@@ -374,7 +374,7 @@ class Stream:
         norm: The normalization.
         device: The device of the batches.
         workers: The number of loader processes; 0 to load in this process.
-        broken: The files that could not be read so far; new ones are reported to it.
+        broken: The object to which files that cannot be read are reported.
     """
 
     def __init__(self, images: Dataset, norm: Normalization, device: torch.device, workers: int, broken: BrokenImages):
@@ -395,8 +395,8 @@ class Stream:
         """Yields normalized batches.
 
         Args:
-            plan: For each batch the indices of its images in the data set: (epoch, image_index) for `TrainImages`, the
-                number of the image for `EvalImages`.
+            plan: For each batch a list of the indices of its images in the data set. An index of `TrainImages` is
+                (epoch, image_index), and one of `EvalImages` is the number of the image.
         """
         self.plan[:] = plan
         for sample in self.loader:
@@ -413,7 +413,7 @@ class TrainStream(ResumableBatches):
     """The training batches of an epoch, which are loaded from image files.
 
     Iterating yields `Batch` objects with normalized images (N, C, H, W), or (S, N, C, H, W) with S augmentations of
-    each image. It raises `Failure` if 20 images in a row cannot be read.
+    each image. Iterating raises `Failure` if 20 images in a row cannot be read.
 
     Args:
         stream: The `Stream` that loads the batches.
@@ -438,7 +438,7 @@ class EvalStream:
     """The evaluation batches of one process, which are loaded from image files.
 
     Iterating yields `Batch` objects with normalized images (N, C, H, W). All processes together yield each readable
-    image once. Iterating raises `Failure` if this process could read none.
+    image once. Iterating raises `Failure` if this process can read none of its images.
 
     Args:
         stream: The `Stream` that loads the batches.
@@ -470,23 +470,23 @@ class ImageFolderData(ImageData):
     """A data set of image files in class folders; the files are decoded again in each epoch.
 
     Args:
-        load: A function without arguments that lists the files, such as `list_class_folders` or `list_imagenet` with
-            its options. If it lists no held-out files, some of the training files are held out, see `val_size`; which
-            ones depends on their contents.
+        load: A function without arguments that returns the `Tree` of the files, such as a partial of
+            `list_class_folders`. If the tree has no held-out files, as many training files as `val_size` says are held
+            out; which ones depends on the contents of the files.
         image_size: The side of the images in pixels.
-        crop_ratio: In evaluation the shorter side is resized to `image_size / crop_ratio` pixels, and the center is
-            cropped.
+        crop_ratio: For evaluation the shorter side of an image is resized to `image_size / crop_ratio` pixels, and then
+            the center is cropped.
         min_scale: The smallest fraction of an image's area that the random crop of training images may have.
         flip: Whether training images are flipped horizontally with probability 1/2.
         workers: The number of loader processes of each training process; None to use all CPU cores.
         max_broken: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
-        bit_depth: The number of bits that are used in images with 16 bits a channel. With None such images raise
-            `OptionError`, since a file does not say whether its largest value is 4,095 or 65,535.
+        bit_depth: In images with 16 bits a channel, the number of bits that are used. A file does not say this; with
+            None such images raise `OptionError`.
         channels: The number of channels of the images for the network: 3 for RGB, 1 for gray.
         **options: The arguments of `ImageData`.
 
     Raises:
-        OptionError: The options do not suit the images.
+        OptionError: The value of an argument is not allowed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: all images are on the training device, and are augmented and normalized there."""
+"""Data sets that fit in memory. All images are on the training device, and are augmented and normalized there."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +26,11 @@ class Images:
 
     Attributes:
         train: The training images, (N, C, H, W) uint8; some of them will be held out for validation.
-        train_target: Their labels (N,), int64.
-        test: The test images, (N, C, H, W) uint8.
-        test_target: Their labels (N,), int64.
+        train_target: The labels (N,) of the training images, int64.
+        test: The test images, (M, C, H, W) uint8.
+        test_target: The labels (M,) of the test images, int64.
         classes: The names of the classes; the position of a name is the label.
-        test_files: The files of the test images; None if they do not come from image files.
+        test_files: The file of each test image; None if the test images were not read from image files.
     """
 
     train: Tensor
@@ -49,12 +49,12 @@ class TrainBatches(ResumableBatches):
 
     Args:
         images: All training images, (N, C, H, W) uint8, on the training device.
-        target: Their labels (N,), on the same device.
+        target: The labels (N,) of these images, on the same device.
         order: The sampler that chooses the images of each batch.
-        augment: The augmentation.
+        augment: The random crop and flip.
         norm: The normalization.
         views: The number of independent augmentations of each image, S.
-        policy: The operations that follow the crop and the flip; None for none.
+        policy: Further augmentation, after the crop and the flip; None for none.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class TrainBatches(ResumableBatches):
             yield Batch(stack_views(views), self.target[order[k]], shares[k])
 
     def draw_operations(self, batches: list[Tensor], view: int) -> list[BatchDraws]:
-        """Draws the policy's random operations for each batch of the epoch.
+        """Draws the random operations of the augmentation policy for each batch of the epoch.
 
         Args:
             batches: For each batch the positions of its images among all training images.
-            view: The number of the augmentation (from 0), if each image is augmented several times.
+            view: The number (from 0) of the augmentation, if each image has several; each gets its own operations.
 
         Returns:
-            What is drawn for each batch; an empty list if the policy changes no image.
+            The drawn operations of each batch; an empty list if the policy changes no image.
         """
         if self.policy.is_empty:
             return []
@@ -107,13 +107,13 @@ class TrainBatches(ResumableBatches):
 
 
 class EvalBatches:
-    """The evaluation batches of one process: normalized images, without augmentation.
+    """The evaluation batches of one process, with normalized images that are not augmented.
 
     Iterating yields `Batch` objects with images (B, C, H, W), float32. All processes together yield each image once.
 
     Args:
-        images: The images of all processes, (N, C, H, W) uint8.
-        target: Their labels (N,).
+        images: The images that all processes evaluate together, (N, C, H, W) uint8.
+        target: The labels (N,) of these images.
         batch_size: The number of images in a batch, B.
         norm: The normalization.
         process: The process that evaluates the batches.
@@ -141,7 +141,8 @@ def convert_channels(images: Tensor, channels: int | None) -> Tensor:
         channels: The number of channels of the result; None to return the images unchanged.
 
     Raises:
-        OptionError: The images have other channels than one or three, and another number is wanted.
+        OptionError: There is no such conversion; images with one channel can get three, and those with three can get
+            one.
     """
     own = images.shape[1]
     if channels is None or channels == own:
@@ -163,16 +164,16 @@ class InMemoryData(ImageData):
     """A data set that fits in memory.
 
     Args:
-        load: A function without arguments that returns the images, such as `load_cifar` with its options.
+        load: A function without arguments that returns the `Images`, such as a partial of `load_cifar`.
         flip: Whether training images are flipped horizontally with probability 1/2.
         crop_padding: The number of pixels of zeros that are added on each side of a training image before it is cropped
             to its old size at a random position.
-        channels: The number of channels of the images for the network. RGB images are converted to gray for 1, and
-            gray images to RGB for 3. None for the channels that the images have.
+        channels: The number of channels of the images for the network. With 1, RGB images are converted to gray; with
+            3, gray images are converted to RGB. With None, the images keep their channels.
         **options: The arguments of `ImageData`.
 
     Raises:
-        OptionError: The options do not suit the images.
+        OptionError: The value of an argument is not allowed.
     """
 
     def __init__(
@@ -235,9 +236,9 @@ class InMemoryData(ImageData):
 
 
 def load_digits() -> Images:
-    """Returns scikit-learn's handwritten digits: 1,797 gray images of 8 x 8 pixels as RGB, without a download.
+    """Returns the 1,797 images of handwritten digits that scikit-learn contains; nothing is downloaded.
 
-    Every fifth of them (360 images) is a test image.
+    The images have 8 x 8 pixels and three equal channels. Every fifth of them (360 images) is a test image.
     """
     from sklearn.datasets import load_digits as load  # here, since no other data set needs scikit-learn
 

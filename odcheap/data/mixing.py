@@ -19,9 +19,9 @@ class Mixing:
     Sources: Zhang et al., "mixup: beyond empirical risk minimization", 2018; Yun et al., "CutMix: regularization
     strategy to train strong classifiers with localizable features", 2019.
 
-    All images of a batch are mixed with the same weight or the same rectangle, which depends on (seed, epoch, position
-    of the batch in the epoch) only, so that all processes draw the same. Image n is mixed with image n - 1 of the same
-    process. If each student has its own augmentation of the images, all of these are mixed in the same way.
+    All images of a batch are mixed with the same weight (mixup) or the same rectangle (cutmix). It depends only on the
+    seed, the epoch and the number of the batch in the epoch, so all processes draw the same. Image n is mixed with
+    image n - 1 of the same process. If each image has several augmentations, all of them are mixed in the same way.
 
     Args:
         mixup: The parameter alpha of the Beta distribution of mixup's weights; 0 for no mixup.
@@ -40,7 +40,8 @@ class Mixing:
         """Returns the mixed batch, whose labels are probabilities (N, K), float32.
 
         Args:
-            batch: Images (N, C, H, W), or (S, N, C, H, W) with S augmentations of each image, and labels (N,).
+            batch: A batch with images (N, C, H, W), or (S, N, C, H, W) with S augmentations of each image, and with
+                labels (N,).
             epoch: The number of the epoch, from 0.
             position: The number of the batch in the epoch, from 0.
         """
@@ -63,10 +64,10 @@ class Mixing:
 
 
 def build_mixing(policy: Policy, classes: int, seed: int) -> Mixing | None:
-    """Returns the `Mixing` that the options `mixup` and `cutmix` of a policy describe; None if both are 0.
+    """Returns a `Mixing` with the options `mixup` and `cutmix` of an augmentation policy; None if both are 0.
 
     Args:
-        policy: The augmentation policy, which has these options.
+        policy: The augmentation policy.
         classes: The number of classes, K.
         seed: The seed of the run.
     """
@@ -74,9 +75,10 @@ def build_mixing(policy: Policy, classes: int, seed: int) -> Mixing | None:
 
 
 def draw_rectangle(random: np.random.Generator, alpha: float, height: int, width: int) -> tuple[int, int, int, int]:
-    """Draws cutmix's rectangle: its area is a share 1 - w of the image, with w from a Beta distribution.
+    """Draws the rectangle of an image that cutmix replaces.
 
-    The parts of it that lie outside of the image are cut off.
+    Its area is the fraction 1 - w of the image's area, with w from a Beta distribution. Its center is anywhere in the
+    image, and parts that lie outside of the image are cut off.
 
     Args:
         random: The generator of random numbers.
@@ -85,7 +87,7 @@ def draw_rectangle(random: np.random.Generator, alpha: float, height: int, width
         width: The width of the images in pixels.
 
     Returns:
-        The top, left, bottom and right edge in pixels, the last two exclusive.
+        The top, left, bottom and right edge in pixels; bottom and right are exclusive.
     """
     half = 0.5 * math.sqrt(1 - random.beta(alpha, alpha))
     row, column = int(random.integers(height)), int(random.integers(width))

@@ -1,8 +1,8 @@
-"""Augmentation policies: operations that follow the crop and the flip, with a draw of their own for each image.
+"""Augmentation policies, whose random operations follow the crop and the flip, and are drawn for each image.
 
-The operations, such as `adjust_contrast`, take a batch of images (N, H, W, C), uint8, with a value of its own for every
-image. An image's result does not depend on the other images of the batch: sums are computed in whole numbers, which
-have no rounding. The operations are those of `torchvision.transforms.v2`, where a call has one value for all images.
+The operations, such as `adjust_contrast`, take a batch of images (N, H, W, C), uint8, and a value for each image. An
+image's result does not depend on the other images of the batch, since sums are computed in whole numbers, which have no
+rounding. `torchvision.transforms.v2` has the same operations, but each call has one value for all images.
 """
 
 import math
@@ -28,12 +28,12 @@ TRIES = 10  # draws of a rectangle that fits into the image
 
 
 def resample(images: Tensor, values: Tensor) -> Tensor:
-    """Moves the pixels of each image by an affine map; pixels from outside of the image are 0.
+    """Moves the pixels of each image by an affine map, such as a rotation; pixels from outside of the image are 0.
 
     Args:
         images: (N, H, W, C), uint8.
-        values: (N, 6): a, b, c, d, e, f for each image. The pixel at (x, y), counted from the center of the image, is
-            read from the nearest pixel to (a x + b y + c, d x + e y + f).
+        values: (N, 6), six numbers a, b, c, d, e, f for each image. The pixel at (x, y), counted from the center of the
+            image, is read from the nearest pixel to (a x + b y + c, d x + e y + f).
     """
     count, height, width, channels = images.shape
     across = torch.arange(width, device=images.device) - (width - 1) / 2
@@ -48,11 +48,11 @@ def resample(images: Tensor, values: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, others: Tensor | int, values: Tensor) -> Tensor:
-    """Returns `values * images + (1 - values) * others`, limited to 0 to 255 and rounded down.
+    """Returns `values * images + (1 - values) * others`, clamped to the range 0 to 255 and rounded down.
 
     Args:
         images: (N, H, W, C), uint8.
-        others: Images of the same shape or one that can be broadcast to it, or one number for all pixels.
+        others: Images of a shape that can be broadcast to that of `images`, or one number for all pixels.
         values: (N, 1), the factor for each image.
     """
     # In this form pixels that are equal in both images stay as they are.
@@ -179,9 +179,9 @@ def erase(images: Tensor, boxes: Tensor, color: Tensor) -> Tensor:
 
     Args:
         images: (N, H, W, C), uint8.
-        boxes: (N, 4): top, left, bottom and right edge of each rectangle in pixels, the last two exclusive; an empty
-            rectangle leaves the image as it is.
-        color: (C,), uint8.
+        boxes: (N, 4), the top, left, bottom and right edge of each rectangle in pixels; bottom and right are exclusive.
+            With an empty rectangle, the image does not change.
+        color: The color, (C,), uint8.
     """
     top, left, bottom, right = boxes.T[:, :, None, None]
     row = torch.arange(images.shape[1], device=images.device)[:, None]
@@ -219,9 +219,9 @@ class Draws(NamedTuple):
     """The operations, their strengths and the erased rectangles that a policy has drawn for N images, on the CPU.
 
     Attributes:
-        kernels: (N, R), the position in `KERNELS` of the function of each of R successive operations.
-        values: (N, R, 6), float32, the values that the function takes.
-        boxes: (N, 4), the erased rectangles, see `erase`; (N, 0) if nothing is ever erased.
+        kernels: (N, R), for each of R successive operations the position of its function in the list `KERNELS`.
+        values: (N, R, 6), float32, the argument `values` of each of these functions.
+        boxes: (N, 4), the argument `boxes` of `erase`; (N, 0) if the policy never erases rectangles.
     """
 
     kernels: Tensor
@@ -229,11 +229,11 @@ class Draws(NamedTuple):
     boxes: Tensor
 
     def for_batches(self, batches: list[Tensor], device: torch.device) -> list["BatchDraws"]:
-        """Returns, for each batch, what was drawn for its images, in the form that `Policy.apply` takes, on a device.
+        """Returns what was drawn for the images of each batch, as a `BatchDraws`, which `Policy.apply` takes.
 
         Args:
-            batches: For each batch the positions (B,) of its images among the N.
-            device: The device of the images.
+            batches: For each batch the positions (B,) of its images among the N images.
+            device: The device of the images, to which what was drawn is copied.
         """
         # All batches are copied to the device together: a copy for each batch would make the GPU wait each time.
         sizes = [len(batch) for batch in batches]
@@ -253,10 +253,11 @@ class BatchDraws(NamedTuple):
     """The operations, their strengths and the erased rectangles that a policy has drawn for the B images of a batch.
 
     Attributes:
-        orders: (B, R): for each operation the positions of the images, sorted by the function.
-        counts: For each operation the number of images of each function in `KERNELS`.
-        values: (B, R, 6), see `Draws`.
-        boxes: (B, 4) or (B, 0), see `Draws`.
+        orders: (B, R), for each of R successive operations the positions of the images in the batch. They are sorted by
+            the function that is called for the image.
+        counts: For each of R operations a list with the number of images for each function in `KERNELS`.
+        values: (B, R, 6), float32, the argument `values` of the functions, in the order of the images in the batch.
+        boxes: (B, 4), the argument `boxes` of `erase`; (B, 0) if the policy never erases rectangles.
     """
 
     orders: Tensor
@@ -266,15 +267,15 @@ class BatchDraws(NamedTuple):
 
 
 class Strengths(NamedTuple):
-    """The strength of each kind of operation at the highest level, 30; at level 0 an operation changes nothing.
+    """The strength of each kind of operation at level 30, the highest; it falls in equal steps to 0 at level 0.
 
     Attributes:
-        shear: The shear: how many pixels a row or column is moved further than the one before.
-        shift: The shift in x and y, as a fraction of the width or the height.
-        most_pixels: The largest shift in pixels.
+        shear: The number of pixels by which a row or column is moved further than the row or column before it.
+        shift: The shift in x as a fraction of the width, and the shift in y as a fraction of the height.
+        most_pixels: A limit of the shift, in pixels.
         angle: The angle of a rotation, in degrees.
-        factor: The difference of the factors of brightness, color, contrast and sharpness from 1.
-        lost_bits: The number of bits that `Posterize` leaves out.
+        factor: The difference between 1 and the factor of brightness, color, contrast or sharpness.
+        lost_bits: The number of bits that `Posterize` sets to 0.
     """
 
     shear: float = 0.0
@@ -285,7 +286,7 @@ class Strengths(NamedTuple):
     lost_bits: int = 0
 
     def tabulate(self, size: tuple[int, int]) -> Tensor:
-        """Returns the strength of each of the 14 operations at each of the 31 levels, (14, 31).
+        """Returns the strength of each of the 14 operations in `OPERATIONS` at each of the 31 levels, (14, 31).
 
         Args:
             size: The height and the width of the images in pixels.
@@ -306,9 +307,10 @@ class Strengths(NamedTuple):
 
 @check_arguments("augment")
 class Policy:
-    """The policy `standard`: no operations after the crop and the flip, except random erasing.
+    """The augmentation policy `standard`, which only erases random rectangles after the crop and the flip.
 
-    A policy also has the options of mixup and cutmix, which `data.mixing.Mixing` applies to whole batches.
+    It is the base class of all policies. A policy also stores the options of mixup and cutmix, which
+    `data.mixing.Mixing` applies to whole batches.
 
     Args:
         erasing: The probability with which a random rectangle of an image is filled with the mean color. Its area is
@@ -327,11 +329,11 @@ class Policy:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the policy neither has operations nor erases rectangles, so that `apply` changes no image."""
+        """Whether the policy has no operations and erases no rectangles, so that `apply` changes no image."""
         return not (self.operations or self.erasing)
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Draws:
-        """Draws the operations, their values and the erased rectangles.
+        """Draws the random operations, their strengths and the erased rectangles for N images.
 
         Args:
             count: The number of images, N.
@@ -353,8 +355,8 @@ class Policy:
 
         Args:
             images: (N, C, H, W), uint8.
-            drawn: What was drawn for these images; see `draw` and `Draws.for_batches`.
-            color: (C,), uint8: the color of erased rectangles.
+            drawn: What `draw` has drawn for these images, as `Draws.for_batches` returns it.
+            color: The color of erased rectangles, (C,), uint8.
         """
         # The images are sorted by the function of their operation, so that each function is called once.
         pixels = images.permute(0, 2, 3, 1)
@@ -369,10 +371,11 @@ class Policy:
 
 
 class TrivialAugment(Policy):
-    """The policy `trivial`: one operation, drawn from 14 with equal probability, at one of 31 strengths.
+    """The augmentation policy `trivial`, which applies one of 14 operations to each image, at one of 31 strengths.
 
-    Source: Müller, Hutter, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", 2021, table 6 (wide).
-    Images are moved by up to 32 pixels, and by at most their side. The arguments are those of `Policy`.
+    The operation and the strength are drawn with equal probability. Images are shifted by up to 32 pixels, and by at
+    most their side. The arguments are those of `Policy`. Source: Müller, Hutter, "TrivialAugment: tuning-free yet
+    state-of-the-art data augmentation", 2021, table 6 (wide).
     """
 
     operations, magnitude = 1, None
@@ -381,14 +384,15 @@ class TrivialAugment(Policy):
 
 @check_arguments("augment")
 class RandAugment(Policy):
-    """The policy `randaugment`: some operations in turn, drawn from 14 with equal probability, at one strength.
+    """The augmentation policy `randaugment`, which applies several operations to each image, at one strength.
 
+    Each operation is drawn from 14, with equal probability.
     Source: Cubuk et al., "RandAugment: practical automated data augmentation with a reduced search space", 2020,
     section 3. The ranges of the strengths are those of torchvision.
 
     Args:
-        num_ops: The number of operations of each image, N in the paper.
-        magnitude: The strength of all operations, 0 to 30, M in the paper.
+        num_ops: The number of operations that are applied to each image, one after the other; N in the paper.
+        magnitude: The strength of all operations, from 0 to 30; M in the paper.
         **options: The arguments of `Policy`.
     """
 
@@ -405,11 +409,11 @@ class RandAugment(Policy):
 
 
 def compute_values(operation: Tensor, strength: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns the argument `values` of the operations, six numbers for each operation.
+    """Returns, for each drawn operation, the six numbers that its function takes as the argument `values`.
 
     Args:
-        operation: The positions of the operations in the list `OPERATIONS`, (...).
-        strength: Their strengths, with signs, (...).
+        operation: The positions of the drawn operations in the list `OPERATIONS`, of any shape (...).
+        strength: The strength of each drawn operation, with its sign, of the same shape.
         size: The height and the width of the images in pixels.
 
     Returns:
@@ -434,12 +438,12 @@ def compute_values(operation: Tensor, strength: Tensor, size: tuple[int, int]) -
 
 
 def draw_boxes(count: int, size: tuple[int, int], probability: float, generator: torch.Generator) -> Tensor:
-    """Draws the rectangles that random erasing fills, (N, 4); see `erase`.
+    """Draws the rectangles that random erasing fills, (N, 4), as `erase` takes them in its argument `boxes`.
 
     Args:
         count: The number of images, N.
         size: The height and the width of the images in pixels.
-        probability: The probability of a rectangle that is not empty.
+        probability: The probability with which an image is erased; all other images get an empty rectangle.
         generator: The generator of random numbers.
     """
     height, width = size

@@ -1,7 +1,7 @@
 """Splits images into a training and a held-out part.
 
-The split is stratified: each class loses images in proportion to its size. It depends on the images only, not on their
-names, order or source.
+From each class, images are held out in proportion to the size of the class. Which images are held out depends on the
+images only, not on their names, order or source.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class Split:
 
     Attributes:
         train: The positions of the training images, in an order that depends on the images only.
-        val: The positions of the held-out images, in such an order.
+        val: The positions of the held-out images.
         fingerprint: A hash (16 hexadecimal digits) of the images, their labels, and which of them are held out.
     """
 
@@ -42,16 +42,16 @@ def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
 
 
 def split_stratified(digests: list[bytes], labels: np.ndarray, val_size: float, name: str = "data.val_size") -> Split:
-    """Chooses the images that are held out: those with the smallest hashes, of each class in proportion to its size.
+    """Holds out the images with the smallest hashes, from each class in proportion to its size.
 
     Args:
         digests: A hash of each image, such as `hash_pixels` returns.
         labels: The label of each image, (N,).
-        val_size: The number of images to hold out, or a fraction of all images below 1.
+        val_size: The number of images to hold out; a value below 1 is a fraction of all images.
         name: The name of the option with the value `val_size`, for messages.
 
     Raises:
-        OptionError: `val_size` leaves no training images, or is not a number of images.
+        OptionError: `val_size` leaves no training images, or is neither a whole number nor a fraction below 1.
     """
     # The images in the order of their hashes, and the number to hold out in each class.
     total = count_held_out(val_size, len(labels), name)
@@ -66,17 +66,17 @@ def limit_parts(
 ) -> dict[str, np.ndarray]:
     """Chooses the images of a short run, which uses at most `limit` training images.
 
-    All parts are reduced by the same factor, to at least one image, and all classes of a part by the same factor, to at
-    least one image if that is possible. Which images are used depends on the images and on the key of their hashes.
+    All parts are reduced by the same factor, and so are all classes of a part. Each part keeps at least one image, and
+    each class does so if that is possible. Which images are used depends on the images and on the key of their hashes.
 
     Args:
         labels: The labels (N,) of the images in each part, such as "train", "val" and "test"; "train" must be there.
         hash_part: A function that takes the name of a part, and returns a hash of each of its images. It is called only
             if images of the part are left out.
-        limit: The number of training images; None for all.
+        limit: The largest number of training images; None for all.
 
     Returns:
-        For each part the positions of the images that are used.
+        A dict from the name of each part to the positions of the images that are used.
 
     Example:
         >>> labels = {"train": np.array([0, 0, 0, 1, 1, 1]), "test": np.array([1, 0])}
@@ -106,11 +106,11 @@ def sort_by_digest(digests: list[bytes], labels: np.ndarray) -> np.ndarray:
 
 
 def mark_smallest(order: np.ndarray, labels: np.ndarray, total: int) -> np.ndarray:
-    """Returns a mask (N,) of the `total` images that come first, of each class in proportion to its size.
+    """Returns a boolean mask (N,) of the images that come first, from each class in proportion to its size.
 
     Args:
         order: The positions of the images in the order of their hashes.
-        labels: The label of each image.
+        labels: The label of each image, (N,).
         total: The number of images to mark.
     """
     counts = np.bincount(labels)
@@ -127,12 +127,12 @@ def count_held_out(val_size: float, available: int, name: str) -> int:
     """Returns the number of images to hold out.
 
     Args:
-        val_size: The option's value: the number of images to hold out, or a fraction of all images below 1.
+        val_size: The number of images to hold out; a value below 1 is a fraction of all images.
         available: The number of all images.
-        name: The name of the option, for messages.
+        name: The name of the option with the value `val_size`, for messages.
 
     Raises:
-        OptionError: The value is not such a number, or no images would be left to train on.
+        OptionError: `val_size` leaves no training images, or is neither a whole number nor a fraction below 1.
     """
     is_number = isinstance(val_size, int | float) and math.isfinite(val_size) and val_size >= 0
     if not is_number or (val_size >= 1 and val_size != int(val_size)):
@@ -146,8 +146,8 @@ def count_held_out(val_size: float, available: int, name: str) -> int:
 def divide_proportionally(counts: np.ndarray, total: int) -> np.ndarray:
     """Returns how many images to take from each class, in proportion to its size, `total` in all.
 
-    Numbers are rounded by the largest remainder; if two are equal, the lower class gets the image. Each class keeps at
-    least one image if `total` allows that.
+    Numbers are rounded by the method of the largest remainder; if two remainders are equal, the class with the lower
+    label gets the image. In each class at least one image is not taken, if `total` allows that.
 
     Args:
         counts: The number of images of each class, (K,).
@@ -167,7 +167,7 @@ def hash_split(digests: list[bytes], labels: np.ndarray, val: np.ndarray) -> str
 
     Args:
         digests: A hash of each image.
-        labels: (N,).
+        labels: The label of each image, (N,).
         val: The positions of the held-out images.
     """
     # Sorted, so that the order of the images does not matter.

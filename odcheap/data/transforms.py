@@ -20,8 +20,8 @@ class Augmentation:
     probability 1/2.
 
     Args:
-        flip: Whether images are flipped.
-        crop_padding: The number of pixels of zeros on each side; with 0 images are not cropped.
+        flip: Whether images are flipped at random.
+        crop_padding: The number of pixels of zeros on each side; with 0, images are not cropped.
     """
 
     flip: bool
@@ -34,7 +34,7 @@ class Augmentation:
             count: The number of images, N.
             seed: The seed of the run.
             epoch: The number of the epoch, from 0.
-            view: The number of the augmentation, from 0, if each image is augmented several times.
+            view: The number (from 0) of the augmentation, if each image has several.
 
         Returns:
             (N, 3) integers: for each image the top and the left edge of the crop in the padded image, in pixels, and
@@ -50,7 +50,7 @@ class Augmentation:
 
         Args:
             images: (N, C, H, W), uint8.
-            drawn: The random numbers for these images, (N, 3); see `draw`.
+            drawn: The rows for these images of the result of `draw`, (N, 3).
         """
         n, _, height, width = images.shape
         pad = self.crop_padding
@@ -65,11 +65,11 @@ class Augmentation:
 
 
 def augmentation_stream(*place: int, purpose: str = "augment") -> tuple[str | int, ...]:
-    """Returns the arguments after the seed with which `make_generator` makes the random numbers of an augmentation.
+    """Returns the arguments, after the seed, of `make_generator` for the random numbers of an augmentation.
 
     Args:
-        *place: Numbers that identify the augmentation, such as the epoch and the position of the image. The last is the
-            number of the view (from 0), which counts the augmentations of the same image.
+        *place: Numbers that identify the augmentation, such as the epoch and the position of the image. The last number
+            is that of the view: the augmentations of the same image are called views, and are counted from 0.
         purpose: "augment" for crop and flip, "policy" for the operations of `data.policies`.
     """
     # View 0 has no number in the name, so that it is the same for methods with one view and with several.
@@ -123,11 +123,11 @@ class Normalization:
                 raise OptionError(f"data.{option}", list(values), allowed)
 
     def mean_color(self, device: torch.device) -> Tensor:
-        """Returns the mean color of the images, (C,) uint8, on a device; normalization makes it nearly zero."""
+        """Returns the mean color, (C,) uint8, on a device. Pixels of this color are nearly zero when normalized."""
         return torch.tensor([round(255 * value) for value in self.mean], dtype=torch.uint8, device=device)
 
     def apply(self, images: Tensor) -> Tensor:
-        """Returns normalized images, (N, C, H, W) float32, in channels-last memory format, for `images` in uint8."""
+        """Normalizes images (N, C, H, W) uint8, and returns them in float32 and channels-last memory format."""
         # Rows of pixels with the channels of each pixel side by side: the operations on such long rows are several
         # times as fast as with the mean and the deviation broadcast over the last dimension of three channels.
         n, channels, height, width = images.shape
