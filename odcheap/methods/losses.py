@@ -39,8 +39,8 @@ def soft_kl(
         student_logits: (..., N, K) for N images and K classes.
         teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
         temperature: T, from 1e-6 to 1e6.
-        reduction: "batchmean" sums over the classes and averages over the images; "mean" averages over all N x K
-            elements, as the method's 2019 reference code does, and gives a value that is smaller by the factor K.
+        reduction: "batchmean" sums over the classes and averages over the images. "mean" averages over all N x K
+            elements, and gives a value that is smaller by the factor K. The 2019 code of online distillation does this.
 
     Returns:
         One value for each element of the broadcast dimensions before N; a scalar if there are none.
@@ -71,16 +71,18 @@ def decoupled_kl(
 ) -> Tensor:
     """Returns the loss of decoupled knowledge distillation (DKD), without the factor T^2.
 
-    It is alpha TCKD + beta NCKD. TCKD is the KL between the probabilities (p_c, 1 - p_c), in which c is the label. NCKD
-    is the KL between the softmax over the other classes. The usual KL is TCKD + (1 - p_c) NCKD with the teacher's p_c.
-    Source: Zhao et al., "Decoupled knowledge distillation", CVPR 2022, equation 7.
+    It is alpha TCKD + beta NCKD, two KLs from the teacher to the student. TCKD compares the probabilities (p_c,
+    1 - p_c), in which c is the label. NCKD compares the softmax over the other classes. The usual KL is TCKD +
+    (1 - p_c) NCKD with the teacher's p_c. Source: Zhao et al., "Decoupled knowledge distillation", CVPR 2022,
+    equation 7.
 
     Args:
         student_logits: (..., N, K) for N images and K classes.
         teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
         target: Labels (N,), integers from 0 to K - 1.
         temperature: T, by which logits are divided before the softmax.
-        weights: alpha and beta. The paper has alpha = 1, and beta from 1 to 10, 8 for most pairs on CIFAR-100.
+        weights: alpha and beta. The paper uses alpha = 1, and beta from 1 to 10; beta is 8 for most pairs of networks
+            on CIFAR-100.
 
     Returns:
         One value for each element of the broadcast dimensions before N; a scalar if there are none.
@@ -106,19 +108,19 @@ def correlation_distance(
     temperature: float,
     weights: tuple[float, float] = DEFAULT_WEIGHTS["dist"],
 ) -> Tensor:
-    """Returns the loss of DIST: one minus Pearson's correlation of the softened predictions.
+    """Returns the loss of DIST: one minus Pearson's correlation of the student's and the teacher's predictions.
 
-    It is beta times the mean over the images of 1 - corr(an image's predictions), plus gamma times the mean over the
-    classes of 1 - corr(a class's predictions over the batch). With several processes the batch is that of the process.
-    Source: Huang et al., "Knowledge distillation from a stronger teacher", NeurIPS 2022, equations 9 to 11.
+    Predictions are softened: logits are divided by T. The loss has two parts: beta times the mean over the images of
+    1 - corr(the K probabilities of the image), plus gamma times the mean over the classes of 1 - corr(the N
+    probabilities of the class). With several processes, N is the number of images of one process. Source: Huang et al.,
+    "Knowledge distillation from a stronger teacher", NeurIPS 2022, equations 9 to 11.
 
     Args:
         student_logits: (..., N, K) for N images and K classes.
         teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
         temperature: T, by which logits are divided before the softmax.
-        weights: beta and gamma. The authors' code multiplies them by T^2, which the paper's equations do not have: its
-            2 and 2 with T = 4, for CIFAR-100, are 32 and 32 here. A correlation does not shrink as T grows, so that
-            this factor makes the loss stronger than all others.
+        weights: beta and gamma. The authors' code multiplies them by T^2, and this function does not, as in the
+            paper's equations. The authors' weights 2 and 2 for CIFAR-100 with T = 4 are therefore 32 and 32 here.
 
     Returns:
         One value for each element of the broadcast dimensions before N; a scalar if there are none.
@@ -129,7 +131,7 @@ def correlation_distance(
 
 
 def correlate(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Returns Pearson's correlation coefficient of two tensors along a dimension; 0 if one of them is constant there.
+    """Returns Pearson's correlation coefficient of two tensors along a dimension; 0 if a tensor is constant along it.
 
     Args:
         a: A tensor.
@@ -144,30 +146,31 @@ def correlate(a: Tensor, b: Tensor, dim: int) -> Tensor:
 def standardize(logits: Tensor) -> Tensor:
     """Returns the Z-scores of logits (..., K): their mean over the classes is 0, and their standard deviation is 1.
 
-    Source: Sun et al., "Logit standardization in knowledge distillation", CVPR 2024, algorithm 1, in which the
-    deviation is divided by K. The authors' code divides by K - 1; 1e-7 is added to the deviation as it does.
+    The deviation is computed with K as the divisor. 1e-7 is added to it, as in the authors' code. Source: Sun et al.,
+    "Logit standardization in knowledge distillation", CVPR 2024, algorithm 1.
     """
     deviation = logits.std(-1, correction=0, keepdim=True)
     return (logits - logits.mean(-1, keepdim=True)) / (deviation + 1e-7)
 
 
 class DistillationLoss:
-    """A loss that compares softened predictions; it is one of those that the option `method.loss` names.
+    """A function of a student's and a teacher's logits, chosen by name, that compares their softened predictions.
 
     Args:
-        name: "kl" is `soft_kl`; "dkd" is `decoupled_kl`; "dist" is `correlation_distance`; "standardized" is `soft_kl`
-            of standardized logits, see `standardize`.
+        name: "kl" for `soft_kl`, "dkd" for `decoupled_kl`, "dist" for `correlation_distance`, "standardized" for
+            `soft_kl` of the Z-scores of the logits.
         temperature: T, by which logits are divided before the softmax.
-        weights: The weights of the two parts of "dkd" (alpha, beta) or "dist" (beta, gamma); None for those of
-            `DEFAULT_WEIGHTS`.
-        kl_reduction: See `soft_kl`; "mean" is possible with "kl" only.
+        weights: The weights of the two parts of "dkd" (alpha, beta) or "dist" (beta, gamma). None takes (1, 8) for
+            "dkd", (1, 1) for "dist".
+        kl_reduction: How "kl" is averaged: "batchmean" over the images, "mean" over images and classes.
 
     Attributes:
-        factor: The number by which methods multiply the loss. It is T^2, with which the size of the gradient of a KL
-            does not depend on T, or 1 for "dist", whose gradient does not shrink as T grows.
+        factor: The number by which the caller should multiply the result. It is T^2, since the gradient of a KL shrinks
+            as 1 / T^2. It is 1 for "dist", whose gradient does not shrink in this way.
 
     Raises:
-        OptionError: The loss has no weights or no reduction.
+        OptionError: `weights` is given for another loss than "dkd" and "dist", or `kl_reduction` is "mean" for another
+            loss than "kl".
     """
 
     def __init__(
@@ -189,24 +192,24 @@ class DistillationLoss:
         self.factor = 1.0 if name == "dist" else temperature**2
 
     def check_soft_labels(self) -> None:
-        """Raises `OptionError` if the loss needs one label for each image, and cannot take probabilities (N, K)."""
+        """Raises `OptionError` if the loss needs one label for each image; only "dkd" does."""
         if self.name == "dkd":
             allowed = "needs one label for each image, and mixed images have two; kl, dist and standardized do not"
             raise OptionError("method.loss", "dkd", allowed)
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss, without `factor`; gradients flow to both tensors of logits.
+        """Returns the loss, not multiplied by `factor`; gradients flow to both tensors of logits.
 
         Args:
             student_logits: (..., N, K) for N images and K classes.
             teacher_logits: (..., N, K); the dimensions before N are broadcast against those of `student_logits`.
-            target: Labels (N,); probabilities (N, K) only if the loss does not use them, as all but "dkd".
+            target: Labels (N,), which only "dkd" uses. Other losses accept probabilities (N, K) too.
 
         Returns:
             One value for each element of the broadcast dimensions before N; a scalar if there are none.
 
         Raises:
-            OptionError: The loss needs labels, and `target` has probabilities.
+            OptionError: The loss is "dkd", and `target` has probabilities.
         """
         if target.ndim != 1:
             self.check_soft_labels()
@@ -220,16 +223,15 @@ class DistillationLoss:
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Returns the spatial attention of feature maps: the mean of their squares over the channels, with norm 1.
+    """Returns the spatial attention of feature maps: the mean of their squares over the channels, scaled to norm 1.
 
-    Source: Zagoruyko, Komodakis, "Paying more attention to attention", ICLR 2017, section 3.1, with p = 2. The authors'
-    code takes the mean in place of the sum, which the normalization makes equal.
+    Source: Zagoruyko, Komodakis, "Paying more attention to attention", ICLR 2017, section 3.1, with p = 2.
 
     Args:
         features: (N, C, h, w).
 
     Returns:
-        (N, h * w).
+        (N, h * w); each row has the L2 norm 1.
 
     Example:
         >>> attention_map(torch.tensor([[[[3.0, 0.0]], [[0.0, 2.0]]]]))  # two channels of 1 x 2 pixels
@@ -239,24 +241,23 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 class FeatureDistance(nn.Module):
-    """The distance of students' feature maps from maps that they should imitate, summed over pairs of maps.
+    """The distance of the feature maps of S students from M target maps, which the students should imitate.
 
-    With "attention" the distance of two maps is P times the mean, over images and pixels, of the squared difference of
-    their attention maps. P is the number of pixels of the largest map that is compared. The paper's authors have 1000
-    in place of P, for images of 32 x 32 pixels, for which P is 1024; with P the distance does not depend on the size of
-    the images.
+    Each student has M feature maps; map m is compared with target map m, and the M distances are added. If two maps
+    have different sizes, the larger one is average-pooled first. Gradients do not reach the target maps.
 
-    With "l2" it is the mean of the squared difference of the maps themselves (Romero et al., "FitNets", ICLR 2015,
-    equation 3, with a mean in place of the sum). If their numbers of channels differ, a 1 x 1 convolution of the
-    student's map, which is trained too, changes its number.
+    With "attention", the distance of two maps is P times the mean squared difference of their attention maps, which
+    `attention_map` computes. P is the number of pixels of the largest map that is compared. With this factor, the
+    distance does not depend on the size of the images; the authors of attention transfer have 1000 in its place.
 
-    Of two maps of different sizes the larger one is average-pooled first. Gradients reach the students and the 1 x 1
-    convolutions only.
+    With "l2", the distance is the mean squared difference of the maps themselves (Romero et al., "FitNets", ICLR 2015,
+    equation 3, with a mean in place of the sum). If a student's map has another number of channels than the target map,
+    a 1 x 1 convolution, which is trained too, changes it.
 
     Args:
         feature: "attention" or "l2".
-        channels: For each student the number of channels of each of its M maps.
-        target_channels: The number of channels of each of the M maps that the students should imitate.
+        channels: A list for each student, with the number of channels of each of its M maps.
+        target_channels: The number of channels of each of the M target maps.
     """
 
     def __init__(self, feature: FeatureName, channels: Sequence[Sequence[int]], target_channels: Sequence[int]):
@@ -271,13 +272,11 @@ class FeatureDistance(nn.Module):
         )
 
     def forward(self, maps: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> Tensor:
-        """Returns the distance of each student's feature maps from those that it should imitate, (S,).
-
-        It is computed in float32 or float64.
+        """Returns the distance of each student's feature maps from the target maps, (S,), in float32 or float64.
 
         Args:
-            maps: For each student its M maps (N, C, h, w).
-            targets: The M maps (N, C', h', w') that all students should imitate; they are detached.
+            maps: A list for each of the S students, with its M maps (N, C, h, w).
+            targets: The M target maps (N, C', h', w'), the same for all students; they are detached.
         """
         distances = []
         with torch.autocast(targets[0].device.type, enabled=False):
@@ -294,12 +293,13 @@ class FeatureDistance(nn.Module):
         return torch.stack(distances)
 
     def compare_mutually(self, maps: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Returns for each student the distance (S,) of its maps from the mean of all other students' maps.
+        """Returns the distance of each student's maps from the mean of all other students' maps, (S,).
 
-        The mean is that of the attention maps, or with "l2" that of the maps themselves; it is detached.
+        With "attention", attention maps are averaged and compared; with "l2", the maps themselves. The mean is
+        detached.
 
         Args:
-            maps: For each of S >= 2 students its M maps (N, C, h, w).
+            maps: A list for each of S >= 2 students, with its M maps (N, C, h, w).
         """
         distances, pixels = [], []
         with torch.autocast(maps[0][0].device.type, enabled=False):
@@ -312,7 +312,7 @@ class FeatureDistance(nn.Module):
             return self.scale(pixels) * torch.stack(distances).sum(0)
 
     def scale(self, pixels: Sequence[int]) -> int:
-        """Returns the factor of the distances: with "attention" the number of pixels of the largest map, otherwise 1.
+        """Returns the factor of the distances: the number of pixels of the largest map with "attention", 1 with "l2".
 
         Args:
             pixels: The number of pixels of each map that is compared.
@@ -325,15 +325,15 @@ class FeatureDistance(nn.Module):
 
 
 def to_single_precision(features: Tensor) -> Tensor:
-    """Returns a tensor of 16 bits in float32; others are returned as they are."""
+    """Converts a tensor in bfloat16 or float16 to float32; returns any other tensor without a change."""
     return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
 
 
 def pool_to_smallest(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Returns feature maps in float32 or float64, average-pooled to the size of the smallest one.
+    """Returns feature maps in float32 or float64, average-pooled to the height and width of the smallest map.
 
     Args:
-        maps: (N, C, h, w) each; C, h and w may differ.
+        maps: Feature maps (N, C, h, w); C, h and w may differ between them.
     """
     height, width = min((features.shape[-2:] for features in maps), key=lambda size: size[0] * size[1])
     return [

@@ -26,17 +26,18 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class OnlineDistillation(FeatureDistillation):
-    """Trains students together with a teacher, which is a classifier on their concatenated feature maps.
+    """Trains students together with a teacher: a classifier on their concatenated feature maps (online distillation).
 
     Args:
         students: The S students.
         temperature: T, by which logits are divided before the softmax in the KL divergence.
-        detach_teacher: Whether the gradient of the KL reaches the students only, not the teacher.
-        normalise: Whether there are batch norm and ReLU before the teacher's pooling and linear layer.
-        label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1), for the
-            students and the teacher.
-        **options: `loss`, `loss_weights`, `kl_reduction`, `feature`, `feature_weight` and `average_decay`; see
-            `FeatureDistillation`. The 2019 reference code has kl_reduction="mean".
+        detach_teacher: False lets the gradient of the KL reach the teacher too, so that learning is mutual. With True
+            only the students learn from the KL.
+        normalise: Whether the teacher has batch norm and ReLU before its pooling and its linear layer.
+        label_smoothing: The fraction of each label's probability that is divided among all classes, in [0, 1). It
+            applies to the cross-entropy of the students and of the teacher.
+        **options: `loss`, `loss_weights`, `kl_reduction`, `feature`, `feature_weight` and `average_decay`, the
+            arguments of `FeatureDistillation`. The authors' 2019 code averages the KL as with kl_reduction="mean".
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -83,13 +84,17 @@ class OnlineDistillation(FeatureDistillation):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            `ce_teacher`: the teacher's cross-entropy. For each student k: `ce_student_k`, its cross-entropy;
-            `kl_student_k`, T^2 times the KL from the teacher to the student; with another loss than the KL its name
-            stands in place of `kl`. `attention_k` or `l2_k` if feature maps are compared too. `loss`: the sum of all
-            terms.
+            A dict of scalars, in which k is the number of a student. Weights are already multiplied in.
+
+            - `ce_teacher`: the cross-entropy of the teacher.
+            - `ce_student_k`: the cross-entropy of student k.
+            - `kl_student_k`: T^2 KL(teacher || student k). If the option `loss` is not "kl", its value stands in place
+              of `kl`, such as `dkd_student_k`.
+            - `attention_k` or `l2_k`: the distance of the feature maps; only if they are compared.
+            - `loss`: the sum of all terms.
         """
         teacher = outputs["teacher_logits"]
         soft_target = teacher.detach() if self.detach_teacher else teacher

@@ -25,13 +25,16 @@ from odcheap.utils.errors import OptionError
 
 
 class DiversePeers(RampedDistillation):
-    """Trains peers that learn from each other with attention weights, and a leader that learns from all peers.
+    """Trains peers that learn from each other, and a leader that learns from all peers (OKDDip).
+
+    A peer imitates a weighted mean of the predictions of all peers. The weights are an attention between the features
+    of the peers.
 
     Args:
-        students: Two or more students; the last one is the leader, the others are the peers.
-        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
-            which the weight of the distillation terms rises to 1), `loss`, `loss_weights` and `average_decay`; see
-            `RampedDistillation` and `LogitDistillation`.
+        students: Two or more students. The last student is the leader, the others are the peers.
+        **options: The other arguments of `RampedDistillation`: `temperature` (T, by default 3), `ramp_up` (the fraction
+            of the run's epochs, by default 80/300, in which the weight of the distillation terms rises to 1), `loss`,
+            `loss_weights` and `average_decay`.
     """
 
     teacher_kind = "mean"
@@ -46,12 +49,15 @@ class DiversePeers(RampedDistillation):
         self.query, self.key = (nn.Linear(features, max(1, features // 8), bias=False) for _ in range(2))
 
     def forward(self, images: Tensor) -> Outputs:
-        """Returns the outputs by name, for images (N, C, H, W).
+        """Runs the S students, of which m = S - 1 are peers, on images (N, C, H, W).
 
         Returns:
-            `student_logits` (S, N, K); `teacher_logits` (N, K), T times the logarithm of the mean of the m peers'
-            predictions at temperature T; `attention` (N, m, m), the weight that each peer (first m) gives to each peer
-            (second m).
+            A dict with at least the first three of these keys.
+
+            - `student_logits`: (S, N, K).
+            - `teacher_logits`: (N, K), T times the logarithm of the mean of the peers' predictions at temperature T.
+            - `attention`: (N, m, m). Entry [n, k, b] is the weight of peer b in what peer k imitates for image n.
+            - `average_logits`: (S, N, K), of the moving averages of the students' weights, if the method keeps them.
         """
         features, logits = self.students(images)
         pooled = torch.stack([f.mean((2, 3)) for f in features[:-1]], dim=1)  # (N, m, F)
@@ -62,12 +68,16 @@ class DiversePeers(RampedDistillation):
         return outputs | self.average_outputs(images)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            `L_gt_k`: the cross-entropy of each student k. `L_dis1_k`: w T^2 times the KL from the attention-weighted
-            predictions of the peers to peer k. `L_dis2`: w T^2 times the KL from the mean of the peers to the leader.
-            `loss`: the sum of all terms. w is the weight `ramp`, in [0, 1].
+            A dict of scalars, in which w in [0, 1] is the current weight of the ramp-up. In place of the KL stands the
+            loss that the option `loss` names.
+
+            - `L_gt_k`: the cross-entropy of each student k.
+            - `L_dis1_k`: w T^2 KL(attention-weighted mean of the peers' predictions || peer k), for each peer k.
+            - `L_dis2`: w T^2 KL(mean of the peers' predictions || leader).
+            - `loss`: the sum of all terms.
         """
         logits = outputs["student_logits"]
         peers = (logits[:-1] / self.temperature).softmax(-1)  # (m, N, K)
@@ -79,11 +89,11 @@ class DiversePeers(RampedDistillation):
         return add_total(terms | {"L_dis2": self.compare(peers.mean(0), logits[-1], target)})
 
     def compare(self, prediction: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of students with respect to predictions that they should imitate, with its weight.
+        """Returns the distillation loss of students, already multiplied by its weight w T^2.
 
         Args:
-            prediction: Softened probabilities (..., N, K).
-            logits: Students' logits (..., N, K).
+            prediction: The softened predictions that the students should imitate, probabilities (..., N, K).
+            logits: The logits of the students, (..., N, K).
             target: Labels (N,).
 
         Returns:

@@ -24,13 +24,13 @@ from odcheap.methods.students import Students
 
 
 class NativeEnsemble(RampedDistillation):
-    """Trains students that learn from a teacher, which is a weighted sum of their logits.
+    """Trains students that learn from a teacher, a weighted sum of their logits with weights from a gate (ONE).
 
     Args:
         students: Two or more students.
-        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
-            which the weight of the distillation terms rises to 1), `loss`, `loss_weights` and `average_decay`; see
-            `RampedDistillation` and `LogitDistillation`.
+        **options: The other arguments of `RampedDistillation`: `temperature` (T, by default 3), `ramp_up` (the fraction
+            of the run's epochs, by default 80/300, in which the weight of the distillation terms rises to 1), `loss`,
+            `loss_weights` and `average_decay`.
     """
 
     teacher_kind = "gated"
@@ -46,12 +46,16 @@ class NativeEnsemble(RampedDistillation):
         return (gates.T[..., None] * logits).sum(0)
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            `L_ce_k`: the cross-entropy of each student k. `L_ce_e`: that of the teacher. `L_kl_k`: w T^2 times the KL
-            from the teacher to student k; with another loss than the KL its name stands in place of `kl`. `loss`: the
-            sum of all terms. w is the weight `ramp`, in [0, 1].
+            A dict of scalars, in which k is the number of a student, and w in [0, 1] the current weight of the ramp-up.
+
+            - `L_ce_k`: the cross-entropy of student k.
+            - `L_ce_e`: the cross-entropy of the teacher.
+            - `L_kl_k`: w T^2 KL(teacher || student k). If the option `loss` is not "kl", its value stands in place of
+              `kl`, such as `L_dkd_k`.
+            - `loss`: the sum of all terms.
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         terms = cross_entropy_terms(logits, target, "L_ce") | {"L_ce_e": F.cross_entropy(teacher, target)}

@@ -34,14 +34,16 @@ from odcheap.utils.arguments import check_arguments
 
 @check_arguments("method")
 class PeerCollaborativeLearning(RampedDistillation):
-    """Trains students that learn from a classifier on all their features and from the others' moving averages.
+    """Trains students that learn from a teacher, and from moving averages of the other students' weights (PCL).
+
+    The teacher is a classifier on the features of all students.
 
     Args:
         students: Two or more students.
         average_decay: The largest decay of the moving averages of the students' weights, in [0, 1).
-        **options: `temperature` (T, by default 3), `ramp_up` (the fraction of the run's epochs, by default 80/300, in
-            which the weight of the distillation terms rises to 1), `loss` and `loss_weights`; see `RampedDistillation`
-            and `LogitDistillation`.
+        **options: The other arguments of `RampedDistillation`: `temperature` (T, by default 3), `ramp_up` (the fraction
+            of the run's epochs, by default 80/300, in which the weight of the distillation terms rises to 1), `loss`
+            and `loss_weights`.
     """
 
     teacher_kind = "head"
@@ -55,12 +57,17 @@ class PeerCollaborativeLearning(RampedDistillation):
         return self.fc(torch.cat([f.mean((2, 3)) for f in features], dim=1))
 
     def loss(self, outputs: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms by name, for the result of `forward` and the labels (N,); see `Method.loss`.
+        """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            `L_ce_k`: the cross-entropy of each student k. `L_ce_t`: that of the teacher. `L_pe_k`: w T^2 times the KL
-            from the teacher to student k. `L_pm_k`: w T^2 times the mean KL from the other students' moving averages to
-            student k. `loss`: the sum of all terms. w is the weight `ramp`, in [0, 1].
+            A dict of scalars, in which k is the number of a student, and w in [0, 1] the current weight of the ramp-up.
+            In place of the KL stands the loss that the option `loss` names.
+
+            - `L_ce_k`: the cross-entropy of student k.
+            - `L_ce_t`: the cross-entropy of the teacher.
+            - `L_pe_k`: w T^2 KL(teacher || student k).
+            - `L_pm_k`: w T^2 KL(moving average of student l || student k), averaged over the other students l.
+            - `loss`: the sum of all terms.
         """
         logits, teacher = outputs["student_logits"], outputs["teacher_logits"]
         weight = self.distillation_weight

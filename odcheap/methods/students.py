@@ -31,12 +31,12 @@ AverageDecay = Annotated[float, Field(ge=0, lt=1)]
 def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
     """Runs one student after the other on a batch.
 
-    In training on a CPU each student draws its random numbers (dropout) from its own random stream, so that these
-    numbers do not depend on the other students.
+    In training on a CPU each student draws random numbers, as for dropout, from its own stream. Its numbers do not
+    depend on the other students then.
 
     Args:
         members: The S students.
-        views: For each student its images (N, C, H, W).
+        views: A list with the images (N, C, H, W) of each student.
 
     Returns:
         A list with the last feature map (N, C', h, w) of each student, and the logits (S, N, K).
@@ -55,14 +55,13 @@ def run_sequential(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
 
 
 def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
-    """Runs each student on its own CUDA stream; in a CUDA graph the streams become parallel branches.
+    """Runs the students on a batch, each on its own CUDA stream, so that a GPU may compute them at the same time.
 
-    The backward pass uses the same streams, since autograd runs each operation on the stream of its forward pass. If
-    the images are on a CPU, the students run one after the other.
+    The backward pass uses the same streams. If the images are on a CPU, the students run one after the other.
 
     Args:
         members: The S students.
-        views: For each student its images (N, C, H, W).
+        views: A list with the images (N, C, H, W) of each student.
 
     Returns:
         A list with the last feature map (N, C', h, w) of each student, and the logits (S, N, K).
@@ -82,7 +81,7 @@ def run_on_streams(members: Sequence[Backbone], views: Sequence[Tensor]) -> Stud
 
 
 def join_outputs(outputs: Sequence[tuple[Tensor, Tensor]]) -> StudentOutputs:
-    """Returns the students' feature maps as a list and their logits as one tensor (S, N, K), given those of each."""
+    """Returns a list of all last feature maps and the logits (S, N, K), given a pair (map, logits) of each student."""
     features, logits = zip(*outputs, strict=True)
     return list(features), torch.stack(logits)
 
@@ -94,11 +93,11 @@ def _student_streams(device: torch.device, count: int) -> tuple[torch.cuda.Strea
 
 
 def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOutputs:
-    """Runs the students on CUDA streams while a CUDA graph is recorded, and one after the other everywhere else.
+    """Runs the students on CUDA streams while a CUDA graph is recorded, otherwise one after the other.
 
     Args:
         members: The S students.
-        views: For each student its images (N, C, H, W).
+        views: A list with the images (N, C, H, W) of each student.
 
     Returns:
         A list with the last feature map (N, C', h, w) of each student, and the logits (S, N, K).
@@ -108,10 +107,11 @@ def run_auto(members: Sequence[Backbone], views: Sequence[Tensor]) -> StudentOut
 
 
 def check_builder(build: object) -> None:
-    """Raises `OptionError` if the argument `build` of `Students` is not a function that can make new networks.
+    """Raises `OptionError` if an object is not a function that can make new networks.
 
     Args:
-        build: The argument; a network (`nn.Module`) is refused although it can be called.
+        build: The object that a user gave as the argument `build` of `Students`. A network (`nn.Module`) is refused,
+            although it can be called.
     """
     if isinstance(build, nn.Module) or not callable(build):
         what = "a network" if isinstance(build, nn.Module) else "no function"
@@ -135,11 +135,11 @@ def check_separate(members: Sequence[nn.Module]) -> None:
 
 
 def describe_equal_weights(members: Sequence[nn.Module]) -> str:
-    """Returns a warning if two students of one architecture start with equal weights, all or many of them; else "".
+    """Returns the text of a warning if two students start with equal weights; otherwise the empty string.
 
-    Tensors with a single value, such as the biases of a new network, are equal in all networks and are not compared;
-    neither are parameters that are not trained. If only a part of the weights is equal, this is reported for networks
-    in a `WrappedNetwork` only.
+    Only the first two students of the same architecture are compared. Parameters that are not trained do not count, nor
+    do tensors whose elements are all equal, such as the biases of a new network. The text is also returned if more than
+    a tenth of the weights are equal and the students are networks of a `WrappedNetwork`.
     """
     # The first two students whose parameters have the same names and shapes.
     parameters = [dict(student.named_parameters()) for student in members]
@@ -170,11 +170,11 @@ RUNS: dict[str, RunStudents] = {"auto": run_auto, "sequential": run_sequential, 
 
 
 def check_run(run: RunStudents, device: torch.device) -> None:
-    """Raises `OptionError` if the students cannot be run in the chosen way on a device.
+    """Raises `OptionError` if the students should run on CUDA streams, but the device is not a GPU.
 
     Args:
-        run: The function that runs the students; `run_on_streams` needs a CUDA device.
-        device: The device of the run.
+        run: The function that runs the students; only `run_on_streams` needs a CUDA device.
+        device: The device on which the students are trained.
     """
     if run is run_on_streams and device.type != "cuda":
         raise OptionError("together", "streams", f"needs a CUDA device; the run is on {device}")
@@ -182,24 +182,25 @@ def check_run(run: RunStudents, device: torch.device) -> None:
 
 @check_arguments("")
 class Students(nn.Module):
-    """The students of a method: networks that are trained together, of one architecture or of several.
+    """The students: networks that are trained together, of one architecture or of several.
 
     Args:
-        build: A function that makes a new student in each call: a `Backbone` or any classification network
-            (N, C, H, W) -> (N, K), such as the result of `cheapen`. A network that is no `Backbone` is wrapped, see
-            `to_backbone`. Start students from one trained network with `add_weight_noise`, so that they differ. If the
-            students have different architectures: a list with one such function for each student. Their logits must
-            have the same number of classes; whether their feature maps may differ depends on the method.
+        build: A function that makes a new student in each call: a `Backbone`, or any classification network
+            (N, C, H, W) -> (N, K), such as the result of `cheapen`. A network that is no `Backbone` is put into a
+            `WrappedNetwork`. If all students start from one trained network, the function should call
+            `add_weight_noise`, so that they differ. For students of different architectures, pass a list with one such
+            function for each student. All students must have the same number of classes.
         num_stu: The number of students, S.
-        seed: The initial weights of student k depend on (seed, k) only.
+        seed: The seed of the initial weights. Those of student k depend only on the seed and k, not on S.
         run: The function that runs all students on a batch: `run_auto`, `run_sequential` or `run_on_streams`.
 
     Attributes:
-        members: The students, an `nn.ModuleList` of backbones. A wrapped network is `members[k].network`.
+        members: The students, an `nn.ModuleList` of backbones. If a network was wrapped, `members[k].network` is the
+            network itself.
 
     Shape:
-        Images (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation -> list of S
-        last feature maps (N, C', H', W'), and logits (S, N, K).
+        - Input: images (N, C, H, W); or (S, N, C, H, W), in which each of the S students has its own augmentation.
+        - Output: a list with the last feature map (N, C', H', W') of each student, and the logits (S, N, K).
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -274,10 +275,10 @@ class AveragedStudents(Students):
     """Copies of the students whose weights are exponential moving averages of the students' weights.
 
     After optimizer step g (from 0) each averaged weight becomes d times its old value plus (1 - d) times the student's
-    weight, with d = min(1 - 1 / (g + 1), average_decay). In the first steps this is the plain mean of all steps.
-    Source: Tarvainen, Valpola, "Mean teachers are better role models", 2017, section 2.
+    weight, with d = min(1 - 1 / (g + 1), average_decay). In the first steps this is the plain mean of the weights after
+    all steps. Source: Tarvainen, Valpola, "Mean teachers are better role models", 2017, section 2.
 
-    The batch norm statistics are not averaged: the copies run on the training batches too, and collect their own.
+    Batch norm statistics are not averaged. Instead the copies run on the training batches too, and update their own.
 
     Args:
         students: The students; they are copied and not changed.
@@ -309,7 +310,7 @@ class AveragedStudents(Students):
 
     @torch.no_grad()
     def update(self, students: Students) -> None:
-        """Updates the averages with the students' weights; call it after each step of the optimizer.
+        """Updates the averaged weights with the students' weights; it must be called after each optimizer step.
 
         Args:
             students: The students of which these are the averages.
@@ -325,12 +326,12 @@ class AveragedStudents(Students):
             average.lerp_(weight, (1 - decay).to(weight.dtype))
 
     def copy_weights(self, students: Students) -> None:
-        """Sets the averages to the weights of the given students, and copies their batch norm statistics too."""
+        """Sets the averaged weights to the students' weights, and copies the students' batch norm statistics too."""
         self.members.load_state_dict(students.members.state_dict())
 
 
 def require_single_precision(precision: str) -> None:
-    """Raises `OptionError` if this precision keeps the weights in fewer than 32 bits.
+    """Raises `OptionError` if a network of the given precision has weights with fewer than 32 bits.
 
     Args:
         precision: A precision of Lightning, such as "bf16-true", or the name of a dtype, such as "bfloat16".

@@ -28,26 +28,27 @@ TeacherWeights = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Teacher(nn.Module):
-    """A frozen network that takes the students' images, and normalizes and resizes them as it needs.
+    """A frozen network as a teacher: it takes the students' images, normalizes and resizes them, and returns logits.
 
-    The network always stays in eval mode. The module's state dict contains not its weights but their digest; loading
-    the state dict of another teacher raises `OptionError`.
+    The network always stays in eval mode. The state dict of this module contains a hash of the network's weights, not
+    the weights. Loading the state dict of another teacher raises `OptionError`.
 
     Args:
         network: A network that maps normalized images (N, C, size, size) to logits (N, K).
-        images_norm: The mean and the standard deviation, of each channel, with which the students' images are
-            normalized.
-        mean: The mean of each channel that the network expects.
-        std: The standard deviation of each channel that the network expects.
+        images_norm: The mean and the standard deviation, one number for each channel, with which the students' images
+            are normalized.
+        mean: The mean of each channel with which images for the network are normalized.
+        std: The standard deviation of each channel for the same images.
         size: The side, in pixels, of the images that the network expects.
         classes: The names of the network's classes; None if they are not known.
-        split: The fingerprint of the data on which the network was trained: a hash of the images, their labels, and
-            which of them were held out; None if it is not known.
-        history: The costs of the network's training: `train_seconds` and `training_macs`; None if they are not known.
-        path: The file of the weights, for messages.
+        split: The fingerprint of the data on which the network was trained: a hash of the images, their labels, and the
+            choice of those that were held out; None if it is not known.
+        history: The costs of the network's training, a dict: `train_seconds` is its duration, and `training_macs` the
+            number of its multiply-accumulates. None if they are not known.
+        path: The file of the weights, for error messages.
 
     Raises:
-        OptionError: The network takes images with another number of channels than the students.
+        OptionError: The network takes images with another number of channels than the students' images.
 
     Shape:
         Images (N, C, H, W), normalized for the students -> logits (N, K), without gradients.
@@ -118,7 +119,7 @@ class Teacher(nn.Module):
         return self.network(images)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raises `OptionError` if the names of the teacher's classes are known and differ from those of the data.
+        """Raises `OptionError` if the teacher's classes, provided that they are known, differ from those of the data.
 
         Args:
             classes: The names of the classes of the data, in the order of the labels.
@@ -129,10 +130,10 @@ class Teacher(nn.Module):
 
 
 class TeacherEnsemble(nn.Module):
-    """Several teachers as one, whose softened prediction is the mean of theirs.
+    """Several teachers as one teacher: its softened prediction is the mean of their softened predictions.
 
-    Source: You, Xu, Xu, Tao, "Learning from multiple teacher networks", KDD 2017, equation 4. Predictions are averaged,
-    not logits, so that a teacher with large logits does not count more than the others.
+    Predictions are averaged, not logits, so that a teacher with large logits does not count more than the others.
+    Source: You, Xu, Xu, Tao, "Learning from multiple teacher networks", KDD 2017, equation 4.
 
     Args:
         members: The teachers, a list of `Teacher` objects.
@@ -140,8 +141,9 @@ class TeacherEnsemble(nn.Module):
 
     Attributes:
         network: The networks of all teachers, an `nn.ModuleList`.
-        split: The `split` of all teachers; None if they differ.
-        history: The sums of the costs of the teachers' trainings; None for a cost that is not known of each of them.
+        split: The `split` of the teachers, the fingerprint of their training data; None if they differ.
+        history: A dict with the sums of the teachers' `train_seconds` and `training_macs`. A sum is None if it is not
+            known for one of the teachers.
 
     Shape:
         Images (N, C, H, W), normalized for the students -> logits (N, K), without gradients. The softmax of these
@@ -177,12 +179,12 @@ class TeacherEnsemble(nn.Module):
 def check_teacher_count(
     teacher: Teacher | TeacherEnsemble, state_dict: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    """A hook that raises `OptionError` if a state dict that will be loaded was saved with another number of teachers.
+    """Raises `OptionError` if a state dict was saved with another number of teachers; a hook that runs before loading.
 
     Args:
         teacher: The module into which the state dict will be loaded: one teacher, or several.
-        state_dict: The state dict, which has a digest for each teacher with which it was saved, or none at all.
-        prefix: The prefix of the teachers' entries in it.
+        state_dict: The state dict, which has a hash for each teacher with which it was saved, or no hash at all.
+        prefix: The prefix of the names of the teachers' entries in the state dict.
         *_: Further arguments, which PyTorch passes to such hooks.
     """
     saved = sum(name.startswith(prefix) and name.endswith("_extra_state") for name in state_dict)
@@ -195,7 +197,7 @@ def check_teacher_count(
 
 
 def digest_weights(network: nn.Module) -> Tensor:
-    """Returns a hash of a network's weights, (16,) uint8, which rounding the weights to bfloat16 does not change."""
+    """Returns a hash of a network's weights, (16,) uint8; it is the same for the weights rounded to bfloat16."""
     # The rounding makes the digest the same for a teacher in float32 and in bfloat16 (trainer.precision).
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in network.state_dict().items():
@@ -213,20 +215,20 @@ def load_teacher(
     std: Sequence[float] | None = None,
     size: int | None = None,
 ) -> Teacher:
-    """Loads a teacher from a run, or from a local file of published weights.
+    """Loads a teacher from the folder of a run, or from a local file of published weights.
 
     Args:
-        path: A run's folder, its `student.safetensors`, or a file of published weights.
+        path: The folder of a run, its `student.safetensors`, or a file of published weights.
         network_name: The network that published weights belong to, such as `torchvision/resnet50` or `timm/resnet18d`;
-            None for a run.
+            None for the teacher of a run.
         num_classes: The number of classes of the data, K.
-        images_norm: The mean and the standard deviation, of each channel, with which the students' images are
-            normalized.
-        mean: The mean, of each channel, with which the teacher's images are normalized; None for that of its run, or
-            that of ImageNet for published weights.
-        std: The standard deviation, of each channel; None as for `mean`.
-        size: The side, in pixels, of the images that the teacher expects; None for that of its run, or 224 for
-            published weights.
+        images_norm: The mean and the standard deviation, one number for each channel, with which the students' images
+            are normalized.
+        mean: The mean of each channel with which the teacher's images are normalized. None takes the one of the
+            teacher's run, or ImageNet's for published weights.
+        std: The standard deviation of each channel for the same images; None as for `mean`.
+        size: The side, in pixels, of the images that the teacher expects. None takes the one of the teacher's run, or
+            224 for published weights.
 
     Raises:
         OptionError: The file is of another kind, its weights do not fit the network, the network has another number of
@@ -255,13 +257,16 @@ def load_teacher(
 
 
 def read_training_costs(student: Path) -> dict[str, Any]:
-    """Returns the costs of a student's training, from the `summary.json` in the folder of its file.
+    """Reads the costs of a student's training from the `summary.json` in the folder of its file.
 
     Args:
         student: The path of a `student.safetensors`.
 
     Returns:
-        `train_seconds` and `training_macs` by name; each is None if the summary does not have it.
+        A dict with two keys. Their values are None if there is no summary, or if it does not contain them.
+
+        - `train_seconds`: the duration of the training in seconds.
+        - `training_macs`: the number of multiply-accumulates of the training.
 
     Raises:
         OptionError: The summary is damaged.
@@ -280,10 +285,10 @@ def read_training_costs(student: Path) -> dict[str, Any]:
 
 
 def load_published_network(name: str, path: str, num_classes: int) -> nn.Module:
-    """Returns the network `torchvision/NAME` or `timm/NAME` with the weights of a local file.
+    """Returns a network of torchvision or timm with published weights, which are read from a local file.
 
     Args:
-        name: The library and the network's name in it, such as `torchvision/resnet50`.
+        name: The library and the network's name in it, such as `torchvision/resnet50` or `timm/resnet18d`.
         path: The file of the weights.
         num_classes: The number of classes.
 
