@@ -1,4 +1,4 @@
-"""Converts the command-line arguments of `odcheap train` to the form that Hydra needs."""
+"""Prepares the command-line arguments of `odcheap train` for Hydra: checks their form, and puts paths in quotes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,12 @@ from odcheap.utils.parts import PART_NAME
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Checks that each argument is a flag of Hydra, the value of one, or an option such as `num_stu=4`.
+    """Checks the form of the command-line arguments of `odcheap train`, before Hydra reads them.
+
+    Each argument must be a flag of Hydra, the value of such a flag, or an option such as `num_stu=4`.
 
     Raises:
-        Failure: An argument is none of these; the message says how to write it.
+        Failure: An argument has another form, such as `--num_stu 4`; the message says how to write it.
     """
     flags = {flag: action for action in get_args_parser()._actions for flag in action.option_strings}
     before, takes_value = "", False
@@ -46,13 +48,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def check_single_values(arguments: Sequence[str]) -> None:
-    """Checks that no option has several values, since this is no sweep.
+    """Checks that no option has several values, such as `seed=0,1`, unless the arguments start a sweep (`-m`).
 
     Args:
-        arguments: The arguments in the form that Hydra needs; see `prepare_arguments`.
+        arguments: The arguments as `prepare_arguments` returns them.
 
     Raises:
-        Failure: An option has several values; the message says how to write it.
+        Failure: An option has several values and there is no `-m`; the message says how to write it.
     """
     if any(argument in ("-m", "--multirun") or argument.startswith("hydra.mode=") for argument in arguments):
         return
@@ -64,14 +66,14 @@ def check_single_values(arguments: Sequence[str]) -> None:
 
 
 def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
-    """Checks that the values of config groups, such as `method=od`, are names.
+    """Checks that each config group gets the name of a file, as in `method=od`, and not a value such as `method=3`.
 
     Args:
         arguments: The command-line arguments.
-        groups: The names that can be chosen in each config group.
+        groups: The names that can be chosen in each config group; the error message lists them.
 
     Raises:
-        OptionError: The value of a group is not a name, as in `method=3`.
+        OptionError: The value of a group is not a name. Whether a file of this name exists is not checked.
     """
     # Hydra's own error about this has many lines.
     choices = [argument for argument in arguments if override_key(argument) in groups and "=" in argument]
@@ -88,7 +90,10 @@ def check_choices(arguments: Sequence[str], groups: Mapping[str, Sequence[str]])
 
 
 def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
-    """Returns the command-line arguments in the form that Hydra needs.
+    """Returns the command-line arguments of `odcheap train` in the form that Hydra needs.
+
+    Paths are put in quotes, and in a sweep each of several paths. If a run is resumed, the names of its parts are
+    added.
 
     Args:
         arguments: The arguments as the user has given them.
@@ -107,17 +112,17 @@ def prepare_arguments(arguments: Sequence[str], conf: Path) -> list[str]:
 
 
 def add_resumed_parts(arguments: list[str]) -> list[str]:
-    """Adds the name of each part of the resumed run of which only an option is given.
+    """Adds arguments such as `method=kd`, which the user may leave out when a run is resumed.
 
-    With `resume=RUN method.teacher_weights=FILE` this is `method=kd`, if that is the method of the run. Hydra would
-    otherwise look for the option in the default method.
+    `resume=RUN method.teacher_weights=FILE` does not name the method, and Hydra would look for the option in the
+    default method. So `method=kd` is added if the `config.yaml` of the resumed run says `kd`.
 
     Args:
-        arguments: The arguments in the form that Hydra needs.
+        arguments: The arguments, with paths in quotes.
 
     Returns:
-        The arguments. Nothing is added if no run is resumed, if its `config.yaml` is not there, and if a recipe
-        (`experiment`) is given, which may choose parts itself.
+        All arguments. Nothing is added if no run is resumed, if the run's `config.yaml` cannot be read, or if a recipe
+        (`experiment=NAME`), which may choose the parts, is given.
     """
     keys = [override_key(argument) for argument in arguments]
     given = dict(zip(keys, arguments, strict=True))
@@ -143,7 +148,7 @@ def add_resumed_parts(arguments: list[str]) -> list[str]:
 
 
 def is_choice(override: str) -> bool:
-    """Returns whether Hydra reads the value of an override as several values, for a sweep."""
+    """Returns whether an override has several values for a sweep, as `seed=0,1` has."""
     try:
         return isinstance(OverridesParser.create().parse_override(override).value(), ChoiceSweep)
     except HydraException:  # Hydra says later what is wrong
@@ -151,9 +156,12 @@ def is_choice(override: str) -> bool:
 
 
 def split_paths(argument: str) -> str | None:
-    """Returns an argument that gives several paths, with quotes around each path; None for any other argument.
+    """Puts quotes around each path of an argument that gives several paths, such as `data_dir=a,b` in a sweep.
 
-    Paths are separated by commas. If the whole text is a path that exists, it is one path.
+    If the whole text with its commas is a path that exists, it is taken for one path.
+
+    Returns:
+        The argument with quotes; None if the argument does not give several paths.
     """
     # Names of runs contain commas, so that only for `data_dir` the paths need not exist.
     key, _, text = argument.partition("=")
@@ -166,10 +174,10 @@ def split_paths(argument: str) -> str | None:
 
 
 def prepare_argument(argument: str, conf: Path) -> str:
-    """Returns a command-line argument in the form that Hydra needs.
+    """Returns one command-line argument in the form that Hydra needs.
 
-    Paths are put in quotes. A launcher or sweeper such as `hydra/launcher=joblib` becomes `hydra/launcher=joblib_sweep`
-    if odcheap has a file of this name, which changes some defaults of the plugin.
+    A path is put in quotes. A launcher or a sweeper gets the ending `_sweep` if odcheap has a file of this name, which
+    changes defaults of the plugin: `hydra/launcher=joblib` becomes `hydra/launcher=joblib_sweep`.
 
     Args:
         argument: The argument as the user has given it.
@@ -182,6 +190,6 @@ def prepare_argument(argument: str, conf: Path) -> str:
 
 
 def is_path_option(argument: str) -> bool:
-    """Returns whether a command-line argument sets a path."""
+    """Returns whether an argument such as `data_dir=images` sets an option whose value is a path."""
     key = override_key(argument)
     return key.rpartition(".")[2] in PATH_NAMES or key == "hydra.sweep.dir"

@@ -1,6 +1,6 @@
-"""Composes the config of a run with Hydra, and defines the values in it that are computed.
+"""Composes the config of a run with Hydra, and defines the resolvers that compute values in it.
 
-These are `${job_dir:}`, `${run_name:}` and `${precision:...}`.
+They are used in `conf/` as `${job_dir:}`, `${run_name:}` and `${precision:...}`.
 """
 
 import argparse
@@ -22,14 +22,16 @@ from odcheap.utils.parts import OWN_PACKAGE, find_conf_dir, list_parts
 
 
 def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Composes the config of a run.
+    """Composes the config of a run from `conf/` and overrides, outside of a Hydra application.
+
+    The result has no usable `job_dir`, whose default only a Hydra application can compute.
 
     Args:
         overrides: Options such as `backbone=resnet56`.
-        config_dirs: Further `conf` directories, with files that odcheap does not have.
+        config_dirs: Further `conf` directories, with files that odcheap's own directory does not have.
 
     Raises:
-        HydraException: An option is unknown; `describe_error` makes one line of it.
+        HydraException: An option is unknown. `describe_error` explains the exception in one line.
     """
     # The default of `job_dir` needs a running Hydra application, so a value is given.
     search = [f"file://{folder.resolve()}" for folder in config_dirs]
@@ -40,7 +42,10 @@ def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
 
 
 def compose_run(overrides: Sequence[str]) -> RunConfig:
-    """Composes the config of a run from overrides; Hydra must be initialized, as it is within a run."""
+    """Composes the config of a run from overrides such as `num_stu=4`.
+
+    Hydra must be initialized before, as it is in every function with the decorator `hydra.main`.
+    """
     # Of the running command only `--config-dir` applies to this config too; the search path is given again.
     given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
     search = [override for override in given if override_key(override) == "hydra.searchpath"]
@@ -53,14 +58,21 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
 
 
 def list_groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Returns the names that can be chosen in each config group, from odcheap's `conf` and from `config_dirs`."""
+    """Returns the config groups, such as `method`, each with the names that can be chosen in it.
+
+    Args:
+        config_dirs: Further `conf` directories, which are listed together with odcheap's own.
+    """
     folders = [folder.relative_to(conf) for conf in (find_conf_dir(), *config_dirs) for folder in conf.rglob("*/")]
     groups = sorted({str(folder) for folder in folders if folder.parts and folder.parts[0] != "hydra"})
     return {group: list_parts(group, config_dirs) for group in groups}
 
 
 def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Returns the directories that `--config-dir` and `hydra.searchpath` give; those of packages are left out."""
+    """Returns the user's own `conf` directories, read from the arguments `--config-dir` and `hydra.searchpath`.
+
+    Entries of the search path that are Python packages (`pkg://NAME`) are left out.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     folder = parser.parse_known_args(list(arguments))[0].config_dir
@@ -72,31 +84,31 @@ def find_config_dirs(arguments: Sequence[str]) -> list[Path]:
 
 
 def given_overrides() -> list[str]:
-    """Returns the overrides of the current run as the user has given them; interpolations are not resolved."""
+    """Returns the overrides of the current run, such as `num_stu=4`, as the user has written them."""
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def chosen_parts() -> dict[str, Any]:
-    """Returns the name that was chosen in each config group, such as `{"method": "od"}`."""
+    """Returns the name that the current run has chosen in each config group, such as `{"method": "od"}`."""
     return dict(HydraConfig.get().runtime.choices)
 
 
 def given_config_dirs() -> list[Path]:
-    """Returns the directories that the user has given with `--config-dir` or `hydra.searchpath`."""
+    """Returns the user's own `conf` directories, including those of packages, in a running Hydra application."""
     sources = HydraConfig.get().runtime.config_sources
     given = [s for s in sources if s.provider == "command-line" or s.provider.startswith("hydra.searchpath")]
     return [find_source(source.schema, source.path) for source in given]
 
 
 def find_source(schema: str, path: str) -> Path:
-    """Returns the directory of an entry of Hydra's search path.
+    """Returns the directory of one entry of Hydra's search path.
 
     Args:
-        schema: "file", or "pkg" for a Python package that contains the YAML files.
-        path: The directory, or the dotted name of the package.
+        schema: "file" for a directory, "pkg" for a Python package that contains YAML files.
+        path: The path of the directory, or the dotted name of the package.
 
     Raises:
-        OptionError: The entry is of another kind, or there is no such package.
+        OptionError: `schema` is something else, or there is no such package.
     """
     if schema == "file":
         return Path(path)
@@ -113,7 +125,7 @@ def find_source(schema: str, path: str) -> Path:
 
 
 def is_sweep() -> bool:
-    """Returns whether the current run is part of a sweep."""
+    """Returns whether the current run is one of the runs of a sweep, which is started with `-m`."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
@@ -144,7 +156,10 @@ def default_precision(accelerator: str) -> str:
 
 
 def unread_precision() -> AbstractContextManager[None]:
-    """A context in which the default precision is 32-true: to ask the device for it, PyTorch would be imported."""
+    """A context manager in which `${precision:...}` is always "32-true", so that PyTorch need not be imported.
+
+    Outside of this context, the default precision depends on the GPU, and PyTorch must be asked for it.
+    """
     return replace_resolver("precision", lambda accelerator: "32-true", default_precision)
 
 

@@ -1,7 +1,7 @@
-"""The text of `odcheap train --help`: every option with its default, what it does, and its choices.
+"""The text of `odcheap train --help`: every option with its default value, its description, and its choices.
 
-It is made from the comments in `conf/` and from the signatures and docstrings of what the options go to. These are read
-from the source files, so that nothing has to be imported.
+The descriptions come from the comments in `conf/`, and from the signatures and docstrings of the classes and functions
+that get the options. Their source files are read, so that nothing has to be imported.
 """
 
 import inspect
@@ -37,8 +37,8 @@ def format_help(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> s
     """Returns the text that `odcheap train --help` prints.
 
     Args:
-        arguments: The command-line arguments. If they choose a part, as `method=kd` does, its options are shown;
-            otherwise those of the default part.
+        arguments: The command-line arguments. If they choose a part, as `method=kd` does, the options of this part are
+            shown, and otherwise the options of the default part of the group.
         config_dirs: The user's own `conf` directories.
     """
     chosen = dict(argument.partition("=")[::2] for argument in arguments if "=" in argument)
@@ -63,11 +63,11 @@ def format_help(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> s
 
 
 def list_part(group: str, part: str, config_dirs: Sequence[Path]) -> Iterator[tuple[str, Any, str]]:
-    """Yields the name, the default value and the description of each option in a YAML file such as `method/od.yaml`.
+    """Yields the name, the default and the description of each option in a YAML file such as `conf/method/od.yaml`.
 
     Args:
-        group: The config group, a folder in `conf`, such as "method".
-        part: The name of the file in that folder without its ending, such as "od".
+        group: The config group, which is a folder in `conf`, such as "method".
+        part: The name of the file in that folder, without `.yaml`, such as "od".
         config_dirs: The user's own `conf` directories.
     """
     node = read_part(group, part, config_dirs)
@@ -75,11 +75,13 @@ def list_part(group: str, part: str, config_dirs: Sequence[Path]) -> Iterator[tu
 
 
 def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iterator[tuple[str, Any, str]]:
-    """Yields name, default value and description of each option in a node of a YAML file, and in the nodes within it.
+    """Yields the name, the default and the description of each option in a dict from a YAML file, and in nested dicts.
+
+    The description is the comment in the file. If there is none, it comes from the docstring of the class.
 
     Args:
-        path: The name of the node on the command line, such as "method" or "data.load".
-        node: The content of the node.
+        path: The name of the dict on the command line, such as "method" or "data.load".
+        node: The dict.
         comments: The comments in the file, by the names of the options.
     """
     target = node.get("_target_")
@@ -95,17 +97,17 @@ def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iter
 
 
 def is_root_reference(value: Any) -> bool:
-    """Returns whether the value is that of a root option, such as `${seed}`, and cannot be set by itself."""
+    """Returns whether a value in a YAML file only refers to an option without a group, as `${seed}` does."""
     return isinstance(value, str) and value.startswith("${") and "." not in value
 
 
 def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, str, str]]:
-    """Yields name, value and comment of each option at the top level of a YAML file.
+    """Yields the name, the value and the comment of each option at the top level of a YAML file, as texts.
 
     Args:
         path: The file.
-        group: None for the top level only. The name of a config group, to yield the entries of the defaults list (such
-            as `- method: od`) and of other levels too; the caller selects the entry of this group.
+        group: None in most cases. With the name of a config group, lines of deeper levels and of the `defaults:` list,
+            such as `- method: od`, are yielded too, and the caller selects the line of this group.
     """
     for line in path.read_text(encoding="utf-8").splitlines():
         match = LINE.fullmatch(line.replace("- ", "", 1) if group else line)
@@ -114,11 +116,13 @@ def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, st
 
 
 def read_comments(group: str, part: str) -> dict[str, str]:
-    """Returns the comments in the YAML file of a part, and in the files on which it is based, by option names.
+    """Returns the comment of each option in a YAML file such as `conf/method/od.yaml`, by the name of the option.
+
+    The comments in the files of its `defaults:` list are included.
 
     Args:
-        group: The config group, a folder in `conf`, such as "method".
-        part: The name of the file in that folder without its ending, such as "od".
+        group: The config group, which is a folder in `conf`, such as "method".
+        part: The name of the file in that folder, without `.yaml`, such as "od".
     """
     path = find_conf_dir() / group / f"{part}.yaml"
     if not path.is_file():
@@ -135,20 +139,22 @@ def read_comments(group: str, part: str) -> dict[str, str]:
 
 
 def describe_part(group: str, part: str) -> str:
-    """Returns the first sentence of the comment at the head of a file such as `method/od.yaml`."""
+    """Returns the first sentence of the comment at the beginning of a YAML file, such as `conf/method/od.yaml`."""
     text = (find_conf_dir() / group / f"{part}.yaml").read_text(encoding="utf-8")
     head = [line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line]
     return re.split(r"(?<=\.)\s", " ".join(head) + " ")[0] if head else ""
 
 
 def describe_target(target: str) -> dict[str, str]:
-    """Returns what the docstring of one of odcheap's classes or functions says of each argument, and its choices.
+    """Returns a description of each argument of one of odcheap's classes or functions, from its docstring.
+
+    If an argument allows only certain values (`Literal`), the description lists them.
 
     Args:
         target: The Python path of the class or function, such as `odcheap.methods.od.OnlineDistillation`.
 
     Returns:
-        A dict from the name of an argument to its description; empty for classes of other packages.
+        A dict from the names of arguments to their descriptions; it is empty for classes of other packages.
     """
     if not target.startswith("odcheap."):
         return {}
@@ -164,7 +170,7 @@ def describe_target(target: str) -> dict[str, str]:
 
 
 def parse_arguments(docstring: str) -> dict[str, str]:
-    """Returns the first sentence about each argument in the section `Args:` of a docstring."""
+    """Returns the first sentence about each argument in the section `Args:` of a docstring, by the argument's name."""
     section = re.search(r"^Args:\n((?: +.*\n|\n)*)", docstring + "\n", re.MULTILINE)
     if section is None:
         return {}
@@ -174,12 +180,12 @@ def parse_arguments(docstring: str) -> dict[str, str]:
 
 
 def format_option(name: str, value: Any, text: str) -> str:
-    """Returns the lines of an option in the help.
+    """Returns one option with its default value and its description, wrapped to the width of the help text.
 
     Args:
         name: The name of the option on the command line, such as "method.temperature".
-        value: Its default value; None is shown as `null`, or not at all for an option without a group.
-        text: What the option does.
+        value: The default value. None is shown as `null`, or not at all for an option without a group.
+        text: The description.
     """
     as_written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     is_bare = (value is None and "." not in name) or as_written.startswith("${")

@@ -23,7 +23,7 @@ ADDABLE_GROUPS = ("trainer", "optimizer", "scheduler")  # classes of libraries, 
 
 
 def explained_errors() -> tuple[type[Exception], ...]:
-    """Returns the exception classes that `describe_error` can explain; any other exception is a bug of odcheap."""
+    """Returns the exception classes for which `describe_error` is meant; any other exception is a bug of odcheap."""
     from pytorch_lightning.utilities.exceptions import MisconfigurationException  # slow: only where a run has failed
 
     return (Failure, HydraException, MisconfigurationException, OmegaConfBaseException)
@@ -39,7 +39,11 @@ def hide_library_warnings() -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns one line that explains an error, for the user."""
+    """Returns one line for the user that explains an error of odcheap, Hydra, OmegaConf or Lightning.
+
+    Args:
+        error: An exception of one of the classes in `explained_errors`.
+    """
     # Hydra wraps errors that are raised while it builds an object: odcheap's own errors explain themselves.
     cause: BaseException | None = error
     while cause is not None:
@@ -57,7 +61,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def describe_hydra_error(error: Exception) -> str:
-    """Returns one line that explains an error of Hydra or OmegaConf: what is wrong, and which names exist."""
+    """Returns one line that explains an error of Hydra or OmegaConf, with the names that exist if a name is wrong."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if (find_conf_dir() / group / f"{name}_sweep.yaml").is_file():
@@ -67,7 +71,11 @@ def describe_hydra_error(error: Exception) -> str:
 
 
 def describe_unknown_option(error: Exception) -> str | None:
-    """Returns one line about an option that does not exist, with similar names; None if the error is another one."""
+    """Explains the error that an option does not exist, in one line that suggests options with similar names.
+
+    Returns:
+        The line; None if Hydra's or OmegaConf's error has another cause.
+    """
     unknown = re.search(r"Could not override '([\w./]+)'", str(error))
     if unknown is None:
         return None
@@ -83,7 +91,11 @@ def describe_unknown_option(error: Exception) -> str | None:
 
 
 def is_addable(name: str) -> bool:
-    """Returns whether `+` adds an option: a library's class has it, and its YAML file in `conf/` does not list it."""
+    """Returns whether an option such as `trainer.profiler` may be added with a plus sign, as in
+    `+trainer.profiler=simple`.
+
+    It may if a class of a library takes this argument, and its YAML file in `conf/` does not list it.
+    """
     group, _, option = name.partition(".")
     part = compose_known().get(group) if group in ADDABLE_GROUPS else None
     if not option or not isinstance(part, Mapping) or fold_name(option) in map(fold_name, part):
@@ -92,18 +104,20 @@ def is_addable(name: str) -> bool:
 
 
 def suggest_options(name: str) -> str:
-    """Returns the part of a message that suggests existing options in place of `name`; empty if none is similar."""
+    """Returns text such as "; did you mean num_stu?" for an option that does not exist; "" if no option has a similar
+    name.
+    """
     similar = find_similar_options(name)
     return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def fold_name(name: str) -> str:
-    """Returns a name in lower case and without underscores, in which form names are compared."""
+    """Returns a name in lower case and without underscores, so that similar names become equal."""
     return name.replace("_", "").lower()
 
 
 def compose_known() -> dict[str, Any]:
-    """Returns the default config with the parts that the command line chooses, not resolved."""
+    """Returns the default config as nested dicts, unresolved, with the parts that `sys.argv` chooses."""
     arguments = sys.argv[1:]
     config_dirs = find_config_dirs(arguments)
     groups = list_groups(config_dirs)
@@ -117,7 +131,10 @@ def compose_known() -> dict[str, Any]:
 
 
 def find_similar_options(name: str) -> list[str]:
-    """Returns up to three existing options with the same name as `name` in another group, or with a similar name."""
+    """Returns up to three existing options that a user may have meant by the wrong name `name`.
+
+    They have the same name in another group, or a name that is spelled similarly.
+    """
     # The options of groups and of their parts, of those parts that are chosen.
     known = [option for option in flatten(compose_known()) if "._" not in option]  # without `_target_` and the like
     names = sorted({".".join(option.split(".")[:depth]) for option in known for depth in (1, 2)})

@@ -1,7 +1,8 @@
 """Checks all options of a run before anything is built.
 
-The type and the range of an option are annotations in the signature of the class or function that gets it. Options
-that no such signature has are annotated here. `utils.arguments.check_value` compares one value with its annotation.
+The type and the range of an option are annotations in the signature of the class or function that gets it. If no
+signature has the option, as for `resume`, its annotation is in this module. `utils.arguments.check_value` compares one
+value with its annotation.
 
 A part is a component of a run that is chosen by the name of its file `conf/<group>/<name>.yaml`, such as a backbone.
 """
@@ -46,7 +47,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class RootOptions:
-    """The types and ranges of the options that belong to no config group."""
+    """The types and ranges of the options without a group, such as `num_stu` and `seed`. It is never instantiated."""
 
     num_stu: StudentCount
     students: Any  # `check_students` checks it
@@ -69,7 +70,7 @@ class RootOptions:
 
 
 class TrainerOptions:
-    """The types and ranges of those options of Lightning's `Trainer` for which odcheap allows fewer values."""
+    """The types and ranges of options of Lightning's `Trainer` for which odcheap allows fewer values than Lightning."""
 
     max_epochs: Count
     limit_train_batches: Count | Annotated[float, Field(gt=0, le=1)] | None
@@ -102,19 +103,19 @@ def check_options(
     config_dirs: Sequence[Path] = (),
     find_signature: FindSignature = import_signature,
 ) -> None:
-    """Checks that each option exists, and that its value has the right type and range.
+    """Checks that each option of a run exists, and that its value has the right type and range.
 
-    Options without a value are not checked here but in `check_complete`, since a resumed run takes their values from
-    its checkpoint.
+    An option that still lacks a value is accepted here. `check_complete` refuses it later, since a resumed run takes
+    such values from its checkpoint.
 
     Args:
         config: The config of the run.
         config_dirs: The user's own `conf` directories.
-        find_signature: The function that returns the parameters of a class or function: `import_signature`, or
-            `read_signature`, which is faster and does not know all of them.
+        find_signature: The function that finds the parameters of a class or function. `import_signature` imports it;
+            `read_signature` reads its source file, which is faster but does not find every annotation.
 
     Raises:
-        OptionError: An option is wrong; the message names the first one, its value, and what is allowed.
+        OptionError: An option is wrong. The message names the first wrong option, its value, and what is allowed.
     """
     for name, annotation in get_type_hints(RootOptions, include_extras=True).items():
         if name in config.cfg and not OmegaConf.is_missing(config.cfg, name):
@@ -131,15 +132,18 @@ def check_options(
 
 
 def check_students(config: RunConfig, config_dirs: Sequence[Path], find_signature: FindSignature) -> None:
-    """Checks the option `students`: its entries, their options, and that other options agree with it.
+    """Checks the option `students`, which gives each student a network of its own, as in `students=[DW,Shift]`.
+
+    Nothing is checked if the option is not given.
 
     Args:
         config: The config of the run.
         config_dirs: The user's own `conf` directories.
-        find_signature: The function that returns the parameters of a class or function; see `check_options`.
+        find_signature: A function that returns the parameters of a class or function, such as `import_signature`.
 
     Raises:
-        OptionError: An entry is wrong, or another option does not agree with it.
+        OptionError: An entry is wrong, `num_stu` is not the number of entries, or the user has chosen a block type or a
+            backbone that no student has.
     """
     students = to_plain(config.cfg.get("students"))
     if students is None:
@@ -162,10 +166,10 @@ def check_students(config: RunConfig, config_dirs: Sequence[Path], find_signatur
 
 
 def check_added_options(config: RunConfig) -> None:
-    """Checks that each option which `+` adds to the root of the config is read by something.
+    """Checks that each option which the user adds with a plus sign, as in `+width=2`, is used somewhere in the config.
 
     Raises:
-        OptionError: Nothing reads one of them; the message names it and similar options.
+        OptionError: Nothing uses one of these options; the message names it and options with similar names.
     """
     known = {*get_type_hints(RootOptions), *config.parts, *LIST_GROUPS}
     for override in config.overrides:
@@ -181,17 +185,19 @@ def check_added_options(config: RunConfig) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Returns a value of a config as plain Python lists and dicts."""
+    """Converts OmegaConf's lists and dicts to plain ones, with interpolations resolved; other values are returned
+    unchanged.
+    """
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def check_loggers(values: Mapping[str, Any], config_dirs: Sequence[Path], find_signature: FindSignature) -> None:
-    """Checks the options of the chosen loggers.
+    """Checks the options of the loggers that the user has chosen.
 
     Args:
-        values: The whole config, resolved.
+        values: The whole config as plain dicts, with interpolations resolved.
         config_dirs: The user's own `conf` directories.
-        find_signature: The function that returns the parameters of a class or function; see `check_options`.
+        find_signature: A function that returns the parameters of a class or function, such as `import_signature`.
 
     Raises:
         OptionError: An option of a logger is wrong.
@@ -215,15 +221,15 @@ def check_part(
     common: Mapping[str, Any],
     find_signature: FindSignature,
 ) -> None:
-    """Checks the options of a part (a class or function with its arguments) and of parts nested in it.
+    """Checks the options of a part (a class or function with its arguments) and of the parts nested in it.
 
     Args:
         group: The config group, such as `backbone`.
         path: The dotted name of the part in the config, such as `backbone.network`.
-        values: The whole config, resolved.
-        default: The part as its YAML file defines it.
-        common: The annotations of options that all parts of the group have, by name.
-        find_signature: The function that returns the parameters of a class or function; see `check_options`.
+        values: The whole config as plain dicts, with interpolations resolved.
+        default: The content of the part's YAML file.
+        common: The annotations of options that every part of the group has, by the names of the options.
+        find_signature: A function that returns the parameters of a class or function, such as `import_signature`.
 
     Raises:
         OptionError: An option is wrong.
@@ -261,19 +267,19 @@ def check_part(
 
 
 def check_reference(option: str, value: Any, default: Any, group: str, values: Mapping[str, Any]) -> None:
-    """Checks that an option still equals the option to which its YAML file refers, as in `data.seed: ${seed}`.
+    """Checks that the user has not changed an option which always equals another one, as in `data.seed: ${seed}`.
 
-    Paths and the options of libraries may have another value.
+    Options that are paths, and options of libraries, may be changed.
 
     Args:
         option: The dotted name of the option.
         value: Its value.
-        default: Its value in the YAML file, such as `${seed}`.
-        group: The config group.
-        values: The whole config, resolved.
+        default: Its value in the YAML file, such as `${seed}`. Other values than references are not checked.
+        group: The config group of the option.
+        values: The whole config as plain dicts, with interpolations resolved.
 
     Raises:
-        OptionError: The option has another value.
+        OptionError: The option has another value than the option to which the YAML file refers.
     """
     reference = re.fullmatch(r"\$\{([\w.]+)\}", default) if isinstance(default, str) else None
     if reference is None or group in LIBRARY_GROUPS or option.rpartition(".")[2] in PATH_NAMES:
@@ -283,19 +289,19 @@ def check_reference(option: str, value: Any, default: Any, group: str, values: M
 
 
 def select(values: Any, path: str) -> Any:
-    """Returns the entry of nested dicts with a dotted name, or None if there is none."""
+    """Returns the entry of nested dicts with a dotted name such as "data.seed"; None if there is no such entry."""
     for name in path.split("."):
         values = values.get(name) if isinstance(values, Mapping) else None
     return values
 
 
 def check_option(option: str, value: Any, annotation: Any) -> None:
-    """Checks one value: it must be plain data, its numbers must be neither too large nor too small, and its type right.
+    """Checks the value of one option: its type, its range, and that it is plain data with numbers of a usable size.
 
     Args:
         option: The dotted name of the option.
         value: Its value.
-        annotation: The type and range that it must have.
+        annotation: The type and range that it must have, such as `Annotated[int, Field(ge=1)]`.
 
     Raises:
         OptionError: The value is not allowed.
@@ -320,12 +326,14 @@ def check_option(option: str, value: Any, annotation: Any) -> None:
 
 
 def check_plain(option: str, value: Any, whole: Any) -> None:
-    """Raises `OptionError` for a dict that Hydra would instantiate, and for a number that is too large or too small.
+    """Raises `OptionError` if a value contains a dict with `_target_`, or a number that is too large or too small.
+
+    Hydra would call the class that `_target_` names. Numbers must be representable as float32.
 
     Args:
         option: The dotted name of the option.
-        value: The value to check: that of the option, or an entry of it.
-        whole: The whole value of the option, for messages.
+        value: The value of the option, or an entry of it.
+        whole: The whole value of the option, for the message.
     """
     if isinstance(value, Mapping):
         for key, entry in value.items():
@@ -345,7 +353,7 @@ PLAIN_TYPES = (int, float, bool, str, type(None), Any)
 
 
 def keep_plain(annotation: Any) -> Any:
-    """Returns an annotation without those members of unions that a config cannot contain, such as `Tensor`."""
+    """Returns a type annotation without members of unions that no config has: `float | Tensor` becomes `float`."""
     origin = get_origin(annotation)
     if origin is tuple:
         entries = get_args(annotation)
@@ -357,10 +365,10 @@ def keep_plain(annotation: Any) -> Any:
 
 
 def to_annotated(value: Any, annotation: Any) -> Any:
-    """Returns a list as a tuple if the annotation allows a tuple and no list, since YAML has no tuples.
+    """Converts a list to a tuple if the annotation of its option allows a tuple and no list, since YAML has no tuples.
 
     Args:
-        value: The value of an option; anything else than such a list is returned unchanged.
+        value: The value of an option. Any other value than such a list is returned unchanged.
         annotation: The type that the option must have.
     """
     choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
@@ -370,13 +378,13 @@ def to_annotated(value: Any, annotation: Any) -> Any:
 
 
 def check_complete(cfg: DictConfig) -> None:
-    """Raises `OptionError` if an option has no value: it has no default, and the user has not given one."""
+    """Raises `OptionError` if an option has no value, because it has no default and the user has not given one."""
     for name in sorted(OmegaConf.missing_keys(cfg)):
         raise OptionError(name, "???", "must be given")
 
 
 def check_files(cfg: DictConfig) -> None:
-    """Raises `OptionError` if `resume` or `weights` names a file or a folder that does not exist."""
+    """Raises `OptionError` if the option `resume` or `weights` names a file or a folder that does not exist."""
     for name in ("resume", "weights"):
         if cfg[name] not in (None, "auto"):
             try:

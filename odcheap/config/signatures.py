@@ -1,4 +1,7 @@
-"""The parameters of classes and functions: read by an import, or from source files, since PyTorch takes seconds."""
+"""Finds the parameters of classes and functions, by importing them or by reading their source files.
+
+Reading is faster, since an import of PyTorch takes seconds.
+"""
 
 import ast
 import functools
@@ -20,15 +23,16 @@ TRANSPARENT_DECORATORS = {"check_arguments", "dataclass", "_defaults_from_env_va
 
 
 class Signature(NamedTuple):
-    """The parameters of a class or function.
+    """The parameters of a class (of its constructor) or of a function.
 
-    If a constructor passes `**options` on to its base class, the parameters of the base class are included.
+    If a constructor passes `**options` on to the constructor of its base class, the parameters of the base class are
+    included.
 
     Attributes:
-        annotations: The type and range of each parameter, as far as they are known.
+        annotations: The annotation of each parameter, by its name. Annotations that could not be read are left out.
         names: The names of all parameters.
-        keyword_only: The names of those that must be given by name.
-        takes_any: Whether it accepts arguments with other names.
+        keyword_only: The names of the parameters that must be given by name.
+        takes_any: True if arguments with any other name are accepted, too (`**kwargs`).
     """
 
     annotations: dict[str, Any]
@@ -41,20 +45,20 @@ NO_PARAMETERS = Signature({}, set(), set(), takes_any=False)
 
 
 class Unknown:
-    """Stands for a class or function whose source cannot be read; it allows every argument."""
+    """Takes the place of a class or function whose source cannot be read. It accepts every argument."""
 
     def __init__(self, **options: Any): ...
 
 
 def import_signature(path: str, target: str) -> Signature:
-    """Imports the class or function that the `_target_` of a part names, and returns its parameters.
+    """Imports a class or function, and returns its parameters.
 
     Args:
-        path: The dotted name of the part in the config, for messages.
+        path: The dotted name in the config of the part that uses it, such as "method", for messages.
         target: The Python path of the class or function.
 
     Raises:
-        OptionError: It cannot be imported.
+        OptionError: The class or function cannot be imported.
     """
     try:
         return inspect_signature(import_target(target))
@@ -64,20 +68,20 @@ def import_signature(path: str, target: str) -> Signature:
 
 
 def read_signature(_: str, target: str) -> Signature:
-    """Returns the parameters of a class or function, read from its source file; PyTorch is not imported.
+    """Returns the parameters of a class or function, read from its source file without an import.
 
-    What cannot be read from the source is left out, such as the annotation of a parameter by a name that a library
-    computes. If the class or function itself is not found, the result allows everything.
+    Annotations that cannot be evaluated without an import are left out. If the class or function is not found, the
+    result is a signature that accepts every argument.
 
     Args:
-        _: Not used; the function can thus be called in place of `import_signature`.
+        _: Not used. It is there so that the function can be called like `import_signature`.
         target: The Python path of the class or function, such as `odcheap.methods.od.OnlineDistillation`.
     """
     return inspect_signature(read_definition(target))
 
 
 def inspect_signature(target: Callable[..., Any]) -> Signature:
-    """Returns the parameters of a class or function."""
+    """Returns the parameters of a function, or of a class's constructor."""
     # For a class: its constructor, then those of its base classes as long as each passes `**options` on. Annotations
     # whose names are imported for type checkers only cannot be evaluated, and are left out.
     is_class = inspect.isclass(target)
@@ -102,13 +106,15 @@ def inspect_signature(target: Callable[..., Any]) -> Signature:
 
 
 def read_definition(target: str) -> Callable[..., Any]:
-    """Returns a class or function with the parameters and the docstring of another one, which is not imported.
+    """Makes a stand-in for a class or function from its source file, without importing it.
+
+    The stand-in has the same parameters and the same docstring, but does nothing.
 
     Args:
-        target: The Python path of the other one.
+        target: The Python path of the class or function.
 
     Returns:
-        What `SourceModule` makes of its source; `Unknown` if it is not found there.
+        The stand-in; the class `Unknown` if no class or function is found there.
     """
     module, _, name = target.rpartition(".")
     try:
@@ -119,10 +125,10 @@ def read_definition(target: str) -> Callable[..., Any]:
 
 
 class SourceModule(dict[str, Any]):
-    """The source of a module, as a namespace in which names are looked up without an import of the module.
+    """The names that a module defines, read from its source file without importing it.
 
-    A name is a constant of the module, a name that it imports from another module, or a class or function that has the
-    parameters and the docstring of that in the source, and does nothing.
+    It is a dict. A look-up of a name returns the value of a constant, a stand-in for a class or function (with the same
+    parameters and docstring, but without a body), or what the module has imported under this name.
 
     Args:
         name: The dotted name of the module.
@@ -155,18 +161,20 @@ class SourceModule(dict[str, Any]):
         raise KeyError(name)
 
     def name_origin(self, node: ast.ImportFrom) -> str:
-        """Returns the dotted name of the module from which a statement imports."""
+        """Returns the dotted name of the module in a statement `from MODULE import ...`, which may be relative."""
         return importlib.util.resolve_name("." * node.level + (node.module or ""), self.package)
 
     def evaluate(self, expression: ast.expr) -> Any:
-        """Returns the value of an expression; raises `KeyError` if it contains a name that is not known."""
+        """Evaluates an expression of the module; raises `KeyError` if it contains a name that is not known."""
         try:
             return eval(ast.unparse(expression), self)
         except (NameError, AttributeError, TypeError) as error:
             raise KeyError(str(error)) from error
 
     def define_function(self, node: ast.FunctionDef) -> Callable[..., Any]:
-        """Returns a function with the parameters in a definition; their annotations are texts, not evaluated yet."""
+        """Makes a function without a body that has the parameters (with unevaluated annotations) and docstring of a
+        definition.
+        """
         node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]
         node.args.kw_defaults = [default and ast.Constant(None) for default in node.args.kw_defaults]
         source = f"from __future__ import annotations\ndef {node.name}({ast.unparse(node.args)}): ..."
@@ -176,7 +184,7 @@ class SourceModule(dict[str, Any]):
         return defined[node.name]
 
     def define_class(self, node: ast.ClassDef) -> type:
-        """Returns a class with the constructor and the base classes in a definition; unknown ones are `Unknown`."""
+        """Makes a class with the constructor and bases of a definition; bases that are not known become `Unknown`."""
         bases: list[type] = []
         for base in node.bases:
             try:
@@ -205,13 +213,13 @@ def list_decorators(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
 
 
 def is_transparent(node: ast.ClassDef | ast.FunctionDef) -> bool:
-    """Returns whether no decorator changes the parameters of a class or function."""
+    """Returns whether all decorators of a class or function are known to leave its parameters unchanged."""
     return list_decorators(node) <= TRANSPARENT_DECORATORS
 
 
 @functools.cache
 def read_module(name: str) -> SourceModule | None:
-    """Returns the source of a module; None if there is none."""
+    """Reads the source file of a module, which is not imported; returns None if there is no such file."""
     top, *rest = name.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -225,7 +233,7 @@ def read_module(name: str) -> SourceModule | None:
 
 
 def look_up(module: str, name: str) -> Any:
-    """Returns what has a name in a module, as `SourceModule` makes it; raises `KeyError` if it is not known."""
+    """Returns what a name in a module stands for, as `SourceModule` reads it; raises `KeyError` if it is not found."""
     # Modules of the standard library and pydantic are imported quickly, or are imported already.
     top = module.partition(".")[0]
     if top in sys.stdlib_module_names or top == "pydantic":

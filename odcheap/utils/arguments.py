@@ -20,16 +20,17 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", s
 
 
 def check_value(option: str, value: Any, annotation: Any, adapter: TypeAdapter[Any] | None = None) -> None:
-    """Raises `OptionError` if a value does not have the annotated type and range.
+    """Raises `OptionError` if a value does not have the type and the range that an annotation allows.
 
-    Values are not converted: "5" and 5.0 are not accepted as int, and True is not accepted as a number. Numbers must
-    be finite.
+    Values are not converted: "5" and 5.0 are not accepted as int, and True is not accepted as a number. Numbers must be
+    finite.
 
     Args:
         option: The name of the option, for the message.
         value: The value to check.
         annotation: A type, or `Annotated` with constraints of pydantic.
-        adapter: The validator of the annotation, if the caller has built it already; None to build it here.
+        adapter: A `TypeAdapter` of the annotation, which saves time if it is used more than once. None to build it
+            here.
 
     Example:
         >>> from pydantic import Field
@@ -50,7 +51,7 @@ def check_value(option: str, value: Any, annotation: Any, adapter: TypeAdapter[A
 
 
 def describe_allowed(annotation: Any) -> str:
-    """Returns a description of the values that an annotation allows, as the end of a sentence.
+    """Describes the values that a type annotation allows, in words that fit after "must be".
 
     Example:
         >>> from pydantic import Field
@@ -110,14 +111,14 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
 
 
 def check_arguments(group: str) -> Callable[[Target], Target]:
-    """Returns a decorator for a function or class that checks the arguments of each call.
+    """Returns a decorator, for a function or a class, that checks the arguments of each call by their annotations.
 
-    A call with a wrong argument raises `OptionError`. Arguments are checked if their annotation is `Annotated` or
-    `Literal`; those of a class are those of its constructor. This is for calls from Python: the options of the command
-    line are checked before anything is built.
+    A wrong argument raises `OptionError`. Only arguments whose annotation is `Annotated` or `Literal` are checked. For
+    a class, the arguments of its constructor are checked. The decorator is for calls from Python; options of the
+    command line are checked earlier, by `check_options`.
 
     Args:
-        group: The config group to which the options belong, for messages; "" if they belong to none.
+        group: The config group of the options, such as "optimizer", for messages; "" if they belong to no group.
     """
 
     def decorate(target: Target) -> Target:

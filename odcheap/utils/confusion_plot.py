@@ -1,4 +1,4 @@
-"""Draws a confusion matrix as a figure that can be read in one column of a paper, for 2 to 100 classes and more."""
+"""Draws a confusion matrix as a figure that is readable in one column of a paper, even with 100 classes and more."""
 
 import io
 import warnings
@@ -21,10 +21,10 @@ MAX_NAMED = 25  # names of classes on an axis
 
 
 def plot_confusion(counts: Any, classes: Sequence[str], title: str = "") -> "Figure":
-    """Draws a confusion matrix, in which the color of a cell is the fraction of the images of its true class.
+    """Draws a confusion matrix, in which the color of a cell is its share of the images of the row's true class.
 
-    The number of images is written into each cell if there is space for it. If there are too many classes to name each
-    of them, every n-th class is named, and the label of the axis says so.
+    The number of images is written into each cell if there is space for it. If the names of all classes do not fit,
+    only every second (third, ...) class is named, and the label of the axis says so.
 
     Args:
         counts: The number of images, (K, K): a row for each true class, a column for each predicted class.
@@ -84,7 +84,9 @@ def plot_confusion(counts: Any, classes: Sequence[str], title: str = "") -> "Fig
 
 
 def write_counts(axes: Any, counts: np.ndarray, shares: np.ndarray, cell: float) -> None:
-    """Writes the number of images into each cell, in gray if it is 0; does nothing if the numbers would be too small.
+    """Writes the number of images into each cell of a confusion matrix, unless the numbers would be too small to read.
+
+    A number of 0 is gray.
 
     Args:
         axes: The axes in which the matrix is drawn.
@@ -119,7 +121,7 @@ def ordinal_suffix(number: int) -> str:
 
 
 def render_png(figure: "Figure", dpi: int = 200) -> bytes:
-    """Returns a figure as the content of a PNG file; letters that the font does not have are drawn as boxes."""
+    """Returns a figure as the content of a PNG file, without warnings about letters that the font does not have."""
     image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing letters

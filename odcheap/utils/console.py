@@ -1,4 +1,4 @@
-"""The output of commands: lines that only one of several processes prints, a console for tables, and closed pipes."""
+"""The output of commands: lines that only the main process prints, a console for tables, and streams that may close."""
 
 import os
 import shlex
@@ -26,15 +26,15 @@ def process_rank() -> int:
 
 
 def is_distributed() -> bool:
-    """Returns whether this process has joined a process group."""
+    """Returns whether PyTorch's process group is initialized in this process. PyTorch is not imported for this."""
     torch = sys.modules.get("torch")  # not imported here: commands that compute nothing start faster without it
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def console() -> Console:
-    """Returns a console that does not interpret markup; it has 80 columns if the output is not a terminal.
+    """Returns a rich console for tables, which prints text as it is, without interpreting markup.
 
-    The environment variable `COLUMNS` sets another width.
+    It has 80 columns if the output is not a terminal; the environment variable `COLUMNS` sets another width.
     """
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal() else 80
     return Console(markup=False, highlight=False, width=width)
@@ -42,9 +42,10 @@ def console() -> Console:
 
 @contextmanager
 def show_steps() -> Generator[Callable[[str], None]]:
-    """A context manager that returns a function, which takes a text and shows it as what the command does now.
+    """A context manager that shows what a command is doing: it yields a function to call with a text for each step.
 
-    On a terminal each text replaces the one before in the same line; otherwise each is printed in a line of its own.
+    On a terminal, each text replaces the previous text in the same line. Otherwise, each text is printed in its own
+    line.
     """
     if not sys.stdout.isatty():
         yield say
@@ -74,14 +75,15 @@ def say(text: object) -> None:
 
 
 def print_error(line: object, every_rank: bool = False) -> int:
-    """Prints `error: <line>` on stderr.
+    """Prints `error: <line>` on stderr, and returns 1.
 
     Args:
         line: The text after `error: `.
-        every_rank: Whether each process prints the line, with its rank; otherwise only the process with rank 0 does.
+        every_rank: If true, each process of a distributed run prints the line, with its rank. If false, only the
+            process with rank 0 prints it.
 
     Returns:
-        The exit status of a command that failed, 1.
+        1, the exit status of a command that failed.
     """
     rank = process_rank()
     if every_rank or rank == 0:
@@ -91,10 +93,10 @@ def print_error(line: object, every_rank: bool = False) -> int:
 
 
 def name_command(name: str) -> str:
-    """Returns how the user calls one of odcheap's commands: `odcheap report`, or what works in a clone instead of it.
+    """Returns the text with which the user can call a command of odcheap here, such as `uv run odcheap report`.
 
     Args:
-        name: The command, such as `report`.
+        name: The name of the command, such as "report".
     """
     if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`
         return f"uv run odcheap {name}"
@@ -108,10 +110,12 @@ def name_command(name: str) -> str:
 
 
 class PrefixedStream:
-    """A text stream that writes whole lines only, each with a prefix, so that the lines of processes can be told apart.
+    """A text stream that writes a prefix before each line, so that the output of several processes can be told apart.
+
+    Only whole lines are written; an unfinished line is kept until its end arrives.
 
     Args:
-        stream: The stream, such as `sys.stdout`.
+        stream: The stream to write to, such as `sys.stdout`.
         prefix: The text before each line.
     """
 
@@ -150,9 +154,9 @@ def prefix_lines(prefix: str) -> Generator[None]:
 
 
 class LastingStream:
-    """A text stream that discards its output if nothing can be written any more, where others raise an error.
+    """A text stream that raises no error if its output can no longer be written, but discards it.
 
-    This happens if the reader of a pipe ends (`| head`), or if a terminal is closed.
+    Output can no longer be written if the reader of a pipe has ended (`| head`), or if a terminal was closed.
 
     Args:
         stream: The stream to write to, such as `sys.stdout`.
@@ -175,7 +179,7 @@ class LastingStream:
             self.discard()
 
     def discard(self) -> None:
-        """Discards what is in the stream's buffer and all that is written later."""
+        """Discards what is in the stream's buffer, and everything that is written later."""
         # The file descriptor then leads to /dev/null.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
@@ -187,7 +191,7 @@ class LastingStream:
 
 @contextmanager
 def keep_going_without_output() -> Generator[None]:
-    """A context manager in which output is discarded, without an error, if stdout or stderr is closed."""
+    """A context manager in which a closed stdout or stderr is no error: what is written to it is discarded."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as null:
         sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream or null)) for stream in before)

@@ -15,16 +15,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Failure(Exception):
-    """An error about which the user can do something; commands print its text, one line, without a traceback."""
+    """An error that the user can correct. Commands print its text, which is one line, and no traceback."""
 
 
 class OptionError(Failure, ValueError):
-    """The error that an option has a value that is not allowed.
+    """An error about the value of one option (or of one argument in Python).
 
     Args:
         option: The name of the option, as on the command line.
         value: The value of the option.
-        allowed: A text that says what is allowed, or what is wrong with the value.
+        allowed: What is allowed, or what is wrong with the value.
 
     Example:
         >>> print(OptionError("num_stu", 0, "must be 1 or more"))
@@ -41,35 +41,35 @@ class OptionError(Failure, ValueError):
 
     @property
     def allowed(self) -> str:
-        """The text that says what is allowed, or what is wrong with the value."""
+        """What is allowed, or what is wrong with the value; the last part of the error's text."""
         return self.args[2]
 
     def with_group(self, group: str) -> "OptionError":
-        """Returns the same error with a config group before the option's name, such as `backbone.init` for `init`."""
+        """Returns a copy of the error with a config group before the option, such as `backbone.init` for `init`."""
         option, value, allowed = self.args
         return OptionError(f"{group}.{option}", value, allowed)
 
     def without_dashes(self) -> "OptionError":
-        """Returns the same error with the names of flags as arguments in Python, such as `out` for `--out`."""
+        """Returns a copy of the error for calls from Python: the flag `--out` in it becomes the argument `out`."""
         return OptionError(*(re.sub(r"--([a-z]\w*)", r"\1", text) for text in self.args))
 
 
 class WriteError(OSError):
-    """The error that a file cannot be written because its folder does not exist any more."""
+    """The error that a file cannot be written, because its folder no longer exists."""
 
     # It is not a `FileNotFoundError`, which may be a bug if it comes from elsewhere.
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, at most 160 characters; the name of its class if it has no text."""
+    """Returns the first line of an error's text, cut to 160 characters; the name of its class if it has no text."""
     return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def describe_external_failure(error: BaseException) -> str | None:
-    """Returns one line about an error whose cause is outside of the program: memory, disk or another process.
+    """Explains an error that is no bug but has a cause outside of the program: memory, disk or another process.
 
     Returns:
-        What has happened and what the user can do; None if the error has another cause, such as a bug.
+        One line that says what has happened and what the user can do; None if the error has another cause.
     """
     import torch  # imported here, since commands that need no torch import this module too
 

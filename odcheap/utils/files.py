@@ -1,7 +1,7 @@
 """Reads files from untrusted sources without running code from them, and writes files atomically.
 
-Several functions have the arguments `path`, a file, and `option`, the name of the option with which the user named that
-file: error messages contain both.
+Most functions that read have two arguments for error messages: `path`, the file, and `option`, the name of the option
+with which the user has named this file.
 """
 
 import csv
@@ -68,7 +68,9 @@ def read_torch(path: str | Path, option: str = "path") -> dict[str, Any]:
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes a dict atomically as `torch.save` does, with a checksum (SHA-256) as the comment of the zip archive.
+    """Writes a dict to a file like `torch.save`, but atomically and with a checksum (SHA-256).
+
+    The checksum is the comment of the zip archive, so that `torch.load` can read the file. `verify_checksum` checks it.
 
     Args:
         path: The file to write.
@@ -90,17 +92,17 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def checksum_comment(sha256: "hashlib._Hash") -> bytes:
-    """Returns the last bytes of a zip archive whose comment is a checksum: the comment's length, then the comment.
+    """Returns the last bytes of a zip archive whose comment is a checksum: the length of the comment, and the comment.
 
     Args:
-        sha256: The hash object, updated with the content of the archive.
+        sha256: A hash object that has been updated with the content of the archive.
     """
     comment = CHECKSUM_PREFIX + sha256.hexdigest().encode()
     return struct.pack("<H", len(comment)) + comment
 
 
 def verify_checksum(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if a file is not exactly as `write_checkpoint` wrote it.
+    """Raises `OptionError` if a checkpoint has changed since `write_checkpoint` wrote it, or has no checksum.
 
     Args:
         path: The file.
@@ -122,11 +124,14 @@ def verify_checksum(path: str | Path, option: str) -> None:
 
 
 def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
-    """Returns the tensors of a safetensors file by name, and its metadata (texts by name).
+    """Reads a safetensors file.
 
     Args:
         path: The file.
         option: The name of the option with which the user gave the file, for error messages.
+
+    Returns:
+        A dict of the tensors by name, and a dict of the metadata (texts by name), which is empty if there are none.
 
     Raises:
         OptionError: The file is missing, damaged or of another format.
@@ -141,10 +146,10 @@ def read_safetensors(path: str | Path, option: str = "path") -> tuple[dict[str, 
 
 
 def check_archive(path: str | Path, option: str) -> None:
-    """Raises `OptionError` if a file is a zip archive that is damaged, or whose content is larger than the file itself.
+    """Raises `OptionError` if a file is a damaged zip archive, or one whose unpacked content is larger than the file.
 
     Args:
-        path: The file; files of other formats are accepted.
+        path: The file. If it is no zip archive, nothing is checked.
         option: The name of the option with which the user gave the file, for error messages.
     """
     # `torch.save` does not compress; a compressed file of a few bytes could fill the memory.
@@ -162,7 +167,8 @@ def check_archive(path: str | Path, option: str) -> None:
 
 
 def require_file(path: str | Path, option: str, max_bytes: int | None = None) -> None:
-    """Raises `OptionError` if a path is not that of a regular file; a pipe or a device would block the reader for ever.
+    """Raises `OptionError` unless `path` is a regular file of an allowed size: no folder, and no pipe, which blocks
+    readers.
 
     Args:
         path: The file.
@@ -210,29 +216,29 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def open_new(path: str, flags: int) -> int:
-    """Opens a new file; it is an `opener` for `open` that fails if a file or a link with this name exists."""
+    """An `opener` for Python's `open` that creates a file, and fails if a file or a link of this name exists."""
     return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text as UTF-8, atomically; file names in it that are not valid UTF-8 keep their bytes."""
+    """Writes a text file in UTF-8 atomically; file names in the text that are not valid UTF-8 keep their bytes."""
     write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes indented JSON, atomically."""
+    """Writes an object to a file as indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows as a CSV file, atomically."""
+    """Writes rows to a CSV file, atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, text.getvalue())
 
 
 class PlainLoader(yaml.SafeLoader):
-    """A YAML loader that reads values as OmegaConf does: `1e-4` is a float, and a date is a string."""
+    """A loader for PyYAML that reads values like OmegaConf: `1e-4` becomes a float, and a date stays a text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -248,7 +254,7 @@ PlainLoader.add_implicit_resolver(
 
 
 class BoundedLoader(PlainLoader):
-    """A YAML loader that refuses aliases: with them a file of a few hundred bytes can become gigabytes in memory."""
+    """A loader for PyYAML that refuses aliases (`*name`), by which a small file can become gigabytes in memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -271,30 +277,29 @@ def read_json(path: str | Path, option: str, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_yaml(path: str | Path, option: str) -> Any:
-    """Reads a YAML file, in which aliases are not allowed.
+    """Reads a YAML file, in which aliases (`*name`) are not allowed.
 
     Args:
         path: The file.
         option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
-        OptionError: The file is missing, larger than 1 MiB, not YAML, or has values that are not plain; see
-            `check_plain_tree`.
+        OptionError: The file is missing, larger than 1 MiB or not YAML, or has values that are not plain (a date, NaN).
     """
     text = read_text(path, option, MAX_YAML_BYTES)
     return parse(lambda text: yaml.load(text, BoundedLoader), text, path, option)
 
 
 def parse_json(text: str, path: str | Path, option: str) -> Any:
-    """Returns the values in a text in JSON, such as the metadata of a file.
+    """Parses a text in JSON that was found in a file, such as the metadata of safetensors.
 
     Args:
         text: The text.
-        path: The file from which the text comes, for messages.
+        path: The file in which the text was found, for messages.
         option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
-        OptionError: The text is too long or not JSON, or the values are not plain; see `check_plain_tree`.
+        OptionError: The text is too long or not JSON, is nested too deeply, or has a number that is not finite.
     """
     if len(text) > MAX_BYTES:
         raise OptionError(option, path, f"has more than {MAX_BYTES:,} characters of metadata")
@@ -302,16 +307,16 @@ def parse_json(text: str, path: str | Path, option: str) -> Any:
 
 
 def parse(load: Callable[[str], Any], text: str, path: str | Path, option: str) -> Any:
-    """Returns the values that a function reads from a text.
+    """Parses a text with a function such as `json.loads`, and checks that the result consists of plain values.
 
     Args:
-        load: The function, such as `json.loads`.
+        load: The function.
         text: The text.
-        path: The file from which the text comes, for messages.
+        path: The file in which the text was found, for messages.
         option: The name of the option with which the user gave the file, for error messages.
 
     Raises:
-        OptionError: The text cannot be read, or the values are not plain; see `check_plain_tree`.
+        OptionError: The text cannot be parsed, or the values are not plain; see `check_plain_tree`.
     """
     try:
         value = load(text)
@@ -347,7 +352,10 @@ def read_text(path: str | Path, option: str, max_bytes: int) -> str:
 
 
 def check_plain_tree(value: Any) -> None:
-    """Raises `ValueError` unless a value consists of texts, finite numbers, lists, and dicts with texts as keys."""
+    """Raises `ValueError` unless a value consists of plain values, nested in at most 30 levels.
+
+    Plain values are None, bools, texts, finite numbers, lists, and dicts whose keys are texts.
+    """
     # One level after the other, without recursion, so that no nesting is too deep for this function.
     level, depth = [value], 0
     while level:

@@ -1,6 +1,6 @@
-"""Access to the Hugging Face Hub, for which the package `huggingface_hub` is needed (the extra `hub`).
+"""Access to the Hugging Face Hub by the package `huggingface_hub`, which the extra `hub` installs.
 
-It is imported when it is used, since it takes half a second.
+The package is imported when it is first used, since the import takes half a second.
 """
 
 import re
@@ -25,10 +25,13 @@ def is_hub_address(path: str | Path) -> bool:
 
 
 def parse_address(address: str) -> tuple[str, str | None]:
-    """Returns the repository and the revision that an address names.
+    """Splits an address on the Hugging Face Hub into the repository and the revision.
 
     Args:
         address: `hf://user/name`, or `hf://user/name@REVISION` with a branch, a tag or a commit.
+
+    Returns:
+        The repository, such as "user/name", and the revision; the revision is None if the address names none.
 
     Raises:
         OptionError: The address has another form.
@@ -56,9 +59,9 @@ def import_hub() -> Any:
 
 
 def download_student(address: str) -> Path:
-    """Downloads the weights of a student from the Hugging Face Hub, or finds them in the cache of an earlier download.
+    """Downloads the weights of a student from the Hugging Face Hub, unless an earlier download is in the cache.
 
-    Only `student.safetensors` is downloaded. It contains tensors and settings and no code.
+    Only `student.safetensors` is downloaded. It contains tensors and settings, but no code.
 
     Args:
         address: The repository: `hf://user/name`, or `hf://user/name@REVISION` with a branch, a tag or a commit.
@@ -67,7 +70,7 @@ def download_student(address: str) -> Path:
         The path of the file in the cache of `huggingface_hub`.
 
     Raises:
-        OptionError: The address has another form, there is no such repository, revision or file, or the Hub cannot be
+        OptionError: The address has another form; there is no such repository, revision or file; or the Hub cannot be
             reached.
         Failure: `huggingface_hub` is not installed.
     """
@@ -78,7 +81,7 @@ def download_student(address: str) -> Path:
 
 @contextmanager
 def report_hub_errors(option: str, value: str) -> Generator[None]:
-    """A context manager that raises errors of `huggingface_hub`, which have many lines, as `OptionError` with one line.
+    """A context manager that turns each error of `huggingface_hub` into an `OptionError` with a text of one line.
 
     Args:
         option: The name of the option with which the user named the repository, for the message.
@@ -96,10 +99,10 @@ def report_hub_errors(option: str, value: str) -> Generator[None]:
 
 
 def describe_hub_error(error: Exception) -> str:
-    """Returns one line that says what went wrong, for an error of `huggingface_hub`.
+    """Returns one line that explains an error of `huggingface_hub`.
 
-    The classes of errors differ between the versions of `huggingface_hub`, and one error may wrap another one. So the
-    HTTP status of the Hub's answer is read, if there was an answer, and otherwise the names of the classes.
+    If the Hub has answered, the line follows from the HTTP status of the answer; otherwise from the classes of the
+    error and of its causes, by their names, since the classes differ between versions of `huggingface_hub`.
 
     Args:
         error: An error that `huggingface_hub` raised.

@@ -1,8 +1,8 @@
-"""Builds parts of a run, such as block types, backbones and data sets, from YAML files `conf/<group>/<name>.yaml`.
+"""Builds parts of a run, such as block types (kinds of cheap convolutions), backbones and data sets, from YAML files.
 
-The YAML file of a part says which class or function it is (`_target_`), and gives its arguments, which are the part's
-options. Checkpoints and exports contain the name and the options of a part, never a Python path. Loading a file from an
-untrusted source can therefore only build parts that a `conf` directory has.
+The file `conf/<group>/<name>.yaml` of a part says which class or function it is (`_target_`), and gives its arguments,
+which are the part's options. Checkpoints and exports contain the name and the options of a part, never a Python path.
+Loading a file from an untrusted source can therefore only build parts that a `conf` directory has.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MAX_DEPTH = 20  # of nested settings, and of `defaults:` lists that name further
 
 
 def find_conf_dir() -> Path:
-    """Returns odcheap's own `conf` directory, which is inside the package, or beside it in a clone.
+    """Returns odcheap's own `conf` directory. It is inside the package; in a clone of the repository it is beside it.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -45,13 +45,13 @@ _own_dirs: list[Path] = []
 
 @contextlib.contextmanager
 def use_config_dirs(config_dirs: Sequence[Path]) -> Generator[None]:
-    """A context in which YAML files of parts are also looked up in these `conf` directories.
+    """A context manager in which the functions of this module also find parts in the user's own `conf` directories.
 
-    A part is what a YAML file `conf/<group>/<name>.yaml` describes, such as a block type or a backbone. In the context
-    the functions of this module find those in the directories without the argument `config_dirs`.
+    A part is what a YAML file `conf/<group>/<name>.yaml` describes, such as a block type or a backbone. Within the
+    context, the argument `config_dirs` of these functions is not needed.
 
     Args:
-        config_dirs: The directories, which contain `<group>/<name>.yaml` as odcheap's own `conf` does.
+        config_dirs: The directories. They contain files `<group>/<name>.yaml`, as odcheap's own `conf` does.
     """
     before = list(_own_dirs)
     _own_dirs[:] = config_dirs
@@ -62,13 +62,13 @@ def use_config_dirs(config_dirs: Sequence[Path]) -> Generator[None]:
 
 
 def find_folders(config_dirs: Sequence[Path] = ()) -> list[Path]:
-    """Returns all `conf` directories in the order in which they are searched.
+    """Returns all `conf` directories in the order in which they are searched for a part.
 
     Args:
-        config_dirs: Directories of your own.
+        config_dirs: Directories of the user, which are searched after odcheap's own.
 
     Returns:
-        odcheap's own directory, then `config_dirs`, then those of `use_config_dirs`.
+        odcheap's own directory, then `config_dirs`, then the directories of the surrounding `use_config_dirs`.
     """
     return list(dict.fromkeys([find_conf_dir(), *map(Path, config_dirs), *_own_dirs]))
 
@@ -85,14 +85,14 @@ def is_own_part(group: str, name: str) -> bool:
 
 
 def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
-    """Returns the names that can be chosen in a config group: those of its YAML files `conf/<group>/<name>.yaml`.
+    """Returns the names that can be chosen in a config group, which are the names of its YAML files without `.yaml`.
 
     Args:
-        group: The config group, such as `block_type`.
+        group: The config group, such as `block_type`, whose files are in the folder `conf/<group>`.
         config_dirs: Further `conf` directories, which are searched too.
 
     Returns:
-        The names without `.yaml`, sorted.
+        The names, sorted.
 
     Example:
         >>> list_parts("block_type")
@@ -103,7 +103,7 @@ def list_parts(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
 
 
 def part_settings(node: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns the name and the options of a part, as a dict that checkpoints and exports store.
+    """Returns the name and the options of a part as one dict, in the form in which checkpoints and exports store them.
 
     A part is what a YAML file `conf/<group>/<name>.yaml` describes, such as a block type or a backbone.
 
@@ -112,7 +112,7 @@ def part_settings(node: Mapping[str, Any], name: str) -> dict[str, Any]:
         name: The name of the part, such as `DW` for `conf/block_type/DW.yaml`.
 
     Returns:
-        `{"part": name, **options}`, without `_target_` and the other keys of Hydra's `instantiate`, also in nested
+        `{"part": name, **options}`. `_target_` and the other keys of Hydra's `instantiate` are left out, also in nested
         parts.
 
     Raises:
@@ -138,7 +138,7 @@ def _plain_options(value: Any) -> Any:
 def build_part(group: str, settings: Mapping[str, Any], *, config_dirs: Sequence[Path] = (), **overrides: Any) -> Any:
     """Builds the object that a YAML file `conf/<group>/<name>.yaml` describes, such as a block type, without Hydra.
 
-    The settings choose the YAML file, and give values to options in it. Only the `_target_` in the YAML file is called.
+    Only the class or function that the YAML file names is called; the settings can only change values of its options.
 
     Args:
         group: The config group, such as `block_type`.
@@ -224,7 +224,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overlay(node: dict[str, Any], options: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns the node with values from a file that is not trusted: they must be plain, and the node must have them."""
+    """Returns a dict from a YAML file in which `options`, from a file that is not trusted, replace values."""
     # An option must be in the YAML file; dicts of options without a `_target_` may have further entries.
     merged = dict(node)
     for key, value in options.items():
@@ -243,7 +243,7 @@ def _overlay(node: dict[str, Any], options: Mapping[str, Any], path: str) -> dic
 
 
 def _check_plain(value: Any, path: str, depth: int) -> None:
-    """Raises `OptionError` unless the value consists of numbers, strings, lists and dicts, without references."""
+    """Raises `OptionError` unless a value consists of numbers, strings, lists and dicts, without `${...}`."""
     # In a config, a text with "${" is a reference, and keys that begin with "_" say what is called.
     if not depth:
         raise OptionError(path, "...", "is nested too deeply")

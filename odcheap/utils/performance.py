@@ -1,4 +1,4 @@
-"""Settings of this process that make computations on a CPU faster: how threads wait, and which memory is kept."""
+"""Makes computations on a CPU faster, by settings of this process for waiting threads and for freed memory."""
 
 import ctypes
 import os
@@ -20,14 +20,14 @@ SETTINGS = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES")  # a user who has set one
 
 @cache
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next tensors, and lets it use huge pages.
+    """Makes the C library glibc keep freed memory for the next tensors, and lets it use huge pages (2 MiB).
 
-    By default each large tensor is a memory mapping of its own: it is given back when the tensor is freed, and the
-    system clears the pages of the next one, a fault for every 4 KiB. Nothing is changed if the C library is not glibc,
-    or if the environment chooses an allocator or its settings. Call it before the first tensor is created.
+    By default, the memory of a large tensor goes back to Linux when the tensor is freed, and Linux must clear the
+    memory of the next tensor, which takes time. Nothing is changed if the C library is not glibc, or if the user has
+    set an environment variable about memory allocation. Call this function before the first tensor is created.
 
     Returns:
-        Whether the settings were changed.
+        True if the settings were changed.
     """
     if any(name.startswith(SETTINGS) for name in os.environ):
         return False
@@ -46,10 +46,9 @@ def keep_freed_memory() -> bool:
 
 
 def request_huge_pages(libc: ctypes.CDLL) -> None:
-    """Extends the heap by `RESERVED` bytes of addresses for which Linux may use huge pages.
+    """Reserves 4 GiB of addresses for which Linux may use huge pages (2 MiB instead of 4 KiB), which are faster.
 
-    Pages of 2 MiB in place of 4 KiB need fewer entries in the processor's table of addresses. Without them nothing is
-    lost but speed, so failures are ignored.
+    The addresses take no memory until they are used. Failures are ignored, since they only cost speed.
 
     Args:
         libc: The C library of this process, `ctypes.CDLL(None)`.
@@ -68,7 +67,7 @@ def request_huge_pages(libc: ctypes.CDLL) -> None:
 
 
 def shorten_waiting() -> None:
-    """Sets environment variables with which OpenMP's threads sleep soon when they wait for each other.
+    """Sets environment variables by which OpenMP's threads sleep soon when they have to wait for each other.
 
     Nothing is set if the user has set one of these variables, or `OMP_WAIT_POLICY`. Call it before PyTorch is imported.
     """
@@ -77,7 +76,7 @@ def shorten_waiting() -> None:
 
 
 def describe_load(threads: int) -> str | None:
-    """Returns a line about a machine that is busy with other work, None if it is not or if that cannot be known.
+    """Returns a warning, in one line, if other work keeps the machine busy; None if not, or if that is not known.
 
     Args:
         threads: The number of threads with which this process computes.

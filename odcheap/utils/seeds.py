@@ -1,6 +1,6 @@
-"""Random streams: a random number depends only on the seed of the run and on the purpose for which it is drawn.
+"""Random streams: random numbers that depend only on the seed of the run and on the purpose for which they are drawn.
 
-A stream is named by strings and integers, such as ("student", 3) for the initial weights of student 3.
+A purpose is named by strings and integers, such as ("student", 3) for the initial weights of student 3.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import torch
 
 
 def derive_seed(seed: int, *stream: str | int) -> int:
-    """Returns a seed for one purpose, a 63-bit number that depends on all arguments.
+    """Returns a seed (63 bits) that depends on the seed of the run and on the purpose of the random numbers.
 
-    With a seed for each purpose, random numbers do not depend on what else draws random numbers in the run.
+    Each purpose has its own seed. So the initial weights of a student, for example, stay the same if other parts of the
+    run draw more or fewer random numbers.
 
     Args:
         seed: The seed of the run.
@@ -30,22 +31,22 @@ def derive_seed(seed: int, *stream: str | int) -> int:
 
 
 def make_generator(seed: int, *stream: str | int) -> torch.Generator:
-    """Returns a new CPU generator, whose seed depends on all arguments.
+    """Returns a new random generator on the CPU for one purpose.
 
     Args:
         seed: The seed of the run.
-        *stream: The purpose of the random numbers, as strings and numbers; see `derive_seed`.
+        *stream: The purpose of the random numbers, as strings and numbers, such as "student", 3; see `derive_seed`.
     """
     return torch.Generator().manual_seed(derive_seed(seed, *stream))
 
 
 @contextmanager
 def temporary_seed(seed: int, *stream: str | int) -> Generator[None]:
-    """A context manager that seeds PyTorch's CPU generator, and restores the state of the generator afterwards.
+    """A context manager that seeds PyTorch's CPU generator for one purpose, and restores its state afterwards.
 
     Args:
         seed: The seed of the run.
-        *stream: The purpose of the random numbers, as strings and numbers; see `derive_seed`.
+        *stream: The purpose of the random numbers, as strings and numbers, such as "student", 3; see `derive_seed`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *stream))
@@ -53,10 +54,10 @@ def temporary_seed(seed: int, *stream: str | int) -> Generator[None]:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the random numbers that PyTorch draws on a device, and those of the CPU.
+    """Seeds PyTorch's default generators of the CPU and of a device.
 
     Args:
-        seed: A seed of 63 bits, see `derive_seed`.
+        seed: A seed of 63 bits, as `derive_seed` returns it.
         device: The device that a run uses.
     """
     # `torch.manual_seed` also leaves a seed for every kind of device that is not in use yet, with the text of the whole

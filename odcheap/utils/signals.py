@@ -1,4 +1,4 @@
-"""Handles the signals that stop a command, from the start of its process.
+"""Handles the signals that stop a command, such as Ctrl-C, from the start of its process.
 
 This module imports the standard library only, since it is used before packages that take seconds to import.
 """
@@ -21,10 +21,10 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def exit_on_signals() -> Generator[None]:
-    """A context manager in which SIGTERM, SIGINT, SIGUSR1 or SIGHUP ends the process with one line of output.
+    """A context manager in which SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the process at once, with one line of output.
 
-    It is for the imports of a command, in which a signal would end in a traceback or without any output. Signals that
-    have another handler than the default one are not changed.
+    It is for the time in which a command imports its packages. Without it, a signal would end in a traceback, or
+    without any output. A signal for which a handler is already installed is not changed.
     """
     # The process ends at once: an exception that is raised within an import does not always reach the caller.
     own_pid = os.getpid()
@@ -54,11 +54,11 @@ def find_parent() -> int:
 
 @contextmanager
 def stop_with_parent(parent_pid: int) -> Generator[None]:
-    """A context manager that sends SIGTERM to this process if its parent dies.
+    """A context manager that sends SIGTERM to this process if its parent process dies.
 
     Args:
-        parent_pid: The process id of the parent that started this process, see `find_parent`. A parent that has died
-            before this call is noticed, too.
+        parent_pid: The process id of the parent, as `find_parent` returns it. If the parent is already dead, the signal
+            is sent, too.
     """
     is_done = threading.Event()
 
@@ -76,10 +76,10 @@ def stop_with_parent(parent_pid: int) -> Generator[None]:
 
 
 class WorkerSignals:
-    """Handles signals in a process whose child processes do the work.
+    """Handles Ctrl-C and SIGTERM in a process whose child processes do the work.
 
     The first signal is forwarded to the child processes, which save and end. A second signal ends this process at once.
-    The same signal within a second counts once, since Ctrl-C may reach this process in two ways.
+    If the same signal arrives again within a second, it is ignored, since Ctrl-C may reach a process in two ways.
 
     Attributes:
         received: The number of the signal that has arrived; 0 if there is none.

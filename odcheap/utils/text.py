@@ -15,9 +15,9 @@ PATH = re.compile(r"(?<![\w.:/~>-])(?:file://|~[\w.-]*|\.\.?)?/+(?:[^\s/:;,'\"()
 
 
 def escape_markdown(text: object) -> str:
-    """Returns text, which may come from a stranger, escaped so that Markdown shows it as it is, also in a table.
+    """Escapes text from untrusted sources for Markdown, so that Markdown shows exactly this text, also in a table.
 
-    Underscores within a word stay as they are, since Markdown reads them as emphasis only at the ends of a word.
+    Underscores within a word are not escaped, since Markdown takes them for emphasis only at the ends of a word.
 
     Example:
         >>> escape_markdown("_a_ *b* max_epochs")
@@ -40,16 +40,16 @@ def count_things(number: int, thing: str) -> str:
 
 
 def format_code(text: object) -> str:
-    """Returns text of other people as inline code in Markdown, so that it is one line and contains no markup."""
+    """Returns text from untrusted sources as inline code for Markdown, in one line, with paths cut to file names."""
     return f"`{escape_control_chars(hide_folders(text)).replace('`', chr(39))}`"
 
 
 def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
-    """Returns text in which each absolute path is shortened to its last name, so that it names no folder of a user.
+    """Shortens each absolute path in a text to its last name, so that the text does not show the folders of a user.
 
     Args:
         text: The text.
-        known: Paths that the text may contain; they may have spaces. All other paths are assumed to end at a space.
+        known: Paths that may be in the text and may contain spaces. Any other path is assumed to end at a space.
 
     Example:
         >>> hide_folders("data_dir=/home/me/images: no such folder")
@@ -67,7 +67,7 @@ def hide_folders(text: object, known: Iterable[str | Path] = ()) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration in seconds as text, in seconds, minutes or hours.
+    """Returns a duration as text, in seconds, minutes or hours, depending on its length.
 
     Example:
         >>> [format_seconds(s) for s in (7, 600, 36000)]
@@ -79,12 +79,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_accuracy(value: float | None, sign: str = "") -> str:
-    """Returns an accuracy in percent as text with two decimals, without a percent sign; `-` for None.
+    """Converts an accuracy from a fraction to percent, as text with two decimals and no percent sign; None becomes `-`.
 
     It is used for the screen, Markdown and figures; JSON and CSV files contain fractions.
 
     Args:
-        value: The accuracy or a difference of accuracies, a fraction.
+        value: The accuracy, or a difference of two accuracies, as a fraction.
         sign: "+" to write a plus sign before numbers that are not negative.
 
     Example:
@@ -95,11 +95,11 @@ def format_accuracy(value: float | None, sign: str = "") -> str:
 
 
 def format_mean_deviation(mean: float | None, deviation: float | None) -> str:
-    """Returns a mean accuracy and its standard deviation, if there is one, in percent as text.
+    """Converts a mean accuracy and its standard deviation from fractions to percent, as text.
 
     Args:
-        mean: The mean accuracy, a fraction; the text is `-` for None.
-        deviation: The standard deviation, a fraction; None for none.
+        mean: The mean accuracy, a fraction. If it is None, the text is `-`.
+        deviation: The standard deviation, a fraction. If it is None, the text contains the mean only.
 
     Example:
         >>> format_mean_deviation(0.91, 0.002)
@@ -115,7 +115,7 @@ def format_count(count: int | None) -> str:
 
 
 def format_macs(count: float | None) -> str:
-    """Returns a number of multiply-accumulates with three digits and a decimal prefix, or `-` for None.
+    """Returns a number of multiply-accumulates (MACs) as text with three digits and a prefix such as M; `-` for None.
 
     Example:
         >>> [format_macs(count) for count in (20_472_448, 1.81e9, 3.2154e13, 999_999)]
