@@ -1,6 +1,7 @@
-"""What torchrun, srun and Slurm say about this process in environment variables, and how a job of Slurm is requeued.
+"""Reads what torchrun, srun and Slurm say about this process in environment variables, and requeues Slurm jobs.
 
-Importing this module also defines the numbers of machines and processes for configs, as `${nodes:}` and `${devices:}`.
+Importing this module also defines two resolvers for configs: `${nodes:}` is the number of machines, and `${devices:}`
+the number of processes on each machine.
 """
 
 import os
@@ -25,7 +26,7 @@ def is_step() -> bool:
 
 
 def count_tasks() -> int:
-    """Returns the number of processes that srun has started; 1 without srun."""
+    """Returns the number of processes that srun has started on all machines; 1 without srun."""
     return int(os.environ["SLURM_STEP_NUM_TASKS"]) if is_step() else 1
 
 
@@ -51,7 +52,7 @@ def processes_per_node() -> int:
 
 
 def cores_per_task() -> int | None:
-    """Returns the number of cores that Slurm has given to this process; None outside of Slurm."""
+    """Returns the number of CPU cores that Slurm has given to this process; None outside of Slurm."""
     if "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
     if "SLURM_CPUS_ON_NODE" in os.environ:
@@ -90,10 +91,11 @@ def is_restarted() -> bool:
 
 
 def requeue_job() -> str:
-    """Requeues this job, unless a user has cancelled it or Slurm requeues it itself.
+    """Requeues this Slurm job, unless a user has cancelled it or Slurm requeues it by itself.
 
     Returns:
-        A text that says what was done, such as "; job 7 is back in the queue"; it is empty if nothing had to be done.
+        A text to append to a message, such as "; job 7 is back in the queue", or why the job could not be requeued. It
+        is empty outside of Slurm, and if the job must not be requeued.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return ""
@@ -112,7 +114,7 @@ def requeue_job() -> str:
 
 
 def read_job_state(job: str) -> str | None:
-    """Returns the state of a job, such as "RUNNING", or None if Slurm does not answer."""
+    """Returns the state of a Slurm job, such as "RUNNING"; None if Slurm does not answer."""
     match = re.search(r"JobState=(\S+)", ask_slurm("scontrol", "show", "job", job))
     return match[1] if match else None
 

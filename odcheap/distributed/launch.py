@@ -27,7 +27,7 @@ SHUTDOWN_SECONDS = "600"  # the time that torchrun gives a process after a signa
 
 
 def make_cluster_environment() -> ClusterEnvironment:
-    """Returns the environment from which Lightning reads ranks: that of torchrun, of srun, or of a single machine."""
+    """Returns the object from which Lightning reads ranks: for torchrun, for srun, or for a process without either."""
     # Lightning's own choice would mistake the script of a Slurm job for a process that srun has started.
     if is_torchrun():
         return TorchElasticEnvironment()
@@ -49,15 +49,16 @@ def limit_threads() -> None:
 
 
 def check_trainer(cfg: DictConfig, trainer: str, in_sweep: bool) -> None:
-    """Checks that the trainer options match the way in which this process was started.
+    """Checks that the options `trainer` match the machine and the way in which this process was started.
 
     Args:
         cfg: The config of the run.
-        trainer: The name of the trainer in `conf/trainer`.
+        trainer: The name of the config file in `conf/trainer`, such as "ddp".
         in_sweep: Whether the run is one of a sweep.
 
     Raises:
-        OptionError: They do not match, for example because torchrun has started several processes for a run of one.
+        OptionError: The options do not match. For example, torchrun has started several processes, but the options ask
+            for one; or the options ask for a GPU, and there is none.
     """
     # A sweep in processes that somebody else has started, then several machines without such processes, then other
     # numbers of machines or processes than have been started.
@@ -84,27 +85,27 @@ def has_gpu() -> bool:
 
 
 def count_processes(cfg: DictConfig) -> int:
-    """Returns the number of processes of a run on all machines."""
+    """Returns the number of processes on all machines together for which a config asks."""
     return cfg.trainer.devices * cfg.trainer.num_nodes
 
 
 def needs_launch(cfg: DictConfig) -> bool:
-    """Returns whether a run has several processes on this machine that have not been started yet."""
+    """Returns whether a config asks for several processes on this machine and nobody has started them yet."""
     is_local = cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1
     return is_local and not is_torchrun() and cluster.count_tasks() == 1
 
 
 def launch_processes(start: Start, config_dirs: Sequence[Path], listener: SignalListener) -> None:
-    """Starts `odcheap train` with the run's overrides in one process for each device, and waits until they end.
+    """Starts one process of `odcheap train` for each device, with the overrides of the run, and waits for their end.
 
     Args:
-        start: The run.
+        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         config_dirs: The user's own `conf` directories.
         listener: The listener that forwards signals to these processes.
 
     Raises:
         Failure: A process failed.
-        Stopped: A signal has stopped the processes, after they had saved a checkpoint.
+        Stopped: A signal has stopped the processes.
     """
     # The processes run the same command, with the options that this process has chosen by itself.
     devices = start.cfg.trainer.devices

@@ -1,4 +1,4 @@
-"""Forms the process group of the processes that torchrun has started; this also works after a restart by torchrun."""
+"""Forms the process group of the processes that torchrun has started, even if torchrun has restarted them."""
 
 import os
 import time
@@ -17,9 +17,8 @@ TIMEOUT = timedelta(minutes=10)
 def join_process_group(backend: str) -> None:
     """Forms the process group that torchrun's environment variables describe.
 
-    The processes find each other by a key-value store. torchrun keeps this store when it restarts the processes, and
-    the store then contains the addresses of dead processes. The new processes therefore agree on a new prefix for their
-    keys. (The number of restarts cannot be this prefix: it differs between machines.)
+    The processes find each other by a key-value store. When torchrun restarts the processes, it keeps this store, which
+    then contains the addresses of dead processes. Therefore the new processes agree on a new prefix for their keys.
 
     Args:
         backend: "gloo" or "nccl".
@@ -36,12 +35,12 @@ def join_process_group(backend: str) -> None:
 
 
 def check_same_start(epoch: int, step: int, group: "dist.ProcessGroup | None") -> None:
-    """Raises `Failure` if the processes have read different checkpoints; every process must call this.
+    """Raises `Failure` if the processes continue from different checkpoints; every process must call this.
 
     Args:
         epoch: The epoch of the checkpoint that this process has read.
-        step: Its optimizer step.
-        group: The process group in which the processes compare these numbers; None for the default group.
+        step: The optimizer step of this checkpoint.
+        group: The process group in which the processes compare both numbers; None for the default group.
     """
     extremes = torch.tensor([epoch, -epoch, step, -step])  # the maximum of a negative number gives the minimum
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
@@ -54,17 +53,17 @@ def check_same_start(epoch: int, step: int, group: "dist.ProcessGroup | None") -
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
-    """Returns a prefix on which all living processes agree, and which no dead process has used.
+    """Agrees with the other living processes on a new prefix for keys in the store, and returns it.
 
     Process 0 writes a new random word, the question, into the store. Each other process answers with a random word of
-    its own. Process 0 then writes the list of the answers that it has received. A process that finds its own answer in
-    the list knows that the question is from the living process 0, and uses the question as the prefix.
+    its own. Process 0 then writes the list of all answers that it has received. A process that finds its own answer in
+    the list knows that the question is not from a dead process 0, and uses the question as the prefix.
 
     Args:
         store: The key-value store of all processes; dead processes may have written into it, too.
         rank: The number of this process, from 0.
         world_size: The number of processes.
-        seconds: The longest time to wait for the other processes.
+        seconds: The longest time to wait for the other processes, in seconds.
 
     Raises:
         Failure: Another process did not answer in time.
@@ -94,11 +93,11 @@ def wait_for_key(store: dist.Store, key: str, end: float) -> str:
 
     Args:
         store: The key-value store of all processes.
-        key: The key, which ends with the number of the process that sets it.
-        end: The value of `time.monotonic()` until which to wait.
+        key: The key, which ends with the number of the process that sets it, such as "WORD/answer/3".
+        end: The time at which the wait ends, as a value of `time.monotonic()`.
 
     Raises:
-        Failure: The key is not set in time.
+        Failure: The key was not set in time.
     """
     while not store.check([key]):
         if time.monotonic() > end:

@@ -30,7 +30,7 @@ POLL_SECONDS = 0.5
 
 
 class Stopped(SystemExit):
-    """The exception that ends the process after a signal; the exit status is 128 + the number of the signal.
+    """The exception that ends the process after a signal, with an exit status of 128 + the number of the signal.
 
     Args:
         signum: The number of the signal.
@@ -51,20 +51,20 @@ class Stopped(SystemExit):
 class SignalListener:
     """A context manager that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP.
 
-    The first signal raises `Stopped`, with two exceptions. During a training (after `defer`) the signal is only stored
-    in `received`, and `Interruption` raises `Stopped` when the training step has ended. While another process does the
-    work (in `forward_to`) the signal is forwarded to that process.
+    The first signal raises `Stopped`, except in two cases. During a training (after `defer`) the signal is only stored
+    in `received`, and the callback `Interruption` raises `Stopped` after the training step. In the context of
+    `forward_to`, where another process does the work, the signal is forwarded to that process.
 
-    A second signal ends the process at once. The same signal within a second counts once, since a process may get it
-    both from its parent and as a member of its process group. SIGHUP stays ignored if it was ignored before, as by
-    `nohup`.
+    A second signal ends the process at once. If the same signal arrives twice within a second, it counts once, since a
+    process may get it both from its parent and as a member of its process group. If SIGHUP was ignored before, as by
+    `nohup`, it stays ignored.
 
-    A training step cannot end if the data loader yields no batch. If a signal has arrived and no batch comes within
-    `WAIT_SECONDS`, `Stopped` is therefore raised at once.
+    A training step cannot end if the data loader yields no batch. Therefore `Stopped` is raised at once if no batch
+    comes within `WAIT_SECONDS` after a signal.
 
     Attributes:
         received: The number of the signal that has arrived; 0 if there is none.
-        is_deferred: Whether signals wait for the end of the training step.
+        is_deferred: Whether a signal is only stored until the training step ends.
         waiting_since: The value of `time.monotonic()` since which the training has been waiting for a batch; None while
             it computes.
         has_given_up: Whether the run was stopped because no batch came.
@@ -91,19 +91,19 @@ class SignalListener:
             raise Stopped(self.received)
 
     def install_handlers(self) -> None:
-        """Installs the handlers; it must be called again after Lightning has replaced them."""
+        """Installs the signal handlers. Call it again when Lightning has replaced the handlers."""
         is_nohup = self.previous_handlers[signal.SIGHUP] is signal.SIG_IGN
         set_handlers({s: self.handle for s in STOP_SIGNALS if not (s == signal.SIGHUP and is_nohup)})
         if callable(self.previous_handlers[SUBMITIT_SIGNAL]):
             set_handlers({SUBMITIT_SIGNAL: self.handle_submitit})
 
     def defer(self) -> None:
-        """Makes all later signals wait for the end of the current training step; call it when the training starts."""
+        """Lets later signals stop the run only at the end of a training step; call it when the training starts."""
         self.is_deferred = True
         threading.Thread(target=self.watch_waiting, daemon=True).start()
 
     def watch_waiting(self) -> None:
-        """Interrupts the training if a signal has arrived and no batch comes in `WAIT_SECONDS`; runs in a thread."""
+        """Interrupts the training if no batch comes within `WAIT_SECONDS` after a signal; it runs in a thread."""
         # The main thread may be blocked in the data loader: the same signal, sent to it once more, interrupts it.
         while self.is_deferred:
             since = self.waiting_since
@@ -134,8 +134,8 @@ class SignalListener:
     def handle_submitit(self, signum: int, _: FrameType | None) -> None:
         """Handles the signal that submitit sends before the time of a Slurm job ends.
 
-        The run is stopped as by other signals; `report_stop` then lets submitit requeue the job. Slurm may send SIGTERM
-        before, for the same reason, so a second signal does not end the process here.
+        The run is stopped as by other signals, and `report_stop` then calls submitit's own handler, which requeues the
+        job. Slurm may have sent SIGTERM before for the same reason, so here a second signal does not end the process.
         """
         if os.getpid() != self.owner_pid:
             return
@@ -148,9 +148,9 @@ class SignalListener:
 
     @contextmanager
     def forward_to(self, worker: subprocess.Popen) -> Generator[None]:
-        """A context manager in which signals are forwarded to another process.
+        """A context manager that forwards signals to the process `worker`.
 
-        At the end it raises `Stopped` if a signal has arrived.
+        If a signal has arrived, `Stopped` is raised at the end of the context.
         """
         self.worker, self.had_worker = worker, True
         try:
@@ -162,7 +162,7 @@ class SignalListener:
 
 
 def set_handlers(handlers: Mapping[int, Any]) -> None:
-    """Sets signal handlers, by the signals' numbers; does nothing in other threads than the main thread."""
+    """Sets the handler of each signal, by its number. In threads other than the main thread nothing happens."""
     # Python allows it in the main thread only.
     if threading.current_thread() is threading.main_thread():
         for signum, handler in handlers.items():
@@ -175,14 +175,16 @@ def report_stop(
 ) -> Generator[None]:
     """A context manager for a training, which tells the user how to continue if a signal stops the training.
 
-    It writes the status of the run, prints how to continue the run, and requeues the job of a cluster. If the training
-    fails for another reason, and its status is "running", the status becomes "failed". The exception is raised again.
+    After `Stopped`, it writes the status "stopped", prints how to continue the run, and may requeue the Slurm job.
+    After another exception, it changes the status "running" to "failed". In both cases the exception is raised again.
 
     Args:
         job_dir: The run's folder.
         listener: The listener that receives signals.
-        may_requeue: Whether the job may be requeued: the same command must continue the run.
-        repeated: The overrides that must be given again to continue the run, since no checkpoint gives them.
+        may_requeue: True to requeue the Slurm job, which starts the same command again. Pass False if the command would
+            not continue the run but start it anew, as with `overwrite=true`.
+        repeated: Overrides that are printed as a part of the command to continue, since checkpoints do not restore
+            them, such as those of loggers.
     """
     try:
         yield
@@ -197,7 +199,7 @@ def report_stop(
 
 
 def _report_failure(error: Exception, job_dir: Path) -> None:
-    """Sets the status of a run to "failed" if it says that this process, or one that has died, is running it."""
+    """Changes the status "running" of a run to "failed", unless another living process is running it."""
     with suppress(OSError, LookupError, TypeError, ValueError):  # the cause may be that the folder cannot be written
         last = status.read_status(job_dir)
         if last.get("state") == "running" and (last.get("pid") == os.getpid() or not status.is_alive(last)):
@@ -208,7 +210,7 @@ def _report_failure(error: Exception, job_dir: Path) -> None:
 def _report_stop(
     stop: Stopped, job_dir: Path, listener: SignalListener, may_requeue: bool, repeated: Sequence[str]
 ) -> None:
-    """Writes the status "stopped", prints how to continue the run, and requeues the job of a cluster."""
+    """Writes the status "stopped", prints how to continue the run, and may requeue the Slurm job; see `report_stop`."""
     # The run may have been stopped before its folder was made, and processes that this one started may have reported.
     is_run = is_run_folder(job_dir)
     is_reported = is_run and listener.had_worker and status.read_status(job_dir).get("state") == "stopped"

@@ -14,10 +14,10 @@ from odcheap.utils.signals import PARENT_VARIABLE, STOP_SIGNALS, find_parent, st
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs torchrun.
+    """Runs torchrun, and prints one line if a process fails.
 
     Args:
-        arguments: The arguments of torchrun.
+        arguments: The command-line arguments of torchrun.
 
     Returns:
         The exit status: 0, 1 if a process failed, or 128 + the number of the signal that has stopped the run.

@@ -1,7 +1,7 @@
-"""The model card of an export, its README.md: accuracy, limits, speed, checks, origin, and checksums of the files.
+"""Writes the model card of an export, its README.md: accuracy, limits, speed, checks, origin, and checksums.
 
-Others read the card, so it names no folder of the machine, and text of other people is no markup in it. The text that
-all cards have is in the folder `card_text`.
+The card is made for publication, so it names no folder of this machine, and escapes text that comes from users. The
+text that is the same in all cards is in the folder `card_text`.
 """
 
 import datetime
@@ -63,12 +63,12 @@ def write_card(
 
     Args:
         run: The exported student.
-        folder: The exported files; their checksums are computed.
-        files: The networks in the files that were timed, by the names of the files.
+        folder: The folder of the exported files, whose checksums are computed.
+        files: The PyTorch networks in the files that were timed, by the names of the files.
         timings: The times of the files, of the student and of the standard network.
-        verification: The results of the checks.
+        verification: The results of the checks of the files.
         cpu: The name of the CPU on which the times were measured.
-        graph: A text about the ONNX file's input and operators; see `export.onnx.describe_graph`.
+        graph: A text about the ONNX file's input and operators, from `onnx.describe_graph`.
     """
     figures = card_accuracy.compute_figures(run, verification)
     batch = min((key.batch for key in timings), default=1)
@@ -111,7 +111,7 @@ def write_card(
 
 
 def read_text(name: str, **values: object) -> str:
-    """Returns a text of the folder `card_text`, in which values replace names with a dollar sign, such as `$shape`."""
+    """Reads `card_text/NAME.md`, and replaces its placeholders, such as `$shape`, by the values of these names."""
     return Template((CARD_TEXT / f"{name}.md").read_text(encoding="utf-8")).substitute(values)
 
 
@@ -121,7 +121,7 @@ def extract_opening(text: str) -> str:
 
 
 def name_network(run: RunStudent) -> str:
-    """Returns the name of a network: its block type, its backbone, and options such as depth."""
+    """Returns a student's name: its kind of cheap convolution, its backbone, and options such as depth."""
     block_type, backbone = run.settings["block_type"], run.settings["backbone"]
     shown = {key: value for key, value in (backbone | block_type).items() if key in NAMING_OPTIONS}
     options = [f"{key} {value}" for key, value in shown.items() if value != NAMING_OPTIONS[key]]
@@ -134,13 +134,13 @@ def describe_results(run: RunStudent, verification: Verification) -> dict[str, A
 
     Args:
         run: The exported student.
-        verification: The results of the checks.
+        verification: The results of the checks of the files.
 
     Returns:
-        A dict with these entries. Accuracies are fractions.
+        The content of `results.json`: a dict with these entries. Accuracies are fractions.
 
-        - `network`: its block type, backbone and options such as depth.
-        - `data`: the name of the data set of its training; None if it is not known.
+        - `network`: the name of the network, with its block type, backbone and options such as depth.
+        - `data`: the name of the data set of the training; None if it is not known.
         - `test`: the student's figures on the test images: the number of `images`, how many of them are `correct`, the
           accuracy `top1` with its 95 % interval `top1_interval`, and the mean recall of the classes
           `balanced_accuracy`; None if they are not known.
@@ -162,12 +162,12 @@ def describe_results(run: RunStudent, verification: Verification) -> dict[str, A
 
 
 def size_table(run: RunStudent, folder: Path, files: Mapping[str, nn.Module], timings: Timings) -> list[str]:
-    """Returns lines of Markdown with a table of the files and of both networks: size, costs and times.
+    """Returns lines of Markdown with a table: size, costs and times of the files, the student and the standard network.
 
     Args:
         run: The exported student.
         folder: The folder of the exported files.
-        files: The networks in the files that were timed, by the names of the files.
+        files: The PyTorch networks in the files that were timed, by the names of the files.
         timings: The times of the files, of the student and of the standard network.
     """
     networks = {**files, STANDARD: run.standard, STUDENT: run.network}
@@ -202,13 +202,14 @@ def format_timing(timing: Timing) -> str:
 
 
 def describe_checks(verification: Verification, int8: Path) -> list[str]:
-    """Returns lines of Markdown: on which images files were checked, the largest differences, and what integers lose.
+    """Returns lines of Markdown about the checks of the exported files.
 
-    The logits of 8-bit integers differ by design, so no largest difference is stated for them.
+    They say on which images the files were run, by how much their logits differ from the trained network's, and how
+    much accuracy 8-bit integers lose. The logits of files with 8-bit integers differ by design and are not compared.
 
     Args:
         verification: The results of the checks.
-        int8: The ONNX file with 8-bit integers, which may be missing.
+        int8: The path of the ONNX file with 8-bit integers, which need not exist.
     """
     what = "test images, from their files" if verification.on_data else "images of noise"
     lines = [f"Each of these files ran in its own runtime on {verification.images:,} {what},"]
@@ -233,7 +234,7 @@ def describe_checks(verification: Verification, int8: Path) -> list[str]:
 
 
 def format_file(name: str) -> str:
-    """Returns the name of a file as code, also if the name of a runtime follows; see `name_in_openvino`."""
+    """Returns a name such as "student.onnx" or "student.onnx in OpenVINO" with the name of the file as code."""
     file, _, runtime = name.partition(" ")
     return f"{format_code(file)} {runtime}".rstrip()
 
@@ -273,7 +274,7 @@ def describe_origin(run: RunStudent, verification: Verification) -> list[str]:
 
 
 def format_options(node: object) -> str:
-    """Returns a node of a config as one line: the name of the part, then its options, without the images' folder."""
+    """Returns a part of a config as one line, such as "resnet20 width=16"; the folder of the images is left out."""
     if isinstance(node, list):
         return f"[{', '.join(map(format_options, node))}]"
     if not isinstance(node, dict):
@@ -289,6 +290,6 @@ def is_folder_only(node: object) -> bool:
 
 
 def checksum_lines(folder: Path) -> list[str]:
-    """Returns a line with the checksum of each file in a folder, as `sha256sum` writes it."""
+    """Returns one line for each file in a folder, with its SHA-256 checksum and name, as `sha256sum` prints it."""
     names = sorted(path.name for path in folder.iterdir())
     return [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names]

@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
     Attributes:
         exported: The graph.
-        free: The names of those dimensions of the images ("n", "height", "width") that may vary.
+        free: The names of the dimensions of the images that may vary, of "n", "height" and "width".
     """
 
     exported: ExportedProgram
@@ -36,10 +36,11 @@ class Program(NamedTuple):
 
 @contextlib.contextmanager
 def one_line(what: str) -> Generator[None]:
-    """A context manager that raises errors of PyTorch's exporters, which have many lines, as a `Failure` of one line.
+    """A context manager that converts any error in it to a `Failure` with a message of one line.
 
     Args:
-        what: What could not be done with the network, as a past participle for the message, such as "traced".
+        what: What is done to the network, as a past participle, such as "traced". The message says that the network
+            cannot be traced.
     """
     try:
         with quiet_exporters():
@@ -51,16 +52,15 @@ def one_line(what: str) -> Generator[None]:
 def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: int | None = None) -> Program:
     """Traces a network, which maps images (n, C, H, W) to logits (n, K), in eval mode.
 
-    The number of images may vary. Height and width may vary too, if the graph computes the same as the network at other
-    sizes.
-
     Args:
         network: The network; it is moved to the CPU and set to eval mode.
         image_size: (C, H, W) of an image.
-        batch: The number of images of a graph in which no dimension may vary; None for a graph as above.
+        batch: The fixed number of images for a static graph, in which height and width are fixed, too. If it is None,
+            any number of images can be given. Height and width may then also vary, if the graph computes the same as
+            the network at other sizes.
 
     Raises:
-        Failure: PyTorch cannot trace the network, or not for any number of images.
+        Failure: PyTorch cannot trace the network, or `batch` is None but the number of images cannot vary.
     """
     # Try the graph with the most freedom first.
     network = network.eval().cpu()
@@ -83,7 +83,7 @@ def export_program(network: nn.Module, image_size: tuple[int, int, int], batch: 
 def trace_network(
     network: nn.Module, image_size: tuple[int, int, int], free: tuple[int, ...], batch: int = 2
 ) -> ExportedProgram:
-    """Traces a network, and removes from the graph what names files and folders of this machine.
+    """Traces a network, and removes from the graph all records of source code, which name files of this machine.
 
     Args:
         network: The network.
@@ -106,7 +106,7 @@ def trace_network(
 def is_same_at_other_sizes(network: nn.Module, exported: ExportedProgram, image_size: tuple[int, int, int]) -> bool:
     """Returns whether a graph has the same outputs as the network at three image sizes.
 
-    PyTorch's error is raised if one of the two cannot take a size.
+    If the network or the graph cannot take one of the sizes, PyTorch's error is raised.
 
     Args:
         network: The network.
@@ -123,7 +123,7 @@ def is_same_at_other_sizes(network: nn.Module, exported: ExportedProgram, image_
 
 
 def to_pt2(program: Program) -> bytes:
-    """Returns the content of a file that `torch.export.load` reads, for which PyTorch is enough, without odcheap."""
+    """Returns the content of a `.pt2` file, which `torch.export.load` can read without odcheap."""
     content = io.BytesIO()
     torch.export.save(program.exported, content)
     return content.getvalue()
@@ -134,8 +134,8 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
 
     Args:
         program: The traced network.
-        opset: The version of ONNX's operators. None is 18, which ONNX Runtime 1.14 can run, or the version that PyTorch
-            chooses if the network has newer operators.
+        opset: The version of ONNX's operators. None for 18, which ONNX Runtime 1.14 can run. If the network has newer
+            operators, None leaves the version that PyTorch chooses.
 
     Raises:
         OptionError: The graph cannot be written with this opset.
@@ -157,7 +157,7 @@ def to_onnx(program: Program, opset: int | None = None) -> bytes:
 
 
 def remove_traces(model: onnx.ModelProto) -> None:
-    """Removes from a model, in place, what the tracer has stored about the source code, and all other comments."""
+    """Removes all comments and metadata from a model in place, such as the tracer's records of the source code."""
     graph, functions = model.graph, model.functions
     values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
     nodes = (*graph.node, *(node for function in functions for node in function.node))
@@ -167,11 +167,11 @@ def remove_traces(model: onnx.ModelProto) -> None:
 
 
 def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
-    """Replaces, in place, the tracer's symbols for the dimensions that may vary by their names, such as "height".
+    """Renames the dimensions that may vary, in place, from the tracer's symbols to names such as "height".
 
     Args:
         model: The model, with images (n, C, H, W) as its only input.
-        free: The names of the dimensions that may vary; see `Program`.
+        free: The names of the dimensions that may vary, of "n", "height" and "width".
     """
     graph = model.graph
     (images,) = graph.input
@@ -184,7 +184,7 @@ def name_free_dimensions(model: onnx.ModelProto, free: tuple[str, ...]) -> None:
 
 
 def use_global_pooling(model: onnx.ModelProto) -> None:
-    """Replaces, in place, means over height and width by GlobalAveragePool, and a Reshape after them by Flatten."""
+    """Replaces means over height and width by GlobalAveragePool, and a Reshape after them by Flatten, in place."""
     # These two operators are the same in old opsets, and compilers for embedded devices support them.
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -212,7 +212,7 @@ def use_global_pooling(model: onnx.ModelProto) -> None:
 
 
 def is_spatial_mean(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
-    """Returns whether a node of a graph computes the mean of (n, C, H, W) over H and W.
+    """Returns whether a node of a graph computes the mean of feature maps (n, C, H, W) over H and W.
 
     Args:
         node: The node.
@@ -247,7 +247,7 @@ def set_opset(model: onnx.ModelProto, opset: int) -> None:
 
 
 def describe_graph(content: bytes) -> str:
-    """Describes an ONNX file's input and operators: `(n, 3, height, width), any number of images; ONNX opset 18`."""
+    """Returns a text such as "(n, 3, height, width), any number of images; ONNX opset 18" about an ONNX file."""
     model = onnx.load_from_string(content)
     (images,) = model.graph.input
     shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]

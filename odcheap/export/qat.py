@@ -1,7 +1,7 @@
-"""Quantization-aware fine-tuning: trains a network with its 8-bit rounding, before it is converted to 8-bit integers.
+"""Quantization-aware training: trains a network with simulated 8-bit rounding before it is converted to integers.
 
-The graph that is trained is that of the ONNX file itself, so that exactly those tensors are rounded in the training
-that are 8-bit integers in the result. Its teacher is the float network, and no labels are needed.
+The graph of the ONNX file itself is trained, so that the training rounds exactly those tensors that will be 8-bit
+integers. The float network is the teacher, and no labels are needed.
 """
 
 import math
@@ -42,10 +42,10 @@ class Scale(NamedTuple):
 
 
 class RoundToUint8(torch.autograd.Function):
-    """Rounds a tensor to the 256 numbers that 8-bit integers stand for, with gradients for the tensor and the scale.
+    """Rounds floats to the 256 values that 8-bit integers can stand for; the result is still floats.
 
     `RoundToUint8.apply(x, scale, zero_point)` takes a tensor x of any shape, the scale as a tensor with one number, and
-    the zero point as an int from 0 to 255 (see `Scale`). It returns floats in the shape of x.
+    the zero point as an int from 0 to 255. It returns a tensor in the shape of x, and has gradients for x and scale.
 
     Source: Esser et al., "Learned step size quantization", 2020.
     """
@@ -69,10 +69,10 @@ class RoundToUint8(torch.autograd.Function):
 
 
 def round_weight(weight: Tensor, axis: int) -> Tensor:
-    """Returns weights rounded to 8-bit integers from -127 to 127 with a scale for each channel, as ONNX Runtime does.
+    """Rounds weights to multiples of a scale for each channel, from -127 to 127 times the scale, as ONNX Runtime does.
 
     Args:
-        weight: The weights. The gradient of the result is passed on to them unchanged, as if nothing were rounded.
+        weight: The weights. In the backward pass they get the gradient of the result unchanged.
         axis: The dimension of `weight` that counts the channels.
 
     Returns:
@@ -86,11 +86,14 @@ def round_weight(weight: Tensor, axis: int) -> Tensor:
 
 
 def read_scales(quantized: onnx.ModelProto) -> dict[str, Scale]:
-    """Returns the scale of each feature map that is quantized, by the name of its tensor in the float file.
+    """Reads the scales of the quantized feature maps from an ONNX model with 8-bit integers.
 
     Args:
-        quantized: A network with 8-bit integers in the QDQ form: float operators between pairs of the operators
-            QuantizeLinear and DequantizeLinear.
+        quantized: The model in the QDQ form: float operators between pairs of the operators QuantizeLinear and
+            DequantizeLinear.
+
+    Returns:
+        The scale of each feature map, by the name of its tensor in the ONNX file with floats.
     """
     constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
     scales = {}
@@ -102,13 +105,14 @@ def read_scales(quantized: onnx.ModelProto) -> dict[str, Scale]:
 
 
 def read_weight_axes(quantized: onnx.ModelProto) -> dict[str, int]:
-    """Returns, for each weight tensor with 8-bit integers, which dimension counts the channels.
+    """Reads which dimension of each 8-bit weight tensor counts the channels from an ONNX model.
 
     Args:
-        quantized: A network with 8-bit integers in the QDQ form; see `read_scales`.
+        quantized: The model in the QDQ form: float operators between pairs of the operators QuantizeLinear and
+            DequantizeLinear.
 
     Returns:
-        The number of the dimension, by the name of the weight tensor in the float file.
+        The index of the dimension, by the name of the weight tensor in the ONNX file with floats.
     """
     types = {tensor.name: tensor.data_type for tensor in quantized.graph.initializer}
     axes = {}
@@ -132,10 +136,11 @@ def run_graph(
         nodes: The nodes of the graph, in the order in which they are computed.
         constants: The constant tensors by name: weights, shapes and limits.
         images: Images (n, C, H, W) in [0, 1].
-        change: A function that takes the name of a tensor and the tensor, and returns what is used in its place.
+        change: A function that takes the name and the value of the input or of a node's output, and returns the tensor
+            to use in its place. By default nothing is replaced.
 
     Raises:
-        Failure: An operator is not known here.
+        Failure: A node has an operator that is not in `OPERATORS`.
     """
     tensors = {**constants, INPUT: change(INPUT, images)}
     for node in nodes:
@@ -196,7 +201,7 @@ def multiply_matrices(options: dict[str, Any], x: Tensor, weight: Tensor, bias: 
 
 
 def reshape(options: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
-    """Computes the ONNX operator Reshape, except that the first dimension of x, the number of images, stays."""
+    """Computes the ONNX operator Reshape, but always keeps the size of the first dimension, the number of images."""
     sizes = [x.shape[k] if size == 0 else size for k, size in enumerate(shape.tolist())]
     return x.reshape(x.shape[0], *sizes[1:])  # the number of images is that of the training, also for a static graph
 
@@ -229,11 +234,12 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 class RoundedNetwork:
-    """A trainable network from an ONNX file, which rounds those tensors that are 8-bit integers in a second ONNX file.
+    """A trainable network from an ONNX file with floats. It rounds the tensors that are 8-bit in a second ONNX file.
 
     Args:
         model: The content of the ONNX file with floats, from `quantize.prepare_model`.
-        quantized: The content of the file with 8-bit integers of the same network, in the QDQ form; see `read_scales`.
+        quantized: The content of the same network's ONNX file with 8-bit integers in the QDQ form, from
+            `quantize.quantize_model`.
         device: The device on which the network is trained.
 
     Attributes:
@@ -259,7 +265,7 @@ class RoundedNetwork:
         return run_graph(self.proto.graph.node, self.constants | rounded, images, self.round)
 
     def round(self, name: str, x: Tensor) -> Tensor:
-        """Returns the feature map x rounded with its current scale, or unchanged if `name` is not a rounded one."""
+        """Returns the feature map x rounded with its learned scale; unchanged if no feature map `name` is rounded."""
         if name not in self.start:
             return x
         start = self.start[name]
@@ -268,7 +274,7 @@ class RoundedNetwork:
         return rounded
 
     def finish(self) -> tuple[bytes, dict[str, Scale]]:
-        """Returns the ONNX file with the trained weights, still as floats, and the learned scales of feature maps."""
+        """Returns the content of an ONNX file with the trained weights as floats, and the learned scales by name."""
         for tensor in self.proto.graph.initializer:
             if tensor.name in self.weights:
                 array = self.weights[tensor.name].detach().cpu().numpy()
@@ -291,12 +297,12 @@ def fine_tune(
     Args:
         network: The rounded network.
         teacher: The float network: a function that maps images (n, C, H, W) in [0, 1] to logits (n, K).
-        epochs: For each epoch, its batches of images (n, C, H, W), float32 in [0, 1].
-        steps: The number of batches of all epochs together, after which the learning rate is zero.
+        epochs: One iterator for each epoch, which yields batches of images (n, C, H, W), float32 in [0, 1].
+        steps: The number of batches of all epochs together, over which the learning rate falls to zero.
 
     Returns:
-        The content of the ONNX file with the trained weights, still as floats, and the learned scale of each feature
-        map that will be quantized, by the name of its tensor.
+        The content of an ONNX file with the trained weights, still as floats, and a dict with the learned scale of each
+        feature map that will be quantized, by the name of its tensor.
     """
     weights, scales = list(network.weights.values()), list(network.log_scales.values())
     device = weights[0].device

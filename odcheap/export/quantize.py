@@ -33,15 +33,16 @@ CALIBRATION_IMAGES = 512  # training images that determine the ranges of 8-bit f
 def quantize_student(
     model: bytes, image_size: tuple[int, int, int], options: argparse.Namespace, data: verify.LabeledImages
 ) -> bytes:
-    """Returns the ONNX file of a student with 8-bit integers, in the form that ONNX Runtime runs faster here.
+    """Converts the ONNX file of a student to 8-bit integers, and returns the content of the new ONNX file.
 
-    With `--openvino` it is the QDQ form, since OpenVINO cannot run the other one.
+    ONNX has two forms of such files, "QOperator" and "QDQ". The form that ONNX Runtime runs faster on this machine is
+    returned; with `--openvino` it is always "QDQ", since OpenVINO cannot run the other form.
 
     Args:
         model: The content of `student.onnx`.
         image_size: The shape (C, H, W) of an image.
         options: The options of the command, of which `batch`, `qat`, `openvino` and `seconds` are read.
-        data: The data set with training images.
+        data: The data set, whose training images are used for the calibration and for quantization-aware training.
     """
     batches = list(iterate_calibration_batches(data, options.batch))
     prepared = prepare_model(model)
@@ -62,19 +63,19 @@ def timed_batches(batch: int | None) -> tuple[int, ...]:
 def fine_tune_student(
     prepared: bytes, batches: Sequence[np.ndarray], epochs: int, data: verify.LabeledImages
 ) -> tuple[bytes, dict[str, qat.Scale]]:
-    """Fine-tunes a network with the rounding of 8-bit integers, and keeps the result if it is not worse.
+    """Trains a network with simulated 8-bit rounding, and keeps the result if it is not worse on held-out images.
 
-    The accuracies on the held-out images are compared; if there are none, the result is kept.
+    If the data set has no held-out images, the result is always kept.
 
     Args:
         prepared: The content of the ONNX file with floats, from `prepare_model`.
-        batches: Batches of images for the calibration.
+        batches: Batches of images (n, C, H, W), float32 in [0, 1], to measure the ranges of feature maps.
         epochs: The number of epochs.
-        data: The data set.
+        data: The data set with training images and perhaps held-out images.
 
     Returns:
-        The content of the ONNX file with floats to quantize, and the learned scales of its feature maps; those given
-        and an empty dict if the fine-tuning did not help.
+        The content of an ONNX file with the trained weights as floats, and the learned scales of its feature maps by
+        name. If the result is worse, `prepared` and an empty dict.
     """
     calibrated = quantize_model(prepared, batches, QDQ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,9 +113,11 @@ def iterate_training_batches(data: verify.LabeledImages, epoch: int, size: int) 
 
 
 def iterate_calibration_batches(data: verify.LabeledImages, batch: int | None) -> Iterator[np.ndarray]:
-    """Yields batches of training images (n, C, H, W), float32 in [0, 1].
+    """Yields batches of up to 512 training images in total, (n, C, H, W), float32 in [0, 1], for the calibration.
 
-    If `batch` is given, for a static graph, all batches have this number of images.
+    Args:
+        data: The data set.
+        batch: The number of images in each batch, for a static graph; None if the batches may have any number.
     """
     samples = verify.iterate_samples(data, "train", CALIBRATION_IMAGES)
     batches = iterate_batches(samples, batch or predict.BATCH_SIZE)
@@ -170,9 +173,7 @@ def prepare_model(model: bytes) -> bytes:
 def quantize_model(
     model: bytes, batches: Sequence[np.ndarray], form: str, scales: Mapping[str, qat.Scale] | None = None
 ) -> bytes:
-    """Returns an ONNX file with 8-bit weights, which have a scale for each channel, and 8-bit feature maps.
-
-    Depth-wise convolutions have a scale for each channel, too.
+    """Converts an ONNX file to 8-bit weights, with a scale for each channel, and 8-bit feature maps.
 
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
     inference", 2018, in the implementation of ONNX Runtime.
@@ -183,8 +184,11 @@ def quantize_model(
             measured.
         form: "QOperator", in which each layer is one operator on integers; or "QDQ", in which float operators stand
             between pairs of the operators QuantizeLinear and DequantizeLinear, for other runtimes than ONNX Runtime.
-        scales: The learned scales of feature maps, by the names of their tensors (see `qat.fine_tune`). The scales of
+        scales: The learned scales of feature maps, by the names of their tensors, from `qat.fine_tune`. The scales of
             all other feature maps are measured on `batches`.
+
+    Returns:
+        The content of the new ONNX file.
     """
     learned = {
         name: [{"scale": np.array(scale.scale, np.float32), "zero_point": np.array(scale.zero_point, np.uint8)}]
@@ -212,9 +216,11 @@ def choose_form(
     """Returns the form, "QOperator" or "QDQ", in which ONNX Runtime runs a quantized network faster on this machine.
 
     Args:
-        contents: The contents of the network's ONNX files, by "QOperator" and "QDQ" or only one of them.
+        contents: The content of the network's ONNX file in each form, by the name of the form. If there is only one
+            form, it is returned.
         size: The shape (C, H, W) of an image.
-        batches: The numbers of images in a call that are timed. The geometric mean of their ratios of times decides.
+        batches: The numbers of images in a call that are timed. If they disagree, the geometric mean of the speedups
+            decides.
         seconds: The time for each measurement, in seconds.
     """
     if len(contents) == 1:
@@ -234,11 +240,14 @@ def read_form(content: bytes) -> str:
 
 
 def write_epochs(content: bytes, epochs: int) -> bytes:
-    """Returns an ONNX file with a property that says for how many epochs its network was fine-tuned with the rounding.
+    """Stores in an ONNX file for how many epochs its network was trained with simulated 8-bit rounding.
 
     Args:
-        content: The content of an ONNX file.
+        content: The content of the ONNX file.
         epochs: The number of epochs.
+
+    Returns:
+        The content of the ONNX file with the new property.
     """
     model = onnx.load_from_string(content)
     onnx.helper.set_model_props(model, {EPOCHS: str(epochs)})

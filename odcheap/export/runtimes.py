@@ -24,26 +24,26 @@ OPENVINO_SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LAT
 
 
 def is_installed(runtime: str) -> bool:
-    """Returns whether a runtime can be used; OpenVINO and ExecuTorch are extras, the others are always installed."""
+    """Returns whether a runtime, such as "OpenVINO", is installed. Only OpenVINO and ExecuTorch may be missing."""
     return all(importlib.util.find_spec(package) is not None for package in PACKAGES.get(runtime, ()))
 
 
 def check_installed(runtime: str) -> None:
-    """Raises `Failure`, with the command that installs it, if a runtime is not installed."""
+    """Raises `Failure` if a runtime is not installed; the message has the command that installs the runtime."""
     if not is_installed(runtime):
         extra = runtime.lower()
         raise Failure(f"--{extra}: {runtime} is not installed; pip install 'odcheap[{extra}]' installs it")
 
 
 def create_predictor(runtime: str, content: bytes, batch: int | None = None, threads: int = 0) -> predict.Predictor:
-    """Returns a function that runs an exported file on the CPU: images (n, C, H, W) in [0, 1] to logits (n, K).
+    """Returns a function that runs an exported file on the CPU. It maps images (n, C, H, W) in [0, 1] to logits (n, K).
 
     Args:
         runtime: The name of the runtime. The file must be of its kind: an ONNX file for "ONNX Runtime" and "OpenVINO",
             a `.pte` file for "ExecuTorch", a `.pt2` file for "PyTorch".
         content: The content of the file.
-        batch: The number of images of a static graph, which for ExecuTorch is 1 if None is given; None if any number
-            can be given. ONNX files state it themselves.
+        batch: The fixed number of images that a `.pt2` or `.pte` file takes. None if a `.pt2` file takes any number, or
+            if a `.pte` file takes one image. ONNX files state their number themselves.
         threads: The number of CPU threads in ONNX Runtime and OpenVINO; 0 for the runtime's own choice.
 
     Raises:

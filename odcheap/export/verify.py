@@ -1,6 +1,6 @@
 """Checks that every exported file computes the same as the trained network.
 
-Each file is run in its own runtime, and image files are decoded for it: the test images of the run, or images of noise
+Each file is run in its own runtime on decoded image files. These are the run's test images, or images of random noise
 if there are no test images.
 """
 
@@ -57,7 +57,7 @@ Sample = tuple[str | Path, int]  # an image file and its label
 
 
 class LabeledImages(Protocol):
-    """The attributes and methods of a data set that the checks use; see `ImageData`."""
+    """The part of the interface of a data set (`ImageData`) that the checks of an export use."""
 
     norm: Normalization
 
@@ -68,11 +68,11 @@ class LabeledImages(Protocol):
 
 
 class ImageFiles:
-    """Image files with labels, with which an export is checked; see `LabeledImages`.
+    """A data set of image files with labels, for the checks of an export that was made in Python.
 
     Args:
-        parts: The pairs of a file and its label, by the name of the part: "test", and "train" for the calibration of
-            8-bit integers.
+        parts: Lists of pairs (file, label), by the name of the part. "test" has the images for the checks, "train"
+            those for the calibration of 8-bit integers.
         image_size: The side, in pixels, of the images that the network takes.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped.
@@ -98,12 +98,12 @@ class ImageFiles:
 
 
 class Reference(NamedTuple):
-    """What the outputs of exported files are compared with.
+    """The logits of the trained network, with which the logits of exported files are compared.
 
     Attributes:
-        files: The image files.
+        files: The N image files.
         labels: Their labels (N,); None for images of noise.
-        logits: The logits (N, K) of the trained network, with images prepared as in the evaluations of the training.
+        logits: The logits (N, K) of the trained network, for images that are prepared as in its evaluations.
     """
 
     files: list[Path]
@@ -114,19 +114,19 @@ class Reference(NamedTuple):
 class Verification(NamedTuple):
     """The results of the checks of an export.
 
-    Without test images there are only `images`, `differences` and `reason`.
+    Without test images only `images`, `differences` and `reason` are set.
 
     Attributes:
-        images: The number of images.
-        differences: For each file, the largest difference between one of its logits and the trained network's. A file
-            that was also run in OpenVINO has a second entry; see `name_in_openvino`.
-        top1: For each file, its top-1 accuracy. There are entries for OpenVINO, too.
-        reason: Why the files were checked on images of noise; empty if they were checked on the run's test images.
-        confusion: The confusion matrix of `student.onnx` (K, K), true classes by predicted ones.
-        agreement: For each file with 8-bit integers, the share of the images for which it predicts the class that the
-            trained network predicts.
-        changes: For each file with 8-bit integers, the number of images that only it classifies correctly, and of those
-            that only the file with floats classifies correctly, see `FLOAT_FILES`.
+        images: The number of images on which the files were checked.
+        differences: The largest absolute difference of a logit from the trained network's, by the name of the file with
+            floats. A file that was also run in OpenVINO has a second entry, such as "student.onnx in OpenVINO".
+        top1: The top-1 accuracy on the test images, a fraction, by the same names and those of 8-bit files.
+        reason: Why the files were checked on images of noise; empty if they were checked on test images.
+        confusion: The confusion matrix of `student.onnx`, (K, K): rows are true classes, columns predicted classes.
+        agreement: By the name of each 8-bit file, the share of the images for which it predicts the same class as the
+            trained network.
+        changes: By the name of each 8-bit file, two numbers of images: those that only this file classifies correctly,
+            and those that only the same network's file with floats classifies correctly.
     """
 
     images: int
@@ -144,15 +144,15 @@ class Verification(NamedTuple):
 
 
 def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: Sequence[Path] = ()) -> ImageData:
-    """Reads the data set of a run; nothing is downloaded or written.
+    """Builds the data set of a run and reads its list of images; nothing is downloaded or written.
 
     Args:
         config: The content of the run's `config.yaml`.
-        data_dir: The folder of the images now; None if they are in the folder that the config names.
-        config_dirs: Further `conf` directories, with data sets that odcheap does not have.
+        data_dir: The folder in which the images are now; None for the folder that `config` names.
+        config_dirs: The user's own `conf` directories, if they define the data set.
 
     Raises:
-        OptionError: The images are not there, or the config describes no data set.
+        OptionError: The images are not in the folder, or `config` describes no data set.
     """
     try:
         settings = dict(config["data"])
@@ -171,12 +171,12 @@ def load_data(config: dict[str, Any], data_dir: str | None = None, config_dirs: 
 
 
 def iterate_samples(data: LabeledImages, part: str, limit: int | None = None) -> Iterator[LabeledImage]:
-    """Yields the images of a part as they are evaluated, without those that cannot be read.
+    """Yields the images of a part, resized and cropped as in evaluations. Unreadable images are left out.
 
     Args:
         data: The data set.
         part: "train", "val" or "test".
-        limit: The largest number of images, which are spread evenly over the part; None for all images.
+        limit: The largest number of images to yield, taken evenly from the whole part; None for all images.
     """
     count = len(data.labels[part])
     return data.iterate_images(part, range(count) if limit is None else range(0, count, -(-count // limit)))
@@ -196,7 +196,10 @@ def compute_test_reference(data: LabeledImages, network: nn.Module, folder: Path
     Args:
         data: The data set.
         network: The trained network; it takes normalized images.
-        folder: A folder to which images are written that do not come from files.
+        folder: A folder. Images that do not come from files are written to it, so that every image has a file.
+
+    Raises:
+        Failure: None of the test images can be read.
     """
     files, labels, logits = [], [], []
     samples = show_progress(iterate_samples(data, "test"), len(data.labels["test"]), "the trained network")
@@ -211,10 +214,10 @@ def compute_test_reference(data: LabeledImages, network: nn.Module, folder: Path
 
 
 def compute_noise_reference(settings: dict[str, Any], network: nn.Module, folder: Path) -> Reference:
-    """Computes the logits of images of noise, whose contrast increases, with the trained network.
+    """Computes the logits of 64 images of random noise, from low to high contrast, with the trained network.
 
     Args:
-        settings: The settings of the student; see `StudentSettings`.
+        settings: The settings of the student, a dict with the keys of `StudentSettings`.
         network: The trained network; it takes normalized images.
         folder: The folder to which the images are written.
     """
@@ -242,20 +245,21 @@ def verify_files(
     batch: int | None,
     with_openvino: bool = False,
 ) -> Verification:
-    """Compares the logits of every exported file with those of the trained network.
+    """Runs every exported file, and compares its logits with those of the trained network.
 
     The logits of files with 8-bit integers are not compared; only their accuracy is measured.
 
     Args:
         run: The exported student.
-        data: The data set with the test images; None if they are not available.
-        reason: Why they are not available; empty if they are.
+        data: The data set with the test images. If it is None, the files are run on images of random noise.
+        reason: Why `data` is None, as text; empty if it is not None.
         folder: The folder of the exported files.
         batch: The number of images that a static graph takes; None if the number may vary.
         with_openvino: Whether the ONNX files are also run in OpenVINO.
 
     Raises:
-        Failure: A file does not compute the same as the network.
+        Failure: A file does not compute the same as the network, or the network has another test accuracy than the
+            run's summary says.
     """
     preprocess, differences, predicted = describe_preprocessing(run.settings), {}, {}
     with tempfile.TemporaryDirectory() as images:
@@ -291,9 +295,10 @@ def verify_files(
 
 
 def check_accuracy(run: RunStudent, reference: Reference) -> None:
-    """Raises `Failure` if the accuracy of the trained network differs from that in the run's summary.
+    """Raises `Failure` if the trained network's test accuracy differs from that in the run's summary.
 
-    Some difference is allowed, since rounding can change the class of an image whose two largest logits are close.
+    A small difference is allowed: on another device, rounding can change the predicted class if the two largest logits
+    of an image are nearly equal. Nothing is checked if the run has no summary.
     """
     # They count as close if they differ by less than a thousandth after a run in 32 bits on a CPU, where only the order
     # of sums differs, and otherwise by less than 3 % of the range of the logits: a GPU rounds the factors of products
@@ -315,15 +320,15 @@ def check_accuracy(run: RunStudent, reference: Reference) -> None:
 
 
 def check_logits(name: str, logits: np.ndarray, reference: Reference) -> float:
-    """Returns the largest difference between a logit of a file and the trained network's; raises if one is too large.
+    """Returns the largest absolute difference between the logits of an exported file and of the trained network.
 
     Args:
         name: The name of the file, for the message.
         logits: The logits of the file, (N, K).
-        reference: The logits of the trained network.
+        reference: The logits of the trained network for the same images.
 
     Raises:
-        Failure: A difference is larger than rounding can explain.
+        Failure: A logit differs by more than rounding can explain.
     """
     differences = np.abs(logits - reference.logits)
     if not (differences <= MAX_DIFFERENCE + 1e-5 * np.abs(reference.logits)).all():
@@ -341,15 +346,15 @@ def compute_logits(
     batch: int | None,
     config_dirs: Sequence[Path] = (),
 ) -> np.ndarray:
-    """Returns the logits (N, K) of an exported file for image files.
+    """Runs an exported file on image files, and returns the logits (N, K).
 
     Args:
         path: The exported file.
-        runtime: The runtime in which it is run; see `RUNTIMES`.
+        runtime: The name of the runtime, such as "ONNX Runtime"; "a bare process" runs a `student.safetensors`.
         preprocess: The content of `preprocess.json`.
-        reference: The image files.
+        reference: The reference whose image files are used.
         batch: The number of images that a static graph takes; None if the number may vary.
-        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+        config_dirs: The user's own `conf` directories, if the student needs config files that odcheap does not have.
 
     Raises:
         Failure: The file cannot be loaded or run.
@@ -372,15 +377,16 @@ def name_in_openvino(name: str) -> str:
 def run_in_bare_process(
     path: Path, preprocess: dict[str, Any], reference: Reference, config_dirs: Sequence[Path] = ()
 ) -> np.ndarray:
-    """Returns the logits (N, K) of a `student.safetensors`.
+    """Runs a `student.safetensors` on image files, and returns the logits (N, K).
 
-    It is loaded in a new process in which Lightning, Hydra and ONNX Runtime cannot be imported.
+    A new process is used in which Lightning, Hydra and ONNX Runtime cannot be imported, to show that the file can be
+    loaded without them.
 
     Args:
         path: The exported file.
         preprocess: The content of `preprocess.json`.
-        reference: The image files.
-        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+        reference: The reference whose image files are used.
+        config_dirs: The user's own `conf` directories, if the student needs config files that odcheap does not have.
 
     Raises:
         Failure: The file cannot be loaded or run.

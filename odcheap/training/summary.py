@@ -1,8 +1,8 @@
 """The results of a run: as dictionaries for `summary.json`, as a table on the screen, and as `student.safetensors`.
 
 The members of a method are the networks that are evaluated: the students, the moving averages of their weights, the
-teacher, and the ensemble of the students. The candidates are those of them that may be selected: students and moving
-averages.
+teacher, and the ensemble of the students. The candidates are the members that may be selected as the result of the run:
+students and moving averages.
 """
 
 import json
@@ -38,12 +38,12 @@ FINAL_FIGURES = ("val_top1", "test_top1", "test_top5", "test_balanced_accuracy")
 
 
 def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, float | None]:
-    """Returns the metrics of all networks that are evaluated, with names such as `val/student_0/top1`.
+    """Returns the metrics of networks as a flat dict with keys such as "val/student_0/top1".
 
     Args:
-        stage: "train", "val" or "test".
+        stage: The first part of the keys: "train", "val" or "test".
         members: The names of the networks, such as "student_0", "teacher" and "ensemble".
-        figures: Their metrics.
+        figures: The metrics of these networks, in the same order.
     """
     return {f"{stage}/{who}/{f}": getattr(figures, f)[k] for f in FIGURES for k, who in enumerate(members)}
 
@@ -51,18 +51,24 @@ def name_figures(stage: str, members: list[str], figures: Figures) -> dict[str, 
 def summarize_members(
     members: list[str], test: Figures, val: dict[str, Any], teacher_kind: str | None
 ) -> dict[str, Any]:
-    """Returns the entries of `summary.json` about the networks that are evaluated: students, teacher and so on.
+    """Returns the accuracies of all networks that are evaluated, in the form that `summary.json` has.
 
     Args:
         members: The names of the networks, such as "student_0", "average_0", "teacher" and "ensemble".
-        test: Their metrics on the test images.
-        val: The metrics on the held-out images with the same weights, with names such as `val/student_0/top1`.
-        teacher_kind: What the teacher is, such as "head" or "frozen"; None if the method has none. See `Method`.
+        test: The metrics of these networks on the test images.
+        val: The metrics on the held-out images with the same weights, by keys such as "val/student_0/top1".
+        teacher_kind: What the teacher is, such as "head" or "frozen"; None if there is no teacher.
 
     Returns:
-        `students` and `averages`, with a dict for each; `teacher` and `ensemble`, a dict each. `averages` and `teacher`
-        are None if the method has none. The keys of each dict are `val_top1`, `val_balanced_accuracy` (on the held-out
-        images), `test_top1`, `test_top5` and `test_balanced_accuracy`; that of the teacher also has its `kind`.
+        A dict with these keys:
+
+        - `students`: a list with a dict of accuracies for each student;
+        - `averages`: such a list for the moving averages of the students' weights; None if there are none;
+        - `teacher`: the accuracies of the teacher, and its `kind`; None if there is no teacher;
+        - `ensemble`: the accuracies of the ensemble of the students.
+
+        A dict of accuracies has the keys `val_top1` and `val_balanced_accuracy` (on the held-out images), `test_top1`,
+        `test_top5` and `test_balanced_accuracy`.
     """
 
     def summarize(k: int, name: str) -> dict[str, Any]:
@@ -86,14 +92,15 @@ def summarize_members(
 
 
 def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str, Any]:
-    """Returns the number of images of each part ("train", "val", "test").
+    """Counts the images of each part of the data ("train", "val", "test"), in total and by class.
 
     Args:
-        labels: The labels (N,) of each part.
+        labels: The labels (N,) of each part, by its name.
         classes: The names of the classes.
 
     Returns:
-        `images`: a dict from the part to its number of images. `classes`: for each class, by its name, such a dict.
+        A dict with two keys: `images` maps each part to its number of images, and `classes` maps the name of each class
+        to a dict from each part to the number of images of this class.
     """
     by_class = {part: np.bincount(target, minlength=len(classes)).tolist() for part, target in labels.items()}
     return {
@@ -105,20 +112,25 @@ def count_images(labels: dict[str, np.ndarray], classes: list[str]) -> dict[str,
 def summarize_costs(
     method: Method, standard: nn.Module, image_size: tuple[int, int, int], images_trained: int, number: int = 0
 ) -> dict[str, Any]:
-    """Returns the costs of a student, of the standard network, of a frozen teacher, and of the training.
+    """Returns parameters and multiply-accumulates (MACs) of a student, of the networks around it, and of the training.
 
     Args:
-        method: The method.
-        standard: The network with standard convolutions.
+        method: The training method with its students and its teacher, if it has one.
+        standard: The standard network: the student's architecture with standard convolutions.
         image_size: (C, H, W) of the images.
         images_trained: The number of images in all epochs together.
-        number: The number of the student, from 0; its architecture may differ from that of other students.
+        number: The index of the student in `method`; students may have different architectures.
 
     Returns:
-        For the student: `params` and, for one image, `macs` (multiply-accumulates). `standard` and `teacher` have the
-        same entries; `teacher` is None if the method has no frozen one. `training_macs`: those of the whole training,
-        in which a backward pass counts as two forward passes. `training_macs_with_teacher`: the same plus the training
-        of the frozen teacher; None if that is not known.
+        A dict with these keys at the top level:
+
+        - `params`, `macs`: the student's number of parameters, and its MACs for one image;
+        - `standard`: a dict with `params` and `macs` of the standard network, and a `note` about it or None;
+        - `teacher`: a dict with `params`, `macs`, `train_seconds` and `training_macs` of a frozen teacher; None if
+          `method` has no frozen teacher;
+        - `training_macs`: the MACs of the whole training; a backward pass counts as two forward passes;
+        - `training_macs_with_teacher`: `training_macs` plus the MACs with which the frozen teacher was trained; None if
+          these are not known.
     """
     # Frozen networks have a forward pass only: one third of what the others need.
     student = method.students.members[number]
@@ -140,7 +152,7 @@ def summarize_costs(
 
 
 def count_costs(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
-    """Returns `params`, the number of parameters, and `macs`, that of multiply-accumulates for an image (C, H, W)."""
+    """Returns a dict with `params`, a network's parameters, and `macs`, its multiply-accumulates for one image."""
     return {"params": count_params(network), "macs": count_macs(network, image_size)}
 
 
@@ -163,8 +175,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         device: The device of the training.
 
     Returns:
-        `cpu` (the name of its model), `threads` (the number that PyTorch uses), `bf16_on_cpu` (whether the CPU computes
-        in bfloat16), `gpu` (its name; None if `device` is not a CUDA device) and `device` (such as "cuda").
+        A dict with these keys:
+
+        - `cpu`: the name of the CPU's model;
+        - `threads`: the number of CPU threads that PyTorch uses;
+        - `bf16_on_cpu`: whether the CPU has instructions for bfloat16;
+        - `gpu`: the name of the GPU; None if `device` is not a CUDA device;
+        - `device`: the type of `device`, such as "cuda".
     """
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
@@ -179,17 +196,21 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
-    """Returns the description of a run that each checkpoint contains.
+    """Returns the description of a run that is stored in each of its checkpoints.
 
     Args:
         config: The config of the run.
         data: The data set; its method `read` has been called.
 
     Returns:
-        `overrides` (the options that the user has given), `config` (the resolved config), `split` (the fingerprint of
-        the data), `classes` (their names), and `student`, the settings from which a student can be built (see
-        `StudentSettings`). If the students have different shapes, there is also `students`, a list with the settings of
-        each; see `select_student_settings`.
+        A dict with these keys:
+
+        - `overrides`: the options that the user has given;
+        - `config`: the resolved config, as nested dicts;
+        - `classes`: the names of the classes;
+        - `split`: the fingerprint of the images and of how they are divided into parts;
+        - `student`: the settings from which a student can be built, a dict with the keys of `StudentSettings`;
+        - `students`: a list with such settings for each student; only if the students have different architectures.
     """
     settings = config.to_settings()
     known = {"classes": data.classes, "split": data.fingerprint}
@@ -202,13 +223,13 @@ def describe_run(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 
 def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> None:
-    """Writes the weights of a network as safetensors, with the settings from which it can be built as metadata (JSON).
+    """Writes the weights of a student to a safetensors file, which also has the settings to build it as metadata.
 
     Args:
         path: The file to write.
         student: The network.
-        settings: The settings; see `StudentSettings`. Users share the file, so paths in the settings, such as that of
-            pretrained weights, are shortened to file names.
+        settings: The settings to build the network, a dict with the keys of `StudentSettings`. Paths in them, such as
+            that of pretrained weights, are written as file names only, since users share the file.
     """
     settings = {name: hide_paths(value) if name in PARTS else value for name, value in settings.items()}
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
@@ -217,7 +238,7 @@ def write_student(path: Path, student: nn.Module, settings: dict[str, Any]) -> N
 
 
 def hide_paths(value: Any) -> Any:
-    """Returns the settings of a backbone or block type with each path shortened to its last name."""
+    """Returns the settings of a backbone or block type, in which each path is shortened to the name of the file."""
     if isinstance(value, dict):
         return {name: hide_paths(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -239,7 +260,7 @@ def print_summary(console: Console, summary: dict[str, Any], title: str) -> None
 
 
 def build_table(summary: dict[str, Any]) -> Table:
-    """Returns a table of the accuracies of students, teacher and ensemble; it marks the student that was selected.
+    """Returns a table of the accuracies of students, teacher and ensemble, in which the selected student is marked.
 
     Args:
         summary: The content of `summary.json` or `test.json`.
@@ -264,20 +285,23 @@ def build_table(summary: dict[str, Any]) -> Table:
 
 
 def name_candidate(choice: dict[str, Any]) -> str:
-    """Returns the name of the selected network.
+    """Returns the name of the selected network: "student K", or "average of student K" for a moving average.
 
     Args:
-        choice: The entry `selected` of `summary.json`: `student` is the index of the student, and `averaged` says
-            whether the moving average of its weights was selected.
-
-    Returns:
-        "student K", or "average of student K" for the average of the weights, where K is the index.
+        choice: The entry `selected` of `summary.json`. Its `student` is the index K, and its `averaged` says whether
+            the moving average of the student's weights was selected.
     """
     return f"{'average of ' if choice['averaged'] else ''}student {choice['student']}"
 
 
 def build_caption(summary: dict[str, Any]) -> str:
-    """Returns the text below the table of a run's results: what was selected and how, guessing, and costs."""
+    """Returns the text below the table of a run's results.
+
+    It says which network was selected on which images, how accurate guessing would be, and what the student costs.
+
+    Args:
+        summary: The content of `summary.json` or `test.json`.
+    """
     choice, cost = summary["selected"], summary.get("cost")
     on = {"val": "held-out images", "last": "nothing: the last epoch", "test": "the TEST images (the 2019 code's way)"}
     text = f"{name_candidate(choice)} of epoch {choice['epoch'] + 1}, selected on {on[choice['selected_on']]}"
