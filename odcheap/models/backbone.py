@@ -25,21 +25,21 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Backbone(nn.Module):
-    """A classification network in two parts: `features` computes the last feature map, `head` the logits.
+    """A classification network in two parts: `features` computes the last feature map, and `head` the logits from it.
 
     A new backbone is a subclass with both methods, and a YAML file in `conf/backbone`. The constructor of the subclass
-    takes `conv` (a `BlockType`) and `num_classes`.
+    takes `conv`, a `BlockType` that builds the convolutions, and `num_classes`. It sets the attributes.
 
     Attributes:
         num_features: The number of channels of the last feature map, C.
         num_classes: The number of classes, K.
         classifier: The name of the layer that computes the logits.
         native_size: The side, in pixels, of the images for which the network was designed.
-        standard_note: One sentence about how the network with standard convolutions (block_type=Standard) differs from
-            this one in more than the convolution; None if only the convolution differs.
+        standard_note: A sentence for reports, which compare the network with the same one with standard convolutions
+            (block_type=Standard). It says what else differs between the two; None if nothing else differs.
 
     Shape:
-        (N, 3, H, W) -> logits (N, K).
+        Images (N, 3, H, W) -> logits (N, K).
     """
 
     num_features: int
@@ -66,12 +66,12 @@ class Backbone(nn.Module):
 
 
 class Call(NamedTuple):
-    """A call of a module in the forward pass of a trial image.
+    """A call of a module during one forward pass of a network.
 
     Attributes:
-        name: The name of the module.
+        name: The name of the module in the network, such as `layer1.0.conv1`.
         number: How many times the module was called before in this forward pass.
-        shape: The shape of its output.
+        shape: The shape of the output of this call.
     """
 
     name: str
@@ -80,21 +80,21 @@ class Call(NamedTuple):
 
 
 class WrappedNetwork(Backbone):
-    """A classification network of any library as a backbone.
+    """Makes a `Backbone` of a classification network of any library, so that it can be trained as a student.
 
-    If the network has methods `features` and `head` as in `Backbone`, these are called. Otherwise the last feature map
-    is the output of one of its modules, which a hook records during the forward pass.
+    If the network has methods `features` and `head` as in `Backbone`, these are called. Otherwise a forward pass of a
+    copy on a trial image shows which of its modules returns the last feature map; a hook then records this output.
 
     Args:
         network: A network that maps images (N, C, H, W) to logits (N, K).
 
     Attributes:
-        network: The network.
-        map_call: The call of a module whose output is the last feature map; None if the network has `features` and
-            `head`.
+        network: The given network.
+        map_call: The call of the module that returns the last feature map; None if the network has methods `features`
+            and `head`.
 
     Raises:
-        OptionError: The last feature map or the last layer is not found.
+        OptionError: No last feature map (N, C, h, w) is found, or no last layer with one output for each class.
 
     Example:
         >>> import torchvision
@@ -142,7 +142,7 @@ class WrappedNetwork(Backbone):
 
 
 def to_backbone(network: nn.Module) -> Backbone:
-    """Returns a network as a `Backbone`, wrapped in `WrappedNetwork` if it is of another class.
+    """Returns the network itself if it is a `Backbone`, otherwise the network in a `WrappedNetwork`.
 
     Raises:
         OptionError: The network cannot be trained as a student; the message says what it lacks.
@@ -151,18 +151,18 @@ def to_backbone(network: nn.Module) -> Backbone:
 
 
 def adapt_input(network: Network, channels: int) -> Network:
-    """Lets a network for RGB images take images with another number of channels, and returns the network.
+    """Changes a network for RGB images, in place, so that it takes images with n channels; returns the network.
 
-    The first convolution is changed in place; trained weights stay of use. For gray images its weights are summed over
-    the three channels: the network computes the same as before for the gray image in all three. For n channels the
-    weights are repeated, and multiplied by 3 / n. timm does the same.
+    Only the first convolution is changed. For gray images (n = 1), its weights are summed over the three channels: the
+    network then computes for a gray image what it computed for the RGB image with three equal channels. For another n
+    the weights of the channels are repeated (R, G, B, R, ...) and multiplied by 3 / n, as in timm.
 
     Args:
-        network: The network, for RGB images.
-        channels: The number of channels of the images that it should take, n.
+        network: The network. It is not changed if its first convolution already takes n channels.
+        channels: The number of channels of the images that the network should take, n.
 
     Raises:
-        OptionError: The network's first convolution does not take RGB images, or it has groups.
+        OptionError: The first convolution of the network takes neither 3 nor n channels, or it has groups.
 
     Example:
         >>> adapt_input(nn.Sequential(nn.Conv2d(3, 8, 3)), 1)
@@ -186,21 +186,22 @@ def adapt_input(network: Network, channels: int) -> Network:
 
 
 class StageRecorder:
-    """Records the feature maps at the ends of the stages of several networks, with hooks, during forward passes.
+    """Records, during forward passes, the feature maps at the ends of the stages of several networks.
 
-    A stage is what a network computes at one resolution; see `find_stages`. The last stages of each network are
-    recorded, as many as the network with the fewest stages has.
+    A stage consists of the layers of a network that compute at one resolution. The same number of stages is recorded
+    for all networks: that of the network with the fewest stages. They are the last stages of each network.
 
     Args:
-        networks: Networks (N, C, H, W) -> logits (N, K). Nothing is changed in them until they are recorded.
-        option: The option that asks for feature maps, such as `method.feature`, for the error message.
-        value: Its value.
+        networks: Networks (N, C, H, W) -> logits (N, K). They get hooks only while `record` is active.
+        option: The option for which feature maps are needed, such as `method.feature`, for the error message.
+        value: The value of this option, for the error message.
 
     Attributes:
-        calls: For each network the calls of modules whose outputs are recorded, from the first stage to the last.
+        calls: A list for each network, from the first recorded stage to the last: the calls of the modules whose
+            outputs are recorded.
 
     Raises:
-        OptionError: A network has no stages, as a transformer.
+        OptionError: A network has no stages; a transformer is an example.
 
     Example:
         >>> import torch
@@ -229,15 +230,15 @@ class StageRecorder:
 
     @property
     def channels(self) -> list[list[int]]:
-        """For each network the number of channels of each recorded feature map, from the first stage to the last."""
+        """A list for each network: the number of channels of each recorded feature map, from the first stage on."""
         return [[call.shape[1] for call in calls] for calls in self.calls]
 
     @contextmanager
     def record(self) -> Generator[list[list[Tensor]]]:
-        """A context manager for one forward pass of each network; it returns a list, which is empty at first.
+        """A context manager in which each network must run once; it gives an empty list and fills it at its end.
 
-        When the context ends, the list contains for each network the list of its feature maps (N, C, h, w), one for
-        each stage.
+        When the context has ended, the list has an entry for each network: a list of its feature maps (N, C, h, w), one
+        for each recorded stage.
         """
         outputs: defaultdict[tuple[nn.Module, str], list[Any]] = defaultdict(list)
         maps: list[list[Tensor]] = []
@@ -259,18 +260,20 @@ class StageRecorder:
 
 
 def find_stages(network: nn.Module) -> list[Call]:
-    """Returns the calls of a network's modules whose outputs are the feature maps at the ends of its stages.
+    """Finds the calls of modules that return the last feature map of each stage of a network.
 
-    The end of a stage is the last feature map (N, C, h, w) of one size that a module returns; a forward pass of a trial
-    image shows which one that is. Modules inside of others do not count if the outer ones return such a map, since the
-    first block of the next stage begins at the old resolution. A resolution at which there is a single convolution,
-    such as the stem of a network for large images, is no stage, and neither is a map of one pixel.
+    A stage consists of the layers that compute at one resolution, h x w pixels. A copy of the network runs on a trial
+    image. Among the modules that return a feature map (N, C, h, w) at a resolution, the outermost ones are chosen, and
+    of these the one that is called last. In a ResNet, for example, the first stage ends with `layer1`: a convolution
+    inside of `layer2` may return a map of the same size later, but `layer1` is not inside of another layer.
+
+    A resolution of one pixel is no stage, nor is one with a single convolution, such as that of an ImageNet stem.
 
     Args:
         network: Any network (N, C, H, W) -> logits (N, K).
 
     Returns:
-        The calls from the first stage to the last; an empty list if there are none.
+        One call for each stage, from the first stage to the last. The list is empty if the network has no stages.
     """
     ends: dict[tuple[int, ...], Call] = {}
     convs: defaultdict[tuple[int, ...], int] = defaultdict(int)
@@ -284,12 +287,12 @@ def find_stages(network: nn.Module) -> list[Call]:
 
 
 def find_convs(network: nn.Module) -> dict[str, nn.Conv2d]:
-    """Returns the convolutions of a network by their names, in the network's order; the first one is its stem."""
+    """Returns a dict from the name of each `nn.Conv2d` of a network to the module; the first one is the stem."""
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def find_stem_channels(network: nn.Module) -> int:
-    """Returns the number of channels of the images that a network takes.
+    """Returns the number of channels of the images that a network takes: the input channels of its first convolution.
 
     Raises:
         OptionError: The network has no convolution.
@@ -302,8 +305,8 @@ def find_stem_channels(network: nn.Module) -> int:
 def copy_network(network: nn.Module) -> Any:
     """Returns a deep copy of a network.
 
-    Tensors that are computed from parameters, as by the old `weight_norm`, are detached: PyTorch cannot copy them
-    otherwise.
+    PyTorch cannot copy tensors that are computed from parameters, as the old `weight_norm` does. They are detached in
+    the copy.
     """
     computed: dict[int, Any] = {}
     for module in network.modules():
@@ -314,10 +317,9 @@ def copy_network(network: nn.Module) -> Any:
 
 
 def copy_to_meta(network: nn.Module) -> nn.Module:
-    """Returns a copy of a network on the meta device, which computes shapes only, in eval mode and without hooks.
+    """Returns a copy of a network in eval mode and without hooks on the meta device, which computes shapes only.
 
-    Hooks of PyTorch's functions that compute the weights of a layer (`torch.nn.utils`) are kept, since the forward pass
-    needs them.
+    Hooks that `torch.nn.utils` sets to compute the weights of a layer are kept, since the forward pass needs them.
     """
     copied = copy_network(network).to("meta").eval()
     for module in copied.modules():
@@ -332,21 +334,22 @@ def copy_to_meta(network: nn.Module) -> nn.Module:
 
 
 def make_trial_images(network: nn.Module, *shape: int) -> Tensor:
-    """Returns images of zeros with the shape (N, C, H, W), and with the device and dtype of a network's weights."""
+    """Returns zeros of the given shape (N, C, H, W), with the device and the dtype of a network's first parameter."""
     example = next(network.parameters())
     return torch.zeros(shape, dtype=example.dtype, device=example.device)
 
 
 @torch.no_grad()
 def record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
-    """Runs a network once, and records which of its modules are called.
+    """Runs a network once, and records the calls of its modules.
 
     Args:
         network: The network.
         images: (N, C, H, W).
 
     Returns:
-        The calls that returned a tensor, in the order in which they ended, and the output of the network.
+        A tuple: the calls of modules that returned a tensor, in the order in which they ended; and the output of the
+        network.
     """
     calls: list[Call] = []
     counts: Counter[str] = Counter()
@@ -368,16 +371,16 @@ def record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
 
 
 def try_network(network: nn.Module) -> tuple[list[Call], torch.Size, int]:
-    """Runs a copy of a network on two images of a usual size.
+    """Runs a copy of a network on two images of zeros, of the first usual size, such as 224 x 224, that works.
 
     It runs on the meta device, which computes shapes only, or on the CPU if that fails.
 
     Returns:
-        The calls of the network's modules in the order in which they ended, the shape of the logits, and the side of
-        the images in pixels.
+        A tuple: the calls of the network's modules, in the order in which they ended; the shape (2, K) of the logits;
+        and the side of the images in pixels.
 
     Raises:
-        OptionError: The network takes no image of a usual size, or does not return logits.
+        OptionError: The network takes no image of a usual size, or does not return logits (N, K).
     """
     channels, problem = find_stem_channels(network), ""
     for on_cpu in (False, True):
@@ -400,9 +403,9 @@ def try_network(network: nn.Module) -> tuple[list[Call], torch.Size, int]:
 
 
 def has_interface(network: Any) -> bool:
-    """Returns whether a network has `features`, `head`, `num_features` and `num_classes`, as in `Backbone`.
+    """Returns True if a network has `features`, `head`, `num_features` and `num_classes` as in `Backbone`.
 
-    Its own forward pass must also be equal to `head(features(images))`.
+    The logits of its forward pass must also be equal to `head(features(images))`; this is tried on an image.
 
     Args:
         network: A network of any class.
@@ -423,16 +426,17 @@ def has_interface(network: Any) -> bool:
 
 @torch.no_grad()
 def find_split_map(parts: Any, network: nn.Module, channels: int, side: int) -> Tensor | None:
-    """Returns the last feature map of a trial image if `features` and `head` together compute what a network does.
+    """Tries on one image whether `features` and `head` together compute the same logits as a network.
 
     Args:
-        parts: An object with `features` and `head`, as in `Backbone`.
-        network: The network. If it has `num_features`, the map must have this number of channels.
+        parts: An object with methods `features` and `head`, as in `Backbone`.
+        network: The network. If it has `num_features`, the last feature map must have this number of channels.
         channels: The number of channels of the image.
         side: The side of the image, in pixels.
 
     Returns:
-        The map (1, C, h, w); None if the logits differ, or if `features` returns no such map.
+        The last feature map (1, C, h, w), which `features` returned; None if the logits differ, or if `features`
+        returns no such map.
     """
     image = torch.linspace(-2, 2, channels * side * side).view(1, channels, side, side)
     features = parts.features(image)
@@ -446,7 +450,7 @@ def find_classifier(network: nn.Module, calls: list[Call], classes: int) -> Call
 
     Args:
         network: The network.
-        calls: The calls of its modules in a forward pass; see `try_network`.
+        calls: The calls of its modules in a forward pass, in the order in which they ended.
         classes: The number of classes.
 
     Raises:
@@ -462,14 +466,15 @@ def find_classifier(network: nn.Module, calls: list[Call], classes: int) -> Call
 def find_last_map(network: nn.Module, calls: list[Call]) -> Call:
     """Returns the last call whose output is a feature map (N, C, h, w) with more than one pixel.
 
-    If all feature maps have one pixel, it is the last call with such a map.
+    If all feature maps have only one pixel, the last call that returns a feature map is returned.
 
     Args:
         network: The network.
-        calls: The calls of its modules before the classifier.
+        calls: The calls of its modules before the classifier, in the order in which they ended.
 
     Raises:
-        OptionError: There is no feature map, or too many layers come after the last one.
+        OptionError: There is no feature map, more than `MAX_HEAD_LAYERS` layers with parameters come after the last
+            feature map, or the network has an attribute `num_features` that is not its number of channels.
     """
     maps = [k for k, call in enumerate(calls) if len(call.shape) == 4]
     large = [k for k in maps if calls[k].shape[2] * calls[k].shape[3] > 1]
@@ -487,7 +492,7 @@ def find_last_map(network: nn.Module, calls: list[Call]) -> Call:
 
 
 def refuse(network: nn.Module, reason: str) -> OptionError:
-    """Returns an error, to be raised, that says why a network cannot be trained as a student, and what it lacks.
+    """Returns, and does not raise, an error that says why a network cannot be a student, and what it lacks.
 
     Args:
         network: The network.

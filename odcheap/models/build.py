@@ -37,8 +37,8 @@ class NetworkSettings(BaseModel):
         backbone: A dict with the name of the backbone in `conf/backbone` under the key "part", and with its options.
         block_type: A dict with the name of the block type in `conf/block_type` under "part", and with its options.
         classes: The names of the classes, in the order of the logits.
-        folded: Whether the weights belong to a network in which `fold_branches` has replaced each `RepDepthwise` by one
-            convolution.
+        folded: True if the weights are those of a network in which `fold_branches` has replaced each `RepDepthwise` by
+            one convolution.
         image_size: [C, H, W] of the images that the network takes; None for RGB images of any size.
     """
 
@@ -52,17 +52,17 @@ class NetworkSettings(BaseModel):
 
 
 class StudentSettings(NetworkSettings):
-    """The settings of a trained network: those of `NetworkSettings`, and how its images are prepared.
+    """The settings of a trained network: those of `NetworkSettings`, and how images are prepared for it.
 
     Attributes:
-        split: The fingerprint of the training data: a hash (hexadecimal) of the images, their labels, and which of them
-            are held out.
+        split: The fingerprint of the training data: a hexadecimal hash of the images, their labels, and the choice of
+            those that are held out.
         image_size: [C, H, W] of the images that the network takes.
         shorter_side: The number of pixels to which the shorter side of an image is resized before its center is
             cropped.
-        mean: The mean of each channel of images in [0, 1], for normalization.
-        std: The standard deviation of each channel, for the same images.
-        bit_depth: The number of bits that are used in images with 16 bits a channel; None if there are no such images.
+        mean: The mean of each channel with which images, whose values are in [0, 1], are normalized.
+        std: The standard deviation of each channel with which they are normalized.
+        bit_depth: If images have 16 bits a channel, the number of bits that their values use; otherwise None.
     """
 
     split: str
@@ -74,12 +74,12 @@ class StudentSettings(NetworkSettings):
 
 
 class NormalizedNetwork(nn.Module):
-    """A network that takes RGB or other images in [0, 1]: it normalizes them, then calls another network.
+    """A network for images with values in [0, 1]: it normalizes them, then calls another network.
 
     Args:
-        network: A network that maps normalized images (N, C, H, W) to logits (N, K).
-        mean: The mean of each channel, in [0, 1].
-        std: The standard deviation of each channel.
+        network: The other network, which maps normalized images (N, C, H, W) to logits (N, K).
+        mean: The mean of each channel, in [0, 1], which is subtracted.
+        std: The standard deviation of each channel, by which the result is divided.
 
     Shape:
         Images (N, C, H, W) in [0, 1] -> logits (N, K).
@@ -105,12 +105,13 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
 
     Args:
         path: The file; or `hf://user/name`, a repository of the Hugging Face Hub to which `odcheap push` has uploaded
-            an export, or `hf://user/name@REVISION` with a branch, a tag or a commit.
-        config_dirs: Further `conf` directories, for a student with a backbone or block type of your own.
+            an export. `hf://user/name@REVISION` chooses a branch, a tag or a commit of the repository.
+        config_dirs: Further `conf` directories, if the student has a backbone or a block type (a kind of cheap
+            convolution) of your own.
 
     Returns:
-        A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K), or gray images
-        (N, 1, H, W) if it was trained with `data.channels=1`. Its attribute `network` is the network without the
+        A network in eval mode that maps RGB images (N, 3, H, W) in [0, 1] to logits (N, K). If it was trained with
+        `data.channels=1`, it takes gray images (N, 1, H, W). Its attribute `network` is the network without the
         normalization.
 
     Raises:
@@ -141,10 +142,10 @@ def load_student(path: str | Path, config_dirs: Sequence[str | Path] = ()) -> No
 
 
 def read_student_settings(metadata: Mapping[str, str], option: str, path: str | Path) -> dict[str, Any]:
-    """Returns the settings in the metadata of a `student.safetensors`, a dict with the keys of `StudentSettings`.
+    """Parses and checks the metadata of a `student.safetensors`; returns a dict with the keys of `StudentSettings`.
 
     Args:
-        metadata: The metadata of the file, as `read_safetensors` returns them.
+        metadata: The metadata of the file, which `read_safetensors` has returned.
         option: The name of the option with which the user gave the file, for error messages.
         path: The file, for error messages.
 
@@ -167,10 +168,11 @@ def load_network(
     path: str | Path,
     config_dirs: Sequence[str | Path] = (),
 ) -> nn.Module:
-    """Builds a network and loads its weights.
+    """Builds a network from settings, and loads given weights into it.
 
     Args:
-        settings: A dict with at least the keys `backbone`, `block_type` and `classes`; see `NetworkSettings`.
+        settings: A dict with at least the keys `backbone`, `block_type` and `classes`, whose values are described at
+            `NetworkSettings`.
         tensors: The state dict with the weights.
         option: The name of the option with which the user gave the file, for error messages.
         path: The file, for error messages.
@@ -192,13 +194,14 @@ def build_network(
     block_type: BlockType | None = None,
     config_dirs: Sequence[str | Path] = (),
 ) -> nn.Module:
-    """Builds a network with new random weights.
+    """Builds a network from settings, with new random weights.
 
     Args:
-        settings: A dict with at least the keys `backbone`, `block_type` and `classes`; see `NetworkSettings`.
+        settings: A dict with at least the keys `backbone`, `block_type` and `classes`, whose values are described at
+            `NetworkSettings`.
         option: The name of the option with which the user gave the file of the settings, for error messages.
         path: That file, for error messages.
-        block_type: The block type to use; None for the one in the settings.
+        block_type: The kind of cheap convolution to use; None for the one in the settings.
         config_dirs: Further `conf` directories, for backbones and block types of your own.
 
     Raises:
@@ -238,15 +241,16 @@ def build_backbone(
     *,
     for_comparison: bool = False,
 ) -> Backbone:
-    """Builds the network of a backbone with a block type.
+    """Builds a network with the convolutions of a block type, for images with any number of channels.
 
     Args:
-        build: The backbone, a function that takes `conv` and `num_classes` and returns a network.
+        build: A function that takes `conv` and `num_classes` and returns a network, such as a class of backbones.
         conv: The block type, which builds the convolutions.
         num_classes: The number of classes, K.
-        channels: The number of channels of the images; see `adapt_input`.
-        for_comparison: Whether networks of one backbone with several block types are compared. The standard one of
-            `CifarResNet`, which has no expansion, then gets expansion=1; otherwise another expansion is an error.
+        channels: The number of channels of the images; the first convolution is changed if it is not 3.
+        for_comparison: Pass True if the network is only compared with the same network with other convolutions. It
+            matters for a `CifarResNet` with standard convolutions, which has no expansion: with True, the option
+            `expansion` of `build` is ignored; with False, an expansion other than 1 raises `OptionError`.
     """
     own = getattr(build, "func", build)
     if for_comparison and not conv.is_cheap and isinstance(own, type) and issubclass(own, CifarResNet):
@@ -262,9 +266,9 @@ def check_state_dict(
     Args:
         own: The state dict of the network.
         given: The state dict in the file.
-        path: The file, for the message.
-        reason: A text for the message that says what such a difference means, such as "weights of another network".
-            The first difference is added to it.
+        path: The file, for the error message.
+        reason: What such a difference means, for the error message, such as "weights of another network". The message
+            also names the first difference.
         option: The name of the option with which the user gave the file, for the error message.
     """
     for name in sorted(own.keys() | given.keys()):

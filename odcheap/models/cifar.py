@@ -27,24 +27,26 @@ class CifarResNet(Backbone):
     """ResNet of depth 6n + 2 for small images: a stem, and three stages of n blocks with 16, 32 and 64 channels.
 
     With standard convolutions it is the network of He et al., "Deep residual learning", 2015, section 4.2, with 1 x 1
-    convolutions on the shortcuts that change the shape (855,770 parameters at depth 56). With a cheap block type its
-    blocks are those of the method's 2019 reference code, which differ from those of He et al. in more than the
-    convolution: see `CheapBlock`.
+    convolutions on the shortcuts that change the shape (855,770 parameters at depth 56). With cheap convolutions its
+    blocks are those of the 2019 code of online distillation, see `CheapBlock`. They differ from the blocks of He et al.
+    in the place of the stride and of the second ReLU too.
 
     Args:
         depth: The number of layers, 6n + 2: 8, 14, 20, ..., 1202.
-        conv: The block type, which builds the 3 x 3 convolutions of the blocks.
+        conv: The block type: the kind of convolution, such as `DW`, with which the 3 x 3 convolutions of the blocks are
+            built.
         num_classes: The number of classes, K.
-        expansion: The factor by which the first 1 x 1 convolution of a cheap block widens its output, which the second
-            one narrows again; the option `--expansion` of the 2019 code. Source: Wu et al., "Shift: a zero FLOP, zero
-            parameter alternative to spatial convolutions", 2018. The standard block has none.
-        width: The number of channels of the stem and of the first stage; the others have 2 and 4 times as many.
+        expansion: How many times as many channels as its output a cheap block has between its two convolutions; it must
+            be 1 with standard convolutions. Source: Wu et al., "Shift: a zero FLOP, zero parameter alternative to
+            spatial convolutions", 2018.
+        width: The number of channels of the stem and of the first stage. The second and the third stage have 2 and 4
+            times as many.
 
     Shape:
-        (N, 3, H, W) -> logits (N, K).
+        Images (N, 3, H, W) -> logits (N, K).
 
     Raises:
-        OptionError: The depth is not 6n + 2, or an option does not suit the block type.
+        OptionError: The depth is not 6n + 2, or `expansion` or `width` does not suit the block type.
 
     Example:
         >>> from odcheap.layers.cheap_conv import DW
@@ -95,7 +97,7 @@ class CifarResNet(Backbone):
 
 
 class BasicBlock(nn.Module):
-    """The block of He et al.: relu(norm(conv2(relu(norm(conv1(x))))) + shortcut(x)); conv1 has the stride.
+    """The ResNet block of He et al.: relu(norm(conv2(relu(norm(conv1(x))))) + shortcut(x)); conv1 has the stride.
 
     Args:
         conv: The block type, which builds conv1 and conv2.
@@ -118,16 +120,17 @@ class BasicBlock(nn.Module):
 
 
 class CheapBlock(nn.Module):
-    """The block of the method's 2019 reference code: relu(norm(conv2(relu(norm(conv1(x)))))) + shortcut(x).
+    """A residual block of cheap convolutions: relu(norm(conv2(relu(norm(conv1(x)))))) + shortcut(x).
 
-    conv2 has the stride. Unlike in `BasicBlock` the second ReLU comes before the sum.
+    conv2 has the stride, and the second ReLU comes before the sum. This is the block of the 2019 code of online
+    distillation.
 
     Args:
         conv: The block type, which builds conv1 and conv2.
         in_channels: The number of input channels.
         out_channels: The number of output channels.
         stride: The stride of conv2 and of the shortcut.
-        expansion: How many times as many channels as the output the map between conv1 and conv2 has.
+        expansion: The number of channels between conv1 and conv2, divided by `out_channels`.
     """
 
     def __init__(self, conv: BlockType, in_channels: int, out_channels: int, stride: int, expansion: int = 1):
@@ -145,10 +148,10 @@ class CheapBlock(nn.Module):
 def make_stage(
     block: Callable[..., nn.Module], conv: BlockType, in_channels: int, out_channels: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Returns a sequence of blocks; the first one has the stride and changes the number of channels.
+    """Returns a sequence of blocks; the first block has the stride and changes the number of channels.
 
     Args:
-        block: The class of the blocks, such as `CheapBlock`; it is called as block(conv, in, out, stride).
+        block: The class of the blocks, such as `CheapBlock`, called as block(conv, in_channels, out_channels, stride).
         conv: The block type, which builds the convolutions of the blocks.
         in_channels: The number of input channels of the first block.
         out_channels: The number of output channels of all blocks.
@@ -170,11 +173,11 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module
 
 
 class PlainNetwork(Backbone):
-    """A standard network: layers that compute the last feature map, a global average pool, and a linear layer.
+    """A network of given layers, which compute the last feature map, a global average pool, and a linear layer.
 
     Args:
-        body: The layers that compute the last feature map.
-        num_features: The number of channels of that map.
+        body: The layers that compute the last feature map of an image.
+        num_features: The number of channels of the last feature map.
         num_classes: The number of classes, K.
     """
 
@@ -196,10 +199,10 @@ class PlainNetwork(Backbone):
 
 
 def vgg16(num_classes: int) -> PlainNetwork:
-    """Returns VGG-16 with batch norm and one linear layer; its last feature map is (N, 512, H/32, W/32).
+    """Returns VGG-16 with batch norm; its last feature map is (N, 512, H/32, W/32).
 
-    Source: Simonyan and Zisserman, "Very deep convolutional networks", 2015, configuration D. A single linear layer in
-    place of three is usual for images of 32 x 32 pixels.
+    It has one linear layer in place of three, as is usual for images of 32 x 32 pixels. Source: Simonyan and Zisserman,
+    "Very deep convolutional networks", 2015, configuration D.
     """
     # Five stages, given as (channels, convolutions), with a max pool after each.
     layers: list[nn.Module] = []
@@ -214,10 +217,10 @@ def vgg16(num_classes: int) -> PlainNetwork:
 
 @check_arguments("backbone.network")
 def densenet(depth: int, growth: Annotated[int, Field(ge=1, le=MAX_WIDTH)], num_classes: int) -> PlainNetwork:
-    """Returns a DenseNet without bottlenecks and compression; its last feature map is (N, C, H/4, W/4).
+    """Returns a DenseNet without bottlenecks and without compression; its last feature map is (N, C, H/4, W/4).
 
-    It has three blocks of n layers and a first convolution with 16 channels. Source: Huang et al., "Densely connected
-    convolutional networks", 2017, section 4.2.
+    It has a first convolution with 16 channels and three blocks of n layers. C is 16 + 3 n growth. Source: Huang et
+    al., "Densely connected convolutional networks", 2017, section 4.2.
 
     Args:
         depth: The number of layers, 3n + 4: 7, 10, ..., 40, ..., 1201.
@@ -307,7 +310,7 @@ def norm_relu(channels: int) -> nn.Sequential:
 
 
 def init_kaiming(network: nn.Module) -> None:
-    """Initializes the weights of each convolution as Kaiming-normal (fan-in), in place; other layers do not change."""
+    """Sets the weights of each convolution to random Kaiming-normal values (fan-in); other layers are not changed."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
