@@ -110,19 +110,22 @@ def measure(
 
     Args:
         overrides: Training options, such as `num_stu=2`.
-        quick: Whether to measure one block type only, in fewer rounds.
+        quick: Whether to measure one block type (kind of cheap convolution) only, in fewer rounds.
         peers: Whether to measure the training loops of other projects too.
         config_dirs: Further `conf` directories.
 
     Yields:
-        The same dict each time, with more entries. In the end they are `machine`, `versions`, `overrides`, `training`,
-        `peers` if they are measured, `operators` (see `measure_operators`), `inference` (see `measure_inference`) and
-        `start_seconds` (see `measure_start`).
+        The same dict each time, with more entries. In the end they are `machine`, `versions`, `overrides`, and:
 
-        `training` and `peers` have a dict for each block type and precision, with the entries of `summarize`. Those of
-        `training` also have `num_stu`, `page_faults` of a step by loop (medians), and two ratios as `compare_times`
-        returns them: `speedup_over_2019` (how many times as fast odcheap is as the loop of 2019) and `time_over_bare`
-        (its time over the bare loop's). Those of `peers` have `speedup`, how many times as fast odcheap is, by loop.
+        - `training`: a dict for each block type and precision, with the entries of `summarize`, `num_stu`,
+          `page_faults` (of a step, medians by loop), `speedup_over_2019` (how many times as fast odcheap is as the loop
+          of 2019), and `time_over_bare` (odcheap's time over that of the bare loop);
+        - `peers`, if they are measured: a dict for each block type and precision, with the entries of `summarize`, and
+          `speedup` (how many times as fast odcheap is as each loop);
+        - `operators`, `inference` and `start_seconds`: what `measure_operators`, `measure_inference` and
+          `measure_start` return.
+
+        The ratios have the form of `compare_times`.
     """
 
     def compose(*more: str) -> DictConfig:
@@ -179,15 +182,15 @@ def measure(
 
 
 def summarize(timings: dict[str, LoopTiming], batch_size: int) -> dict[str, Any]:
-    """Returns what each comparison of training loops has in bench.json.
+    """Returns the entries of `bench.json` that each comparison of training loops has.
 
     Args:
         timings: The timing of each loop, by name.
         batch_size: The number of images in a batch.
 
     Returns:
-        `batch_size`, and by the names of the loops: `seconds` (of a step in each round), `images_per_second` (the
-        median), and `peak_bytes`.
+        A dict with `batch_size`, and three dicts by the names of the loops: `seconds` (of a step, one value for each
+        round), `images_per_second` (the median over the rounds), and `peak_bytes`.
     """
     return {
         "batch_size": batch_size,
@@ -208,9 +211,8 @@ def measure_inference(
         seconds: The time for the measurement of each network, in seconds.
 
     Returns:
-        For each block type a dict with `block_type`, its name, and for calls with 1 and with 64 images `ms_1` and
-        `ms_64`, the milliseconds of a call, and `speedup_1` and `speedup_64`, how many times as fast as the standard
-        network it is.
+        A dict for each block type. `block_type` is its name. `ms_1` and `ms_64` are the milliseconds of a call with 1
+        image and with 64 images. `speedup_1` and `speedup_64` say how many times as fast as the standard network it is.
     """
     networks = {name: build_backbone(build, conv, NUM_CLASSES, for_comparison=True) for name, conv in convs.items()}
     size = (3, networks["Standard"].native_size, networks["Standard"].native_size)
@@ -225,7 +227,7 @@ def measure_inference(
 
 
 def measure_start(script: str = TRAIN) -> float | None:
-    """Starts a small run in a new process, and returns the seconds until its first step; None if it ended before.
+    """Starts a small run in a new process, and returns the seconds until its first step; None if it takes no step.
 
     Args:
         script: Python code that starts a training with the options in `sys.argv[1:]`.
@@ -304,7 +306,7 @@ def format_gib(count: int | None) -> str:
 
 
 def plot_training(result: dict[str, Any]) -> Figure:
-    """Draws the training images per second of the three loops as bars.
+    """Draws the training images per second of the three training loops as bars.
 
     Args:
         result: The last result of `measure`.

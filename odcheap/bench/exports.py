@@ -69,9 +69,9 @@ class Export(NamedTuple):
 
     Attributes:
         name: The name of the network.
-        contents: The contents of its ONNX files and ExecuTorch programs by their names.
-        top1: The accuracies on the test images, by the names in `results.json`; empty if they are not known.
-        shape: The shape (n, C, H, W) of images that all files can take.
+        contents: The contents of its ONNX files and ExecuTorch programs, by the names of the files.
+        top1: The top-1 accuracies on the test images, by the names in `results.json`; empty if they are not known.
+        shape: The shape (n, C, H, W) of a batch of images that all files can take.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Export(NamedTuple):
 
 
 def read_export(folder: Path) -> Export:
-    """Reads an export that is to be measured.
+    """Reads the files of an export whose speed is to be measured.
 
     Args:
         folder: The folder that `odcheap export` has written.
@@ -107,14 +107,19 @@ def measure_exports(folders: Sequence[Path], seconds: float, threads: int) -> li
     Args:
         folders: The folders of the exports.
         seconds: The time for each measurement.
-        threads: The number of CPU threads of each runtime. ExecuTorch's pool of threads is changed, so that no program
-            may have been loaded before.
+        threads: The number of CPU threads of each runtime. No ExecuTorch program may have been loaded before, because
+            the number of its threads is changed.
 
     Returns:
-        A dict for each export and each precision that it has. Its entries are `network` (the name), `precision`
-        ("float" or "int8"), `images` (their number in a call), and three dicts by the names of the runtimes: `bytes`
-        (the size of the file), `top1` (the accuracy as a fraction, or None) and `ms` (the milliseconds of a call, as a
-        list with the first quartile, the median and the third quartile).
+        A dict for each export and each precision that it has, with these entries:
+
+        - `network`: the name of the network;
+        - `precision`: "float" or "int8";
+        - `images`: the number of images in a call;
+        - `bytes`: a dict from the names of the runtimes to the size of the file;
+        - `top1`: a dict from the names of the runtimes to the accuracy as a fraction, or None;
+        - `ms`: a dict from the names of the runtimes to the first quartile, the median and the third quartile of the
+          milliseconds of a call.
 
     Raises:
         OptionError: A folder is not an export, or one of its files was changed.
@@ -151,7 +156,7 @@ def measure_exports(folders: Sequence[Path], seconds: float, threads: int) -> li
 
 
 def format_exports(rows: Sequence[dict[str, Any]], threads: int, cpu: str) -> str:
-    """Returns two tables in Markdown: times of a call, and sizes with accuracies.
+    """Returns two tables in Markdown, one with the times of a call, and one with sizes and accuracies.
 
     Args:
         rows: What `measure_exports` returned.
@@ -176,7 +181,7 @@ def format_ms(quartiles: Sequence[float] | None) -> str:
     """Returns the quartiles of a measurement as text, such as "2.5 (2.4 to 2.7)" with the median first.
 
     Args:
-        quartiles: The first quartile, the median and the third quartile; None, for an empty text, if there are none.
+        quartiles: The first quartile, the median and the third quartile. For None, the text is empty.
     """
     if quartiles is None:
         return ""

@@ -51,7 +51,7 @@ CreateLoop = Callable[[DictConfig, Method, Images, torch.device], Step]
 
 @dataclass
 class LoopTiming:
-    """The timing of a loop.
+    """The timing of a training loop.
 
     Attributes:
         seconds: The seconds of a training step, one value for each round.
@@ -72,7 +72,7 @@ def compare_loops(
     build: BuildMethod | None = None,
     others: dict[str, CreateLoop] | None = None,
 ) -> dict[str, LoopTiming]:
-    """Times training loops alternately: that of odcheap, and others.
+    """Times odcheap's training loop and others alternately.
 
     Args:
         cfg: The config of a run, which says what is trained.
@@ -80,10 +80,10 @@ def compare_loops(
         steps: The number of steps of each loop that are timed in a round, after a warm-up.
         rounds: The number of rounds; in each round one loop after the other takes its steps.
         build: A function that builds the method for each loop; None for the method of the config.
-        others: Functions that create the other loops, by name; None for those of `LOOPS`.
+        others: Functions that create the other loops, by name; None for `create_loop_2019` and `create_bare_loop`.
 
     Returns:
-        The timing of each loop, by name; that of odcheap is called `trainer`.
+        A dict from the name of each loop to its timing; the name of odcheap's loop is "trainer".
     """
     build = build or build_method
     others = others or {"loop_2019": create_loop_2019, "bare_loop": create_bare_loop}
@@ -135,7 +135,7 @@ def build_method(cfg: DictConfig, run: RunStudents = run_auto) -> Method:
 
     Args:
         cfg: The config of a run.
-        run: The function that runs all students on a batch; see `methods.students`.
+        run: The function that runs all students on a batch.
     """
     if (channels := cfg.data.get("channels")) not in (None, RGB):
         raise OptionError("data.channels", channels, "must be 3: the benchmark's images are RGB")
@@ -225,7 +225,7 @@ def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: to
 def create_bare_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
     """Returns a function that takes one training step of a hand-written loop with odcheap's settings.
 
-    These are channels-last tensors, autocast, and CUDA graphs on a GPU.
+    The settings are channels-last tensors, autocast, and CUDA graphs on a GPU.
 
     Args:
         cfg: The config of a run.
@@ -276,7 +276,7 @@ def autocast(cfg: DictConfig, device: torch.device) -> contextlib.AbstractContex
     """Returns the autocast context of the config's `trainer.precision`.
 
     Raises:
-        OptionError: The bare loop does not have this precision.
+        OptionError: The precision is not one of `PRECISIONS`.
     """
     if cfg.trainer.precision not in PRECISIONS:
         raise OptionError("trainer.precision", cfg.trainer.precision, f"must be {' or '.join(PRECISIONS)} here")
@@ -332,7 +332,7 @@ class StepTimer(pl.Callback):
 
 
 def run_trainer(cfg: DictConfig, method: Method, images: Images, timer: StepTimer) -> None:
-    """Trains as `odcheap train` does, with all callbacks, in a temporary folder, until the timer ends the training.
+    """Trains with all callbacks of `odcheap train`, in a temporary folder, until the timer ends the training.
 
     Args:
         cfg: The config of a run.

@@ -45,9 +45,9 @@ def read_clock() -> float:
 
 
 def compare_times(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
-    """Returns the `median`, `min` and `max` of the ratios of two lists of times, which were measured in turns.
+    """Divides two lists of times, element by element, and returns the `median`, `min` and `max` of the ratios.
 
-    Ratios are taken within each round, since the speed of a machine changes over time.
+    The two times of an element must be from the same round, since the speed of a machine changes over time.
     """
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
@@ -57,7 +57,7 @@ class PeakMemory:
     """Measures the peak memory between `start` and `stop`, without the memory that was in use at the start.
 
     On a GPU this is the memory that PyTorch has allocated. On a CPU it is the memory that glibc has allocated, read
-    every 5 ms; on systems without glibc it is None.
+    every 5 ms; without glibc, `stop` returns None.
 
     Args:
         device: The device.

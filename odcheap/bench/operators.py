@@ -27,22 +27,21 @@ MEMORY_BYTES = 2**28  # of a copy that comes from memory: no cache is as large
 
 
 def measure_operators(device: torch.device, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Times forward and backward passes of some layers; runs with and without fused operators alternate.
-
-    The layers are batch norm with ReLU and the sum with a residual, a depth-wise and a grouped cheap convolution
-    followed by those, and a block of two depth-wise ones.
+    """Times forward and backward passes of the layers in `LAYERS`, alternately with and without fused operators.
 
     Args:
         device: The device.
         batch_size: The number of images, N.
-        rounds: The number of rounds; in each of them every form is timed once.
+        rounds: The number of rounds; each layer is timed once with and once without fused operators in a round.
 
     Returns:
         A dict for each layer, feature map and dtype; an empty list if there are no fused operators for this device.
-        `layer` is a name in `LAYERS`, `map` is the shape [N, C, H, W], and `dtype` a name such as "float32". `plain_ms`
-        and `fused_ms` are the milliseconds without and with fused operators, medians over the rounds. `copy_ms` and
-        `memory_copy_ms` are those of a copy of one map in the cache and in memory. `pass_over_copy` is the time of a
-        pass over a map divided by that of a copy in memory. `speedup` has `median`, `min` and `max` over the rounds.
+
+        - `layer`, `map`, `dtype`: a name in `LAYERS`, the shape [N, C, H, W], and a name such as "float32";
+        - `plain_ms`, `fused_ms`: the milliseconds without and with fused operators, medians over the rounds;
+        - `copy_ms`, `memory_copy_ms`: the milliseconds of a copy of one map in the cache and in memory;
+        - `pass_over_copy`: the time in which the fused operator reads or writes a map once, over `memory_copy_ms`;
+        - `speedup`: the `median`, `min` and `max` over the rounds.
     """
     if kernels.load_operators(device.type) is None:
         return []
@@ -70,12 +69,12 @@ def measure_operators(device: torch.device, batch_size: int, rounds: int) -> lis
 
 
 def make_layers(x: Tensor, residual: Tensor, gradient: Tensor) -> dict[str, Callable[[], object]]:
-    """Returns functions that run a layer forward and backward, by name.
+    """Returns a dict from the name of each layer to a function that runs the layer forward and backward.
 
     Args:
-        x: The layer's input, (N, C, H, W).
-        residual: The map that is added, of the same shape.
-        gradient: The gradient of the layer's output, of the same shape.
+        x: The input of the layers, (N, C, H, W).
+        residual: The map that is added to the result, of the same shape.
+        gradient: The gradient of the layers' output, of the same shape.
     """
     channels, device = x.shape[1], x.device
     norms = nn.BatchNorm2d(channels).to(device), nn.BatchNorm2d(channels).to(device)
@@ -102,7 +101,7 @@ def make_layers(x: Tensor, residual: Tensor, gradient: Tensor) -> dict[str, Call
 
 
 def time_form(run: Callable[[], object], mode: kernels.Mode) -> float:
-    """Returns the milliseconds of a call with this mode of the fused operators.
+    """Returns the mean milliseconds of a call, with fused operators or without them.
 
     Args:
         run: The function to call.

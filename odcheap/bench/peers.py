@@ -1,7 +1,7 @@
-"""Training loops as other projects have them: torchdistill's, and one in the way of lightning-hydra-template.
+"""The training loop of torchdistill, and one in the way of lightning-hydra-template, for comparison with odcheap's.
 
-One student learns from a standard network, by the method `kd`, since torchdistill has that method too. The standard
-network has random weights: the speed does not depend on them.
+One student learns from a standard network, by the method `kd`, which torchdistill has too. The standard network has
+random weights, since the speed does not depend on them.
 """
 
 import tempfile
@@ -42,11 +42,11 @@ def has_torchdistill() -> bool:
 
 
 def build_distillation(cfg: DictConfig, run: RunStudents = run_auto) -> OfflineDistillation:
-    """Builds one student of the config's block type, and a standard network of the same backbone as its teacher.
+    """Builds a student, and as its teacher the same network with standard convolutions.
 
     Args:
-        cfg: The config of a run.
-        run: The function that runs all students on a batch; see `methods.students`.
+        cfg: The config of a run, of which `backbone`, `block_type`, `data` and `seed` are used.
+        run: The function that runs all students on a batch.
     """
     backbone, conv = instantiate(cfg.backbone), instantiate(cfg.block_type)
     students = Students(lambda: backbone(conv=conv, num_classes=NUM_CLASSES), 1, cfg.seed, run)
@@ -99,7 +99,7 @@ def create_torchdistill_loop(cfg: DictConfig, method: Method, images: Images, de
 
 
 class TemplateModule(pl.LightningModule):
-    """A Lightning module for comparison, written as the template lightning-hydra-template has it.
+    """A Lightning module in the style of lightning-hydra-template, for comparison.
 
     Its metrics are modules of torchmetrics, and they are logged in each step.
 
@@ -127,7 +127,7 @@ class TemplateModule(pl.LightningModule):
 
 
 class StepOnDemand(pl.Callback):
-    """A callback with which a training in another thread takes one step for each call of `step`."""
+    """A callback that lets a training, which runs in another thread, take one step for each call of `step`."""
 
     def __init__(self) -> None:
         self.asked, self.done = threading.Semaphore(0), threading.Semaphore(0)
@@ -144,7 +144,7 @@ class StepOnDemand(pl.Callback):
         self.done.release()
 
     def step(self) -> None:
-        """Takes one training step; an error of the training is raised here."""
+        """Waits until the training has taken one step; if the training has failed, raises its error."""
         self.asked.release()
         self.done.acquire()
         if self.error is not None:
@@ -155,7 +155,7 @@ def create_template_loop(cfg: DictConfig, method: Method, images: Images, device
     """Returns a function that takes one training step of a Lightning `Trainer` with the template's callbacks.
 
     The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps. The progress
-    bar and the summary of the model are off: their output would be in the way.
+    bar and the summary of the model are not shown.
 
     Args:
         cfg: The config of a run.

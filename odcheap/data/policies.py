@@ -267,7 +267,7 @@ class BatchDraws(NamedTuple):
 
 
 class Strengths(NamedTuple):
-    """The strength of each kind of operation at level 30, the highest; it falls in equal steps to 0 at level 0.
+    """The strength of each kind of operation at level 30, the highest; it falls to 0 at level 0.
 
     Attributes:
         shear: The number of pixels by which a row or column is moved further than the row or column before it.

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate")
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluates the images, prints the result and writes its files; returns the exit status.
+    """Classifies the images that the user has named, prints the result, writes its files, and returns the exit status.
 
     Args:
         options: The arguments of the command, as `parse_arguments` returns them.
@@ -97,16 +97,16 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[str], list[set[bytes]] | None]:
-    """Classifies all images, and computes their hashes.
+    """Classifies images, and computes the hashes by which a run's training images are recognized.
 
     Args:
-        model: The model.
-        images: The images.
+        model: The model that classifies.
+        images: The images to classify.
 
     Returns:
-        The predicted label of each image, -1 if it could not be classified; a line of text about each image that could
-        not be classified; and the hashes of each image, with which training images of the run are recognized, or None
-        if they cannot be compared with the run's images.
+        A tuple of three lists: the predicted label of each image, -1 if it could not be classified; a line of text
+        about each image that could not be classified; and a set of hashes for each image. The third element is None if
+        the images cannot be compared with the run's training images.
     """
     digests = model.digests
     pixel_hashes: list[set[bytes]] = []
@@ -134,19 +134,23 @@ def predict_all(model: Model, images: EvaluatedImages) -> tuple[list[int], list[
 def summarize(
     model: Model, images: EvaluatedImages, predicted: list[int], hashes: list[set[bytes]] | None
 ) -> dict[str, Any]:
-    """Returns the metrics of all images, and of those that the run has used neither for training nor for selection.
+    """Returns the metrics of all images, and of those images that the run used neither to train nor to select.
 
     Args:
-        model: The model.
-        images: The images.
-        predicted: The predicted label of each image.
-        hashes: The hashes of each image; None if they cannot be compared with the run's images.
+        model: The model that has classified the images.
+        images: The classified images.
+        predicted: The predicted label of each image, -1 if it could not be classified.
+        hashes: The hashes of each image, as `predict_all` returns them, or None.
 
     Returns:
-        The entries of `predict.summarize_confusion`; `trained_on` and `selected_on`, the names of the images that were
-        training images or held-out images of the run; and `unused`, with the metrics `images`, `correct`, `top1` and
-        `top1_interval` of all other images. All three are None if this is not known. `unused` is also None if the run
-        has used none of the images, or if no other image was classified.
+        A dict with the entries of `predict.summarize_confusion` for all images, and three more:
+
+        - `trained_on`: the names of the images that were training images of the run;
+        - `selected_on`: the names of the images that were held-out images of the run;
+        - `unused`: a dict with `images`, `correct`, `top1` and `top1_interval` of all other images. It is None if the
+          run used none of the images, or if no other image was classified.
+
+        All three are None if `hashes` is None.
     """
     count = len(model.classes)
     content = predict.summarize_confusion(predict.count_confusion(images.target, predicted, count), model.classes)
@@ -166,11 +170,11 @@ def summarize(
 
 
 def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]:
-    """Returns lines of text: on which of the images the run was trained, and the accuracy on all other images.
+    """Returns lines of text that name evaluated images that the run has used, and give the accuracy on all others.
 
     Args:
-        model: The model.
-        content: The content of `evaluation.json`.
+        model: The model that was evaluated.
+        content: The content of `evaluation.json`, of which the entries are used that `summarize` returns.
     """
     trained, held_out = content["trained_on"], content["selected_on"]
     if trained is None:
@@ -196,14 +200,14 @@ def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]
 
 
 def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the inputs of an evaluation; a result of the same inputs may be replaced.
+    """Returns what is evaluated, for `evaluation.json`; only a file with the same inputs is overwritten later.
 
     Args:
         options: The arguments of the command, as `parse_arguments` returns them.
 
     Returns:
-        `model`, the folder of the run or export; `file`, the name of the ONNX file, or None for a run; and `images`,
-        the folder of the images or the name of the data set.
+        A dict with three entries: `model` is the folder of the run or export, `file` is the name of the ONNX file or
+        None for a run, and `images` is the folder of the images or the name of the data set.
     """
     onnx_file = "student.onnx" if predict.is_export(options.model) else None
     return {
@@ -214,7 +218,7 @@ def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
 
 
 def default_folder(options: argparse.Namespace) -> Path:
-    """Returns the default folder for the result: in the folder of a run, or beside that of an export.
+    """Returns the default folder of the result, which is in the folder of a run or beside the folder of an export.
 
     Args:
         options: The arguments of the command, as `parse_arguments` returns them.
@@ -234,8 +238,8 @@ def prepare_folder(options: argparse.Namespace) -> Path:
         options: The arguments of the command, as `parse_arguments` returns them.
 
     Raises:
-        OptionError: The folder cannot be made, or contains files with the names of the result that are not the result
-            of the same evaluation.
+        OptionError: The folder cannot be made, or a file of the result is there already and is not from an evaluation
+            of the same model on the same images.
     """
     folder = options.out or default_folder(options)
     if options.out is None and (folder.is_symlink() or folder.parent.is_symlink()):
@@ -257,7 +261,7 @@ def prepare_folder(options: argparse.Namespace) -> Path:
 
 
 def read_inputs(path: Path) -> Any:
-    """Returns the inputs that an `evaluation.json` contains; None if another program has written the file."""
+    """Reads the entry `inputs` of an `evaluation.json`; returns None if no evaluation has written such a file."""
     if path.is_symlink() or not path.is_file():
         return None
     try:

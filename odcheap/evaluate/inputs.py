@@ -33,8 +33,8 @@ class Model(NamedTuple):
         classes: The names of its classes, in the order of the logits.
         preprocess: The content of `preprocess.json`, which says how images are prepared.
         predictor: A function that maps prepared images (n, C, H, W) in [0, 1] to logits (n, K).
-        digests: The hashes of the run's training images; None if they are not known.
-        reason: Why they are not known.
+        digests: The hashes of the run's training images and held-out images; None if they are not known.
+        reason: The text to print if the hashes are not known, which says why.
         test_top1: The accuracy on the run's own test images; None if it is not known.
     """
 
@@ -48,7 +48,7 @@ class Model(NamedTuple):
 
 
 def load_model(options: argparse.Namespace) -> Model:
-    """Loads the model that the user has named: an export in ONNX Runtime, or a student of a run in PyTorch.
+    """Loads the model that the user has named, which is an export in ONNX Runtime or a run's student in PyTorch.
 
     Args:
         options: The arguments of the command, as `parse_arguments` returns them.
@@ -83,7 +83,7 @@ def load_model(options: argparse.Namespace) -> Model:
 
 
 def create_predictor(network: nn.Module, norm: Normalization) -> predict.Predictor:
-    """Returns a function that normalizes images and runs a network: (n, C, H, W) in [0, 1] -> logits (n, K)."""
+    """Returns a function that maps images (n, C, H, W) in [0, 1], which it normalizes, to a network's logits (n, K)."""
 
     # The images are converted to uint8 and normalized as in the training, so that all bits are the same.
     def run(images: np.ndarray) -> np.ndarray:
@@ -94,12 +94,12 @@ def create_predictor(network: nn.Module, norm: Normalization) -> predict.Predict
 
 
 def to_bytes(images: np.ndarray) -> np.ndarray:
-    """Returns images in [0, 1], which were made from 8 bits a channel, as uint8."""
+    """Converts images from floats in [0, 1] back to uint8, from which they were made."""
     return np.rint(images * np.float32(255)).astype(np.uint8)
 
 
 class EvaluatedImages(NamedTuple):
-    """The images of an evaluation, whose classes are known.
+    """The images that a model is evaluated on, whose classes are known.
 
     Attributes:
         title: A text that says which images they are.
@@ -118,7 +118,7 @@ class EvaluatedImages(NamedTuple):
     data: InMemoryData | None = None
 
     def iterate_prepared(self, preprocess: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | predict.ImageError]]:
-        """Yields the name of each image, and the prepared image (C, H, W) in [0, 1], or the error if it cannot be read.
+        """Yields pairs of an image's name and the image (C, H, W) in [0, 1], or an `ImageError` if it cannot be read.
 
         Args:
             preprocess: The content of `preprocess.json`, which says how an image is prepared.
@@ -134,9 +134,9 @@ class EvaluatedImages(NamedTuple):
 
 
 def list_images(options: argparse.Namespace, classes: Sequence[str]) -> EvaluatedImages:
-    """Lists the images that the user has named: those of a folder, or the test images of a data set.
+    """Lists the images that the user has named, which are those of a folder or the test images of a data set.
 
-    If a folder has the name of a data set, it must be given as `./cifar10`.
+    A name such as `cifar10` stands for the data set. A folder with this name must be given as `./cifar10`.
 
     Args:
         options: The arguments of the command, as `parse_arguments` returns them.
@@ -144,7 +144,7 @@ def list_images(options: argparse.Namespace, classes: Sequence[str]) -> Evaluate
 
     Raises:
         OptionError: There are no such images, or the model does not have one of the classes of a data set.
-        PredictError: The folder has no images of the model's classes, or another folder than those of the classes.
+        PredictError: The folder has no images of the model's classes, or a folder in it is none of these classes.
         Failure: The data set is not in the folder `--data-dir`.
     """
     name, config_dirs = options.images, options.config_dir
@@ -161,7 +161,7 @@ def list_images(options: argparse.Namespace, classes: Sequence[str]) -> Evaluate
 
 
 def is_in_memory(name: str, config_dirs: Sequence[Path]) -> bool:
-    """Returns whether a data set is not read from folders, so that its test images can be evaluated by its name."""
+    """Returns whether a data set is an `InMemoryData`. Only the test images of such data sets can be listed by name."""
     try:
         target = import_target(read_part("data", name, config_dirs)["_target_"])
     except (ImportError, AttributeError, KeyError, OptionError):  # a file of the user that is wrong

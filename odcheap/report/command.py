@@ -86,7 +86,7 @@ def show_status(folders: list[RunFolder]) -> int:
 
 
 def describe_process(entry: RunFolder) -> str:
-    """Returns why a run is in its state; for a run that is running, also its process and the name of the machine."""
+    """Returns a text that says why a run is in its state, and, if it is running, in which process and where."""
     if entry.state != "running":
         return entry.reason
     return f"{entry.reason}; process {entry.process} on {entry.host}"

@@ -25,7 +25,7 @@ TITLE = "One network, one image. A MAC is two FLOPs; MACs are counted by PyTorch
 
 
 class Cost(NamedTuple):
-    """The costs of a backbone with a block type.
+    """The costs of a backbone with a block type (the kind of cheap convolution, such as DW).
 
     Attributes:
         backbone: The name of the backbone.
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
         pixels: The side of the square image for which MACs are counted.
         params: The number of parameters.
         macs: The number of multiply-accumulates for one image.
-        refused: Why the network cannot be built; empty if it can.
+        refused: Why the network cannot be built; an empty text if it can be built.
     """
 
     backbone: str
@@ -45,10 +45,10 @@ class Cost(NamedTuple):
 
 
 def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
-    """Prints the costs of all networks as a table, and below it why networks are missing.
+    """Prints a table of the costs of networks, and below it which networks cannot be built and why.
 
     Args:
-        overrides: Options such as `backbone=resnet56`.
+        overrides: Options such as `backbone=resnet56`, which restrict the table to this backbone or block type.
         config_dirs: Further `conf` directories with block types and backbones.
 
     Returns:
@@ -101,7 +101,7 @@ def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> I
         config_dirs: Further `conf` directories with block types and backbones.
 
     Raises:
-        OptionError: The backbone that the overrides name needs an option that is not given.
+        OptionError: The backbone that the overrides name needs an option that is not given, or `students` is given.
     """
     chosen = dict(override.partition("=")[::2] for override in overrides)
     if "students" in chosen:
@@ -124,9 +124,9 @@ def count_cost(cfg: DictConfig, backbone: str, block_type: str) -> Cost:
     """Returns the costs of the network that a config describes.
 
     Args:
-        cfg: The config; see `compose_config`.
-        backbone: The name of its backbone, for the result.
-        block_type: The name of its block type, for the result.
+        cfg: The config of a run, of which `backbone` and `block_type` are used.
+        backbone: The name of the backbone, for the result.
+        block_type: The name of the block type, for the result.
     """
     # The number of classes is that of the usual data set for the size of images.
     conv, build = instantiate(cfg.block_type), instantiate(cfg.backbone)

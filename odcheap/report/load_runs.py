@@ -23,7 +23,7 @@ MAX_FIGURE = 1e100  # larger numbers cannot be drawn
 
 
 class FinishedRun(NamedTuple):
-    """A finished run.
+    """What is read from the folder of a finished run.
 
     Attributes:
         options: The options of the run by dotted names, such as `data.batch_size`; `method.part` is the name of the
@@ -40,15 +40,16 @@ class FinishedRun(NamedTuple):
 
 
 class RunFolder(NamedTuple):
-    """A run's folder.
+    """The folder of a run, and the state of the run.
 
     Attributes:
         folder: The folder.
-        state: finished, failed, running, stopped, not begun or unreadable.
-        reason: Why the run is in this state.
-        run: The run, if it is finished.
-        host: The machine that wrote the run's status; it is not named in a report, which others may read.
-        process: The id of the process that trains, if the run is running.
+        state: "finished", "failed", "running", "stopped", "not begun" or "unreadable".
+        reason: A text that says why the run is in this state; it may be empty.
+        run: What was read from the folder, if the run is finished, otherwise None.
+        host: The name of the machine that wrote the run's status, if known. A report, which others may read, does not
+            name it.
+        process: The id of the process that trains, if the run is running, otherwise None.
     """
 
     folder: Path
@@ -60,7 +61,7 @@ class RunFolder(NamedTuple):
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
-    """Reads all runs in some folders and in the folders below them, sorted by name; a run is read only once.
+    """Reads all runs in the given folders and in the folders below them, each run once, sorted by name.
 
     Args:
         folders: Folders of runs, or folders that contain such folders, as that of a sweep does.
@@ -80,7 +81,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder]) -> list[RunFolder]:
-    """Returns the runs that sweeps in some folders, or in folders below them, have planned and not begun.
+    """Returns the planned runs of sweeps that have not begun, with the state "not begun".
 
     Args:
         folders: Folders of sweeps, or folders that contain such folders.
@@ -93,7 +94,7 @@ def list_planned_runs(folders: Iterable[str | Path], known: Iterable[RunFolder])
 
 
 def load_run(folder: Path) -> RunFolder:
-    """Reads the folder of a run; if it cannot be read, the state is `unreadable`."""
+    """Reads the folder of a run. If it cannot be read, nothing is raised, and the state is "unreadable"."""
     try:
         summary = read_summary(folder)
         if summary is None:
@@ -108,11 +109,12 @@ def load_run(folder: Path) -> RunFolder:
 
 
 def name_students(options: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the options of a run, with names for its students if they have different shapes.
+    """Returns the options of a run, in which short names replace the option `students`.
 
-    A run with `students=[DW,Shift]` gets the option `block_type.part` "DW+Shift". The other options of its backbone and
-    block type are left out. If students differ in such an option too, the option `students` becomes a text with the
-    names of all students; otherwise it is left out. A run without `students` keeps its options.
+    This option describes students with different shapes. For example, a run with `students=[DW,Shift]` gets the option
+    `block_type.part` "DW+Shift". All other options of its backbone and block type are left out. If the students differ
+    in one of these, `students` becomes a text with the names of all students; otherwise `students` is left out, too. A
+    run without `students` keeps its options.
 
     Args:
         options: The options of the run by dotted names; the entry `students` is removed from this dict.
@@ -136,7 +138,7 @@ def name_students(options: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
-    """Returns the state of a run that is not finished; `last` is the content of its `status.json`."""
+    """Returns the folder and state of a run that is not finished, from `last`, the content of its `status.json`."""
     epochs = len(read_history(folder))
     progress = f"{count_things(epochs, 'epoch')} done" if epochs else "no epoch done"
     if last.get("state") == "failed":
@@ -150,7 +152,7 @@ def describe_unfinished(folder: Path, last: dict[str, Any]) -> RunFolder:
 
 
 def read_history(folder: Path) -> pd.DataFrame:
-    """Returns the content of a run's `metrics.csv` as floats, with NaN for empty cells.
+    """Reads a run's `metrics.csv` as a table of floats, with NaN for empty cells.
 
     The table is empty if there is no such file.
 
@@ -179,7 +181,7 @@ def read_history(folder: Path) -> pd.DataFrame:
 
 
 def to_figure(text: str) -> float:
-    """Returns the number in a cell, NaN for an empty cell, and infinity for what is not a number that can be drawn."""
+    """Converts the text of a cell to a number, which is NaN for an empty cell and infinity for an unusable text."""
     try:
         value = float(text or "nan")
     except ValueError:

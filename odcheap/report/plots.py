@@ -1,7 +1,7 @@
 """Draws the figures of a report, which are as wide as a column of a paper.
 
-A method has the same color in every report, and a block type has the same marker. A setting is what distinguishes
-groups of runs apart from the method, such as the block type.
+A method has the same color in every report, and a block type has the same marker. A setting is the combination of the
+options that differ between the runs and do not belong to the method, such as the block type.
 """
 
 import io
@@ -75,9 +75,9 @@ def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
     """Returns the color or marker of a name.
 
     Args:
-        name: The name of a method or a block type; the first entry of `known` is returned if it is empty.
+        name: The name of a method or a block type. If it is empty, the first color or marker in `known` is returned.
         known: The color or marker of each known name, such as `METHOD_COLORS`.
-        others: The colors or markers for other names; a name always gets the same of them.
+        others: The colors or markers for names that are not in `known`. The same name always gets the same one.
     """
     if not name:
         return next(iter(known.values()))
@@ -85,7 +85,7 @@ def pick(name: str, known: Mapping[str, str], others: Sequence[str]) -> str:
 
 
 def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
-    """Returns a color for each method in a table; variants of a method get lighter shades of its color.
+    """Returns a color for each method in a table; the same method with other options gets lighter shades of its color.
 
     Args:
         rows: The table of `tabulate_runs` or of `summarize_runs`; its columns `method` and `method part` are used.
@@ -107,8 +107,9 @@ def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
 def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the marker and the fill style of each setting in a table, as arguments of matplotlib.
 
-    A setting is given by the options outside of the method that differ between the runs. The marker is that of its
-    block type (the kind of cheap convolution); settings with the same block type have different fill styles.
+    A setting is the combination of the options that differ between the runs and do not belong to the method. Its marker
+    depends on the block type (the kind of cheap convolution). Settings with the same block type have different fill
+    styles.
 
     Args:
         rows: The table of `tabulate_runs` or of `summarize_runs`; its columns `setting` and `block type` are used.
@@ -133,7 +134,7 @@ def shorten_label(name: Any, limit: int = MAX_LABEL) -> str:
 
 
 def describe_data(runs: Iterable[FinishedRun]) -> str:
-    """Returns the data set and the number of epochs of the runs, for titles, such as `CIFAR-10, 15 epochs`."""
+    """Returns a text for titles with the data set and the number of epochs of the runs: `CIFAR-10, 15 epochs`."""
     summaries = [run.summary for run in runs]
     names = sorted({str(summary["data"]) for summary in summaries if summary.get("data")})
     epochs = sorted({summary["epochs"] for summary in summaries if summary.get("epochs")})
@@ -161,11 +162,11 @@ def plot_tradeoff(
         rows: The table of `summarize_runs`, with a row for each combination of setting and method.
         costs: The cost of each row, or None. Rows without a cost or an accuracy are left out.
         label: The name of the cost and its unit.
-        data: The data set, for the title; see `describe_data`.
-        images: The images on which the accuracy was measured: `test` or `val`.
+        data: The text of `describe_data`, for the title.
+        images: "test" or "val" (held out), for the images on which the accuracy was measured.
         standard: The costs of standard networks (the same backbones with standard convolutions) that are in no row.
-            They have no accuracy, and are drawn on the horizontal axis. A cost that is much larger than those of the
-            rows is only in the label of the axis.
+            They have no accuracy, and are drawn on the horizontal axis. If a cost is much larger than those of the
+            rows, it is not drawn, but written in the label of the axis.
     """
     # The points with their error bars.
     colors, markers = assign_colors(rows), assign_markers(rows)
@@ -212,7 +213,7 @@ def plot_tradeoff(
 
 
 def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
-    """Makes the horizontal axis begin at zero, or be logarithmic if the costs differ by more than a factor of 4.
+    """Lets the horizontal axis begin at zero, or makes it logarithmic if costs differ by more than a factor of 4.
 
     Args:
         axes: The axes, whose horizontal axis shows the costs.
@@ -233,16 +234,16 @@ def set_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
 def spread_sideways(
     axes: Axes, artists: Sequence[Sequence[Artist]], costs: Iterable[float], accuracies: Iterable[Spread]
 ) -> bool:
-    """Moves points of about equal cost that would cover each other sideways, and returns whether there are any.
+    """Moves points sideways if they have about equal costs and would cover each other; returns whether it moved any.
 
-    The points are drawn a fixed number of millimeters apart, whatever the limits of the axes are. Only the drawing is
-    moved: the artists keep their data.
+    Moved points have a fixed distance in the figure, whatever the limits of the axes are. Only the drawing is moved,
+    and the artists keep their data.
 
     Args:
         axes: The axes, with limits; the horizontal axis gets longer if points would leave it at the right.
         artists: The marker and the error bars of each point.
         costs: The cost of each point.
-        accuracies: The accuracy of each point; its bar is one standard deviation on each side.
+        accuracies: The accuracy of each point; its error bar is one standard deviation on each side.
     """
     # The horizontal places in points, on an axis that takes about 85 % of the width.
     to_axes = axes.transScale + axes.transLimits
@@ -280,8 +281,8 @@ def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
 
     Args:
         axes: The axes, with limits.
-        networks: The cost of each network, which may be a time or a number of multiply-accumulates: the median, and the
-            quartiles, which are NaN if there are none.
+        networks: The cost of each network, such as a time with its median and quartiles. A number of
+            multiply-accumulates has no quartiles; they are NaN then.
     """
     bottom = axes.get_ylim()[0]
     for network in networks:
@@ -293,7 +294,7 @@ def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the points of the Pareto front, sorted by cost: no other point is as cheap and at least as accurate.
+    """Returns the points of the Pareto front, sorted by cost; each is more accurate than all points up to its cost.
 
     Args:
         points: The points (cost, accuracy).
@@ -309,14 +310,14 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
     """Draws the gain of each setting and method over the baseline, with its 95 % confidence interval.
 
-    A setting is given by the options outside of the method that differ between the runs. The gain is the difference
-    between the mean accuracies of all students, in runs with the same seed. The marker is hollow if the gain is not
-    resolved: its interval contains zero, or there is only one seed.
+    A setting is the combination of the options that differ between the runs and do not belong to the method. A gain is
+    the mean accuracy of all students of a run, minus that of the baseline's run with the same seed. The marker is
+    hollow if the interval contains zero, or if there is only one seed.
 
     Args:
         rows: The table of `summarize_runs`, with a row for each combination of setting and method.
-        baseline: The method over which the gains are, or the `name` of a row (method and setting), for the title.
-        data: The data set, for the title; see `describe_data`.
+        baseline: The name of the baseline, for the title. It is a method, or the `name` of a row (method and setting).
+        data: The text of `describe_data`, for the title.
     """
     shown = rows[rows["gain"].notna()][::-1]
     # A row is as high as its label, so that labels of several lines do not touch each other.
@@ -351,7 +352,7 @@ def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
 def wrap_label(name: Any, width: int, max_lines: int) -> list[str]:
     """Returns a name as at most `max_lines` lines of at most `width` characters.
 
-    Lines end at spaces; a longer word is divided after ".", "_" or "=" if it has one of them.
+    Lines end at spaces. A word that is longer than a line is divided, after ".", "_" or "=" if it has one of these.
     """
     lines = []
     words = shorten_label(name, width * max_lines)
@@ -368,15 +369,15 @@ def wrap_label(name: Any, width: int, max_lines: int) -> list[str]:
 
 @rc_context(STYLE)
 def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
-    """Draws the top-1 accuracy by epoch, in a panel for each setting (the options that differ, except the method's).
+    """Draws the top-1 accuracy by epoch, in a panel for each setting, such as the block type.
 
-    Solid lines are the mean of the students, dashed lines the teacher. Lines are means over seeds, and bands are one
-    sample standard deviation on each side.
+    Solid lines are the mean of the students, and dashed lines are the teacher. All lines are means over the seeds, and
+    bands are one sample standard deviation on each side.
 
     Args:
         table: The table of `tabulate_runs`, with a row for each run.
-        stage: The images on which the accuracy was measured: `val` or `train`.
-        data: The data set, for the title; see `describe_data`.
+        stage: "val" (held out) or "train", for the images on which the accuracy was measured.
+        data: The text of `describe_data`, for the title.
     """
     settings = list(dict.fromkeys(table["setting"]))
     colors, later, has_band = assign_colors(table), [], False
@@ -427,8 +428,8 @@ def average_curves(histories: list[pd.DataFrame], pattern: str) -> pd.DataFrame:
         pattern: A regular expression for names of columns, such as `^val/teacher/top1$`.
 
     Returns:
-        The columns `mean` and `deviation` (the sample standard deviation over runs, NaN for one run), by epoch, for the
-        epochs that all runs have.
+        A table with a row for each epoch that all runs have, and the columns `mean` and `deviation` (the sample
+        standard deviation over the runs, NaN for one run).
     """
     if not all("epoch" in history for history in histories):
         return pd.DataFrame(columns=["mean", "deviation"], dtype=float)
@@ -472,12 +473,12 @@ def render(figure: Figure, suffix: str) -> bytes:
 def legend_of_methods(
     rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, dict[str, Any]]
 ) -> list[Line2D]:
-    """Returns the entries of a legend: a colored line for each method, a gray marker for each setting.
+    """Returns the entries of a legend, which are a colored line for each method and a gray marker for each setting.
 
     Args:
         rows: The rows that are drawn, of the table of `summarize_runs`.
-        colors: The color of each method; see `assign_colors`.
-        markers: The marker of each setting; see `assign_markers`.
+        colors: The color of each method, from `assign_colors`.
+        markers: The marker of each setting, from `assign_markers`.
     """
     methods = dict.fromkeys(rows["method"])
     handles = [Line2D([], [], color=colors[name], lw=3, label=shorten_label(name)) for name in methods]

@@ -1,4 +1,4 @@
-"""Writes the files of a report: its tables, and figures as PNG, SVG and PDF; times the students for it."""
+"""Writes the tables and the figures (PNG, SVG and PDF) of a report, for which it times the students."""
 
 import argparse
 import os
@@ -49,8 +49,8 @@ def write_report(folders: list[RunFolder], options: argparse.Namespace) -> int:
     """Writes the report of the finished runs, prints its table, and returns the exit status 0.
 
     Args:
-        folders: All folders of runs that were found.
-        options: The options of the command.
+        folders: The folders of all runs that were found, finished or not.
+        options: The arguments of `odcheap report`.
 
     Raises:
         Failure: No run is finished.
@@ -88,12 +88,11 @@ def prepare_folder(out: Path | None, default: Path) -> Path:
     """Makes the folder of the report, and returns it.
 
     Args:
-        out: The folder that the user has given; None for the default.
-        default: The default.
+        out: The folder that the user has given; None to use `default`.
+        default: The default folder.
 
     Raises:
-        OptionError: The folder cannot be made, or contains files with the names of a report's files that no report has
-            written.
+        OptionError: The folder cannot be made, or a file of the report is there already and is not from a report.
     """
     folder = default if out is None else out
     if out is None and default.is_symlink():
@@ -130,14 +129,14 @@ def draw_figures(
     out: Path,
     show_step: Callable[[str], None],
 ) -> dict[str, str]:
-    """Writes the figures for which there are data, and returns their captions by the names of the figures.
+    """Draws the figures for which there are data, writes their files, and returns a dict of captions by figure name.
 
     Args:
         runs: The table of `tabulate_runs`, with a row for each run.
         rows: The table of `summarize_runs`, with a row for each setting and method.
         latencies: The latencies of the student and of the standard network, by the `name` of a row.
         baseline: The method with which the others are compared, or the `name` of a row (method and setting).
-        images: The images on which the accuracies were measured: `test` or `val`.
+        images: "test" or "val" (held out), for the images on which the accuracies were measured.
         out: The folder of the report.
         show_step: A function that is called with a line of text before each figure is drawn.
     """
@@ -173,10 +172,13 @@ def draw_figures(
 
 
 def collect_macs(rows: pd.DataFrame) -> tuple[list[Latency | None], list[Latency]]:
-    """Returns the multiply-accumulates, in millions, of all rows, and of standard networks that are in no row.
+    """Returns two lists of multiply-accumulates, in millions, as costs for `plot_tradeoff`.
 
     Args:
         rows: The table of `summarize_runs`.
+
+    Returns:
+        The costs of all rows, None if a cost is not known; and the costs of standard networks that are in no row.
     """
     own = [None if spread is None else Latency(spread.mean / 1e6) for spread in rows["macs"]]
     standard = {Latency(macs / 1e6) for macs in rows["standard macs"].dropna()}
@@ -187,11 +189,14 @@ def collect_macs(rows: pd.DataFrame) -> tuple[list[Latency | None], list[Latency
 def collect_latencies(
     rows: pd.DataFrame, latencies: Mapping[str, Latencies]
 ) -> tuple[list[Latency | None], list[Latency]]:
-    """Returns the latencies, in milliseconds, of all rows, and of standard networks that are in no row.
+    """Returns two lists of latencies, in milliseconds, as costs for `plot_tradeoff`.
 
     Args:
         rows: The table of `summarize_runs`.
         latencies: The latencies of the student and of the standard network, by the `name` of a row.
+
+    Returns:
+        The latencies of all rows, None if one was not measured; and those of standard networks that are in no row.
     """
     own = [latencies[name].student if name in latencies else None for name in rows["name"]]
     if (rows["block type"] == "Standard").any():
@@ -214,12 +219,12 @@ def measure_latencies(
     Args:
         runs: The table of `tabulate_runs`.
         config_dirs: Further `conf` directories, with parts that odcheap does not have.
-        seconds: The time for each network.
+        seconds: How long each network is timed.
         show_step: A function that is called with a line of text that says what is timed next.
 
     Returns:
-        The latencies by the `name` in the table. A student that cannot be built is left out, and a line is printed that
-        says why: for example, it is of an earlier version, or its block type is in none of `config_dirs`.
+        A dict from the `name` of a row to its latencies. If a student cannot be built, for example because its block
+        type is in none of `config_dirs`, it is left out, and a line that says why is printed.
     """
     # Networks are equal if the options of backbone and block type are.
     has_student = [(run.folder / STUDENT).is_file() for run in runs["run"]]
@@ -250,12 +255,12 @@ def find_network(run: FinishedRun) -> str | None:
 
 
 def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: float = 1.0) -> Latencies:
-    """Measures the latencies of a run's student and of the standard network.
+    """Measures the latencies of a run's student, and of the same network with standard convolutions.
 
     Args:
         run: The run, whose folder contains a `student.safetensors`.
         config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
-        seconds: The time for each measurement.
+        seconds: How long each network is timed.
 
     Raises:
         Failure: The student cannot be read or built.
@@ -271,5 +276,5 @@ def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: fl
 
 
 def to_milliseconds(timing: Timing) -> Latency:
-    """Returns the median and the quartiles of a timing, which are in seconds, in milliseconds."""
+    """Converts the median and the quartiles of a timing from seconds to milliseconds."""
     return Latency(1000 * timing.p50, 1000 * timing.p25, 1000 * timing.p75)

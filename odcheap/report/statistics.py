@@ -1,7 +1,7 @@
-"""Compares runs: it names their settings and methods, and computes means over seeds and gains over a baseline.
+"""Names the settings and methods of runs, and computes means over seeds and gains over a baseline.
 
-A setting is given by the options outside of the method that differ between the runs, such as the block type. A gain is
-the difference between the accuracies of two runs with the same seed.
+A setting is the combination of the options that differ between the runs and do not belong to the method, such as the
+block type. A gain is the accuracy of a run minus that of the baseline's run with the same seed.
 """
 
 import math
@@ -47,27 +47,27 @@ class Spread(NamedTuple):
 
     @property
     def low(self) -> float | None:
-        """The lower end of the confidence interval; None for one value."""
+        """The lower end of the mean's 95 % confidence interval; None for one value."""
         return None if self.margin is None else self.mean - self.margin
 
     @property
     def high(self) -> float | None:
-        """The upper end of the confidence interval; None for one value."""
+        """The upper end of the mean's 95 % confidence interval; None for one value."""
         return None if self.margin is None else self.mean + self.margin
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the confidence interval does not contain zero; false for one value."""
+        """Whether the mean's 95 % confidence interval does not contain zero; false for one value."""
         return self.margin is not None and abs(self.mean) - self.margin > TOLERANCE
 
 
 class Latency(NamedTuple):
-    """The inference time of one image in milliseconds, or another cost of it.
+    """The inference time of one image in milliseconds, or another cost of one image.
 
     Attributes:
-        median: The median of all calls.
-        low: The lower quartile; NaN for a cost without a spread, such as a number of multiply-accumulates.
-        high: The upper quartile, or NaN.
+        median: The median of all timed calls, or the value of another cost, such as a number of multiply-accumulates.
+        low: The lower quartile of all timed calls; NaN for another cost.
+        high: The upper quartile of all timed calls; NaN for another cost.
     """
 
     median: float
@@ -76,7 +76,7 @@ class Latency(NamedTuple):
 
     @property
     def bars(self) -> list[list[float]] | None:
-        """The distances of the quartiles from the median, as matplotlib takes them for error bars; None if NaN."""
+        """The distances of the quartiles from the median, as matplotlib's error bars; None if they are NaN."""
         return None if math.isnan(self.low) else [[self.median - self.low], [self.high - self.median]]
 
 
@@ -96,17 +96,17 @@ def compute_spread(values: pd.Series) -> Spread | None:
 
 
 def read_figures(summary: dict[str, Any], images: str = "test") -> dict[str, float | None]:
-    """Returns the accuracies and costs of a run by the names in `ACCURACIES` and `COSTS`.
+    """Returns the accuracies and costs of a run, by the names in `ACCURACIES` and `COSTS`.
 
     Args:
         summary: The content of `summary.json`; that of an earlier version may have fewer entries.
-        images: The images on which the accuracies were measured: `test` or `val` (held out).
+        images: "test" or "val" (held out), for the images on which the accuracies were measured.
 
     Returns:
-        The top-1 accuracies, fractions in [0, 1]: `mean student` (the mean of all students after the last epoch),
-        `selected` (the selected student), `ensemble`, and an entry for each kind of teacher, such as `teacher (head)`.
-        The costs: `params` and `macs` of one student, `epochs`, `training macs` and `training seconds`. A value that is
-        not known is None or NaN.
+        A dict. Top-1 accuracies, as fractions in [0, 1], are `mean student` (the mean of all students after the last
+        epoch), `selected` (the selected student), `ensemble`, and one for each kind of teacher, such as
+        `teacher (head)`. Costs are `params` and `macs` (multiply-accumulates) of one student, `epochs`, `training macs`
+        and `training seconds`. A value that is not known is None or NaN.
     """
     top1 = f"{images}_top1"
     selected, last, cost = (summary.get(key) or {} for key in ("selected", "last", "cost"))
@@ -130,7 +130,7 @@ def read_figures(summary: dict[str, Any], images: str = "test") -> dict[str, flo
 
 
 def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, images: str = "test") -> pd.DataFrame:
-    """Returns a table with a row for each run: its names, its accuracies and costs, and its gains over the baseline.
+    """Returns a table with a row for each run, with its names, accuracies, costs, and gains over the baseline.
 
     Runs that differ only in the seed get the same `setting` and `method`. If several runs have the same options and the
     same seed, only the first one is in the table. In each setting the baseline comes first, or `alone` if the baseline
@@ -138,17 +138,22 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
 
     Args:
         runs: The runs to compare.
-        against: The baseline: a method, with which the other methods are compared in the same setting; or the `name` of
-            a row (setting and method), with which all other rows are compared. None for the method `alone`.
-        images: The images on which the accuracies were measured: `test` or `val` (held out).
+        against: The name of the baseline. It may be a method, with which the other methods are compared in the same
+            setting; or the `name` of a row (method and setting), with which all other rows are compared. None stands
+            for the method `alone`.
+        images: "test" or "val" (held out), for the images on which the accuracies were measured.
 
     Returns:
-        The columns `setting`, `method`, `name` (both together), `method part` and `block type` (the names in `conf/`),
-        `seed`, `baseline` (whether it is the baseline), `run`, all of `ACCURACIES` and `COSTS`, and all of `GAINS` (NaN
-        if there is no run of the baseline with the same seed).
+        A table with these columns:
+
+        - `setting`, `method` and `name` (both together): texts for people;
+        - `method part` and `block type`: the names in `conf/`;
+        - `seed`, `run` (the run itself), and `baseline` (whether it is the baseline);
+        - all of `ACCURACIES` and `COSTS`;
+        - all of `GAINS`, which are NaN if there is no run of the baseline with the same seed.
 
     Raises:
-        Failure: No method and no row has the name `against`, or no run has the same seed as one of its runs.
+        Failure: No method and no row has the name `against`, or no other run has a seed of the baseline's runs.
     """
     runs = list(runs)
     table = label_runs(runs)
@@ -170,14 +175,14 @@ def tabulate_runs(runs: Iterable[FinishedRun], against: str | None = None, image
 
 
 def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
-    """Adds the column `baseline` and those of `GAINS` to a table, in place, and returns it.
+    """Adds the columns `baseline`, `gain` and `selected gain` to a table, in place, and returns the table.
 
     Args:
         table: The table of `tabulate_runs` without these columns.
-        against: The baseline; see `tabulate_runs`.
+        against: The name of the baseline, a method or a row; None for the method `alone`.
 
     Raises:
-        Failure: No method and no row has the name `against`, or no run has the same seed as one of its runs.
+        Failure: No method and no row has the name `against`, or no other run has a seed of the baseline's runs.
     """
     # A method is compared in the same setting, a row with the rows of all settings; always with the same seed.
     if against is None or against in set(table["method"]):
@@ -200,15 +205,15 @@ def add_gains(table: pd.DataFrame, against: str | None) -> pd.DataFrame:
 
 
 def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table with a row for all runs that differ in the seed only, in the order of the given table.
+    """Returns a table in which runs that differ only in the seed are one row, in the order of the given table.
 
     Args:
         table: The table of `tabulate_runs`, with a row for each run.
 
     Returns:
-        The columns `setting`, `method`, `name`, `method part`, `block type`, `baseline`, `n` (the number of seeds),
-        `standard macs` (those of the standard network; None if they are not known), and for each of `ACCURACIES`,
-        `COSTS` and `GAINS` a `Spread` over the seeds, or None.
+        A table with the columns `setting`, `method`, `name`, `method part`, `block type` and `baseline` of the given
+        table; `n`, the number of seeds; `standard macs`, the multiply-accumulates of the same network with standard
+        convolutions, or None; and for each of `ACCURACIES`, `COSTS` and `GAINS` a `Spread` over the seeds, or None.
     """
     rows = []
     for _, runs in table.groupby(["setting", "method"], sort=False):
@@ -227,8 +232,8 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
     `method.teacher_weights=runs/teacher-seed0`, it does not distinguish the run from those with other seeds.
 
     Returns:
-        A table with a row for each run and the columns `setting` (the options outside of the method that differ),
-        `method` (its name and those of its options that differ), and `name` (both together).
+        A table with a row for each run and three columns of text: `setting` (the options that differ and do not belong
+        to the method), `method` (its name, and those of its options that differ), and `name` (both together).
     """
     runs = [
         run._replace(options={k: without_seed(v, run.options.get(SEED)) for k, v in run.options.items()})
@@ -258,10 +263,10 @@ def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
 
 
 def without_seed(value: Any, seed: Any) -> Any:
-    """Replaces the run's own seed in a text by `${seed}`, if it stands after the word "seed".
+    """Replaces the seed of a run by `${seed}` in a text, if the seed stands after the word "seed".
 
     Args:
-        value: The value of an option. One that is not a text, or has no such place, is returned unchanged.
+        value: The value of an option. If it is not a text, or does not contain the seed, it is returned unchanged.
         seed: The seed of the run.
 
     Example:
@@ -278,9 +283,9 @@ def without_seed(value: Any, seed: Any) -> Any:
 def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
     """Returns, for each option of each run, whether its value is a part of the run's name.
 
-    It is if the option differs between the runs and at most two thirds of the runs have this value. A name in `conf/`
-    (such as `block_type.part`) is named whenever it differs. An option that belongs to such a name, as
-    `scheduler.fractions` belongs to `scheduler.part`, is named only if it differs between runs with the same name.
+    A value is a part of the name if the option differs between the runs and at most two thirds of the runs have this
+    value. For the name of a part, such as `block_type.part`, the second condition is not needed. An option of a part,
+    such as `scheduler.fractions` of `scheduler.part`, must differ between runs with the same part.
 
     Args:
         options: A table with a row for each run and a column for each option.
@@ -305,7 +310,7 @@ def join_labels(run: FinishedRun, is_named: pd.Series) -> str:
 
     Args:
         run: The run.
-        is_named: Whether each option is a part of the name; see `find_distinctive`.
+        is_named: Whether the value of each option is a part of the name; a row of `find_distinctive`.
     """
     keys = sorted((str(k) for k, named in is_named.items() if named), key=lambda key: (not key.endswith(".part"), key))
     options = {key.removeprefix("method."): run.options[key] for key in keys}

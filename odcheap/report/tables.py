@@ -76,16 +76,16 @@ MAX_TEXT = 24  # characters: longer text may be wrapped
 
 
 def build_table(rows: pd.DataFrame, latencies: Mapping[str, Latencies]) -> pd.DataFrame:
-    """Returns the table of a report, with a row for all runs that differ in the seed only, without empty columns.
+    """Returns the table of a report, in which runs that differ only in the seed are one row.
 
     Args:
         rows: The table of `summarize_runs`.
         latencies: The latencies of the student and of the standard network, by the `name` of a row.
 
     Returns:
-        The columns `setting`, `method`, `n` (the number of seeds), those in `COLUMNS` (accuracies, gains and costs),
-        `latency ms` and `standard ms`. Accuracies and gains are `Spread` objects, latencies `Latency` objects, and
-        costs are means over seeds.
+        A table with the columns `setting`, `method`, `n` (the number of seeds), those in `COLUMNS` (accuracies, gains
+        and costs), `latency ms` and `standard ms`; empty columns are left out. Accuracies and gains are `Spread`
+        objects, latencies are `Latency` objects, and costs are means over seeds.
     """
     table = rows[["setting", "method", "n", *COLUMNS]].copy()
     for name in COSTS:
@@ -111,7 +111,9 @@ def format_table(table: pd.DataFrame, is_console: bool = False) -> pd.DataFrame:
 
 
 def format_cell(column: str, value: Any, is_console: bool = False) -> str:
-    """Returns a value of the table as text: accuracies in percent, costs with a suitable unit, nothing for None.
+    """Returns a value of the table of `build_table` as text.
+
+    Accuracies are in percent, and costs have a suitable unit. None becomes an empty text.
 
     Args:
         column: The name of the column.
@@ -156,8 +158,9 @@ def to_markdown(table: pd.DataFrame) -> str:
 def to_csv(table: pd.DataFrame) -> str:
     """Returns the table of `build_table` as CSV; accuracies are fractions, costs are not abbreviated.
 
-    An accuracy has three columns: `n`, `mean` and `deviation` after its name. A gain has two more, `low` and `high`,
-    the ends of its confidence interval. A latency has three: the median under its own name, `p25` and `p75`.
+    An accuracy has three columns, with `n`, `mean` and `deviation` after its name. A gain has two more, `low` and
+    `high`, for the ends of its confidence interval. A latency has three columns, which are its name for the median, and
+    its name with `p25` and `p75` for the quartiles.
     """
     columns: dict[str, Any] = {}
     for name, values in table.items():
@@ -232,9 +235,9 @@ def show_comparison(console: Console, table: pd.DataFrame, baseline: str, images
 
     Args:
         console: The console to print on.
-        table: The table of `tables.build_table`.
+        table: The table of `build_table`.
         baseline: The method with which the others are compared, or the `name` of a row (method and setting).
-        images: The images on which the accuracies were measured: `test` or `val`.
+        images: "test" or "val" (held out), for the images on which the accuracies were measured.
     """
     rows = format_table(table, is_console=True).to_dict("records")
     title = COMPARISON_TITLE.format(
@@ -255,12 +258,12 @@ def format_report(
     """Returns the report in Markdown.
 
     Args:
-        folders: All folders, of finished and other runs.
+        folders: The folders of all runs, finished or not.
         runs: The table of `tabulate_runs`.
         table: The table of `build_table`.
         figures: The captions of the figures in the report's folder, by the names of the figures.
         images: The images on which the accuracies were measured, as text, such as "Test images".
-        baseline: The method over which the gains are, or the `name` of a row (method and setting).
+        baseline: The name of the baseline of the gains, which is a method or the `name` of a row (method and setting).
     """
     lines = ["# Report", "", *describe_runs(folders), "", to_markdown(format_table(table))]
     reading = READING + (LATENCY_READING if LATENCIES[0] in table else "")
@@ -284,7 +287,7 @@ def describe_runs(folders: list[RunFolder]) -> list[str]:
 
 
 def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
-    """Yields lines of Markdown with a table of the gains of each seed, which a mean over seeds may hide.
+    """Yields lines of Markdown with a table of the gains, with a column for each seed.
 
     Args:
         runs: The table of `tabulate_runs`, with a row for each run.
@@ -301,7 +304,7 @@ def format_gains_by_seed(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def describe_missing_gains(runs: pd.DataFrame) -> Iterator[str]:
-    """Yields lines of Markdown that name the settings and methods without a gain, if others have one.
+    """Yields lines of Markdown that name the rows (method and setting) without a gain; none if no row has a gain.
 
     Args:
         runs: The table of `tabulate_runs`, with a row for each run.
@@ -322,7 +325,7 @@ def describe_left_out(folders: list[RunFolder], runs: pd.DataFrame) -> Iterator[
     """Yields lines of Markdown that name the runs that are not in the table, and say why.
 
     Args:
-        folders: All folders, of finished and other runs.
+        folders: The folders of all runs, finished or not.
         runs: The table of `tabulate_runs`, with a row for each run.
     """
     duplicates = sum(entry.run is not None for entry in folders) - len(runs)
@@ -368,7 +371,7 @@ def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = Fals
 
 
 def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
-    """Returns those runs of a sweep that have finished their training, with options and summary."""
+    """Returns those runs of a sweep that have finished their training, with their options and their summary."""
     found = [(o.summary, Path(o.job_dir) / "config.yaml") for o in outcomes if o.summary and "last" in o.summary]
     runs = []
     for summary, path in found:
@@ -432,7 +435,7 @@ def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
     """Returns the row of a run in the table of a sweep: its name, its outcome, its accuracies and its costs.
 
     Args:
-        name: The short name of the run; see `shorten_names`.
+        name: The short name of the run, as `shorten_names` returns it.
         outcome: How the run ended.
 
     Returns:
