@@ -34,13 +34,13 @@ SLOW_COMMANDS = ("evaluate", "export", "bench")  # their arguments are checked b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command of odcheap.
+    """Runs a command of odcheap, such as `odcheap train`.
 
     Args:
-        arguments: The name of the command and its arguments; None for those of this process.
+        arguments: The name of the command and its arguments; None to take `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, 1 after an error, or 128 + the number of a signal.
+        The exit status: 0 after success, 1 after an error, or 128 + the number of a signal that stopped the command.
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):

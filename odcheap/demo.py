@@ -47,16 +47,16 @@ HEADERS = {
 
 
 class Classifier:
-    """Classifies the content of image files with an export.
+    """Classifies images with an export, for the demo page.
 
     Args:
         folder: The folder of the export.
         file: The name of the ONNX file in this folder that classifies the images, such as "student.onnx".
 
     Attributes:
-        export: The network, see `predict.load_export`.
+        export: The network, as `predict.load_export` returns it.
         description: What the page says about the network: a dict with `title` (the network's name), `accuracy` (a line
-            of text, which may be empty), `file` and `classes`.
+            of text, which may be empty), `file` (the name of the ONNX file) and `classes` (their names).
 
     Raises:
         predict.PredictError: The files of the export are damaged or do not fit together.
@@ -70,14 +70,14 @@ class Classifier:
         self.export.predictor(np.zeros((1, channels, height, width), np.float32))  # shows now if it cannot be run
 
     def classify(self, content: bytes, name: str) -> list[tuple[str, float]]:
-        """Returns the five most likely classes of an image with their probabilities.
+        """Returns the most likely classes of an image with their probabilities.
 
         Args:
-            content: The content of the image file.
+            content: The bytes of the image file.
             name: The name of the file, for error messages.
 
         Returns:
-            Pairs of a class's name and its probability, the most likely class first; fewer than five if the network has
+            Five pairs of a class's name and its probability, the most likely class first; fewer if the network has
             fewer classes.
 
         Raises:
@@ -93,14 +93,14 @@ class Classifier:
 
 
 def read_card(folder: Path) -> tuple[str, str]:
-    """Returns two lines of an export's model card as plain text: its title, and its sentence about the test accuracy.
+    """Reads the title and the test accuracy from the model card of an export.
 
     Args:
         folder: The folder of the export.
 
     Returns:
-        The title, which is the name of the folder if the card has none; and the sentence, which is empty if the card
-        has none.
+        Two lines of plain text: the title, or the name of the folder if the card has no title; and the sentence about
+        the test accuracy, which is empty if the card has no such sentence.
     """
     lines = predict.read_regular(folder / predict.CARD_FILE, predict.MAX_TEXT_BYTES).decode().splitlines()
     title = next((line[2:] for line in lines if line.startswith("# ")), folder.name)
@@ -116,7 +116,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     timeout = SECONDS_WITHOUT_DATA
 
     def parse_request(self) -> bool:
-        """Reads the line and the headers of a request; returns False, after an answer, if it is not to be handled."""
+        """Reads a request; returns False if it cannot be read or comes from another page, after an error was sent."""
         return super().parse_request() and self.check_origin()
 
     def do_GET(self) -> None:
@@ -131,9 +131,10 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.answer(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
 
     def do_POST(self) -> None:
-        """Classifies the image that is sent to `/classify`, and answers with JSON: `classes`, or one line `error`.
+        """Classifies the image that is sent to `/classify`, and answers in JSON.
 
-        Each entry of `classes` has a `label` and a `probability`.
+        The answer has the key `classes`, a list of dicts with `label` and `probability`. After an error, it has the key
+        `error` with one line of text.
         """
         length = self.headers.get("Content-Length", "")
         if urlsplit(self.path).path != "/classify":
@@ -156,10 +157,10 @@ class RequestHandler(BaseHTTPRequestHandler):
                 self.answer(HTTPStatus.OK, {"classes": [{"label": name, "probability": p} for name, p in ranked]})
 
     def check_origin(self) -> bool:
-        """Returns whether the request is from the demo page; if it is from another page, answers it with an error.
+        """Returns whether a request comes from the demo page. If it comes from another page, an error is sent first.
 
-        Any web page that the user visits could send requests to this server, and could reach it by a host name of its
-        own ("DNS rebinding"). So the headers `Host` and `Origin` must name this server.
+        The headers `Host` and `Origin` must name this server, since any web page that the user visits could send
+        requests to it.
         """
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if urlsplit(f"//{host}").hostname in LOCAL_NAMES and origin in (None, f"http://{host}"):
@@ -168,16 +169,16 @@ class RequestHandler(BaseHTTPRequestHandler):
         return False
 
     def discard(self, length: int) -> None:
-        """Reads the body of a request and drops it.
+        """Reads the body of a request, and does not keep it.
 
         Args:
-            length: The number of bytes to read; fewer are read if the connection ends before.
+            length: The number of bytes to read. Reading ends earlier if the connection ends.
         """
         while length > 0 and (chunk := self.rfile.read(min(length, CHUNK))):
             length -= len(chunk)
 
     def answer(self, status: HTTPStatus, content: Any) -> None:
-        """Sends an answer in JSON.
+        """Sends an answer with a JSON body.
 
         Args:
             status: The HTTP status.
@@ -186,7 +187,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(content).encode(), "application/json")
 
     def send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
-        """Sends an answer with the headers that all answers have.
+        """Sends an answer, with the security headers that all answers of this server have.
 
         Args:
             status: The HTTP status.
@@ -200,14 +201,14 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Prints nothing: the page itself shows errors."""
+        """Prints nothing; otherwise the base class would print each request. Errors are shown by the page itself."""
 
 
 class DemoServer(ThreadingHTTPServer):
-    """The HTTP server of the demo page, which can be reached from this machine only.
+    """The HTTP server of the demo page. Only programs on this machine can reach it.
 
     Args:
-        classifier: What classifies the images.
+        classifier: The classifier of the images.
         port: The port; 0 for a free one.
     """
 
@@ -225,10 +226,10 @@ class DemoServer(ThreadingHTTPServer):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command `odcheap demo`, which serves the demo page until Ctrl-C.
 
     Args:
-        arguments: The command-line arguments; None for those of this process.
+        arguments: The command-line arguments; None to take `sys.argv[1:]`.
 
     Returns:
         The exit status: 0 after Ctrl-C, or 1 after an error.
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def create_server(folder: Path, file: str, port: int) -> DemoServer:
-    """Returns the server of the demo page, to which browsers can connect already.
+    """Creates the server of the demo page. It listens on its port, but answers only when `serve_forever` is called.
 
     Args:
         folder: The folder of an export.

@@ -67,15 +67,15 @@ Predictor = Callable[[np.ndarray], np.ndarray]  # images (n, 3, H, W) in [0, 1] 
 
 
 class PredictError(ValueError):
-    """An error about which the user can do something; its text is one line."""
+    """An error that the user can correct; its text is one line."""
 
 
 class ImageError(PredictError):
-    """The error that an image cannot be classified: it cannot be decoded, or its logits are not finite numbers."""
+    """An error about one image: it cannot be decoded, or its logits are not finite numbers."""
 
 
 class LabeledImages(NamedTuple):
-    """Image files of known classes.
+    """Image files whose classes are known, as `list_labeled_images` finds them.
 
     Attributes:
         folder: The folder that contains the class folders.
@@ -91,13 +91,13 @@ class LabeledImages(NamedTuple):
 
 
 class Export(NamedTuple):
-    """A network that was exported, as `load_export` loads it.
+    """A network that was exported to ONNX, as `load_export` loads it.
 
     Attributes:
         preprocess: The content of `preprocess.json`, which says how images are resized and cropped.
         classes: The names of the K classes, in the order of the logits.
         predictor: A function that maps any number of images (n, C, H, W) in [0, 1] to logits (n, K).
-        batch_size: The number of images that the network takes at a time; None if it takes any number.
+        batch_size: The number of images that the ONNX file takes at a time; None if it takes any number.
     """
 
     preprocess: dict[str, Any]
@@ -107,16 +107,16 @@ class Export(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """How long a call of a function takes, from many timed calls in several rounds; see `time_alternately`.
+    """How long one call of a function takes, measured in several rounds of calls by `time_alternately`.
 
     Attributes:
         p50: The median time of a call, in seconds.
         p95: The 95th percentile of the times, in seconds.
         p25: The first quartile, in seconds; NaN if it is not known.
         p75: The third quartile, in seconds; NaN if it is not known.
-        rounds: The median time of a call in each round, in seconds.
-        running: The fraction of the time in which the calling thread ran; NaN if it is not known. It is below 1 if the
-            thread waited for threads of its own, or for a core that other programs used.
+        rounds: For each round, the median time of a call, in seconds.
+        running: The fraction of the time in which the calling thread was running; NaN if it is not known. It is below 1
+            if the thread waited for other threads of the process, or for a core that other programs used.
     """
 
     p50: float
@@ -178,14 +178,14 @@ def decode_image(
 
     Args:
         path: The file.
-        bit_depth: The number of bits that are used in an image with 16 bits a channel (12 for most microscopes and
-            X-rays); None if there are no such images.
-        prepare: A function that is called with the image after it is opened and before it is decoded; the training
-            uses it to decode large JPEGs at a reduced size.
+        bit_depth: How many bits of a channel are used if the image has 16 bits a channel (12 for most microscopes and
+            X-rays). With None, such an image is an error.
+        prepare: A function that is called with the opened image before it is decoded. The training uses it to decode
+            large JPEGs at a reduced size. None to call nothing.
 
     Raises:
         ImageError: The file cannot be decoded completely, the range of its pixels is not known, or one side of the
-            image is more than 100 times as long as the other.
+            image is more than 100 times as long as the other side.
     """
     try:
         content = read_regular(path, MAX_IMAGE_BYTES)
@@ -200,18 +200,18 @@ def decode_content(
     bit_depth: int | None = None,
     prepare: Callable[[Image.Image], None] | None = None,
 ) -> Image.Image:
-    """Decodes the content of an image file as RGB, and rotates the image as its EXIF data say.
+    """Decodes the bytes of an image file as RGB, and rotates the image as its EXIF data say.
 
     Args:
-        content: The content of the file.
+        content: The bytes of the file.
         name: The name or path of the image, for error messages.
-        bit_depth: The number of bits that are used in an image with 16 bits a channel; None if there are no such
-            images.
-        prepare: A function that is called with the image after it is opened and before it is decoded.
+        bit_depth: How many bits of a channel are used if the image has 16 bits a channel. With None, such an image is
+            an error.
+        prepare: A function that is called with the opened image before it is decoded. None to call nothing.
 
     Raises:
-        ImageError: The image cannot be decoded completely, the range of its pixels is not known, or one side of it is
-            more than 100 times as long as the other.
+        ImageError: The image cannot be decoded completely, the range of its pixels is not known, or one side of the
+            image is more than 100 times as long as the other side.
     """
     try:
         with warnings.catch_warnings():
@@ -232,9 +232,9 @@ def decode_content(
 
 
 def drop_metadata(content: bytes) -> bytes:
-    """Returns the content of a PNG file without metadata that the pixels do not need, except the EXIF data.
+    """Removes metadata from the bytes of a PNG file, except EXIF data and what the pixels need.
 
-    Other formats are returned unchanged.
+    The bytes of files in other formats are returned unchanged.
     """
     # Pillow refuses a PNG because of a very long text chunk or color profile, although its pixels are complete.
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -250,7 +250,9 @@ def drop_metadata(content: bytes) -> bytes:
 
 
 def find_rotation(image: Image.Image) -> Any:
-    """Returns the argument of `Image.transpose` that rotates an image as its EXIF data say; None for no rotation."""
+    """Returns the argument for Pillow's `Image.transpose` that rotates an image as its EXIF data say; None for no
+    rotation.
+    """
     names: Any = getattr(Image, "Transpose", Image)  # Pillow 9.1 moved them
     turns = {2: names.FLIP_LEFT_RIGHT, 3: names.ROTATE_180, 4: names.FLIP_TOP_BOTTOM, 5: names.TRANSPOSE}
     turns.update({6: names.ROTATE_270, 7: names.TRANSVERSE, 8: names.ROTATE_90})
@@ -261,9 +263,9 @@ def find_rotation(image: Image.Image) -> Any:
 
 
 def describe_unknown(content: bytes) -> str:
-    """Returns a text that says why a file with this content is no image that can be read.
+    """Returns the reason why bytes cannot be read as an image, for a message.
 
-    If its format is known, such as HEIC, the text also says what to do.
+    If the format is known, such as HEIC, the text says how to convert the file.
     """
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC: convert it to JPEG or PNG"
@@ -273,7 +275,7 @@ def describe_unknown(content: bytes) -> str:
 
 
 def count_channel_bits(image: Any) -> int:
-    """Returns the number of bits of a channel, 8, 16 or 32, of an image that is opened and not decoded yet."""
+    """Returns how many bits (8, 16 or 32) each channel of an image has; the image is opened but not decoded yet."""
     encoding = str([entry[-1] for entry in image.tile])
     if image.mode.startswith("I;16") or ";16" in encoding:
         return 16
@@ -286,8 +288,8 @@ def convert_to_rgb(image: Image.Image, bit_depth: int | None = None) -> Image.Im
     """Decodes an image and converts it to RGB with 8 bits a channel; an alpha channel is dropped.
 
     Args:
-        image: The image, opened and not decoded yet.
-        bit_depth: The number of bits that are used in an image with 16 bits a channel; None if that is not known.
+        image: The image, which is opened but not decoded yet.
+        bit_depth: How many bits of a channel are used if the image has 16 bits a channel; None if that is not known.
 
     Raises:
         ImageError: The range of the pixels is not known, or a pixel is outside of it.
@@ -318,9 +320,9 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def measure_16_bits(path: str | Path) -> int | None:
-    """Returns the largest value of an image with 16 bits a channel; None for all other files.
+    """Returns the largest pixel of an image file with 16 bits a channel; None if the file is no such image.
 
-    It is 0 for an image with several channels, since Pillow reads only 8 of the 16 bits.
+    For an image with several channels the result is 0, since Pillow reads only 8 of the 16 bits.
     """
     try:
         with warnings.catch_warnings(), open_regular(path, MAX_IMAGE_BYTES) as file:
@@ -334,11 +336,11 @@ def measure_16_bits(path: str | Path) -> int | None:
 
 
 def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray:
-    """Decodes an image file, and prepares the image for the network.
+    """Decodes an image file, then resizes and crops the image as the network needs it.
 
     Args:
         path: The image file.
-        preprocess: The content of `preprocess.json`: the shorter side is resized to `shorter_side` pixels, and the
+        preprocess: The content of `preprocess.json`. The shorter side is resized to `shorter_side` pixels, and the
             center of `size` (height, width) is cropped.
 
     Returns:
@@ -351,12 +353,12 @@ def preprocess_image(path: str | Path, preprocess: dict[str, Any]) -> np.ndarray
 
 
 def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -> np.ndarray:
-    """Resizes and crops a decoded image to the network's input.
+    """Resizes and crops a decoded image as the network needs it.
 
     Args:
         image: The image, RGB or gray.
         preprocess: The content of `preprocess.json`, see `preprocess_image`.
-        name: What the image is called in an error message.
+        name: The name or path of the image, for error messages.
 
     Returns:
         float32 of shape (C, height, width) in [0, 1].
@@ -378,14 +380,14 @@ def resize_image(image: Image.Image, preprocess: dict[str, Any], name: object) -
 
 
 def create_session(model: bytes, threads: int = 0) -> Any:
-    """Creates an ONNX Runtime session on the CPU.
+    """Creates a session of ONNX Runtime, which runs a model on the CPU.
 
     Args:
         model: The content of an ONNX file.
         threads: The number of threads; 0 to use all cores.
 
     Raises:
-        PredictError: The model cannot be loaded.
+        PredictError: The model cannot be loaded, or ONNX Runtime is missing or too old.
     """
     try:
         import onnxruntime  # here, because decoding images does not need it
@@ -412,20 +414,20 @@ def require_version(package: str, version: str, minimum: tuple[int, int]) -> Non
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, at most 160 characters; the name of its class if it has no text."""
+    """Returns the first line of an error's text, cut to 160 characters; the name of its class if it has no text."""
     return str(error).strip().partition("\n")[0][:160] or type(error).__name__
 
 
 def create_predictor(session: Any) -> Predictor:
-    """Returns a function that runs an ONNX Runtime session: images (n, C, H, W) -> logits (n, K).
+    """Returns a function that classifies images with ONNX Runtime: images (n, C, H, W) -> logits (n, K).
 
-    The function raises `PredictError` if the model cannot be run, or does not return numbers (n, K).
+    The function raises `PredictError` if the model cannot be run, or if its output is not an array (n, K) of floats.
 
     Args:
-        session: The session, see `create_session`.
+        session: The session of ONNX Runtime; `create_session` creates it.
 
     Raises:
-        PredictError: The model does not take one float32 tensor of images.
+        PredictError: The model takes something else than one float32 tensor of images.
     """
     batch_size = get_input_shape(session)[0]
     name = session.get_inputs()[0].name
@@ -444,13 +446,13 @@ def create_predictor(session: Any) -> Predictor:
 
 
 def get_input_shape(session: Any) -> list[int | None]:
-    """Returns the shape (n, C, H, W) of the images that a model takes, with None for a dimension that may vary.
+    """Returns the shape [n, C, H, W] of the images that an ONNX model takes; None stands for a dimension that may vary.
 
     Args:
-        session: The model's session of ONNX Runtime, see `create_session`.
+        session: The session of ONNX Runtime; `create_session` creates it.
 
     Raises:
-        PredictError: The model does not take one float32 tensor of images, or takes too many images at a time.
+        PredictError: The model takes something else than one float32 tensor of images, or too many images at a time.
     """
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
@@ -464,12 +466,14 @@ def get_input_shape(session: Any) -> list[int | None]:
 
 
 def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
-    """Returns a function that takes any number of images, and calls a function that takes exactly `batch_size` images.
+    """Returns a function that takes any number of images, although `run` takes exactly `batch_size` images.
+
+    The images are divided into batches. Copies of the last image fill the last batch; their logits are dropped.
 
     Args:
-        run: The function to call, which maps images (batch_size, C, H, W) to logits (batch_size, K). The last batch is
-            filled with copies of the last image.
-        batch_size: The number of images that `run` takes. None if it takes any number; `run` is then returned.
+        run: A function that maps images (batch_size, C, H, W) to logits (batch_size, K).
+        batch_size: The number of images that `run` takes. If it takes any number, pass None; `run` itself is then
+            returned.
     """
     if batch_size is None:
         return run
@@ -484,10 +488,11 @@ def pad_batches(run: Predictor, batch_size: int | None) -> Predictor:
 def predict_files(
     predictor: Predictor, paths: Iterable[Path], preprocess: dict[str, Any]
 ) -> Iterator[tuple[Path, np.ndarray | ImageError]]:
-    """Yields each file with its logits (K,), or with the `ImageError` if the file cannot be read.
+    """Classifies image files. Yields the path of each file with its logits (K,), or with an `ImageError` if it is
+    unreadable.
 
     Args:
-        predictor: A function that computes the logits of a batch of images, such as `create_predictor` returns.
+        predictor: A function that maps images (n, C, H, W) to logits (n, K), as `create_predictor` returns it.
         paths: The image files.
         preprocess: The content of the export's `preprocess.json`, which says how images are resized and cropped.
     """
@@ -495,11 +500,11 @@ def predict_files(
 
 
 def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | ImageError:
-    """Returns the image that `preprocess_image` makes from a file, or the `ImageError` that it raises.
+    """Does the same as `preprocess_image`, but returns the `ImageError` if there is one, and does not raise it.
 
     Args:
         path: The image file.
-        preprocess: The content of the export's `preprocess.json`.
+        preprocess: The content of the export's `preprocess.json`, which says how images are resized and cropped.
     """
     try:
         return preprocess_image(path, preprocess)
@@ -510,12 +515,12 @@ def try_preprocess(path: Path, preprocess: dict[str, Any]) -> np.ndarray | Image
 def predict_images(
     predictor: Predictor, images: Iterable[tuple[Any, np.ndarray | ImageError]], preprocess: dict[str, Any]
 ) -> Iterator[tuple[Any, np.ndarray | ImageError]]:
-    """Yields the name and the logits (K,) of each image.
+    """Classifies images in batches, and yields the name of each image with its logits (K,).
 
     Args:
-        predictor: A function that computes the logits of a batch of images, such as `create_predictor` returns.
-        images: The name of each image, and the prepared image (C, height, width), see `preprocess_image`. An
-            `ImageError` in the place of an image is yielded in the place of its logits.
+        predictor: A function that maps images (n, C, H, W) to logits (n, K), as `create_predictor` returns it.
+        images: Pairs of a name and an image (C, height, width), which `preprocess_image` has prepared. If the image
+            could not be read, the pair contains an `ImageError` in its place, which is yielded in place of the logits.
         preprocess: The content of the export's `preprocess.json`. Its `size` limits how many images are in a batch.
     """
     # Large images are classified in smaller batches, so that they fit into memory.
@@ -530,11 +535,11 @@ def predict_images(
 
 
 def check_logits(name: object, logits: np.ndarray | ImageError) -> np.ndarray | ImageError:
-    """Returns the logits of an image, or an `ImageError` if they are not finite numbers.
+    """Returns the logits of an image unchanged, or an `ImageError` if they contain NaN or infinity.
 
     Args:
-        name: The name of the image.
-        logits: Its logits (K,), or the `ImageError` if it could not be read, which is returned; see `predict_images`.
+        name: The name of the image, for the message.
+        logits: The logits (K,). An `ImageError` in their place, as `predict_images` yields it, is returned unchanged.
     """
     if isinstance(logits, ImageError) or np.isfinite(logits).all():
         return logits
@@ -542,14 +547,18 @@ def check_logits(name: object, logits: np.ndarray | ImageError) -> np.ndarray | 
 
 
 def read_verified(folder: Path, name: str) -> bytes:
-    """Returns the content of a file of an export, whose checksum (SHA-256) is compared with the one in the model card.
+    """Reads a file of an export, and checks that it is unchanged: the model card lists the SHA-256 of each file.
 
     Args:
         folder: The folder of an export, which `odcheap export` has written.
         name: The name of the file.
 
+    Returns:
+        The content of the file.
+
     Raises:
-        PredictError: The model card does not list the file, or the file was changed after the export.
+        PredictError: The model card does not list the file, the file was changed after the export, or it cannot be
+            read.
     """
     try:
         card = read_regular(folder / CARD_FILE, MAX_TEXT_BYTES).decode()
@@ -566,19 +575,19 @@ def read_verified(folder: Path, name: str) -> bytes:
 
 
 def is_export(folder: str | Path) -> bool:
-    """Returns whether a folder has the files by which an export is known: `preprocess.json` and the model card."""
+    """Returns whether a folder contains `preprocess.json` and a model card, as each folder of `odcheap export` does."""
     return all(os.path.isfile(os.path.join(folder, name)) for name in (PREPROCESS_FILE, CARD_FILE))
 
 
 def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Returns the content of two files of an export.
+    """Reads and checks `preprocess.json` and `labels.json` of an export.
 
     Args:
         folder: The folder that `odcheap export` has written.
 
     Returns:
-        The content of `preprocess.json`, which says how images are resized and cropped (see `preprocess_image`), and
-        that of `labels.json`, the names of the classes in the order of the logits.
+        The content of `preprocess.json`, a dict that says how images are resized and cropped (see `preprocess_image`),
+        and the names of the classes in the order of the logits.
 
     Raises:
         PredictError: A file was changed after the export, or a field of it is missing or wrong.
@@ -607,7 +616,7 @@ def read_export(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_verified_json(folder: Path, name: str) -> Any:
-    """Returns the content of a JSON file of an export, whose checksum is compared, see `read_verified`."""
+    """Returns the content of a JSON file of an export, after its SHA-256 is checked as in `read_verified`."""
     content = read_verified(folder, name)
     try:
         return json.loads(content)
@@ -616,7 +625,7 @@ def read_verified_json(folder: Path, name: str) -> Any:
 
 
 def is_side(value: Any) -> bool:
-    """Returns whether a value in `preprocess.json` is an allowed number of pixels."""
+    """Returns whether a value in `preprocess.json` is a valid side of an image: a whole number from 1 to 4096."""
     return type(value) is int and 1 <= value <= MAX_SIDE
 
 
@@ -651,9 +660,11 @@ def load_export(folder: Path, model: str, threads: int = 0) -> Export:
 
 
 def is_image_file(folder: str, name: str) -> bool:
-    """Returns whether a file is an image, by its suffix, or by its first bytes if it has no suffix.
+    """Returns whether a file looks like an image: by its suffix, or by its first bytes if it has no suffix.
 
-    Hidden files are no images.
+    Args:
+        folder: The folder of the file.
+        name: The name of the file. A name that begins with a period (a hidden file) is never an image.
     """
     if name.startswith("."):
         return False
@@ -667,7 +678,7 @@ def is_image_file(folder: str, name: str) -> bool:
 
 
 def find_images(paths: list[str]) -> Iterator[Path]:
-    """Yields the given files, and all image files in the given folders and in the folders below them.
+    """Yields the path of each image file that is given, or is in a given folder or in a folder below it.
 
     A path that cannot be opened is yielded too, so that the caller reports an error when it reads the path.
     """
@@ -678,18 +689,18 @@ def find_images(paths: list[str]) -> Iterator[Path]:
 
 
 def list_images(top: str, report: Callable[[OSError], object] | None = None) -> tuple[list[str], list[str]]:
-    """Lists the files in a folder and in all folders below it, except hidden ones, which begin with a period.
+    """Lists the files in a folder and in all folders below it, and separates images from other files.
 
-    Links to folders are not followed, since they may form a circle. A link that leads nowhere is an image if its name
-    is that of an image, so that decoding reports it.
+    Hidden files, which begin with a period, are left out. Links to folders are not followed. A link that leads nowhere
+    counts as an image if its name has the suffix of an image, so that the reader of the image reports it.
 
     Args:
         top: The folder.
         report: A function that is called with the error if a folder cannot be listed. None to raise the error.
 
     Returns:
-        The image files, sorted; and everything else: other files, and the folders of `JUNK_FOLDERS`, which end with
-        "/". All are paths relative to `top`.
+        Two sorted lists of paths relative to `top`: the image files, and everything else. The second list contains
+        other files, and, with "/" at the end, the folders of `JUNK_FOLDERS` (such as thumbnails).
     """
     images, others, folders = [], [], [""]
     while folders:
@@ -716,10 +727,7 @@ def list_images(top: str, report: Callable[[OSError], object] | None = None) -> 
 
 
 def list_folders(folder: str | Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted.
-
-    Hidden folders are left out, and those in `JUNK_FOLDERS`, which file servers and archives create.
-    """
+    """Returns the sorted names of the folders in a folder, without hidden ones and those that file servers create."""
     names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
     return sorted(name for name in names if name[0] != "." and name not in JUNK_FOLDERS)
 
@@ -735,12 +743,13 @@ def escape_control_chars(text: object) -> str:
 
 
 def classify_images(export: Export, paths: list[str], as_json: bool) -> int:
-    """Prints the three most likely classes of each image.
+    """Classifies images, and prints the most likely classes of each image with their probabilities.
 
     Args:
-        export: The network, see `load_export`.
+        export: The network; `load_export` loads it.
         paths: Image files, and folders with images.
-        as_json: Whether to print JSON; otherwise a table is printed.
+        as_json: If true, JSON with the most likely class is printed; otherwise a table with the three most likely
+            classes.
 
     Returns:
         The exit status: 1 if an image could not be classified, otherwise 0.
@@ -786,14 +795,14 @@ def rank_classes(logits: np.ndarray, classes: Sequence[str], count: int) -> list
 
 
 def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: bool = False) -> LabeledImages:
-    """Lists the images of a folder that contains a folder for each class.
+    """Lists images of known classes: `top` contains a folder for each class, with the name of the class.
 
-    If the folder contains no class folder but a folder `test`, the class folders are looked for in `test`.
+    If `top` contains no such folder but a folder `test`, the class folders are looked for in `test`.
 
     Args:
-        top: The folder that contains the class folders, or `test` with the class folders.
+        top: The folder.
         classes: The names of all classes, in the order of the labels.
-        known_only: Whether folders that do not have the name of a class are left out; otherwise they are an error.
+        known_only: If true, a folder that does not have the name of a class is left out; otherwise it is an error.
 
     Raises:
         PredictError: There are no class folders or no images in them, or a folder does not have the name of a class.
@@ -839,19 +848,20 @@ def list_labeled_images(top: str | Path, classes: Sequence[str], known_only: boo
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Returns the first three names of a list as text."""
+    """Returns the first three names of a list as one text for messages, followed by "..." if there are more names."""
     return ", ".join([name[:40] for name in names[:3]] + ["..."] * (len(names) > 3))
 
 
 def collect_predictions(results: Iterable[tuple[Any, np.ndarray | ImageError]]) -> tuple[list[int], list[str]]:
-    """Returns the predicted labels of images.
+    """Returns the predicted label of each image.
 
     Args:
-        results: The name of each image with its logits (K,), or with an `ImageError`; see `predict_files`.
+        results: Pairs of an image's name and its logits (K,), or an `ImageError` in place of the logits; see
+            `predict_files`.
 
     Returns:
-        The predicted label of each image, -1 if it could not be classified, and a line of text about each image that
-        could not be classified.
+        Two lists: the predicted label of each image, which is -1 if it could not be classified, and a line of text
+        about each image that could not be classified.
     """
     predicted, failures = [], []
     for name, logits in results:
@@ -868,8 +878,8 @@ def count_confusion(target: Sequence[int], predicted: Sequence[int], classes: in
     """Returns the confusion matrix (K, K): the number of images by true class (rows) and predicted class (columns).
 
     Args:
-        target: The label of each image, from 0 to K - 1.
-        predicted: The predicted label of each image; images with -1 are not counted.
+        target: The true label of each image, from 0 to K - 1.
+        predicted: The predicted label of each image; an image with -1 is not counted.
         classes: The number of classes, K.
 
     Example:
@@ -883,9 +893,10 @@ def count_confusion(target: Sequence[int], predicted: Sequence[int], classes: in
 
 
 def compute_interval(correct: int, images: int) -> tuple[float, float]:
-    """Returns the 95 % confidence interval of an accuracy: Wilson's score interval, which also suits few images.
+    """Returns the limits of the 95 % confidence interval of an accuracy, as fractions.
 
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    It is Wilson's score interval, which also suits few images. Source: E. B. Wilson, "Probable inference, the law of
+    succession, and statistical inference", 1927.
 
     Args:
         correct: The number of images that are classified correctly.
@@ -903,17 +914,22 @@ def compute_interval(correct: int, images: int) -> tuple[float, float]:
 
 
 def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns the metrics of a confusion matrix.
+    """Computes accuracies from a confusion matrix.
 
     Args:
         counts: The number of images, (K, K), by true class (rows) and predicted class (columns); 1 or more in all.
         classes: The names of the K classes.
 
     Returns:
-        `images`, `correct`, `top1` with its `top1_interval`, `balanced_accuracy` (the mean of the recalls of the
-        classes that have images), `largest_class` (its `share` is the accuracy of always predicting it), and `classes`:
-        for each one its `images`, those that are `correct`, `recall` and `recall_interval` (None without images), and
-        how often it was `predicted`. Intervals are at 95 %.
+        A dict with these keys. Accuracies are fractions; intervals are lists of two limits, at 95 %.
+
+        - `images` and `correct`: the number of all images, and of those that are classified correctly.
+        - `top1` and `top1_interval`: the accuracy.
+        - `balanced_accuracy`: the mean recall of the classes that have images.
+        - `largest_class`: a dict with the `name` of the class with the most images, its number of `images`, and its
+          `share` of all images, which is the accuracy of always predicting this class.
+        - `classes`: for each class, by its name, a dict with `images`, `correct`, `recall`, `recall_interval` (None for
+          a class without images) and `predicted`, the number of images of any class that are classified as this class.
     """
     counts = np.asarray(counts)
     figures = summarize_counts(counts.sum(1).tolist(), counts.diagonal().tolist(), classes)
@@ -923,16 +939,15 @@ def summarize_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str,
 
 
 def summarize_counts(of_class: Sequence[int], correct: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
-    """Returns the metrics that follow from the number of images and of correct predictions in each class.
+    """Computes accuracies from the number of images and of correct predictions of each class.
 
     Args:
         of_class: The number of images of each class; 1 or more in all.
-        correct: How many of them are classified correctly.
+        correct: The number of correctly classified images of each class.
         classes: The names of the classes.
 
     Returns:
-        The dict of `summarize_confusion`, with `images`, `correct`, `top1`, `top1_interval`, `balanced_accuracy`,
-        `largest_class` and `classes`; only `predicted` is missing in the entries of `classes`.
+        The same dict as `summarize_confusion`, but without `predicted` in the entries of `classes`.
     """
     images, right, most = sum(of_class), sum(correct), max(of_class)
     by_class: dict[str, Any] = {}
@@ -956,10 +971,10 @@ def percent(fraction: float) -> str:
 
 
 def describe_guessing(figures: dict[str, Any]) -> str:
-    """Returns a line of text that compares the accuracy with that of always predicting the largest class.
+    """Returns a line of text that compares a network's accuracy with that of always predicting the largest class.
 
     Args:
-        figures: The metrics, as `summarize_counts` returns them.
+        figures: The accuracies, as `summarize_counts` returns them.
     """
     low, name, share = figures["top1_interval"][0], figures["largest_class"]["name"], figures["largest_class"]["share"]
     verdict = ""
@@ -977,7 +992,7 @@ def describe_accuracy(figures: dict[str, Any]) -> list[str]:
     classified correctly.
 
     Args:
-        figures: The metrics, as `summarize_confusion` returns them.
+        figures: The accuracies, as `summarize_confusion` returns them.
     """
     low, high = figures["top1_interval"]
     entries = figures["classes"].items()
@@ -1001,10 +1016,10 @@ def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[
 
     Args:
         counts: The confusion matrix, (K, K); see `count_confusion`.
-        figures: The metrics of this matrix, as `summarize_confusion` returns them.
+        figures: The accuracies of this matrix, as `summarize_confusion` returns them.
 
     Returns:
-        A row of texts for each class, after a row with the names of the columns.
+        The rows as tuples of texts: first the names of the columns, then a row for each class.
     """
     names = list(figures["classes"])
     header = ("class", "images", "correct", "recall, %", "95 % interval", "predicted", "most often taken for")
@@ -1021,14 +1036,15 @@ def tabulate_classes(counts: np.ndarray, figures: dict[str, Any]) -> list[tuple[
 
 
 def tabulate_confusion(counts: np.ndarray, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns a confusion matrix as a table of texts for a CSV file.
+    """Returns a confusion matrix as the rows of a CSV file.
 
     Args:
         counts: The confusion matrix, (K, K); see `count_confusion`.
         classes: The names of the K classes.
 
     Returns:
-        A row for each true class, which begins with its name, after a row with the names of the predicted classes.
+        The rows as tuples of texts: first the names of the predicted classes, then for each true class its name and its
+        row.
     """
     rows = [(name, *map(str, row)) for name, row in zip(classes, np.asarray(counts).tolist())]
     return [("true \\ predicted", *classes), *rows]
@@ -1039,7 +1055,7 @@ def print_evaluation(counts: np.ndarray, figures: dict[str, Any]) -> None:
 
     Args:
         counts: The confusion matrix, (K, K); see `count_confusion`.
-        figures: The metrics of this matrix, as `summarize_confusion` returns them.
+        figures: The accuracies of this matrix, as `summarize_confusion` returns them.
     """
     for line in describe_accuracy(figures):
         print(escape_control_chars(line))
@@ -1066,17 +1082,20 @@ def describe_read(images: int, failures: int) -> str:
 
 
 def evaluate_folder(export: Export, paths: list[str], as_json: bool, csv_file: str | None, known_only: bool) -> int:
-    """Prints the accuracy on images of known classes.
+    """Classifies images of known classes, and prints the accuracy.
 
     Args:
-        export: The network, see `load_export`.
-        paths: A list with the folder of the images; see `list_labeled_images`.
-        as_json: Whether to print JSON; otherwise text is printed.
-        csv_file: The file to which the confusion matrix is written; None for none.
-        known_only: Whether folders that do not have the name of a class are left out.
+        export: The network; `load_export` loads it.
+        paths: A list with one entry, the folder of the images; see `list_labeled_images`.
+        as_json: If true, JSON is printed; otherwise text.
+        csv_file: A new file, to which the confusion matrix is written; None to write no file.
+        known_only: If true, folders that do not have the name of a class are left out; otherwise they are an error.
 
     Returns:
         The exit status: 1 if an image could not be classified, otherwise 0.
+
+    Raises:
+        PredictError: The folder has no images of known classes, none of them can be classified, or `csv_file` exists.
     """
     if len(paths) != 1:
         raise PredictError(f"--evaluate: needs one folder with a folder of images for each class, not {len(paths)}")
@@ -1113,7 +1132,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
-    """Returns random images, float32 in [0, 1), which are the same in each call.
+    """Returns an array of random images, float32 in [0, 1). Each call with the same arguments returns the same images.
 
     Args:
         batch: The number of images.
@@ -1126,14 +1145,14 @@ def random_images(batch: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def time_alternately(functions: dict[Any, Callable[[], object]], seconds: float) -> dict[Any, Timing]:
-    """Times functions alternately, in many short rounds, so that a slow phase of the machine affects all functions.
+    """Times functions in turn, in many short rounds, so that a slow phase of the machine affects all functions alike.
 
     Args:
-        functions: The functions to time, which are called without arguments, by name.
-        seconds: The time for each function, in all rounds together. If the calls take long, there are fewer rounds.
+        functions: The functions to time, by name. They are called without arguments.
+        seconds: The time for each function, all rounds together. If the calls take long, there are fewer rounds.
 
     Returns:
-        The timing of each function, by name. Each round begins with a call that is not timed.
+        The timing of each function, by name. The first call of each round is not included.
     """
     rounds: dict[Any, list[list[float]]] = {name: [] for name in functions}
     whole, running = dict.fromkeys(functions, 0.0), dict.fromkeys(functions, 0.0)
@@ -1177,10 +1196,10 @@ def benchmark_models(folder: Path, seconds: float = 2.0) -> int:
 
     Args:
         folder: The folder of an export, which `odcheap export` has written.
-        seconds: How long each measurement takes.
+        seconds: The time for each measurement.
 
     Returns:
-        The exit status 0.
+        The exit status, which is always 0.
     """
     functions: dict[Any, Callable[[], object]] = {}
     for path, threads in [(path, threads) for path in sorted(folder.glob("*.onnx")) for threads in (1, 0)]:

@@ -34,13 +34,13 @@ FIRST_COMMAND = "```\npython predict.py IMAGE_OR_FOLDER"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command `odcheap push`, which uploads an export to the Hugging Face Hub.
 
     Args:
-        arguments: The command-line arguments; None for those of this process.
+        arguments: The command-line arguments; None to take `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, or 1 after an error.
+        The exit status: 0, or 1 after an error, or 130 after Ctrl-C.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("odcheap push", description=__doc__, formatter_class=formatter)
@@ -101,14 +101,14 @@ def push(options: argparse.Namespace) -> None:
 
 
 def read_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Reads the files of an export, except its model card, and compares them with the checksums in the card.
+    """Reads the files of an export that its model card lists, and checks that they are unchanged (by their SHA-256).
 
     Args:
         folder: The folder of the export.
 
     Returns:
-        The content of each file that the card lists, by its name; and the sorted names of all other files in the
-        folder except the card.
+        A dict from the name of each such file to its content; and a sorted list of the names of all other files in the
+        folder. The model card itself is in neither of them.
 
     Raises:
         OptionError: The folder is not an export.
@@ -129,8 +129,8 @@ def read_results(folder: Path) -> dict[str, Any]:
         folder: The folder of the export.
 
     Returns:
-        A dict with `data`, the name of the data set or None, and `test`, a dict with the test accuracy `top1` as a
-        fraction, or None.
+        A dict with two keys: `data`, the name of the data set or None; and `test`, a dict with the test accuracy under
+        the key `top1` (a fraction), or None.
 
     Raises:
         OptionError: There is no such file, it was changed after the export, or an entry is missing.
@@ -144,18 +144,20 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def upload_files(repository: str, contents: dict[str, bytes], is_private: bool) -> bool:
-    """Uploads files in one commit; files of an older export that are not among them are removed.
+    """Uploads files to a repository of the Hugging Face Hub in one commit.
+
+    Files of an older export in the repository that are not among the new files are removed.
 
     Args:
         repository: The name of the repository, `user/name`, which is created if it does not exist.
         contents: The content of each file, by its name.
-        is_private: Whether the repository becomes private if it is created; an existing one stays as it is.
+        is_private: Whether a new repository is private. An existing repository is not changed by this.
 
     Returns:
         Whether the repository is private.
 
     Raises:
-        OptionError: The repository has files that are not those of an export.
+        OptionError: The repository contains files, and they are not those of an export.
         Failure: There is no token, or `huggingface_hub` is not installed.
     """
     hub = import_hub()
@@ -177,18 +179,17 @@ def upload_files(repository: str, contents: dict[str, bytes], is_private: bool) 
 
 
 def describe_model(repository: str, results: dict[str, Any], data_sets: Sequence[str]) -> dict[str, Any]:
-    """Returns the metadata of a model card, by which the Hub shows and filters models.
+    """Returns the metadata of a model card, by which the Hugging Face Hub shows and filters models.
 
     Args:
         repository: The name of the repository, `user/name`.
-        results: The entries `data` (the name of the run's data set, or None) and `test` (a dict with the test accuracy
-            `top1` as a fraction, or None) of the export's `results.json`.
-        data_sets: The names on the Hub of the data sets of the training. If there are none, the name of the run's data
-            set is used; it is known for CIFAR-10, CIFAR-100 and ImageNet.
+        results: The name of the data set and the test accuracy, as `read_results` returns them.
+        data_sets: The names of the training data sets on the Hub. If it is empty, the name is found for CIFAR-10,
+            CIFAR-100 and ImageNet, and is left out for other data sets.
 
     Returns:
-        A dict with the Hub's keys `library_name`, `pipeline_tag`, `tags`, and `datasets` if they are known; with a test
-        accuracy also `metrics` and `model-index`, which contains it.
+        A dict with the Hub's keys `library_name`, `pipeline_tag` and `tags`; `datasets` if they are known; and, if
+        there is a test accuracy, `metrics` and `model-index`, which contains the accuracy.
     """
     data, test = results["data"], results["test"]
     known = list(data_sets) or ([DATA_SETS[data]] if data in DATA_SETS else [])
@@ -234,10 +235,12 @@ def split_metadata(card: str) -> tuple[dict[str, Any], str]:
 
 
 def format_card(metadata: dict[str, Any], card: str, repository: str) -> str:
-    """Returns a model card for the Hub: the metadata, then the card with examples that load the student from the Hub.
+    """Returns the text of a model card for the Hugging Face Hub: the metadata in YAML, then the export's own card.
+
+    In the examples of the card, the student is loaded from the Hub and not from a file.
 
     Args:
-        metadata: The metadata; see `describe_model`.
+        metadata: The metadata, as `describe_model` returns them.
         card: The text of the export's card, without metadata.
         repository: The name of the repository, `user/name`.
     """

@@ -1,6 +1,6 @@
-"""The command `odcheap train`: checks its arguments, and lets Hydra start one run or a sweep.
+"""The command `odcheap train`: checks its arguments, and lets Hydra start one run or a sweep (several runs).
 
-PyTorch and Lightning are imported by `run_job` only, so that `--help` and a refused option are answered without them.
+PyTorch and Lightning are imported by `run_job` only. So `--help`, or the message about a wrong option, appears at once.
 """
 
 import os
@@ -41,14 +41,15 @@ from odcheap.utils.signals import exit_on_signals
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `odcheap train`.
+    """Runs the command `odcheap train`: a training, or with `-m` a sweep of several trainings.
 
     Args:
         arguments: Options such as `num_stu=4`; `-m` for a sweep; `--config-dir DIR` for a directory with YAML files of
             the user's own block types, methods and other parts; `--help`.
 
     Returns:
-        The exit status: 1 if the run, or one of a sweep's runs, failed.
+        The exit status: 0; 1 if the run, or a run of the sweep, has failed; or 128 + the number of a signal that
+        stopped it.
     """
     if {"-h", "--help"} & set(arguments):
         print(format_help(arguments, compose.find_config_dirs(arguments)), end="")
@@ -94,14 +95,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_job(cfg: DictConfig) -> Any:
-    """Carries out one run; Hydra calls this function for each run.
+    """Checks the options of one run and carries it out. Hydra calls this function for each run of a sweep, or once.
 
     Args:
         cfg: The config of the run.
 
     Returns:
         The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
-        if there is none. `Stopped` if a signal has stopped the run in a process of joblib.
+        if there is none. If a signal has stopped the run in a process of joblib, an object of the class `Stopped`.
     """
     with exit_on_signals():
         config = RunConfig(cfg, compose.chosen_parts(), compose.given_overrides())
@@ -122,7 +123,7 @@ def run_job(cfg: DictConfig) -> Any:
 
 
 def report_interruption(exit_status: int) -> int:
-    """Prints how to continue a sweep that a signal has stopped; returns the exit status that it is given."""
+    """Prints how to continue a sweep that a signal has stopped, and returns `exit_status` unchanged."""
     if not started_sweeps:
         return print_error("interrupted") and exit_status
     for sweep in started_sweeps:
@@ -131,7 +132,7 @@ def report_interruption(exit_status: int) -> int:
 
 
 def show_outcomes() -> int:
-    """Prints a table of the runs of a sweep that has ended; returns the exit status: 1 if a run failed, otherwise 0."""
+    """Prints a table of the runs of the sweep that has ended; returns the exit status, 1 if a run failed."""
     outcomes = [outcome for sweep in started_sweeps for outcome in sweep.read_outcomes()]
     searches = [(sweep.path, sweep.search) for sweep in started_sweeps if sweep.search is not None]
     if outcomes:
@@ -148,7 +149,7 @@ def show_outcomes() -> int:
 
 
 class SweepStart(Callback):
-    """A Hydra callback that creates the `SweepFolder` before the first run, and prints the path of the folder."""
+    """A callback of Hydra that checks a sweep before its first run, writes its plan, and prints its folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
