@@ -1,7 +1,7 @@
-"""Lightning callbacks for a run: they check its steps, record and select, save checkpoints, print, and obey signals.
+"""Lightning callbacks for a run: checks of gradients, metrics, selection, checkpoints, progress, and signals.
 
-The candidates of a method are the networks of which the best one is selected: the students, then the moving averages of
-their weights if there are any.
+The candidates are the networks from which the best one is selected: the students, then the moving averages of their
+weights if there are any.
 """
 
 import time
@@ -33,14 +33,14 @@ REPORT_EVERY = 30  # seconds between lines of progress if the output is not a te
 
 
 class NonfiniteGuard(pl.Callback):
-    """Ends the run after a training step whose gradients are not finite, or counts such steps if they are skipped.
+    """Checks after training steps whether their gradients were finite, and raises `Failure` if they were not.
 
-    On a GPU the steps are checked every `CHECK_EVERY` batches, and always before a checkpoint is written. All processes
-    have the same gradients, so they make the same decision.
+    On a GPU several steps are checked together, every `CHECK_EVERY` batches and before a checkpoint is written.
 
     Args:
-        skip: Whether such a step does not update the weights, and the run goes on.
-        limit: The number of steps that may be skipped in the whole run; one more raises `Failure`.
+        skip: True if the training step itself skips updates with gradients that are not finite. Such steps are then
+            only counted.
+        limit: The number of steps that may be skipped in the whole run. `Failure` is raised if there are more.
     """
 
     def __init__(self, skip: bool, limit: int):
@@ -104,22 +104,24 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class Record(pl.Callback):
-    """Records the metrics of each epoch, selects the best student and epoch, and saves checkpoints.
+    """Records the metrics of each epoch, selects the best network and epoch, and saves checkpoints.
 
-    A candidate, of which one is selected, is a student or the moving average of a student's weights.
+    The network is selected from the candidates: all students, then the moving averages of their weights, if any.
 
     Args:
         job_dir: The run's folder.
-        select: "val" or "test" selects the candidate and epoch with the best metric on these images. If two are equal,
-            the earlier epoch is selected, then the lower candidate. "last" selects student 0 of the last epoch.
+        select: How to select. "val" or "test" selects the candidate and epoch with the best metric on these images. If
+            metrics are equal, the earlier epoch wins, then the earlier candidate. "last" selects student 0 of the last
+            epoch.
         figure: The metric by which "val" and "test" select: "top1" or "balanced_accuracy".
         every: The number of minutes between two checkpoints within an epoch; None to save only at the end of each
             epoch.
-        keep: The number of checkpoints that are kept, the newest ones; the selected epoch's is kept in addition.
+        keep: The number of newest checkpoints to keep. The checkpoint of the selected epoch is kept in addition.
 
     Attributes:
-        history: The metrics of each epoch by name, such as `val/student_0/top1`.
-        selected: What is selected so far: `candidate` (from 0), `epoch` (from 0), and `score`, its metric.
+        history: A dict for each epoch, from names such as "val/student_0/top1" to metrics.
+        selected: A dict with what is selected so far: the indices `candidate` and `epoch`, both from 0, and `score`,
+            the metric that was compared.
     """
 
     def __init__(self, job_dir: Path, select: str, figure: str, every: float | None, keep: int):
@@ -203,7 +205,8 @@ class Record(pl.Callback):
         Args:
             trainer: The trainer.
             module: The module that is trained.
-            watched: The metrics of the images that are evaluated after each epoch; None if none were evaluated.
+            watched: The metrics on the held-out images, or on the test images if they are used to select. None if no
+                images were evaluated in this epoch.
         """
         # The speed is that of the training alone, without the evaluation after it.
         seconds = (self.train_end or time.perf_counter()) - self.epoch_start
@@ -223,13 +226,13 @@ class Record(pl.Callback):
         return row
 
     def select_best(self, epoch: int, figures: Figures | None, candidates: int) -> None:
-        """Selects the best student, or moving average of one, of an epoch if it is better than all of earlier epochs.
+        """Updates `selected` if a candidate (student or moving average) is better than all before.
 
         Args:
             epoch: The number of the epoch, from 0.
             figures: The metrics of all networks that are evaluated: students, moving averages of their weights, teacher
                 and ensemble. None if no images were evaluated.
-            candidates: The number of students and moving averages, of which one is selected. Their metrics come first.
+            candidates: The number of students and moving averages. Only these first entries of `figures` are compared.
         """
         # "Better" excludes equal, so that the earlier epoch and the lower candidate stay selected.
         if self.select == "last":
@@ -249,14 +252,14 @@ class Record(pl.Callback):
 
 
 class ProgressReporter(pl.Callback):
-    """Prints a line for each epoch, the expected time of the run, and on a terminal also a progress bar.
+    """Prints a line for each epoch, the expected time of the run, and on a terminal also progress bars.
 
-    An evaluation has a bar of its own, or a line now and then.
+    Without a terminal, a line is printed every 30 s in place of the bars.
 
     Args:
         record: The callback that records the metrics of each epoch.
         console: The console to print on.
-        shorter: The options of shorter runs, as text. It is printed if a run on a CPU will take more than an hour.
+        shorter: A text with options for shorter runs. It is printed if a run on a CPU will take more than an hour.
     """
 
     def __init__(self, record: Record, console: Console, shorter: str):
@@ -277,10 +280,10 @@ class ProgressReporter(pl.Callback):
             self.training = self.start_bar().add_task("training", total=total, completed=done)
 
     def start_bar(self, transient: bool = False) -> Progress:
-        """Returns the display of bars, which is started if there is none yet.
+        """Returns the display of progress bars, which is started first if it is not shown yet.
 
         Args:
-            transient: Whether the display vanishes at its end.
+            transient: True if a display that is started here is to vanish at its end.
         """
         if self.bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
@@ -316,15 +319,16 @@ class ProgressReporter(pl.Callback):
 
         Args:
             seconds: The expected time in seconds.
-            epochs: The number of epochs that are left.
-            device: The device of the training. If it is a CPU and the time is long, options of shorter runs are named.
+            epochs: The number of epochs of the run.
+            device: The device of the training. If it is a CPU and the time is long, options for shorter runs are
+                printed, too.
         """
         hint = f"; shorter: {self.shorter}" if seconds > 3600 and device.type == "cpu" else ""
         text = f"  about {format_seconds(seconds)} to go for {count_things(epochs, 'epoch')}{hint}"
         self.console.print(text, soft_wrap=True)
 
     def describe_latest_epoch(self) -> str:
-        """Returns speed and accuracies of the latest epoch as text; an empty text before the first epoch has ended."""
+        """Returns speed and accuracies of the latest epoch as text, which is empty before the first epoch has ended."""
         if not self.record.history:
             return ""
         row = self.record.history[-1]
@@ -377,7 +381,7 @@ class ProgressReporter(pl.Callback):
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def stop(self, *_: Any, **__: Any) -> None:
-        """Ends the display of bars, if there is one."""
+        """Ends the display of progress bars, if it is shown; all arguments are ignored."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = self.training = self.evaluation = None
@@ -395,11 +399,11 @@ def find_best_candidate(row: dict[str, Any]) -> tuple[str, str, float]:
     """Finds the student, or moving average of a student's weights, with the best top-1 accuracy in an epoch.
 
     Args:
-        row: The metrics of the epoch by name, such as `val/student_0/top1`.
+        row: The metrics of the epoch, by names such as "val/student_0/top1".
 
     Returns:
-        The stage whose accuracies are compared ("val", otherwise "test" or "train"), and the name, such as "student 0",
-        and the accuracy of the best one.
+        Three values: the part of the data whose accuracies are compared, the name of the best network, such as
+        "student 0", and its accuracy. The part is the first of "val", "test" and "train" that `row` has.
     """
     stage = next(s for s in ("val", "test", "train") if f"{s}/student_0/top1" in row)
     prefixes = (f"{stage}/student_", f"{stage}/average_")
@@ -409,15 +413,15 @@ def find_best_candidate(row: dict[str, Any]) -> tuple[str, str, float]:
 
 
 class Interruption(pl.Callback):
-    """Saves a checkpoint and ends the training, after the current step, if any process has received a signal.
+    """Saves a checkpoint and raises `Stopped` after the current step if any process has received a signal.
 
-    It also tells the listener since when the training has been waiting for a batch: a signal ends a wait that is too
-    long.
+    It also tells the listener since when the training has been waiting for a batch, so that a signal can stop a
+    training that gets no batches.
 
     Args:
         listener: The listener that receives the signals.
         record: The callback that saves checkpoints.
-        guard: The callback that checks gradients; it does so before the checkpoint is saved.
+        guard: The callback whose check of the gradients is called before the checkpoint is saved.
     """
 
     def __init__(self, listener: SignalListener, record: Record, guard: NonfiniteGuard):

@@ -1,4 +1,4 @@
-"""What `odcheap train` does: it carries out one run, which may be one of a sweep."""
+"""The command `odcheap train`: carries out one run, which may be one of a sweep."""
 
 import shlex
 import sys
@@ -40,11 +40,12 @@ stopped_runs: list[Stopped] = []  # the run that a signal has stopped, if this i
 
 
 def run_job(config: RunConfig) -> float | Stopped | None:
-    """Carries out one run, which may be one of a sweep.
+    """Carries out one run, which may be one of a sweep; this is the function that Hydra calls.
 
     Returns:
-        The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize; None
-        if there is none. `Stopped` if a signal has stopped the run and this is a process of joblib.
+        The top-1 accuracy of the selected student on the held-out images, which sweepers such as Optuna maximize. None
+        if the run has no such accuracy. If a signal has stopped a run in a process of joblib, the exception `Stopped`
+        is returned and not raised.
     """
     hide_library_warnings()
     keep_freed_memory()
@@ -66,10 +67,10 @@ def run_job(config: RunConfig) -> float | Stopped | None:
 
 
 def carry_out_run(config: RunConfig) -> float | None:
-    """Carries out one run, and handles signals while it runs.
+    """Carries out one run, alone or in a sweep, and handles signals while it runs.
 
     Returns:
-        The top-1 accuracy of the selected student on the held-out images; None if there is none.
+        The top-1 accuracy of the selected student on the held-out images; None if the run has no such accuracy.
     """
     # A process that joblib or torchrun started would otherwise go on for hours after its parent has died.
     in_worker = current_process().name != "MainProcess" or cluster.is_torchrun()
@@ -110,10 +111,10 @@ def describe_next_steps(job_dir: str, config_dirs: Sequence[Path] = ()) -> list[
 
 
 def run_alone(job: Callable[[], Outcome]) -> Outcome:
-    """Calls a function that carries out one run, and returns the outcome of the run.
+    """Calls `job`, which carries out one run, and returns the outcome of the run.
 
-    An error that can be explained in one line (see `explained_errors` and `describe_external_failure`) ends the process
-    with this line and exit status 1; any other error is raised.
+    If an error can be explained in one line, such as a wrong option or a full disk, this line is printed and the
+    process ends with exit status 1. Any other error is raised.
     """
     try:
         return job()
@@ -127,10 +128,10 @@ def run_alone(job: Callable[[], Outcome]) -> Outcome:
 
 
 def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
-    """Calls a function that carries out one run of a sweep, and returns the outcome of the run.
+    """Calls `job`, which carries out one run of a sweep, and returns the outcome of the run.
 
-    An error is printed and written to the run's `status.json`. The outcome then says that the run failed, and the sweep
-    continues with the next run.
+    No error is raised, so that the sweep continues with its next run. The error is printed and written to the run's
+    `status.json`, and the outcome says that the run failed.
     """
     job_dir = Path(compose.default_job_dir())
     try:
@@ -157,11 +158,14 @@ def run_in_sweep(job: Callable[[], Outcome]) -> Outcome:
 
 
 def train(config: RunConfig, listener: SignalListener) -> Outcome:
-    """Checks the options, decides whether the run starts or continues, and carries it out.
+    """Checks the options of a run, decides whether it is new or continues from a checkpoint, and carries it out.
 
     Args:
         config: The config of the run.
         listener: The listener that receives signals.
+
+    Returns:
+        The outcome: the run's folder, how the run ended, and the content of its `summary.json`.
     """
     in_sweep, config_dirs = compose.is_sweep(), compose.given_config_dirs()
 
@@ -190,9 +194,10 @@ def train(config: RunConfig, listener: SignalListener) -> Outcome:
 
 
 def report_own_parts(experiment: Experiment) -> None:
-    """Prints a warning if a network with parts of the user cannot be exported, or if such a part is not used.
+    """Prints warnings about parts of the config, such as `block_type/mine.yaml` in the user's own `conf` directory.
 
-    A part of the user is a file such as `block_type/mine.yaml` in a `conf` directory that the user has given.
+    There is a warning if a student that is built from such a file cannot be exported. There is another if the file is
+    not used because odcheap has a file of the same name.
     """
     start, config_dirs = experiment.start, compose.given_config_dirs()
     parts = start.config.parts
@@ -216,13 +221,13 @@ def report_own_parts(experiment: Experiment) -> None:
 def find_problem(
     experiment: Experiment, student: nn.Module, settings: dict[str, Any], own: Sequence[str]
 ) -> str | None:
-    """Returns why a student with parts of the user cannot be exported; None if it can be.
+    """Returns why a student with a backbone or block type of the user cannot be exported; None if it can be exported.
 
     Args:
         experiment: The run.
         student: The student.
-        settings: The settings from which the student is built; see `StudentSettings`.
-        own: Those of the groups "backbone" and "block_type" whose part is the user's.
+        settings: The settings from which the student is built, a dict with the keys of `StudentSettings`.
+        own: What the user has defined: "backbone", "block_type" (the kind of cheap convolution) or both.
     """
     part = settings[own[0]]["part"]
     try:
@@ -239,6 +244,9 @@ def carry_out(start: Start, listener: SignalListener) -> Outcome:
     Args:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         listener: The listener that receives signals.
+
+    Returns:
+        The outcome: the run's folder, how the run ended, and the content of its `summary.json` or `test.json`.
     """
     # The experiment is built here in any case, so that errors are printed once.
     options.check_complete(start.cfg)

@@ -1,7 +1,7 @@
-"""One run: it is built from its config, trained and tested, and its results are written to its folder.
+"""Builds a run from its config, trains and tests it, and writes the results to its folder.
 
 The members of a method are the networks that are evaluated: students, moving averages of their weights, teacher and
-ensemble. The candidates are those that may be selected: students and moving averages.
+ensemble. The candidates are the members that may be selected as the result: students and moving averages.
 """
 
 import logging
@@ -74,11 +74,12 @@ SHORTER_RUNS = "experiment=short, or experiment=quickstart on digits"
 
 @dataclass(frozen=True)
 class FitResult:
-    """The result of a training.
+    """The result of a training: the metrics of all epochs, and which network of which epoch is selected.
 
     Attributes:
-        history: The metrics of each epoch by name, such as `val/student_0/top1`.
-        candidate: The number of the selected candidate (from 0): the students come first, then their moving averages.
+        history: A dict for each epoch, from names such as "val/student_0/top1" to metrics.
+        candidate: The index of the selected network, from 0. The students come first, then the moving averages of
+            their weights.
         epoch: The number of the selected epoch, from 0.
     """
 
@@ -87,18 +88,18 @@ class FitResult:
     epoch: int
 
     def row(self, epoch: int) -> dict[str, Any]:
-        """Returns the metrics of an epoch, by its number from 0."""
+        """Returns the entry of `history` for an epoch, whose number counts from 0."""
         return next(row for row in self.history if row["epoch"] == epoch)
 
 
 @dataclass(frozen=True)
 class TestResult:
-    """The result of a test.
+    """The accuracies of all networks of a run on the test images.
 
     Attributes:
-        members: The accuracies of students, moving averages, teacher and ensemble; see `summary.summarize_members`.
-        confusion: The confusion matrix of each of these networks, in this order: a row for each true class, a column
-            for each predicted class.
+        members: A dict with the keys `students`, `averages`, `teacher` and `ensemble`, from `summarize_members`.
+        confusion: A confusion matrix for each network, first of all students, then of their moving averages, the
+            teacher and the ensemble. Rows are true classes, columns predicted classes.
     """
 
     __test__ = False  # pytest would take the class for a test case
@@ -109,17 +110,17 @@ class TestResult:
 
 @dataclass
 class Experiment:
-    """A run with all objects that it needs, such as data set, method and optimizer.
+    """A run with all objects that it needs, such as the data set, the training method and the optimizer.
 
     Args:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         data: The data set; its method `read` has been called.
-        method: The method with its students.
-        optimizer: A `functools.partial` of a class of `torch.optim`; see `build_optimization`.
-        scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`; see `build_optimization`.
+        method: The training method with its students.
+        optimizer: A `functools.partial` of `build_optimizer`, which waits for the network.
+        scheduler: A `functools.partial` of `build_scheduler`, which waits for the optimizer and the number of steps.
         listener: The listener that receives signals; a signal ends the training after the current step.
-        standards: For each student the network with standard convolutions, with which costs are compared; `run` needs
-            them.
+        standards: For each student, the same network with standard convolutions, with which costs are compared. They
+            may be left out only if `run` is not called.
         callbacks: Further callbacks of Lightning's `Trainer`.
         console: The console on which progress and results are printed.
 
@@ -240,14 +241,14 @@ class Experiment:
         return trainer
 
     def check_evaluations(self, steps: int) -> None:
-        """Checks that at least one epoch will be evaluated if the best epoch has to be selected.
+        """Checks that the options of `trainer` leave at least one evaluation, without which no epoch can be selected.
 
         Args:
             steps: The number of optimizer steps in an epoch.
 
         Raises:
-            OptionError: An option of Lightning ends the run before the first evaluation, or `trainer` has an option
-                that odcheap sets itself.
+            OptionError: An option ends the run before the first evaluation, or `trainer` has an option that odcheap
+                sets itself.
         """
         options, advice = self.cfg.trainer, "no epoch would be evaluated; select=last selects nothing"
         for name in OWN_OPTIONS & {str(name) for name in options}:
@@ -312,14 +313,14 @@ class Experiment:
         return content
 
     def check_selected(self) -> None:
-        """Raises `OptionError` if the checkpoint says that a student was selected that the run does not have."""
+        """Raises `OptionError` if the checkpoint names a selected network that the run does not have."""
         candidate = self.start.selected_candidate
         if candidate is not None and candidate >= len(self.method.candidates()):
             allowed = f"has selected student {candidate}, which it does not have"
             raise OptionError("resume", self.start.checkpoint, allowed)
 
     def fit(self, trainer: pl.Trainer) -> FitResult:
-        """Trains from the start, or from the checkpoint from which the run continues.
+        """Trains, from the start or from the run's checkpoint, and returns what was selected.
 
         Raises:
             Failure: An option of the trainer ended the run before the first epoch, or no epoch was evaluated although
@@ -352,7 +353,7 @@ class Experiment:
         return FitResult(self.record.history, selected["candidate"], selected["epoch"])
 
     def report_early_end(self) -> None:
-        """Prints a line if the training has ended before its last epoch, with the options that can end it."""
+        """Prints a line if the training has ended before its last epoch. It names the options that can cause this."""
         done, epochs = self.record.history[-1]["epoch"] + 1, self.cfg.trainer.max_epochs
         if done < epochs:
             limits = {name: self.cfg.trainer.get(name) for name in LIMITS}
@@ -364,7 +365,8 @@ class Experiment:
 
         Args:
             trainer: The trainer.
-            val: The metrics of the same weights on the held-out images, with names such as `val/student_0/top1`.
+            val: The metrics of the same weights on the held-out images, by names such as "val/student_0/top1". They
+                become a part of the result.
         """
         trainer.test(self.module, self.data.test_loader(loading_process(trainer)), verbose=False)
         figures = self.module.figures["test"]
@@ -444,8 +446,8 @@ class Experiment:
 
         Args:
             fit: The result of the training.
-            selected: The test of the weights of the selected epoch.
-            last: The test of the weights of the last epoch.
+            selected: The result of the test with the weights of the selected epoch.
+            last: The result of the test with the weights of the last epoch.
         """
         data, history = self.data, fit.history
         assert self.standards, "costs are compared with those of the standard network"
@@ -471,14 +473,14 @@ class Experiment:
         }
 
     def name_networks(self, students: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Adds name and costs of each student's network to its figures, if the networks of the students differ.
+        """Adds the name and the costs of each student's network to its accuracies if the networks differ.
 
         Args:
-            students: The figures of each student: the entry `students` of what `summarize_members` returns.
+            students: A dict of accuracies for each student, which is the entry `students` of `summarize_members`.
 
         Returns:
-            The figures of each student. If the networks differ, there are three more: `network` (a name such as
-            "DW resnet20"), `params` and `macs`.
+            The dicts of all students. If the networks differ, each has three more keys: `network` (a name such as
+            "DW resnet20"), `params` (number of parameters) and `macs` (multiply-accumulates for one image).
         """
         names = name_students(self.start)
         if names is None:
@@ -489,13 +491,14 @@ class Experiment:
         ]
 
     def summarize_selected(self, fit: FitResult, tested: TestResult) -> dict[str, Any]:
-        """Returns the entry `selected` of `summary.json`: the selected candidate and its metrics on the test images.
+        """Returns the entry `selected` of `summary.json`.
 
-        Its `recall` has the recall of each class by the class's name; None for a class without test images.
+        It says which network of which epoch was selected, and has the accuracies of this network. Its `recall` is a
+        dict from each class to the recall on the test images, which is None for a class without test images.
 
         Args:
             fit: The result of the training, which says what is selected.
-            tested: The test of the weights of the selected epoch.
+            tested: The result of the test with the weights of the selected epoch.
         """
         students, averages = tested.members["students"], tested.members["averages"] or []
         figures = [*students, *averages][fit.candidate]
@@ -520,8 +523,8 @@ class Experiment:
 
         Args:
             fit: The result of the training.
-            selected: The test of the weights of the selected epoch.
-            content: The content of `summary.json`.
+            selected: The result of the test with the weights of the selected epoch.
+            content: The content of `summary.json`, from `summarize`.
         """
         job_dir, classes = self.start.job_dir, self.data.classes
         counts = ([name, *row] for name, row in zip(classes, selected.confusion[fit.candidate], strict=True))
@@ -539,12 +542,12 @@ class Experiment:
 def load_state(
     module: DistillationModule, content: Mapping[str, Any], path: Path | None, option: str = "resume"
 ) -> None:
-    """Loads the weights in a checkpoint.
+    """Copies the weights from a checkpoint that has been read into a module.
 
     Args:
         module: The module, whose weights are changed in place.
         content: The content of the checkpoint.
-        path: The checkpoint, for messages.
+        path: The path of the checkpoint, for messages.
         option: The name of the option that gave the checkpoint, for messages.
 
     Raises:
@@ -557,10 +560,10 @@ def load_state(
 
 
 def describe_wrong_state(path: Path | None, error: Exception, option: str = "resume") -> OptionError:
-    """Returns the error that a checkpoint has weights, or another state, that do not fit the run.
+    """Returns an `OptionError` which says that the weights or another state of a checkpoint do not fit the run.
 
     Args:
-        path: The checkpoint.
+        path: The path of the checkpoint.
         error: The error that was raised when the state was restored.
         option: The name of the option that gave the checkpoint, for messages.
     """
@@ -569,7 +572,7 @@ def describe_wrong_state(path: Path | None, error: Exception, option: str = "res
 
 
 def show_profile() -> None:
-    """Makes the report of a Lightning profiler (`+trainer.profiler=simple`) visible, which is a log message."""
+    """Lets Lightning's profiler (`+trainer.profiler=simple`) print its report, although other messages are hidden."""
     # odcheap hides other messages of Lightning, and Hydra disables the loggers that it finds.
     logger = logging.getLogger("pytorch_lightning.profilers.profiler")
     logger.setLevel(logging.INFO)
@@ -582,7 +585,7 @@ def loading_process(trainer: pl.Trainer) -> Process:
 
 
 def describe_few_images(data: ImageData) -> str:
-    """Returns a warning if classes have fewer than two training or held-out images; empty if none has."""
+    """Returns a warning if a class has fewer than two training or held-out images; otherwise an empty text."""
     few = []
     for part, name in (("train", "training"), ("val", "held-out")):
         counts = np.bincount(np.asarray(data.labels[part], dtype=int), minlength=len(data.classes))
