@@ -45,26 +45,26 @@ def cheapen(
 ) -> nn.Module:
     """Returns a copy of a network with cheap convolutions (`CheapConv`) in place of its standard K x K convolutions.
 
-    Each `CheapConv` is a spatial operator with the kernel size, stride, dilation and padding of the replaced
-    convolution, then a 1 x 1 convolution with its number of output channels and its bias. All shapes stay the same, and
-    all other layers keep their weights.
+    A `CheapConv` is a spatial operator, which has the kernel size, stride, dilation and padding of the replaced
+    convolution, and then a 1 x 1 convolution, which has its number of output channels and its bias. All shapes stay the
+    same, and all other layers keep their weights.
 
-    Some convolutions are not replaced: those with groups, with hooks, or of other classes than `nn.Conv2d`, and those
-    whose weights are shared with other layers or computed from other tensors. In the copy each of them has an attribute
-    `reason_kept`, a text that says why. If an image size is found that the network takes, the copy is run on the meta
-    device, which computes shapes only. If it fails because the network's code reads the weights of a convolution and
-    does not call the convolution, that convolution is not replaced either.
+    Some convolutions are not replaced: those with groups, with hooks, or of other classes than `nn.Conv2d`, those whose
+    weights are shared with other layers or computed from other tensors, and those whose weights the network's code
+    reads without calling them. The last kind is found only if the network takes images of a usual size, such as
+    64 x 64. In the copy each of these convolutions has an attribute `reason_kept`, a text that says why.
 
     Args:
         model: The network; it is not changed.
-        block_type: The name of a block type ("Shift", "DW", "RepDW", "Group" or one from
-            `config_dirs`), or a `BlockType`.
-        groups: The number of groups of "Group". If it does not divide the number of channels of a layer, the largest
-            divisor of that number below `groups` is used.
-        keep: The convolutions that are not replaced: their names, names of modules that contain them, or patterns such
-            as `layer4.*`. None keeps the stem, which is the network's first convolution; () keeps none.
-        init: "fit" sets the weights of each cheap convolution to the least-squares approximation of the replaced
-            kernel, "kaiming" draws new random weights, and "auto" is "fit" if the network looks trained, otherwise
+        block_type: The kind of cheap convolution: "Shift", "DW" (depth-wise), "RepDW" (depth-wise with three branches
+            in training), "Group" (grouped), a name from `config_dirs`, or a `BlockType` object.
+        groups: The number of groups of "Group". A layer whose number of channels it does not divide gets the largest
+            divisor of this number that is smaller than `groups`.
+        keep: Convolutions that should not be replaced: a list of their names, of names of modules that contain them, or
+            of patterns such as `layer4.*`. None keeps the stem, which is the network's first convolution. () keeps
+            none.
+        init: How the weights of the cheap convolutions are set. "fit" computes the least-squares approximation of the
+            replaced kernel, "kaiming" draws random weights, and "auto" is "fit" if the network looks trained, otherwise
             "kaiming".
         config_dirs: Further `conf` directories with block types of your own.
 
@@ -114,8 +114,9 @@ def replace_convs(model: nn.Module, block_type: BlockType, fit: bool, reasons: M
     Args:
         model: The network; it is not changed.
         block_type: The kind of cheap convolution.
-        fit: Whether the new weights approximate the replaced kernels; see `make_pair`.
-        reasons: The convolutions that are not replaced, by name, and why; the copies get this as `reason_kept`.
+        fit: True sets the new weights so that they approximate the replaced kernels, False draws random weights.
+        reasons: A dict from the name of each convolution that is not replaced to the reason, a text. Its copy gets the
+            text as the attribute `reason_kept`.
 
     Raises:
         OptionError: There is nothing to replace: `reasons` contains all convolutions.
@@ -144,9 +145,11 @@ def replace_convs(model: nn.Module, block_type: BlockType, fit: bool, reasons: M
 
 
 def try_usual_shapes(model: nn.Module) -> tuple[tuple[int, int, int], set[str]] | None:
-    """Returns the first usual image size (C, H, W) that a network takes, and the names of the modules that it calls.
+    """Runs a network on images of usual sizes, such as 64 x 64, until one works.
 
-    The result is None if the network takes none of these sizes.
+    Returns:
+        A tuple: the shape (C, H, W) of the image that worked, and the names of the modules that were called. None if no
+        size works.
     """
     for side in PROBE_SIDES:
         shape = (find_stem_channels(model), side, side)
@@ -156,7 +159,7 @@ def try_usual_shapes(model: nn.Module) -> tuple[tuple[int, int, int], set[str]] 
 
 
 def find_error(model: nn.Module, shape: tuple[int, int, int]) -> Exception | None:
-    """Returns the error that a network raises for an image with the shape (C, H, W), or None."""
+    """Runs a network on an image with the shape (C, H, W); returns the error that it raises, or None."""
     try:
         list_called_modules(model, shape)
     except Exception as error:  # the network's own code may raise anything
@@ -174,10 +177,10 @@ def list_called_modules(model: nn.Module, shape: tuple[int, int, int]) -> set[st
 
 
 def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init: str) -> None:
-    """Raises `OptionError` if the arguments `keep` and `init` of `cheapen` are not valid.
+    """Raises `OptionError` if the argument `keep` or `init` of `cheapen` is not valid.
 
     Args:
-        model: The network that is to be converted.
+        model: The network that will be converted.
         keep: Names of layers, or patterns such as `layer1.*`, each of which must select a K x K convolution; None for
             the default of `cheapen`.
         init: Must be "auto", "fit" or "kaiming".
@@ -189,17 +192,18 @@ def check_conversion_options(model: nn.Module, keep: Iterable[str] | None, init:
 
 
 def find_spatial_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Returns the convolutions with a kernel larger than 1 x 1 by their names, in the network's order."""
+    """Returns a dict from the name of each `nn.Conv2d` with a kernel larger than 1 x 1 to the module, in order."""
     return {name: conv for name, conv in find_convs(model).items() if max(conv.kernel_size) > 1}
 
 
 def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable[str] | None) -> dict[str, str]:
-    """Returns the K x K convolutions that must not be replaced, by name, and why, as text for the user.
+    """Returns a dict from the name of each K x K convolution that must not be replaced to the reason, a text.
 
     Args:
         model: The network.
-        block_type: The kind of cheap convolution; it may have reasons of its own.
-        keep: Names of layers to leave as they are, or patterns such as `layer1.*`; see `cheapen`.
+        block_type: The kind of cheap convolution; its method `reason_to_keep` is asked too.
+        keep: Convolutions that the user does not want to replace: names, or patterns such as `layer1.*`. None for the
+            network's first convolution.
     """
     convs = find_spatial_convs(model)
     chosen = set([*find_convs(model)][:1]) if keep is None else match_names(list(convs), keep)
@@ -229,7 +233,7 @@ def find_reasons_to_keep(model: nn.Module, block_type: BlockType, keep: Iterable
 
 
 def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
-    """Returns the names of convolutions that a pattern selects.
+    """Returns those of the given names of convolutions that at least one pattern selects.
 
     Args:
         names: The names of all convolutions.
@@ -253,11 +257,10 @@ def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
 
 
 def looks_trained(model: nn.Module) -> bool:
-    """Returns whether the weights of a network do not look like initial ones.
+    """Returns True if a network looks trained: its weights do not look like PyTorch's initial weights.
 
-    A network with normalization layers looks trained if a running mean or a bias of these layers is not zero. A network
-    without them looks trained if a convolution has a bias that is not zero, and weights outside of the range of
-    PyTorch's default initialization.
+    If it has normalization layers, a running mean or a bias of these layers must not be zero. Otherwise a convolution
+    must have both a bias that is not zero and a weight outside of the range of PyTorch's default initialization.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) or hasattr(module, "running_mean")]
     values = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]
@@ -273,13 +276,13 @@ def looks_trained(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def make_pair(conv: nn.Conv2d, block_type: BlockType, fit: bool) -> CheapConv:
-    """Returns a cheap convolution to replace a convolution, with the same device, dtype and mode.
+    """Returns a new `CheapConv` that can replace a convolution, with the same device, dtype and mode.
 
     Args:
-        conv: The convolution that is replaced.
+        conv: The convolution that will be replaced.
         block_type: The kind of cheap convolution.
-        fit: Whether the new weights are the least-squares approximation of the replaced kernel, and the bias is copied;
-            otherwise the weights are Kaiming-normal and the bias is zero.
+        fit: If True, the new weights are the least-squares approximation of the kernel of `conv`, and the bias is
+            copied. If False, the weights are Kaiming-normal and the bias is zero.
     """
     # Random weights first: those that the factorization leaves open keep them.
     has_bias = conv.bias is not None
@@ -310,8 +313,8 @@ class ConvertedLayer:
         name: The name of the convolution in the network.
         before: A short description of the layer before the conversion.
         after: A short description of the layer after the conversion; if it was kept, this says why.
-        params: The number of parameters before and after.
-        macs: The number of multiply-accumulates for one image before and after.
+        params: The numbers of parameters, (before, after).
+        macs: The numbers of multiply-accumulates for one image, (before, after).
     """
 
     name: str
@@ -326,9 +329,9 @@ class ConversionTable:
     """A table of the convolutions that `cheapen` replaced or kept; `print` shows it with aligned columns.
 
     Attributes:
-        rows: The K x K convolutions (larger than 1 x 1), in the network's order.
-        params: The number of parameters of the whole network before and after.
-        macs: The number of multiply-accumulates of the whole network for one image before and after.
+        rows: A row for each K x K convolution (larger than 1 x 1), in the network's order.
+        params: The numbers of parameters of the whole network, (before, after).
+        macs: The numbers of multiply-accumulates of the whole network for one image, (before, after).
     """
 
     rows: list[ConvertedLayer]
@@ -350,8 +353,8 @@ def conversion_table(
     """Returns a table of the convolutions that `cheapen` replaced or kept, with parameters and multiply-accumulates.
 
     Args:
-        before: The network that was given to `cheapen`.
-        after: The network that `cheapen` returned.
+        before: The network before the conversion, the argument of `cheapen`.
+        after: The network after the conversion, the result of `cheapen`.
         image_size: (C, H, W) of the image for which multiply-accumulates (MACs) are counted.
 
     Example:

@@ -16,18 +16,16 @@ from odcheap.utils.errors import first_line
 
 
 def find_export_problem(network: nn.Module, image_size: tuple[int, int, int], whole: bool) -> str | None:
-    """Finds out whether a network can be exported: traces it, and writes it or a part of it as ONNX (in memory).
-
-    Writing a whole network takes many seconds. If only the block type is new, the first cheap convolution is enough,
-    since the rest of the network is known to work.
+    """Tries whether a network can be exported: traces it, and writes it, or a part of it, as ONNX in memory.
 
     Args:
         network: The network; it is not changed.
-        image_size: Shape (C, H, W) of an image.
-        whole: Whether the whole network is written as ONNX, not only its first cheap convolution (`CheapConv`).
+        image_size: The shape (C, H, W) of the images.
+        whole: True writes the whole network as ONNX, which takes many seconds. False writes only its first cheap
+            convolution (`CheapConv`); this is enough if all other layers are known to work.
 
     Returns:
-        One line that says what is wrong; None if the export will work.
+        One line that says what failed, for the user; None if nothing failed.
     """
     network = copy.deepcopy(network).cpu().float().eval()
     images = torch.zeros(2, *image_size)
@@ -56,7 +54,7 @@ def quiet_exporters() -> Generator[None]:
 
 
 def describe_exporter_error(error: BaseException) -> str:
-    """Returns the type and the first line of the first error in a chain of causes, in which a failed export began."""
+    """Returns the type and the first line of the error with which a chain of errors (`__cause__`) began."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__  # the exporters' own messages only say that a step has failed
@@ -64,7 +62,7 @@ def describe_exporter_error(error: BaseException) -> str:
 
 
 def trace(network: nn.Module, images: Tensor) -> Any:
-    """Returns the graph of a network, an `ExportedProgram`, traced with images (N, C, H, W); N may vary in it."""
+    """Traces a network with images (N, C, H, W), and returns the `ExportedProgram`, which takes any N."""
     return torch.export.export(network, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
 
 

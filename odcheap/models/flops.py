@@ -10,9 +10,9 @@ from odcheap.layers.spatial import RepDepthwise
 
 
 def count_params(network: nn.Module) -> int:
-    """Returns the number of parameters, trainable or not; buffers are not counted.
+    """Returns the number of parameters of a network, trainable or not; buffers are not counted.
 
-    For a `RepDepthwise` those of the folded convolution are counted, and not those of its branches.
+    A `RepDepthwise`, which has three branches in training, counts as the one convolution that replaces it in exports.
     """
     branched = [module for module in network.modules() if isinstance(module, RepDepthwise)]
     folded = sum(m.folded_params - sum(p.numel() for p in m.parameters()) for m in branched)
@@ -22,8 +22,8 @@ def count_params(network: nn.Module) -> int:
 def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
     """Returns the number of multiply-accumulates of convolutions and matrix products in a forward pass of one image.
 
-    This is half of the number of PyTorch's FLOP counter, since a multiply-accumulate is two FLOPs. Operators such as
-    `Shift2d`, which run as a convolution but only move data, are not counted.
+    It is half of what PyTorch's FLOP counter counts, since a multiply-accumulate is two FLOPs. Operators that only move
+    data, such as `Shift2d`, are not counted, although they run as a convolution.
 
     Args:
         network: Any network; it runs in eval mode, and its mode is restored afterwards.
@@ -37,7 +37,7 @@ def count_macs(network: nn.Module, image_size: tuple[int, int, int]) -> int:
 
 
 def count_macs_by_module(network: nn.Module, image_size: tuple[int, int, int]) -> dict[str, int]:
-    """Returns the number of multiply-accumulates of each module, by its name; that of the whole network has the key "".
+    """Returns a dict from the name of each module to its number of multiply-accumulates; "" is the whole network.
 
     Args:
         network: Any network; it runs in eval mode, and its mode is restored afterwards.

@@ -18,21 +18,21 @@ MAX_STUDENTS = 100
 
 
 def read_shapes(students: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path] = ()) -> list[Shape]:
-    """Returns the backbone and the block type of each student, given the option `students` of a run.
+    """Returns the backbone and the block type (kind of cheap convolution) of each student of a run.
 
     Args:
-        students: The value of the option: a list whose entries are names of `conf/block_type` or `conf/backbone`, or
-            dicts with one or both of the keys "block_type" and "backbone". The value of such a key is a name, or a dict
-            of options with the name under "part".
-        own: The run's own backbone and block type: a dict with the keys "backbone" and "block_type", whose values are
-            dicts of options with the name under "part". They apply to a student if its entry names no others.
+        students: The value of the option `students`: a list with an entry for each student. An entry is a name from
+            `conf/block_type` or `conf/backbone`, such as "DW", or a dict with one or both of the keys "block_type" and
+            "backbone". The values of this dict are names, or dicts of options with the name under "part".
+        own: The backbone and the block type of a student whose entry does not name them: a dict with the keys
+            "backbone" and "block_type". Its values are dicts of options with the name under "part".
         config_dirs: Further `conf` directories, with backbones and block types of your own.
 
     Returns:
-        A dict for each student, with the same keys as `own` and with all options.
+        A list with a dict for each student. Each dict has the same form as `own`, with all options.
 
     Raises:
-        OptionError: An entry is wrong.
+        OptionError: An entry names an unknown backbone, block type or option, or has another form.
 
     Example:
         >>> own = {"backbone": {"part": "resnet18", "name": "x"}, "block_type": {"part": "DW"}}
@@ -45,12 +45,13 @@ def read_shapes(students: Any, own: Mapping[str, Mapping[str, Any]], config_dirs
 
 
 def read_shape(option: str, entry: Any, own: Mapping[str, Mapping[str, Any]], config_dirs: Sequence[Path]) -> Shape:
-    """Returns the backbone and the block type of one student, with all options, in a dict such as `own`.
+    """Returns the backbone and the block type of one student, with all options, in a dict of the same form as `own`.
 
     Args:
         option: The name of the entry for error messages, such as "students.0".
         entry: The student's entry in the option `students`, such as "DW" or {"block_type": "Shift"}.
-        own: The run's own backbone and block type, which apply if the entry names no others; see `read_shapes`.
+        own: What applies if the entry does not name it: a dict with the keys "backbone" and "block_type", whose values
+            are dicts of options with the name under "part".
         config_dirs: Further `conf` directories, with backbones and block types of your own.
 
     Raises:
@@ -87,8 +88,8 @@ def name_shape(shape: Mapping[str, Mapping[str, Any]], others: Sequence[Mapping[
     """Returns a short name of a student, such as "DW resnet20", with the options in which it differs from others.
 
     Args:
-        shape: The backbone and the block type of the student, as `read_shapes` returns them.
-        others: Those of all students of the run.
+        shape: The backbone and the block type of the student, a dict that `read_shapes` returned.
+        others: The same for all students of the run; an empty list to name no options.
 
     Example:
         >>> wide = {"block_type": {"part": "DW"}, "backbone": {"part": "resnet20", "width": 24}}

@@ -37,13 +37,13 @@ Noise = Annotated[float, Field(ge=0)]
 def converted_backbone(
     network: Callable[..., Backbone], conv: BlockType, num_classes: int, keep: list[str] | str | None = None
 ) -> Backbone:
-    """Returns one of our standard networks with cheap convolutions in place of its 3 x 3 convolutions.
+    """Builds a standard network, and returns it with cheap convolutions in place of its 3 x 3 convolutions.
 
     Args:
-        network: A function that takes `num_classes` and returns the standard network.
-        conv: The block type, which builds the cheap convolutions; Standard replaces nothing.
+        network: A function that takes `num_classes` and returns the standard network, such as `vgg16`.
+        conv: The block type, which builds the cheap convolutions. `Standard` replaces nothing.
         num_classes: The number of classes, K.
-        keep: The convolutions that are not replaced; None for the first one. See `cheapen`.
+        keep: Convolutions that should not be replaced, given as for `cheapen`; None for the network's first one.
     """
     converted = convert_to(network(num_classes=num_classes), conv, keep, "kaiming")
     converted.standard_note = None
@@ -51,15 +51,16 @@ def converted_backbone(
 
 
 def convert_to(network: nn.Module, conv: BlockType, keep: Iterable[str] | None, init: Init) -> Any:
-    """Returns a copy of a network with cheap convolutions, or the network itself if the block type is Standard.
+    """Returns a copy of a network with cheap convolutions, or the network itself if the block type is `Standard`.
 
-    It calls `cheapen`. Errors name the options as users set them: `backbone.keep`, not `keep`.
+    It calls `cheapen`, and changes the names of options in errors to those that users set, such as `backbone.keep`.
 
     Args:
         network: The standard network.
         conv: The block type, which builds the cheap convolutions.
-        keep: The convolutions that are not replaced; None for the first one. See `cheapen`.
-        init: How the weights of the cheap convolutions are initialized: "auto", "fit" or "kaiming". See `cheapen`.
+        keep: Convolutions that should not be replaced, given as for `cheapen`; None for the network's first one.
+        init: How the weights of the cheap convolutions are set: "fit" approximates the replaced kernels, "kaiming"
+            draws random weights, and "auto" is "fit" if the network looks trained.
     """
     check_block_type(conv)
     try:
@@ -79,19 +80,19 @@ class LibraryBackbone(Backbone):
 
     Args:
         name: The name of the network in the library.
-        conv: The block type, which builds the cheap convolutions; Standard replaces nothing.
+        conv: The block type, which builds the cheap convolutions. `Standard` replaces nothing.
         num_classes: The number of classes, K.
-        pretrained: A local file of weights of the standard network, which are loaded before the conversion; None for
-            random weights. If its classifier has another number of classes, the classifier is not loaded.
-        keep: The convolutions that are not replaced; see `cheapen`.
-        init: How the weights of the cheap convolutions are initialized; see `cheapen`. "auto" is "fit" with pretrained
-            weights, otherwise "kaiming".
-        noise: The size of the noise that is added to pretrained weights, so that students from the same file differ;
-            see `add_weight_noise`.
+        pretrained: A local file with weights of the standard network, which are loaded before the conversion; None for
+            random weights. The classifier is not loaded if the file has another number of classes.
+        keep: Convolutions that should not be replaced, given as for `cheapen`; None for the network's first one.
+        init: How the weights of the cheap convolutions are set: "fit" approximates the replaced kernels, "kaiming"
+            draws random weights, and "auto" is "fit" if `pretrained` is given, otherwise "kaiming".
+        noise: The standard deviation of the noise that is added to the cheap convolutions if `pretrained` is given, as
+            a fraction of that of each weight tensor. With noise, students from the same file differ.
 
     Raises:
         OptionError: The name is unknown, the weights do not fit, no convolution can be replaced, or the network has no
-            last feature map (N, C, H, W).
+            last feature map (N, C, h, w).
     """
 
     native_size = 224
@@ -125,7 +126,8 @@ class LibraryBackbone(Backbone):
         Args:
             name: The name of the network in the library, such as `resnet18`.
             num_classes: The number of classes, K.
-            is_pretrained: Whether published weights will be loaded into it afterwards.
+            is_pretrained: True if published weights will be loaded into the network afterwards, so that a slow random
+                initialization can be left out.
         """
         raise NotImplementedError
 
@@ -138,7 +140,7 @@ class LibraryBackbone(Backbone):
             name: The name of the network in its library, such as `resnet18`, for the error message.
 
         Raises:
-            OptionError: The network has no 4-D last feature map, or `head(features(x))` differs from the network's own
+            OptionError: The network has no last feature map (N, C, h, w), or `head(features(x))` differs from its own
                 forward pass.
         """
         self.network, self.num_classes = network, num_classes
@@ -156,9 +158,9 @@ class LibraryBackbone(Backbone):
 
 
 class TorchvisionBackbone(LibraryBackbone):
-    """A torchvision network, split into features and head before its global pool.
+    """A torchvision network with cheap convolutions; `features` ends before its global pool, where `head` begins.
 
-    The arguments are those of `LibraryBackbone`; `name` is one of `torchvision.models.list_models`.
+    The arguments are those of `LibraryBackbone`. `name` is a name that `torchvision.models.list_models` returns.
     """
 
     def create_network(self, name: str, num_classes: int, is_pretrained: bool) -> nn.Module:
@@ -205,13 +207,13 @@ class TorchvisionBackbone(LibraryBackbone):
 class MobileNetV2(TorchvisionBackbone):
     """MobileNetV2 for images of 32 x 32 pixels; its last feature map is (N, 1280, H/8, W/8).
 
-    The first two strides of 2 of the published network are 1 here. The depth-wise convolutions already have 1 x 1
-    convolutions before and after them, so they are replaced by the spatial operator of the block type without another
-    1 x 1 convolution. With DW and Standard they are those of the published network. Source: Sandler et al.,
-    "MobileNetV2: Inverted residuals and linear bottlenecks", 2018.
+    The first two strides of 2 of the published network are 1 here. Only the depth-wise convolutions are replaced, each
+    by the spatial operator of the block type, such as a shift. No 1 x 1 convolution is added, since the network already
+    has one before and after each of them. With `DW` and `Standard` they stay depth-wise convolutions. Source: Sandler
+    et al., "MobileNetV2: Inverted residuals and linear bottlenecks", 2018.
 
     Args:
-        conv: The block type, whose spatial operators replace the depth-wise convolutions.
+        conv: The block type (kind of cheap convolution), whose spatial operator replaces the depth-wise convolutions.
         num_classes: The number of classes, K.
     """
 
@@ -239,9 +241,9 @@ class MobileNetV2(TorchvisionBackbone):
 
 
 class TimmBackbone(LibraryBackbone):
-    """A timm network, split into features and head by its own methods `forward_features` and `forward_head`.
+    """A timm network with cheap convolutions; `features` and `head` are its `forward_features` and `forward_head`.
 
-    The arguments are those of `LibraryBackbone`; `name` is one of `timm.list_models`.
+    The arguments are those of `LibraryBackbone`. `name` is a name that `timm.list_models` returns.
 
     Raises:
         Failure: timm is not installed.
@@ -265,7 +267,7 @@ class TimmBackbone(LibraryBackbone):
 
 
 def check_name(name: str, known: list[str], library: str) -> None:
-    """Raises `OptionError`, which names similar networks, if the library has no network of this name.
+    """Raises an `OptionError` that names similar networks if a library has no network of the given name.
 
     Args:
         name: The name of the network.
@@ -286,12 +288,12 @@ def load_pretrained(
     Args:
         network: The network, whose weights are set in place.
         path: The file, written by `torch.save` or as safetensors: a state dict, or a checkpoint with a state dict under
-            one of the usual keys. The names may have the prefixes that `torch.compile`, `DataParallel` and modules
-            around the network add.
+            one of the usual keys, such as "state_dict". The names of its tensors may have the prefixes that
+            `torch.compile`, `DataParallel` and modules around the network add.
         num_classes: The number of classes, K.
         option: The name of the option with which the user gave the file, for error messages.
-        new_head: Whether the network keeps its own classifier if that of the file has another number of classes;
-            otherwise this is an error.
+        new_head: What happens if the classifier of the file has another number of classes. With True, the network keeps
+            its own classifier; with False, `OptionError` is raised.
 
     Raises:
         OptionError: The weights do not fit; the network is not changed then.
@@ -318,7 +320,7 @@ def load_pretrained(
 
 
 def read_published(path: str, option: str) -> Any:
-    """Returns the content of a file of published weights, such as a state dict.
+    """Reads a file of published weights, and returns its content, such as a state dict.
 
     Args:
         path: The file, written by `torch.save`, or as safetensors with the suffix `.safetensors`.
@@ -332,17 +334,17 @@ def read_published(path: str, option: str) -> Any:
 
 
 def update_name(name: str) -> str:
-    """Returns the name that a tensor of an old or compiled network has today.
+    """Returns the name that a tensor from a file has in today's networks.
 
-    The prefix `_orig_mod.` of `torch.compile` is removed, and so are the extra dots in the names of old DenseNets.
+    The prefix `_orig_mod.` of `torch.compile` is removed, and so are extra dots in the names of old DenseNets.
     """
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name.replace("_orig_mod.", ""))
 
 
 def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
-    """Returns the tensors of a file, by name, without the prefixes that modules around a network add to the names.
+    """Removes from the names of the tensors of a file the prefixes that modules around a network add.
 
-    If most names have a prefix, the tensors whose names do not have it, such as those of a loss, are left out.
+    If most names have a prefix, tensors whose names do not have it, such as those of a loss, are left out.
 
     Args:
         tensors: The tensors of the file by name.
@@ -359,7 +361,7 @@ def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tenso
 
 
 def find_last_layer(network: nn.Module, num_classes: int) -> str:
-    """Returns the name of the layer that computes the logits: the last linear or convolutional one with K outputs.
+    """Returns the name of the layer that computes the logits: the last linear layer or convolution with K outputs.
 
     Args:
         network: The network.
@@ -377,16 +379,16 @@ def find_last_layer(network: nn.Module, num_classes: int) -> str:
 
 @torch.no_grad()
 def add_weight_noise(network: nn.Module, noise: float = 0.1, all_layers: bool = False) -> None:
-    """Adds Gaussian noise to the weights of the cheap convolutions of a network, or of all its layers.
+    """Adds Gaussian noise to the weights of the cheap convolutions of a network, in place.
 
-    Students that start from the same weights would otherwise stay equal, since they see the same batches. If the
-    network has no cheap convolutions, the noise is added to the convolutions larger than 1 x 1.
+    Students (networks that are trained together on the same batches) would otherwise stay equal if they start from the
+    same weights. If the network has no cheap convolutions, convolutions larger than 1 x 1 get the noise.
 
     Args:
-        network: The network, changed in place.
+        network: The network, which is changed.
         noise: The standard deviation of the noise, as a fraction of the standard deviation of each weight tensor.
-        all_layers: Whether the noise is added to the weights of all convolutions and linear layers. Otherwise the
-            layers that `cheapen` has copied, such as the stem and the classifier, stay equal in all students.
+        all_layers: True adds the noise to the weights of all convolutions and linear layers. With False, layers that
+            `cheapen` has copied, such as the stem and the classifier, stay equal in all students.
 
     Example:
         >>> network = nn.Conv2d(3, 8, 3)
@@ -403,7 +405,7 @@ def add_weight_noise(network: nn.Module, noise: float = 0.1, all_layers: bool = 
 
 
 def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name: str) -> None:
-    """Raises `OptionError` if images are too large for a network for small images, or too small for its strides.
+    """Raises `OptionError` if images are too small for a network, or too large for one designed for small images.
 
     Args:
         backbone: The network.
@@ -438,8 +440,7 @@ def check_image_size(backbone: Backbone, image_size: tuple[int, int, int], name:
 def find_map_size(backbone: Backbone, image_size: tuple[int, int, int]) -> tuple[int, int]:
     """Returns the height and the width of a network's last feature map.
 
-    A copy of the network runs on the meta device, where PyTorch computes shapes only; or on the CPU, if its code reads
-    values, which no tensor on that device has.
+    A copy of the network runs on the meta device, where PyTorch computes shapes only, or on the CPU if that fails.
 
     Args:
         backbone: The network.
