@@ -72,7 +72,7 @@ Start-up to the first step: {start}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap bench") -> int:
-    """Runs the command.
+    """Runs `odcheap bench`.
 
     Args:
         arguments: The command-line arguments; None for those of this process.
@@ -240,7 +240,7 @@ def measure_start(script: str = TRAIN) -> float | None:
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Returns the result in Markdown: tables of the training, of layers and of the inference, and the start-up time.
+    """Returns the result in Markdown, with tables of training, layers and inference, and with the start-up time.
 
     Args:
         result: The last result of `measure`.
@@ -296,7 +296,7 @@ def to_table(rows: list[dict[str, Any]]) -> str:
 
 
 def format_ratio(ratio: dict[str, float]) -> str:
-    """Returns what `compare_times` returned as text, such as "1.52 (1.49 to 1.60)": the median, minimum and maximum."""
+    """Returns ratios of `compare_times` as text with median, minimum and maximum, such as "1.52 (1.49 to 1.60)"."""
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 

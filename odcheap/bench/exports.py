@@ -41,7 +41,7 @@ def bench_exports(options: argparse.Namespace) -> int:
     """Times the files of exports in every runtime, writes and prints the result, and returns the exit status 0.
 
     Args:
-        options: The options of the command, of which `exports`, `seconds`, `threads`, `out` and `overrides` are read.
+        options: The arguments of `odcheap bench`, as `parse_arguments` returns them.
 
     Raises:
         OptionError: The value of an option is not allowed.
@@ -116,10 +116,10 @@ def measure_exports(folders: Sequence[Path], seconds: float, threads: int) -> li
         - `network`: the name of the network;
         - `precision`: "float" or "int8";
         - `images`: the number of images in a call;
-        - `bytes`: a dict from the names of the runtimes to the size of the file;
-        - `top1`: a dict from the names of the runtimes to the accuracy as a fraction, or None;
-        - `ms`: a dict from the names of the runtimes to the first quartile, the median and the third quartile of the
-          milliseconds of a call.
+        - `bytes`: a dict of file sizes, by the names of the runtimes;
+        - `top1`: a dict of accuracies in [0, 1], or None, by the names of the runtimes;
+        - `ms`: a dict by the names of the runtimes, of the milliseconds of a call (first quartile, median, third
+          quartile).
 
     Raises:
         OptionError: A folder is not an export, or one of its files was changed.

@@ -119,7 +119,7 @@ def random_images(cfg: DictConfig, count: int) -> Images:
     """Returns random images and labels with ten classes.
 
     Args:
-        cfg: The config; the images have the size for which its backbone was designed.
+        cfg: The config of a run; the images have the size for which its backbone was designed.
         count: The number of training images; there are ten test images.
     """
     side = cast(Backbone, build_method(cfg).students.members[0]).native_size
@@ -209,7 +209,7 @@ def make_dataset(cfg: DictConfig, images: Images) -> PillowImages:
 
 
 def create_loop_2019(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a function that takes one training step of the loop in the style of 2019.
+    """Returns a function that takes one training step of a loop in the style of 2019 (float32, eager mode).
 
     Args:
         cfg: The config of a run, of which the options of `data` are used.

@@ -108,5 +108,5 @@ def count_allocated_bytes() -> int | None:
 
 
 def count_page_faults() -> int:
-    """Returns how often this process has touched a page of memory that the system had to provide first."""
+    """Returns the number of page faults of this process so far that needed no reading from disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -154,8 +154,7 @@ class StepOnDemand(pl.Callback):
 def create_template_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
     """Returns a function that takes one training step of a Lightning `Trainer` with the template's callbacks.
 
-    The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps. The progress
-    bar and the summary of the model are not shown.
+    The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps.
 
     Args:
         cfg: The config of a run.

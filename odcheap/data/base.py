@@ -32,7 +32,7 @@ class Batch(NamedTuple):
         target: Labels (N,), int64. In training with mixup or cutmix they are class probabilities (N, K), float32.
         share: The factor by which the process multiplies its mean loss. It is N times the number of processes, divided
             by the number of images in the batches of all processes together. With this factor the mean of all
-            processes' gradients is exactly the gradient of the mean loss of all these images, even if N differs.
+            processes' gradients is exactly the gradient of all images' mean loss, even if processes have different N.
     """
 
     images: Tensor
@@ -149,8 +149,8 @@ class BatchOrder:
         """Returns which images this process trains on in each batch of the epoch.
 
         Returns:
-            A pair for each batch: the positions (N,) of this process's images among all training images, and the factor
-            by which the process multiplies its mean loss (`Batch.share`).
+            A list with a pair for each batch. The first element has the positions (N,) of this process's images among
+            all training images. The second is the factor of the process's mean loss (`Batch.share`).
         """
         # All processes draw the same order, and each takes every world_size-th image of a batch.
         order = torch.randperm(self.count, generator=make_generator(self.seed, "order", self.epoch))
@@ -163,7 +163,7 @@ class ResumableBatches(ABC):
     """The base class of loaders of training batches, which can continue in the middle of an epoch.
 
     Iterating yields the `Batch` objects of one epoch, with images and labels. The state dict contains the number of
-    batches that were yielded in this epoch. If a loader loads it, its next iteration skips so many batches.
+    batches that were yielded in this epoch. After it is loaded, the next iteration skips so many batches.
 
     Args:
         order: The sampler that chooses the images of each batch.
@@ -285,7 +285,7 @@ class ImageData(ABC):
         out.
 
         Args:
-            digests: A hash of each training image, by which images are chosen.
+            digests: A hash of each training image. Which images are held out or left out depends on these hashes.
             target: The labels (N,) of the training images.
             test_target: The labels (M,) of the test images.
             hash_test: A function that returns a hash of each test image; it is called only if `limit` is given.
@@ -315,7 +315,7 @@ class ImageData(ABC):
 
         Args:
             kind: "files" if the contents of image files were hashed, "pixels" if the pixels were.
-            digests: A hash of each training image, in the order of the argument `digests` of `divide`.
+            digests: A hash of each training image, in the same order as for `divide`.
         """
         used = (join_digests(digests[k] for k in self.index[part]) for part in ("train", "val"))
         self.digests = ImageDigests(kind, self.split_seed, *used)
@@ -325,7 +325,7 @@ class ImageData(ABC):
 
         Args:
             twice: The names of the test images that are also training images; empty for no warning.
-            unit: The unit in which these images are equal, for the message: "byte" or "pixel".
+            unit: The unit that was compared, "byte" or "pixel", for the message.
         """
         if twice:
             what = f"test images are also training images, {unit} for {unit}, such as {twice[0]}"
@@ -363,9 +363,6 @@ class ImageData(ABC):
         """Returns an iterable of the `Batch` objects that one process evaluates after each epoch.
 
         Their images are from "test" if `select` is "test", otherwise from "val".
-
-        Args:
-            process: The process that evaluates the batches.
         """
         return self.eval_loader(self.watched_part, process)
 

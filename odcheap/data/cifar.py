@@ -114,7 +114,7 @@ def missing_error(data_dir: str, name: str, why: str) -> OptionError:
     """Returns the error for a folder that does not contain the images of CIFAR; the caller raises it.
 
     Args:
-        data_dir: The folder.
+        data_dir: The folder, for the message.
         name: "cifar10" or "cifar100".
         why: The end of the message, such as why nothing was downloaded.
     """

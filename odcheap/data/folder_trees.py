@@ -62,7 +62,7 @@ class Files(NamedTuple):
         return Path(self.root, os.fsdecode(self.names[index]))
 
     def subset(self, index: np.ndarray) -> "Files":
-        """Returns some of the files with their labels, by their positions (from 0) in the list."""
+        """Returns the files at some positions (from 0) in the list, with their labels."""
         return Files(self.root, self.names[index], self.target[index])
 
     def join(self, other: "Files") -> "Files":
@@ -358,7 +358,7 @@ def hash_ends(files: Files, split_seed: int) -> list[bytes]:
 
     Args:
         files: The files.
-        split_seed: The key of the hash function: another seed gives other hashes.
+        split_seed: The key of the hash function. With another key, all hashes are different.
     """
     # Reading whole files would take minutes for a large data set.
     key = str(split_seed).encode()
@@ -388,7 +388,7 @@ def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[byte
     Args:
         files: The files.
         index: The positions of the files to hash.
-        split_seed: The key of the hash function: another seed gives other hashes.
+        split_seed: The key of the hash function. With another key, all hashes are different.
     """
     key = str(split_seed).encode()
 
@@ -408,7 +408,7 @@ def hash_files(files: Files, split_seed: int, ends: list[bytes] | None = None) -
 
     Args:
         files: The files.
-        split_seed: The key of the hash function: another seed gives other hashes.
+        split_seed: The key of the hash function. With another key, all hashes are different.
         ends: The result of `hash_ends` for these files; None to compute it.
     """
     found = list(ends or hash_ends(files, split_seed))

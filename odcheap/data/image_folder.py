@@ -308,7 +308,7 @@ def prepare_loader_process(_: int) -> None:
     multiprocessing sends at exit, ends the loader process.
 
     If the shared memory is full, a batch cannot be passed to the run. The loader process then ends, and the run notices
-    that. Otherwise Python would print a traceback and drop the batch, and the run would wait for the batch forever.
+    that.
     """
     # With the start method forkserver, `os.getppid()` is the server and not the run.
     parent = multiprocessing.parent_process()
@@ -322,6 +322,7 @@ def prepare_loader_process(_: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+    # Python would print a traceback and drop the batch, and the run would wait for the batch forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore
 
 

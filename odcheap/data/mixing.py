@@ -77,8 +77,8 @@ def build_mixing(policy: Policy, classes: int, seed: int) -> Mixing | None:
 def draw_rectangle(random: np.random.Generator, alpha: float, height: int, width: int) -> tuple[int, int, int, int]:
     """Draws the rectangle of an image that cutmix replaces.
 
-    Its area is the fraction 1 - w of the image's area, with w from a Beta distribution. Its center is anywhere in the
-    image, and parts that lie outside of the image are cut off.
+    Its area is the fraction 1 - w of the image's area, with w from a Beta distribution. Parts of it
+    that lie outside of the image are cut off.
 
     Args:
         random: The generator of random numbers.

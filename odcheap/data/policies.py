@@ -71,7 +71,7 @@ def adjust_brightness(images: Tensor, values: Tensor) -> Tensor:
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """Returns the brightness of each pixel: a weighted mean of red, green and blue.
+    """Returns the brightness of each pixel, which is a weighted mean of red, green and blue.
 
     For images with another number of channels than three, it is the plain mean of the channels.
 
@@ -94,7 +94,7 @@ def adjust_color(images: Tensor, values: Tensor) -> Tensor:
 
     Args:
         images: (N, H, W, C), uint8.
-        values: (N, ...); the first value of each image is the factor: 0 for gray, 1 for no change.
+        values: (N, ...); the first value of each image is the factor. A gray image results from 0, no change from 1.
     """
     return blend(images, to_gray(images), values[:, :1]) if images.shape[-1] == 3 else images
 
@@ -104,8 +104,8 @@ def adjust_contrast(images: Tensor, values: Tensor) -> Tensor:
 
     Args:
         images: (N, H, W, C), uint8.
-        values: (N, ...); the first value of each image is the factor: 0 for the mean brightness at all pixels, 1 for no
-            change.
+        values: (N, ...); the first value of each image is the factor. Pixels of mean brightness result from 0, no
+            change from 1.
     """
     gray = to_gray(images)
     mean = gray.sum((1, 2, 3), keepdim=True) / gray[0].numel()
@@ -117,7 +117,7 @@ def adjust_sharpness(images: Tensor, values: Tensor) -> Tensor:
 
     Args:
         images: (N, H, W, C), uint8.
-        values: (N, ...); the first value of each image is the factor: 0 for a blurred image, 1 for no change.
+        values: (N, ...); the first value of each image is the factor. A blurred image results from 0, no change from 1.
     """
     if min(images.shape[1:3]) <= 2:
         return images
@@ -233,7 +233,7 @@ class Draws(NamedTuple):
 
         Args:
             batches: For each batch the positions (B,) of its images among the N images.
-            device: The device of the images, to which what was drawn is copied.
+            device: The device of the images.
         """
         # All batches are copied to the device together: a copy for each batch would make the GPU wait each time.
         sizes = [len(batch) for batch in batches]
@@ -386,9 +386,9 @@ class TrivialAugment(Policy):
 class RandAugment(Policy):
     """The augmentation policy `randaugment`, which applies several operations to each image, at one strength.
 
-    Each operation is drawn from 14, with equal probability.
+    Each operation is drawn from 14, with equal probability. The ranges of the strengths are those of torchvision.
     Source: Cubuk et al., "RandAugment: practical automated data augmentation with a reduced search space", 2020,
-    section 3. The ranges of the strengths are those of torchvision.
+    section 3.
 
     Args:
         num_ops: The number of operations that are applied to each image, one after the other; N in the paper.

@@ -35,7 +35,7 @@ def hash_pixels(images: Tensor, split_seed: int) -> list[bytes]:
 
     Args:
         images: (N, C, H, W), uint8.
-        split_seed: The key of the hash function: another seed gives other hashes.
+        split_seed: The key of the hash function. With another key, all hashes are different.
     """
     key = str(split_seed).encode()
     return [hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest() for image in images.numpy()]
@@ -106,7 +106,7 @@ def sort_by_digest(digests: list[bytes], labels: np.ndarray) -> np.ndarray:
 
 
 def mark_smallest(order: np.ndarray, labels: np.ndarray, total: int) -> np.ndarray:
-    """Returns a boolean mask (N,) of the images that come first, from each class in proportion to its size.
+    """Returns a boolean mask (N,) that marks the first images of each class, in proportion to its size.
 
     Args:
         order: The positions of the images in the order of their hashes.

@@ -37,8 +37,8 @@ class Augmentation:
             view: The number (from 0) of the augmentation, if each image has several.
 
         Returns:
-            (N, 3) integers: for each image the top and the left edge of the crop in the padded image, in pixels, and
-            whether it is flipped (0 or 1).
+            (N, 3), integers. The row of an image has the top and the left edge of the crop in the padded image, in
+            pixels, and 1 if the image is flipped, otherwise 0.
         """
         random = make_generator(seed, *augmentation_stream(epoch, view))
         corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=random)
@@ -68,8 +68,8 @@ def augmentation_stream(*place: int, purpose: str = "augment") -> tuple[str | in
     """Returns the arguments, after the seed, of `make_generator` for the random numbers of an augmentation.
 
     Args:
-        *place: Numbers that identify the augmentation, such as the epoch and the position of the image. The last number
-            is that of the view: the augmentations of the same image are called views, and are counted from 0.
+        *place: Numbers that identify the augmentation, such as the epoch and the position of the image. The last one
+            counts the augmentations of the same image, from 0.
         purpose: "augment" for crop and flip, "policy" for the operations of `data.policies`.
     """
     # View 0 has no number in the name, so that it is the same for methods with one view and with several.
@@ -94,7 +94,7 @@ def stack_views(views: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Normalization:
-    """The normalization of images: (x / 255 - mean) / std in each channel.
+    """The normalization of images, which maps a pixel x to (x / 255 - mean) / std in each channel.
 
     Args:
         mean: The mean of each channel, in [0, 1].

@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate") -> argparse.Namespace:
-    """Returns the arguments of the command; `--help` and mistyped arguments are answered without PyTorch.
+    """Parses the arguments of `odcheap evaluate`; after `--help` or wrong arguments the process ends here.
 
     Args:
         arguments: The command-line arguments; None for those of this process.

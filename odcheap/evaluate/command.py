@@ -25,7 +25,7 @@ MAX_NAMED = 3  # training images that a line names; the file names all
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap evaluate") -> int:
-    """Runs the command.
+    """Runs `odcheap evaluate`.
 
     Args:
         arguments: The command-line arguments; None for those of this process.
@@ -52,7 +52,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Classifies the images that the user has named, prints the result, writes its files, and returns the exit status.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them.
+        options: The parsed arguments of the command.
 
     Raises:
         OptionError: An argument is wrong.
@@ -174,7 +174,7 @@ def describe_training_images(model: Model, content: dict[str, Any]) -> list[str]
 
     Args:
         model: The model that was evaluated.
-        content: The content of `evaluation.json`, of which the entries are used that `summarize` returns.
+        content: The dict that `summarize` returned; it may have further entries.
     """
     trained, held_out = content["trained_on"], content["selected_on"]
     if trained is None:
@@ -203,7 +203,7 @@ def describe_inputs(options: argparse.Namespace) -> dict[str, str | None]:
     """Returns what is evaluated, for `evaluation.json`; only a file with the same inputs is overwritten later.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them.
+        options: The parsed arguments of the command.
 
     Returns:
         A dict with three entries: `model` is the folder of the run or export, `file` is the name of the ONNX file or
@@ -221,7 +221,7 @@ def default_folder(options: argparse.Namespace) -> Path:
     """Returns the default folder of the result, which is in the folder of a run or beside the folder of an export.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them.
+        options: The parsed arguments of the command.
     """
     *_, above, name = ["", "root", *Path(os.path.realpath(options.images)).parts[1:]]
     name = f"{above}-{name}" if name in predict.PART_FOLDERS else name  # `photos-test` for photos/test
@@ -235,7 +235,7 @@ def prepare_folder(options: argparse.Namespace) -> Path:
     """Makes the folder of the result, and returns it.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them.
+        options: The parsed arguments of the command.
 
     Raises:
         OptionError: The folder cannot be made, or a file of the result is there already and is not from an evaluation

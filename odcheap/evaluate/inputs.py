@@ -51,7 +51,7 @@ def load_model(options: argparse.Namespace) -> Model:
     """Loads the model that the user has named, which is an export in ONNX Runtime or a run's student in PyTorch.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them.
+        options: The parsed arguments of the command.
 
     Raises:
         OptionError: An option does not suit the folder, or the folder is neither a run nor an export.
@@ -103,9 +103,9 @@ class EvaluatedImages(NamedTuple):
 
     Attributes:
         title: A text that says which images they are.
-        names: A name for each image: the path of its file relative to the folder, or its number in the data set.
+        names: The path of each image relative to the folder, or the number of each image in the data set, as text.
         files: The image files; None for a data set that is not read from files.
-        target: The label of each image: the position of its class among the classes of the model.
+        target: The label of each image, which is the position of its class among the classes of the model.
         remarks: Lines of text about images that were left out.
         data: The data set; None for a folder.
     """
@@ -139,7 +139,7 @@ def list_images(options: argparse.Namespace, classes: Sequence[str]) -> Evaluate
     A name such as `cifar10` stands for the data set. A folder with this name must be given as `./cifar10`.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them.
+        options: The parsed arguments of the command.
         classes: The names of the model's classes, in the order of the logits.
 
     Raises:
@@ -173,7 +173,7 @@ def list_data_set(options: argparse.Namespace, classes: Sequence[str]) -> Evalua
     """Lists the test images of a data set, with labels for the classes of the model; nothing is downloaded.
 
     Args:
-        options: The arguments of the command, as `parse_arguments` returns them; `images` is the name of the data set.
+        options: The parsed arguments of the command; `images` is the name of the data set.
         classes: The names of the model's classes, in the order of the logits.
 
     Raises:

@@ -25,7 +25,7 @@ from odcheap.utils.errors import Failure
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -> int:
-    """Runs the command.
+    """Runs `odcheap report`.
 
     Args:
         arguments: The command-line arguments; None for those of this process.
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "odcheap report") -
 
 
 def show_status(folders: list[RunFolder]) -> int:
-    """Prints a line for each run, and returns the exit status: 1 if a run has failed, otherwise 0."""
+    """Prints a line with the state of each run, and returns the exit status, 1 if a run has failed, otherwise 0."""
     names, shared = shorten_names([entry.folder for entry in folders])
     rows = [
         {"run": name, "state": entry.state, "details": describe_process(entry)}

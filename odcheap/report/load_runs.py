@@ -46,7 +46,7 @@ class RunFolder(NamedTuple):
         folder: The folder.
         state: "finished", "failed", "running", "stopped", "not begun" or "unreadable".
         reason: A text that says why the run is in this state; it may be empty.
-        run: What was read from the folder, if the run is finished, otherwise None.
+        run: What was read, if the run is finished, otherwise None.
         host: The name of the machine that wrote the run's status, if known. A report, which others may read, does not
             name it.
         process: The id of the process that trains, if the run is running, otherwise None.

@@ -128,13 +128,13 @@ def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def shorten_label(name: Any, limit: int = MAX_LABEL) -> str:
-    """Returns a name as one line of at most `limit` characters; a longer one is cut and ends with an ellipsis."""
+    """Returns a name as one line of at most `limit` characters; a longer name is cut and ends with an ellipsis."""
     text = escape_control_chars(str(name)[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def describe_data(runs: Iterable[FinishedRun]) -> str:
-    """Returns a text for titles with the data set and the number of epochs of the runs: `CIFAR-10, 15 epochs`."""
+    """Returns a text such as `CIFAR-10, 15 epochs`, with the data set and the number of epochs of the runs."""
     summaries = [run.summary for run in runs]
     names = sorted({str(summary["data"]) for summary in summaries if summary.get("data")})
     epochs = sorted({summary["epochs"] for summary in summaries if summary.get("epochs")})
@@ -294,7 +294,7 @@ def draw_standard_networks(axes: Axes, networks: Sequence[Latency]) -> None:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the points of the Pareto front, sorted by cost; each is more accurate than all points up to its cost.
+    """Returns the points of the Pareto front, sorted by cost. Each is cheaper or more accurate than any other point.
 
     Args:
         points: The points (cost, accuracy).
@@ -308,11 +308,10 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 @rc_context(STYLE)
 def plot_gains(rows: pd.DataFrame, baseline: str, data: str) -> Figure:
-    """Draws the gain of each setting and method over the baseline, with its 95 % confidence interval.
+    """Draws the gain of each setting (such as the block type) and method over the baseline.
 
-    A setting is the combination of the options that differ between the runs and do not belong to the method. A gain is
-    the mean accuracy of all students of a run, minus that of the baseline's run with the same seed. The marker is
-    hollow if the interval contains zero, or if there is only one seed.
+    A gain is the mean accuracy of all students of a run, minus that of the baseline's run with the same seed. Error
+    bars are 95 % confidence intervals. The marker is hollow if the interval contains zero or there is only one seed.
 
     Args:
         rows: The table of `summarize_runs`, with a row for each combination of setting and method.
@@ -445,7 +444,7 @@ def create_figure(title: str, height: float, count: int = 1, columns: int = 1) -
         title: The text at the top on the left.
         height: The height of a panel in inches.
         count: The number of panels.
-        columns: The number of panels beside each other.
+        columns: The number of panels in a row.
     """
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")

@@ -113,7 +113,7 @@ def prepare_folder(out: Path | None, default: Path) -> Path:
 
 
 def is_report(path: Path) -> bool:
-    """Returns whether a file begins as every `report.md` does."""
+    """Returns whether a file begins like a `report.md` of `odcheap report`."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:

@@ -101,7 +101,7 @@ def format_table(table: pd.DataFrame, is_console: bool = False) -> pd.DataFrame:
 
     Args:
         table: The table of `build_table`.
-        is_console: Whether the text is for the console; otherwise it is for Markdown.
+        is_console: True for text on the console, False for Markdown.
     """
     cells = {
         HEADINGS.get(str(name), str(name)): [format_cell(str(name), value, is_console) for value in values]
@@ -118,7 +118,7 @@ def format_cell(column: str, value: Any, is_console: bool = False) -> str:
     Args:
         column: The name of the column.
         value: The value.
-        is_console: Whether the text is for the console; otherwise it is for Markdown.
+        is_console: True for text on the console, False for Markdown.
     """
     if value is None:
         return ""
@@ -138,11 +138,13 @@ def format_cell(column: str, value: Any, is_console: bool = False) -> str:
 
 
 def format_gain(gain: Spread, before_note: str) -> str:
-    """Returns a gain in percentage points as text, with its confidence interval and a note if it is not resolved.
+    """Returns a gain in percentage points as text, with its confidence interval.
+
+    If the interval contains zero, or is not known, the note "(not resolved)" follows.
 
     Args:
         gain: The gain.
-        before_note: The text between the numbers and the note, such as a space.
+        before_note: The text between the numbers and the note, a space or a line end.
     """
     text = format_accuracy(gain.mean, "+")
     if gain.low is not None:
@@ -354,8 +356,8 @@ def show_sweep(console: Console, outcomes: list[Outcome], is_search: bool = Fals
     Args:
         console: The console to print on.
         outcomes: The outcomes of the runs.
-        is_search: Whether the runs are trials of a search for options. No accuracy on test images is printed then: it
-            would be too high for a trial that was chosen by it.
+        is_search: Whether the runs are trials of a search for options. No accuracy on test images is printed then,
+            because trials must not be chosen by it.
     """
     names, shared = shorten_names([Path(outcome.job_dir) for outcome in outcomes])
     runs = [describe_outcome(name, outcome) for name, outcome in zip(names, outcomes, strict=True)]
@@ -383,8 +385,8 @@ def finished_runs(outcomes: list[Outcome]) -> list[FinishedRun]:
 def shorten_names(folders: Sequence[Path]) -> tuple[list[str], str]:
     """Returns a short name for the folder of each run, and the overrides that the names of all folders contain.
 
-    A short name has only the overrides that differ between the runs, without their groups: `DW` for `block_type=DW`,
-    `max_epochs=5` for `trainer.max_epochs=5`. If the runs are in different folders, it also has the folder.
+    A short name has only the overrides that differ between the runs, without their groups, such as `DW` for
+    `block_type=DW`. If the runs are in different folders, it also has the folder.
 
     Args:
         folders: The folders of the runs. Their names consist of overrides, such as `block_type=DW,seed=0`.
