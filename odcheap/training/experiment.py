@@ -116,8 +116,8 @@ class Experiment:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         data: The data set; its method `read` has been called.
         method: The training method with its students.
-        optimizer: A `functools.partial` of `build_optimizer`, which waits for the network.
-        scheduler: A `functools.partial` of `build_scheduler`, which waits for the optimizer and the number of steps.
+        optimizer: A class of `torch.optim` with its options, such as `partial(torch.optim.SGD, lr=0.1)`.
+        scheduler: A class of `torch.optim.lr_scheduler` with its options, also as a `functools.partial`.
         listener: The listener that receives signals; a signal ends the training after the current step.
         standards: For each student, the same network with standard convolutions, with which costs are compared. They
             may be left out only if `run` is not called.

@@ -1,6 +1,6 @@
-"""The LightningModule, which trains a method and computes the accuracies of its networks.
+"""The LightningModule, which trains the networks of a method and computes their accuracies.
 
-The metrics of an epoch are exact sums over all images and processes, and can be saved within the epoch.
+The metrics of an epoch are exact sums over all images and processes, and checkpoints within an epoch contain them.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,10 +30,10 @@ STAGES = ("train", "val", "test")
 
 
 class RunningSums(Metric):
-    """A metric whose states are sums.
+    """The base class of metrics whose states are sums, which can be saved and continued within an epoch.
 
-    A checkpoint contains the sums over all processes. After loading, only process 0 continues with them, and all other
-    processes start at zero.
+    A checkpoint contains the sums over all processes. After loading, process 0 continues with these sums, and all other
+    processes start at zero, so that nothing counts twice.
     """
 
     full_state_update = False
@@ -50,9 +50,10 @@ class RunningSums(Metric):
             return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_summed_state(self, state: dict[str, Tensor]) -> None:
-        """Sets the states to those that `summed_state` returned; only one process may call this.
+        """Continues from the sums that `summed_state` returned.
 
-        Otherwise the sums of all processes, which are added up in the end, would contain them several times.
+        Only one process may call this. The sums of all processes are added at the end, so the loaded sums would
+        otherwise count several times.
         """
         for name, value in state.items():
             setattr(self, name, value.to(self.device))
@@ -67,7 +68,7 @@ class MemberScores(RunningSums):
     Args:
         members: The number of networks, M.
         classes: The number of classes, K.
-        with_confusion: Whether confusion matrices are counted too.
+        with_confusion: True to count confusion matrices, too.
 
     Example:
         >>> scores = MemberScores(members=1, classes=3)
@@ -107,12 +108,15 @@ class MemberScores(RunningSums):
             self.confusion.view(len(logits), -1).scatter_add_(1, cell, torch.ones_like(cell))
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the metrics of all networks over the images so far, by name.
+        """Returns the metrics of all networks over the images so far.
 
         Returns:
-            `top1` and `top5`: the accuracy of each network, (M,); `top5` has no meaning with 5 classes or fewer.
-            `recall`: the recall of each class, (M, K); NaN for a class without images. `confusion`: the number of
-            images, (M, K, K), by true class (second dimension) and predicted class (third); (0, K, K) if not counted.
+            A dict with these keys:
+
+            - `top1`, `top5`: the accuracy of each network, (M,); `top5` has no meaning with 5 classes or fewer;
+            - `recall`: the recall of each class, (M, K); NaN for a class without images;
+            - `confusion`: the number of images by network, true class and predicted class, (M, K, K); (0, K, K) if
+              confusion matrices are not counted.
         """
         total = self.seen.sum().double()
         return {
@@ -124,7 +128,7 @@ class MemberScores(RunningSums):
 
 
 class TermMeans(RunningSums):
-    """The mean of each loss term over the images of an epoch; the names are those of the first batch.
+    """The mean of each loss term over the images of an epoch. All batches must have the terms of the first batch.
 
     Example:
         >>> means = TermMeans()
@@ -168,16 +172,15 @@ class TermMeans(RunningSums):
 class Figures(NamedTuple):
     """Metrics of all members (the networks that are evaluated, such as students and teacher) on one part of the data.
 
-    Each list has one entry for each member, in the order of `DistillationModule.members`.
-
-    The accuracies are fractions in [0, 1]. Those of the teacher are None if it may have been trained on the images.
+    Each list has one entry for each member, in the order of `DistillationModule.members`. Accuracies are fractions in
+    [0, 1]. The accuracies of the teacher are None if it may have been trained on these images.
 
     Attributes:
         top1: The top-1 accuracies.
         top5: The top-5 accuracies; a list of None with 5 classes or fewer.
-        balanced_accuracy: The balanced accuracy of each member: the mean of the recalls of all classes.
-        confusion: The confusion matrices, K x K numbers of images: a row for each true class, a column for each
-            predicted class. They are computed in the test stage only; otherwise the list is empty.
+        balanced_accuracy: The balanced accuracies: the mean of the recalls of all classes that have images.
+        confusion: The confusion matrices of numbers of images, K x K. Rows are true classes, columns predicted classes.
+            They are computed on the test images only; otherwise the list is empty.
     """
 
     top1: list[float | None]
@@ -187,33 +190,34 @@ class Figures(NamedTuple):
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains a method, and evaluates all its networks, which are called members.
+    """Trains the networks of a method, and evaluates them.
 
-    The members are the students, the moving averages of their weights (if the method has any), the teacher (if it has
-    one), and the ensemble of the students. Lightning's manual optimization is used: `training_step` calls an
-    `EagerStep` or a `GraphStep`.
+    The evaluated networks are called members. They are the students, the moving averages of their weights (if there are
+    any), the teacher (if there is one), and the ensemble of the students. Lightning's manual optimization is used:
+    `training_step` calls an `EagerStep` or a `GraphStep`.
 
-    A checkpoint that is saved within an epoch contains the metrics of this epoch so far. The loader (see
-    `data.base.ResumableBatches`) saves how many batches are done.
+    A checkpoint that is saved within an epoch contains the metrics of this epoch so far. The data loader saves how many
+    batches are done.
 
     Args:
-        method: The networks to train and their loss, a `Method`.
-        optimizer: A `functools.partial` of a class of `torch.optim`; see `build_optimization`.
-        scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`; see `build_optimization`.
+        method: The networks to train and their loss.
+        optimizer: A class of `torch.optim` with its options, such as `partial(torch.optim.SGD, lr=0.1)`.
+        scheduler: A class of `torch.optim.lr_scheduler` with its options, also as a `functools.partial`.
         steps: The number of optimizer steps in the whole run.
         classes: The number of classes.
         seed: The seed of the run.
-        about: A description of the run, which every checkpoint contains as `odcheap`; see `summary.describe_run`.
+        about: A description of the run, from `summary.describe_run`. Every checkpoint contains it as `odcheap`.
         gradients: How gradients are accumulated, clipped and checked.
-        on_graph_refused: None to train in eager mode. If it is a function, training steps are recorded as CUDA graphs;
-            if they cannot be recorded, the function is called with the reason, a text.
-        teacher_saw_val: Whether the teacher may have been trained on the held-out images.
-        mixing: Mixup and cutmix of the training batches; None for none. The accuracies of the training are then those
-            for the more probable label of each image.
+        on_graph_refused: None to train in eager mode. A function to record training steps as CUDA graphs; it is called
+            with the reason, a text, if a step cannot be recorded.
+        teacher_saw_val: True if the teacher may have been trained on the held-out images. Its accuracies on these
+            images are then None.
+        mixing: The function that mixes the images of training batches (mixup, cutmix); None for no mixing. With mixing,
+            a prediction in training counts as correct if it is the more probable label of the mixed image.
 
     Attributes:
         members: The names of the members, such as "student_0", "average_0", "teacher" and "ensemble".
-        figures: The latest metrics of each stage ("train", "val", "test").
+        figures: The latest metrics of each stage that was evaluated, by "train", "val" or "test".
     """
 
     def __init__(
@@ -285,7 +289,7 @@ class DistillationModule(pl.LightningModule):
         self.terms.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Trains on a batch; callbacks get the `StepResult` as `outputs["result"]`."""
+        """Trains on a batch. Returns `loss`, a scalar for Lightning, and `result`, a `StepResult` for callbacks."""
         # Random numbers of the networks (dropout) depend only on the step, so a resumed run draws the same ones.
         seed = derive_seed(self.seed, "step", self.current_epoch, batch_idx, self.global_rank)
         seed_generators(seed, self.device)
@@ -312,7 +316,7 @@ class DistillationModule(pl.LightningModule):
         self.share_buffers()
 
     def share_buffers(self) -> None:
-        """Copies the batch norm statistics of process 0 to all processes: checkpoints contain those of process 0."""
+        """Copies the batch norm statistics of process 0, which checkpoints contain, to all processes."""
         if self.trainer.world_size > 1:
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -337,7 +341,9 @@ class DistillationModule(pl.LightningModule):
         self.compute_figures("test")
 
     def compute_figures(self, stage: str) -> Figures:
-        """Returns the metrics of a stage, over all processes, and resets its counts; every process must call this.
+        """Returns the metrics of a stage, summed over all processes, and sets its counts to zero.
+
+        Every process must call this.
 
         Args:
             stage: "train", "val" or "test".
@@ -360,9 +366,9 @@ class DistillationModule(pl.LightningModule):
         return figures
 
     def member_logits(self, outputs: dict[str, Tensor | None]) -> Tensor:
-        """Returns the logits of all M members, (M, N, K), detached.
+        """Returns the logits of all M members, (M, N, K), detached, in the order of `members`.
 
-        Those of the ensemble are the logarithm of the mean of the students' softmax.
+        The logits of the ensemble are the logarithm of the mean of the students' softmax.
 
         Args:
             outputs: The outputs that `Method.forward` returned.
@@ -375,11 +381,11 @@ class DistillationModule(pl.LightningModule):
         return torch.cat([part for part in parts if part is not None]).detach()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds to a checkpoint what the run needs beside weights and optimizer to continue.
+        """Adds to a checkpoint, in place, what the run needs besides weights and optimizer state to continue.
 
-        This is the run's description, its number of steps, the metrics of the epoch so far, and the gradients that were
-        accumulated since the last step of the optimizer. The metrics are summed over all processes, so every process
-        must call this.
+        These are the description of the run, its number of steps, the metrics of the epoch so far, and the gradients
+        that were accumulated since the last step of the optimizer. Every process must call this, since the metrics are
+        summed over all processes.
         """
         # Only the method's weights are kept in the state dict, not the counts of the metrics.
         checkpoint["odcheap"], checkpoint["steps"] = self.about, self.steps
@@ -398,9 +404,10 @@ class DistillationModule(pl.LightningModule):
 
 
 def name_members(method: Method) -> list[str]:
-    """Returns the names of the networks of a method that are evaluated, in the order of `member_logits`.
+    """Returns the names of the networks of a method that are evaluated.
 
-    These are "student_0", "student_1", ..., then "average_0", ... and "teacher" if the method has them, and "ensemble".
+    They are "student_0", "student_1" and so on, then "average_0" and so on if the method keeps moving averages, then
+    "teacher" if there is one, and "ensemble".
     """
     students = len(method.students)
     averages = len(method.candidates()) - students

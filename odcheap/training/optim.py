@@ -31,17 +31,18 @@ BIASED_LAYERS = (_ConvNd, nn.Linear)
 def build_optimization(
     network: nn.Module, optimizer: partial[Optimizer], scheduler: partial[LRScheduler], steps: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """Builds the optimizer and the learning rate schedule that `conf/` defines.
+    """Builds the optimizer and the learning rate schedule of a run, and returns both.
 
     Args:
         network: The network to train.
-        optimizer: A `functools.partial` of a class of `torch.optim`, with arguments of `build_optimizer`.
-        scheduler: A `functools.partial` of a class of `torch.optim.lr_scheduler`, with arguments of `build_scheduler`.
-        steps: The number of optimizer steps in the whole run; the schedule's `step` is called once after each of them.
+        optimizer: A class of `torch.optim` with keyword arguments for `build_optimizer`, such as
+            `partial(torch.optim.SGD, lr=0.1)`.
+        scheduler: A class of `torch.optim.lr_scheduler` with keyword arguments for `build_scheduler`, also as a
+            `functools.partial`.
+        steps: The number of optimizer steps in the whole run. Call the schedule's `step` once after each of them.
 
     Raises:
-        OptionError: An option of the optimizer or of the schedule is not allowed; see `build_optimizer` and
-            `build_scheduler`.
+        OptionError: An argument of the optimizer or of the schedule is not allowed.
     """
     built = build_optimizer(optimizer.func, network, **optimizer.keywords)
     return built, build_scheduler(scheduler.func, built, steps, **scheduler.keywords)
@@ -66,11 +67,11 @@ def build_optimizer(
         optimizer: A class of `torch.optim`, such as `torch.optim.SGD`.
         network: The network to train.
         lr: The learning rate at the start; a schedule may change it.
-        weight_decay: The weight decay of all parameters except those that the next options exclude.
+        weight_decay: The weight decay of all parameters that the next options do not exclude.
         momentum: The momentum, for classes that have one; None for the default of the class.
-        decay_norm: Whether the weights and biases of normalization layers have weight decay.
-        decay_bias: Whether the biases of convolutions and linear layers have weight decay.
-        decay_spatial: Whether the weights of the spatial operators of cheap convolutions (DW, Group) have weight decay.
+        decay_norm: False to exclude the weights and biases of normalization layers from weight decay.
+        decay_bias: False to exclude the biases of convolutions and linear layers from weight decay.
+        decay_spatial: False to exclude the K x K weights of cheap convolutions (DW, RepDW, Group) from weight decay.
         options: Further arguments of the optimizer's class, such as `betas`.
 
     Raises:
@@ -95,14 +96,17 @@ def build_optimizer(
 def group_parameters(
     network: nn.Module, weight_decay: float, decay_norm: bool, decay_bias: bool, decay_spatial: bool
 ) -> list[dict[str, Any]]:
-    """Returns the trainable parameters as one group with weight decay and one without; an empty group is left out.
+    """Divides the trainable parameters into two groups for an optimizer: with weight decay, and without.
 
     Args:
         network: The network to train.
         weight_decay: The weight decay of the first group.
-        decay_norm: Whether the weights and biases of normalization layers are in the first group.
-        decay_bias: Whether the biases of convolutions and linear layers are in the first group.
-        decay_spatial: Whether the weights of the spatial operators of cheap convolutions are in the first group.
+        decay_norm: False to put the weights and biases of normalization layers into the second group.
+        decay_bias: False to put the biases of convolutions and linear layers into the second group.
+        decay_spatial: False to put the K x K weights of cheap convolutions into the second group.
+
+    Returns:
+        A list of dicts with the keys `params` and `weight_decay`; a group without parameters is left out.
 
     Raises:
         OptionError: `decay_spatial` is False but the network has no spatial operators with weights.
@@ -128,14 +132,14 @@ def group_parameters(
 def follow_schedule(
     optimizer: Optimizer, scheduler: LRScheduler, fresh: tuple[Optimizer, LRScheduler], done: int
 ) -> None:
-    """Sets an optimizer and its schedule to the learning rates that a new schedule has after some steps.
+    """Changes an optimizer and its schedule, in place, to the learning rates of a schedule with another length.
 
-    This is needed if a run is resumed with another number of epochs: the schedule in the checkpoint has another length.
+    This is needed if a run is resumed with another number of epochs than its checkpoint has.
 
     Args:
-        optimizer: The optimizer of the run; its learning rates are changed in place.
-        scheduler: The schedule of the run; its state is changed in place.
-        fresh: A newly built optimizer and schedule with the new length.
+        optimizer: The optimizer of the run.
+        scheduler: The schedule of the run.
+        fresh: A newly built optimizer and its schedule, which has the new length. Both are changed.
         done: The number of optimizer steps that the run has taken.
     """
     # Step the new schedule from the start, then copy its state.
@@ -150,12 +154,12 @@ def follow_schedule(
 
 
 def is_sequence(value: Any) -> bool:
-    """Returns whether a value is a sequence, such as a list or a tuple, and not a text."""
+    """Returns whether a value is a sequence other than a string, such as a list or a tuple."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def to_plain(value: Any) -> Any:
-    """Converts the lists of a config to tuples, since checkpoints may contain plain containers only."""
+    """Converts lists, also those of OmegaConf, to tuples, since checkpoints may contain Python's own types only."""
     return tuple(to_plain(entry) for entry in value) if is_sequence(value) else value
 
 
@@ -169,14 +173,14 @@ def build_scheduler(
     gamma: Annotated[float, Field(gt=0)] | None = None,
     **options: Any,
 ) -> LRScheduler:
-    """Builds a learning rate schedule whose `step` is to be called once after each step of the optimizer.
+    """Builds a learning rate schedule. Its method `step` must be called once after each step of the optimizer.
 
     Args:
         scheduler: A class of `torch.optim.lr_scheduler`, or a function that returns a schedule.
         optimizer: The optimizer whose learning rate the schedule sets.
         steps: The number of optimizer steps in the whole run.
-        fractions: The names of the arguments in `options` that are fractions of `steps`, in [0, 1]; they are converted
-            to numbers of steps.
+        fractions: The names of those arguments in `options` that are given as fractions of `steps`, in [0, 1]. They are
+            converted to numbers of steps.
         gamma: The factor by which the learning rate is multiplied, for classes that have it; None for the default of
             the class.
         options: Further arguments of the class. Each `functools.partial` of a schedule in them, as in `schedulers` of
@@ -210,7 +214,7 @@ def build_scheduler(
 
 
 def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
-    """Returns an argument of a schedule, with each `functools.partial` of a schedule in it replaced by the schedule."""
+    """Returns an argument of a schedule, in which each `functools.partial` of a further schedule is built."""
     if is_sequence(value):
         return [build_nested(entry, optimizer, steps) for entry in value]
     if isinstance(value, partial) and inspect.isclass(value.func) and issubclass(value.func, LRScheduler):
@@ -219,7 +223,7 @@ def build_nested(value: Any, optimizer: Optimizer, steps: int) -> Any:
 
 
 def count_steps(name: str, value: Any, steps: int) -> Any:
-    """Converts fractions of the run to numbers of steps.
+    """Converts a fraction of the run, or a list of fractions, to numbers of steps.
 
     Args:
         name: The name of the option, for messages.
@@ -227,7 +231,7 @@ def count_steps(name: str, value: Any, steps: int) -> Any:
         steps: The number of optimizer steps in the whole run.
 
     Returns:
-        A number of steps, which is 1 or more if the fraction is above 0; or a list of numbers.
+        The number of steps, or a list of numbers if `value` is a list. Fractions above 0 give 1 step or more.
 
     Raises:
         OptionError: A fraction is outside [0, 1].
@@ -258,8 +262,8 @@ def warmup_multistep(
         optimizer: The optimizer whose learning rate is set.
         milestones: The milestones as numbers of steps from the start of the run.
         warmup: The number of steps during which the learning rate increases linearly; 0 for no warm-up.
-        gamma: The factor at each milestone.
-        start_factor: The learning rate at the first step of the warm-up, as a fraction of the optimizer's.
+        gamma: The factor by which the learning rate is multiplied at each milestone.
+        start_factor: The learning rate at the first step of the warm-up, as a fraction of the optimizer's `lr`.
     """
 
     def factor(step: int) -> float:
@@ -282,7 +286,7 @@ def warmup_cosine(
         optimizer: The optimizer whose learning rate is set.
         total: The number of steps of the whole run.
         warmup: The number of steps of the warm-up.
-        start_factor: The learning rate at the first step, as a fraction of the optimizer's.
+        start_factor: The learning rate at the first step, as a fraction of the optimizer's `lr`.
     """
     linear = LinearLR(optimizer, start_factor, total_iters=warmup)
     cosine = CosineAnnealingLR(optimizer, max(1, total - warmup))

@@ -1,6 +1,6 @@
-"""Builds the students of a run, which may have different shapes, loads the weights with which they start, and checks.
+"""Builds the students of a run, which may have different architectures, loads their first weights, and checks them.
 
-The networks with standard convolutions, with which costs are compared, are built here too.
+The same networks with standard convolutions, with which costs are compared, are built here, too.
 """
 
 import os
@@ -29,7 +29,7 @@ from odcheap.utils.seeds import temporary_seed
 
 
 class StudentBuilder(NamedTuple):
-    """What is needed to build one student.
+    """Builds one student of a run.
 
     Attributes:
         backbone: The name of the backbone, such as "resnet20".
@@ -37,8 +37,8 @@ class StudentBuilder(NamedTuple):
             `num_classes`.
         make_conv: A function without arguments that returns the `BlockType` for `conv`.
         channels: The number of channels of the images.
-        explain: A function that takes an `OptionError` about an option of this student, and returns the error to raise:
-            if students have different shapes, with the option's full name, such as `students.1.block_type.groups`.
+        explain: A function that is called with an `OptionError` about this student, and returns the error to raise. It
+            may replace the name of the option by the full name, such as `students.1.block_type.groups`.
     """
 
     backbone: str
@@ -51,7 +51,7 @@ class StudentBuilder(NamedTuple):
         """Returns a new student for `num_classes` classes.
 
         Raises:
-            OptionError: An option of the student is wrong; the message names it as the user can give it.
+            OptionError: An option of the student is wrong. The message has the full name of the option.
         """
         try:
             return build_backbone(self.build, self.make_conv(), num_classes, self.channels)
@@ -60,7 +60,7 @@ class StudentBuilder(NamedTuple):
 
 
 def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
-    """Returns for each student of a run what builds it.
+    """Returns a `StudentBuilder` for each student of a run.
 
     Args:
         start: The run's config, and the checkpoint from which it continues, if there is one.
@@ -88,13 +88,14 @@ def list_builders(start: Start, channels: int) -> list[StudentBuilder]:
 
 
 def name_entry(number: int, shape: Shape, own: Shape, error: OptionError) -> OptionError:
-    """Returns an error with `students.NUMBER.` before its option, if the entry of `students` sets this option.
+    """Returns an error whose option has the prefix `students.NUMBER.` if the wrong option is set in that entry.
 
     Args:
-        number: The number of the student.
-        shape: Its backbone and its block type.
-        own: The backbone and the block type of the run, which apply if the entry names no others.
-        error: The error, about an option such as `block_type.groups`.
+        number: The index of the student in the option `students`.
+        shape: The backbone and the block type (kind of cheap convolution) of this student.
+        own: The backbone and the block type of the run, which an entry of `students` can replace. If the wrong option
+            is equal in `shape` and `own`, the error is returned unchanged.
+        error: An error about an option such as `block_type.groups`.
     """
     group, _, option = str(error).partition("=")[0].partition(".")
     if group not in GROUPS:
@@ -108,7 +109,7 @@ def build_students(start: Start, builders: Sequence[StudentBuilder], num_classes
 
     Args:
         start: The run, whose config has the seed of the initial weights.
-        builders: What builds each student; see `list_builders`.
+        builders: The builder of each student, from `list_builders`.
         num_classes: The number of classes, K.
     """
     cfg = start.cfg
@@ -117,11 +118,13 @@ def build_students(start: Start, builders: Sequence[StudentBuilder], num_classes
 
 
 def build_standards(start: Start, builders: Sequence[StudentBuilder], num_classes: int) -> list[Backbone]:
-    """Returns for each student the same backbone with standard convolutions; students with one backbone share it.
+    """Returns for each student the same backbone with standard convolutions, to compare costs.
+
+    If students have the same backbone, the list has the same object for all of them.
 
     Args:
         start: The run, whose config has the seed of the initial weights.
-        builders: What builds each student; see `list_builders`.
+        builders: The builder of each student, from `list_builders`.
         num_classes: The number of classes, K.
     """
     built: dict[Any, Backbone] = {}
@@ -134,15 +137,16 @@ def build_standards(start: Start, builders: Sequence[StudentBuilder], num_classe
 
 
 def check_networks(method: Method, builders: Sequence[StudentBuilder], image_size: tuple[int, int, int]) -> None:
-    """Checks that the students take the images, and that their feature maps suit the method.
+    """Checks that students can take images of this size, and that the method can use the students together.
 
     Args:
-        method: The method with the students.
-        builders: What has built each student; see `list_builders`.
+        method: The training method with the students.
+        builders: The builder of each student, from `list_builders`.
         image_size: (C, H, W) of the images.
 
     Raises:
-        OptionError: Images are too large or too small, or the method joins maps of different sizes.
+        OptionError: The images are too large or too small for a student. Or the method joins the students' last feature
+            maps, but their sizes differ.
     """
     members = method.students.backbones()
     firsts = dict(zip(builders, members, strict=True))  # one student of each shape
@@ -158,21 +162,23 @@ def check_networks(method: Method, builders: Sequence[StudentBuilder], image_siz
 
 
 def name_students(start: Start) -> list[str] | None:
-    """Returns a short name of each student of a run, such as "DW resnet20"; None if all have the same shape."""
+    """Returns a short name for each student of a run, such as "DW resnet20"; None if all have one architecture."""
     shapes = start.config.student_shapes()
     return None if shapes is None else [name_shape(shape, shapes) for shape in shapes]
 
 
 def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
-    """Loads the option `weights` into the students of a new run; checks that a continued run has the same data.
+    """Loads the file of the option `weights` into the students of a new run.
+
+    If the run continues from a checkpoint, nothing is loaded. Instead it is checked that the images are the same.
 
     Args:
         start: The run's config, and the checkpoint from which it continues, if there is one.
-        method: The method, whose weights are changed in place.
-        data: The data set.
+        method: The training method, whose weights are changed in place.
+        data: The data set; its method `read` has been called.
 
     Raises:
-        OptionError: The data are other ones than before, or the weights do not fit.
+        OptionError: The images or classes are not those of the checkpoint, or the weights do not fit.
     """
     cfg = start.cfg
     method.check_classes(data.classes)
@@ -206,14 +212,14 @@ def check_finished(start: Start) -> None:
 
 
 def check_same_images(start: Start, data: ImageData) -> None:
-    """Checks that a checkpoint was trained with these data: the same classes, images and split.
+    """Checks that a checkpoint was trained with the same classes and images, and the same held-out images.
 
     Args:
-        start: The run's config, and the checkpoint; nothing is checked if there is none.
+        start: The run's config and the checkpoint. If there is no checkpoint, nothing is checked.
         data: The data set; its method `read` has been called.
 
     Raises:
-        OptionError: The data are other ones.
+        OptionError: The classes, the images or the held-out images differ.
     """
     cfg = start.cfg
     if start.content is not None and start.content["odcheap"]["classes"] != list(data.classes):

@@ -1,8 +1,8 @@
-"""Starts loggers (TensorBoard, W&B, MLflow), and logs what they get besides the metrics of each epoch.
+"""Starts loggers (TensorBoard, W&B, MLflow), and logs everything except the metrics of each epoch.
 
-At the start these are the hyperparameters and the config as text, in each n-th step the loss and the learning rate, and
-at the end the final figures and the confusion matrix as a picture. Other loggers get the hyperparameters and all
-numbers. `logger.log_metrics` of `Record` writes the metrics of each epoch.
+These are the hyperparameters and the config as text at the start, the loss and the learning rate in each n-th step, and
+the final metrics and the confusion matrix as a picture at the end. Other loggers get the hyperparameters and all
+numbers. The callback `Record` logs the metrics of each epoch.
 """
 
 import io
@@ -32,10 +32,10 @@ RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
 class StepLosses(pl.Callback):
-    """Logs the training loss and the learning rate of each 50th step, and ten times in a short epoch.
+    """Logs the training loss and the learning rate of each 50th step, or about ten times in a short epoch.
 
-    Not every step is read, since to read a loss from a GPU takes as long as a step. With several processes the loss is
-    that of process 0's part of the batch.
+    Other steps are not logged, because the training has to wait for the GPU to read a loss. If there are several
+    processes, only the loss of process 0's part of the batch is logged.
 
     Args:
         read_lr: A function that returns the learning rate of the current step.
@@ -61,7 +61,8 @@ class LoggerRuns(pl.Callback):
     """Saves in each checkpoint the run ids of the loggers, so that a resumed run continues under the same ids.
 
     Attributes:
-        ids: The run ids by the names of the loggers in `conf/logger`. Set those of loggers that have been started.
+        ids: The run ids by the names of the loggers in `conf/logger`, such as "wandb". The caller sets the ids of the
+            loggers that it has started.
     """
 
     def __init__(self) -> None:
@@ -75,15 +76,15 @@ class LoggerRuns(pl.Callback):
 
 
 def saved_logger_run(start: Start, name: str) -> dict[str, str]:
-    """Returns the argument, a run id, with which a logger continues its earlier run when a training is resumed.
+    """Returns the keyword argument with which a logger continues its earlier run when a training is resumed.
 
     Args:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         name: The name of the logger in `conf/logger`.
 
     Returns:
-        A dict with the name of the argument and the saved run id. It is empty for a new run, for a run that continues
-        in another folder, and if the user has given an id.
+        A dict with one entry, such as `{"id": "3kq8z1"}`. It is empty for a new run, for a run that continues in
+        another folder, if the user has given an id, and for loggers without run ids.
     """
     # A checkpoint may come from a stranger: only an id that looks like one is used.
     if start.content is None or not start.in_own_folder or name not in RUN_ID_OPTIONS:
@@ -95,24 +96,24 @@ def saved_logger_run(start: Start, name: str) -> dict[str, str]:
 
 
 def build_loggers(start: Start) -> dict[str, Any]:
-    """Builds the loggers, by their names in `conf/logger`; a run that continues in its folder keeps its run ids."""
+    """Builds the loggers of a run, by their names in `conf/logger`; a resumed run continues its earlier logger runs."""
     chosen = {name: part for name, part in start.cfg.logger.items() if part}
     return {name: instantiate(part, **saved_logger_run(start, name)) for name, part in chosen.items()}
 
 
 def start_loggers(start: Start, loggers: Mapping[str, Any], settings: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Starts the loggers; those that do not continue a recorded run get the hyperparameters and the config.
+    """Starts loggers, and sends the hyperparameters and the config to those that begin a new run.
 
-    If a logger should continue a run that does not exist any more, it starts a new one, and a line is printed.
+    If a logger should continue an earlier run that does not exist any more, it begins a new run, and a line is printed.
 
     Args:
-        start: The run's config.
+        start: The run's config and folder, and the checkpoint from which it continues, if there is one.
         loggers: The loggers by their names in `conf/logger`.
         settings: The config of the run, as nested dicts.
         text: The config as YAML.
 
     Returns:
-        The loggers by name.
+        The started loggers by name.
 
     Raises:
         OptionError: A logger cannot be started.
@@ -141,9 +142,9 @@ def start_loggers(start: Start, loggers: Mapping[str, Any], settings: Mapping[st
 
 @contextmanager
 def finish_loggers(loggers: Collection[str]) -> Generator[None]:
-    """A context manager that ends the run of W&B in the end, if there is one.
+    """A context manager that closes the run of W&B at its end, if W&B is one of the loggers.
 
-    Otherwise the next run in this process, such as the next one of a sweep, would be recorded in the same W&B run.
+    Otherwise the next training in this process, such as the next run of a sweep, would be logged to the same W&B run.
 
     Args:
         loggers: The names of the loggers in `conf/logger`.
@@ -162,7 +163,7 @@ def log_result(
     classes: Sequence[str],
     step: int,
 ) -> None:
-    """Logs the final figures and the confusion matrix.
+    """Logs the final metrics of a run and its confusion matrix.
 
     Args:
         loggers: The loggers by name.
@@ -185,7 +186,7 @@ def log_result(
 
 
 def attempt(name: str, log: Callable[..., object], *arguments: Any) -> None:
-    """Calls a function that logs; an error becomes a printed warning, so that it does not end the training.
+    """Calls a function that logs something. If it raises an error, a warning is printed and the training goes on.
 
     Args:
         name: The name of the logger in `conf/logger`, for the warning.

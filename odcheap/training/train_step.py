@@ -30,10 +30,11 @@ class StepResult(NamedTuple):
     """The result of a training step, detached from the autograd graph.
 
     Attributes:
-        terms: The loss terms by name, scalars; the entry `loss` is the sum of the other terms.
-        outputs: The outputs of the method by name, in float32.
-        finite: Whether all gradients were finite, a boolean scalar on their device; None if this step only accumulated
-            gradients.
+        terms: The loss terms by name, scalars that are already multiplied by their weights. The entry `loss` is the sum
+            of the other terms.
+        outputs: The outputs of the method by name, such as `student_logits`; bfloat16 is converted to float32.
+        finite: A boolean scalar on the device of the gradients, true if all of them were finite. None if this step only
+            accumulated gradients.
         taken: Whether the optimizer has updated the weights.
     """
 
@@ -44,14 +45,14 @@ class StepResult(NamedTuple):
 
 
 class GradientOptions(NamedTuple):
-    """How a training step handles gradients; the first three options have the names of those of Lightning's `Trainer`.
+    """How a training step handles gradients. The first three options mean the same as in Lightning's `Trainer`.
 
     Attributes:
         accumulate_grad_batches: The number of batches whose gradients are averaged for one optimizer step.
-        gradient_clip_val: The largest norm, or absolute value, of the gradients; None to not clip them.
-        gradient_clip_algorithm: "norm" clips the norm, "value" each value; None is "norm".
-        skip_nonfinite: Whether the weights are not updated if a gradient is not finite. Each step then waits for the
-            GPU.
+        gradient_clip_val: The limit of the gradients' norm or absolute values; None for no clipping.
+        gradient_clip_algorithm: "norm" limits the norm, "value" the absolute value of each gradient; None is "norm".
+        skip_nonfinite: True to leave the weights unchanged in a step with gradients that are not finite. This check
+            makes each step wait for the GPU.
     """
 
     accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
@@ -61,12 +62,12 @@ class GradientOptions(NamedTuple):
 
 
 def to_single_precision(outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Returns the outputs with those in bfloat16 converted to float32, for losses and accuracies."""
+    """Returns a dict of outputs in which bfloat16 tensors are converted to float32, for losses and accuracies."""
     return {name: t.float() if t is not None and t.dtype == torch.bfloat16 else t for name, t in outputs.items()}
 
 
 def has_finite_gradients(network: nn.Module) -> Tensor:
-    """Returns whether all gradients are finite, as a boolean scalar on their device; it does not wait for a GPU."""
+    """Returns a boolean scalar on the device of the gradients: whether all are finite. It does not wait for a GPU."""
     return torch.isfinite(get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
 
 
@@ -74,11 +75,12 @@ class EagerStep:
     """A training step in eager mode: forward pass, loss, backward pass, clipping, optimizer step, moving averages.
 
     Args:
-        method: The networks to train and their loss, a `Method`.
+        method: The networks to train and their loss.
         optimizer: The optimizer of the method's parameters.
         options: How gradients are accumulated, clipped and checked.
-        scaler: The gradient scaler of float16 training, if `backward` scales the loss; None otherwise.
-        backward: A function that computes the gradients of a loss. That of Lightning averages them over all processes.
+        scaler: The gradient scaler of float16 training, with which `backward` scales the loss; None without scaling.
+        backward: A function that computes the gradients of a loss. In training it is Lightning's `manual_backward`,
+            which also averages the gradients over all processes.
     """
 
     def __init__(
@@ -95,12 +97,12 @@ class EagerStep:
         self.buffers: list[Tensor] = []
 
     def __call__(self, batch: Batch, update: bool = True) -> StepResult:
-        """Trains on a batch, under the current autocast.
+        """Trains on a batch in the caller's autocast context.
 
         Args:
-            batch: Images (N, C, H, W), or (S, N, C, H, W) with a view for each student, and labels (N,) or
-                probabilities of the classes (N, K).
-            update: Whether the optimizer takes a step. False only accumulates gradients.
+            batch: Images and targets. The images are (N, C, H, W), or (S, N, C, H, W) if each of the S students has its
+                own augmentation. The targets are labels (N,) or probabilities of the classes (N, K).
+            update: True to update the weights after the backward pass. False only accumulates gradients.
         """
         # The first batch of an optimizer step: no gradients are left from before.
         if not self.accumulating:
@@ -119,11 +121,14 @@ class EagerStep:
         return StepResult({name: term.detach() for name, term in terms.items()}, kept, finite, taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was accumulated since the optimizer's last step; an empty dict just after such a step.
+        """Returns what has been accumulated since the last update of the weights.
 
         Returns:
-            `gradients`: the gradients by the parameters' names. `buffers`: batch norm's statistics before the first of
-            the batches, in the order of the method's buffers, if steps may be skipped.
+            A dict with two keys, which is empty just after an update:
+
+            - `gradients`: the accumulated gradients by the names of the parameters;
+            - `buffers`: a list of the method's buffers, such as batch norm statistics, before the first of the batches.
+              It is needed to undo a skipped step, and empty if steps are not skipped.
         """
         if not self.accumulating:
             return {}
@@ -142,10 +147,11 @@ class EagerStep:
         self.buffers = [before.to(buffer.device) for buffer, before in buffers]
 
     def update(self) -> tuple[Tensor, bool]:
-        """Updates the weights, unless a gradient is not finite and such steps are skipped.
+        """Updates the weights. If `skip_nonfinite` is on and a gradient is not finite, it undoes the step instead.
 
         Returns:
-            Whether all gradients are finite, a boolean scalar on their device, and whether the weights were updated.
+            Two values: a boolean scalar on the device, true if all gradients are finite, and whether the weights were
+            updated.
         """
         # The gradients of float16 training are scaled: they are checked and clipped without the scale.
         if self.scaler is not None:
@@ -164,7 +170,7 @@ class EagerStep:
         return finite, taken
 
     def clip(self) -> None:
-        """Clips each value of the gradients, or the gradient's norm in each of the method's `clip_groups`."""
+        """Clips the gradients: each value, or the norm of each group of parameters from the method's `clip_groups`."""
         limit = self.options.gradient_clip_val
         if not limit:
             return
@@ -176,7 +182,7 @@ class EagerStep:
 
 
 class CudaGraphs:
-    """Runs functions on a separate CUDA stream, or records them there as CUDA graphs, which share one memory pool."""
+    """Runs functions on a separate CUDA stream, or records them as CUDA graphs. All graphs share one memory pool."""
 
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -196,8 +202,7 @@ class CudaGraphs:
             work: The function, which takes no arguments and carries out a training step.
 
         Returns:
-            A function that runs the recorded kernels, and the result of `work`. Each run overwrites the result's
-            tensors.
+            A function that runs the recorded kernels, and the result of `work`, whose tensors each such run overwrites.
         """
         graph = torch.cuda.CUDAGraph()
         # thread_local, since data loaders pin memory in other threads meanwhile
@@ -210,10 +215,10 @@ class Recording(NamedTuple):
     """A training step that was recorded as a CUDA graph.
 
     Attributes:
-        batch: The batch that the graph reads; a new batch is copied into its tensors.
-        rates: The learning rates of the parameter groups that the graph reads, scalars.
+        batch: The batch whose tensors the graph reads. A new batch is copied into them before a replay.
+        rates: The learning rates that the graph reads, a scalar tensor for each parameter group of the optimizer.
         replay: A function that runs the graph.
-        result: The result whose tensors the graph overwrites.
+        result: The result of the step. Each replay overwrites its tensors.
     """
 
     batch: Batch
@@ -226,9 +231,9 @@ class GraphStep:
     """A training step that is recorded as a CUDA graph and then replayed.
 
     A graph is recorded for each batch shape, after a few eager steps with this shape. Before a graph is used, it is
-    compared with an eager step: from the same state, both must change the weights in the same way. If they do not, or
-    if the step cannot be recorded (for example because it waits for the GPU), `on_refused` is called, and shapes
-    without a graph stay eager. The tensors of a result are valid until the next call.
+    compared with an eager step: both must change the weights in the same way. If they do not, or if the step cannot be
+    recorded, `on_refused` is called and no further graphs are recorded. Batches of all shapes without a graph are then
+    trained in eager mode. The tensors of a result are valid until the next call.
 
     Args:
         eager: The step to record. It must not accumulate, clip, scale or skip gradients, and there must be only one
@@ -245,7 +250,7 @@ class GraphStep:
         self.is_refused = False
 
     def __call__(self, batch: Batch, update: bool = True) -> StepResult:
-        """Trains on a batch, and updates the weights; see `EagerStep`. `update` is ignored: it is always true here."""
+        """Trains on a batch and updates the weights. `update` is ignored, since nothing is accumulated here."""
         shape = tuple(batch.images.shape)
         self.seen[shape] += 1
         if shape not in self.recordings and self.seen[shape] > WARM_UP and not self.is_refused:
@@ -268,7 +273,9 @@ class GraphStep:
         return recording.result
 
     def try_recording(self, shape: tuple[int, ...], batch: Batch) -> None:
-        """Records a step for a batch shape, and keeps the recording if its replay does the same as an eager step.
+        """Records a step for a batch shape, and keeps the recording if its replay is equal to an eager step.
+
+        The weights are the same before and after.
 
         Args:
             shape: The shape of the batch's images.
@@ -317,7 +324,8 @@ class GraphStep:
         """Runs a step, undoes it, and returns how it changed weights, optimizer state and buffers.
 
         Returns:
-            The differences of the tensors of each kind, float64, in the order of `list_state`.
+            Three lists with the changes of all weights, of all tensors in the optimizer state, and of all buffers. The
+            changes are float64 tensors.
         """
         # The random state is restored too, so that both steps that are compared draw the same numbers.
         before = [[t.detach().clone() for t in kind] for kind in self.list_state()]
@@ -352,12 +360,12 @@ def relative_difference(measured: list[Tensor], expected: list[Tensor]) -> float
 
 
 def uses_graphs(cfg: DictConfig) -> bool:
-    """Returns whether training steps are recorded as CUDA graphs.
+    """Returns whether the training steps of a run will be recorded as CUDA graphs.
 
-    They are if the run has one GPU and no option needs the CPU within a step.
+    This needs a run on one GPU, options that allow it, and the option `capture` must not be false.
 
     Raises:
-        OptionError: The options say `capture=true`, but steps cannot be recorded.
+        OptionError: The option `capture` is true, but another option makes it impossible to record steps.
     """
     # Each reason for eager steps, as text for the user, and whether it holds.
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -380,14 +388,14 @@ def uses_graphs(cfg: DictConfig) -> bool:
 
 
 def report_eager(capture: bool | str, reason: str) -> None:
-    """Prints that training steps are not recorded as a CUDA graph, and the reason.
+    """Prints that training steps are not recorded as a CUDA graph, and why.
 
     Args:
-        capture: The option `capture`.
-        reason: The reason.
+        capture: The option `capture`: true demands CUDA graphs, "auto" uses them if possible.
+        reason: Why steps cannot be recorded.
 
     Raises:
-        OptionError: `capture` is true, so that eager steps are not allowed.
+        OptionError: `capture` is true.
     """
     if capture is True:
         raise OptionError("capture", True, f"is not possible: {reason}")
