@@ -32,8 +32,11 @@ def count_tasks() -> int:
 
 def count_nodes() -> int:
     """Returns the number of machines on which torchrun or srun has started this run; 1 if neither has started it."""
-    if is_torchrun():
-        return int(os.environ["GROUP_WORLD_SIZE"])
+    return int(os.environ["GROUP_WORLD_SIZE"]) if is_torchrun() else count_step_nodes()
+
+
+def count_step_nodes() -> int:
+    """Returns the number of machines on which srun has started processes; 1 without srun."""
     return int(os.environ["SLURM_STEP_NUM_NODES"]) if is_step() else 1
 
 
@@ -43,11 +46,19 @@ def processes_per_node() -> int:
     Raises:
         OptionError: srun has not started the same number of processes on all machines.
     """
-    if is_torchrun():
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    each, rest = divmod(count_tasks(), count_nodes())
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else tasks_per_node()
+
+
+def tasks_per_node() -> int:
+    """Returns the number of processes that srun has started on each machine (torchrun may be one); 1 without srun.
+
+    Raises:
+        OptionError: It is not the same on all machines.
+    """
+    each, rest = divmod(count_tasks(), count_step_nodes())
     if rest:
-        raise OptionError("srun --ntasks", count_tasks(), f"must be divisible by the number of nodes, {count_nodes()}")
+        allowed = f"must be divisible by the number of nodes, {count_step_nodes()}"
+        raise OptionError("srun --ntasks", count_tasks(), allowed)
     return each
 
 
@@ -56,7 +67,7 @@ def cores_per_task() -> int | None:
     if "SLURM_CPUS_PER_TASK" in os.environ:
         return int(os.environ["SLURM_CPUS_PER_TASK"])
     if "SLURM_CPUS_ON_NODE" in os.environ:
-        return max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // processes_per_node())
+        return max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // tasks_per_node())
     return None
 
 

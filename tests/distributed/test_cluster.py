@@ -72,6 +72,13 @@ def test_tasks_and_cores_of_a_step(said):
         cluster.processes_per_node()
 
 
+def test_agents_of_torchrun_on_one_node_share_its_cores(said, monkeypatch):
+    said(STEP_ID=0, STEP_NUM_TASKS=2, STEP_NUM_NODES=1, CPUS_ON_NODE=8)
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (cluster.count_nodes(), cluster.processes_per_node(), cluster.cores_per_task()) == (2, 1, 4)
+
+
 @pytest.mark.parametrize(
     ("state", "asked"), [("RUNNING", True), ("PREEMPTED", True), ("CANCELLED", False), ("PENDING", False)]
 )
