@@ -3,7 +3,7 @@
 In all kernels a row is one pixel of one image, and a tile is a block of ROWS rows x channels. A program works on one
 chunk, which is TILES tiles, and on BLOCK of the C channels. ACC is the dtype in which sums are computed. x_hat is the
 normalized input, and the prefix d stands for the gradient of a tensor. Arguments in capital letters are compile-time
-constants; Triton needs their annotation only in the kernels themselves, not in the functions that kernels call.
+constants.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_mask(row, rows, channel, C, BLOCK):
+def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
     """Returns the mask of a tile, (ROWS, BLOCK) or (ROWS, 1): whether an element lies inside of the tensor.
 
     Args:
@@ -29,7 +29,7 @@ def tile_mask(row, rows, channel, C, BLOCK):
 
 
 @triton.jit
-def merge_tile(x, ok, left, earlier, mean, squares, ROWS, ACC):
+def merge_tile(x, ok, left, earlier, mean, squares, ROWS: tl.constexpr, ACC: tl.constexpr):
     """Returns the mean and the sum of squared deviations of each channel, with the rows of a tile added.
 
     Args:
@@ -88,7 +88,7 @@ def chunk_statistics(
 
 
 @triton.jit
-def combine_statistics(partial_ptr, rows, chunks, channel, C, PARTS, CHUNK):
+def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
     """Returns mean and sum of squared deviations of each channel over all rows (Chan, Golub, LeVeque, 1979).
 
     They are computed from partial (2, chunks, C), in which `chunk_statistics` has written those of chunks of CHUNK
@@ -108,7 +108,7 @@ def combine_statistics(partial_ptr, rows, chunks, channel, C, PARTS, CHUNK):
 
 
 @triton.jit
-def update_running(running_ptr, value, channel, C, MOMENTUM):
+def update_running(running_ptr, value, channel, C: tl.constexpr, MOMENTUM: tl.constexpr):
     """Updates a running mean or variance (C,) in place with its value in this batch, as `nn.BatchNorm2d` does.
 
     `value` has the values of the channels whose numbers are in `channel`.
@@ -181,7 +181,7 @@ def normalize(
 
 
 @triton.jit
-def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C, ACC):
+def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C: tl.constexpr, ACC: tl.constexpr):
     """Returns mean, 1 / standard deviation, weight and bias of a batch norm, (BLOCK,) each, in the dtype ACC.
 
     The first two come from saved (2, C), which `normalize` has written. `channel` has the numbers of the channels.
@@ -195,7 +195,7 @@ def load_norm(saved_ptr, weight_ptr, bias_ptr, channel, C, ACC):
 
 
 @triton.jit
-def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER, ACC):
+def relu_gradient(dy_ptr, y_ptr, at, ok, x_hat, weight, bias, ORDER: tl.constexpr, ACC: tl.constexpr):
     """Returns a tile of the gradient of the ReLU's input: dy where that input is positive, otherwise zero.
 
     `at` has the positions of the tile's elements in dy and y, and `ok` is the tile's mask. Whether the input is
@@ -254,7 +254,7 @@ def chunk_gradients(
 
 
 @triton.jit
-def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C, PARTS):
+def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr):
     """Returns the sums of g and of g * x_hat over all rows, from the sums that `chunk_gradients` wrote to partial.
 
     g is the gradient of the ReLU's input, and x_hat the normalized input of the batch norm. These sums are the
@@ -272,7 +272,22 @@ def combine_gradients(partial_ptr, dweight_ptr, dbias_ptr, chunks, channel, C, P
 
 
 @triton.jit
-def norm_gradient(dy_ptr, x_ptr, y_ptr, at, ok, rows, mean, rstd, weight, bias, total, total_hat, ORDER, ACC):
+def norm_gradient(
+    dy_ptr,
+    x_ptr,
+    y_ptr,
+    at,
+    ok,
+    rows,
+    mean,
+    rstd,
+    weight,
+    bias,
+    total,
+    total_hat,
+    ORDER: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Returns tiles of the gradients of the batch norm's input and of the ReLU's input.
 
     `at` has the positions of the tile's elements in dy, x and y, and `ok` is the tile's mask. `mean`, `rstd`, `weight`

@@ -17,7 +17,7 @@ from odcheap.layers.kernels.spatial_kernels import load_neighbor, load_spatial, 
 
 
 @triton.jit
-def fix_layout(value, DOT):
+def fix_layout(value, DOT: tl.constexpr):
     """Returns `value` unchanged, after an assembly instruction that the compiler does not optimize."""
     # A matrix product needs its factors in another layout among the threads. Without this instruction the compiler
     # changes the layout of each of the nine tiles of a window, and not only that of their sum.
@@ -79,7 +79,19 @@ def pair_forward(
 
 
 @triton.jit
-def kernel_gradient(x_ptr, ds, row, rows, channel, STRIDE, H, W, C, BLOCK, ACC):
+def kernel_gradient(
+    x_ptr,
+    ds,
+    row,
+    rows,
+    channel,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Returns the gradient of the depth-wise weights, summed over the pixels of a tile.
 
     It is in the first nine rows of the result (16, BLOCK), one row for each entry of the 3 x 3 kernel. ds is the tile
@@ -168,7 +180,21 @@ def pair_backward(
 
 
 @triton.jit
-def load_input_gradient(ds_ptr, kernel_ptr, row, rows, channel, SHIFT, STRIDE, H, W, C, BLOCK, ROWS, ACC):
+def load_input_gradient(
+    ds_ptr,
+    kernel_ptr,
+    row,
+    rows,
+    channel,
+    SHIFT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Returns a tile of dx, the gradient of the input of a 3 x 3 shift or depth-wise convolution.
 
     For each input pixel it is the sum over all output pixels that read this pixel. `row` has the numbers of the input

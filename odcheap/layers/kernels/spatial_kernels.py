@@ -13,7 +13,7 @@ from odcheap.layers.kernels.norm_kernels import tile_mask
 
 
 @triton.jit
-def locate_pixel(row, H, W, STRIDE):
+def locate_pixel(row, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr):
     """Returns where the output pixels with the numbers `row` lie in the input of a convolution with a stride.
 
     These are the row and the column in the image of H x W pixels, and the number of the pixel among all input pixels.
@@ -29,7 +29,19 @@ def locate_pixel(row, H, W, STRIDE):
 
 
 @triton.jit
-def load_neighbor(x_ptr, row, rows, channel, TAP, STRIDE, H, W, C, BLOCK, ACC):
+def load_neighbor(
+    x_ptr,
+    row,
+    rows,
+    channel,
+    TAP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Returns the input pixels, as a tile, that entry TAP (0 to 8) of a 3 x 3 window reads for some output pixels.
 
     `x_ptr` is a matrix with one pixel in each row and C channels. `row` has the numbers of the output pixels, of `rows`
@@ -46,7 +58,7 @@ def load_neighbor(x_ptr, row, rows, channel, TAP, STRIDE, H, W, C, BLOCK, ACC):
 
 
 @triton.jit
-def load_tap(weight_ptr, x_ptr, channel, TAP, C, ACC):
+def load_tap(weight_ptr, x_ptr, channel, TAP: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
     """Returns entry TAP (0 to 8) of the 3 x 3 kernel of each channel, (1, BLOCK), rounded to the dtype of x.
 
     weight has the kernels (C, 9), and `channel` the numbers of the channels.
@@ -56,7 +68,7 @@ def load_tap(weight_ptr, x_ptr, channel, TAP, C, ACC):
 
 
 @triton.jit
-def shift_offsets(channel, SIGN, C):
+def shift_offsets(channel, SIGN: tl.constexpr, C: tl.constexpr):
     """Returns how many pixels below and to the right each channel of a 3 x 3 `Shift2d` reads, -1 to 1, times SIGN.
 
     `channel` has the numbers of the channels, of C in all.
@@ -66,7 +78,21 @@ def shift_offsets(channel, SIGN, C):
 
 
 @triton.jit
-def load_spatial(x_ptr, kernel_ptr, row, rows, channel, SHIFT, STRIDE, H, W, C, BLOCK, ROWS, ACC):
+def load_spatial(
+    x_ptr,
+    kernel_ptr,
+    row,
+    rows,
+    channel,
+    SHIFT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Returns a tile of the output of a 3 x 3 shift or depth-wise convolution of x, rounded to the dtype of x.
 
     It has the output pixels with the numbers `row` (of `rows` in all) and the channels with the numbers `channel`.
@@ -118,7 +144,22 @@ def spatial_forward(
 
 
 @triton.jit
-def add_backward_tap(dy_ptr, row, rows, channel, x, weight, dx, dtap, TAP, H, W, C, BLOCK, ACC):
+def add_backward_tap(
+    dy_ptr,
+    row,
+    rows,
+    channel,
+    x,
+    weight,
+    dx,
+    dtap,
+    TAP: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Returns the tiles `dx` and `dtap` with the contribution of entry TAP of a depth-wise kernel added.
 
     `dtap` is the gradient of this entry, `weight` its value; `x` is the tile of the input.
@@ -193,7 +234,17 @@ def depthwise_backward(
 
 
 @triton.jit
-def sum_weights(partial_ptr, dweight_ptr, dkernel_ptr, column, chunks, C, WEIGHTS, COLUMNS, PARTS):
+def sum_weights(
+    partial_ptr,
+    dweight_ptr,
+    dkernel_ptr,
+    column,
+    chunks,
+    C: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """Sums the gradients of weights, which another kernel wrote to partial (chunks, COLUMNS), over the chunks.
 
     It writes the sums of the columns with the numbers `column`: those of the first WEIGHTS columns to dweight, the
