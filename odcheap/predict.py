@@ -397,6 +397,8 @@ def create_session(model: bytes, threads: int = 0) -> Any:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised; it would print them too
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except PredictError:  # the installed version is too old
+        raise
     except Exception as error:  # its errors have no common base class
         raise PredictError(f"ONNX Runtime cannot load the model ({first_line(error)})") from error
 
