@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from odcheap.report.load_runs import load_runs
 from odcheap.report.plots import BLOCK_MARKERS, GRAY, METHOD_COLORS, STYLE
 from odcheap.report.statistics import tabulate_runs
+from odcheap.utils.text import format_mean_deviation
 
 HERE = Path(__file__).parent
 LABELS = {"alone": "labels alone", "kd": "with a teacher"}
@@ -46,10 +47,10 @@ def read_table(*folders: str) -> pd.DataFrame:
 
 
 def format_spread(values: pd.Series) -> str:
-    """Returns a mean with two digits, and with its standard deviation if there are several values."""
+    """Returns the mean of fractions in percent, as text, and its standard deviation if there are several values."""
     if values.empty:
         return "not run"
-    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+    return format_mean_deviation(values.mean(), values.std() if len(values) > 1 else None)
 
 
 def format_recipes() -> list[str]:
@@ -85,15 +86,15 @@ def format_best() -> list[str]:
 
 
 def read_runs(folder: str, pattern: str) -> pd.DataFrame:
-    """Returns accuracies (in percent) and costs of the runs whose folders match a pattern, a row for each seed."""
+    """Returns accuracies (fractions) and costs of the runs whose folders match a pattern, a row for each seed."""
     rows = {}
     for path in sorted((HERE / folder).glob(f"{pattern}/summary.json")):
         summary = json.loads(path.read_text())
         last = [student["val_top1"] for student in summary["last"]["students"]]
         rows[path.parent.name.rpartition("seed")[2]] = {
-            "mean student": 100 * sum(last) / len(last),
-            "selected": 100 * summary["selected"]["val_top1"],
-            "selected, test": 100 * summary["selected"]["test_top1"],
+            "mean student": sum(last) / len(last),
+            "selected": summary["selected"]["val_top1"],
+            "selected, test": summary["selected"]["test_top1"],
             "params": summary["cost"]["params"],
             "epochs": summary["epochs"],
         }
