@@ -19,21 +19,23 @@ from odcheap.utils.errors import OptionError
 
 
 class CheapConv(nn.Sequential):
-    """A cheap convolution: a pair of a spatial operator (C -> C channels) and a 1 x 1 convolution (C -> O channels).
+    """A cheap convolution: a spatial operator (C -> C channels), then a 1 x 1 convolution (C -> O channels).
 
-    Both are linear, so together they compute the same as one standard convolution with a dense kernel. The module has
-    the attributes of that `nn.Conv2d` (`in_channels`, `kernel_size`, `stride`, `bias` and so on) except `weight`.
+    Both are linear. Together they compute the same as one standard convolution with a certain kernel (O, C, kh, kw).
+    The module has the attributes of such an `nn.Conv2d` (`in_channels`, `kernel_size`, `stride`, `bias` and so on)
+    except `weight`.
 
     Args:
-        spatial: The spatial operator; it has the stride, padding and dilation of `window`.
+        spatial: The spatial operator, a module that already has the stride, padding and dilation of `window`.
         in_channels: The number of input channels, C.
         out_channels: The number of output channels, O.
-        stride: The stride of the 1 x 1 convolution, in addition to the stride of `window`.
+        stride: The stride of the 1 x 1 convolution, which comes after the stride of `window`.
         bias: Whether the 1 x 1 convolution has a bias.
-        window: The options of the convolution that this module replaces; None for 3 x 3 with stride 1 and padding 1.
+        window: The kernel size, stride, padding and dilation of the convolution that this module replaces; None for
+            3 x 3 with stride 1 and padding 1.
 
     Shape:
-        (N, C, H, W) -> (N, O, H', W') with the size of a convolution's output.
+        (N, C, H, W) -> (N, O, H', W'), in which H' and W' are those of the replaced convolution.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class CheapConv(nn.Sequential):
 
     @property
     def fusible_parts(self) -> tuple[nn.Module, nn.Module, bool] | None:
-        """The two operators, if fused kernels (one operator in place of several) may compute them; otherwise None.
+        """The parts that a fused kernel, which computes several operators at once, may compute in place of this module.
 
-        It is a tuple: the spatial operator, the 1 x 1 convolution, and whether the spatial operator is a `Shift2d` that
-        the kernels can compute. It is None if the forward pass may do more than these two operators: in a subclass of
-        `CheapConv`, or if another module was appended.
+        It is a tuple: the spatial operator, the 1 x 1 convolution, and True if the spatial operator is a 3 x 3
+        `Shift2d` that the kernels can compute. It is None for a subclass of `CheapConv`, or if another module was
+        appended, since the forward pass then does more.
         """
         is_shift = isinstance(self.spatial, Shift2d) and self.spatial.is_plain_3x3
         return (self.spatial, self.pointwise, is_shift) if len(self) == 2 and type(self) is CheapConv else None
@@ -85,13 +87,15 @@ class CheapConv(nn.Sequential):
 
 
 class BlockType:
-    """A kind of convolution; calling it with channels and stride returns a 3 x 3 convolution without bias.
+    """A kind of convolution; block_type(in_channels, out_channels, stride) makes a 3 x 3 convolution without bias.
 
-    A new cheap convolution is a subclass with `make_spatial` and a YAML file in `conf/block_type`. Training,
-    `cheapen`, costs, export and report then work with it. The spatial operator must be linear, must compute each output
-    channel from the same input channel only (or be an `nn.Conv2d`), must have outputs of the same size as a convolution
-    with the same window, and must have its stride in an attribute `stride`. It may have an attribute `description`, its
-    name in tables.
+    A new kind of cheap convolution is a subclass with the method `make_spatial`, and a YAML file in `conf/block_type`.
+    `make_spatial` returns a spatial operator, which must have these properties:
+
+    - It is linear.
+    - It computes each output channel from the same input channel only, or it is an `nn.Conv2d`.
+    - Its outputs have the size of those of a convolution with the same window (kernel size, stride, padding, dilation).
+    - It has its stride in an attribute `stride`. It may have an attribute `description`, which is its name in tables.
 
     Example:
         >>> class AvgPool(BlockType):
@@ -104,7 +108,7 @@ class BlockType:
     is_cheap = True  # False for the standard convolution: networks then have their published form
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
-        """Returns a new spatial operator: (N, C, H, W) -> (N, C, H', W') with the size of a convolution's output.
+        """Returns a new spatial operator: (N, C, H, W) -> (N, C, H', W'), with the output size of a convolution.
 
         Args:
             channels: The number of channels, C.
@@ -113,7 +117,7 @@ class BlockType:
         raise NotImplementedError
 
     def reason_to_keep(self, channels: int, window: Window) -> str | None:
-        """Returns why `cheapen` should not replace a standard convolution, as text for the user; None if it should.
+        """Returns a reason, a text for the user, why `cheapen` should not replace a convolution; None to replace it.
 
         Args:
             channels: The number of input channels of the convolution.
@@ -126,19 +130,19 @@ class BlockType:
 
         Args:
             kernel: The kernel (O, C, kh, kw) of the convolution that is replaced.
-            pair: The cheap convolution that replaces it, with its initial weights.
+            pair: The cheap convolution that replaces it, with its initial weights; it is not changed.
 
         Returns:
-            The weights of the spatial operator, with the shape of its `weight`, and those of the 1 x 1 convolution,
-            (O, C, 1, 1). The first tensor is None if the spatial operator has no weights to set; NaN in it means that
-            this weight keeps its initial value.
+            A tuple of two tensors: the weights of the spatial operator, with the shape of its `weight`, and the weights
+            (O, C, 1, 1) of the 1 x 1 convolution. The first one is None if the spatial operator has no weights to set.
+            Where it is NaN, a weight should keep its initial value.
         """
         if isinstance(pair.spatial, nn.Conv2d):
             return factorize_grouped(kernel, pair.spatial.groups)
         return None, fit_pointwise(kernel, spatial_kernel(pair.spatial, kernel, pair.window))
 
     def make_pair(self, in_channels: int, out_channels: int, window: Window, bias: bool = False) -> CheapConv:
-        """Returns a cheap convolution to replace a convolution; its spatial operator has the stride.
+        """Returns a cheap convolution that can replace a convolution; its spatial operator has the stride.
 
         Args:
             in_channels: The number of input channels.
@@ -150,13 +154,13 @@ class BlockType:
         return CheapConv(spatial, in_channels, out_channels, bias=bias, window=window)
 
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-        """Returns a 3 x 3 cheap convolution; its 1 x 1 convolution has the stride, as in the 2019 reference code."""
+        """Returns a 3 x 3 cheap convolution with padding 1 and without bias; its 1 x 1 convolution has the stride."""
         window = Window()
         return CheapConv(self.make_spatial(in_channels, window), in_channels, out_channels, stride, window=window)
 
 
 def check_block_type(block_type: Any) -> None:
-    """Raises `OptionError` unless the object is a `BlockType`, and not a function or another module of the user."""
+    """Raises `OptionError` if an object is no `BlockType`, such as a function of the user."""
     if not isinstance(block_type, BlockType):
         own = getattr(block_type, "func", block_type)  # of a `functools.partial`
         name = getattr(own, "__name__", type(own).__name__)
@@ -166,7 +170,7 @@ def check_block_type(block_type: Any) -> None:
 
 @dataclass(frozen=True)
 class Shift(BlockType):
-    """The cheap convolution of `Shift2d` and a 1 x 1 convolution."""
+    """Replaces a convolution by a shift of the channels (`Shift2d`), followed by a 1 x 1 convolution."""
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
         return Shift2d(window.kernel_size, window.dilation, window.stride, window.padding, window.padding_mode)
@@ -186,10 +190,11 @@ class DW(BlockType):
 
 @dataclass(frozen=True)
 class RepDW(BlockType):
-    """Replaces a convolution as `DW` does, with a depth-wise convolution that is a sum of three branches in training.
+    """Replaces a convolution by a `RepDepthwise`, followed by a 1 x 1 convolution.
 
-    In eval mode it computes one depth-wise convolution with a bias; see `RepDepthwise`. Parameters and
-    multiply-accumulates are counted for that form, which an export contains: those of DW and a bias for each channel.
+    A `RepDepthwise` is a depth-wise convolution that is a sum of three branches in training. In eval mode it is one
+    depth-wise convolution with a bias. Parameters and multiply-accumulates are counted for this second form, which
+    exports contain.
     """
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
@@ -200,11 +205,11 @@ class RepDW(BlockType):
 
         Args:
             kernel: The kernel (O, C, kh, kw) of the convolution that is replaced.
-            pair: The cheap convolution that replaces it, with its initial weights.
+            pair: The cheap convolution that replaces it, with its initial weights; it is not changed.
 
         Returns:
-            The weights of the K x K branch, (C, 1, kh, kw), in which NaN means that a weight keeps its initial value,
-            and those of the 1 x 1 convolution, (O, C, 1, 1).
+            A tuple of two tensors: the weights (C, 1, kh, kw) of the K x K branch, and the weights (O, C, 1, 1) of the
+            1 x 1 convolution. Where the first one is NaN, a weight should keep its initial value.
         """
         assert isinstance(pair.spatial, RepDepthwise)
         spatial, pointwise = factorize_grouped(kernel, pair.in_channels)
@@ -216,12 +221,12 @@ class RepDW(BlockType):
 class Group(BlockType):
     """Replaces a convolution by a grouped convolution with the same kernel size, followed by a 1 x 1 convolution.
 
-    The object only describes this: it makes the layers for each convolution that is replaced.
+    The object is no layer itself: it makes the layers that replace convolutions.
 
     Args:
         groups: The number of groups of the grouped convolution. In the CIFAR ResNets it must divide the number of
             channels of each layer. In networks that `cheapen` converts, a layer whose number of channels it does not
-            divide gets the largest divisor of this number that is smaller.
+            divide gets the largest divisor of the number of channels below `groups`.
     """
 
     groups: Annotated[int, Field(ge=1)] = 4
@@ -250,7 +255,7 @@ class Standard(BlockType):
     is_cheap = False
 
     def make_spatial(self, channels: int, window: Window) -> nn.Module:
-        """Returns a depth-wise convolution, for networks that have depth-wise layers in their published form."""
+        """Returns a depth-wise convolution; only networks whose published form has such layers call this method."""
         return window.make_conv(channels, channels, groups=channels)
 
     def __call__(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
@@ -263,22 +268,22 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 def factorize_grouped(kernel: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Factorizes a kernel into a grouped convolution and a 1 x 1 convolution.
+    """Approximates a kernel, in least squares, by a grouped convolution followed by a 1 x 1 convolution.
 
     For the input channels of one group the kernel is a matrix O x (C/groups * kh * kw). The two convolutions together
-    can compute every such matrix with a rank of C/groups or less. The truncated singular value decomposition is the
-    nearest of them (Eckart and Young, 1936). Each of the two convolutions is multiplied by the square root of the
-    singular values, so that weight decay has the same effect on both.
+    can compute any such matrix with a rank of C/groups or less. The nearest one is the truncated singular value
+    decomposition (Eckart and Young, 1936). Each of the two convolutions gets the square roots of the singular values
+    as factors, so that weight decay has the same effect on both.
 
     Args:
         kernel: The kernel, (O, C, kh, kw).
         groups: The number of groups; C for a depth-wise convolution.
 
     Returns:
-        The weights of the grouped convolution, (C, C/groups, kh, kw), and those of the 1 x 1 convolution, (O, C, 1, 1).
-        If the rank of a group's matrix is less than C/groups, the remaining channels have 1 x 1 weights of zero and
-        grouped weights of NaN. The caller must replace NaN by other numbers than zero: if both weights were zero, their
-        gradients would be zero, too.
+        A tuple: the weights of the grouped convolution, (C, C/groups, kh, kw), and those of the 1 x 1 convolution,
+        (O, C, 1, 1). If the rank of a group's matrix is less than C/groups, the remaining channels have 1 x 1 weights
+        of 0 and grouped weights of NaN. The caller must replace NaN by numbers other than 0: if both weights were 0,
+        their gradients would always be 0 too.
     """
     # The decomposition of each group's matrix, all at once: (groups, O, C/groups * kh * kw).
     out, channels, *size = kernel.shape
@@ -314,10 +319,10 @@ def fit_pointwise(kernel: Tensor, spatial: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spatial_kernel(spatial: nn.Module, like: Tensor, window: Window) -> Tensor:
-    """Returns the kernel of a spatial operator.
+    """Returns the kernel of the convolution that a spatial operator computes.
 
-    If the operator is not an `nn.Conv2d`, its kernel is read from its output for an image in which one pixel is 1 and
-    all other pixels are 0.
+    The kernel of an `nn.Conv2d` is its weight. For any other operator, the kernel is read from its output for an image
+    in which one pixel is 1 and all other pixels are 0.
 
     Args:
         spatial: An `nn.Conv2d`, or a linear operator that computes each output channel from the same input channel.

@@ -15,7 +15,7 @@ from odcheap.layers.spatial import RepDepthwise
 
 
 def replace_modules(network: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]) -> nn.Module:
-    """Replaces, in place, each module of a class in a network.
+    """Replaces each module of a given class in a network, in place.
 
     Args:
         network: The network.
@@ -45,13 +45,13 @@ def has_branches(network: nn.Module) -> bool:
 
 
 def fold_branches(network: nn.Module, in_place: bool = False) -> nn.Module:
-    """Replaces each `RepDepthwise` of a network by the equal depth-wise convolution.
+    """Replaces each `RepDepthwise`, which has three branches in training, by one depth-wise convolution.
 
-    In eval mode the outputs are the same. The result should not be trained: it lacks the batch norms of the branches.
+    In eval mode the outputs stay the same. The result should not be trained: it lacks the batch norms of the branches.
 
     Args:
         network: The network.
-        in_place: Whether to change the network; otherwise a copy of it is changed.
+        in_place: True changes the network itself, False changes a copy of it.
 
     Returns:
         The changed network.
@@ -63,8 +63,8 @@ def cheap_form(network: nn.Module) -> nn.Module:
     """Returns a copy of the network in which strides are moved from 1 x 1 convolutions to the spatial operators.
 
     This is done in each `CheapConv` (a spatial operator, then a 1 x 1 convolution). The outputs in eval mode are the
-    same, but the spatial operator does not compute pixels that a 1 x 1 convolution with a stride would skip. Branches
-    are folded, see `fold_branches`.
+    same, but the spatial operator no longer computes pixels that the 1 x 1 convolution skips. Each `RepDepthwise` is
+    replaced by one depth-wise convolution.
     """
     return replace_modules(fold_branches(network), CheapConv, _move_stride)
 
@@ -94,8 +94,8 @@ def _make_standard(pair: CheapConv) -> nn.Conv2d:
 def dense_form(network: nn.Module) -> nn.Module:
     """Returns a copy of the network in which each `CheapConv` is replaced by an equivalent K x K `nn.Conv2d`.
 
-    A `CheapConv` is not replaced if its spatial operator breaks the rules of `BlockType`: if it is not linear, or if an
-    output channel depends on another input channel. The outputs are those of the network in eval mode.
+    A `CheapConv` is a spatial operator, then a 1 x 1 convolution. The outputs in eval mode stay the same. A `CheapConv`
+    is not replaced if a convolution has other outputs: a spatial operator of a user may break the rules of `BlockType`.
     """
     return replace_modules(fold_branches(network), CheapConv, _fuse)
 
@@ -118,7 +118,7 @@ def _fuse(pair: CheapConv) -> nn.Module:
 
 
 def _computes_same(conv: nn.Conv2d, pair: CheapConv) -> bool:
-    """Returns whether a convolution and a `CheapConv` have the same outputs for images of random noise."""
+    """Returns True if a convolution and a `CheapConv` have the same outputs for images of random noise."""
     # A user's spatial operator may treat the border differently, or may mix channels.
     side = [2 * d * k + 4 for k, d in zip(pair.window.kernel_size, pair.window.dilation, strict=True)]
     generator = torch.Generator().manual_seed(0)

@@ -19,20 +19,23 @@ Order = Literal["act_add", "add_act"]
 def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, order: Order = "act_add") -> Tensor:
     """Computes batch norm, ReLU, and the sum with a residual if there is one.
 
-    The fused kernels round once, PyTorch's modules after each operation, so the results differ slightly in bfloat16.
+    A fused kernel, one operator for all this, is used in training if it supports the arguments; otherwise PyTorch's
+    modules. A fused kernel rounds once, PyTorch's modules round after each operation; in bfloat16 the results differ
+    slightly.
 
     Args:
         x: (N, C, H, W).
         norm: The batch norm over C channels. In training its running statistics are updated.
         residual: (N, C, H, W), or None to compute relu(norm(x)).
-        order: "act_add" for relu(norm(x)) + residual, "add_act" for relu(norm(x) + residual).
+        order: "act_add" computes relu(norm(x)) + residual, "add_act" computes relu(norm(x) + residual).
 
     Returns:
         (N, C, H, W).
 
     Raises:
-        ValueError: `order` is neither of the two, or in training a channel has only one value (N = H = W = 1).
-        RuntimeError: In the backward pass, if the fused kernels ran and a second derivative is computed.
+        ValueError: `order` is neither "act_add" nor "add_act", or in training a channel has only one value
+            (N = H = W = 1).
+        RuntimeError: In the backward pass, if a fused kernel was used and a second derivative is computed.
     """
     if order not in ("act_add", "add_act"):
         raise ValueError(f'order={order!r}: must be "act_add" or "add_act"')
@@ -50,8 +53,8 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = No
 class BatchNormAct(torch.autograd.Function):
     """The autograd function of `batch_norm_act`, whose passes are computed by fused kernels.
 
-    Sums are computed in float32, or in float64 if the input is float64. It saves the input and the statistics of the
-    batch norm; with the order `ADD_ACT` also the output, which must then not be changed in place.
+    Sums are computed in float32, or in float64 if the input is float64. The input and the statistics of the batch norm
+    are saved for the backward pass. With the order `ADD_ACT` the output is saved too, and must not be changed in place.
     """
 
     @staticmethod
@@ -79,17 +82,18 @@ class BatchNormAct(torch.autograd.Function):
 
 
 def is_fusible(x: Tensor, shape: torch.Size, norm: nn.Module, residual: Tensor | None) -> bool:
-    """Returns whether the fused kernels can compute this batch norm, and the sum with this residual.
+    """Returns True if the fused kernels can compute a given batch norm, and the sum with a given residual.
 
-    The module must be an `nn.BatchNorm2d` with weight, bias, running statistics and a momentum; these tensors must have
-    the dtype that `kernels.PARAMETER_TYPES` gives for the input's. The residual must have the shape, the dtype and the
-    device of the input, and be contiguous in channels-last memory format.
+    The module must be an `nn.BatchNorm2d` with weight, bias, running statistics and a momentum. These tensors must have
+    the dtype that `kernels.PARAMETER_TYPES` names for the dtype of the input. The residual must have the shape, dtype
+    and device of the input, and must be contiguous in channels-last memory format.
 
     Args:
-        x: A tensor with the dtype and the device of the batch norm's input; `kernels.can_apply` is true for it.
+        x: A tensor with the dtype and the device of the batch norm's input, for which `kernels.can_apply` returned
+            True. It need not be the input itself.
         shape: (N, C, H, W) of the batch norm's input.
         norm: The batch norm.
-        residual: (N, C, H, W), or None.
+        residual: (N, C, H, W), or None if nothing is added.
     """
     # The module, and the number of values in each channel.
     if not (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None):
@@ -122,8 +126,8 @@ def conv_norm_act(
         residual: A feature map with the shape of the output of `conv`, or None to add nothing.
 
     Returns:
-        The result (N, O, H', W'), with the size of the output of `conv`, and `x`. Other layers that read `x`, such as a
-        shortcut, should read this returned tensor: a fused backward pass then adds up the gradients of both itself.
+        A tuple: the result (N, O, H', W'), with the size of the output of `conv`, and `x`. Other layers that read `x`,
+        such as a shortcut, should read this returned tensor: a fused backward pass then adds both gradients itself.
     """
     if (found := find_pair(x, x.shape, conv, norm, residual)) is None:
         return batch_norm_act(conv(x), norm, residual), x
@@ -169,17 +173,18 @@ def block_norm_act(
 def find_pair(
     x: Tensor, shape: torch.Size, conv: nn.Module, norm: nn.BatchNorm2d, residual: Tensor | None
 ) -> tuple[kernels.Pair, Tensor] | None:
-    """Returns the layers that one fused operator can compute: those of a `CheapConv`, and its batch norm and ReLU.
+    """Finds out whether one fused operator can compute a `CheapConv` with its batch norm and ReLU.
 
     Args:
-        x: A feature map with the dtype and the device of the convolution's input, in training.
+        x: A feature map with the dtype and the device of the convolution's input. It need not be the input itself.
         shape: (N, C, H, W) of the convolution's input.
         conv: Any module.
         norm: The batch norm over the O channels of the output of `conv`.
         residual: The feature map that is added after the batch norm and ReLU, or None.
 
     Returns:
-        The layers, and `x` as autocast casts it; None if no fused operator can replace these modules.
+        A tuple: the weights and the batch norm as a `kernels.Pair`, and `x`, cast as autocast would cast it. None if no
+        fused operator can replace these modules.
     """
     # The modules: the kernels know three spatial operators, and 1 x 1 convolutions of few channels.
     parts = getattr(conv, "fusible_parts", None)
@@ -213,7 +218,7 @@ def find_pair(
 
 
 def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bool) -> Tensor | None:
-    """Runs the spatial operator of a `CheapConv` as a fused GPU kernel in training, then the 1 x 1 convolution.
+    """Runs the spatial operator of a `CheapConv` by a GPU kernel of ours, then the 1 x 1 convolution by PyTorch.
 
     Args:
         x: (N, C, H, W).
@@ -222,8 +227,8 @@ def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bo
         is_shift: Whether `spatial` is a `Shift2d` with a 3 x 3 window, stride 1, dilation 1 and zeros at the border.
 
     Returns:
-        (N, O, H', W') with the size of the output of `pointwise`, or None if no kernel can replace the spatial
-        operator.
+        (N, O, H', W') with the size of the output of `pointwise`. None, without any computation, if no kernel can
+        replace the spatial operator, such as on a CPU or in eval mode.
     """
     if not (kernels.can_apply(x, spatial, pointwise) and (is_shift or is_depthwise3x3(spatial))):
         return None
@@ -237,12 +242,14 @@ def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bo
 
 
 def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-    """Returns the input of a convolution, cast as autocast would cast it, and the dtype that the weights must have.
-
-    The dtype is None if the fused kernels do not support the dtype to which autocast casts the input.
+    """Casts the input of a convolution as autocast would cast it; without autocast it is not changed.
 
     Args:
         x: The input, of any shape.
+
+    Returns:
+        A tuple: the input, and the dtype that the weights must have for the fused kernels. The dtype is None if the
+        kernels do not support the dtype to which autocast casts.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -251,7 +258,7 @@ def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
 
 
 def is_grouped3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Returns whether a module is a 3 x 3 `nn.Conv2d` that keeps the number of channels and the size of the image.
+    """Returns True if a module is a 3 x 3 `nn.Conv2d` that keeps the number of channels and the size of the image.
 
     It has stride 1, zero padding of 1, no bias, and any number of groups.
     """
@@ -262,12 +269,12 @@ def is_grouped3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def is_depthwise3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Returns whether a module is a depth-wise convolution, with the other properties of `is_grouped3x3`."""
+    """Returns True if a module is a depth-wise 3 x 3 `nn.Conv2d` with stride 1, zero padding of 1 and no bias."""
     return is_grouped3x3(module) and module.in_channels == module.groups
 
 
 def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Returns whether a module is a 1 x 1 `nn.Conv2d` without bias, padding and groups, with stride 1 or 2."""
+    """Returns True if a module is a 1 x 1 `nn.Conv2d` with stride 1 or 2, and without bias, padding and groups."""
     if type(module) is not nn.Conv2d or module.bias is not None or module.stride not in ((1, 1), (2, 2)):
         return False
     return (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)

@@ -25,9 +25,9 @@ def to_pair(value: int | tuple[int, ...]) -> Pair:
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution moves over an image: the options of `nn.Conv2d` except channels, groups and bias.
+    """The options of an `nn.Conv2d` except channels, groups and bias: they say how it moves over an image.
 
-    Pairs of numbers are (rows, columns).
+    Each pair of numbers is (rows, columns).
     """
 
     kernel_size: Pair = (3, 3)
@@ -38,7 +38,7 @@ class Window:
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "Window":
-        """Returns the kernel size, stride, padding, dilation and padding mode of a convolution."""
+        """Returns a `Window` with the kernel size, stride, padding, dilation and padding mode of a convolution."""
         padding = conv.padding if isinstance(conv.padding, str) else to_pair(conv.padding)
         size, stride, dilation = to_pair(conv.kernel_size), to_pair(conv.stride), to_pair(conv.dilation)
         return cls(size, stride, padding, dilation, conv.padding_mode)
@@ -58,21 +58,20 @@ class Window:
 class Shift2d(nn.Module):
     """Moves each channel by a fixed offset; pixels from outside the image are zero. It has no parameters.
 
-    With k x k offsets and C channels, output pixel (h, w) of channel `c < k*k*floor(C / (k*k))` is the input pixel in
-    row `h + d*(floor(c/k) mod k - floor(k/2))` and column `w + d*(c mod k - floor(k/2))`; the remaining channels are
-    copied. Source: Wu et al., "Shift: a zero FLOP, zero parameter alternative to spatial convolutions", 2018; the order
-    of the offsets is that of the 2019 code of "Training convolutional neural networks with cheap convolutions and
-    online distillation".
+    With k x k offsets, dilation d and C channels, output pixel (h, w) of channel `c < k*k*floor(C / (k*k))` is the
+    input pixel in row `h + d*(floor(c/k) mod k - floor(k/2))` and column `w + d*(c mod k - floor(k/2))`. The remaining
+    channels are copied. Source: Wu et al., "Shift: a zero FLOP, zero parameter alternative to spatial convolutions",
+    2018; the order of the offsets is that of the 2019 code of "Training convolutional neural networks with cheap
+    convolutions and online distillation".
 
-    It is computed as a depth-wise convolution with one-hot kernels. The result is exact in every dtype, and the
-    gradient is the opposite shift. On two CPU cores (channels-last, forward and backward) this is 2 to 8 times as fast
-    as copying slices.
+    It is computed as a depth-wise convolution with one-hot kernels, which on a CPU is faster than copying slices. The
+    result is exact in every dtype, and the gradient is the opposite shift.
 
     Args:
         kernel_size: The side k of the window of offsets, or (rows, columns).
         dilation: The distance d between neighboring offsets in pixels, or (rows, columns).
         stride: The distance between neighboring outputs in pixels, or (rows, columns).
-        padding: The same as in `nn.Conv2d`; None pads so that the size of the image stays the same with stride 1.
+        padding: The same as in `nn.Conv2d`. None pads so much that the size of the image stays the same with stride 1.
         padding_mode: The same as in `nn.Conv2d`.
 
     Shape:
@@ -155,16 +154,16 @@ class Shift2d(nn.Module):
 
 
 class RepDepthwise(nn.Module):
-    """A depth-wise convolution that is a sum of three branches in training.
+    """A depth-wise convolution that is a sum of three branches in training, and one convolution in eval mode.
 
-    With batch norms N1, N2, N3 of their own, the branches are a depth-wise K x K convolution, a depth-wise 1 x 1
-    convolution, and the identity:
+    The branches are a depth-wise K x K convolution, a depth-wise 1 x 1 convolution, and the identity. Each of them has
+    its own batch norm (N1, N2, N3):
 
-        training: y = N1(K * x) + N2(k * x) + N3(x)
+        training: y = N1(conv_KxK(x)) + N2(conv_1x1(x)) + N3(x)
 
-    In eval mode each batch norm is an affine function, so the sum is one depth-wise K x K convolution with a bias.
-    That convolution is computed then, and `fold` returns it as a module. With a stride, the 1 x 1 convolution and the
-    identity take every other pixel; RepVGG has no identity there.
+    In eval mode each batch norm is an affine function, so that the sum is equal to one depth-wise K x K convolution
+    with a bias. The module then computes this convolution, and `fold` returns it. With stride s, the 1 x 1 convolution
+    and the identity take every s-th pixel; RepVGG has no identity branch in this case.
 
     Sources: X. Ding, X. Zhang, N. Ma, J. Han, G. Ding, J. Sun, "RepVGG: Making VGG-style ConvNets great again", CVPR
     2021; for depth-wise convolutions Z. Liu, Z. Hao, K. Han, Y. Tang, Y. Wang, "GhostNetV3: Exploring the training
@@ -175,10 +174,10 @@ class RepDepthwise(nn.Module):
         window: The kernel size, stride, padding, dilation and padding mode of the K x K convolution.
 
     Attributes:
-        keeps_branches: Whether the branches are computed in eval mode too; see `keep_branches`.
+        keeps_branches: False by default. If it is True, the sum of the branches is computed in eval mode too.
 
     Shape:
-        (N, C, H, W) -> (N, C, H', W') with the size of a convolution's output.
+        (N, C, H, W) -> (N, C, H', W'), in which H' and W' are those of the K x K convolution.
 
     Example:
         >>> operator = RepDepthwise(16, Window()).eval()
@@ -217,7 +216,7 @@ class RepDepthwise(nn.Module):
 
     @property
     def folded_params(self) -> int:
-        """The number of parameters of the folded convolution: its kernel, and a bias for each channel."""
+        """The number of parameters of the convolution that `fold` returns: its kernel, and a bias for each channel."""
         return self.conv.weight.numel() + self.conv.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +254,7 @@ class RepDepthwise(nn.Module):
         return x[:, :, centered[0] :: down, centered[1] :: right][:, :, :rows, :columns]
 
     def fold_weights(self) -> tuple[Tensor, Tensor]:
-        """Returns the kernel (C, 1, kh, kw) and the bias (C,) of the equal convolution, for eval mode."""
+        """Returns the kernel (C, 1, kh, kw) and the bias (C,) of the convolution that is equal to it in eval mode."""
         scale, bias = affine_of(self.conv_norm)
         point, point_bias = affine_of(self.scale_norm)
         identity, identity_bias = affine_of(self.identity_norm)
@@ -271,10 +270,10 @@ class RepDepthwise(nn.Module):
         return F.pad(center, (left, columns - 1 - left, top, rows - 1 - top))
 
     def unfold_kernel(self, kernel: Tensor) -> Tensor:
-        """Returns the weights of the K x K branch with which the folded kernel is the given one.
+        """Returns the weights (C, 1, kh, kw) of the K x K branch with which `fold` would return the given kernel.
 
         Args:
-            kernel: The folded kernel, (C, 1, kh, kw); NaN stays NaN.
+            kernel: The kernel of the folded convolution, (C, 1, kh, kw); NaN in it stays NaN.
         """
         scale, _ = affine_of(self.conv_norm)
         others = self.fold_weights()[0].to(scale) - self.conv.weight.to(scale) * scale.view(-1, 1, 1, 1)
@@ -294,10 +293,9 @@ class RepDepthwise(nn.Module):
 
 
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Returns what a batch norm does in eval mode, as a * x + b in each channel.
+    """Returns the factor and the offset, (C,) each, with which a batch norm in eval mode computes factor * x + offset.
 
-    Returns:
-        a and b, (C,) each, computed in 32 bits or more.
+    They are computed in 32 bits or more.
     """
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
@@ -310,9 +308,9 @@ def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def keep_branches(network: nn.Module) -> Generator[None]:
-    """A context manager in which each `RepDepthwise` of a network sums its branches in eval mode too.
+    """A context manager in which each `RepDepthwise` of a network sums its three branches in eval mode too.
 
-    Otherwise it computes one folded convolution in eval mode.
+    Outside of it, a `RepDepthwise` computes one equal convolution in eval mode.
     """
     operators = [module for module in network.modules() if isinstance(module, RepDepthwise)]
     before = [operator.keeps_branches for operator in operators]
