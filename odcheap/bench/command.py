@@ -112,7 +112,7 @@ def measure(
         overrides: Training options, such as `num_stu=2`.
         quick: Whether to measure one block type (kind of cheap convolution) only, in fewer rounds.
         peers: Whether to measure the training loops of other projects too.
-        config_dirs: Further `conf` directories.
+        config_dirs: Folders with config files of your own.
 
     Yields:
         The same dict each time, with more entries. In the end they are `machine`, `versions`, `overrides`, and:

@@ -276,7 +276,7 @@ def autocast(cfg: DictConfig, device: torch.device) -> contextlib.AbstractContex
     """Returns the autocast context of the config's `trainer.precision`.
 
     Raises:
-        OptionError: The precision is not one of `PRECISIONS`.
+        OptionError: The precision is neither "32-true" nor "bf16-mixed".
     """
     if cfg.trainer.precision not in PRECISIONS:
         raise OptionError("trainer.precision", cfg.trainer.precision, f"must be {' or '.join(PRECISIONS)} here")

@@ -152,7 +152,7 @@ class StepOnDemand(pl.Callback):
 
 
 def create_template_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a function that takes one training step of a Lightning `Trainer` with the template's callbacks.
+    """Returns a function that takes one training step as lightning-hydra-template takes it, in a `Trainer`.
 
     The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps.
 

@@ -69,7 +69,7 @@ def load_cifar(
 
 
 def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
-    """Loads the official files with torchvision.
+    """Loads CIFAR from the official files with torchvision.
 
     Args:
         dataset: torchvision's class of the data set, such as `CIFAR10`.
@@ -85,7 +85,7 @@ def load_official(dataset: type[CIFAR10], data_dir: str) -> Images:
 
 
 def download_official(dataset: type[CIFAR10], data_dir: str, name: str) -> Images:
-    """Downloads the official files with torchvision, and loads them.
+    """Downloads the official files of CIFAR with torchvision, and loads them.
 
     Args:
         dataset: torchvision's class of the data set, such as `CIFAR10`.

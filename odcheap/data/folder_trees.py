@@ -337,7 +337,7 @@ def list_images_below(root: Path, folder: str, skipped: list[str]) -> list[str]:
     Args:
         root: The folder of the data set.
         folder: The folder to list, relative to `root`.
-        skipped: A list to which this function adds the paths of other files, and of folders such as thumbnails.
+        skipped: A list to which this function adds the paths of other files, and of folders such as `__MACOSX`.
 
     Returns:
         The paths of the image files, relative to `root`, sorted.
@@ -383,7 +383,7 @@ def hash_ends(files: Files, split_seed: int) -> list[bytes]:
 
 
 def hash_whole(files: Files, index: Sequence[int], split_seed: int) -> list[bytes]:
-    """Returns a hash (16 bytes) of the whole content of some files.
+    """Returns a hash (16 bytes) of the whole content of each file at the positions `index`.
 
     Args:
         files: The files.

@@ -1,4 +1,4 @@
-"""Data sets of image files: decoded and augmented by loader processes, normalized on the training device."""
+"""Data sets of image files. Loader processes decode and augment them; the training device normalizes them."""
 
 import multiprocessing.queues
 import os
@@ -48,8 +48,8 @@ class Sample(NamedTuple):
     """An image, or a batch of images, from a loader process.
 
     Attributes:
-        image: S augmentations of an image, (S, C, H, W), uint8, or of each image of a batch, (S, N, C, H, W). S is also
-            1 for images that are not augmented.
+        image: (S, C, H, W), uint8, with S augmentations of an image; (S, N, C, H, W) for a batch of N images. If images
+            are not augmented, S is 1.
         target: The label, or the labels (N,) of a batch. The label of an image that cannot be read is -1.
         broken: A pair of the path and the reason for each image that could not be read.
     """
@@ -135,7 +135,7 @@ def evaluation_transform(size: int, shorter_side: int) -> v2.Transform:
 
 
 class TrainImages(Dataset):
-    """A map-style data set of augmented training images: indexing it with (epoch, image_index) returns a `Sample`.
+    """A map-style data set of augmented training images; indexing it with (epoch, image_index) returns a `Sample`.
 
     The augmentation depends on (seed, epoch, image_index) only. A JPEG is decoded with 1/2, 1/4 or 1/8 of its width and
     height if the crops are still large enough then. An image that cannot be read is replaced by the next readable one.
@@ -236,7 +236,7 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """A map-style data set of images for evaluation: indexing it with the number of an image returns a `Sample`.
+    """A map-style data set of images for evaluation; indexing it with the number of an image returns a `Sample`.
 
     An image that cannot be read is black and has the label -1.
 
@@ -479,7 +479,7 @@ class ImageFolderData(ImageData):
             the center is cropped.
         min_scale: The smallest fraction of an image's area that the random crop of training images may have.
         flip: Whether training images are flipped horizontally with probability 1/2.
-        workers: The number of loader processes of each training process; None to use all CPU cores.
+        workers: The number of loader processes of each training process; None to divide all CPU cores among these.
         max_broken: The number of files that may be unreadable; one more raises `OptionError` and so ends the run.
         bit_depth: In images with 16 bits a channel, the number of bits that are used. A file does not say this; with
             None such images raise `OptionError`.

@@ -19,8 +19,8 @@ class Mixing:
     Sources: Zhang et al., "mixup: beyond empirical risk minimization", 2018; Yun et al., "CutMix: regularization
     strategy to train strong classifiers with localizable features", 2019.
 
-    All images of a batch are mixed with the same weight (mixup) or the same rectangle (cutmix). It depends only on the
-    seed, the epoch and the number of the batch in the epoch, so all processes draw the same. Image n is mixed with
+    All images of a batch are mixed with the same weight (mixup) or the same rectangle (cutmix), which depend only on
+    the seed, the epoch and the number of the batch in the epoch. So all processes draw the same. Image n is mixed with
     image n - 1 of the same process. If each image has several augmentations, all of them are mixed in the same way.
 
     Args:

@@ -49,7 +49,7 @@ def show_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> in
 
     Args:
         overrides: Options such as `backbone=resnet56`, which restrict the table to this backbone or block type.
-        config_dirs: Further `conf` directories with block types and backbones.
+        config_dirs: Folders with config files of your own, for block types and backbones.
 
     Returns:
         The exit status: 0, or 1 if no network can be built.
@@ -98,7 +98,7 @@ def count_costs(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> I
 
     Args:
         overrides: Options such as `backbone=resnet56`.
-        config_dirs: Further `conf` directories with block types and backbones.
+        config_dirs: Folders with config files of your own, for block types and backbones.
 
     Raises:
         OptionError: The backbone that the overrides name needs an option that is not given, or `students` is given.

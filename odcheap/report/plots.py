@@ -368,7 +368,7 @@ def wrap_label(name: Any, width: int, max_lines: int) -> list[str]:
 
 @rc_context(STYLE)
 def plot_curves(table: pd.DataFrame, stage: str, data: str) -> Figure:
-    """Draws the top-1 accuracy by epoch, in a panel for each setting, such as the block type.
+    """Draws the top-1 accuracy by epoch, in a panel for each setting (options that differ, such as the block type).
 
     Solid lines are the mean of the students, and dashed lines are the teacher. All lines are means over the seeds, and
     bands are one sample standard deviation on each side.

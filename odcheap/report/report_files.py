@@ -218,7 +218,7 @@ def measure_latencies(
 
     Args:
         runs: The table of `tabulate_runs`.
-        config_dirs: Further `conf` directories, with parts that odcheap does not have.
+        config_dirs: Folders with config files of your own, for parts that odcheap does not have.
         seconds: How long each network is timed.
         show_step: A function that is called with a line of text that says what is timed next.
 
@@ -259,7 +259,7 @@ def time_student(run: FinishedRun, config_dirs: Sequence[Path] = (), seconds: fl
 
     Args:
         run: The run, whose folder contains a `student.safetensors`.
-        config_dirs: Further `conf` directories, with parts of the student that odcheap does not have.
+        config_dirs: Folders with config files of your own, for parts that odcheap does not have.
         seconds: How long each network is timed.
 
     Raises:

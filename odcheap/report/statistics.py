@@ -227,7 +227,7 @@ def summarize_runs(table: pd.DataFrame) -> pd.DataFrame:
 def label_runs(runs: list[FinishedRun]) -> pd.DataFrame:
     """Returns names for the runs, made of the options that distinguish a run from the others.
 
-    A value that more than two thirds of the runs have is not named. In a study that changes one option at a time, each
+    A value that more than two thirds of the runs have is in no name. In a study that changes one option at a time, each
     run is therefore named by the option that it changes. If a text contains the run's own seed, as in
     `method.teacher_weights=runs/teacher-seed0`, it does not distinguish the run from those with other seeds.
 
@@ -306,7 +306,7 @@ def find_distinctive(options: pd.DataFrame) -> pd.DataFrame:
 
 
 def join_labels(run: FinishedRun, is_named: pd.Series) -> str:
-    """Returns the name of a run: first the names of parts, such as `DW`, then other options as `option=value`.
+    """Returns the name of a run, with names of parts, such as `DW`, before other options as `option=value`.
 
     Args:
         run: The run.

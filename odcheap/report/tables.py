@@ -434,7 +434,7 @@ def shorten_override(override: str) -> str:
 
 
 def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
-    """Returns the row of a run in the table of a sweep: its name, its outcome, its accuracies and its costs.
+    """Returns the row of a run in the table of a sweep, with its name, outcome, accuracies and costs.
 
     Args:
         name: The short name of the run, as `shorten_names` returns it.
