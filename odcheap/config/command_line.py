@@ -156,12 +156,10 @@ def is_choice(override: str) -> bool:
 
 
 def split_paths(argument: str) -> str | None:
-    """Puts quotes around each path of an argument that gives several paths, such as `data_dir=a,b` in a sweep.
+    """Puts quotes around each path of an argument with several paths, as `data_dir=a,b`; returns None for any other
+    argument.
 
     If the whole text with its commas is a path that exists, it is taken for one path.
-
-    Returns:
-        The argument with quotes; None if the argument does not give several paths.
     """
     # Names of runs contain commas, so that only for `data_dir` the paths need not exist.
     key, _, text = argument.partition("=")

@@ -22,9 +22,7 @@ from odcheap.utils.parts import OWN_PACKAGE, find_conf_dir, list_parts
 
 
 def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Composes the config of a run from `conf/` and overrides, outside of a Hydra application.
-
-    The result has no usable `job_dir`, whose default only a Hydra application can compute.
+    """Composes the config of a run from `conf/` and overrides, outside of a Hydra application; `job_dir` is not usable.
 
     Args:
         overrides: Options such as `backbone=resnet56`.
@@ -42,10 +40,7 @@ def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
 
 
 def compose_run(overrides: Sequence[str]) -> RunConfig:
-    """Composes the config of a run from overrides such as `num_stu=4`.
-
-    Hydra must be initialized before, as it is in every function with the decorator `hydra.main`.
-    """
+    """Composes the config of a run from overrides such as `num_stu=4`, while Hydra is running or initialized."""
     # Of the running command only `--config-dir` applies to this config too; the search path is given again.
     given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
     search = [override for override in given if override_key(override) == "hydra.searchpath"]
@@ -156,10 +151,7 @@ def default_precision(accelerator: str) -> str:
 
 
 def unread_precision() -> AbstractContextManager[None]:
-    """A context manager in which `${precision:...}` is always "32-true", so that PyTorch need not be imported.
-
-    Outside of this context, the default precision depends on the GPU, and PyTorch must be asked for it.
-    """
+    """A context manager in which the default precision is "32-true": asking for the GPU would import PyTorch."""
     return replace_resolver("precision", lambda accelerator: "32-true", default_precision)
 
 

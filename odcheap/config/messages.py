@@ -39,11 +39,7 @@ def hide_library_warnings() -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns one line for the user that explains an error of odcheap, Hydra, OmegaConf or Lightning.
-
-    Args:
-        error: An exception of one of the classes in `explained_errors`.
-    """
+    """Returns one line for the user about an error of one of the classes in `explained_errors`."""
     # Hydra wraps errors that are raised while it builds an object: odcheap's own errors explain themselves.
     cause: BaseException | None = error
     while cause is not None:
@@ -71,11 +67,7 @@ def describe_hydra_error(error: Exception) -> str:
 
 
 def describe_unknown_option(error: Exception) -> str | None:
-    """Explains the error that an option does not exist, in one line that suggests options with similar names.
-
-    Returns:
-        The line; None if Hydra's or OmegaConf's error has another cause.
-    """
+    """Returns one line about an option that does not exist, with similar names; None if the error has another cause."""
     unknown = re.search(r"Could not override '([\w./]+)'", str(error))
     if unknown is None:
         return None
@@ -131,10 +123,7 @@ def compose_known() -> dict[str, Any]:
 
 
 def find_similar_options(name: str) -> list[str]:
-    """Returns up to three existing options that a user may have meant by the wrong name `name`.
-
-    They have the same name in another group, or a name that is spelled similarly.
-    """
+    """Returns up to three options with the same name as `name` in another group, or with a similar spelling."""
     # The options of groups and of their parts, of those parts that are chosen.
     known = [option for option in flatten(compose_known()) if "._" not in option]  # without `_target_` and the like
     names = sorted({".".join(option.split(".")[:depth]) for option in known for depth in (1, 2)})

@@ -106,12 +106,11 @@ def inspect_signature(target: Callable[..., Any]) -> Signature:
 
 
 def read_definition(target: str) -> Callable[..., Any]:
-    """Makes a stand-in for a class or function from its source file, without importing it.
-
-    The stand-in has the same parameters and the same docstring, but does nothing.
+    """Makes a stand-in for a class or function from its source, with the same parameters and docstring, but without a
+    body.
 
     Args:
-        target: The Python path of the class or function.
+        target: The Python path of the class or function, which is not imported.
 
     Returns:
         The stand-in; the class `Unknown` if no class or function is found there.
@@ -125,10 +124,10 @@ def read_definition(target: str) -> Callable[..., Any]:
 
 
 class SourceModule(dict[str, Any]):
-    """The names that a module defines, read from its source file without importing it.
+    """The names that a module defines, as a dict, read from its source file without importing it.
 
-    It is a dict. A look-up of a name returns the value of a constant, a stand-in for a class or function (with the same
-    parameters and docstring, but without a body), or what the module has imported under this name.
+    A constant has its value. A class or function is replaced by one with the same parameters and docstring, but without
+    a body. A name that the module imports is looked up in the other module.
 
     Args:
         name: The dotted name of the module.

@@ -51,20 +51,14 @@ def epoch_path(job_dir: Path, epoch: int) -> Path:
 
 
 def step_path(job_dir: Path, epoch: int, step: int) -> Path:
-    """Returns the path of a checkpoint that is written in the middle of an epoch.
-
-    Args:
-        job_dir: The run's folder.
-        epoch: The number of the epoch, from 0.
-        step: The number of batches of this epoch that have been used.
-    """
+    """Returns the path of a checkpoint in the middle of an epoch (from 0), after `step` of its batches."""
     return job_dir / "checkpoints" / f"epoch-{epoch:04d}-step-{step:07d}.ckpt"
 
 
 def checkpoint_order(path: Path) -> tuple[int, float]:
-    """Returns the epoch and the step in the name of a checkpoint file, as a key by which checkpoints are sorted.
+    """Returns the epoch and the step in the name of a checkpoint, by which checkpoints are sorted.
 
-    The name of a checkpoint at the end of an epoch contains no step; infinity is returned for it.
+    If the name has no step, the checkpoint is from the end of an epoch, and the step is infinity.
 
     Example:
         >>> checkpoint_order(Path("epoch-9999.ckpt")) < checkpoint_order(Path("epoch-10000-step-0000007.ckpt"))
@@ -77,10 +71,7 @@ def checkpoint_order(path: Path) -> tuple[int, float]:
 
 
 def list_checkpoints(job_dir: Path) -> list[Path]:
-    """Returns the paths of all checkpoints of a run, sorted from the oldest to the newest.
-
-    Files with other names in the folder `checkpoints` are ignored.
-    """
+    """Returns the paths of a run's checkpoints, sorted from the oldest to the newest; other files are ignored."""
     folder = job_dir / "checkpoints"
     paths = [path for path in folder.glob("epoch-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(paths, key=checkpoint_order)
@@ -100,15 +91,9 @@ def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
 
 
 def find_newest_usable(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the newest checkpoint of a run that can be read.
+    """Returns the path and the content of a run's newest checkpoint that can be read; None if there is none.
 
     If a newer checkpoint is damaged, it is skipped, and a line that says why is printed.
-
-    Args:
-        job_dir: The run's folder.
-
-    Returns:
-        The path of the checkpoint and its content; None if the run has no checkpoint that can be read.
     """
     for path in reversed(list_checkpoints(job_dir)):
         try:
@@ -195,21 +180,16 @@ def check_unoccupied(job_dir: Path, overwrite: bool) -> None:
 
 
 def list_outputs(job_dir: Path) -> list[Path]:
-    """Returns the paths of the files that a run has written: results, checkpoints and events of TensorBoard.
-
-    `status.json` is not among them.
-    """
+    """Returns the paths of the files that a run has written: results, checkpoints and events, but not its status."""
     paths = list_checkpoints(job_dir) + sorted((job_dir / "tensorboard").glob(EVENTS))
     paths += [job_dir / name for name in OUTPUTS]
     return [path for path in paths if os.path.lexists(path)]
 
 
 def read_versions(job_dir: Path) -> dict[str, tuple[int, int]]:
-    """Returns the inode and the modification time of each file of a run, which show later whether a file has changed.
+    """Returns the inode and modification time (ns) of each existing file of a run, by its path relative to `job_dir`.
 
-    Returns:
-        A dict from the path of a file, relative to `job_dir`, to its inode and its modification time (in nanoseconds).
-        It is empty if there are no files.
+    They change if the file is written again.
     """
     versions = {}
     for path in list_outputs(job_dir):
@@ -219,10 +199,7 @@ def read_versions(job_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def remove_partial_files(job_dir: Path) -> None:
-    """Removes the temporary files that runs have left in a folder when they were killed while writing.
-
-    Files of other programs are kept, even if their names have the form `.*.part`, too.
-    """
+    """Removes the temporary files of runs that were killed while writing; other files `.*.part` are kept."""
     for folder in (job_dir, job_dir / "checkpoints"):
         for path in folder.glob(".*.part"):
             match = TEMPORARY.fullmatch(path.name)
@@ -240,8 +217,8 @@ def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
 
     Args:
         job_dir: The folder of the run.
-        keep_until: A checkpoint in the folder. This checkpoint, all earlier checkpoints and the files of TensorBoard
-            are kept, so that the run can continue from it. If it is None, nothing is kept.
+        keep_until: A checkpoint to continue from: it, earlier checkpoints and TensorBoard's files are kept. None to
+            keep nothing.
     """
     for path in list_outputs(job_dir):
         if keep_until is not None and path.parent != job_dir:
@@ -253,10 +230,7 @@ def remove_outputs(job_dir: Path, keep_until: Path | None = None) -> None:
 
 
 def read_summary(job_dir: Path) -> dict[str, Any] | None:
-    """Returns the content of `summary.json`, the results of a finished run.
-
-    Returns:
-        The content; None if there is no such file, or if its entry `finished` is false.
+    """Returns the content of `summary.json`; None if there is no such file, or if it says that the run is not finished.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.

@@ -166,12 +166,9 @@ def describe_classes(classes: Sequence[str]) -> str:
 
 
 def select_method_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a training method that belong to no student, such as those of the teacher's classifier.
+    """Returns those tensors in a method's state dict that belong to no student, such as a teacher's classifier.
 
-    The entries that `get_extra_state` adds to a state dict are left out, since they are not weights.
-
-    Args:
-        state: The state dict of the whole method, whose students have names that begin with `students.`.
+    Entries of `get_extra_state` are left out, since they are no weights.
     """
     return {n: t for n, t in state.items() if not n.startswith("students.") and not n.endswith("_extra_state")}
 
@@ -199,11 +196,11 @@ def check_student(student: nn.Module, state: dict[str, Tensor], path: str, new_h
 
 
 def select_body(student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict that do not belong to the classifier (the last layer).
+    """Returns the tensors of a state dict that do not belong to the classifier, the last layer of a network.
 
     Args:
-        student: The student; its attribute `classifier` is the name of its last layer.
-        state: A state dict of this student, or of a network whose tensors have the same names.
+        student: The network; its attribute `classifier` is the name of the last layer.
+        state: Its state dict, or another one with the same names.
     """
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{student.classifier}.")}
 

@@ -74,12 +74,10 @@ class Start:
         job_dir: The run's folder.
         checkpoint: The checkpoint from which the run continues; None for a new run.
         content: The content of the checkpoint; None for a new run.
-        in_own_folder: True if the checkpoint is in `job_dir`; False for a new run, or if a run continues in another
-            folder.
-        is_finished: True if all epochs of the run are done and its results are written.
-        versions: The files of a run that were in `job_dir` at the time of the decision, with their inodes and
-            modification times as `read_versions` returns them. They show later whether another process has written
-            there since.
+        in_own_folder: Whether the checkpoint is in `job_dir`.
+        is_finished: Whether all epochs are done and the results are written.
+        versions: The run's files in `job_dir` at the time of the decision, as `read_versions` returns them. They show
+            later whether another process has written there.
     """
 
     config: RunConfig
@@ -102,10 +100,7 @@ class Start:
 
     @property
     def selected_candidate(self) -> int | None:
-        """The number of the network that the run has selected as the best so far; None if no network is selected yet.
-
-        The students have the numbers from 0; then come the moving averages of their weights, if the method has them.
-        """
+        """The number of the best network so far, or None. The students come first, then their moving averages."""
         if self.content is None or not self.content["callbacks"]["Record"]["history"]:
             return None
         return self.content["callbacks"]["Record"]["selected"]["candidate"]
@@ -177,14 +172,11 @@ def plan_start(
 
 
 def find_own_folder(cfg: DictConfig, resume: str) -> Path | None:
-    """Returns the folder of the run to which the value of the option `resume` belongs.
+    """Returns the folder of the run that the value of `resume` names; None if it names something outside such a folder.
 
     Args:
-        cfg: The config of the new command, which gives the folder for "auto".
+        cfg: The config of the new command, which has the folder for "auto".
         resume: The value of the option: "auto", the folder of a run, or the path of a checkpoint.
-
-    Returns:
-        The folder; None if `resume` is a folder or a file that does not belong to a run's folder.
     """
     if resume == "auto":
         return Path(cfg.job_dir)
@@ -227,11 +219,7 @@ def locate_checkpoint(cfg: DictConfig, resume: str) -> tuple[Path, dict[str, Any
 
 
 def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Reads the checkpoint of the epoch that a run has selected as its best.
-
-    Returns:
-        The path of the checkpoint and its content; None if the run has no checkpoint that can be read.
-    """
+    """Reads the checkpoint of the epoch that a run has selected; returns its path and content, or None without one."""
     newest = find_newest_usable(job_dir)
     if newest is None:
         return None
@@ -240,10 +228,7 @@ def find_selected_checkpoint(job_dir: Path) -> tuple[Path, dict[str, Any]] | Non
 
 
 def check_newest(checkpoint: Path, overwrite: bool) -> None:
-    """Raises `OptionError` if the folder of a checkpoint contains newer checkpoints of the same run.
-
-    They would be lost if the run continued from the older one. With `overwrite=True` nothing is checked.
-    """
+    """Raises `OptionError` if a checkpoint's folder has newer ones, which would be lost, unless `overwrite` is true."""
     if not overwrite and checkpoint.name != list_checkpoints(checkpoint.parent.parent)[-1].name:
         ways = "overwrite=true removes the newer ones, another job_dir keeps them"
         raise OptionError("resume", checkpoint, f"is not its run's newest checkpoint; {ways}")
@@ -337,15 +322,14 @@ def claim_folder(start: Start) -> None:
 
 
 def prepare_folder(start: Start) -> None:
-    """Makes the run's folder ready for training.
+    """Makes the run's folder ready for training: marks it as used, and removes incomplete or overwritten files.
 
-    It marks the folder as used, makes the folder `checkpoints`, and removes incomplete files. With `overwrite=true` it
-    removes the files of the earlier run, too. If a run continues in another folder, it copies the checkpoint of the
-    selected epoch. The caller must hold the lock of the folder (see `lock_folder`).
+    If a run continues in another folder, the checkpoint of the selected epoch is copied. The caller must hold the lock
+    of the folder (see `lock_folder`).
 
     Raises:
-        OptionError: Files in the folder have changed since `plan_start` read them, or the checkpoint of the selected
-            epoch is missing.
+        OptionError: Files in the folder have changed since `plan_start` read them, or the checkpoint to copy is
+            missing.
     """
     claim_folder(start)
     (start.job_dir / "checkpoints").mkdir(exist_ok=True)
@@ -359,12 +343,10 @@ def prepare_folder(start: Start) -> None:
 
 
 def copy_selected_checkpoint(start: Start) -> None:
-    """Copies the checkpoint of the best epoch so far into the new folder, if a run continues in another folder.
-
-    In all other cases it does nothing.
+    """Copies the checkpoint of the best epoch so far, if the run continues in another folder; otherwise does nothing.
 
     Raises:
-        OptionError: This checkpoint is not in the folder of the checkpoint from which the run continues.
+        OptionError: This checkpoint is not beside the one from which the run continues.
     """
     # If no later epoch is better, the run needs this checkpoint in the end.
     if start.checkpoint is None or start.content is None or start.in_own_folder:

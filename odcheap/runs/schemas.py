@@ -26,14 +26,7 @@ class Schema(BaseModel):
 
 
 class Status(Schema, extra="forbid"):
-    """The content of `status.json`, the state of a run.
-
-    Attributes:
-        state: "running", "stopped", "failed" or "finished".
-        reason: Why the run failed or stopped; empty if there is no reason to give.
-        host: The name of the computer on which the run was started.
-        pid: The number of its process.
-    """
+    """The content of `status.json`: the run's state, why it failed or stopped, and the host and id of its process."""
 
     state: State
     reason: str = ""
@@ -44,13 +37,8 @@ class Status(Schema, extra="forbid"):
 class Member(Schema):
     """The metrics of one network: a student, a moving average of a student's weights, the teacher, or the ensemble.
 
-    Accuracies are fractions from 0 to 1. The prefix `val` is for the held-out images, `test` for the test images.
-
-    Attributes:
-        kind: What a teacher is, such as "head" or "frozen"; None for other networks.
-        network: The name of the student's network, if the students have different networks.
-        params: The number of parameters of the student, if the students have different networks.
-        macs: The number of multiply-accumulates for one image, if the students have different networks.
+    The prefix `val` is for held-out images. `kind` is set for a teacher, such as "head" or "frozen". `network` (its
+    name), `params` (parameters) and `macs` (multiply-accumulates) are set if the students have different networks.
     """
 
     val_top1: Accuracy | None = None
@@ -65,13 +53,9 @@ class Member(Schema):
 
 
 class Members(Schema):
-    """The metrics of all networks of a training method, measured at the end of the same epoch.
+    """The metrics of all networks of a method, measured at the end of the same epoch.
 
-    Attributes:
-        students: One entry for each student.
-        averages: One entry for the moving average of each student's weights; None if there are no averages.
-        teacher: The metrics of the teacher; None if the method has no teacher.
-        ensemble: The metrics of the mean softmax of all students.
+    `averages` are moving averages of the students' weights; the ensemble is the mean softmax of all students.
     """
 
     students: list[Member] | None = None
@@ -102,14 +86,14 @@ class Selected(Member):
 
 
 class NetworkCost(Schema):
-    """The costs of one network: the standard network (with standard convolutions), or a trained teacher.
+    """The costs of one network: the standard network (with standard convolutions), or a teacher trained before.
 
     Attributes:
         params: The number of parameters.
         macs: The number of multiply-accumulates (MACs) for one image.
-        note: How the standard network differs from the student in more than its convolutions; None if it does not.
-        train_seconds: The time of the teacher's training; None for the standard network.
-        training_macs: The MACs of the teacher's whole training; None for the standard network.
+        note: How the standard network differs from the student in more than its convolutions.
+        train_seconds: The time of the teacher's training.
+        training_macs: The MACs of the teacher's whole training.
     """
 
     params: Count | None = None
@@ -126,9 +110,9 @@ class Cost(Schema):
         params: The number of parameters of the student.
         macs: The number of multiply-accumulates (MACs) of the student for one image.
         standard: The costs of the same network with standard convolutions.
-        teacher: The costs of a teacher that was trained before; None if there is none.
+        teacher: The costs of a teacher that was trained before.
         training_macs: The MACs of the whole training.
-        training_macs_with_teacher: The same, plus the MACs of the teacher's own training.
+        training_macs_with_teacher: The same, plus the MACs of that teacher's training.
     """
 
     params: Count | None = None
@@ -224,12 +208,9 @@ class Selection(Schema):
 
 
 class SavedRecord(Schema):
-    """The state of the callback `Record` in a checkpoint.
+    """The state of the callback `Record` in a checkpoint: the metrics of each epoch, and the selected network.
 
-    Attributes:
-        history: The metrics of each epoch so far, by name.
-        selected: Which network and epoch are selected so far.
-        seconds: The training time so far.
+    `seconds` is the training time so far.
     """
 
     # Metrics of a run that diverges may be NaN.
@@ -282,10 +263,7 @@ class SweepPlans(SweepPlan):
 
 
 class Trial(Schema):
-    """One trial of a search by Optuna: its state, the values that were tried, and the accuracy that was reached.
-
-    The fields have the names of the properties of Optuna's `FrozenTrial`.
-    """
+    """One trial of a search by Optuna. The fields have the names of the properties of Optuna's `FrozenTrial`."""
 
     state: Literal["RUNNING", "WAITING", "COMPLETE", "PRUNED", "FAIL"]
     value: float | None = None

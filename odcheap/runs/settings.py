@@ -40,14 +40,11 @@ def override_key(override: str) -> str:
 
 
 def find_override(overrides: Sequence[str], name: str) -> tuple[str, str] | None:
-    """Finds the override that sets an entry of the config, either directly or by its group.
+    """Returns the key and the value of the first override that sets an entry of the config; None if there is none.
 
     Args:
         overrides: The overrides to look through.
-        name: The dotted name of the entry.
-
-    Returns:
-        The key and the value of the first such override, as two texts; None if no override sets the entry.
+        name: The dotted name of the entry. It is also set by an override of its group.
 
     Example:
         >>> find_override(["seed=1", "block_type=Shift"], "block_type.part")
@@ -182,13 +179,12 @@ NEW_GROUPS = {"augment": "standard"}
 
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of saved settings to which the defaults of newer options and config groups are added.
+    """Returns a copy of saved settings with the defaults of options and config groups that did not exist at that time.
 
-    An option that did not exist when the settings were saved gets its default. The settings of runs of different
-    versions can then be compared.
+    So runs of different versions can be compared.
 
     Args:
-        settings: The config of a run, as `RunConfig.to_settings` has returned it in this version or an earlier one.
+        settings: The config of a run, as `RunConfig.to_settings` of this or an earlier version has returned it.
     """
     completed = {**{group: {"part": name} for group, name in NEW_GROUPS.items()}, **settings}
     for group, node in completed.items():

@@ -21,23 +21,13 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems withou
 
 
 def write_status(job_dir: Path, state: State, reason: str = "") -> None:
-    """Writes `status.json` into a run's folder, with the host name and the process number of this process.
-
-    Args:
-        job_dir: The run's folder.
-        state: "running", "stopped", "failed" or "finished".
-        reason: Why the run has failed or stopped.
-    """
+    """Writes `status.json` into a run's folder: the state, its reason, and the host and id of this process."""
     status = {"state": state, "reason": reason, "host": socket.gethostname(), "pid": os.getpid()}
     write_json(job_dir / FILE_NAME, status)
 
 
 def read_status(job_dir: Path) -> dict[str, Any]:
-    """Reads `status.json` from a run's folder.
-
-    Returns:
-        A dict with the keys `state`, `reason`, `host` and `pid` (see `schemas.Status`). It is empty if there is no such
-        file.
+    """Reads `status.json`: a dict with `state`, `reason`, `host` and `pid`, which is empty if there is no such file.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.
@@ -49,9 +39,7 @@ def read_status(job_dir: Path) -> dict[str, Any]:
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
-    """Returns whether the process that wrote a `status.json` is still running.
-
-    The result is True if the process is on another host, where this cannot be checked.
+    """Returns whether the process that wrote a status still runs; True if it is on another host, as this is not known.
 
     Args:
         status: The content of `status.json`, as `read_status` returns it.

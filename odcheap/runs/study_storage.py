@@ -79,10 +79,7 @@ def describe_trial(trial: FrozenTrial) -> Trial:
 
 
 def restore_trial(trial: Trial) -> FrozenTrial:
-    """Converts a trial from `study.json` to a trial of Optuna.
-
-    A trial that was interrupted gets the state WAITING, so that Optuna tries the same values again.
-    """
+    """Converts a trial from `study.json` to a trial of Optuna; an interrupted trial is WAITING, to be tried again."""
     if trial.state in ("RUNNING", "WAITING"):
         fixed: dict[str, Any] = {"fixed_params": trial.params or trial.system_attrs.get("fixed_params", {})}
         return create_trial(state=TrialState.WAITING, system_attrs=fixed)

@@ -57,8 +57,8 @@ class Outcome:
 class SweepFolder:
     """The folder of a sweep, from which the outcomes of its runs are read.
 
-    It must be constructed when the sweep begins. It then lists the files in the folder, so that files which the sweep
-    writes can be told from older ones.
+    Construct it when the sweep begins: it lists the files that exist then, to know later which ones the sweep has
+    written.
 
     Args:
         path: The folder: the value of the option `hydra.sweep.dir`.
@@ -78,12 +78,7 @@ class SweepFolder:
         self.unwritten: list[Outcome] = []
 
     def list_files(self) -> dict[Path, tuple[int, int]]:
-        """Returns the result and status files in all folders of runs.
-
-        Returns:
-            A dict from the path of a file to its inode and its modification time (in nanoseconds), which change if the
-            file is written again.
-        """
+        """Returns the result and status files of all runs in the folder, with inode and modification time (ns)."""
         paths = [path for name in (SUMMARY, TEST, status.FILE_NAME) for path in self.path.rglob(name)]
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
@@ -137,15 +132,12 @@ def check_runs(config: DictConfig) -> None:
 
 
 def list_values(override: Override, is_group: bool) -> list[str]:
-    """Splits an override with several values, such as `seed=0,1`, into overrides with one value each.
+    """Splits an override with several values, such as `seed=0,1`, into texts with one value each.
 
     Args:
         override: The override; it may also have a single value.
-        is_group: True if the override chooses names in a config group, as `block_type=DW,Shift` does. All values are
-            then returned. If it is False, only the first value is returned.
-
-    Returns:
-        The overrides as texts, such as `["block_type=DW", "block_type=Shift"]`.
+        is_group: True for names in a config group, as in `block_type=DW,Shift`: all values are returned. If it is
+            False, only the first value is returned.
     """
     if not override.is_sweep_override():
         return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
@@ -173,8 +165,7 @@ def read_overrides(config: DictConfig) -> list[Override]:
 def plan_sweep(config: DictConfig) -> SweepPlan:
     """Returns the number of runs of a sweep, the options that it varies, and the names of its runs' folders.
 
-    If the sweep continues an earlier search by Optuna, `config` is changed: its number of trials is reduced to those
-    that are left.
+    If the sweep continues a search by Optuna, the number of trials in `config` is reduced to those that are left.
 
     Args:
         config: The config of the sweep, including Hydra's own options under `hydra`.
@@ -198,15 +189,11 @@ def plan_sweep(config: DictConfig) -> SweepPlan:
 
 
 def continue_search(config: DictConfig, search: list[str]) -> int:
-    """Reads the trials of an earlier search, and reduces the number of trials in `config` to those that are left.
+    """Reduces the number of trials in `config` to those that are left; returns the number of complete trials.
 
     Args:
-        config: The config of the sweep, which is changed in place. If the sampler has a seed, the seed is changed too,
-            so that it does not draw the same values again.
-        search: The overrides that identify the search, as `find_search` returns them.
-
-    Returns:
-        The number of trials that are complete.
+        config: The config of the sweep. A seed of the sampler is changed too, so that other values are drawn.
+        search: The overrides that identify the search in `study.json`, as `find_search` returns them.
     """
     sweeper = config.hydra.sweeper
     trials = read_search(Path(config.hydra.sweep.dir), search).trials
@@ -220,10 +207,7 @@ def continue_search(config: DictConfig, search: list[str]) -> int:
 
 
 def write_plan(folder: Path, plan: SweepPlan) -> None:
-    """Writes the plan of a sweep to `sweep.json` in the sweep's folder.
-
-    Plans of other sweeps that are already in the file are kept if they have unfinished runs.
-    """
+    """Writes the plan of a sweep to `sweep.json`, which keeps plans of other sweeps that have unfinished runs."""
     others = [other for other in read_plans(folder) if other.runs != plan.runs and has_runs_left(folder, other)]
     content = SweepPlans(**plan.model_dump(), others=others[: MAX_PLANS - 1])
     write_json(folder / PLAN, content.model_dump())
@@ -235,12 +219,7 @@ def has_runs_left(folder: Path, plan: SweepPlan) -> bool:
 
 
 def read_plans(folder: Path) -> list[SweepPlan]:
-    """Reads the plans of sweeps from `sweep.json` in a sweep's folder.
-
-    Returns:
-        The plan of the sweep that was started last, followed by those of earlier sweeps. The list is empty if there is
-        no such file, or if it cannot be read.
-    """
+    """Returns the plans in a folder's `sweep.json`, that of the last sweep first; none if it cannot be read."""
     try:
         plans = validate(SweepPlans, read_json(folder / PLAN, "DIR"), folder / PLAN, "DIR")
     except OptionError:
@@ -249,16 +228,12 @@ def read_plans(folder: Path) -> list[SweepPlan]:
 
 
 def name_position(folder: Path, number: int, overrides: Sequence[str]) -> tuple[str, str]:
-    """Returns a short name of a run, and its position in the sweep, for messages.
+    """Returns a short name of a run, such as `seed=1`, and a text such as "run 3 of 8", for messages.
 
     Args:
         folder: The folder of the sweep, whose `sweep.json` is read.
         number: The number of the run in Hydra, from 0.
-        overrides: The overrides of the run.
-
-    Returns:
-        The name, which contains only the options that the sweep varies, such as `seed=1`, and a text such as "run 3 of
-        8".
+        overrides: The overrides of the run; the name contains those that the sweep varies.
     """
     # Another sweep in this folder may have been started since. A plan without names may be that of any sweep.
     names = {name_run(overrides, also) for also in NAMED_OPTIONS.values()}
@@ -286,14 +261,11 @@ def check_sweep_folder(folder: Path) -> None:
 
 
 def read_outcome(folder: Path, changed: set[Path]) -> Outcome | None:
-    """Reads from a run's folder how the run ended.
+    """Reads how a run ended; returns None if its folder has no results and this sweep has written nothing there.
 
     Args:
         folder: The run's folder.
         changed: The paths of all files that were written since the sweep began.
-
-    Returns:
-        The outcome; None if the folder contains no results and this sweep has written nothing there.
     """
     # A result counts if it was there before; a status counts only if it was written in this sweep.
     try:
@@ -356,10 +328,7 @@ def describe_search(overrides: Sequence[str], params: dict[str, str] | None) -> 
 
 
 def read_study(folder: Path) -> Study:
-    """Reads `study.json` from the folder of a sweep.
-
-    Returns:
-        The content of the file; if there is no such file, a `Study` without searches.
+    """Returns the content of `study.json` in the folder of a sweep; it has no searches if there is no such file.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.
@@ -369,14 +338,11 @@ def read_study(folder: Path) -> Study:
 
 
 def read_search(folder: Path, overrides: Sequence[str]) -> Search:
-    """Reads one search by Optuna from `study.json`.
+    """Reads a search by Optuna from `study.json`; it has no trials if the file does not contain it, or does not exist.
 
     Args:
         folder: The folder of the sweep.
         overrides: The overrides that identify the search, as `describe_search` returns them.
-
-    Returns:
-        The search with its trials. It has no trials if `study.json` does not contain it, or does not exist.
 
     Raises:
         OptionError: The file is damaged, or another program has written it.
@@ -392,14 +358,11 @@ def write_search(folder: Path, search: Search) -> None:
 
 
 def describe_best(folder: Path, overrides: Sequence[str]) -> str | None:
-    """Returns a line of text about the best trial of a search by Optuna: its values, its accuracy, and its folder.
+    """Returns a line of text about the best trial of a search by Optuna; None if no trial is complete.
 
     Args:
         folder: The folder of the sweep, whose `study.json` is read.
         overrides: The overrides that identify the search, as `describe_search` returns them.
-
-    Returns:
-        The text; None if no trial is complete.
     """
     trials = read_search(folder, overrides).trials
     complete = [trial for trial in trials if trial.state == "COMPLETE" and trial.value is not None]

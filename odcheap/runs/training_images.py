@@ -67,16 +67,13 @@ def read_digests(job_dir: Path, option: str) -> ImageDigests | None:
 
 
 def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
-    """Returns two hashes for each image file: one of its size, its beginning and its end, and one of its whole content.
+    """Returns two hashes (8 bytes) for each image file: of its size, beginning and end, and of its whole content.
 
-    A run that has used the same file has stored one of the two in `training_images.json`.
+    A run that has used the same file has stored one of the two in `training_images.json`; see `find_known_images`.
 
     Args:
         files: The image files.
         key: The key of the hash function; `ImageDigests.key` of the run with which the files are compared.
-
-    Returns:
-        For each file a set with the two hashes, 8 bytes each, for `find_known_images`.
     """
     # A run has stored the hash of a file's size and ends, or that of its whole content if several of its files have the
     # same first hash; see `hash_files`.
@@ -87,8 +84,6 @@ def hash_file_contents(files: Sequence[Path], key: int) -> list[set[bytes]]:
 
 def hash_image(image: np.ndarray, key: int) -> set[bytes]:
     """Returns the hash of an image's pixels, as a set with one entry, for `find_known_images`.
-
-    It can be compared with hashes whose `ImageDigests.kind` is "pixels".
 
     Args:
         image: The image, (C, H, W), uint8.
