@@ -226,13 +226,14 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path, name, command):
 @pytest.mark.parametrize("how", ["pipe", "closed"])
 def test_an_output_that_nobody_reads_ends_no_training(tmp_path, how):
     """`train.py | head -1`, and `train.py >&-`."""
+    options = ["data.val_size=1300", "trainer.max_epochs=1", f"job_dir={tmp_path}/run"]
     if how == "pipe":
-        run = Begun(f"job_dir={tmp_path}/run", cwd=tmp_path)
+        run = Begun(*options, cwd=tmp_path)
         run.until("")
         run.process.stdout.close()
         assert run.process.wait(120) == 0
     else:
-        words = shlex.join([sys.executable, train.__file__, *TINY, f"job_dir={tmp_path}/run"])
+        words = shlex.join([sys.executable, train.__file__, *TINY, *options])
         assert subprocess.run(["sh", "-c", f"exec {words} >&- 2>&-"], env=ONE_THREAD, check=False).returncode == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     assert (tmp_path / "run" / "student.safetensors").is_file()
