@@ -27,7 +27,9 @@ _mode: Mode = "auto"
 
 
 class Pair(NamedTuple):
-    """The layers that one fused operator computes: a 3 x 3 operator C -> C, a 1 x 1 convolution C -> O, a batch norm.
+    """The layers that one fused operator can compute: a spatial operator, a 1 x 1 convolution, and a batch norm.
+
+    The spatial operator has a 3 x 3 window and C -> C channels, the 1 x 1 convolution has C -> O channels.
 
     Attributes:
         kernel: The weights (C, C / groups, 3, 3) of a grouped or depth-wise convolution with stride 1 and padding 1;
@@ -49,12 +51,12 @@ class Pair(NamedTuple):
 
 
 def use(mode: Mode) -> Mode:
-    """Sets, for the whole process, whether layers use fused kernels.
+    """Switches fused kernels, which compute several layers at once, on or off for the whole process.
 
-    A training step that was recorded as a CUDA graph before does not change.
+    A training step that was recorded as a CUDA graph before this call does not change.
 
     Args:
-        mode: "auto" to use fused kernels wherever they can run, "off" to use PyTorch's operators everywhere.
+        mode: "auto" uses fused kernels wherever they can run, "off" uses PyTorch's operators everywhere.
 
     Returns:
         The mode that was set before this call.
@@ -70,20 +72,21 @@ def use(mode: Mode) -> Mode:
 
 
 def is_interpreted() -> bool:
-    """Returns whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1), as in the tests."""
+    """Returns True if Triton runs its kernels on the CPU in its interpreter (TRITON_INTERPRET=1), as in the tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def can_apply(x: Tensor, *modules: nn.Module) -> bool:
-    """Returns whether fused kernels may run in place of these modules.
+    """Returns True if fused kernels may run in place of some modules. All of this must be true:
 
-    They may run if all of this is true: the modules are in training mode and have no hooks, the input is a feature map
-    (N, C, H, W) in channels-last memory format and with one of the dtypes in `PARAMETER_TYPES`, the kernels can be
-    loaded for its device (see `load_operators`), and nothing observes PyTorch's operators (see `is_observed`).
+    - The modules are in training mode and have no hooks.
+    - The input is a feature map (N, C, H, W) in channels-last memory format; it is bfloat16, float32 or float64.
+    - The fused kernels can be loaded for the device of the input, and `use("off")` was not called.
+    - Nothing compiles, traces or counts PyTorch's operators.
 
     Args:
         x: The input of the modules.
-        modules: The modules whose `forward` would not be called.
+        *modules: The modules whose `forward` would not be called.
     """
     # What runs around the layers.
     if torch.compiler.is_compiling() or _mode == "off" or is_observed():
@@ -103,18 +106,18 @@ def can_apply(x: Tensor, *modules: nn.Module) -> bool:
 
 
 def is_on_current_device(x: Tensor) -> bool:
-    """Returns whether a tensor is on the current CUDA device, on which Triton launches its kernels."""
+    """Returns True if a tensor is on the current CUDA device, on which Triton runs its kernels."""
     return x.is_cuda and x.device.index == torch.cuda.current_device()
 
 
 def is_plain(parameter: object, dtype: torch.dtype, device: torch.device, is_kernel: bool = False) -> bool:
-    """Returns whether a kernel may read a parameter or buffer through its address.
+    """Returns True if a fused kernel may read a parameter or a buffer through its memory address.
 
     Args:
-        parameter: It must be a contiguous `Tensor` or `nn.Parameter`, and not of another subclass of `Tensor`.
-        dtype: The dtype that it must have.
-        device: The device on which it must be.
-        is_kernel: Whether it may also be contiguous in channels-last memory format; the operator then copies it.
+        parameter: The object. It must be a contiguous `Tensor` or `nn.Parameter`, not another subclass of `Tensor`.
+        dtype: The dtype that the parameter must have.
+        device: The device on which the parameter must be.
+        is_kernel: True allows the channels-last memory format too; the operator then makes a contiguous copy.
     """
     if not (isinstance(parameter, Tensor) and type(parameter) in (Tensor, nn.Parameter)):
         return False
@@ -124,9 +127,9 @@ def is_plain(parameter: object, dtype: torch.dtype, device: torch.device, is_ker
 
 
 def is_observed() -> bool:
-    """Returns whether something observes every operator of PyTorch, and would miss those that fused kernels replace.
+    """Returns True if something observes every operator of PyTorch, and would miss the operators of fused kernels.
 
-    This may be a tracer, a transformation of `torch.func`, a dispatch mode (such as a FLOP counter), or a hook on all
+    This may be a tracer, a transformation of `torch.func`, a dispatch mode such as a FLOP counter, or a hook on all
     modules.
     """
     return (
@@ -140,8 +143,8 @@ def is_observed() -> bool:
 def load_operators(device_type: str) -> Any:
     """Returns the module with the fused operators for a kind of device, or None if it cannot be loaded here.
 
-    It is `odcheap.layers.kernels.gpu` for "cuda", and for "cpu" if Triton's interpreter runs its kernels; otherwise
-    `odcheap.layers.kernels.cpu`.
+    It is `odcheap.layers.kernels.gpu` for "cuda", and `odcheap.layers.kernels.cpu` for "cpu". If Triton's interpreter
+    runs its kernels, it is the first module for both.
 
     Args:
         device_type: "cuda" or "cpu", the `type` of a `torch.device`.
@@ -150,7 +153,9 @@ def load_operators(device_type: str) -> Any:
 
 
 def reason_for_plain_layers(device_type: str) -> str | None:
-    """Returns why no fused kernels can run on a kind of device, as a part of a sentence; None if they can.
+    """Returns the reason why no fused kernels can run on a kind of device, such as "Triton is not installed".
+
+    It returns None if they can run.
 
     Args:
         device_type: "cuda" or "cpu", the `type` of a `torch.device`.
@@ -160,10 +165,10 @@ def reason_for_plain_layers(device_type: str) -> str | None:
 
 @lru_cache
 def try_to_load(device_type: str) -> tuple[Any, str | None]:
-    """Imports the module with the fused operators for a kind of device; see `load_operators`.
+    """Imports the module with the fused operators for a kind of device, "cuda" or "cpu".
 
     Returns:
-        The module and None; or, if it cannot be imported, None and the reason in one line.
+        A tuple: the module and None; or, if the module cannot be imported, None and the reason in one line.
     """
     name = "gpu" if device_type == "cuda" or is_interpreted() else "cpu"
     if name == "gpu" and importlib.util.find_spec("triton") is None:

@@ -27,7 +27,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
 
     Args:
         name: The name of the function in `cpu_library.SIGNATURES`, such as "norm_forward".
-        dtype: The dtype of the feature maps: there is one version of the function for each.
+        dtype: The dtype of the feature maps. There is one version of the function for each dtype.
         *arguments: The function's arguments, except the number of threads: tensors, whose addresses are passed, None
             for no tensor, and numbers.
     """
@@ -38,15 +38,15 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
 def norm_forward(
     x: Tensor, residual: Tensor | None, y: Tensor, norm: nn.BatchNorm2d, saved: Tensor, order: int
 ) -> None:
-    """Writes the output of `norm_act.BatchNormAct`, and updates the running statistics of the batch norm.
+    """Writes batch norm, ReLU and the sum with a residual to `y`, and updates the running statistics.
 
     Args:
         x: The input, (N, C, H, W).
-        residual: The map that is added, or None.
-        y: The tensor to write the output to.
+        residual: The feature map that is added, or None.
+        y: The tensor to which the output is written.
         norm: The batch norm.
         saved: (2, C), to which mean and 1 / standard deviation of each channel are written.
-        order: `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`.
+        order: `NO_RESIDUAL`, `ACT_ADD` (the residual is added after the ReLU) or `ADD_ACT` (before it).
     """
     tensors = (x, residual, y, norm.weight, norm.bias, *norm.buffers(), saved)
     call("norm_forward", x.dtype, *tensors, x.numel() // x.shape[1], x.shape[1], norm.eps, norm.momentum, order)
@@ -55,15 +55,15 @@ def norm_forward(
 def norm_backward(
     dy: Tensor, y: Tensor | None, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], order: int
 ) -> None:
-    """Writes the gradients of `norm_act.BatchNormAct`.
+    """Writes the gradients of batch norm, ReLU and the sum with a residual, which `norm_forward` computed.
 
     Args:
         dy: The gradient of the output.
-        y: The output; needed with the order `ADD_ACT` only.
-        inputs: The input, weight and bias of the batch norm, and what `norm_forward` wrote to `saved`.
-        gradients: The tensors to write to: the gradients of the input, of the residual (with the order `ADD_ACT` only),
-            of the weight and of the bias.
-        order: `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`.
+        y: The output; None unless the order is `ADD_ACT`.
+        inputs: Four tensors: the input, the weight and the bias of the batch norm, and `saved` of `norm_forward`.
+        gradients: Four tensors to which the gradients are written: those of the input, of the residual (None unless the
+            order is `ADD_ACT`), of the weight and of the bias.
+        order: `NO_RESIDUAL`, `ACT_ADD` (the residual is added after the ReLU) or `ADD_ACT` (before it).
     """
     x, *others = inputs
     call("norm_backward", x.dtype, dy, x, y, *others, *gradients, x.numel() // x.shape[1], x.shape[1], order)
@@ -156,9 +156,9 @@ class PairsNormAct(torch.autograd.Function):
 def pairs_norm_act(
     x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None, adds_input: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns the result of successive pairs, relu(norm(conv1x1(spatial(x)))) each, plus the residual; and x.
+    """Computes one or two successive cheap convolutions, each with batch norm and ReLU, and the sum with a residual.
 
-    A pair is a cheap convolution with its batch norm, in training mode, and a ReLU; see `Pair`.
+    A cheap convolution with its batch norm is a `Pair`; it computes relu(norm(conv1x1(spatial(x)))) in training mode.
 
     Sums are computed in float32, or in float64 if `x` is float64. The weights are rounded as autocast rounds them;
     their gradients are not rounded. On a processor with products of bfloat16 numbers (AVX512-BF16), the factors of the
@@ -169,11 +169,11 @@ def pairs_norm_act(
         pairs: The pairs; each of them has the number of channels of the result before it.
         residual: (N, O, H', W') with the size of the result, and the dtype and memory format of `x`; None to add
             nothing.
-        adds_input: Whether to add `x`, which must then have the size of the result; `residual` must be None.
+        adds_input: True adds `x` to the result, which must have the size of `x`; `residual` must then be None.
 
     Returns:
-        The result (N, O, H', W'), and `x`. Other layers that read `x` should read this returned tensor: its gradient is
-        then added without another pass over memory.
+        A tuple: the result (N, O, H', W'), and `x`. Other layers that read `x` should read this returned tensor: its
+        gradient is then added without another pass over memory.
 
     Raises:
         RuntimeError: In the backward pass, if a second derivative is computed.

@@ -32,10 +32,10 @@ class CompileError(Exception):
 
 @lru_cache
 def load_library() -> ctypes.CDLL:
-    """Returns the library of the fused CPU operators, which is compiled from C++.
+    """Loads the library of the fused CPU operators; compiles it from C++ first if this has not been done yet.
 
-    It is compiled if no process has done so before with this source, compiler and processor. PyTorch must have been
-    imported: the library uses the threads of PyTorch's OpenMP library.
+    The compiled file is kept for other processes with the same source, compiler and processor. PyTorch must have been
+    imported, since the library uses the threads of PyTorch's OpenMP library.
 
     Raises:
         CompileError: There is no compiler, or it fails, or the result cannot be loaded.
@@ -67,7 +67,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def library_path() -> Path:
-    """Returns the path at which the compiled library of the fused CPU operators is on this machine, or will be.
+    """Returns the path of the compiled library of the fused CPU operators on this machine; it may not exist yet.
 
     Raises:
         CompileError: This system is not Linux, or there is no compiler.
@@ -78,7 +78,7 @@ def library_path() -> Path:
 
 
 def needs_compilation() -> bool:
-    """Returns whether `load_library` would compile the library: it is not there yet, and there is a compiler."""
+    """Returns True if `load_library` would compile the library: there is a compiler, and no compiled file yet."""
     try:
         return not library_path().exists()
     except CompileError:
@@ -89,7 +89,7 @@ def find_compiler() -> str:
     """Returns the path of the C++ compiler: that of the environment variable CXX, or g++.
 
     Raises:
-        CompileError: There is none.
+        CompileError: There is no such program.
     """
     name = os.environ.get("CXX") or "g++"
     if (found := shutil.which(name)) is None:

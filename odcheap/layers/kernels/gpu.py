@@ -52,10 +52,10 @@ SUMMED_ELEMENTS = 8192  # chunks x columns, of a program that adds up the weight
 
 
 def sum_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Returns the dtype in which sums over a feature map of a dtype are computed: float64 for float64, else float32.
+    """Returns the dtype of sums over a feature map: float64 if the map is float64, otherwise float32.
 
     Returns:
-        The dtype as PyTorch's and as Triton's.
+        A tuple: the dtype of PyTorch, and the equal dtype of Triton.
     """
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
@@ -118,15 +118,15 @@ def plan_norm(x: Tensor) -> NormPlan:
 def norm_forward(
     x: Tensor, residual: Tensor | None, y: Tensor, norm: nn.BatchNorm2d, saved: Tensor, order: int
 ) -> None:
-    """Writes the output of `norm_act.BatchNormAct`, and updates the running statistics of the batch norm.
+    """Writes batch norm, ReLU and the sum with a residual to `y`, and updates the running statistics.
 
     Args:
         x: The input, (N, C, H, W).
-        residual: The map that is added, or None.
-        y: The tensor to write the output to.
+        residual: The feature map that is added, or None.
+        y: The tensor to which the output is written.
         norm: The batch norm.
         saved: (2, C), to which mean and 1 / standard deviation of each channel are written.
-        order: `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`.
+        order: `NO_RESIDUAL`, `ACT_ADD` (the residual is added after the ReLU) or `ADD_ACT` (before it).
     """
     # First kernel: the statistics of each chunk.
     plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
@@ -141,15 +141,15 @@ def norm_forward(
 def norm_backward(
     dy: Tensor, y: Tensor | None, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], order: int
 ) -> None:
-    """Writes the gradients of `norm_act.BatchNormAct`.
+    """Writes the gradients of batch norm, ReLU and the sum with a residual, which `norm_forward` computed.
 
     Args:
         dy: The gradient of the output.
-        y: The output; needed with the order `ADD_ACT` only.
-        inputs: The input, weight and bias of the batch norm, and what `norm_forward` wrote to `saved`.
-        gradients: The tensors to write to: the gradients of the input, of the residual (with the order `ADD_ACT` only),
-            of the weight and of the bias.
-        order: `NO_RESIDUAL`, `ACT_ADD` or `ADD_ACT`.
+        y: The output; None unless the order is `ADD_ACT`.
+        inputs: Four tensors: the input, the weight and the bias of the batch norm, and `saved` of `norm_forward`.
+        gradients: Four tensors to which the gradients are written: those of the input, of the residual (None unless the
+            order is `ADD_ACT`), of the weight and of the bias.
+        order: `NO_RESIDUAL`, `ACT_ADD` (the residual is added after the ReLU) or `ADD_ACT` (before it).
     """
     x, *others = inputs
     plan, (dtype, acc) = plan_norm(x), sum_types(x.dtype)
@@ -169,7 +169,8 @@ def plan_elements(x: Tensor, programs: int) -> tuple[tuple[int, int], int, int]:
         programs: The approximate number of programs.
 
     Returns:
-        The grid (chunks of rows, blocks of channels), the number of channels and the number of rows of a program.
+        A tuple: the grid, which is (number of chunks of rows, number of blocks of channels); the number of channels of
+        a program; and the number of rows of a program.
     """
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), WIDE)
@@ -182,8 +183,8 @@ def plan_sums(x: Tensor) -> tuple[tuple[int, int], int, int]:
     """Returns how to divide a feature map (N, C, H, W) among about 256 programs, each of which sums over some pixels.
 
     Returns:
-        The grid (chunks of rows, blocks of channels), the number of channels and the number of tiles of a program. A
-        tile has 64 rows.
+        A tuple: the grid, which is (number of chunks of rows, number of blocks of channels); the number of channels of
+        a program; and the number of tiles of a program. A tile has 64 rows.
     """
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     block = min(triton.next_power_of_2(channels), CHANNELS)
@@ -432,7 +433,7 @@ class PairNormAct(torch.autograd.Function):
 
 
 def pairs_norm_act(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns relu(norm(conv1x1(spatial(x)))) + residual in training mode, and x.
+    """Computes relu(norm(conv1x1(spatial(x)))) + residual in training mode by fused kernels.
 
     Sums are computed in float32, or in float64 if `x` is float64. The outputs of the spatial operator and of the 1 x 1
     convolution, and the gradients of both, are rounded to the dtype of `x`, as PyTorch's modules do. The weights are
@@ -446,8 +447,8 @@ def pairs_norm_act(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = N
             nothing.
 
     Returns:
-        The result (N, O, H', W'), and `x`. Other layers that read `x` should read this returned tensor: its gradient is
-        then added without another kernel.
+        A tuple: the result (N, O, H', W'), and `x`. Other layers that read `x` should read this returned tensor: its
+        gradient is then added without another kernel.
 
     Raises:
         RuntimeError: In the backward pass, if a second derivative is computed.

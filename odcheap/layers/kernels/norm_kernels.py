@@ -30,7 +30,7 @@ def tile_mask(row, rows, channel, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def merge_tile(x, ok, left, earlier, mean, squares, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """Returns the mean and the sum of squared deviations of each channel, with the rows of a tile added.
+    """Adds the rows of a tile to the mean and the sum of squared deviations of each channel, and returns both.
 
     Args:
         x: The tile, (ROWS, BLOCK); it is zero where the mask is false.
@@ -91,7 +91,7 @@ def chunk_statistics(
 def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
     """Returns mean and sum of squared deviations of each channel over all rows (Chan, Golub, LeVeque, 1979).
 
-    They are computed from partial (2, chunks, C), in which `chunk_statistics` has written those of chunks of CHUNK
+    They are computed from partial (2, chunks, C), to which `chunk_statistics` has written those of chunks of CHUNK
     rows. PARTS is the number of chunks, rounded up to a power of two, and `channel` has the numbers of the program's
     channels, of C in all.
     """
