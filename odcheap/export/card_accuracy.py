@@ -112,11 +112,7 @@ def describe_change(gained: int, lost: int, images: int) -> str:
 
 
 def describe_guessing(figures: dict[str, Any]) -> str:
-    """Returns a sentence that compares the accuracy with that of always answering the largest class.
-
-    Args:
-        figures: What `compute_figures` returned.
-    """
+    """Returns a sentence that compares the accuracy in `compute_figures` with always predicting the largest class."""
     largest, low = figures["largest_class"], figures["top1_interval"][0]
     line = f"Always answering {format_code(largest['name'])}, the largest class of the test images, would give "
     line += f"{format_accuracy(largest['share'])} %"
@@ -132,9 +128,6 @@ def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
     """Returns sentences about classes that fail; an empty list if none does.
 
     They say if all images are classified as one class, and which classes are never recognized or have no test images.
-
-    Args:
-        figures: What `compute_figures` returned.
     """
     tested = {name: entry for name, entry in figures["classes"].items() if entry["images"]}
     answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]

@@ -202,10 +202,6 @@ def write_export(
 def advise_fine_tuning(run: RunStudent, verification: verify.Verification) -> str | None:
     """Returns advice to use quantization-aware training if 8-bit integers lose more than half a percentage point.
 
-    Args:
-        run: The student that is exported.
-        verification: The results of the checks, of which the accuracies are read.
-
     Returns:
         A line for the user that names the option. None if the 8-bit integers lose less, or if either accuracy is not
         known.

@@ -176,9 +176,6 @@ def set_threads(count: int) -> None:
     """Sets the number of CPU threads of ExecuTorch in this process.
 
     After this call, programs that were loaded before it cannot be run any more.
-
-    Args:
-        count: The number of threads.
     """
     load_runtime()
     with quiet_executorch():

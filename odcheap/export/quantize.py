@@ -159,9 +159,6 @@ def prepare_model(model: bytes) -> bytes:
     """Returns the content of an ONNX file in the form that the quantization needs.
 
     Constants are computed, batch norms are folded into convolutions, and the shapes of all tensors are stated.
-
-    Args:
-        model: The content of the ONNX file.
     """
     with tempfile.TemporaryDirectory() as folder:
         original, prepared = Path(folder) / "original.onnx", Path(folder) / "prepared.onnx"
@@ -234,32 +231,20 @@ def choose_form(
 
 
 def read_form(content: bytes) -> str:
-    """Returns "QOperator" or "QDQ", the form of an ONNX file with 8-bit integers."""
+    """Returns the form of an ONNX file with 8-bit integers: "QOperator" if it has integer operators, or "QDQ"."""
     nodes = onnx.load_from_string(content).graph.node
     return QOPERATOR if any(node.op_type.startswith("QLinear") for node in nodes) else QDQ
 
 
 def write_epochs(content: bytes, epochs: int) -> bytes:
-    """Stores in an ONNX file for how many epochs its network was trained with simulated 8-bit rounding.
-
-    Args:
-        content: The content of the ONNX file.
-        epochs: The number of epochs.
-
-    Returns:
-        The content of the ONNX file with the new property.
-    """
+    """Stores the number of epochs of 8-bit training as a property of an ONNX file, and returns the new content."""
     model = onnx.load_from_string(content)
     onnx.helper.set_model_props(model, {EPOCHS: str(epochs)})
     return model.SerializeToString()
 
 
 def describe_origin(content: bytes) -> str:
-    """Returns a text about an ONNX file with 8-bit integers, such as "QOperator form, fine-tuned for 3 epochs".
-
-    Args:
-        content: The content of the file.
-    """
+    """Returns a text about an ONNX file with 8-bit integers, such as "QOperator form, fine-tuned for 3 epochs"."""
     properties = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
     tuned = f", fine-tuned for {count_things(int(properties[EPOCHS]), 'epoch')}" if EPOCHS in properties else ""
     return f"{read_form(content)} form{tuned}"

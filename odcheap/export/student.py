@@ -150,7 +150,7 @@ def read_channels(option: str, values: Any) -> tuple[float, ...]:
 
     Args:
         option: The name of the argument, "mean" or "std".
-        values: Its value.
+        values: The value that the caller has given for this argument.
 
     Raises:
         OptionError: `values` is not a sequence of one or three finite numbers.

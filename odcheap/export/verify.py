@@ -255,7 +255,7 @@ def verify_files(
         reason: Why `data` is None, as text; empty if it is not None.
         folder: The folder of the exported files.
         batch: The number of images that a static graph takes; None if the number may vary.
-        with_openvino: Whether the ONNX files are also run in OpenVINO.
+        with_openvino: True to run the ONNX files in OpenVINO, too.
 
     Raises:
         Failure: A file does not compute the same as the network, or the network has another test accuracy than the

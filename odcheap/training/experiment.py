@@ -493,12 +493,14 @@ class Experiment:
     def summarize_selected(self, fit: FitResult, tested: TestResult) -> dict[str, Any]:
         """Returns the entry `selected` of `summary.json`.
 
-        It says which network of which epoch was selected, and has the accuracies of this network. Its `recall` is a
-        dict from each class to the recall on the test images, which is None for a class without test images.
-
         Args:
             fit: The result of the training, which says what is selected.
             tested: The result of the test with the weights of the selected epoch.
+
+        Returns:
+            A dict with the index `student`, `averaged` (whether the moving average of its weights was selected),
+            `epoch` (from 0), the images and the metric of the selection, and accuracies. Its `recall` maps each class
+            to the recall on the test images, which is None for a class without test images.
         """
         students, averages = tested.members["students"], tested.members["averages"] or []
         figures = [*students, *averages][fit.candidate]

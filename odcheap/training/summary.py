@@ -171,9 +171,6 @@ def list_versions() -> dict[str, str]:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Returns the properties of this machine on which speed depends.
 
-    Args:
-        device: The device of the training.
-
     Returns:
         A dict with these keys:
 

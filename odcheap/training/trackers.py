@@ -200,12 +200,7 @@ def attempt(name: str, log: Callable[..., object], *arguments: Any) -> None:
 
 
 def log_text(logger: Any, text: str) -> None:
-    """Logs the config as text, if the logger is that of TensorBoard, W&B or MLflow.
-
-    Args:
-        logger: The logger.
-        text: The config as YAML.
-    """
+    """Logs the config, given as YAML, as text if the logger is that of TensorBoard, W&B or MLflow."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text(CONFIG, f"```yaml\n{text}\n```")
     elif isinstance(logger, WandbLogger):
