@@ -62,7 +62,7 @@ def run_job(config: RunConfig) -> float | Stopped | None:
         try:
             return carry_out_run(config)
         except Stopped as stop:
-            stopped_runs.append(stop)
+            stopped_runs.append(stop.with_traceback(None))  # whose frames would keep the networks in memory
             return stop
 
 
