@@ -190,7 +190,8 @@ def decode_image(
     try:
         content = read_regular(path, MAX_IMAGE_BYTES)
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path
-        raise ImageError(f"{path} cannot be read as an image ({first_line(error)})") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise ImageError(f"{path} cannot be read as an image ({reason})") from error
     return decode_content(content, path, bit_depth, prepare)
 
 
@@ -759,7 +760,7 @@ def classify_images(export: Export, paths: list[str], as_json: bool) -> int:
     files = list(dict.fromkeys(find_images(paths)))
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES)[:6])
-        raise PredictError(f"{', '.join(paths) or 'IMAGE_OR_FOLDER'}: no images found ({suffixes}, ...)")
+        raise PredictError(f"{', '.join(paths)}: no images found ({suffixes}, ...)")
 
     # An image that cannot be read is named, and the others are classified.
     rows = []
@@ -984,7 +985,7 @@ def describe_guessing(figures: dict[str, Any]) -> str:
         verdict = "; the student is not better than that"
     elif low <= share:
         verdict = "; so few images do not show that the student is better"
-    return f"always answering {name}, the largest class, would give {percent(share)} %{verdict}"
+    return f"always answering {name} would give {percent(share)} %, no other class more{verdict}"
 
 
 def describe_accuracy(figures: dict[str, Any]) -> list[str]:
@@ -1254,12 +1255,14 @@ def main(arguments: list[str], prog: str | None = None) -> int:
     if paths and is_export(paths[0]):
         folder, paths = Path(paths[0]), paths[1:]
     try:
-        if not options.paths and not options.bench and not options.evaluate:
+        if not paths and not options.bench and not options.evaluate:
             raise PredictError(f"no images are given; usage: {parser.prog} {USAGE}")
         require_version("Pillow", PIL.__version__, MIN_PILLOW)
         if not (folder / PREPROCESS_FILE).is_file():
             given = (paths or [""])[0]
-            raise PredictError(f"EXPORT_DIR={given}: is not an export; `odcheap export JOB_DIR` writes one")
+            known = os.path.join(given, "export")
+            advice = f"{known} is one" if is_export(known) else "`odcheap export JOB_DIR` writes one"
+            raise PredictError(f"EXPORT_DIR={given}: is not an export; {advice}")
         if not options.evaluate and (options.csv is not None or options.known_only):
             raise PredictError("--csv and --known-only: need --evaluate")
         if options.bench:

@@ -114,8 +114,8 @@ def describe_change(gained: int, lost: int, images: int) -> str:
 def describe_guessing(figures: dict[str, Any]) -> str:
     """Returns a sentence that compares the accuracy in `compute_figures` with always predicting the largest class."""
     largest, low = figures["largest_class"], figures["top1_interval"][0]
-    line = f"Always answering {format_code(largest['name'])}, the largest class of the test images, would give "
-    line += f"{format_accuracy(largest['share'])} %"
+    line = f"Always answering {format_code(largest['name'])} would give {format_accuracy(largest['share'])} % "
+    line += "on the test images, no other class more"
     if figures["top1"] <= largest["share"]:
         return f"{line}: **the student is not better than that**."
     if low <= largest["share"]:

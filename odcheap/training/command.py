@@ -97,7 +97,7 @@ def describe_next_steps(job_dir: str, config_dirs: Sequence[Path] = ()) -> list[
     measure = {"measure it on other images": f"{name_command('evaluate')} {folder} FOLDER{own}"}
     compare = {"compare runs": f"{name_command('report')} {folder} OTHER...{own}"}
     if (Path(job_dir) / "export").exists():  # written before the run had finished, or by the run that it overwrites
-        opening = [f"{job_dir}/export is of an earlier epoch", "next:"]
+        opening = [f"{job_dir}/export was written before this training ended", "next:"]
         lines = {"replace that export": f"{name_command('export')} {folder} --overwrite{own}", **measure, **compare}
     else:
         opening = ["next:"]

@@ -433,7 +433,7 @@ class Experiment:
         if line := describe_few_images(data):
             say(line)
         if self.start.checkpoint:
-            say(f"continuing from {self.start.checkpoint}")
+            say(f"{'testing' if cfg.test_only else 'continuing from'} {self.start.checkpoint}")
             before, epochs = self.start.saved_epochs, self.start.cfg.trainer.max_epochs
             if isinstance(before, int) and before != epochs:
                 schedule = f"the learning rate follows the schedule for {epochs} epochs"

@@ -193,7 +193,10 @@ def load_start_weights(start: Start, method: Method, data: ImageData) -> None:
         for network in method.candidates():  # in place, since the method may have hooks on parts of them
             fold_branches(network, in_place=True)
     say(load_weights(method, weights, cfg.weights_head == "new", data.classes))
-    if weights.split not in (None, data.fingerprint):
+    if cfg.test_only and len(weights.students) < len(method.students.members):
+        say("warning: the file has one student; the results of the others, and of a teacher, are of untrained networks")
+    is_same_data = weights.classes in (None, list(data.classes))  # splits of different data sets say nothing
+    if is_same_data and weights.split not in (None, data.fingerprint):
         say("warning: the weights were selected under another split; held-out images may have been trained on")
 
 

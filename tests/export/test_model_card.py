@@ -317,7 +317,7 @@ def test_a_student_that_says_one_class_to_everything_is_known_from_the_first_lin
     opening = text.split("```")[0]
     assert "Test accuracy 36.84 % (95 % interval 19.15 to 58.96) on 19 images" in opening
     assert (
-        "Always answering `cat`, the largest class of the test images, would give 36.84 %: **the student is not"
+        "Always answering `cat` would give 36.84 % on the test images, no other class more: **the student is not"
         in opening
     )
     assert "**Every test image was classified as `bird`.**" in opening

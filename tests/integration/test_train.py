@@ -406,6 +406,7 @@ def test_fine_tuning_from_an_exported_student_and_from_a_checkpoint(finished, co
     assert result.status == 0
     assert "1 of 2 students" in result.out
     assert "warning: the weights were selected under another split" in result.out
+    assert "warning: the file has one student; the results of the others" in result.out
     tested = json.loads((tmp_path / "a" / "test.json").read_text())
     assert tested["students"][0]["test_top1"] == summary(finished)["selected"]["test_top1"]
     last = finished / "checkpoints" / "epoch-0001.ckpt"
