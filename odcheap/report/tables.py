@@ -53,17 +53,19 @@ CSV_COLUMNS: dict[type, dict[str, str]] = {
 }
 INTERVAL_COLUMNS = {" low": "low", " high": "high"}  # further columns for a gain
 READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
-students after the last epoch, without any selection, and ensemble and teacher are those of the last epoch. *Selected* is the student that was best on held-out images; for
-`alone` it is the best of independent students. Gains over {baseline} are paired by seed, in percentage points, with
-their 95 % confidence interval by Student's t-distribution; a gain is *not resolved* if the interval contains zero, and
-with one seed. Options that most runs share are not named. MACs are the multiply-accumulates of one image, training MACs
-those of the whole training. Teachers of different kinds cannot be compared."""
+students after the last epoch, without any selection, and ensemble and teacher are those of the last epoch. *Selected*
+is the student that was best on held-out images; for `alone` it is the best of independent students. Gains over
+{baseline} are paired by seed, in percentage points, with their 95 % confidence interval by Student's t-distribution; a
+gain is *not resolved* if the interval contains zero, and with one seed. Options that most runs share are not named.
+MACs are the multiply-accumulates of one image, training MACs those of the whole training. Teachers of different kinds
+cannot be compared."""
 LATENCY_READING = """ Milliseconds are medians for one image in ONNX Runtime on this machine, of the student and of the
 standard network. Their quartiles are in `report.csv`."""
 SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
 COMPARISON_TITLE = (
     "{images} top-1 in percent, mean ± standard deviation over n seeds; gain over {baseline}, paired by seed, with its "
-    "95 % interval\nmean student (of all students), ensemble, teacher: after the last epoch; selected: the one that each run selected"
+    "95 % interval\nmean student (of all students), ensemble, teacher: after the last epoch; selected: the one that "
+    "each run selected"
 )
 # The columns of a comparison on the console that may be left out, the most important one first.
 IMPORTANCE = (*COLUMNS[: -len(COSTS)], "params", "MACs", *LATENCIES, "training time", "epochs", "training MACs")
