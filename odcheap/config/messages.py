@@ -62,7 +62,10 @@ def describe_hydra_error(error: Exception) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if (find_conf_dir() / group / f"{name}_sweep.yaml").is_file():
             return f"{group}={name}: needs further packages: uv sync --extra sweep, or pip install 'odcheap[sweep]'"
-        return f"{group}={name}: unknown; must be one of {', '.join(error.options or [])}{OWN_PART}"
+        names = error.options or sorted(
+            file.stem for file in (find_conf_dir() / group).glob("*.yaml")
+        )  # none in a list
+        return f"{group}={name}: unknown; must be one of {', '.join(names)}{OWN_PART}"
     return describe_unknown_option(error) or f"{first_line(error)} (odcheap train --help shows every option)"
 
 

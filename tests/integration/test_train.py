@@ -624,6 +624,7 @@ CKPT = "{tmp}/broken.ckpt"
             "backbone=resnet57: unknown; must be one of densenet40, mobilenetv2, resnet110, resnet18",
         ),
         (["data=nope"], "data=nope: unknown; must be one of cifar10, cifar100, digits"),
+        (["logger=[csv,nope]"], "logger=nope: unknown; must be one of csv, mlflow, tensorboard, wandb"),
         (["num_stu=0"], "num_stu=0: must be a whole number, 1 or more"),
         (["block_type=Group", "block_type.groups=5"], "block_type.groups=5: must divide the layer's 16 channels"),
         (["data=cifar10", "data_dir={tmp}/none", "data.load.download=false"], "data_dir={tmp}/none: must hold"),
