@@ -53,12 +53,12 @@ CSV_COLUMNS: dict[type, dict[str, str]] = {
 }
 INTERVAL_COLUMNS = {" low": "low", " high": "high"}  # further columns for a gain
 READING = """Top-1 is in percent: mean ± sample standard deviation over n seeds. *Mean student* is the mean of all
-students after the last epoch, without any selection, and ensemble and teacher are those of the last epoch. *Selected*
-is the student that was best on held-out images; for `alone` it is the best of independent students. Gains over
-{baseline} are paired by seed, in percentage points, with their 95 % confidence interval by Student's t-distribution; a
-gain is *not resolved* if the interval contains zero, and with one seed. Options that most runs share are not named.
-MACs are the multiply-accumulates of one image, training MACs those of the whole training. Teachers of different kinds
-cannot be compared."""
+students after the last epoch, without any selection; ensemble and teacher are those of the last epoch too. *Selected*
+is the student that was best on held-out images; for `alone` it is the best of independent students.
+Gains over {baseline} are paired by seed, in percentage points, with their 95 % confidence interval by Student's
+t-distribution; a gain is *not resolved* if the interval contains zero, and with one seed. Options that most runs share
+are not named. MACs are the multiply-accumulates of one image, training MACs those of the whole training. Teachers of
+different kinds cannot be compared."""
 LATENCY_READING = """ Milliseconds are medians for one image in ONNX Runtime on this machine, of the student and of the
 standard network. Their quartiles are in `report.csv`."""
 SMOKE_TEST = "**digits is a smoke test**: it shows that everything works, and nothing about methods."
@@ -218,13 +218,13 @@ def build_console_table(
 
 
 def measure_width(rows: Sequence[dict[str, str]], columns: Sequence[str], left: Sequence[str]) -> int:
-    """Returns the width, in characters, that a table of these columns needs.
+    """Returns the width, in characters, of a table with these columns and a border.
 
     Args:
         rows: For each row the text of its cells by column.
         columns: The columns of the table.
-        left: Those columns whose text can be wrapped. Each of them needs at most 24 characters, or the width of its
-            heading.
+        left: Those columns whose text can be wrapped. Their texts are counted with at most 24 characters, or with the
+            width of the heading if that is larger.
     """
     widths = []
     for column in columns:
@@ -440,7 +440,7 @@ def describe_outcome(name: str, outcome: Outcome) -> dict[str, str]:
 
     Args:
         name: The short name of the run, as `shorten_names` returns it.
-        outcome: How the run ended.
+        outcome: How the run ended, with the content of its `summary.json` if there is one.
 
     Returns:
         The texts of the cells, by the headings of the columns.

@@ -84,7 +84,7 @@ def test_a_run_becomes_files_that_each_have_its_accuracy(trained, block_type, ca
     assert done.stdout.count(": OK") == len(list(folder.iterdir())) - 1
 
 
-def test_another_student_static_and_in_integers(trained, tmp_path, capsys):
+def test_another_student_static_and_in_integers(trained, light, tmp_path, capsys):
     job_dir = trained()
     other = 1 - json.loads((job_dir / "summary.json").read_text())["selected"]["student"]
     options = ["--student", str(other), "--batch", "4", "--opset", "13", "--int8", "--qat", "1"]
