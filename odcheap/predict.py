@@ -179,7 +179,7 @@ def decode_image(
     Args:
         path: The file.
         bit_depth: How many bits of a channel are used if the image has 16 bits a channel (12 for most microscopes and
-            X-rays). With None, such an image is an error.
+            X-rays). With None, such an image is an error, unless its file says its range, as PPM does.
         prepare: A function that is called with the opened image before it is decoded. The training uses it to decode
             large JPEGs at a reduced size. None to call nothing.
 

@@ -149,7 +149,11 @@ def show_outcomes() -> int:
 
 
 class SweepStart(Callback):
-    """A callback of Hydra that checks a sweep before its first run, writes its plan, and prints its folder."""
+    """A callback of Hydra that prepares a sweep before its first run.
+
+    It checks the options of all runs, writes a list of the runs (the plan) into the folder of the sweep, and prints
+    the path of that folder.
+    """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

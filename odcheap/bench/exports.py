@@ -70,7 +70,8 @@ class Export(NamedTuple):
     Attributes:
         name: The name of the network.
         contents: The contents of its ONNX files and ExecuTorch programs, by the names of the files.
-        top1: The top-1 accuracies on the test images, by the names in `results.json`; empty if they are not known.
+        top1: The top-1 accuracies on the test images: the entry `top1` of `results.json`. Its keys are names of files
+            and programs that run them, such as "student.onnx". It is empty if the accuracies are not known.
         shape: The shape (n, C, H, W) of a batch of images that all files can take.
     """
 

@@ -152,15 +152,16 @@ class StepOnDemand(pl.Callback):
 
 
 def create_template_loop(cfg: DictConfig, method: Method, images: Images, device: torch.device) -> Step:
-    """Returns a function that takes one training step as lightning-hydra-template takes it, in a `Trainer`.
+    """Returns a function without arguments that takes one training step in the way of lightning-hydra-template.
 
-    The training runs in a thread of its own, since a `Trainer` cannot be interrupted between two steps.
+    A `Trainer` cannot be interrupted between two steps. So it runs in a thread of its own and waits before each step.
+    Each call of the function lets it take one step. The thread ends with the process.
 
     Args:
         cfg: The config of a run.
         method: The networks to train and their loss, which `build_distillation` has built.
         images: The images; only the training images are used.
-        device: The device on which it is trained.
+        device: The device on which the networks are trained.
     """
     folder = tempfile.TemporaryDirectory()
     workers = LOADER_WORKERS[device.type]

@@ -125,7 +125,10 @@ def is_sweep() -> bool:
 
 
 def sweep_position() -> tuple[Path, int, list[str]]:
-    """Returns the folder of the sweep, the number of the current run in it (from 0), and the run's overrides."""
+    """Returns the folder of the sweep, the number of the current run in it (from 0), and the run's overrides.
+
+    It may only be called in a run of a sweep.
+    """
     config = HydraConfig.get()
     return Path(config.sweep.dir), int(config.job.num), given_overrides()
 

@@ -77,12 +77,13 @@ def list_part(group: str, part: str, config_dirs: Sequence[Path]) -> Iterator[tu
 def list_node(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iterator[tuple[str, Any, str]]:
     """Yields the name, the default and the description of each option in a dict from a YAML file, and in nested dicts.
 
-    The description is the comment in the file. If there is none, it comes from the docstring of the class.
+    The description is the comment in the file. If an option has no comment, its description is taken from the docstring
+    of the class or function that the entry `_target_` of the dict names.
 
     Args:
         path: The name of the dict on the command line, such as "method" or "data.load".
         node: The dict.
-        comments: The comments in the file, by the names of the options.
+        comments: The comments in the file. The keys are the names of the options without `path`, such as "temperature".
     """
     target = node.get("_target_")
     known = describe_target(target) if isinstance(target, str) else {}
@@ -106,8 +107,9 @@ def read_options(path: Path, group: str | None = None) -> Iterator[tuple[str, st
 
     Args:
         path: The file.
-        group: None in most cases. With the name of a config group, lines of deeper levels and of the `defaults:` list,
-            such as `- method: od`, are yielded too, and the caller selects the line of this group.
+        group: None in most cases. If the caller looks for the line of a config group, such as `- method: od` in a
+            `defaults:` list, this is the name of the group. Then the lines of all levels and lists are yielded,
+            not only those with this name.
     """
     for line in path.read_text(encoding="utf-8").splitlines():
         match = LINE.fullmatch(line.replace("- ", "", 1) if group else line)

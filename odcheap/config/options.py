@@ -185,7 +185,7 @@ def check_added_options(config: RunConfig) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Converts OmegaConf's lists and dicts to plain ones, with interpolations resolved; other values are returned
+    """Converts a list or dict of OmegaConf to a plain one, with interpolations resolved, and returns all other values
     unchanged.
     """
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -163,7 +163,8 @@ class ResumableBatches(ABC):
     """The base class of loaders of training batches, which can continue in the middle of an epoch.
 
     Iterating yields the `Batch` objects of one epoch, with images and labels. The state dict contains the number of
-    batches that were yielded in this epoch. After it is loaded, the next iteration skips so many batches.
+    batches that were yielded in this epoch. After it is loaded, the next iteration skips this number of batches.
+    A subclass implements `batches_from`.
 
     Args:
         order: The sampler that chooses the images of each batch.

@@ -203,7 +203,7 @@ def is_valid_cache(tensors: dict[str, Tensor], target: dict[str, Tensor]) -> boo
 
     Args:
         tensors: The tensors in the cache by name, which must be "train", "train_target", "test" and "test_target".
-        target: The expected labels, a dict with the keys "train" and "test".
+        target: The expected labels, a dict with the keys "train" and "test". A cache with other labels is damaged.
     """
     if tensors.keys() != {"train", "train_target", "test", "test_target"}:
         return False

@@ -104,8 +104,8 @@ def adjust_contrast(images: Tensor, values: Tensor) -> Tensor:
 
     Args:
         images: (N, H, W, C), uint8.
-        values: (N, ...); the first value of each image is the factor. Pixels of mean brightness result from 0, no
-            change from 1.
+        values: (N, V), the values that were drawn for each image. Only the first one is used, as the factor. With the
+            factor 0 all pixels have the mean brightness of the image; with the factor 1 the image is unchanged.
     """
     gray = to_gray(images)
     mean = gray.sum((1, 2, 3), keepdim=True) / gray[0].numel()

@@ -128,6 +128,9 @@ def describe_failing_classes(figures: dict[str, Any]) -> list[str]:
     """Returns sentences about classes that fail; an empty list if none does.
 
     They say if all images are classified as one class, and which classes are never recognized or have no test images.
+
+    Args:
+        figures: The accuracies, as `compute_figures` returns them.
     """
     tested = {name: entry for name, entry in figures["classes"].items() if entry["images"]}
     answers = [name for name, entry in figures["classes"].items() if entry["predicted"]]

@@ -245,7 +245,14 @@ def uses_openvino(verification: Verification) -> bool:
 
 
 def describe_origin(run: RunStudent, verification: Verification) -> list[str]:
-    """Returns lines of Markdown with the run, its options and the versions of packages."""
+    """Returns lines of Markdown that say how the exported student was made.
+
+    They contain the name of the run, its data, number of epochs and options, and the versions of packages.
+
+    Args:
+        run: The exported student, and the run from which it comes.
+        verification: The results of the checks of the export. If OpenVINO was used in them, its version is named too.
+    """
     summary, seconds = run.summary or {}, (run.summary or {}).get("train_seconds")
     unfinished = "" if summary else " (which has not finished)"
     facts = {

@@ -154,10 +154,10 @@ def run_graph(
 
 
 def pad_images(options: dict[str, Any], x: Tensor, fill: float = 0.0) -> Tensor:
-    """Returns feature maps with the padding of a node around them.
+    """Returns feature maps with the padding around them that a node of an ONNX graph, such as a convolution, has.
 
     Args:
-        options: The attributes of the node, of which `pads` is read: (top, left, bottom, right), in pixels.
+        options: The attributes of the ONNX node. Only `pads` is read: (top, left, bottom, right), in pixels.
         x: The feature maps (n, C, H, W).
         fill: The value of the padding.
     """
@@ -201,7 +201,13 @@ def multiply_matrices(options: dict[str, Any], x: Tensor, weight: Tensor, bias: 
 
 
 def reshape(options: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
-    """Computes the ONNX operator Reshape, but always keeps the size of the first dimension, the number of images."""
+    """Computes the ONNX operator Reshape, but always keeps the size of the first dimension, the number of images.
+
+    Args:
+        options: The attributes of the ONNX node. They are not used.
+        x: The input, (N, ...).
+        shape: The sizes of the output. The first is ignored, -1 is computed, and 0 stands for the size of the input.
+    """
     sizes = [x.shape[k] if size == 0 else size for k, size in enumerate(shape.tolist())]
     return x.reshape(x.shape[0], *sizes[1:])  # the number of images is that of the training, also for a static graph
 

@@ -295,10 +295,14 @@ def verify_files(
 
 
 def check_accuracy(run: RunStudent, reference: Reference) -> None:
-    """Raises `Failure` if the trained network's test accuracy differs from that in the run's summary.
+    """Raises `Failure` if the test accuracy of the loaded network differs from the accuracy in the run's summary.
 
     A small difference is allowed: on another device, rounding can change the predicted class if the two largest logits
     of an image are nearly equal. Nothing is checked if the run has no summary.
+
+    Args:
+        run: The exported student, with the summary of its run.
+        reference: What the network, as it was loaded from the run, has computed for the test images.
     """
     # They count as close if they differ by less than a thousandth after a run in 32 bits on a CPU, where only the order
     # of sums differs, and otherwise by less than 3 % of the range of the logits: a GPU rounds the factors of products
@@ -350,9 +354,10 @@ def compute_logits(
 
     Args:
         path: The exported file.
-        runtime: The name of the runtime, such as "ONNX Runtime"; "a bare process" runs a `student.safetensors`.
+        runtime: "ONNX Runtime", "OpenVINO" or "ExecuTorch"; or "a bare process" for a `student.safetensors`, which
+            `load_student` then loads in a new process that has not imported the code of the run.
         preprocess: The content of `preprocess.json`.
-        reference: The reference whose image files are used.
+        reference: What the trained network has computed. Only its list of image files is used here.
         batch: The number of images that a static graph takes; None if the number may vary.
         config_dirs: The user's own `conf` directories, if the student needs config files that odcheap does not have.
 

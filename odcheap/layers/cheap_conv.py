@@ -128,14 +128,16 @@ class BlockType:
     def factorize(self, kernel: Tensor, pair: CheapConv) -> tuple[Tensor | None, Tensor]:
         """Returns the weights with which a cheap convolution is the least-squares approximation of a given kernel.
 
+        A cheap convolution consists of a spatial operator, which keeps the number of channels, and a 1 x 1 convolution.
+
         Args:
             kernel: The kernel (O, C, kh, kw) of the convolution that is replaced.
             pair: The cheap convolution that replaces it, with its initial weights; it is not changed.
 
         Returns:
             A tuple of two tensors: the weights of the spatial operator, with the shape of its `weight`, and the weights
-            (O, C, 1, 1) of the 1 x 1 convolution. The first one is None if the spatial operator has no weights to set.
-            Where it is NaN, a weight should keep its initial value.
+            (O, C, 1, 1) of the 1 x 1 convolution. The first tensor is None if the spatial operator has no weights to
+            set. If an element of the first tensor is NaN, the caller must leave this weight at its initial value.
         """
         if isinstance(pair.spatial, nn.Conv2d):
             return factorize_grouped(kernel, pair.spatial.groups)
@@ -209,7 +211,8 @@ class RepDW(BlockType):
 
         Returns:
             A tuple of two tensors: the weights (C, 1, kh, kw) of the K x K branch, and the weights (O, C, 1, 1) of the
-            1 x 1 convolution. Where the first one is NaN, a weight should keep its initial value.
+            1 x 1 convolution. If an element of the first tensor is NaN, the caller must leave this weight at its
+            initial value.
         """
         assert isinstance(pair.spatial, RepDepthwise)
         spatial, pointwise = factorize_grouped(kernel, pair.in_channels)

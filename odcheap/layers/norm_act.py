@@ -242,14 +242,15 @@ def fused_pair(x: Tensor, spatial: nn.Module, pointwise: nn.Module, is_shift: bo
 
 
 def cast_input(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-    """Casts the input of a convolution as autocast would cast it; without autocast it is not changed.
+    """Casts the input of a convolution as autocast would cast it. Outside autocast, the input is returned unchanged.
 
     Args:
         x: The input, of any shape.
 
     Returns:
-        A tuple: the input, and the dtype that the weights must have for the fused kernels. The dtype is None if the
-        kernels do not support the dtype to which autocast casts.
+        A tuple: the input, and the dtype that the weights must have if the fused kernels are to be used. Outside
+        autocast this is the dtype of the input. Under autocast it is None if the fused kernels do not support the dtype
+        to which the input was cast; the layers of PyTorch must be used then.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))

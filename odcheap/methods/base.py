@@ -184,7 +184,10 @@ class Method(nn.Module):
 
 
 class IndependentMethod(Method):
-    """A method whose students do not learn from each other; each student's gradient is clipped separately."""
+    """The base class of training methods whose students do not learn from each other.
+
+    The gradient of each student is clipped separately. Subclasses implement the same functions as those of `Method`.
+    """
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         return [list(student.parameters()) for student in self.students.members]
@@ -279,8 +282,9 @@ class FeatureDistillation(LogitDistillation):
 class RampUp(nn.Module):
     """The weight of a loss term, which grows from exp(-5) to 1 over the first epochs (the ramp-up).
 
-    The weight is exp(-5 (1 - t)^2), in which t grows linearly from 0 to 1 during the ramp-up. Source: Laine, Aila,
-    "Temporal ensembling for semi-supervised learning", 2017, section 3.
+    The weight is exp(-5 (1 - t)^2), in which t grows linearly from 0 to 1 during the ramp-up. It changes only when
+    `start_epoch` is called, once before each epoch. Source: Laine, Aila, "Temporal ensembling for semi-supervised
+    learning", 2017, section 3.
 
     Args:
         ramp_up: The length of the ramp-up as a fraction of the run's epochs, in [0, 1]; 0 for a weight of 1 from the

@@ -58,7 +58,7 @@ ContrastTemperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class Projection(nn.Module):
-    """A projection head: averages feature maps over their pixels, and maps the result to vectors of norm 1.
+    """A projection head: averages feature maps over their pixels, and maps the means to vectors of norm 1.
 
     It computes in float32 or float64, also if its weights have 16 bits.
 

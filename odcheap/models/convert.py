@@ -259,8 +259,9 @@ def match_names(names: list[str], patterns: Iterable[str]) -> set[str]:
 def looks_trained(model: nn.Module) -> bool:
     """Returns True if a network looks trained: its weights do not look like PyTorch's initial weights.
 
-    If it has normalization layers, a running mean or a bias of these layers must not be zero. Otherwise a convolution
-    must have both a bias that is not zero and a weight outside of the range of PyTorch's default initialization.
+    A network with normalization layers looks trained if at least one value in all their running means and biases is not
+    zero. A network without normalization layers looks trained if at least one of its convolutions has both a bias that
+    is not zero and a weight outside of the range of PyTorch's default initialization.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) or hasattr(module, "running_mean")]
     values = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "bias")]

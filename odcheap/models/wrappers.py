@@ -342,13 +342,14 @@ def update_name(name: str) -> str:
 
 
 def strip_prefixes(tensors: dict[str, Tensor], own: Set[str]) -> dict[str, Tensor]:
-    """Removes from the names of the tensors of a file the prefixes that modules around a network add.
+    """Removes prefixes such as "module." from the names of a file's tensors, which modules around a network have added.
 
-    If most names have a prefix, tensors whose names do not have it, such as those of a loss, are left out.
+    A prefix is removed if more than half of the names begin with it. Tensors whose names do not begin with it, such as
+    those of a loss, are left out. This is repeated until at least one name is in `own`, or no prefix is so frequent.
 
     Args:
         tensors: The tensors of the file by name.
-        own: The names that the tensors of the network have, without prefixes.
+        own: The names that the tensors have in the network itself.
     """
     # One prefix after the other is removed, until a name is one of the network's, or no prefix is that of most names.
     while not own & tensors.keys():

@@ -107,9 +107,9 @@ def assign_colors(rows: pd.DataFrame) -> dict[str, str]:
 def assign_markers(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Returns the marker and the fill style of each setting in a table, as arguments of matplotlib.
 
-    A setting is the combination of the options that differ between the runs and do not belong to the method. Its marker
-    depends on the block type (the kind of cheap convolution). Settings with the same block type have different fill
-    styles.
+    A setting is the combination of the options that differ between the runs, except those of the training method. The
+    marker of a setting depends on its block type (the kind of cheap convolution). Settings with the same block type
+    have different fill styles.
 
     Args:
         rows: The table of `tabulate_runs` or of `summarize_runs`; its columns `setting` and `block type` are used.

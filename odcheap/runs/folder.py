@@ -83,7 +83,7 @@ def prune_checkpoints(job_dir: Path, keep: int, selected: Path | None) -> None:
     Args:
         job_dir: The run's folder.
         keep: The number of checkpoints to keep.
-        selected: A checkpoint that is kept even if it is old; None if there is none.
+        selected: A checkpoint that is kept even if it is older than these; None if there is none.
     """
     for path in list_checkpoints(job_dir)[:-keep]:
         if path != selected:

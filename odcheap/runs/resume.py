@@ -114,7 +114,9 @@ def plan_start(
 ) -> Start:
     """Decides whether a new run starts or an earlier run continues, and from which checkpoint. Nothing is written.
 
-    If a run continues, the overrides with which it was started are applied again.
+    If a run continues, `compose` is called with the overrides with which it was started, followed by those that are on
+    the command line now. An override of now wins, but it may only change an option that does not change the experiment,
+    such as an option of the trainer or a path.
 
     Args:
         config: The config that was composed from the options on the command line.
@@ -124,8 +126,8 @@ def plan_start(
             in `job_dir`, the run then continues from the newest one, even if `resume` names another checkpoint.
 
     Raises:
-        OptionError: An override would change the experiment that is resumed, a checkpoint is missing or damaged, or the
-            folder contains another run.
+        OptionError: An override would change the experiment that is resumed, a checkpoint is missing or damaged, or
+            `job_dir` contains a run that must not be replaced.
     """
     # Find the checkpoint. Without one a new run starts.
     cfg = config.cfg

@@ -158,7 +158,9 @@ class Config(Schema, extra="allow"):
 
 
 class SavedWeights(Schema):
-    """What a file of weights says about the weights; all entries have their defaults in files of other programs.
+    """What a file of weights says about the weights.
+
+    A file that another program has written does not contain these entries. It then has the defaults, None and False.
 
     Attributes:
         split: A hash that identifies the training images and the held-out images.
@@ -227,7 +229,7 @@ class Callbacks(Schema):
 
 
 class Checkpoint(Schema):
-    """The entries of a checkpoint that are read before Lightning loads it."""
+    """The type of a checkpoint's content: its fields are the entries that are read before Lightning loads the file."""
 
     odcheap: SavedRun
     callbacks: Callbacks

@@ -92,7 +92,7 @@ class MemberScores(RunningSums):
         self.add_state("confusion", torch.zeros(rows, classes, classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Adds a batch.
+        """Adds the predictions for a batch to the counts.
 
         Args:
             logits: The logits of all networks, (M, N, K).
@@ -148,7 +148,7 @@ class TermMeans(RunningSums):
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, terms: dict[str, Tensor], images: int) -> None:
-        """Adds a batch.
+        """Adds the loss terms of a batch to the sums, weighted by its number of images.
 
         Args:
             terms: The loss terms by name, each a mean over the images of the batch.
@@ -250,7 +250,7 @@ class DistillationModule(pl.LightningModule):
         self.restored: dict[str, Any] = {}
 
     def stage_scores(self, stage: str) -> MemberScores:
-        """Returns the object that counts the accuracies of a stage: "train", "val" or "test"."""
+        """Returns the metrics that count right predictions in a stage, which is "train", "val" or "test"."""
         return cast(MemberScores, self.scores[f"{stage}_"])
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:

@@ -159,7 +159,10 @@ def is_sequence(value: Any) -> bool:
 
 
 def to_plain(value: Any) -> Any:
-    """Converts lists, also those of OmegaConf, to tuples, since checkpoints may contain Python's own types only."""
+    """Converts a list, also one of OmegaConf, to a tuple, and returns other values unchanged.
+
+    Options are saved in checkpoints, which must not contain OmegaConf's types.
+    """
     return tuple(to_plain(entry) for entry in value) if is_sequence(value) else value
 
 

@@ -108,12 +108,13 @@ def start_loggers(start: Start, loggers: Mapping[str, Any], settings: Mapping[st
 
     Args:
         start: The run's config and folder, and the checkpoint from which it continues, if there is one.
-        loggers: The loggers by their names in `conf/logger`.
-        settings: The config of the run, as nested dicts.
-        text: The config as YAML.
+        loggers: Lightning's logger objects, which have not begun to write, by their names in `conf/logger`.
+        settings: The config of the run as nested dicts, which the loggers get as hyperparameters.
+        text: The same config as YAML, which the loggers get as a text.
 
     Returns:
-        The started loggers by name.
+        The logger objects that now write, by the same names. They are those of `loggers`, or new objects for those
+        that begin a new run.
 
     Raises:
         OptionError: A logger cannot be started.

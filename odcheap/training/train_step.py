@@ -391,7 +391,8 @@ def report_eager(capture: bool | str, reason: str) -> None:
     """Prints that training steps are not recorded as a CUDA graph, and why.
 
     Args:
-        capture: The option `capture`: true demands CUDA graphs, "auto" uses them if possible.
+        capture: The option `capture`, which is not false here. True demands CUDA graphs, and "auto" uses them if
+            possible.
         reason: Why steps cannot be recorded.
 
     Raises:

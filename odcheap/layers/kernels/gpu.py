@@ -94,7 +94,11 @@ class NormPlan(NamedTuple):
 
     @property
     def launch(self) -> dict[str, int]:
-        """The launch options: as many warps as give each thread 32 elements of a tile, from 4 to 16."""
+        """The options `num_warps` and `num_stages` with which Triton launches the kernel.
+
+        There is one warp for each 1024 elements of a tile, so that each thread has 32 elements. There are at least 4
+        warps and at most 16.
+        """
         return {"num_warps": min(max(self.tile_rows * self.block // 1024, 4), 16), "num_stages": 1}
 
     @property

@@ -69,9 +69,14 @@ def load_tap(weight_ptr, x_ptr, channel, TAP: tl.constexpr, C: tl.constexpr, ACC
 
 @triton.jit
 def shift_offsets(channel, SIGN: tl.constexpr, C: tl.constexpr):
-    """Returns how many pixels below and to the right each channel of a 3 x 3 `Shift2d` reads, -1 to 1, times SIGN.
+    """Returns the offsets of channels in a 3 x 3 `Shift2d`, as two blocks with values from -1 to 1: down, right.
 
-    `channel` has the numbers of the channels, of C in all.
+    An output pixel of a channel is the input pixel that lies so many pixels below it and to the right of it.
+
+    Args:
+        channel: A block of numbers of channels, from 0.
+        SIGN: 1 in the forward pass. -1 in the backward pass, where gradients move the other way.
+        C: The number of all channels.
     """
     entry = tl.where(channel < C // 9 * 9, channel % 9, 4)  # the remaining channels are copied
     return SIGN * (entry // 3 - 1), SIGN * (entry % 3 - 1)
