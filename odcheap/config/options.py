@@ -353,7 +353,10 @@ PLAIN_TYPES = (int, float, bool, str, type(None), Any)
 
 
 def keep_plain(annotation: Any) -> Any:
-    """Returns a type annotation without members of unions that no config has: `float | Tensor` becomes `float`."""
+    """Returns a type annotation without the types that a config cannot contain, such as `Tensor`.
+
+    They are removed from unions: `float | Tensor` becomes `float`.
+    """
     origin = get_origin(annotation)
     if origin is tuple:
         entries = get_args(annotation)

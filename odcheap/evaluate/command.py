@@ -232,7 +232,7 @@ def default_folder(options: argparse.Namespace) -> Path:
 
 
 def prepare_folder(options: argparse.Namespace) -> Path:
-    """Makes the folder of the result, and returns it.
+    """Makes the folder for the result of the evaluation, and returns it.
 
     Args:
         options: The parsed arguments of the command.

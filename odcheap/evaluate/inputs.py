@@ -177,7 +177,8 @@ def list_data_set(options: argparse.Namespace, classes: Sequence[str]) -> Evalua
         classes: The names of the model's classes, in the order of the logits.
 
     Raises:
-        OptionError: The data set is read from folders, or the model does not have one of its classes.
+        OptionError: The name is that of a kind of data set whose images the user brings, such as `imagefolder`, or the
+            model does not have one of the data set's classes.
         Failure: The data set is not in the folder `--data-dir`.
     """
     # Nothing is downloaded, and nothing is held out. Classes are matched by their names.

@@ -332,7 +332,8 @@ def write_files(
     Args:
         run: The student.
         options: The options of the command.
-        data: The data set with training images for 8-bit integers; None if it is not available.
+        data: The data set. Its training images calibrate the network with 8-bit integers, if one is asked for. None if
+            the data set is not available.
         folder: The existing folder to which the files are written.
 
     Returns:

@@ -210,9 +210,9 @@ class RepDW(BlockType):
             pair: The cheap convolution that replaces it, with its initial weights; it is not changed.
 
         Returns:
-            A tuple of two tensors: the weights (C, 1, kh, kw) of the K x K branch, and the weights (O, C, 1, 1) of the
-            1 x 1 convolution. If an element of the first tensor is NaN, the caller must leave this weight at its
-            initial value.
+            A tuple of two tensors, neither of which is None: the weights (C, 1, kh, kw) of the K x K branch, and the
+            weights (O, C, 1, 1) of the 1 x 1 convolution. If an element of the first tensor is NaN, the caller must
+            leave this weight at its initial value.
         """
         assert isinstance(pair.spatial, RepDepthwise)
         spatial, pointwise = factorize_grouped(kernel, pair.in_channels)

@@ -71,8 +71,8 @@ class DiversePeers(RampedDistillation):
         """Returns the loss, given the dict that `forward` returned and the labels of the N images.
 
         Returns:
-            A dict of scalars, in which w in [0, 1] is the current weight of the ramp-up. In place of the KL stands the
-            loss that the option `loss` names.
+            A dict of scalars, in which w in [0, 1] is the current weight of the ramp-up.
+            T is the temperature. If the option `loss` names another loss, this loss is used in place of the KL.
 
             - `L_gt_k`: the cross-entropy of each student k.
             - `L_dis1_k`: w T^2 KL(attention-weighted mean of the peers' predictions || peer k), for each peer k.

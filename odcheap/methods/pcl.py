@@ -61,7 +61,8 @@ class PeerCollaborativeLearning(RampedDistillation):
 
         Returns:
             A dict of scalars, in which k is the number of a student, and w in [0, 1] the current weight of the ramp-up.
-            In place of the KL stands the loss that the option `loss` names.
+
+            T is the temperature. If the option `loss` names another loss, this loss is used in place of the KL.
 
             - `L_ce_k`: the cross-entropy of student k.
             - `L_ce_t`: the cross-entropy of the teacher.

@@ -324,7 +324,10 @@ def claim_folder(start: Start) -> None:
 
 
 def prepare_folder(start: Start) -> None:
-    """Makes the run's folder ready for training: marks it as used, and removes incomplete or overwritten files.
+    """Makes the run's folder ready for training, and marks it as used.
+
+    Files that were only partly written are removed, and with `overwrite=true` the files of the earlier run,
+    except its export and its evaluation.
 
     If a run continues in another folder, the checkpoint of the selected epoch is copied. The caller must hold the lock
     of the folder (see `lock_folder`).

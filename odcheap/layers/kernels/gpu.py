@@ -346,9 +346,10 @@ def plan_pair(x: Tensor, is_shift: bool, out_channels: int, stride: int) -> Pair
 
 
 class PairNormAct(torch.autograd.Function):
-    """The autograd function of `pairs_norm_act`.
+    """A spatial operator, a 1 x 1 convolution, a batch norm and a ReLU in one autograd function, with Triton kernels.
 
-    It saves its inputs, the output of the 1 x 1 convolution, and the statistics of the batch norm.
+    `pairs_norm_act` calls it. For the backward pass it saves its inputs, the output of the 1 x 1 convolution, and the
+    statistics of the batch norm.
     """
 
     @staticmethod

@@ -109,9 +109,14 @@ def combine_statistics(partial_ptr, rows, chunks, channel, C: tl.constexpr, PART
 
 @triton.jit
 def update_running(running_ptr, value, channel, C: tl.constexpr, MOMENTUM: tl.constexpr):
-    """Updates a running mean or variance (C,) in place with its value in this batch, as `nn.BatchNorm2d` does.
+    """Updates a running mean or variance in place, as `nn.BatchNorm2d` does: a part MOMENTUM of the new value is taken.
 
-    `value` has the values of the channels whose numbers are in `channel`.
+    Args:
+        running_ptr: The running mean or variance, (C,).
+        value: A block with the mean, or the unbiased variance, that each channel has in this batch.
+        channel: A block with the numbers of these channels. Numbers from C on are left out.
+        C: The number of channels.
+        MOMENTUM: The fraction of the new value.
     """
     old = tl.load(running_ptr + channel, mask=channel < C, other=0.0)
     tl.store(running_ptr + channel, old * (1.0 - MOMENTUM) + value * MOMENTUM, mask=channel < C)
